@@ -1,0 +1,310 @@
+"""Every constant of the method, once, as frozen dataclasses with the presets TINY, SMALL, BASE and LARGE.
+
+Units are said beside each field. "2022" marks what the original release did where our default differs;
+`docs/differences.md` says why. `BLIP_2022` collects those settings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The image encoder: any timm ViT by name; `None` keeps the value that the name implies."""
+
+    model: str = "vit_base_patch16_224"
+    """timm model name."""
+    image_size: int = 224
+    """Side of the square input, pixels."""
+    patch_size: int | None = None
+    """Side of a patch, pixels."""
+    width: int | None = None
+    """Width of a token."""
+    depth: int | None = None
+    """Number of blocks."""
+    heads: int | None = None
+    """Number of attention heads."""
+    drop_path: float = 0.0
+    """Stochastic depth, probability at the last block."""
+    patch_drop: float = 0.0
+    """Share of patches left out in training (FLIP); an approximation that trades accuracy for speed."""
+    checkpoint: bool = False
+    """Recompute blocks in the backward pass to save memory."""
+
+    def __post_init__(self) -> None:
+        _require(self.image_size > 0, f"image_size must be positive, got {self.image_size}")
+        _require(0 <= self.drop_path < 1, f"drop_path must be in [0, 1), got {self.drop_path}")
+        _require(0 <= self.patch_drop < 1, f"patch_drop must be in [0, 1), got {self.patch_drop}")
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text transformer (MED), BERT-shaped, and the ids of the special tokens that its weights were trained with."""
+
+    vocab_size: int = 30524
+    """Word pieces, [DEC] and [ENC] included."""
+    width: int = 768
+    """Width of a token."""
+    layers: int = 12
+    """Number of blocks."""
+    heads: int = 12
+    """Number of attention heads."""
+    hidden: int = 3072
+    """Width inside the feed-forward."""
+    max_positions: int = 512
+    """Longest text, tokens."""
+    dropout: float = 0.1
+    """Dropout of embeddings and block outputs."""
+    attention_dropout: float = 0.1
+    """Dropout of attention probabilities."""
+    norm_eps: float = 1e-12
+    """Epsilon of layer normalisation."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights."""
+    tie_head: bool = True
+    """Whether the vocabulary head shares the word embedding."""
+    pad_id: int = 0
+    """[PAD]."""
+    cls_id: int = 101
+    """[CLS], first token of a text on its own."""
+    sep_id: int = 102
+    """[SEP], last token of every text."""
+    dec_id: int = 30522
+    """[DEC], first token of a text to be written."""
+    enc_id: int = 30523
+    """[ENC], first token of a text to be matched with an image."""
+
+    def __post_init__(self) -> None:
+        _require(self.width % self.heads == 0, f"text width {self.width} is not a multiple of {self.heads} heads")
+        for name in ("pad_id", "cls_id", "sep_id", "dec_id", "enc_id"):
+            value = getattr(self, name)
+            _require(0 <= value < self.vocab_size, f"{name} {value} is outside the vocabulary of {self.vocab_size}")
+
+
+@dataclass(frozen=True)
+class BlipConfig:
+    """The whole model."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    embed_dim: int = 256
+    """Width of the joint embedding of images and texts."""
+    temperature: float = 0.07
+    """Initial temperature of the contrastive softmax; learned."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BlipConfig:
+        """Build from `to_dict`'s output; an unknown or missing key raises ValueError that names it."""
+        values = _known(cls, values, "model config")
+        values["vision"] = VisionConfig(**_known(VisionConfig, values["vision"], "vision config"))
+        values["text"] = TextConfig(**_known(TextConfig, values["text"], "text config"))
+        return cls(**values)
+
+
+def _known(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
+    _require(isinstance(values, dict), f"{where} must be a mapping, got {type(values).__name__}")
+    names = {f.name for f in dataclasses.fields(cls)}
+    unknown, missing = sorted(set(values) - names), sorted(names - set(values))
+    _require(not unknown, f"{where} has unknown keys: {', '.join(unknown)}")
+    _require(not missing, f"{where} lacks keys: {', '.join(missing)}")
+    return dict(values)
+
+
+TINY = BlipConfig(
+    vision=VisionConfig("vit_tiny_patch16_224", image_size=64, patch_size=8, width=192, depth=4, heads=3),
+    text=TextConfig(width=192, layers=3, heads=3, hidden=768, max_positions=64, dropout=0.0, attention_dropout=0.0),
+    embed_dim=128,
+)
+SMALL = BlipConfig(
+    vision=VisionConfig("vit_small_patch16_224", image_size=64, patch_size=8, width=384, depth=8, heads=6),
+    text=TextConfig(width=384, layers=6, heads=6, hidden=1536, max_positions=128),
+    embed_dim=256,
+)
+BASE = BlipConfig()
+LARGE = BlipConfig(vision=VisionConfig("vit_large_patch16_224"))
+PRESETS: dict[str, BlipConfig] = {"tiny": TINY, "small": SMALL, "base": BASE, "large": LARGE}
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """The three pre-training losses (paper, section 3.2) and their momentum teacher."""
+
+    queue_size: int = 57600
+    """Momentum features kept per modality; any size, 0 for none."""
+    momentum: float = 0.995
+    """Decay of the teacher's moving average, per step."""
+    alpha: float = 0.4
+    """Weight of the teacher's soft targets in the contrastive loss."""
+    alpha_ramp_epochs: float = 2.0
+    """Epochs over which alpha rises linearly from 0."""
+    temperature_min: float = 0.001
+    """Lower clamp of the learned temperature."""
+    temperature_max: float = 0.5
+    """Upper clamp of the learned temperature."""
+    label_smoothing: float = 0.1
+    """Of the language-modelling loss."""
+    negative_floor: float = 1e-4
+    """Added to each hard-negative sampling weight, so that no row underflows."""
+    negatives_all_ranks: bool = False
+    """Draw hard negatives from the batches of all processes, not only the local one."""
+    teacher_dropout: bool = False
+    """Leave dropout on in the teacher (2022: true)."""
+
+    def __post_init__(self) -> None:
+        _require(self.queue_size >= 0, f"queue_size must be 0 or more, got {self.queue_size}")
+        _require(0 <= self.momentum <= 1, f"momentum must be in [0, 1], got {self.momentum}")
+        _require(0 <= self.alpha <= 1, f"alpha must be in [0, 1], got {self.alpha}")
+        _require(0 <= self.label_smoothing < 1, f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of image-text pairs."""
+
+    path: str
+    """A file, folder, glob of shards, or the name of a data set on the hub."""
+    format: Literal["auto", "json", "imagefolder", "parquet", "tar", "dataset"] = "auto"
+    """`auto` goes by the ending; `json` also reads JSON lines and Karpathy's split files."""
+    image_root: str | None = None
+    """Folder that relative image paths start from; the annotation file's own folder when not given."""
+    image_column: str = "image"
+    """Column or key with the image or its path."""
+    caption_column: str = "caption"
+    """Column or key with the caption or list of captions."""
+    split: str | None = None
+    """Split to take where the source has several."""
+    weight: float = 1.0
+    """Passes over this source in one epoch; 0.5 shows half of it, a different half each epoch."""
+    kind: Literal["human", "web"] = "human"
+    """Written by people for the image, or found beside it."""
+
+    def __post_init__(self) -> None:
+        _require(self.weight > 0, f"weight of source {self.path} must be positive, got {self.weight}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What the model is shown."""
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    """The sources of a run, mixed by weight."""
+    max_words: int = 30
+    """Words kept of a caption."""
+    max_tokens: int = 30
+    """Word pieces kept of a caption, first and last special tokens included."""
+    crop_scale_min: float = 0.2
+    """Smallest share of the picture that a random crop shows (0.5 in fine-tuning)."""
+    flip: float = 0.5
+    """Probability of a mirror image."""
+    flip_sided_captions: bool = False
+    """Mirror also pictures whose caption says left or right (2022: true)."""
+    augment_ops: int = 2
+    """RandAugment operations drawn per picture; each is applied with probability 0.5."""
+    augment_magnitude: int = 7
+    """RandAugment strength, 0 to 10 (2022: 5, at which brightness and sharpness do nothing)."""
+    workers: int = 2
+    """Decoding processes per training process."""
+    worker_timeout: float = 120.0
+    """Seconds without a batch after which a stuck worker stops the run."""
+    streaming: bool = False
+    """Read shards in sequence with a shuffle buffer instead of by index; for sets larger than memory."""
+    shuffle_buffer: int = 10000
+    """Samples in the shuffle buffer of a streaming run."""
+    max_pixels: int = 100_000_000
+    """Pictures with more pixels than this are refused from their header."""
+    max_bad_fraction: float = 0.05
+    """Share of unreadable samples above which the run stops."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_tokens >= 3, f"max_tokens must be 3 or more, got {self.max_tokens}")
+        _require(self.max_words >= 1, f"max_words must be 1 or more, got {self.max_words}")
+        _require(0 < self.crop_scale_min <= 1, f"crop_scale_min must be in (0, 1], got {self.crop_scale_min}")
+        _require(0 <= self.augment_magnitude <= 10, f"augment_magnitude must be 0 to 10, got {self.augment_magnitude}")
+        _require(0 <= self.max_bad_fraction <= 1, f"max_bad_fraction must be in [0, 1], got {self.max_bad_fraction}")
+        _require(self.workers >= 0, f"workers must be 0 or more, got {self.workers}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how fast and how safely to train."""
+
+    epochs: float = 20.0
+    """Passes over the data; ignored when `steps` is given."""
+    steps: int | None = None
+    """Optimizer steps."""
+    batch_size: int = 75
+    """Pairs per process and forward pass."""
+    accumulate: int = 1
+    """Forward passes per optimizer step."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    min_lr: float = 1e-6
+    """Final learning rate."""
+    warmup_steps: int = 3000
+    """Steps of linear warm-up."""
+    warmup_lr: float = 1e-6
+    """Learning rate of the first step."""
+    schedule: Literal["cosine", "epoch_decay", "epoch_cosine", "constant"] = "cosine"
+    """After warm-up: cosine by step, or by whole epochs as in 2022 (`epoch_decay` multiplies by `decay` each epoch)."""
+    decay: float = 0.9
+    """Factor per epoch of `epoch_decay`."""
+    weight_decay: float = 0.05
+    """AdamW's decoupled weight decay."""
+    decay_all: bool = False
+    """Decay norms, biases, embeddings of position and the temperature too (2022: true)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moment decays."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    clip: float | None = 1.0
+    """Largest gradient norm (2022: none)."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto` is bfloat16 where the hardware multiplies it natively, else float32."""
+    compile: bool = False
+    """torch.compile the objective."""
+    seed: int = 0
+    """Everything random is a function of this, the step, the sample and the process."""
+    log_every: int = 50
+    """Steps between log lines."""
+    save_every: int = 1000
+    """Steps between resumable checkpoints."""
+    keep_checkpoints: int = 2
+    """Resumable checkpoints kept."""
+    eval_every: int = 0
+    """Steps between evaluations; 0 for only at the end."""
+    trackers: list[str] = field(default_factory=list)
+    """accelerate trackers: tensorboard, wandb, trackio; metrics.jsonl is always written."""
+    skip_nonfinite: int = 0
+    """Updates with a non-finite loss or gradient that may be skipped before the run stops."""
+    allow_change: bool = False
+    """Continue a run although its settings changed."""
+    timeout: float = 600.0
+    """Seconds after which a process that lost its peers gives up."""
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, f"batch_size must be 1 or more, got {self.batch_size}")
+        _require(self.accumulate >= 1, f"accumulate must be 1 or more, got {self.accumulate}")
+        _require(self.steps is None or self.steps >= 1, f"steps must be 1 or more, got {self.steps}")
+        _require(self.epochs > 0, f"epochs must be positive, got {self.epochs}")
+        _require(self.save_every >= 1, f"save_every must be 1 or more, got {self.save_every}")
+        _require(self.keep_checkpoints >= 1, f"keep_checkpoints must be 1 or more, got {self.keep_checkpoints}")
+        _require(self.log_every >= 1, f"log_every must be 1 or more, got {self.log_every}")
+
+
+BLIP_2022: dict[str, dict[str, Any]] = {
+    "objective": {"teacher_dropout": True},
+    "data": {"augment_magnitude": 5, "flip_sided_captions": True},
+    "train": {"schedule": "epoch_decay", "decay": 0.9, "decay_all": True, "clip": None, "precision": "float32"},
+}
+"""What the original release did where our defaults differ: field overrides for the three configs above."""

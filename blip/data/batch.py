@@ -1,0 +1,42 @@
+"""What a training step is given. B batch, T text tokens, S image side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Bad:
+    """A sample that could not be read, and why; it was replaced by another."""
+
+    key: str
+    reason: str
+
+
+@dataclass
+class Batch:
+    """B images with one text each, texts padded on the right to the longest."""
+
+    image: Tensor
+    """(B, 3, S, S) float32, normalised."""
+    ids: Tensor
+    """(B, T) int64: [CLS] word pieces [SEP], then padding."""
+    keep: Tensor
+    """(B, T) bool: False at padding; kept tokens are a prefix of every row."""
+    keys: list[str]
+    """Where each pair comes from, for people: `file:row` or `shard/member`."""
+    bad: list[Bad] = field(default_factory=list)
+    """Samples that were replaced while this batch was made."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to(self, device: torch.device) -> Batch:
+        image, ids, keep = (t.to(device, non_blocking=True) for t in (self.image, self.ids, self.keep))
+        return Batch(image, ids, keep, self.keys, self.bad)
+
+    def pin_memory(self) -> Batch:
+        return Batch(self.image.pin_memory(), self.ids.pin_memory(), self.keep.pin_memory(), self.keys, self.bad)
