@@ -1,0 +1,20 @@
+"""Fixtures shared by the tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def pytest_configure(config):
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1" if os.environ.get("PYTEST_XDIST_WORKER") else "2")))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with real photographs, emoji and vocabularies; tests that need it skip without it."""
+    folder = Path(os.environ.get("OPENBLIP_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("real data not at hand: set OPENBLIP_DATA to its folder")
+    return folder
