@@ -69,8 +69,6 @@ class TextConfig:
     """Epsilon of layer normalisation."""
     init_std: float = 0.02
     """Standard deviation of initial weights."""
-    tie_head: bool = True
-    """Whether the vocabulary head shares the word embedding."""
     pad_id: int = 0
     """[PAD]."""
     cls_id: int = 101

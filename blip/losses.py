@@ -1,0 +1,90 @@
+"""The three losses of pre-training as pure functions (paper, section 3.2).
+
+B batch, C candidates (B, or the batches of all processes), E embedding width, Q queue, N tokens to predict.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Embeddings(NamedTuple):
+    """Joint embeddings of a batch of pairs, each (B, E) of length 1."""
+
+    image: Tensor
+    text: Tensor
+
+
+class Similarities(NamedTuple):
+    """Cosines (B, B) of the batch with itself: student's images against teacher's texts, and texts against images."""
+
+    image_to_text: Tensor
+    text_to_image: Tensor
+
+
+def contrastive(
+    student: Embeddings,
+    teacher: Embeddings,
+    image_queue: Tensor,
+    text_queue: Tensor,
+    temperature: Tensor,
+    alpha: float,
+) -> tuple[Tensor, Similarities]:
+    """ITC: cross-entropy of both directions against the teacher's features and the queues (Q, E).
+
+    The target is (1 - alpha) on the true pair plus alpha times the teacher's own softmax, which gets no gradient
+    although it is divided by the same temperature. Returns the scalar loss and the batch's cosines.
+    """
+    i2t, i2t_loss = _one_direction(student.image, teacher.image, teacher.text, text_queue, temperature, alpha)
+    t2i, t2i_loss = _one_direction(student.text, teacher.text, teacher.image, image_queue, temperature, alpha)
+    return (i2t_loss + t2i_loss) / 2, Similarities(i2t, t2i)
+
+
+def _one_direction(
+    query: Tensor, query_teacher: Tensor, key: Tensor, queue: Tensor, temperature: Tensor, alpha: float
+) -> tuple[Tensor, Tensor]:
+    batch = len(query)
+    # One product reads the queue for student and teacher together, and the queue itself is never copied.
+    both = torch.cat([query, query_teacher])
+    cosines = torch.cat([both @ key.T, both @ queue.T], dim=1)
+    student, teacher = cosines.split(batch)
+    logits = student / temperature
+    with torch.no_grad():
+        soft = F.softmax(teacher / temperature, dim=1).mul_(alpha)
+    own = logits.diagonal()
+    expected = (1 - alpha) * own + (soft * logits).sum(1)
+    # Targets sum to 1, so the cross-entropy is logsumexp minus the expected logit.
+    return student[:, :batch], (logits.logsumexp(1) - expected).mean()
+
+
+@torch.no_grad()
+def hard_negatives(cosines: Tensor, temperature: Tensor, floor: float, own: Tensor) -> Tensor:
+    """Draw for each row of cosines (B, C) one wrong candidate, the likelier the more similar it seems.
+
+    `own` (B,) is each row's true candidate. `floor` is added to every weight so that no row is left without one.
+    Returns (B,) indices into C; ValueError where C is 1 and nothing is wrong.
+    """
+    if cosines.shape[1] < 2:
+        raise ValueError("image-text matching needs at least 2 pairs in a batch to draw negatives from")
+    weights = F.softmax(cosines.float() / temperature, dim=1) + floor
+    weights.scatter_(1, own[:, None], 0)
+    return torch.multinomial(weights, 1).squeeze(1)
+
+
+def matching(logits: Tensor, positives: int) -> Tensor:
+    """ITM: cross-entropy of logits (R, 2), of which the first `positives` rows are matches."""
+    return F.cross_entropy(logits, match_labels(logits, positives))
+
+
+def match_labels(logits: Tensor, positives: int) -> Tensor:
+    """(R,) int64: 1 for the first `positives` rows, else 0."""
+    return (torch.arange(len(logits), device=logits.device) < positives).long()
+
+
+def captioning(logits: Tensor, targets: Tensor, smoothing: float, ignore: int = -100) -> Tensor:
+    """LM: label-smoothed cross-entropy of logits (N, vocabulary), mean over the targets (N,) that are not `ignore`."""
+    return F.cross_entropy(logits, targets, ignore_index=ignore, label_smoothing=smoothing)

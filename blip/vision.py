@@ -1,0 +1,52 @@
+"""The image encoder: any timm ViT as image -> tokens. B batch, P image tokens, V width, S image side in pixels."""
+
+from __future__ import annotations
+
+import timm
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from blip.config import VisionConfig
+
+
+class VisionEncoder(nn.Module):
+    """A timm ViT without pooling or head (paper, section 3.1)."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        shape = {"patch_size": config.patch_size, "embed_dim": config.width, "depth": config.depth}
+        shape["num_heads"] = config.heads
+        options = {name: value for name, value in shape.items() if value is not None}
+        if config.patch_drop:
+            options["patch_drop_rate"] = config.patch_drop
+        self.vit = timm.create_model(
+            config.model,
+            img_size=config.image_size,
+            num_classes=0,
+            global_pool="",
+            drop_path_rate=config.drop_path,
+            **options,
+        )
+        if config.checkpoint:
+            self.vit.set_grad_checkpointing(True)
+        self.image_size = config.image_size
+        self.width: int = self.vit.num_features
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 3, S, S) normalised -> (B, P, V), the class token first. ValueError if S is not the size set at building."""
+        if image.shape[-2:] != (self.image_size, self.image_size):
+            height, width = image.shape[-2:]
+            raise ValueError(f"the image is {height} x {width}, the model takes {self.image_size} x {self.image_size}")
+        return self.vit.forward_features(image)
+
+
+def resize_positions(positions: Tensor, image_size: int, patch_size: int, prefix: int = 1) -> Tensor:
+    """(1, prefix + N, V) position embeddings of a square image -> those of another size, bicubic, the prefix kept.
+
+    The interpolation is the original release's (no anti-aliasing, corners not aligned), so its results carry over.
+    ValueError if `image_size` is not a multiple of `patch_size`; both in pixels.
+    """
+    if image_size % patch_size:
+        raise ValueError(f"image size {image_size} is not a multiple of the patch size {patch_size}")
+    grid = image_size // patch_size
+    return resample_abs_pos_embed(positions, [grid, grid], num_prefix_tokens=prefix, antialias=False)
