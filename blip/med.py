@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip.config import TextConfig
+from blip.linear import Linear, linear
 
 
 class _Unpack(torch.autograd.Function):
@@ -162,8 +163,8 @@ class SelfAttention(nn.Module):
     def __init__(self, config: TextConfig, causal: bool) -> None:
         super().__init__()
         self.heads, self.causal, self.dropout = config.heads, causal, config.attention_dropout
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.out = nn.Linear(config.width, config.width)
+        self.qkv = Linear(config.width, 3 * config.width)
+        self.out = Linear(config.width, config.width)
 
     def forward(self, x: Tensor, layouts: Sequence[Layout], first: bool) -> Tensor:
         """(N, D) -> (N, D), or (rows, D) for the first tokens only."""
@@ -183,8 +184,8 @@ class SelfAttention(nn.Module):
         width = x.shape[1]
         weight, bias = self.qkv.weight, self.qkv.bias
         firsts = _join([layout.first(part) for layout, part in zip(layouts, _per_layout(x, layouts), strict=True)])
-        queries = F.linear(firsts, weight[:width], bias[:width]).split([layout.rows for layout in layouts])
-        keys_values = _per_layout(F.linear(x, weight[width:], bias[width:]), layouts)
+        queries = linear(firsts, weight[:width], bias[:width]).split([layout.rows for layout in layouts])
+        keys_values = _per_layout(linear(x, weight[width:], bias[width:]), layouts)
         dropout = self.dropout if self.training else 0.0
         outs = []
         for layout, query, kv in zip(layouts, queries, keys_values, strict=True):
@@ -210,9 +211,9 @@ class CrossAttention(nn.Module):
     def __init__(self, config: TextConfig, context_width: int) -> None:
         super().__init__()
         self.dropout = config.attention_dropout
-        self.query = nn.Linear(config.width, config.width)
-        self.kv = nn.Linear(context_width, 2 * config.width)
-        self.out = nn.Linear(config.width, config.width)
+        self.query = Linear(config.width, config.width)
+        self.kv = Linear(context_width, 2 * config.width)
+        self.out = Linear(config.width, config.width)
 
     def forward(self, x: Tensor, layouts: Sequence[Layout], contexts: Sequence[Context], layer: int) -> Tensor:
         """(N, D) -> (N, D)."""
@@ -238,8 +239,8 @@ class Block(nn.Module):
             self.causal_norm = nn.LayerNorm(width, eps)
             self.cross = CrossAttention(config, context_width)
             self.cross_norm = nn.LayerNorm(width, eps)
-        self.up = nn.Linear(width, config.hidden)
-        self.down = nn.Linear(config.hidden, width)
+        self.up = Linear(width, config.hidden)
+        self.down = Linear(config.hidden, width)
         self.ffn_norm = nn.LayerNorm(width, eps)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -269,15 +270,15 @@ class Med(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, context_width) for _ in range(config.layers))
         if context_width is not None:
-            self.head_dense = nn.Linear(config.width, config.width)
+            self.head_dense = Linear(config.width, config.width)
             self.head_norm = nn.LayerNorm(config.width, config.norm_eps)
             self.head_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.apply(self._initialise)
 
     def _initialise(self, module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, (Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.init_std)
-        if isinstance(module, nn.Linear) and module.bias is not None:
+        if isinstance(module, Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
     def context(self, states: Tensor, keep: Tensor | None = None) -> Context:
@@ -335,10 +336,10 @@ class Med(nn.Module):
     def vocabulary(self, states: Tensor) -> Tensor:
         """States (..., D) -> logits (..., vocabulary); the word embedding is the last layer's weight."""
         states = self.head_norm(F.gelu(self.head_dense(states)))
-        return F.linear(states, self.word.weight, self.head_bias)
+        return linear(states, self.word.weight, self.head_bias)
 
     def step(self, ids: Tensor, cache: Cache, context: Context) -> Tensor:
-        """Read the next token of each row, ids (R,), after those in `cache` -> states (R, D); the cache grows by one."""
+        """Read the next token of each row, ids (R,), after those in the cache (which grows by one) -> states (R, D)."""
         at = cache.filled
         x = self._embed(ids, torch.full_like(ids, at))
         layout = [Layout(torch.ones(len(ids), 1, dtype=torch.bool, device=ids.device))]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip.config import BlipConfig
+from blip.linear import Linear
 from blip.med import Context, Med, Pass
 from blip.vision import VisionEncoder
 
@@ -23,8 +24,8 @@ class Towers(nn.Module):
         self.config = config
         self.vision = VisionEncoder(config.vision)
         self.med = Med(config.text, self.vision.width if grounded else None)
-        self.image_proj = nn.Linear(self.vision.width, config.embed_dim)
-        self.text_proj = nn.Linear(config.text.width, config.embed_dim)
+        self.image_proj = Linear(self.vision.width, config.embed_dim)
+        self.text_proj = Linear(config.text.width, config.embed_dim)
 
     def embed_image(self, tokens: Tensor) -> Tensor:
         """Image tokens (B, P, V) from `vision` -> joint embeddings (B, E) of length 1, from the class token."""
@@ -41,7 +42,7 @@ class Blip(Towers):
 
     def __init__(self, config: BlipConfig) -> None:
         super().__init__(config, grounded=True)
-        self.match_head = nn.Linear(config.text.width, 2)
+        self.match_head = Linear(config.text.width, 2)
         self.temperature = nn.Parameter(torch.tensor(config.temperature))
 
     def context(self, tokens: Tensor) -> Context:

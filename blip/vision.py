@@ -7,6 +7,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from blip.config import VisionConfig
+from blip.linear import adopt
 
 
 class VisionEncoder(nn.Module):
@@ -27,13 +28,14 @@ class VisionEncoder(nn.Module):
             drop_path_rate=config.drop_path,
             **options,
         )
+        adopt(self.vit)
         if config.checkpoint:
             self.vit.set_grad_checkpointing(True)
         self.image_size = config.image_size
         self.width: int = self.vit.num_features
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, S, S) normalised -> (B, P, V), the class token first. ValueError if S is not the size set at building."""
+        """(B, 3, S, S) normalised -> (B, P, V), the class token first. ValueError if S is not `image_size`."""
         if image.shape[-2:] != (self.image_size, self.image_size):
             height, width = image.shape[-2:]
             raise ValueError(f"the image is {height} x {width}, the model takes {self.image_size} x {self.image_size}")

@@ -12,6 +12,10 @@ import torch
 import torch.nn.functional as F
 
 
+def apply(layer, x):
+    return F.linear(x, layer.weight, layer.bias)
+
+
 def attention(q, k, v, heads, mask, dropout, training):
     def split(x):
         return x.view(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
@@ -29,9 +33,9 @@ def vision(encoder, image):
     x = vit.patch_embed.proj(image).flatten(2).transpose(1, 2)
     x = torch.cat([vit.cls_token.expand(len(x), -1, -1), x], dim=1) + vit.pos_embed
     for block in vit.blocks:
-        q, k, v = block.attn.qkv(block.norm1(x)).chunk(3, dim=-1)
-        x = x + block.attn.proj(attention(q, k, v, block.attn.num_heads, None, 0.0, False))
-        x = x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))
+        q, k, v = apply(block.attn.qkv, block.norm1(x)).chunk(3, dim=-1)
+        x = x + apply(block.attn.proj, attention(q, k, v, block.attn.num_heads, None, 0.0, False))
+        x = x + apply(block.mlp.fc2, F.gelu(apply(block.mlp.fc1, block.norm2(x))))
     return vit.norm(x)
 
 
@@ -46,27 +50,27 @@ def text(med, ids, keep, causal=False, tokens=None):
     x = F.dropout(x, config.dropout, training)
     for block in med.blocks:
         own, norm = (block.causal, block.causal_norm) if causal else (block.text, block.text_norm)
-        q, k, v = own.qkv(x).chunk(3, dim=-1)
-        y = own.out(attention(q, k, v, config.heads, mask, config.attention_dropout, training))
+        q, k, v = apply(own.qkv, x).chunk(3, dim=-1)
+        y = apply(own.out, attention(q, k, v, config.heads, mask, config.attention_dropout, training))
         x = norm(x + F.dropout(y, config.dropout, training))
         if tokens is not None:
-            k, v = block.cross.kv(tokens).chunk(2, dim=-1)
-            y = attention(block.cross.query(x), k, v, config.heads, None, config.attention_dropout, training)
-            x = block.cross_norm(x + F.dropout(block.cross.out(y), config.dropout, training))
-        y = block.down(F.gelu(block.up(x)))
+            k, v = apply(block.cross.kv, tokens).chunk(2, dim=-1)
+            y = attention(apply(block.cross.query, x), k, v, config.heads, None, config.attention_dropout, training)
+            x = block.cross_norm(x + F.dropout(apply(block.cross.out, y), config.dropout, training))
+        y = apply(block.down, F.gelu(apply(block.up, x)))
         x = block.ffn_norm(x + F.dropout(y, config.dropout, training))
     return x
 
 
 def logits(med, states):
-    return med.head_norm(F.gelu(med.head_dense(states))) @ med.word.weight.T + med.head_bias
+    return med.head_norm(F.gelu(apply(med.head_dense, states))) @ med.word.weight.T + med.head_bias
 
 
 def features(towers, image, ids, keep):
     tokens = vision(towers.vision, image)
     states = text(towers.med, ids, keep)
-    image = F.normalize(towers.image_proj(tokens[:, 0]), dim=-1)
-    return tokens, image, F.normalize(towers.text_proj(states[:, 0]), dim=-1)
+    image = F.normalize(apply(towers.image_proj, tokens[:, 0]), dim=-1)
+    return tokens, image, F.normalize(apply(towers.text_proj, states[:, 0]), dim=-1)
 
 
 def draw(sim, batch):
@@ -110,7 +114,7 @@ def losses(pretrain, image, ids, keep, alpha, negatives=None, length=30):
         torch.cat([keep, keep[text_of_image]]),
         tokens=torch.cat([tokens[image_of_text], tokens]),
     )
-    match = model.match_head(torch.cat([positive[:, 0], negative[:, 0]]))
+    match = apply(model.match_head, torch.cat([positive[:, 0], negative[:, 0]]))
     itm = F.cross_entropy(match, torch.cat([torch.ones(batch), torch.zeros(2 * batch)]).long())
 
     dec = ids.clone()

@@ -1,0 +1,54 @@
+"""Files from the hub, without the minutes of retries when it is out of reach."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+
+
+def file(repository: str, name: str, option: str) -> Path:
+    """A file of a repository on the hub, from the local cache or downloaded.
+
+    FileNotFoundError, within 2 seconds if the hub is out of reach, that says what to download and which `option` takes
+    a local path instead.
+    """
+    cached = try_to_load_from_cache(repository, name)
+    if isinstance(cached, str):
+        return Path(cached)
+    remedy = f"run `hf download {repository} {name}` where there is a network, or give a local path as {option}"
+    if not in_reach():
+        raise FileNotFoundError(f"{repository}/{name} is not in the local cache and the hub is out of reach: {remedy}")
+    try:
+        return Path(hf_hub_download(repository, name))
+    except (OSError, ValueError) as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileNotFoundError(f"{repository}/{name} cannot be downloaded ({why}): {remedy}") from None
+
+
+def in_reach(seconds: float = 1.5) -> bool:
+    """Whether the hub takes a connection and HF_HUB_OFFLINE is not set; a proxy is taken to work."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if any(os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")):
+        return True
+    url = urlsplit(constants.ENDPOINT)
+    answers: list[bool] = []
+
+    def connect() -> None:
+        port = url.port or (443 if url.scheme == "https" else 80)
+        try:
+            socket.create_connection((url.hostname, port), seconds).close()
+        except OSError:
+            return
+        answers.append(True)
+
+    # In a thread, because looking up the address has no time limit of its own.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(answers)
