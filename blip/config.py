@@ -186,6 +186,8 @@ class SourceConfig:
     """Passes over this source in one epoch; 0.5 shows half of it, a different half each epoch."""
     kind: Literal["human", "web"] = "human"
     """Written by people for the image, or found beside it."""
+    allow_truncated: bool = False
+    """Use the readable part of a tar shard that is cut off, instead of stopping."""
 
     def __post_init__(self) -> None:
         _require(self.weight > 0, f"weight of source {self.path} must be positive, got {self.weight}")
@@ -223,6 +225,8 @@ class DataConfig:
     """Pictures with more pixels than this are refused from their header."""
     max_bad_fraction: float = 0.05
     """Share of unreadable samples above which the run stops."""
+    max_unknown: float = 0.01
+    """Share of unknown word pieces in a sample of the captions above which the tokenizer is refused."""
 
     def __post_init__(self) -> None:
         _require(self.max_tokens >= 3, f"max_tokens must be 3 or more, got {self.max_tokens}")

@@ -6,15 +6,72 @@ Each image is looked at by all the texts it has to be matched with in either dir
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from blip.config import DataConfig, SourceConfig
+from blip.data.errors import BadSample, DataError
+from blip.data.images import decode
+from blip.data.sources import Source, open_source
+from blip.data.text import clean_caption
+from blip.data.transforms import EvalTransform
 from blip.model import Blip, starting_with
 from blip.tokenizer import Tokenizer
 
 RANKS = (1, 5, 10)
+
+
+class Gallery(NamedTuple):
+    """Held-out pictures and texts, as `retrieval` takes them."""
+
+    images: Iterable[Tensor]
+    """Normalised pictures (B, 3, S, S) in order, as often as asked for."""
+    texts: list[str]
+    """Cleaned captions."""
+    image_of_text: list[int]
+    """Which picture each caption belongs to."""
+
+    @classmethod
+    def open(
+        cls, config: SourceConfig, image_size: int, *, limit: int | None = None, batch: int = 50, workers: int = 0
+    ) -> Gallery:
+        """The first `limit` rows of a source with all their captions. DataError for a row that cannot be used."""
+        source = open_source(config)
+        count = len(source) if limit is None else min(limit, len(source))
+        pictures = _Pictures(source, count, image_size)
+        texts, owner = [], []
+        for row in range(count):
+            for caption in pictures.record(row).captions:
+                texts.append(clean_caption(caption, DataConfig.max_words))
+                owner.append(row)
+        return cls(DataLoader(pictures, batch, num_workers=workers), texts, owner)
+
+
+class _Pictures(Dataset):
+    """The pictures of a source; nothing is left out silently, so an unreadable one stops the evaluation."""
+
+    def __init__(self, source: Source, count: int, image_size: int) -> None:
+        self.source, self.count, self.transform = source, count, EvalTransform(image_size)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def record(self, row: int):
+        try:
+            return self.source[row]
+        except BadSample as error:
+            raise DataError(f"{self.source.key(row)} cannot be evaluated: {error}") from None
+
+    def __getitem__(self, row: int) -> Tensor:
+        record = self.record(row)
+        try:
+            return self.transform(decode(record.image, DataConfig.max_pixels))
+        except BadSample as error:
+            raise DataError(f"{record.key} cannot be evaluated: {error}") from None
 
 
 @torch.no_grad()

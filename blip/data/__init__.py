@@ -1,0 +1,1 @@
+"""Pairs of images and texts: sources -> Batch, in one process or many."""

@@ -1,0 +1,214 @@
+"""Directories that are there whole or not at all, and files that say what they are before they are trusted."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+MANIFEST = "MANIFEST.json"
+_ALIAS = "same_as:"
+
+
+class WriteError(RuntimeError):
+    """A file could not be written; nothing of it was left behind."""
+
+
+def checkpoint_event(event: str, path: Path) -> None:
+    """Called before and after each thing that is written, renamed or removed; a place for tests to pull the plug."""
+
+
+def write_directory(
+    target: Path, writers: dict[str, tuple[Callable[[Path], None], int]], facts: dict | None = None
+) -> None:
+    """Write files into a new directory, all or nothing.
+
+    `writers` maps a file name to a function that writes it and the bytes it will need about. With `facts`, a manifest
+    of them and of each file's size and SHA-256 comes last; then the directory gets its name in one rename. WriteError
+    when the disk is full or refuses, naming the path and the bytes needed and free.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _require_space(target, sum(size for _, size in writers.values()))
+    partial = target.parent / f".tmp-{target.name}-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        files = {name: _write_one(partial / name, write, size) for name, (write, size) in writers.items()}
+        if facts is not None:
+            manifest = json.dumps({**facts, "files": files}, indent=1).encode()
+            _write_one(partial / MANIFEST, lambda path: write_bytes(path, manifest), len(manifest))
+        _sync(partial)
+        checkpoint_event("before rename", target)
+        os.rename(partial, target)
+        _sync(target.parent)
+        checkpoint_event("after rename", target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def clear_unfinished(parent: Path) -> None:
+    """Remove what a killed process left half written; only where nobody else writes."""
+    for partial in parent.glob(".tmp-*"):
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+def _write_one(path: Path, write: Callable[[Path], None], size: int) -> dict[str, str | int]:
+    checkpoint_event("before write", path)
+    with explain_write(path, size):
+        write(path)
+        checkpoint_event("after write", path)
+        _sync(path)
+    return {"sha256": sha256(path), "bytes": path.stat().st_size}
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that it survives a power cut."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Give a file new content in one rename, so that a reader sees the old or the new."""
+    partial = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        with explain_write(path, len(content)):
+            write_bytes(partial, content)
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def explain_write(path: Path, size: int) -> Iterator[None]:
+    """Turn whatever a library says of a failed write into one message."""
+    try:
+        yield
+    # torch and safetensors say of a full disk what they saw of it: unexpected positions, errno in a text.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(path.parent).free
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or free < size
+        hint = "Free some space or lower train.keep_checkpoints. " if full else ""
+        raise WriteError(
+            f"could not write {path}: needs about {size:,} bytes, {free:,} bytes are free. {hint}"
+            f"The reason given: {error}"
+        ) from error
+
+
+def _require_space(target: Path, size: int) -> None:
+    free = shutil.disk_usage(target.parent).free
+    if free < size:
+        raise WriteError(
+            f"could not write {target}: needs about {size:,} bytes, {free:,} bytes are free. "
+            "Free some space or lower train.keep_checkpoints."
+        )
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_manifest(directory: Path) -> dict:
+    """The manifest of a directory whose files are all as they were written; ValueError names the first that is not."""
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+        files = manifest["files"].items()
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error})") from error
+    for name, said in files:
+        file = directory / name
+        if not file.is_file():
+            raise ValueError(f"{file} is missing")
+        if file.stat().st_size != said["bytes"]:
+            raise ValueError(f"{file} has {file.stat().st_size:,} bytes, its manifest says {said['bytes']:,}")
+        if sha256(file) != said["sha256"]:
+            raise ValueError(f"{file} does not have the SHA-256 of its manifest")
+    return manifest
+
+
+def tensor_bytes(tensors: dict[str, Tensor]) -> int:
+    """Bytes that `write_tensors` needs, about."""
+    return sum(t.numel() * t.element_size() for t in tensors.values()) + 200 * len(tensors)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A state dict as safetensors; a tensor under several names is stored once and the names are kept."""
+    stored: dict[str, Tensor] = {}
+    first_name: dict[tuple, str] = {}
+    storages: set[int] = set()
+    metadata = {"format": "pt"}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if tensor.numel() and place in first_name:
+            metadata[_ALIAS + name] = first_name[place]
+            continue
+        first_name[place] = name
+        storage = tensor.untyped_storage().data_ptr()
+        # A view into a storage that another name uses has to be a tensor of its own in the file.
+        shared = tensor.numel() and storage in storages
+        stored[name] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
+        storages.add(storage)
+    save_file(stored, path, metadata)
+
+
+def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """What `write_tensors` wrote. ValueError says what the file is instead, where it is something else."""
+    refuse_impostor(path)
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}); fetch or save it again") from error
+    for name, target in metadata.items():
+        if name.startswith(_ALIAS):
+            tensors[name.removeprefix(_ALIAS)] = tensors[target]
+    return tensors
+
+
+def refuse_impostor(path: Path) -> None:
+    """ValueError if the first bytes show that a weight file is a web page, a Git LFS pointer, a pickle or cut short."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    size = path.stat().st_size
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git LFS pointer, not weights: run `git lfs pull`, or download the file itself")
+    if head.lstrip()[:1] == b"<":
+        raise ValueError(f"{path} is a web page, not weights: the download went wrong; fetch it again")
+    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        raise ValueError(f"{path} is a pickle, not safetensors: convert it with `blip convert`")
+    if size < 8 or struct.unpack("<Q", head[:8])[0] > size - 8:
+        raise ValueError(f"{path} is cut short or not safetensors ({size:,} bytes): fetch or save it again")
+
+
+def read_pickled_tensors(path: Path) -> dict:
+    """Read a torch.save file of plain tensors and numbers; nothing in it can run."""
+    return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,0 +1,53 @@
+"""Randomness that is a function of a key alone, so that a resumed run draws what an unbroken one would have drawn."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+_MASK = (1 << 64) - 1
+
+
+def mix(*values: int) -> int:
+    """64 well-mixed bits of some integers (splitmix64); the order of the integers matters."""
+    state = 0
+    for value in values:
+        state = (state + (value & _MASK) + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state
+
+
+def permutation(n: int, *key: int) -> np.ndarray:
+    """The numbers 0 to n-1, int64, in an order fixed by the key, the same under every version of numpy."""
+    h = np.arange(n, dtype=np.uint64)
+    h *= np.uint64(0x9E3779B97F4A7C15)
+    h += np.uint64(mix(*key))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        h ^= h >> np.uint64(shift)
+        h *= np.uint64(factor)
+    h ^= h >> np.uint64(31)
+    return np.argsort(h, kind="stable").astype(np.int64, copy=False)
+
+
+@contextlib.contextmanager
+def scoped(*key: int) -> Iterator[None]:
+    """Seed Python's and torch's CPU generators for the body, and put back their state afterwards.
+
+    torchvision and timm draw from the global generators; this keeps their draws from depending on, or leaking into,
+    anything else.
+    """
+    python, cpu = random.getstate(), torch.default_generator.get_state()
+    seed = mix(*key)
+    random.seed(seed)
+    torch.default_generator.manual_seed(seed >> 1)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        torch.default_generator.set_state(cpu)

@@ -1,0 +1,75 @@
+"""The list of unreadable samples of a run: each once, with its reason, and a limit on how many there may be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from blip.data.batch import Bad
+from blip.data.errors import TooManyBad
+
+_MINIMUM = 200
+"""Samples that must have been seen before the share of bad ones is judged."""
+
+
+class Ledger:
+    """Appends to a JSON-lines file of {key, reason}; a run that continues reads what it has already written.
+
+    Each process of a run keeps its own file.
+    """
+
+    def __init__(self, path: str | Path, max_bad_fraction: float = 0.05):
+        self.path, self.max_bad_fraction = Path(path), max_bad_fraction
+        self._reasons: dict[str, str] = {}
+        self._bad_draws = 0
+        self._torn = False  # whether the last line was cut off
+        if self.path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        self._torn = bool(text) and not text.endswith("\n")
+        for line in text.split("\n"):
+            try:
+                entry = json.loads(line)
+            except ValueError:  # empty, or the last line of a run that was killed while it wrote
+                continue
+            self._reasons[entry["key"]] = entry["reason"]
+
+    def __len__(self) -> int:
+        """Different bad samples so far."""
+        return len(self._reasons)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._reasons
+
+    def add(self, bads: Iterable[Bad], seen: int) -> None:
+        """Note bad samples, when this process has been given `seen` good ones since this object was made.
+
+        Raises TooManyBad when, of all that was drawn, the share that was bad is above the limit.
+        """
+        bads = list(bads)
+        self._bad_draws += len(bads)
+        draws = seen + self._bad_draws
+        new = {b.key: b.reason for b in bads if b.key not in self._reasons}
+        if new:
+            self._append(new)
+            self._reasons.update(new)
+        if draws >= _MINIMUM and self._bad_draws > self.max_bad_fraction * draws:
+            raise TooManyBad(self._message(draws))
+
+    def _append(self, new: dict[str, str]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("\n" * self._torn)
+            file.writelines(json.dumps({"key": k, "reason": r}) + "\n" for k, r in new.items())
+        self._torn = False
+
+    def _message(self, draws: int) -> str:
+        first = "; ".join(f"{k}: {r}" for k, r in list(self._reasons.items())[:3])
+        return (
+            f"{self._bad_draws} of {draws} samples drawn ({self._bad_draws / draws:.1%}) are unreadable, "
+            f"more than data.max_bad_fraction = {self.max_bad_fraction:.1%}; the first: {first}. "
+            f"All {len(self)} are in {self.path}. Repair them, or raise data.max_bad_fraction"
+        )

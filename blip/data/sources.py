@@ -1,0 +1,502 @@
+"""Where image-text pairs come from. A source gives a row's encoded picture and captions; it never decodes.
+
+Nothing that data says is fetched or executed: image paths are files under a folder that the user named, shards are
+local files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from blip.config import SourceConfig
+from blip.data.errors import BadSample, DataError
+from blip.data.images import MAX_BYTES
+from blip.data.json_rows import read_rows
+from blip.data.tars import Member, Shard, read_member
+
+_ADDRESS = re.compile(r"^(?:[a-z][a-z0-9+.\-]*:/|(?:pipe|data|file|ssh|s3|gs|hf):)", re.IGNORECASE)
+_PLAIN = re.compile(r"^[\w\-][\w\-./ ]*\Z")
+"""Nearly all image paths; what does not match is looked at more closely."""
+_ENDINGS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "json", ".parquet": "parquet", ".tar": "tar"}
+_BLOCK = 1 << 16
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row as it is stored."""
+
+    key: str
+    """`file:row` or `shard/member`, for people and for the ledger."""
+    image: bytes | Path | Image.Image
+    """Encoded, or where it is, or (from a source that draws) the picture itself."""
+    captions: list[str]
+    """One or more; one of them is shown per epoch."""
+
+
+class Source(Protocol):
+    """Rows by number. `source[row]` raises BadSample for a row that cannot be used."""
+
+    weight: float
+    """Passes over this source in one epoch."""
+    kind: str
+    """human or web."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int) -> Record: ...
+
+    def key(self, row: int) -> str:
+        """The row's `Record.key`, without reading it."""
+
+    def identity(self) -> str:
+        """What tells this data from other data: file names, sizes, row counts."""
+
+
+# Paths ----------------------------------------------------------------------------------------------------------------
+
+
+def check_spec(path: str) -> str:
+    """A path that a user gave for a source, with ~ expanded. Raises DataError for commands, addresses and variables."""
+    if _ADDRESS.match(path) or "${" in path or path.lstrip().startswith("|"):
+        raise DataError(f"source {path!r}: only local files are read; download it first, or mount it")
+    return os.path.expanduser(path)
+
+
+def check_name(name: str, root: Path) -> str | None:
+    """Why an image path written in data may not be opened under `root`, as far as the text tells; None if it may."""
+    if _PLAIN.match(name) and ".." not in name:
+        return None
+    if _ADDRESS.match(name) or name.startswith("\\\\"):
+        return f"image {name!r} is an address, and data is never fetched: download the pictures first"
+    if "\0" in name or not name:
+        return f"image {name!r} is not a path"
+    inside = os.path.normpath(os.path.join(root, name))
+    if not _under(inside, str(root)):
+        return f"image {name!r} is outside {root}: set image_root to a folder that holds all pictures (/ allows any)"
+    return None
+
+
+def _under(path: str, root: str) -> bool:
+    return path == root or path.startswith(root.rstrip("/") + "/")
+
+
+def _contained(name: str, root: Path) -> Path:
+    """The file that a name in data means, links followed. Raises BadSample if that is not under `root`."""
+    reason = check_name(name, root)
+    if reason:
+        raise BadSample(reason)
+    path = os.path.realpath(os.path.join(root, name))
+    if not _under(path, os.path.realpath(root)):
+        raise BadSample(f"image {name!r} is a link that leads outside {root}: set image_root to / to allow it")
+    return Path(path)
+
+
+def root_of(config: SourceConfig, default: Path) -> Path:
+    """The folder that image paths start from and must stay in."""
+    if config.image_root is None:
+        return Path(os.path.abspath(default))
+    root = Path(check_spec(config.image_root))
+    if not root.is_dir():
+        raise DataError(f"source {config.path}: image_root {root} is not a folder")
+    return Path(os.path.abspath(root))
+
+
+# Rows of {image, caption} ---------------------------------------------------------------------------------------------
+
+
+def pair(row: dict[str, Any], image_column: str, caption_column: str, where: str) -> tuple[str, list[str]]:
+    """(image path, captions) of an annotation row; an empty list of captions is a picture without pairs.
+
+    Raises DataError that names the row and the columns there are.
+    """
+    image, captions = row.get(image_column), row.get(caption_column)
+    if not isinstance(image, str):
+        raise DataError(f"{where} has no image path in {image_column!r} ({_columns(row)}); set image_column")
+    if isinstance(captions, str):
+        return image, [captions]
+    if isinstance(captions, list) and all(isinstance(c, str) for c in captions):
+        return image, captions
+    raise DataError(
+        f"{where} has no caption or list of captions in {caption_column!r} ({_columns(row)}); set caption_column"
+    )
+
+
+def _columns(row: dict[str, Any]) -> str:
+    return f"it has: {', '.join(sorted(map(str, row)))[:200] or 'nothing'}"
+
+
+class Table:
+    """Annotation rows as two Arrow columns: some 100 bytes a row, shared with the workers instead of copied."""
+
+    def __init__(self, config: SourceConfig, files: Sequence[Path], root: Path, columns: tuple[str, str]):
+        self.weight, self.kind = config.weight, config.kind
+        self.root, self.files, self._config, self._columns = root, list(files), config, columns
+        blocks = list(_blocks(self._rows(), _BLOCK))
+        if not blocks:
+            split = f" of split {config.split!r}" if config.split else ""
+            raise DataError(f"source {config.path}: no rows{split}")
+        self._images = pa.concat_arrays([b[0] for b in blocks])
+        self._captions = pa.concat_arrays([b[1] for b in blocks])
+        self._numbers = np.concatenate([b[2] for b in blocks])
+        self._file_of = np.concatenate([b[3] for b in blocks])
+        self._check_some_exist()
+
+    def _rows(self) -> Iterator[tuple[str, list[str], int, int]]:
+        image_column, caption_column = self._columns
+        splits = set(self._config.split.split("+")) if self._config.split else None
+        for f, file in enumerate(self.files):
+            folder = "." if self._config.image_root else os.path.relpath(os.path.abspath(file.parent), self.root)
+            for number, row in read_rows(file):
+                where = f"{file}: row {number}"
+                if splits is not None:
+                    if "split" not in row:
+                        raise DataError(f"{where} has no 'split', but split {self._config.split!r} was asked for")
+                    if row["split"] not in splits:
+                        continue
+                image, captions = pair(row, image_column, caption_column, where)
+                if not captions:
+                    continue
+                name = image if folder == "." or os.path.isabs(image) else f"{folder}/{image}"
+                reason = check_name(name, self.root)
+                if reason:
+                    raise DataError(f"{where}: {reason}")
+                yield name, captions, number, f
+
+    def _check_some_exist(self) -> None:
+        """A wrong image_root is found at the start instead of after an epoch of replaced samples."""
+        rows = np.linspace(0, len(self) - 1, min(16, len(self)), dtype=np.int64)
+        names = [self._images[int(r)].as_py() for r in rows]
+        if not any((self.root / n).exists() for n in names):
+            raise DataError(
+                f"source {self._config.path}: none of its pictures is there; looked for {self.root / names[0]}. "
+                "Set image_root to the folder that the paths in the file start from"
+            )
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def key(self, row: int) -> str:
+        return f"{self.files[self._file_of[row]].name}:{self._numbers[row]}"
+
+    def __getitem__(self, row: int) -> Record:
+        image = _contained(self._images[row].as_py(), self.root)
+        return Record(self.key(row), image, self._captions[row].as_py())
+
+    def identity(self) -> str:
+        return _identity(self.files, len(self), self._config)
+
+
+def _blocks(rows: Iterable[tuple[str, list[str], int, int]], size: int) -> Iterator[tuple]:
+    """Rows in Arrow arrays of at most `size`, so that Python objects for only that many exist at once."""
+    block: list[tuple[str, list[str], int, int]] = []
+
+    def built() -> tuple:
+        images, captions, numbers, files = zip(*block, strict=True)
+        texts = [[c if c.isascii() else c.encode("utf-8", "ignore").decode() for c in cs] for cs in captions]
+        return (
+            pa.array([i if i.isascii() else i.encode("utf-8", "replace").decode() for i in images], pa.large_string()),
+            pa.array(texts, pa.large_list(pa.large_string())),
+            np.array(numbers, np.int64),
+            np.array(files, np.int32),
+        )
+
+    for row in rows:
+        block.append(row)
+        if len(block) == size:
+            yield built()
+            block.clear()
+    if block:
+        yield built()
+
+
+def _identity(files: Sequence[Path], rows: int, config: SourceConfig) -> str:
+    columns = (config.image_column, config.caption_column, config.split, config.weight, rows)
+    return json.dumps([columns, [(f.name, f.stat().st_size) for f in files]])
+
+
+# datasets: parquet, saved data sets, the hub --------------------------------------------------------------------------
+
+
+class Hosted:
+    """A `datasets.Dataset`: memory-mapped Arrow that workers open by name."""
+
+    def __init__(self, config: SourceConfig, data: datasets.Dataset, root: Path | None, files: Sequence[Path] = ()):
+        self.weight, self.kind = config.weight, config.kind
+        self._config, self._root, self._files = config, root, list(files)
+        for column, option in ((config.image_column, "image_column"), (config.caption_column, "caption_column")):
+            if column not in data.column_names:
+                have = ", ".join(data.column_names)
+                raise DataError(f"source {config.path} has no column {column!r} (it has: {have}); set {option}")
+        if not len(data):
+            raise DataError(f"source {config.path}: no rows")
+        rows = [parquet_file(f).metadata.num_rows for f in self._files]
+        self._ends = np.cumsum(rows)
+        data = data.select_columns([config.image_column, config.caption_column])
+        if isinstance(data.features[config.image_column], datasets.Image):
+            data = data.cast_column(config.image_column, datasets.Image(decode=False))
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def key(self, row: int) -> str:
+        if not self._files:
+            return f"{Path(self._config.path).name}:{row}"
+        f = int(np.searchsorted(self._ends, row, side="right"))
+        return f"{self._files[f].name}:{row - (int(self._ends[f - 1]) if f else 0)}"
+
+    def __getitem__(self, row: int) -> Record:
+        values = self._data[int(row)]
+        return record(self.key(row), values[self._config.image_column], values[self._config.caption_column], self._root)
+
+    def identity(self) -> str:
+        features = str(self._data.features)
+        return json.dumps([_identity(self._files, len(self), self._config), features, self._config.path])
+
+
+def record(key: str, image: Any, captions: Any, root: Path | None) -> Record:
+    """A Record of column values: image bytes, a path, or {bytes, path}; a caption or a list. Raises BadSample."""
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, str):
+        image = _contained_in_any(image, root)
+    if not isinstance(image, bytes | Path):
+        raise BadSample("the row has no image")
+    texts = [captions] if isinstance(captions, str) else captions
+    texts = [c for c in texts if isinstance(c, str)] if isinstance(texts, list) else []
+    if not texts:
+        raise BadSample("the row has no caption")
+    return Record(key, image, texts)
+
+
+def _contained_in_any(name: str, root: Path | None) -> Path:
+    """Under the root, or in the cache that `datasets` and the hub fill themselves."""
+    cache = Path(os.path.realpath(datasets.config.HF_CACHE_HOME))
+    if os.path.isabs(name) and _under(os.path.realpath(name), str(cache)):
+        return Path(os.path.realpath(name))
+    if root is None:
+        raise BadSample(f"image {name!r} is a path: set image_root to the folder that paths may start from")
+    return _contained(name, root)
+
+
+def parquet_file(file: Path) -> pq.ParquetFile:
+    """Open a parquet file. Raises DataError that names it."""
+    try:
+        return pq.ParquetFile(file)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file} is not readable parquet: {str(error).splitlines()[0]}") from None
+
+
+def _open_parquet(config: SourceConfig, files: Sequence[Path]) -> Hosted:
+    for file in files:
+        parquet_file(file)  # for an error that names the file
+    try:
+        data = datasets.load_dataset("parquet", data_files=[str(f) for f in files], split="train")
+    except Exception as error:  # datasets wraps pyarrow's errors in several types of its own
+        raise DataError(f"source {config.path} is not readable parquet: {_first_cause(error)}") from None
+    return Hosted(config, data, root_of(config, files[0].parent), files)
+
+
+def _first_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _open_dataset(config: SourceConfig) -> Hosted:
+    path = Path(check_spec(config.path))
+    root = root_of(config, path) if config.image_root or path.is_dir() else None
+    try:
+        if path.is_dir():
+            data = datasets.load_from_disk(str(path))
+        else:
+            data = datasets.load_dataset(config.path, split=config.split)
+    except Exception as error:
+        raise DataError(
+            f"source {config.path} is neither a folder written by save_to_disk nor a data set that the hub gives: "
+            f"{_first_cause(error)}"
+        ) from None
+    if isinstance(data, dict):
+        names = ", ".join(data)
+        if config.split not in data:
+            raise DataError(f"source {config.path}: set split to one of {names}, got {config.split!r}")
+        data = data[config.split]
+    return Hosted(config, data, root)
+
+
+# Tar shards -----------------------------------------------------------------------------------------------------------
+
+
+class Tars:
+    """Samples of tar shards by number; headers are read at the start, members when they are asked for."""
+
+    def __init__(self, config: SourceConfig, files: Sequence[Path]):
+        self.weight, self.kind = config.weight, config.kind
+        self.files, self._config = list(files), config
+        names, spans, is_json, of = [], [], [], []
+        for f, file in enumerate(files):
+            shard = Shard(file, allow_truncated=config.allow_truncated)
+            names.append(pa.array(shard.names, pa.large_string()))
+            spans.append(shard.spans())
+            is_json.append(shard.is_json())
+            of.append(np.full(len(shard), f, np.int32))
+        self._names, self._spans = pa.concat_arrays(names), np.concatenate(spans)
+        self._is_json, self._file_of = np.concatenate(is_json), np.concatenate(of)
+        for column, what in ((1, "image"), (3, "caption")):
+            if not (self._spans[:, column] >= 0).any():
+                raise DataError(f"source {config.path}: no sample has {'an' if what == 'image' else 'a'} {what} member")
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def key(self, row: int) -> str:
+        return f"{self.files[self._file_of[row]].name}/{self._names[row].as_py()}"
+
+    def __getitem__(self, row: int) -> Record:
+        at, size, text_at, text_size = (int(v) for v in self._spans[row])
+        shard = self.files[self._file_of[row]]
+        caption = Member(text_at, text_size), bool(self._is_json[row])
+        return tar_record(shard, self.key(row), Member(at, size), caption, self._config.caption_column)
+
+    def identity(self) -> str:
+        return _identity(self.files, len(self), self._config)
+
+
+def tar_record(shard: Path, key: str, image: Member, caption: tuple[Member, bool], column: str) -> Record:
+    """Read one sample of a shard. Raises BadSample when a part is missing."""
+    if image.size < 0 or caption[0].size < 0:
+        raise BadSample(f"no {'image' if image.size < 0 else 'caption'} member")
+    if max(image.size, caption[0].size) > MAX_BYTES:
+        raise BadSample(f"a member of more than {MAX_BYTES:,} bytes")
+    text: Any = read_member(shard, caption[0]).decode("utf-8", "replace")
+    if caption[1]:
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise BadSample(f"its .json member is not valid JSON: {error}") from None
+        text = values.get(column) if isinstance(values, dict) else values
+    return record(key, read_member(shard, image), text, None)
+
+
+# Opening --------------------------------------------------------------------------------------------------------------
+
+
+def expand(path: str, endings: Sequence[str] = ("tar", "parquet", "jsonl")) -> list[Path]:
+    """The files that a path, a glob, a range like {000..012} or a folder (of files with such endings) means, sorted."""
+    path = check_spec(path)
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", path)
+    if match:
+        low, high = match.groups()
+        numbers = range(int(low), int(high) + 1)
+        names = [path[: match.start()] + str(n).zfill(len(low)) + path[match.end() :] for n in numbers]
+        return [f for name in names for f in expand(name, endings)]
+    if os.path.isdir(path):
+        files = [f for ending in endings for f in sorted(Path(path).glob(f"*.{ending}"))]
+    elif os.path.exists(path):
+        files = [Path(path)]
+    else:
+        files = [Path(f) for f in sorted(glob.glob(path, recursive=True))]
+    if not files:
+        folder = "a folder without .tar, .parquet or .jsonl shards, metadata.jsonl or metadata.csv"
+        raise DataError(f"source {path}: {folder if os.path.isdir(path) else 'no such file'}")
+    return files
+
+
+def shard_files(path: str, kind: str) -> list[Path]:
+    """`expand`, where a folder means its files of one format."""
+    return expand(path, ("jsonl",) if kind == "json" else (kind,))
+
+
+def format_of(config: SourceConfig) -> str:
+    """The format that `auto` means for this path. Raises DataError when it cannot tell."""
+    if config.format != "auto":
+        return config.format
+    path = Path(check_spec(config.path))
+    if path.is_dir():
+        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            return "dataset"
+        if _metadata(path):
+            return "imagefolder"
+    files = expand(config.path) if path.exists() or path.suffix or "*" in config.path else []
+    formats = {_ENDINGS.get(f.suffix) for f in files}
+    if len(formats) != 1 or None in formats:
+        raise DataError(
+            f"source {config.path}: cannot tell its format ({_what(path, files)}); expected .json, .jsonl, .parquet or "
+            ".tar files, a folder with metadata.jsonl, or set format (dataset for a name on the hub)"
+        )
+    return formats.pop()
+
+
+def _what(path: Path, files: Sequence[Path]) -> str:
+    if files:
+        return "files ending in " + ", ".join(sorted({f.suffix or "nothing" for f in files}))
+    return "a folder" if path.is_dir() else "no such file"
+
+
+def open_source(config: SourceConfig) -> Source:
+    """Open a source for access by number. Raises DataError that says what is missing and what to set."""
+    kind = format_of(config)
+    if kind == "dataset":
+        return _open_dataset(config)
+    if kind == "imagefolder":
+        return _open_imagefolder(config)
+    files = shard_files(config.path, kind)
+    if kind == "parquet":
+        return _open_parquet(config, files)
+    if kind == "tar":
+        return Tars(config, files)
+    together = Path(os.path.commonpath([os.path.abspath(f.parent) for f in files]))
+    return Table(config, files, root_of(config, together), (config.image_column, config.caption_column))
+
+
+def open_sources(configs: Sequence[SourceConfig]) -> list[Source]:
+    """Open all sources of a run. Raises DataError when there is none."""
+    if not configs:
+        raise DataError("no data: give at least one source")
+    return [open_source(c) for c in configs]
+
+
+def _metadata(folder: Path) -> list[Path]:
+    """The metadata files of an imagefolder, of it or of the folders in it."""
+    names = ("metadata.jsonl", "metadata.csv")
+    return [f for name in names for f in (*folder.glob(name), *sorted(folder.glob(f"*/{name}")))]
+
+
+def _open_imagefolder(config: SourceConfig) -> Table:
+    folder = Path(check_spec(config.path))
+    folder = folder / config.split if config.split and (folder / config.split).is_dir() else folder
+    files = _metadata(folder)
+    if not files:
+        raise DataError(f"source {config.path}: no metadata.jsonl or metadata.csv with file_name and a caption column")
+    _, first = next(read_rows(files[0]), (0, {}))
+    image = config.image_column if config.image_column in first else "file_name"
+    caption = "text" if config.caption_column not in first and "text" in first else config.caption_column
+    return Table(_without_split(config, folder), files, root_of(config, folder), (image, caption))
+
+
+def _without_split(config: SourceConfig, folder: Path) -> SourceConfig:
+    """A split that is a folder is not looked for in the rows as well."""
+    return dataclasses.replace(config, split=None) if folder != Path(check_spec(config.path)) else config
+
+
+def digest(sources: Sequence[Source], *settings: object) -> str:
+    """A hash of what sources hold and of settings that change what is made of it."""
+    h = hashlib.sha256()
+    for part in (*(s.identity() for s in sources), *map(str, settings)):
+        h.update(part.encode() + b"\0")
+    return h.hexdigest()[:32]

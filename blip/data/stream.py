@@ -1,0 +1,267 @@
+"""The streaming regime: shards read in sequence through a shuffle buffer, for sets too large to index.
+
+Every worker of every process reads its own shards, endlessly. A resumed run does not continue where it stopped: it
+reshuffles with a key of (seed, first step), so samples of the interrupted epoch may come again or late.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from torch.utils.data import IterableDataset, get_worker_info
+
+from blip.config import DataConfig, SourceConfig
+from blip.data.batch import Bad, Batch
+from blip.data.errors import BadSample, DataError
+from blip.data.json_rows import read_rows
+from blip.data.keyed import mix, permutation
+from blip.data.loader import Failure, Loader, Progress, guarded, make_batch
+from blip.data.pairs import ATTEMPTS, Sample, check_captions, make_sample
+from blip.data.sources import Record, digest, format_of, pair, parquet_file, record, root_of, shard_files, tar_record
+from blip.data.tars import Shard
+from blip.data.text import clean_caption
+from blip.tokenizer import Tokenizer
+
+_SHARDS, _BUFFER, _SOURCE = range(10, 13)
+_PROBES = 200
+
+
+class Shards:
+    """The shard files of one source, read one after another."""
+
+    def __init__(self, config: SourceConfig):
+        """Raises DataError unless the source is made of tar, parquet or JSON-lines files at hand."""
+        self.config, self.format = config, format_of(config)
+        if self.format not in ("tar", "parquet", "json"):
+            raise DataError(f"source {config.path}: streaming reads tar, parquet and jsonl shards, not {self.format}")
+        self.files = shard_files(config.path, self.format)
+        self.root = root_of(config, self.files[0].parent)
+        self.rows = self._estimate()
+        if not self.rows:
+            raise DataError(f"source {config.path}: no rows in {self.files[0]}")
+
+    def _estimate(self) -> int:
+        """Rows of all shards: exact for parquet, from the first shard and the sizes for the others."""
+        if self.format == "parquet":
+            return sum(parquet_file(f).metadata.num_rows for f in self.files)
+        first = len(self._shard(self.files[0])) if self.format == "tar" else _lines(self.files[0])
+        sizes = [f.stat().st_size for f in self.files]
+        return round(first * sum(sizes) / max(1, sizes[0]))
+
+    def _shard(self, file: Path) -> Shard:
+        return Shard(file, allow_truncated=self.config.allow_truncated)
+
+    def read(self, file: Path, part: int = 0, parts: int = 1) -> Iterator[Record | Bad]:
+        """The records of a shard in order, or every `parts`-th from `part`; a Bad for what cannot be one.
+
+        Raises DataError when the shard itself is unreadable.
+        """
+        for key, read in self._readers(file, part, parts):
+            try:
+                yield read()
+            except BadSample as error:
+                yield Bad(key, error.reason)
+
+    def _readers(self, file: Path, part: int, parts: int) -> Iterator[tuple[str, Callable[[], Record]]]:
+        image, caption = self.config.image_column, self.config.caption_column
+        if self.format == "tar":
+            shard = self._shard(file)
+            for i in range(part, len(shard), parts):
+                key = f"{file.name}/{shard.names[i]}"
+                yield key, lambda i=i, key=key: tar_record(file, key, shard.image(i), shard.caption(i), caption)
+            return
+        rows = _parquet_rows(file, image, caption) if self.format == "parquet" else self._json_rows(file)
+        for i, (image_value, captions) in itertools.islice(enumerate(rows), part, None, parts):
+            key = f"{file.name}:{i}"
+            yield key, lambda k=key, v=image_value, c=captions: record(k, v, c, self.root)
+
+    def _json_rows(self, file: Path) -> Iterator[tuple[str, list[str]]]:
+        for number, row in read_rows(file):
+            found = pair(row, self.config.image_column, self.config.caption_column, f"{file}: row {number}")
+            if found[1]:
+                yield found
+
+    def identity(self) -> str:
+        c = self.config
+        columns = (c.image_column, c.caption_column, c.weight)
+        return json.dumps([columns, [(f.name, f.stat().st_size) for f in self.files]])
+
+
+def _parquet_rows(file: Path, image: str, caption: str) -> Iterator[tuple]:
+    table = parquet_file(file)
+    for column, option in ((image, "image_column"), (caption, "caption_column")):
+        if column not in table.schema_arrow.names:
+            raise DataError(
+                f"{file} has no column {column!r} (it has: {', '.join(table.schema_arrow.names)}); set {option}"
+            )
+    try:
+        for batch in table.iter_batches(batch_size=64, columns=[image, caption]):
+            yield from zip(batch.column(image).to_pylist(), batch.column(caption).to_pylist(), strict=True)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file} is damaged: {str(error).splitlines()[0]}") from None
+
+
+def _lines(file: Path) -> int:
+    if file.suffix == ".json":
+        return sum(1 for _ in read_rows(file))
+    with file.open("rb") as lines:
+        return sum(1 for line in lines if line.strip())
+
+
+class Stream:
+    """Endless records of shards, shuffled, shared out to all workers of all processes."""
+
+    def __init__(
+        self, sources: Sequence[SourceConfig], transform: Callable, tokenizer: Tokenizer, config: DataConfig, seed: int
+    ):
+        """Raises DataError when a source is not made of local shards or the tokenizer does not know the captions."""
+        if not sources:
+            raise DataError("no data: give at least one source")
+        self.shards = [Shards(s) for s in sources]
+        self.transform, self.tokenizer, self.config, self.seed = transform, tokenizer, config, seed
+        check_captions(tokenizer, self._probe(), config.max_unknown)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Rows of all sources times their weights; an estimate, except for parquet."""
+        return max(1, round(sum(s.rows * s.config.weight for s in self.shards)))
+
+    def fingerprint(self) -> str:
+        """A hash of what the data is: shard names and sizes, and every setting that changes samples."""
+        c = self.config
+        settings = (c.max_words, c.max_tokens, c.max_pixels, c.shuffle_buffer, self.transform.describe(), self.seed)
+        return digest(self.shards, "stream", *settings, self.tokenizer.digest())
+
+    def _probe(self) -> list[str]:
+        captions = []
+        for shards in self.shards:
+            for r in itertools.islice(shards.read(shards.files[0]), max(1, _PROBES // len(self.shards))):
+                try:
+                    captions.append(
+                        clean_caption(r.captions[0], self.config.max_words) if isinstance(r, Record) else ""
+                    )
+                except BadSample:
+                    continue
+        return [c for c in captions if c]
+
+    def records(self, consumer: int, consumers: int, start: int, world: int) -> Iterator[Record | Bad]:
+        """The shuffled, endless records of one of the workers of all `world` processes."""
+        buffer: list[Record | Bad] = []
+        size = max(1, self.config.shuffle_buffer * world // consumers)
+        for n, r in enumerate(self._mixed(consumer, consumers, start)):
+            if len(buffer) < size:
+                buffer.append(r)
+                continue
+            at = mix(self.seed, start, _BUFFER, consumer, n) % size
+            buffer[at], r = r, buffer[at]
+            yield r
+
+    def _mixed(self, consumer: int, consumers: int, start: int) -> Iterator[Record | Bad]:
+        """Records of the sources in proportion to their weighted sizes."""
+        streams = [self._endless(s, consumer, consumers, start) for s in range(len(self.shards))]
+        edges = np.cumsum([s.rows * s.config.weight for s in self.shards])
+        for n in itertools.count():
+            u = mix(self.seed, start, _SOURCE, consumer, n) / 2**64 * edges[-1]
+            yield next(streams[min(int(np.searchsorted(edges, u, side="right")), len(streams) - 1)])
+
+    def _endless(self, s: int, consumer: int, consumers: int, start: int) -> Iterator[Record | Bad]:
+        shards = self.shards[s]
+        for epoch in itertools.count():
+            read = 0
+            for file, part, parts in self._share(s, epoch, consumer, consumers, start):
+                for r in shards.read(file, part, parts):
+                    read += 1
+                    yield r
+            if not read:
+                raise DataError(
+                    f"source {shards.config.path}: reader {consumer} of {consumers} has nothing to read in "
+                    f"{len(shards.files)} shards; use fewer workers, or more and smaller shards"
+                )
+
+    def _share(self, s: int, epoch: int, consumer: int, consumers: int, start: int) -> list[tuple[Path, int, int]]:
+        """The (shard, part, parts) of a worker in an epoch: whole shards, or parts of one where there are too few."""
+        files = self.shards[s].files
+        order = permutation(len(files), self.seed, start, _SHARDS, s, epoch)
+        if len(files) >= consumers:
+            return [(files[i], 0, 1) for i in order[consumer::consumers]]
+        turn, mine = divmod(consumer, len(files))
+        parts = math.ceil((consumers - mine) / len(files))
+        return [(files[order[mine]], turn, parts)]
+
+
+class _Steps(IterableDataset):
+    """The batches of one process, made by its workers in turn: step s by worker (s - start) % workers."""
+
+    def __init__(
+        self, stream: Stream, progress: Progress, batch_size: int, rank: int, world: int, span: tuple[int, int]
+    ):
+        self.stream, self.progress, self.batch_size = stream, progress, batch_size
+        self.rank, self.world, (self.start, self.steps) = rank, world, span
+
+    def __iter__(self) -> Iterator[Batch | Failure]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        consumer, consumers = self.rank * workers + worker, self.world * workers
+        samples = self._samples(self.stream.records(consumer, consumers, self.start, self.world), consumer)
+        for step in range(self.start + worker, self.steps, workers):
+            self.progress.note(step)
+            yield guarded(
+                lambda: make_batch(list(itertools.islice(samples, self.batch_size)), self.stream.tokenizer),
+                lambda step=step: f"step {step}",
+            )
+
+    def _samples(self, records: Iterator[Record | Bad], consumer: int) -> Iterator[Sample]:
+        s, bad = self.stream, []
+        for n, r in enumerate(records):
+            try:
+                if isinstance(r, Bad):
+                    bad.append(r)
+                else:
+                    sample = make_sample(r, s.transform, s.tokenizer, s.config, (s.seed, self.start, consumer, n))
+                    sample.bad, bad = bad, []
+                    yield sample
+            except BadSample as error:
+                bad.append(Bad(r.key, error.reason))
+            if len(bad) >= 4 * ATTEMPTS:
+                listed = "; ".join(f"{b.key}: {b.reason}" for b in bad[:3])
+                raise DataError(f"{len(bad)} samples in a row are unreadable, the first: {listed}")
+
+    def name(self, worker: int) -> str:
+        return f"step {self.progress.of(worker)[0]}"
+
+
+def make_stream_loader(
+    stream: Stream, *, batch_size: int, rank: int, world: int, start: int, steps: int, config: DataConfig, seed: int
+) -> Loader:
+    """As `make_loader`, from a stream: exactly `batch_size` pairs a step; repeatable for the same start and workers."""
+    if not 0 <= rank < world:
+        raise ValueError(f"rank {rank} is not one of {world} processes")
+    if seed != stream.seed:
+        raise ValueError(f"the loader's seed {seed} is not the stream's seed {stream.seed}")
+    progress = Progress(config.workers, fields=1)
+    data = _Steps(stream, progress, batch_size, rank, world, (start, steps))
+    return Loader(data, data.name, max(0, steps - start), config)
+
+
+class StreamFeed:
+    """A Stream as the training loop asks for it; an epoch's length is an estimate."""
+
+    def __init__(self, stream: Stream):
+        self.stream = stream
+
+    def __len__(self) -> int:
+        return self.stream.samples_per_epoch
+
+    def batches(self, start: int, count: int, rank: int, world: int, batch_size: int) -> Loader:
+        """Batches `start` to `start + count` - 1 of one process."""
+        s = self.stream
+        span = {"start": start, "steps": start + count}
+        return make_stream_loader(
+            s, batch_size=batch_size, rank=rank, world=world, **span, config=s.config, seed=s.seed
+        )

@@ -1,0 +1,98 @@
+"""Pictures to normalised tensors (3, S, S), with augmentation in training. S image side in pixels."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from PIL import Image
+from timm.data.auto_augment import rand_augment_ops
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as F
+
+from blip.config import DataConfig
+from blip.data.keyed import scoped
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+"""Of CLIP's training images; every released BLIP expects them."""
+AUGMENTATIONS = (
+    "AutoContrast",
+    "Brightness",
+    "Sharpness",
+    "Equalize",
+    "ShearX",
+    "ShearY",
+    "TranslateX",
+    "TranslateY",
+    "Rotate",
+)
+"""Drawn from together with the identity. Strengths at magnitude 10: factor 1.9, shear 0.3, 10 pixels, 30 degrees."""
+_GREY = (128, 128, 128)
+
+
+def normalise(image: Image.Image) -> Tensor:
+    """An RGB picture (S, S) to a float32 tensor (3, S, S) with CLIP's mean and deviation taken out."""
+    return F.normalize(F.to_tensor(image), MEAN, STD)
+
+
+class EvalTransform:
+    """Resize to a square, bicubic, without regard to the picture's shape; then normalise."""
+
+    at_least: int | None = None
+
+    def __init__(self, image_size: int):
+        self.image_size = image_size
+
+    def __call__(self, image: Image.Image, *key: int, sided: bool = False) -> Tensor:
+        """RGB picture of any size -> (3, S, S) float32. `key` and `sided` are for TrainTransform and do nothing."""
+        side = self.image_size
+        return normalise(image.resize((side, side), Image.Resampling.BICUBIC))
+
+    def describe(self) -> str:
+        """What fixes the result, for `Pairs.fingerprint`."""
+        return f"eval {self.image_size}"
+
+
+class TrainTransform:
+    """Random crop, mirror image and RandAugment (section 4.1 of the paper), as a function of the picture and a key.
+
+    A picture whose caption says left or right is not mirrored unless `flip_sided_captions`.
+    """
+
+    def __init__(self, image_size: int, config: DataConfig):
+        self.image_size = image_size
+        self.at_least = 3 * image_size  # the smallest crop, 0.2 of the area, is then still not enlarged
+        self.config = config
+        self.crop = RandomResizedCrop(
+            image_size, scale=(config.crop_scale_min, 1.0), interpolation=InterpolationMode.BICUBIC
+        )
+        settings = {"translate_const": 10, "img_mean": _GREY, "interpolation": Image.Resampling.BILINEAR}
+        self.augmentations = [
+            None,
+            *rand_augment_ops(config.augment_magnitude, prob=0.5, hparams=settings, transforms=list(AUGMENTATIONS)),
+        ]
+
+    def __call__(self, image: Image.Image, *key: int, sided: bool = False) -> Tensor:
+        """RGB picture of any size -> (3, S, S) float32; the same key draws the same crop, mirror and augmentations."""
+        with scoped(*key):
+            image = self.crop(image)
+            mirror = random.random() < self.config.flip
+            if mirror and (self.config.flip_sided_captions or not sided):
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            for augment in random.choices(self.augmentations, k=self.config.augment_ops):
+                image = augment(image) if augment else image
+        return normalise(image)
+
+    def describe(self) -> str:
+        """What fixes the result, for `Pairs.fingerprint`."""
+        c = self.config
+        values = (self.image_size, c.crop_scale_min, c.flip, c.flip_sided_captions, c.augment_ops, c.augment_magnitude)
+        return f"train {values}"
+
+
+def unnormalise(image: Tensor) -> Tensor:
+    """(..., 3, S, S) normalised -> the same shape in [0, 1], for looking at."""
+    mean, std = (torch.tensor(v, device=image.device).view(3, 1, 1) for v in (MEAN, STD))
+    return (image * std + mean).clamp(0, 1)

@@ -1,0 +1,134 @@
+"""Collectives of torch.distributed that also answer in one process. W processes, B rows per process."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def start(timeout: float = 600.0) -> None:
+    """Join the other processes that torchrun, accelerate or SLURM started, if any; `timeout` in seconds.
+
+    Harmless when already joined or alone. GPU tensors travel by NCCL, CPU tensors and objects by gloo.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or torch_dist.is_initialized():
+        return
+    if not on_cpu():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    backend = "gloo" if on_cpu() else "cpu:gloo,cuda:nccl"
+    torch_dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+
+
+def on_cpu() -> bool:
+    """Whether there is no GPU, or `accelerate launch --cpu` said not to use it."""
+    return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+
+
+def joined() -> bool:
+    """Whether there are peers to talk with."""
+    return torch_dist.is_available() and torch_dist.is_initialized() and torch_dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """Which process this is, from 0."""
+    return torch_dist.get_rank() if joined() else 0
+
+
+def world() -> int:
+    """How many processes train together."""
+    return torch_dist.get_world_size() if joined() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files."""
+    return rank() == 0
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """(B, ...) of each process -> (W B, ...) in the order of ranks, without gradient; B must be the same everywhere."""
+    tensor = tensor.detach()
+    if not joined():
+        return tensor
+    tensor = tensor.contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(world())]
+    torch_dist.all_gather(parts, tensor)
+    return torch.cat(parts)
+
+
+def gather_with_gradient(tensor: Tensor) -> Tensor:
+    """As `gather`, and the gradient of every process's loss flows back to the process that owns the rows."""
+    return _Gather.apply(tensor) if joined() else tensor
+
+
+def gather_padded(tensor: Tensor) -> Tensor:
+    """(B, T) of each process, T its own -> (W B, longest T), filled with zeros on the right; without gradient."""
+    if not joined():
+        return tensor.detach()
+    longest = torch.tensor([tensor.shape[1]], device=tensor.device)
+    torch_dist.all_reduce(longest, torch_dist.ReduceOp.MAX)
+    padded = F.pad(tensor, (0, int(longest) - tensor.shape[1]))
+    # Neither gloo nor NCCL promises to carry booleans.
+    return gather(padded.to(torch.uint8)).bool() if tensor.dtype == torch.bool else gather(padded)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        ctx.rows = len(tensor)
+        return gather(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        torch_dist.all_reduce(gradient)
+        return gradient[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """One small picklable value of each process, in the order of ranks; only among processes of one run."""
+    if not joined():
+        return [value]
+    values: list[Any] = [None] * world()
+    torch_dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: Any) -> Any:
+    """The main process's value, everywhere."""
+    if not joined():
+        return value
+    box = [value]
+    torch_dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is up in any process."""
+    return any(gather_objects(bool(flag)))
+
+
+def total(values: Tensor) -> Tensor:
+    """Sum of a tensor over processes, the same on each; a new tensor without gradient."""
+    values = values.detach().clone()
+    if joined():
+        torch_dist.all_reduce(values)
+    return values
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if joined():
+        torch_dist.barrier()
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error is what a collective says when another process is gone or stuck."""
+    words = ("connection closed", "connection reset", "broken pipe", "timed out", "timeout", "socket", "nccl", "gloo")
+    wanted = isinstance(error, (torch_dist.DistError, RuntimeError))
+    return joined() and wanted and any(word in str(error).lower() for word in words)

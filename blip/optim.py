@@ -1,0 +1,66 @@
+"""What the optimizer decays, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from blip.config import TrainConfig
+
+_PLACES = ("pos_embed", "position", "cls_token", "temperature")
+"""Names of parameters that say where or how, not what: never decayed unless everything is."""
+
+
+def parameter_groups(module: nn.Module, weight_decay: float, decay_all: bool = False) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups, decayed and not.
+
+    Norms, biases and anything else with fewer than two dimensions, position embeddings, the class token and the
+    temperature are not decayed; with `decay_all` (2022) everything is. A shared parameter appears once.
+    """
+    decayed: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        keep_as_is = parameter.ndim < 2 or any(word in name for word in _PLACES)
+        (rest if keep_as_is and not decay_all else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def adamw(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Fused AdamW over `parameter_groups`; the module must be on its device already."""
+    groups = parameter_groups(module, config.weight_decay, config.decay_all)
+    if not groups:
+        raise ValueError(f"{type(module).__name__} has no trainable parameter")
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def learning_rate(step: int, config: TrainConfig, steps_per_epoch: float, total: int) -> float:
+    """Learning rate of a step, 0 to `total` - 1.
+
+    `cosine` and `constant` begin after `warmup_steps` of linear warm-up. `epoch_decay` and `epoch_cosine` change from
+    epoch to epoch as in 2022, where the warm-up happened in the first epoch only, finished or not.
+    """
+    # A whole number of epochs must not be lost to the rounding of the division.
+    epoch = math.floor(step / steps_per_epoch + 1e-9)
+    warming = step < config.warmup_steps
+    match config.schedule:
+        case "cosine" if not warming:
+            progress = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
+            return _cosine(config, progress)
+        case "epoch_decay" if epoch > 0 or not warming:
+            return max(config.min_lr, config.lr * config.decay**epoch)
+        case "epoch_cosine" if epoch > 0 or not warming:
+            epochs = config.epochs if config.steps is None else total / steps_per_epoch
+            return _cosine(config, min(1.0, epoch / epochs))
+        case "constant" if not warming:
+            return config.lr
+    return config.warmup_lr + (config.lr - config.warmup_lr) * step / config.warmup_steps
+
+
+def _cosine(config: TrainConfig, progress: float) -> float:
+    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2

@@ -1,0 +1,251 @@
+"""Word pieces plus [DEC] and [ENC]: the one place where text becomes ids.
+
+transformers' BertTokenizer is not used: given a folder without a vocabulary, or no network, it silently answers
+with five tokens and reads every word as [UNK].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+import tokenizers
+import torch
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from blip.config import TextConfig
+
+PAD, UNK, CLS, SEP, MASK, DEC, ENC = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"
+_WORLD = Path(__file__).parent / "data" / "world_tokenizer"
+_CONTRACTION = re.compile(r" ' (s|t|re|ve|ll|d|m)\b")
+_FEWEST_PIECES = 32
+"""A vocabulary with fewer pieces beside the special ones is taken for a failed load."""
+
+
+class Tokenizer:
+    """A lower-case WordPiece tokenizer whose last two pieces are [DEC] and [ENC] (paper, section 3.1)."""
+
+    def __init__(self, pieces: tokenizers.Tokenizer, where: str = "tokenizer"):
+        """Take a WordPiece tokenizer; [DEC] and then [ENC] are added unless it has them. Raises ValueError."""
+        self.where = where
+        self._check_vocabulary(pieces)
+        pieces.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (DEC, ENC)])
+        self._fast = PreTrainedTokenizerFast(
+            tokenizer_object=pieces,
+            pad_token=PAD,
+            unk_token=UNK,
+            cls_token=CLS,
+            sep_token=SEP,
+            bos_token=DEC,
+            extra_special_tokens=[ENC],
+            model_input_names=["input_ids", "attention_mask"],
+            **({"mask_token": MASK} if pieces.token_to_id(MASK) is not None else {}),
+        )
+        self._pieces = tokenizers.Tokenizer.from_str(pieces.to_str())
+        self._pieces.no_padding()
+        self._pieces.no_truncation()
+        self._pieces.encode_special_tokens = True  # "[SEP]" written in a caption is text, not an end
+        id_of = self._pieces.token_to_id
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id = (id_of(t) for t in (PAD, UNK, CLS, SEP))
+        self.dec_id, self.enc_id = id_of(DEC), id_of(ENC)
+        self._first = {"cls": self.cls_id, "dec": self.dec_id, "enc": self.enc_id}
+
+    def __getstate__(self) -> dict:
+        return {"pieces": self._pieces.to_str(), "where": self.where}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(tokenizers.Tokenizer.from_str(state["pieces"]), state["where"])
+
+    def _check_vocabulary(self, pieces: tokenizers.Tokenizer) -> None:
+        if not isinstance(pieces.model, models.WordPiece):
+            raise ValueError(f"{self.where}: holds a {type(pieces.model).__name__} model, BLIP's text is WordPiece")
+        missing = [t for t in (PAD, UNK, CLS, SEP) if pieces.token_to_id(t) is None]
+        if missing:
+            raise ValueError(f"{self.where}: the vocabulary lacks {', '.join(missing)}; is it one of BERT's kind?")
+        special = {PAD, UNK, CLS, SEP, MASK, DEC, ENC}
+        n = sum(t not in special for t in pieces.get_vocab(with_added_tokens=True))
+        if n < _FEWEST_PIECES:
+            raise ValueError(f"{self.where}: only {n} word pieces; the vocabulary is missing or was not read")
+
+    def __len__(self) -> int:
+        return self._pieces.get_vocab_size(with_added_tokens=True)
+
+    @classmethod
+    def load(cls, where: str | Path) -> Tokenizer:
+        """Read a vocab.txt, a tokenizer.json, a folder with either, a hub name, or "world" for the embedded one.
+
+        Raises FileNotFoundError, saying what to do, when it is not there or the hub cannot be reached; ValueError
+        when what is there is not such a vocabulary.
+        """
+        if str(where) == "world":
+            return cls(_read(_WORLD), "world")
+        path = Path(where).expanduser()
+        if path.exists():
+            return cls(_read(path), str(path))
+        if _names_a_file(str(where)):
+            raise FileNotFoundError(
+                f"tokenizer {where} not found; expected a vocab.txt, a tokenizer.json or a folder with one of them"
+            )
+        return cls(_from_hub(str(where)), str(where))
+
+    def pieces(self, text: str, max_length: int) -> list[int]:
+        """[CLS] pieces [SEP], at most `max_length` (>= 2) ids; a long text loses its end and keeps [SEP]."""
+        return self._wrap(self._pieces.encode(text, add_special_tokens=False).ids, self.cls_id, max_length)
+
+    def _wrap(self, ids: list[int], first: int, max_length: int) -> list[int]:
+        if max_length < 2:
+            raise ValueError(f"max_length must leave room for two special tokens, got {max_length}")
+        return [first, *ids[: max_length - 2], self.sep_id]
+
+    def encode(
+        self, texts: Sequence[str], *, first: Literal["cls", "dec", "enc"], max_length: int
+    ) -> tuple[Tensor, Tensor]:
+        """B texts -> ids (B, T) int64 and keep (B, T) bool, right-padded to the longest, T <= max_length.
+
+        `first` says what the text is for: "cls" to be embedded, "dec" to be written, "enc" to be matched.
+        """
+        start = self._first[first]
+        rows = [
+            self._wrap(e.ids, start, max_length)
+            for e in self._pieces.encode_batch(list(texts), add_special_tokens=False)
+        ]
+        return self.pad(rows)
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """B id lists -> ids (B, T) int64 and keep (B, T) bool, right-padded to the longest."""
+        length = max((len(r) for r in rows), default=0)
+        ids = torch.full((len(rows), length), self.pad_id, dtype=torch.int64)
+        keep = torch.zeros((len(rows), length), dtype=torch.bool)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
+            keep[i, : len(row)] = True
+        return ids, keep
+
+    def decode(self, ids: Tensor | list) -> list[str]:
+        """(B, T) ids, or B lists of them -> B texts without special tokens."""
+        rows = ids.tolist() if isinstance(ids, Tensor) else [r.tolist() if isinstance(r, Tensor) else r for r in ids]
+        return [_CONTRACTION.sub(r"'\1", t) for t in self._pieces.decode_batch(rows, skip_special_tokens=True)]
+
+    def save(self, directory: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads too."""
+        self._fast.save_pretrained(str(directory))
+
+    def _ids(self) -> dict[str, int]:
+        names = ("pad_id", "cls_id", "sep_id", "dec_id", "enc_id")
+        return {"vocab_size": len(self), **{name: getattr(self, name) for name in names}}
+
+    def check(self, config: TextConfig) -> None:
+        """Raise ValueError unless vocabulary size and special ids are those that the model was made for."""
+        wrong = [
+            f"{k} {v}, the model has {getattr(config, k)}" for k, v in self._ids().items() if v != getattr(config, k)
+        ]
+        if wrong:
+            raise ValueError(
+                f"tokenizer {self.where} does not fit the model: {'; '.join(wrong)}. "
+                "Load the tokenizer that was saved with the model"
+            )
+
+    def text_config(self, config: TextConfig) -> TextConfig:
+        """`config` with the vocabulary size and special ids of this tokenizer."""
+        return dataclasses.replace(config, **self._ids())
+
+    def unknown_rate(self, texts: Sequence[str]) -> float:
+        """Share of word pieces of some texts that are [UNK]."""
+        ids = [i for e in self._pieces.encode_batch(list(texts), add_special_tokens=False) for i in e.ids]
+        return sum(i == self.unk_id for i in ids) / max(1, len(ids))
+
+    def digest(self) -> str:
+        """The tokenizer as JSON text, for fingerprints."""
+        return self._pieces.to_str()
+
+
+def _read(path: Path) -> tokenizers.Tokenizer:
+    if path.is_dir():
+        for name in ("tokenizer.json", "vocab.txt"):
+            if (path / name).is_file():
+                return _read(path / name)
+        raise FileNotFoundError(f"tokenizer: {path} holds neither tokenizer.json nor vocab.txt")
+    if path.suffix == ".json":
+        try:
+            return tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ValueError(f"tokenizer {path} is not a tokenizer.json: {error}") from None
+    return _from_vocab(path)
+
+
+def _from_vocab(path: Path) -> tokenizers.Tokenizer:
+    """BERT's uncased pipeline over a vocab.txt: one piece a line, its id the line number from 0."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError:
+        raise ValueError(f"tokenizer {path} is not UTF-8 text; expected one word piece a line") from None
+    lines = [line.rstrip("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
+    vocab = {piece: i for i, piece in enumerate(lines)}
+    if len(vocab) != len(lines):
+        raise ValueError(f"tokenizer {path}: {len(lines) - len(vocab)} lines are repeated; ids would be ambiguous")
+    missing = [t for t in (PAD, UNK, CLS, SEP) if t not in vocab]
+    if missing:
+        raise ValueError(f"tokenizer {path}: the vocabulary lacks {', '.join(missing)}; expected one piece a line")
+    pieces = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=UNK, max_input_chars_per_word=100))
+    pieces.normalizer = normalizers.BertNormalizer(lowercase=True)
+    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    pieces.post_processor = processors.BertProcessing((SEP, vocab[SEP]), (CLS, vocab[CLS]))
+    pieces.decoder = decoders.WordPiece()
+    pieces.add_special_tokens([t for t in (PAD, UNK, CLS, SEP, MASK) if t in vocab])
+    return pieces
+
+
+def _names_a_file(where: str) -> bool:
+    return where.startswith((".", "/", "~")) or where.endswith((".txt", ".json")) or where.count("/") > 1 or not where
+
+
+def _from_hub(name: str) -> tokenizers.Tokenizer:
+    how = f"download it with `hf download {name} tokenizer.json vocab.txt`, or give the path of a vocab.txt"
+    try:
+        return _auto(name, local_files_only=True)
+    except (OSError, ValueError):  # not in the cache
+        pass
+    if _offline():
+        raise FileNotFoundError(
+            f"tokenizer {name} is neither a path nor in the hub's cache, and HF_HUB_OFFLINE is set: {how}"
+        )
+    if not _hub_reachable():
+        raise FileNotFoundError(
+            f"tokenizer {name} is neither a path nor in the hub's cache, and the hub is unreachable: {how}"
+        )
+    try:
+        return _auto(name, local_files_only=False)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"tokenizer {name} could not be had from the hub ({str(error).splitlines()[0]}): {how}"
+        ) from None
+
+
+def _auto(name: str, *, local_files_only: bool) -> tokenizers.Tokenizer:
+    fast = AutoTokenizer.from_pretrained(name, local_files_only=local_files_only, trust_remote_code=False)
+    return tokenizers.Tokenizer.from_str(fast.backend_tokenizer.to_str())
+
+
+def _offline() -> bool:
+    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return any(os.environ.get(n, "").upper() in ("1", "ON", "YES", "TRUE") for n in names)
+
+
+def _hub_reachable() -> bool:
+    """A quick look before transformers tries five times with growing pauses; behind a proxy there is nothing to see."""
+    if any(os.environ.get(n) for n in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    url = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        with socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), timeout=2):
+            return True
+    except OSError:
+        return False

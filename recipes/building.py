@@ -1,0 +1,108 @@
+"""What recipes start from: a model of a size with its tokenizer and first weights, the data, and the embedded world."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from blip import checkpoint, convert, dist
+from blip.config import PRESETS, DataConfig
+from blip.data import world_files
+from blip.data.loader import Feed
+from blip.data.pairs import Pairs
+from blip.data.sources import open_sources
+from blip.data.stream import Stream, StreamFeed
+from blip.data.transforms import TrainTransform
+from blip.model import Blip
+from blip.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model to train and what it starts from."""
+
+    size: Literal["tiny", "small", "base", "large"] = "base"
+    """Preset of `blip.config`."""
+    image_size: int | None = None
+    """Side of the input, pixels; the preset's when not given."""
+    drop_path: float | None = None
+    """Stochastic depth of the image encoder; the preset's when not given."""
+    patch_drop: float = 0.0
+    """Share of patches left out in training (FLIP); faster and approximate."""
+    checkpoint: bool = False
+    """Recompute the image encoder's blocks in the backward pass to save memory."""
+    tokenizer: str = "bert-base-uncased"
+    """`world`, a folder or file with a vocabulary, or a name on the hub."""
+    vision_weights: str | None = None
+    """First weights of the image encoder: a timm model name, or a local .safetensors or .pth file."""
+    text_weights: str | None = None
+    """First weights of the text transformer: BERT by name on the hub, or its local folder."""
+    start_from: str | None = None
+    """A model folder or name to continue from instead; it brings its own size and tokenizer."""
+
+
+@dataclass(frozen=True)
+class WorldChoice:
+    """Pictures of the embedded world, drawn to disk before a run unless they are there."""
+
+    folder: str = "runs/world"
+    """Where they go: FOLDER/train.json, FOLDER/val.json and FOLDER/test.json with their images."""
+    train: int = 20000
+    """Training pictures."""
+    held_out: int = 200
+    """Pictures of each of val and test."""
+    image_size: int = 64
+    """Side, pixels."""
+    web: bool = False
+    """Noisy web texts on the training pictures instead of five true captions each."""
+    noise: float = world_files.NOISE
+    """Share of web texts that are not right."""
+    workers: int = 1
+    """Processes that draw."""
+
+
+def build_model(choice: ModelChoice, seed: int) -> tuple[Blip, Tokenizer]:
+    """The model and tokenizer of a choice; new weights are a function of the seed."""
+    if choice.start_from:
+        return checkpoint.from_pretrained(choice.start_from, image_size=choice.image_size)
+    tokenizer = Tokenizer.load(choice.tokenizer)
+    preset = PRESETS[choice.size]
+    vision = {"image_size": choice.image_size, "drop_path": choice.drop_path, "patch_drop": choice.patch_drop}
+    vision = {name: value for name, value in vision.items() if value is not None}
+    config = dataclasses.replace(
+        preset,
+        vision=dataclasses.replace(preset.vision, checkpoint=choice.checkpoint, **vision),
+        text=tokenizer.text_config(preset.text),
+    )
+    torch.manual_seed(seed)
+    model = Blip(config)
+    if choice.vision_weights:
+        convert.initial_vision(model, choice.vision_weights, option="--model.vision_weights")
+    if choice.text_weights:
+        convert.initial_text(model, choice.text_weights, tokenizer, option="--model.text_weights")
+    return model, tokenizer
+
+
+def build_feed(config: DataConfig, image_size: int, tokenizer: Tokenizer, seed: int) -> tuple[Feed | StreamFeed, str]:
+    """The training data as `train.fit` asks for it, and the fingerprint that tells it from other data."""
+    transform = TrainTransform(image_size, config)
+    if config.streaming:
+        stream = Stream(config.sources, transform, tokenizer, config, seed)
+        return StreamFeed(stream), stream.fingerprint()
+    pairs = Pairs(open_sources(config.sources), transform, tokenizer, config, seed)
+    return Feed(pairs), pairs.fingerprint()
+
+
+def draw_world(choice: WorldChoice) -> None:
+    """Write the splits that are not there yet, in the main process; the others wait."""
+    if dist.is_main():
+        folder = Path(choice.folder)
+        for split, count in (("train", choice.train), ("val", choice.held_out), ("test", choice.held_out)):
+            if not (folder / f"{split}.json").exists():
+                noise = {"web": choice.web, "noise": choice.noise} if split == "train" else {}
+                world_files.write(folder, "json", split, count, size=choice.image_size, workers=choice.workers, **noise)
+    dist.barrier()

@@ -1,0 +1,104 @@
+"""Pre-train BLIP on image-text pairs: ITC + ITM + LM with a momentum teacher (paper, section 3.2).
+
+    accelerate launch -m recipes.pretrain --config recipes/configs/pretrain_world.yaml        # 2 cores, minutes
+    torchrun --nproc_per_node 8 -m recipes.pretrain --config recipes/configs/pretrain_base.yaml --out runs/base
+
+The same command again continues where the last one stopped. The configs say machine, time and score.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from blip import checkpoint, dist
+from blip.config import DataConfig, PretrainConfig, SourceConfig, TrainConfig
+from blip.data.ledger import Ledger
+from blip.objectives import Pretrain
+from blip.train import Result, fit
+from eval.retrieval import Gallery, retrieval
+from recipes import command
+from recipes.building import ModelChoice, WorldChoice, build_feed, build_model, draw_world
+
+
+@dataclass(frozen=True)
+class Held:
+    """Held-out pairs on which retrieval is measured."""
+
+    source: SourceConfig
+    """Where they are."""
+    limit: int | None = None
+    """Images to use; all when not given."""
+    k: int = 128
+    """Candidates that are re-ranked."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A pre-training run. Every option can stand in the YAML file of `--config` or be given as `--any.option value`."""
+
+    out: str
+    """Folder of the run: model/, checkpoints/, metrics.jsonl, bad_samples-*.jsonl, config.yaml."""
+    model: ModelChoice = field(default_factory=ModelChoice)
+    """The model and its first weights."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What it is shown."""
+    objective: PretrainConfig = field(default_factory=PretrainConfig)
+    """The three losses."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How long and how fast."""
+    held_out: Held | None = None
+    """Evaluation during and after the run."""
+    world: WorldChoice | None = None
+    """Draw the embedded world first."""
+
+
+def pretrain(run: Run) -> tuple[Result, Path]:
+    """Carry out a run; returns how it ended and the model's folder."""
+    out = Path(run.out)
+    dist.start(run.train.timeout)
+    if run.world:
+        draw_world(run.world)
+    model, tokenizer = build_model(run.model, run.train.seed)
+    feed, fingerprint = build_feed(run.data, model.vision.image_size, tokenizer, run.train.seed)
+    objective = Pretrain(model, run.objective)
+    evaluate = None
+    if run.held_out:
+        gallery = Gallery.open(run.held_out.source, model.vision.image_size, limit=run.held_out.limit)
+        k, length = run.held_out.k, run.data.max_tokens
+
+        def evaluate(objective: nn.Module) -> dict[str, float]:
+            return retrieval(objective.model, tokenizer, *gallery, k=k, max_tokens=length)
+
+    result = fit(
+        objective,
+        feed,
+        run.train,
+        out=out,
+        evaluate=evaluate,
+        settings=dataclasses.asdict(run),
+        fingerprint=fingerprint,
+        ledger=Ledger(out / f"bad_samples-{dist.rank()}.jsonl", run.data.max_bad_fraction),
+    )
+    if dist.is_main():
+        checkpoint.save_pretrained(model, tokenizer, out / "model", card=_card(run, result))
+        print(f"model written to {out / 'model'}")
+    return result, out / "model"
+
+
+def _card(run: Run, result: Result) -> str:
+    lines = [f"Pre-trained for {result.steps} steps on {result.samples} pairs with `recipes.pretrain`.", ""]
+    lines += [f"- {source.path} ({source.kind})" for source in run.data.sources]
+    lines += [""] + [f"- {name}: {value:.2f}" for name, value in result.metrics.items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    pretrain(command.read(Run))
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,116 @@
+"""Learning-rate curves against hand arithmetic; what is decayed and what is not."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from blip.config import TINY, TrainConfig
+from blip.model import Blip
+from blip.optim import adamw, learning_rate, parameter_groups
+
+PRETRAIN = TrainConfig(schedule="epoch_decay")  # 1e-6 -> 3e-4 over 3000 steps, then 0.9 per epoch
+CAPTION = TrainConfig(schedule="epoch_cosine", epochs=5, lr=1e-5, min_lr=0.0, warmup_steps=0)
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (0, 1e-6),
+        (1500, 1.505e-4),  # half way between
+        (3000, 3e-4),
+        (4860, 3e-4),  # end of the first epoch: reached and held
+        (4861, 2.7e-4),
+        (2 * 4861, 2.43e-4),
+        (20 * 4861 - 1, 4.05255e-5),  # 3e-4 * 0.9^19, 0.9^19 = 0.1350852
+        (60 * 4861, 1e-6),  # 3e-4 * 0.9^60 = 5.4e-7 is below the floor
+    ],
+)
+def test_epoch_decay_is_the_schedule_of_2022(step, expected):
+    assert learning_rate(step, PRETRAIN, 4861, 20 * 4861) == pytest.approx(expected, rel=1e-5)
+
+
+def test_warm_up_of_2022_ends_with_the_first_epoch_finished_or_not():
+    assert learning_rate(999, PRETRAIN, 1000, 20_000) == pytest.approx(1e-6 + 2.99e-4 * 0.333)
+    assert learning_rate(1000, PRETRAIN, 1000, 20_000) == pytest.approx(2.7e-4)
+
+
+def test_epoch_cosine_moves_by_whole_epochs_to_zero():
+    per_epoch = [learning_rate(epoch * 100, CAPTION, 100, 500) for epoch in range(5)]
+    # (1 + cos(k * 36 degrees)) / 2
+    assert per_epoch == pytest.approx([1e-5, 0.9045085e-5, 0.6545085e-5, 0.3454915e-5, 0.0954915e-5])
+    assert learning_rate(199, CAPTION, 100, 500) == per_epoch[1]
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"), [(0, 1e-6), (1500, 1.505e-4), (3000, 3e-4), (8000, 1.505e-4), (13_000, 1e-6)]
+)
+def test_cosine_after_warm_up(step, expected):
+    assert learning_rate(step, TrainConfig(), 1000, 13_000) == pytest.approx(expected)
+
+
+def test_constant():
+    config = TrainConfig(schedule="constant", warmup_steps=10)
+    assert [learning_rate(step, config, 5, 100) for step in (0, 5, 10, 99)] == pytest.approx(
+        [1e-6, 1.505e-4, 3e-4, 3e-4]
+    )
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "epoch_decay", "epoch_cosine", "constant"])
+def test_runs_shorter_than_the_warm_up_or_an_epoch(schedule):
+    config = TrainConfig(schedule=schedule, warmup_steps=50, steps=3)
+    rates = [learning_rate(step, config, 0.125 if schedule == "cosine" else 10.0, 3) for step in range(3)]
+    assert all(0 < rate < 1e-4 for rate in rates)
+    assert learning_rate(0, dataclasses.replace(config, warmup_steps=0), 10.0, 1) == pytest.approx(3e-4)
+
+
+def test_an_epoch_begins_on_its_step_whatever_the_division_rounds_to():
+    for pairs in range(1, 60):
+        for batch in range(1, 20):
+            step = pairs * 3  # exactly 3 * batch epochs
+            expected = max(1e-30, 0.5 ** (3 * batch))
+            config = TrainConfig(schedule="epoch_decay", decay=0.5, lr=1.0, min_lr=1e-30, warmup_steps=0)
+            assert learning_rate(step, config, pairs / batch, 10**6) == pytest.approx(expected), (pairs, batch)
+
+
+def names(module, group):
+    of = {id(parameter): name for name, parameter in module.named_parameters()}
+    return {of[id(parameter)] for parameter in group["params"]}
+
+
+def test_norms_biases_places_and_temperature_are_not_decayed():
+    model = Blip(TINY)
+    decayed, rest = parameter_groups(model, 0.05)
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.05, 0.0)
+    kept = names(model, rest)
+    assert {"temperature", "vision.vit.cls_token", "vision.vit.pos_embed", "med.position.weight"} <= kept
+    assert all(p.ndim < 2 for p in rest["params"] if p.ndim != 3 and p is not model.med.position.weight)
+    assert {"med.word.weight", "image_proj.weight", "match_head.weight"} <= names(model, decayed)
+    assert not any(name.endswith(".bias") or "norm" in name for name in names(model, decayed))
+    assert names(model, decayed) | kept == {name for name, _ in model.named_parameters()}
+
+
+def test_in_2022_everything_was_decayed():
+    (group,) = parameter_groups(Blip(TINY), 0.05, decay_all=True)
+    assert group["weight_decay"] == 0.05
+    assert len(group["params"]) == len(list(Blip(TINY).parameters()))
+
+
+def test_frozen_parameters_are_left_out_and_shared_ones_appear_once():
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3, bias=False)
+    second.weight = first.weight
+    module = nn.ModuleList([first, second, nn.Linear(3, 3).requires_grad_(False)])
+    assert sum(len(group["params"]) for group in parameter_groups(module, 0.1)) == 2
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        adamw(module.requires_grad_(False), TrainConfig())
+
+
+def test_one_step_of_adamw_by_hand():
+    module = nn.Linear(2, 1, bias=False)
+    nn.init.constant_(module.weight, 2.0)
+    optimizer = adamw(module, TrainConfig(lr=0.1, weight_decay=0.5))
+    module.weight.grad = torch.tensor([[3.0, -4.0]])
+    optimizer.step()
+    # Decay: 2 * (1 - 0.1 * 0.5) = 1.9; the first step of Adam is lr * sign of the gradient.
+    assert torch.allclose(module.weight, torch.tensor([[1.8, 2.0]]))

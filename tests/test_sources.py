@@ -1,0 +1,462 @@
+import csv
+import io
+import json
+import os
+import tarfile
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from blip.config import SourceConfig
+from blip.data.errors import BadSample, DataError
+from blip.data.images import decode
+from blip.data.json_rows import read_rows
+from blip.data.sources import open_source, open_sources
+from blip.data.tars import Shard
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def png(value):
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), (value, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def red(record):
+    return decode(record.image, 1000).getpixel((0, 0))[0]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "set"
+    (folder / "images").mkdir(parents=True)
+    for i in range(5):
+        (folder / "images" / f"{i}.png").write_bytes(png(i * 10))
+    return folder
+
+
+def rows(n=5, captions=lambda i: f"picture {i}"):
+    return [{"image": f"images/{i}.png", "caption": captions(i)} for i in range(n)]
+
+
+def check(source, key, captions=lambda i: [f"picture {i}"], n=5):
+    assert len(source) == n
+    for i in range(n):
+        record = source[i]
+        assert red(record) == i * 10
+        assert record.captions == captions(i)
+        assert record.key == source.key(i) == key(i)
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_list(folder, indent):
+    (folder / "a.json").write_text(json.dumps(rows(), indent=indent))
+    check(open_source(SourceConfig(str(folder / "a.json"))), lambda i: f"a.json:{i}")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_json_lines(folder, name):
+    (folder / name).write_text("\n".join(map(json.dumps, rows())) + "\n\n")
+    check(open_source(SourceConfig(str(folder / name))), lambda i: f"{name}:{i}")
+
+
+def test_several_captions_and_other_columns(folder):
+    data = [{"file": f"{i}.png", "texts": [f"a {i}", f"b {i}"]} for i in range(5)]
+    (folder / "a.json").write_text(json.dumps(data))
+    config = SourceConfig(
+        str(folder / "a.json"), image_root=str(folder / "images"), image_column="file", caption_column="texts"
+    )
+    check(open_source(config), lambda i: f"a.json:{i}", lambda i: [f"a {i}", f"b {i}"])
+
+
+def karpathy():
+    sentences = [[{"raw": f"A {i}.", "tokens": ["a"]}, {"raw": f"B {i}."}] for i in range(5)]
+    splits = ["train", "restval", "train", "val", "test"]
+    images = [
+        {"filename": f"{i}.png", "filepath": "images", "sentences": sentences[i], "split": splits[i], "cocoid": i}
+        for i in range(5)
+    ]
+    return {"images": images, "dataset": "coco"}
+
+
+def test_karpathys_splits(folder):
+    (folder / "k.json").write_text(json.dumps(karpathy()))
+    everything = open_source(SourceConfig(str(folder / "k.json")))
+    check(everything, lambda i: f"k.json:{i}", lambda i: [f"A {i}.", f"B {i}."])
+    train = open_source(SourceConfig(str(folder / "k.json"), split="train+restval"))
+    assert [train.key(i) for i in range(len(train))] == ["k.json:0", "k.json:1", "k.json:2"]
+    with pytest.raises(DataError, match="no rows of split 'dev'"):
+        open_source(SourceConfig(str(folder / "k.json"), split="dev"))
+
+
+def test_cocos_captions(folder):
+    coco = {
+        "images": [{"id": 100 + i, "file_name": f"images/{i}.png"} for i in range(5)],
+        "annotations": [{"image_id": 100 + i, "caption": f"{w} {i}"} for w in "ab" for i in range(5)],
+    }
+    (folder / "c.json").write_text(json.dumps(coco))
+    check(open_source(SourceConfig(str(folder / "c.json"))), lambda i: f"c.json:{i}", lambda i: [f"a {i}", f"b {i}"])
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+@pytest.mark.parametrize("column", ["caption", "text"])
+def test_imagefolder(folder, kind, column):
+    data = [{"file_name": f"{i}.png", column: f"picture {i}"} for i in range(5)]
+    with (folder / "images" / f"metadata.{kind}").open("w", newline="") as file:
+        if kind == "jsonl":
+            file.write("\n".join(map(json.dumps, data)))
+        else:
+            writer = csv.DictWriter(file, ["file_name", column])
+            writer.writeheader()
+            writer.writerows(data)
+    for path in (folder / "images", folder):  # the folder itself, and one above
+        check(open_source(SourceConfig(str(path))), lambda i: f"metadata.{kind}:{i}")
+    split = open_source(SourceConfig(str(folder), format="imagefolder", split="images"))
+    check(split, lambda i: f"metadata.{kind}:{i}")
+
+
+def as_struct(i):
+    return {"bytes": png(i * 10), "path": None}
+
+
+@pytest.mark.parametrize("kind", ["bytes", "struct", "path", "hf"])
+def test_parquet(folder, kind):
+    value = {"bytes": lambda i: png(i * 10), "path": lambda i: f"images/{i}.png"}.get(kind, as_struct)
+    columns = {"image": [value(i) for i in range(5)], "caption": [f"picture {i}" for i in range(5)], "id": [0] * 5}
+    if kind == "hf":
+        data = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+        data.to_parquet(folder / "a.parquet")
+    else:
+        pq.write_table(pa.table(columns), folder / "a.parquet")
+    check(open_source(SourceConfig(str(folder / "a.parquet"))), lambda i: f"a.parquet:{i}")
+
+
+def test_parquet_shards_name_their_rows(folder):
+    for shard, numbers in (("a", [0, 1]), ("b", [2, 3, 4])):
+        columns = {"image": [png(i * 10) for i in numbers], "caption": [f"picture {i}" for i in numbers]}
+        pq.write_table(pa.table(columns), folder / f"{shard}.parquet")
+    source = open_source(SourceConfig(str(folder / "*.parquet")))
+    check(source, lambda i: f"a.parquet:{i}" if i < 2 else f"b.parquet:{i - 2}")
+
+
+def test_saved_data_sets(folder):
+    columns = {"image": [as_struct(i) for i in range(5)], "caption": [[f"x {i}", f"y {i}"] for i in range(5)]}
+    data = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    data.save_to_disk(folder / "plain")
+    check(open_source(SourceConfig(str(folder / "plain"))), lambda i: f"plain:{i}", lambda i: [f"x {i}", f"y {i}"])
+    datasets.DatasetDict({"train": data, "val": data.select([0])}).save_to_disk(folder / "split")
+    assert len(open_source(SourceConfig(str(folder / "split"), split="val"))) == 1
+    with pytest.raises(DataError, match="set split to one of train, val"):
+        open_source(SourceConfig(str(folder / "split")))
+
+
+def add(tar, name, data, **attributes):
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for k, v in attributes.items():
+        setattr(info, k, v)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def write_tar(path, numbers, interleaved=False, kind="txt"):
+    def caption(i):
+        return f"picture {i}".encode() if kind == "txt" else json.dumps({"caption": f"picture {i}", "n": i}).encode()
+
+    with tarfile.open(path, "w") as tar:
+        members = [(f"d/{i:03}.png", png(i * 10)) for i in numbers], [(f"d/{i:03}.{kind}", caption(i)) for i in numbers]
+        pairs = [*members[0], *members[1]] if interleaved else [m for pair in zip(*members, strict=True) for m in pair]
+        for name, data in pairs:
+            add(tar, name, data)
+
+
+def test_a_folder_of_shards_with_other_files_beside_them(folder):
+    write_tar(folder / "00000.tar", range(5))
+    pq.write_table(pa.table({"url": ["http://x"]}), folder / "00000.parquet")
+    (folder / "00000_stats.json").write_text("{}")
+    with pytest.raises(DataError, match=r"files ending in \.parquet, \.tar"):
+        open_source(SourceConfig(str(folder)))
+    assert len(open_source(SourceConfig(str(folder), format="tar"))) == 5
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("kind", ["txt", "json"])
+def test_tars(folder, interleaved, kind):
+    write_tar(folder / "s-000.tar", [0, 1, 2], interleaved, kind)
+    write_tar(folder / "s-001.tar", [3, 4], interleaved, kind)
+    for path in ("s-{000..001}.tar", "s-*.tar", "."):
+        source = open_source(SourceConfig(str(folder / path), format="tar"))
+        check(source, lambda i: f"s-00{i // 3}.tar/d/{i:03}")
+
+
+def test_a_sample_that_lacks_a_member_is_bad_but_not_fatal(folder):
+    with tarfile.open(folder / "s.tar", "w") as tar:
+        add(tar, "a.png", png(0)), add(tar, "a.txt", b"hello")
+        add(tar, "b.png", png(0))
+        add(tar, "c.txt", b"hello")
+        add(tar, "d.jpg", png(0)), add(tar, "d.json", b"{not json")
+        add(tar, "e.jpg", png(0)), add(tar, "e.json", b'{"text": "no caption"}')
+        add(tar, "f.jpg", png(0)), add(tar, "f.json", b"[" * 100_000)
+        add(tar, "notes.md", b"not a sample")
+    source = open_source(SourceConfig(str(folder / "s.tar")))
+    assert len(source) == 6
+    assert source[0].captions == ["hello"]
+    reasons = []
+    for row in range(1, 6):
+        with pytest.raises(BadSample) as caught:
+            source[row]
+        reasons.append(caught.value.reason)
+    assert reasons[:2] == ["no caption member", "no image member"]
+    assert "not valid JSON" in reasons[2]
+    assert "no caption" in reasons[3]
+    assert "not valid JSON" in reasons[4]
+
+
+def cut(path, size):
+    data = path.read_bytes()
+    path.write_bytes(data[:size])
+
+
+@pytest.mark.parametrize("size", [0, 300, 1000, 3072, 3500, 9 * 512])
+def test_a_truncated_tar_is_named_and_its_readable_part_used_if_allowed(folder, size):
+    path = folder / "s.tar"
+    write_tar(path, range(5))  # each member is 1,024 bytes with its header
+    cut(path, size)
+    with pytest.raises(DataError, match=r"s\.tar is not a whole tar file"):
+        open_source(SourceConfig(str(path)))
+    allowed = SourceConfig(str(path), allow_truncated=True)
+    if size < 1024:
+        with pytest.raises(DataError, match=r"s\.tar is not a whole|s\.tar: no sample has a caption"):
+            open_source(allowed)
+        return
+    source = open_source(allowed)
+    assert len(source) == (size // 1024 + 1) // 2
+    assert red(source[0]) == 0
+
+
+def test_compressed_tars_are_refused(folder):
+    with tarfile.open(folder / "s.tar", "w:gz") as tar:
+        add(tar, "a.png", png(0))
+    with pytest.raises(DataError, match="unpack it"):
+        open_source(SourceConfig(str(folder / "s.tar")))
+
+
+HOSTILE_MEMBERS = {
+    "parent": ("../../evil.png", {}),
+    "absolute": ("/etc/evil.png", {}),
+    "symbolic link": ("a.png", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}),
+    "hard link": ("a.png", {"type": tarfile.LNKTYPE, "linkname": "/etc/passwd"}),
+    "device": ("a.png", {"type": tarfile.CHRTYPE}),
+    "pipe": ("a.png", {"type": tarfile.FIFOTYPE}),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_MEMBERS)
+def test_hostile_tar_members_are_refused(folder, case):
+    name, attributes = HOSTILE_MEMBERS[case]
+    with tarfile.open(folder / "s.tar", "w") as tar:
+        add(tar, name, b"" if attributes else png(0), **attributes)
+    with pytest.raises(DataError, match=r"points outside|link or device"):
+        Shard(folder / "s.tar")
+
+
+def test_pickles_in_tars_are_not_looked_at(folder, tmp_path):
+    import pickle
+
+    class Canary:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path}/canary",))
+
+    with tarfile.open(folder / "s.tar", "w") as tar:
+        add(tar, "a.png", png(0)), add(tar, "a.txt", b"hello")
+        for ending in ("pyd", "pth", "pickle", "npy"):
+            add(tar, f"a.{ending}", pickle.dumps(Canary()))
+    assert open_source(SourceConfig(str(folder / "s.tar")))[0].captions == ["hello"]
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "pipe:touch CANARY",
+        "http://x/a.tar",
+        "ssh://x/a.tar",
+        "s3://b/a.tar",
+        "hf://b/a.tar",
+        "${HOME}/a.tar",
+        "|touch C",
+    ],
+)
+@pytest.mark.parametrize("kind", ["auto", "tar", "json", "parquet", "imagefolder", "dataset"])
+def test_only_local_files_are_sources(spec, kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="only local files"):
+        open_source(SourceConfig(spec, format=kind))
+    assert not list(tmp_path.iterdir())
+
+
+HOSTILE_PATHS = ["../outside.png", "images/../../outside.png", "/etc/passwd", "pipe:cat /etc/passwd", "http://x/y.png"]
+
+
+@pytest.mark.parametrize("name", [*HOSTILE_PATHS, "file:///etc/passwd", "\\\\host\\share.png", ""])
+def test_image_paths_stay_in_their_folder(folder, name):
+    (folder.parent / "outside.png").write_bytes(png(0))
+    (folder / "a.json").write_text(json.dumps([*rows(1), {"image": name, "caption": "x"}]))
+    with pytest.raises(DataError, match=r"a\.json: row 1: image .*(outside|address|not a path)"):
+        open_source(SourceConfig(str(folder / "a.json")))
+
+
+@pytest.mark.parametrize("name", HOSTILE_PATHS)
+def test_paths_in_parquet_stay_in_their_folder(folder, name):
+    (folder.parent / "outside.png").write_bytes(png(0))
+    pq.write_table(pa.table({"image": [name], "caption": ["x"]}), folder / "a.parquet")
+    with pytest.raises(BadSample, match=r"outside|address"):
+        open_source(SourceConfig(str(folder / "a.parquet")))[0]
+
+
+def test_links_are_followed_only_inside(folder):
+    (folder.parent / "outside.png").write_bytes(png(70))
+    (folder / "images" / "out.png").symlink_to(folder.parent / "outside.png")
+    (folder / "images" / "in.png").symlink_to(folder / "images" / "3.png")
+    (folder / "a.json").write_text(json.dumps([{"image": f"images/{n}.png", "caption": "x"} for n in ("in", "out")]))
+    source = open_source(SourceConfig(str(folder / "a.json")))
+    assert red(source[0]) == 30
+    with pytest.raises(BadSample, match="link that leads outside"):
+        source[1]
+    data = [{"image": f"set/images/{n}.png", "caption": "x"} for n in ("in", "out")]
+    (folder / "b.json").write_text(json.dumps(data))
+    assert red(open_source(SourceConfig(str(folder / "b.json"), image_root=str(folder.parent)))[1]) == 70
+
+
+def test_absolute_paths_are_allowed_under_the_root_that_the_user_names(folder):
+    data = [{"image": str(folder / r["image"]), "caption": r["caption"]} for r in rows()]
+    (folder.parent / "elsewhere").mkdir()
+    path = folder.parent / "elsewhere" / "a.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(DataError, match=r"row 0: .*set image_root"):
+        open_source(SourceConfig(str(path)))
+    for root in (folder, "/"):
+        check(open_source(SourceConfig(str(path), image_root=str(root))), lambda i: f"a.json:{i}")
+
+
+STRUCTURE = {
+    "no file": (None, r"no such file"),
+    "empty": ("", r"is empty"),
+    "cut off": (json.dumps(rows())[:-20], r"row 4 is not valid JSON.*cut off"),
+    "not closed": (json.dumps(rows())[:-1], r"not closed after row 4"),
+    "garbage": ("hello", r"row 0 is not an object"),
+    "numbers": ("[1, 2]", r"row 0 is not an object"),
+    "after the end": (json.dumps(rows()) + " {}", r"row 5 is not an object"),
+    "empty list": ("[]", r"no rows"),
+    "no image": (
+        json.dumps([*rows(2), {"caption": "x", "url": "y"}]),
+        r"row 2 has no image path in 'image' \(it has: ca",
+    ),
+    "no caption": (json.dumps([{"image": "images/0.png"}]), r"row 0 has no caption .*set caption_column"),
+    "empty captions": (json.dumps([{"image": "images/0.png", "caption": []}]), r"no rows"),
+    "number as caption": (json.dumps([{"image": "images/0.png", "caption": 3}]), r"row 0 has no caption"),
+    "null image": (json.dumps([{"image": None, "caption": "x"}]), r"row 0 has no image"),
+    "all pictures missing": (json.dumps([{"image": "no/0.png", "caption": "x"}]), r"none of its pictures.*image_root"),
+    "nested": ('[{"image": ' + "[" * 100_000, r"row 0 is not valid JSON"),
+    "endless number": ('[{"image": ' + "1" * 10_000 + "}]", r"row 0 is not valid JSON"),
+    "latin-1": (json.dumps(rows()).encode() + b'{"image": "\xe9"}', r"not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", STRUCTURE)
+def test_structure_errors_stop_at_the_start_in_one_line(folder, case):
+    content, message = STRUCTURE[case]
+    if content is not None:
+        (folder / "a.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=message) as caught:
+        open_source(SourceConfig(str(folder / "a.json")))
+    assert "a.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_structure_errors(folder):
+    for path, message in ((folder, "a folder without"), (folder / "x.zip", "no such file|cannot tell")):
+        with pytest.raises(DataError, match=message):
+            open_source(SourceConfig(str(path)))
+    with pytest.raises(DataError, match=r"no metadata\.jsonl"):
+        open_source(SourceConfig(str(folder), format="imagefolder"))
+    (folder / "a.parquet").write_bytes(b"<html>")
+    with pytest.raises(DataError, match=r"a\.parquet is not readable parquet"):
+        open_source(SourceConfig(str(folder / "a.parquet")))
+    pq.write_table(pa.table({"img": [b""], "caption": ["x"]}), folder / "b.parquet")
+    with pytest.raises(DataError, match=r"no column 'image'.*img, caption.*image_column"):
+        open_source(SourceConfig(str(folder / "b.parquet")))
+    with pytest.raises(DataError, match="image_root /nowhere is not a folder"):
+        open_source(SourceConfig(str(folder / "b.parquet"), image_root="/nowhere"))
+    with pytest.raises(DataError, match="at least one source"):
+        open_sources([])
+
+
+def test_missing_pictures_and_odd_values_are_found_at_access(folder):
+    (folder / "a.json").write_text(json.dumps([*rows(2), {"image": "images/gone.png", "caption": "x"}]))
+    assert open_source(SourceConfig(str(folder / "a.json")))[2].image.name == "gone.png"
+    table = pa.table({"image": [png(0), None], "caption": [None, "x"]})
+    pq.write_table(table, folder / "a.parquet")
+    source = open_source(SourceConfig(str(folder / "a.parquet")))
+    for row, what in ((0, "caption"), (1, "image")):
+        with pytest.raises(BadSample, match=what):
+            source[row]
+
+
+def test_rows_that_cross_the_reading_blocks(tmp_path):
+    data = [{"image": f"{i}.png", "caption": "ü" * (i % 4000)} for i in range(3000)]  # about 6 MB
+    for indent, name in ((None, "a.json"), (1, "b.json")):
+        (tmp_path / name).write_text(json.dumps(data, indent=indent, ensure_ascii=False))
+        assert [row for _, row in read_rows(tmp_path / name)] == data
+
+
+def test_half_surrogates_do_not_stop_a_file(folder):
+    (folder / "a.json").write_text('[{"image": "images/0.png", "caption": "a \\ud83d dog"}]')
+    assert open_source(SourceConfig(str(folder / "a.json")))[0].captions == ["a  dog"]
+
+
+def test_a_large_table_is_small(folder):
+    n = 200_000
+    with (folder / "a.jsonl").open("w") as file:
+        for i in range(n):
+            file.write(f'{{"image": "images/{i % 5}.png", "caption": "a picture of thing number {i} on a table"}}\n')
+    before = pa.total_allocated_bytes()
+    source = open_source(SourceConfig(str(folder / "a.jsonl")))
+    assert len(source) == n
+    assert source[n - 1].captions == [f"a picture of thing number {n - 1} on a table"]
+    assert (pa.total_allocated_bytes() - before) / n < 120
+    rows_of = [v for v in vars(source).values() if isinstance(v, list | dict)]
+    assert sum(map(len, rows_of)) < 10
+
+
+def test_identity_tells_data_apart(folder):
+    (folder / "a.json").write_text(json.dumps(rows()))
+    first = open_source(SourceConfig(str(folder / "a.json"))).identity()
+    assert first == open_source(SourceConfig(str(folder / "a.json"))).identity()
+    (folder / "a.json").write_text(json.dumps(rows(4)))
+    assert first != open_source(SourceConfig(str(folder / "a.json"))).identity()
+
+
+def test_pictures_without_captions_are_left_out(folder):
+    (folder / "a.json").write_text(json.dumps(rows(5, lambda i: [f"x {i}"] if i % 2 else [])))
+    source = open_source(SourceConfig(str(folder / "a.json")))
+    assert [(source.key(r), source[r].captions) for r in range(2)] == [("a.json:1", ["x 1"]), ("a.json:3", ["x 3"])]
+    assert len(source) == 2
+
+
+def test_real_photographs_and_emoji(real_data):
+    photos = open_source(SourceConfig(str(real_data / "photos" / "photos.json"), caption_column="captions"))
+    assert len(photos) == 207
+    assert len(photos[0].captions) == 5
+    assert decode(photos[0].image, 10**8).size == (586, 640)
+    names = str(real_data / "emoji" / "names.json")
+    emoji = open_source(SourceConfig(names, image_column="file", caption_column="name"))
+    assert len(emoji) == 3530
+    assert emoji[2].captions == ["asterisk"]
+    assert decode(emoji[2].image, 10**6).size == (128, 128)
