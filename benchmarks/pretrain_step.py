@@ -1,6 +1,6 @@
 """One optimizer step of pre-training, ours against the straightforward implementation (`tests/oracle.py`).
 
-    python -m benchmarks.pretrain_step            # BASE, 224 px, queue 57,600, batch 4 and 8; about 5 minutes on 2 cores
+    python -m benchmarks.pretrain_step      # BASE, 224 px, queue 57,600, batch 4 and 8; about 5 minutes on 2 cores
 
 Both sides run in one process, in turn, on the same batches: dropout on, forward, backward, AdamW, moving average,
 queue. The C allocator is told to keep freed memory for both. Peak memory is that of a process that runs one side only.

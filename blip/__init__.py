@@ -1,0 +1,46 @@
+"""BLIP: one image encoder and one text transformer that embeds, matches and writes.
+
+    model, tokenizer = blip.from_pretrained("runs/demo/model")
+
+Names are loaded when first used, so `import blip` is quick.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from blip.checkpoint import from_pretrained, push_to_hub, save_pretrained
+    from blip.config import BASE, LARGE, SMALL, TINY, BlipConfig
+    from blip.model import Blip
+    from blip.tokenizer import Tokenizer
+
+_WHERE = {
+    "Blip": "blip.model",
+    "BlipConfig": "blip.config",
+    "TINY": "blip.config",
+    "SMALL": "blip.config",
+    "BASE": "blip.config",
+    "LARGE": "blip.config",
+    "Tokenizer": "blip.tokenizer",
+    "from_pretrained": "blip.checkpoint",
+    "save_pretrained": "blip.checkpoint",
+    "push_to_hub": "blip.checkpoint",
+}
+__all__ = [
+    "BASE",
+    "LARGE",
+    "SMALL",
+    "TINY",
+    "Blip",
+    "BlipConfig",
+    "Tokenizer",
+    "from_pretrained",
+    "push_to_hub",
+    "save_pretrained",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'blip' has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)

@@ -1,7 +1,7 @@
 """Every constant of the method, once, as frozen dataclasses with the presets TINY, SMALL, BASE and LARGE.
 
 Units are said beside each field. "2022" marks what the original release did where our default differs;
-`docs/differences.md` says why. `BLIP_2022` collects those settings.
+`docs/differences.md` says why, and `recipes/configs/blip_2022.yaml` sets them all.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class VisionConfig:
     """Share of patches left out in training (FLIP); an approximation that trades accuracy for speed."""
     checkpoint: bool = False
     """Recompute blocks in the backward pass to save memory."""
+    init_gain: float | None = None
+    """Deviation of first linear weights, times sqrt(inputs); `None` is timm's 0.02, too small for a narrow ViT."""
 
     def __post_init__(self) -> None:
         _require(self.image_size > 0, f"image_size must be positive, got {self.image_size}")
@@ -120,13 +122,19 @@ def _known(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 TINY = BlipConfig(
-    vision=VisionConfig("vit_tiny_patch16_224", image_size=64, patch_size=8, width=192, depth=4, heads=3),
-    text=TextConfig(width=192, layers=3, heads=3, hidden=768, max_positions=64, dropout=0.0, attention_dropout=0.0),
+    vision=VisionConfig(
+        "vit_tiny_patch16_224", image_size=64, patch_size=8, width=128, depth=4, heads=2, init_gain=0.8
+    ),
+    text=TextConfig(
+        width=128, layers=2, heads=2, hidden=512, max_positions=64, dropout=0.0, attention_dropout=0.0, init_std=0.05
+    ),
     embed_dim=128,
 )
 SMALL = BlipConfig(
-    vision=VisionConfig("vit_small_patch16_224", image_size=64, patch_size=8, width=384, depth=8, heads=6),
-    text=TextConfig(width=384, layers=6, heads=6, hidden=1536, max_positions=128),
+    vision=VisionConfig(
+        "vit_small_patch16_224", image_size=64, patch_size=8, width=384, depth=8, heads=6, init_gain=0.8
+    ),
+    text=TextConfig(width=384, layers=6, heads=6, hidden=1536, max_positions=128, init_std=0.03),
     embed_dim=256,
 )
 BASE = BlipConfig()
@@ -302,11 +310,3 @@ class TrainConfig:
         _require(self.save_every >= 1, f"save_every must be 1 or more, got {self.save_every}")
         _require(self.keep_checkpoints >= 1, f"keep_checkpoints must be 1 or more, got {self.keep_checkpoints}")
         _require(self.log_every >= 1, f"log_every must be 1 or more, got {self.log_every}")
-
-
-BLIP_2022: dict[str, dict[str, Any]] = {
-    "objective": {"teacher_dropout": True},
-    "data": {"augment_magnitude": 5, "flip_sided_captions": True},
-    "train": {"schedule": "epoch_decay", "decay": 0.9, "decay_all": True, "clip": None, "precision": "float32"},
-}
-"""What the original release did where our defaults differ: field overrides for the three configs above."""

@@ -19,7 +19,7 @@ def greedy(model: Blip, context: Context, prompt: Tensor, max_length: int) -> Te
     text = model.config.text
     rows, length = prompt.shape
     if not length < max_length <= text.max_positions:
-        raise ValueError(f"max_length must be {length + 1} (prompt and a word) to {text.max_positions}, got {max_length}")
+        raise ValueError(f"max_length must be {length + 1} to {text.max_positions}, got {max_length}")
     cache = Cache(text, rows, max_length, context.projected[0])
     ids, done = prompt, torch.zeros(rows, dtype=torch.bool, device=prompt.device)
     for at in range(max_length - 1):

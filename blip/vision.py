@@ -29,6 +29,10 @@ class VisionEncoder(nn.Module):
             **options,
         )
         adopt(self.vit)
+        if config.init_gain is not None:
+            for module in self.vit.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=config.init_gain / module.in_features**0.5)
         if config.checkpoint:
             self.vit.set_grad_checkpointing(True)
         self.image_size = config.image_size
