@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blip.attention import attention
 from blip.config import TextConfig
 from blip.linear import Linear, linear
 
@@ -121,7 +122,7 @@ class Context:
         query = query.reshape(len(kv), self.fan * length, self.heads, -1).transpose(1, 2)
         key, value = kv.view(len(kv), kv.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
         mask = None if self.keep is None else self.keep[:, None, None, :]
-        out = F.scaled_dot_product_attention(query, key, value, mask, dropout)
+        out = attention(query, key, value, mask, dropout)
         return out.transpose(1, 2).reshape(rows, length, width)
 
 
@@ -176,7 +177,7 @@ class SelfAttention(nn.Module):
             query, key, value = _split(layout.unpack(qkv), 3, self.heads)
             # A causal row needs no padding mask: kept tokens come before the padding.
             mask = None if self.causal else layout.mask
-            out = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=self.causal)
+            out = attention(query, key, value, mask, dropout, self.causal)
             outs.append(layout.pack(out.transpose(1, 2).reshape(layout.rows, layout.length, -1)))
         return self.out(_join(outs))
 
@@ -191,7 +192,7 @@ class SelfAttention(nn.Module):
         for layout, query, kv in zip(layouts, queries, keys_values, strict=True):
             key, value = _split(layout.unpack(kv), 2, self.heads)
             (query,) = _split(query[:, None], 1, self.heads)
-            out = F.scaled_dot_product_attention(query, key, value, layout.mask, dropout)
+            out = attention(query, key, value, layout.mask, dropout)
             outs.append(out.reshape(layout.rows, width))
         return self.out(_join(outs))
 
@@ -202,7 +203,7 @@ class SelfAttention(nn.Module):
         past[:, filled] = kv
         key, value = _split(past[:, : filled + 1], 2, self.heads)
         (query,) = _split(query[:, None], 1, self.heads)
-        return self.out(F.scaled_dot_product_attention(query, key, value).reshape(len(x), width))
+        return self.out(attention(query, key, value).reshape(len(x), width))
 
 
 class CrossAttention(nn.Module):
@@ -245,8 +246,8 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def attend_self(self, x: Tensor, layouts: Sequence[Layout], causal: bool, first: bool) -> Tensor:
-        attention, norm = (self.causal, self.causal_norm) if causal else (self.text, self.text_norm)
-        y = self.dropout(attention(x, layouts, first))
+        own, norm = (self.causal, self.causal_norm) if causal else (self.text, self.text_norm)
+        y = self.dropout(own(x, layouts, first))
         if first:
             x = _join([layout.first(part) for layout, part in zip(layouts, _per_layout(x, layouts), strict=True)])
         return norm(x + y)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import timm
-from timm.layers import resample_abs_pos_embed
+from timm.layers import Attention, resample_abs_pos_embed
 from torch import Tensor, nn
 
+from blip.attention import plain_is_faster
 from blip.config import VisionConfig
 from blip.linear import adopt
 
@@ -43,6 +44,10 @@ class VisionEncoder(nn.Module):
         if image.shape[-2:] != (self.image_size, self.image_size):
             height, width = image.shape[-2:]
             raise ValueError(f"the image is {height} x {width}, the model takes {self.image_size} x {self.image_size}")
+        fused = not plain_is_faster(image)
+        for part in self.vit.modules():
+            if isinstance(part, Attention):
+                part.fused_attn = fused
         return self.vit.forward_features(image)
 
 
