@@ -39,7 +39,7 @@ class VisionConfig:
     checkpoint: bool = False
     """Recompute blocks in the backward pass to save memory."""
     init_gain: float | None = None
-    """Deviation of first linear weights, times sqrt(inputs); `None` is timm's 0.02, too small for a narrow ViT."""
+    """Deviation of first weights times sqrt(inputs), and positions as waves; `None` is timm's way, slow if narrow."""
 
     def __post_init__(self) -> None:
         _require(self.image_size > 0, f"image_size must be positive, got {self.image_size}")
@@ -123,7 +123,7 @@ def _known(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
 
 TINY = BlipConfig(
     vision=VisionConfig(
-        "vit_tiny_patch16_224", image_size=64, patch_size=8, width=128, depth=4, heads=2, init_gain=0.8
+        "vit_tiny_patch16_224", image_size=64, patch_size=16, width=128, depth=4, heads=4, init_gain=1.0
     ),
     text=TextConfig(
         width=128, layers=2, heads=2, hidden=512, max_positions=64, dropout=0.0, attention_dropout=0.0, init_std=0.05
@@ -132,7 +132,7 @@ TINY = BlipConfig(
 )
 SMALL = BlipConfig(
     vision=VisionConfig(
-        "vit_small_patch16_224", image_size=64, patch_size=8, width=384, depth=8, heads=6, init_gain=0.8
+        "vit_small_patch16_224", image_size=64, patch_size=8, width=384, depth=8, heads=6, init_gain=1.0
     ),
     text=TextConfig(width=384, layers=6, heads=6, hidden=1536, max_positions=128, init_std=0.03),
     embed_dim=256,

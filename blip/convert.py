@@ -455,7 +455,7 @@ def _timm_weights(name: str, option: str) -> State:
     if config is None or not config.hf_hub_id:
         raise ValueError(f"{option}: {name} is neither a file nor a timm model with weights; see timm.list_pretrained")
     file = hub.file(config.hf_hub_id, config.hf_hub_filename or "model.safetensors", option)
-    options = {"num_classes": 0, "global_pool": "", "pretrained_cfg_overlay": {"file": str(file)}}
+    options = {"num_classes": 0, "global_pool": "", "pretrained_cfg_overlay": {"file": str(file), "custom_load": False}}
     return timm.create_model(name, pretrained=True, **options).state_dict()
 
 

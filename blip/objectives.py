@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip import dist, losses
@@ -148,5 +149,5 @@ class Pretrain(nn.Module):
 
 
 def _pairwise(a: Tensor, b: Tensor) -> Tensor:
-    """Rows a0 b0 a1 b1 ... of two (B, T)."""
-    return torch.stack([a, b], 1).flatten(0, 1)
+    """Rows a0 b0 a1 b1 ... of (B, T) and (B, U), U >= T: the texts of all processes may be longer than the own."""
+    return torch.stack([F.pad(a, (0, b.shape[1] - a.shape[1])), b], 1).flatten(0, 1)

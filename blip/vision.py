@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import timm
-from timm.layers import Attention, resample_abs_pos_embed
+import torch
+from timm.layers import Attention, build_sincos2d_pos_embed, resample_abs_pos_embed
 from torch import Tensor, nn
 
 from blip.attention import plain_is_faster
@@ -31,9 +32,7 @@ class VisionEncoder(nn.Module):
         )
         adopt(self.vit)
         if config.init_gain is not None:
-            for module in self.vit.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.normal_(module.weight, std=config.init_gain / module.in_features**0.5)
+            _start_narrow(self.vit, config.init_gain)
         if config.checkpoint:
             self.vit.set_grad_checkpointing(True)
         self.image_size = config.image_size
@@ -49,6 +48,21 @@ class VisionEncoder(nn.Module):
             if isinstance(part, Attention):
                 part.fused_attn = fused
         return self.vit.forward_features(image)
+
+
+@torch.no_grad()
+def _start_narrow(vit: nn.Module, gain: float) -> None:
+    """First weights for a narrow ViT that learns from nothing: linear maps that keep the scale of what they are given,
+    and positions as sines and cosines, so that neighbouring patches are told apart from the first step."""
+    for module in vit.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=gain / module.in_features**0.5)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=gain / module.weight[0].numel() ** 0.5)
+    prefix, width = vit.num_prefix_tokens, vit.embed_dim
+    waves = build_sincos2d_pos_embed(vit.patch_embed.grid_size, dim=width, temperature=30.0, interleave_sin_cos=True)
+    vit.pos_embed[:, prefix:] = waves
+    vit.pos_embed[:, :prefix] = 0
 
 
 def resize_positions(positions: Tensor, image_size: int, patch_size: int, prefix: int = 1) -> Tensor:
