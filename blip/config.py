@@ -310,3 +310,7 @@ class TrainConfig:
         _require(self.save_every >= 1, f"save_every must be 1 or more, got {self.save_every}")
         _require(self.keep_checkpoints >= 1, f"keep_checkpoints must be 1 or more, got {self.keep_checkpoints}")
         _require(self.log_every >= 1, f"log_every must be 1 or more, got {self.log_every}")
+        for name in ("lr", "min_lr", "warmup_lr", "weight_decay", "eps"):
+            value = getattr(self, name)
+            _require(0 <= value < float("inf"), f"{name} must be a number of 0 or more, got {value}")
+        _require(self.clip is None or self.clip > 0, f"clip must be positive or null, got {self.clip}")

@@ -69,7 +69,9 @@ def hard_negatives(cosines: Tensor, temperature: Tensor, floor: float, own: Tens
     Returns (B,) indices into C; ValueError where C is 1 and nothing is wrong.
     """
     if cosines.shape[1] < 2:
-        raise ValueError("image-text matching needs at least 2 pairs in a batch to draw negatives from")
+        raise ValueError(
+            "matching draws negatives from the batch: it needs at least 2 pairs, set train.batch_size to 2 or more"
+        )
     weights = F.softmax(cosines.float() / temperature, dim=1) + floor
     weights.scatter_(1, own[:, None], 0)
     return torch.multinomial(weights, 1).squeeze(1)

@@ -42,7 +42,7 @@ class ModelChoice:
     text_weights: str | None = None
     """First weights of the text transformer: BERT by name on the hub, or its local folder."""
     start_from: str | None = None
-    """A model folder or name to continue from instead; it brings its own size and tokenizer."""
+    """A model folder or name to continue from instead; it brings its own size, tokenizer and weights."""
 
 
 @dataclass(frozen=True)

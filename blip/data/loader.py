@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import signal
 import threading
 import time
@@ -192,7 +193,13 @@ class Loader:
 
 
 def _quiet(worker: int) -> None:
-    """Signals meant for the training process, which wants to finish its step, must not kill its workers."""
+    """Signals meant for the training process, which wants to finish its step, must not kill its workers.
+
+    Where the model computes on the same cores, a worker that takes one of them in the middle of a matrix product holds
+    up all the others, so it works in the gaps (docs/log.md).
+    """
+    if not torch.cuda.is_available():
+        os.nice(19)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 

@@ -31,8 +31,8 @@ COLOURS = {
     "white": (246, 246, 246),
     "black": (18, 18, 20),
 }
-RADII = {"small": (112, 124), "large": (192, 208)}
-"""Smallest and largest radius of each size, thousandths of the picture's side: 15 and 26 px across at 64 px."""
+RADII = {"small": (134, 149), "large": (206, 222)}
+"""Smallest and largest radius of each size, thousandths of the picture's side: 18 and 27 px across at 64 px."""
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
 """Names of the cells of a 3 x 3 grid, row by row."""
 BACKGROUNDS = ("plain", "gradient", "speckled")
@@ -266,7 +266,7 @@ def _draw_background(background: Background, size: int) -> Image.Image:
     if background.kind == "speckled":
         noise = hashlib.shake_128(background.seed.to_bytes(4, "little")).digest(_SPECKLES**2)
         cells = Image.frombytes("L", (_SPECKLES, _SPECKLES), noise.translate(_SPECKLE_LEVELS))
-        return _toned(cells.resize((size, size), Image.Resampling.NEAREST), background.tone, 30)
+        return _toned(cells.resize((size, size), Image.Resampling.NEAREST), background.tone, 16)
     return Image.new("RGB", (size, size), background.tone)
 
 
