@@ -132,7 +132,7 @@ TINY = BlipConfig(
 )
 SMALL = BlipConfig(
     vision=VisionConfig(
-        "vit_small_patch16_224", image_size=64, patch_size=8, width=384, depth=8, heads=6, init_gain=1.0
+        "vit_small_patch16_224", image_size=64, patch_size=16, width=384, depth=8, heads=6, init_gain=1.0
     ),
     text=TextConfig(width=384, layers=6, heads=6, hidden=1536, max_positions=128, init_std=0.03),
     embed_dim=256,
