@@ -137,7 +137,7 @@ def assert_arrived(content: dict, run: object) -> None:
             for one, source in zip(value, found, strict=True):
                 assert_arrived(one, source)
         else:
-            assert found == value, key
+            assert (list(found) if isinstance(found, tuple) else found) == value, key
 
 
 def test_a_config_is_laid_over_another():
