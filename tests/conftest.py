@@ -18,3 +18,15 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip("real data not at hand: set OPENBLIP_DATA to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """One piece per letter and digit."""
+    from blip.tokenizer import Tokenizer  # here, because it is slow to import and few tests need it
+
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
+    path = tmp_path_factory.mktemp("tokenizer") / "vocab.txt"
+    path.write_text("\n".join(vocab))
+    return Tokenizer.load(path)

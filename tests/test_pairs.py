@@ -24,15 +24,6 @@ from blip.tokenizer import Tokenizer
 SIZE = 16
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
-    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
-    path = tmp_path_factory.mktemp("tokenizer") / "vocab.txt"
-    path.write_text("\n".join(vocab))
-    return Tokenizer.load(path)
-
-
 class Made:
     """A source of numbered pictures; `bad` rows are unreadable, `does` is done before a row is given."""
 

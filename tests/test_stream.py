@@ -15,16 +15,6 @@ from blip.config import DataConfig, SourceConfig
 from blip.data.errors import DataError
 from blip.data.stream import Stream, StreamFeed, make_stream_loader
 from blip.data.transforms import EvalTransform, TrainTransform
-from blip.tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
-    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
-    path = tmp_path_factory.mktemp("tokenizer") / "vocab.txt"
-    path.write_text("\n".join(vocab))
-    return Tokenizer.load(path)
 
 
 def jpeg(i):
