@@ -6,7 +6,7 @@ Each image is looked at by all the texts it has to be matched with in either dir
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,8 +74,53 @@ class _Pictures(Dataset):
             raise DataError(f"{record.key} cannot be evaluated: {error}") from None
 
 
-@torch.no_grad()
+class Ranking(NamedTuple):
+    """Scores of N images with M texts; a larger one is a better match."""
+
+    cosines: Tensor
+    """(N, M), of the joint embeddings."""
+    scores: Tensor
+    """(N, M), match logit plus cosine, as in the original; minus infinity for pairs that were not matched."""
+    of_image: Tensor
+    """(N, M) bool, the texts that were re-ranked for each image."""
+    of_text: Tensor
+    """(N, M) bool, the images that were re-ranked for each text."""
+
+    def best_texts(self, count: int) -> list[list[int]]:
+        """For each image its best texts after re-ranking, best first."""
+        return self.scores.masked_fill(~self.of_image, float("-inf")).topk(count, dim=1).indices.tolist()
+
+    def recalls(self, owner: Tensor) -> dict[str, float]:
+        """Recall at 1, 5 and 10 both ways: `tr@`/`ir@` after re-ranking with their mean, `..._itc` before it."""
+        never = float("-inf")
+        # Each direction ranks its own k best; what was matched for the other direction does not count.
+        found = {
+            **recall_of_texts(self.scores.masked_fill(~self.of_image, never), owner),
+            **recall_of_images(self.scores.masked_fill(~self.of_text, never), owner),
+        }
+        before = {**recall_of_texts(self.cosines, owner), **recall_of_images(self.cosines, owner)}
+        found["mean_recall"] = sum(found.values()) / len(found)
+        return found | {f"{name}_itc": value for name, value in before.items()}
+
+
 def retrieval(
+    model: Blip,
+    tokenizer: Tokenizer,
+    images: Iterable[Tensor],
+    texts: Sequence[str],
+    image_of_text: Sequence[int],
+    **options: Any,
+) -> dict[str, float]:
+    """Recall at 1, 5 and 10 in percent: `tr@`/`ir@` text/image retrieval after re-ranking, `..._itc` before it.
+
+    Takes what `rank` takes. Text retrieval counts an image's best-ranked text, and images without a text are left out.
+    """
+    ranking = rank(model, tokenizer, images, texts, image_of_text, **options)
+    return ranking.recalls(torch.as_tensor(image_of_text))
+
+
+@torch.no_grad()
+def rank(
     model: Blip,
     tokenizer: Tokenizer,
     images: Iterable[Tensor],
@@ -86,13 +131,12 @@ def retrieval(
     max_tokens: int = 35,
     batch: int = 256,
     progress: bool = False,
-) -> dict[str, float]:
-    """Recall at 1, 5 and 10 in percent: `tr@`/`ir@` text/image retrieval after re-ranking, `..._itc` before it.
+) -> Ranking:
+    """Compare all images with all texts by ITC, and the best `k` of each by ITM too.
 
     `images` yields normalised pictures (B, 3, S, S) in order, twice; `image_of_text` says which of them each text
     belongs to; any number of texts per image, none included. `k` is cut to the size of the gallery. `batch` is the
-    number of texts that go through the model at once. Text retrieval counts an image's best-ranked text, and images
-    without a text are left out of it. The score of a pair is its match logit plus its cosine, as in the original.
+    number of texts that go through the model at once.
     """
     owner = torch.as_tensor(image_of_text)
     training, device = model.training, next(model.parameters()).device
@@ -125,15 +169,7 @@ def retrieval(
         bar.close()
     finally:
         model.train(training)
-    never = float("-inf")
-    # Each direction ranks its own k best; what was matched for the other direction does not count.
-    found = {
-        **recall_of_texts(scores.masked_fill(~of_image, never), owner),
-        **recall_of_images(scores.masked_fill(~of_text, never), owner),
-    }
-    before = {**recall_of_texts(cosines, owner), **recall_of_images(cosines, owner)}
-    found["mean_recall"] = sum(found.values()) / len(found)
-    return found | {f"{name}_itc": value for name, value in before.items()}
+    return Ranking(cosines, scores, of_image, of_text)
 
 
 def _match(model: Blip, context, ids: Tensor, keep: Tensor, chosen: Tensor, batch: int, device) -> Tensor:

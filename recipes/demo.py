@@ -14,16 +14,15 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
 
-from blip import atomic, checkpoint
+from blip import atomic, checkpoint, page
 from blip.data.world import scene_of
 from blip.data.world_judge import judge
 from blip.generate import greedy
 from blip.model import Blip
 from blip.tokenizer import Tokenizer
-from eval.retrieval import Gallery
-from recipes import command, report
+from eval.retrieval import Gallery, rank
+from recipes import command
 from recipes.pretrain import Run, pretrain
 
 CONFIG = "recipes/configs/pretrain_world.yaml"
@@ -39,7 +38,8 @@ def demo(run: Run) -> dict[str, float]:
     rows = json.loads(Path(run.held_out.source.path).read_text())
     gallery = Gallery.open(run.held_out.source, model.vision.image_size)
     scenes = [scene_of(row["image_id"]) for row in rows]
-    captions, ranked = say(model, tokenizer, gallery)
+    captions = say(model, tokenizer, gallery)
+    ranked = rank(model, tokenizer, *gallery, k=run.held_out.k).best_texts(3)
     verdicts = [judge(scene, caption) for scene, caption in zip(scenes, captions, strict=True)]
     scores = {
         **result.metrics,
@@ -51,44 +51,31 @@ def demo(run: Run) -> dict[str, float]:
     }
     root = Path(run.held_out.source.path).parent
     items = [
-        report.Card(
+        page.Card(
             Image.open(root / rows[i]["image"]),
-            report.Text(captions[i], verdicts[i].true),
-            [report.Text(gallery.texts[t], gallery.image_of_text[t] == i) for t in ranked[i]],
+            page.Text(captions[i], verdicts[i].true),
+            [page.Text(gallery.texts[t], gallery.image_of_text[t] == i) for t in ranked[i]],
             rows[i]["caption"][0],
         )
         for i in range(min(SHOWN, len(rows)))
     ]
-    report.write(out / "report.html", _page(out, scores, items, run))
+    page.write(out / "report.html", _page(out, scores, items, run))
     atomic.write_bytes(out / "results.json", (json.dumps(scores, indent=1) + "\n").encode())
     return scores
 
 
 @torch.no_grad()
-def say(model: Blip, tokenizer: Tokenizer, gallery: Gallery, top: int = 3) -> tuple[list[str], list[list[int]]]:
-    """For each picture its greedy caption and the `top` texts of the gallery that match it best among 32 candidates."""
-    ids, keep = tokenizer.encode(gallery.texts, first="cls", max_length=model.config.text.max_positions)
-    texts = model.embed_text(ids, keep)
-    match_ids, _ = tokenizer.encode(gallery.texts, first="enc", max_length=model.config.text.max_positions)
-    captions, ranked = [], []
+def say(model: Blip, tokenizer: Tokenizer, gallery: Gallery) -> list[str]:
+    """The greedy caption of each picture."""
+    captions = []
     for images in gallery.images:
-        tokens = model.vision(images)
-        context = model.context(tokens)
+        context = model.context(model.vision(images))
         prompt = torch.full((len(images), 1), tokenizer.dec_id)
         captions += tokenizer.decode(greedy(model, context, prompt, max_length=40))
-        near = (model.embed_image(tokens) @ texts.T).topk(min(32, len(texts)))
-        for row in range(len(images)):
-            one = context[torch.tensor([row])].expand(near.indices.shape[1])
-            ranked.append(_best(model, match_ids, keep, one, near.indices[row], near.values[row], top))
-    return captions, ranked
+    return captions
 
 
-def _best(model: Blip, ids: Tensor, keep: Tensor, context, chosen: Tensor, cosines: Tensor, top: int) -> list[int]:
-    scores = model.match(ids[chosen], keep[chosen], context)[:, 1] + cosines
-    return chosen[scores.argsort(descending=True)[:top]].tolist()
-
-
-def _page(out: Path, scores: dict[str, float], items: list[report.Card], run: Run) -> str:
+def _page(out: Path, scores: dict[str, float], items: list[page.Card], run: Run) -> str:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "losses" in line]
     names = {"itc": "ITC, contrastive", "itm": "ITM, matching", "lm": "LM, captioning"}
@@ -99,21 +86,21 @@ def _page(out: Path, scores: dict[str, float], items: list[report.Card], run: Ru
         for stage, suffix in (("ITC alone", "_itc"), ("re-ranked by ITM", ""))
     ]
     seen = f"{scores['steps']:.0f} steps of {run.train.batch_size} pairs in {scores['seconds']:.0f} seconds"
-    return report.page(
+    return page.page(
         "BLIP pre-trained on the picture world",
         [
             ("What happened", f"A model of size {run.model.size}, from random weights: {seen}.", ""),
             (
                 "Retrieval among held-out pictures, recall in percent",
                 "The right one is among the first 1, 5 or 10, before and after the matching head looks at the best.",
-                report.table(recalls, ["", "R@1", "R@5", "R@10"]),
+                page.table(recalls, ["", "R@1", "R@5", "R@10"]),
             ),
-            ("The three losses", "Means over log windows.", report.curves(series)),
+            ("The three losses", "Means over log windows.", page.curves(series)),
             (
                 "What it says of pictures it has never seen",
                 f"Its greedy caption ({scores['captions_right']:.0f}% of all are true in every word), and the three "
                 "texts that it ranks first; ✓ marks what is right.",
-                report.cards(items),
+                page.cards(items),
             ),
         ],
     )
