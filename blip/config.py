@@ -175,6 +175,21 @@ class PretrainConfig:
 
 
 @dataclass(frozen=True)
+class CaptionConfig:
+    """The fine-tuning of a captioner (paper, section 5.2); the prompt is the data's."""
+
+    label_smoothing: float = 0.1
+    """Of the language-modelling loss."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.label_smoothing < 1, f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+
+
+CAPTION_PROMPT = "a picture of "
+"""What a captioner's texts begin with (paper, section 5.2)."""
+
+
+@dataclass(frozen=True)
 class SourceConfig:
     """One source of image-text pairs."""
 
@@ -207,10 +222,12 @@ class DataConfig:
 
     sources: list[SourceConfig] = field(default_factory=list)
     """The sources of a run, mixed by weight."""
+    prompt: str = ""
+    """Words put before every caption; a model that writes is given them and does not learn to say them."""
     max_words: int = 30
-    """Words kept of a caption."""
+    """Words kept of a caption, the prompt's not counted."""
     max_tokens: int = 30
-    """Word pieces kept of a caption, first and last special tokens included."""
+    """Word pieces kept of a caption, first and last special tokens and the prompt included."""
     crop_scale_min: float = 0.2
     """Smallest share of the picture that a random crop shows (0.5 in fine-tuning)."""
     flip: float = 0.5
@@ -293,6 +310,8 @@ class TrainConfig:
     """Resumable checkpoints kept."""
     eval_every: int = 0
     """Steps between evaluations; 0 for only at the end."""
+    eval_each_epoch: bool = False
+    """Evaluate whenever the data has been passed over, too."""
     trackers: list[str] = field(default_factory=list)
     """accelerate trackers: tensorboard, wandb, trackio; metrics.jsonl is always written."""
     skip_nonfinite: int = 0
@@ -314,3 +333,54 @@ class TrainConfig:
             value = getattr(self, name)
             _require(0 <= value < float("inf"), f"{name} must be a number of 0 or more, got {value}")
         _require(self.clip is None or self.clip > 0, f"clip must be positive or null, got {self.clip}")
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How a text is written. Lengths count tokens: [DEC], the prompt and [SEP] included."""
+
+    method: Literal["beam", "nucleus"] = "beam"
+    """`beam` keeps the likeliest beginnings (with `beams` 1 it is greedy), `nucleus` samples."""
+    beams: int = 3
+    """Beginnings kept by beam search."""
+    num: int = 1
+    """Texts per image: the best of the beams, or independent samples."""
+    max_length: int = 20
+    """Longest text."""
+    min_length: int = 5
+    """Shortest text to which [SEP] may be added."""
+    length_penalty: float = 1.0
+    """Texts are compared by the sum of their words' log-probabilities over their number to this power."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes words that stand there already less likely."""
+    top_p: float = 0.9
+    """Nucleus: the likeliest words that together reach this probability are drawn from."""
+    top_k: int = 0
+    """Nucleus: words drawn from at most; 0 for any number."""
+    temperature: float = 1.0
+    """Nucleus: above 1 evens out, below 1 sharpens."""
+    seed: int = 0
+    """Nucleus: a sample is a function of this, its key and its number."""
+
+    def __post_init__(self) -> None:
+        _require(self.beams >= 1, f"beams must be 1 or more, got {self.beams}")
+        _require(self.num >= 1, f"num must be 1 or more, got {self.num}")
+        fits = self.method != "beam" or self.num <= self.beams
+        _require(fits, f"num {self.num} is more than the {self.beams} beams it is chosen from")
+        _require(self.max_length >= 2, f"max_length must be 2 or more, got {self.max_length}")
+        _require(self.min_length >= 0, f"min_length must be 0 or more, got {self.min_length}")
+        ordered = self.min_length <= self.max_length
+        _require(ordered, f"min_length {self.min_length} is more than max_length {self.max_length}")
+        _require(self.repetition_penalty > 0, f"repetition_penalty must be positive, got {self.repetition_penalty}")
+        _require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
+        _require(self.top_k >= 0, f"top_k must be 0 or more, got {self.top_k}")
+        _require(self.temperature > 0, f"temperature must be positive, got {self.temperature}")
+
+
+DECODE_PRESETS: dict[str, DecodeConfig] = {
+    "greedy": DecodeConfig(beams=1),
+    "caption_2022": DecodeConfig(beams=3, max_length=20, min_length=5),
+    "nucleus": DecodeConfig(method="nucleus", top_p=0.9),
+    # The paper says nucleus sampling with p 0.9; the release's library and code added the other two.
+    "capfilt_2022": DecodeConfig(method="nucleus", top_p=0.9, top_k=50, repetition_penalty=1.1),
+}

@@ -10,7 +10,7 @@ B images, R rows of text, T text tokens, N packed tokens, P context tokens, D wi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -89,41 +89,74 @@ class Layout:
         return packed.index_select(0, self.source.view(self.rows, self.length)[:, 0])
 
 
+@dataclass
 class Context:
     """What texts look at (image tokens, question states, ...), projected to keys and values once per layer.
 
     `fan` rows of text look at each of the B contexts; the rows of one context are neighbours.
     """
 
-    def __init__(self, projected: list[Tensor], heads: int, keep: Tensor | None = None, fan: int = 1) -> None:
-        self.projected = projected  # L x (B, P, 2 D): keys, then values
-        self.heads = heads
-        self.keep = keep  # (B, P) bool, None where every token counts
-        self.fan = fan
+    held: list[Tensor]
+    """L x (B, P, 2 D), keys, then values; or, head by head, L x (B, 2, H, P, D / H)."""
+    heads: int
+    """H."""
+    keep: Tensor | None = None
+    """(B, P) bool, None where every token counts."""
+    fan: int = 1
+    """Rows of text for each context."""
 
     def __len__(self) -> int:
-        return len(self.projected[0])
+        return len(self.held[0])
 
     def __getitem__(self, index: Tensor) -> Context:
         """The contexts at `index` (M,), for M x fan rows."""
         keep = None if self.keep is None else self.keep[index]
-        return Context([kv.index_select(0, index) for kv in self.projected], self.heads, keep, self.fan)
+        return replace(self, held=[part.index_select(0, index) for part in self.held], keep=keep)
 
     def expand(self, fan: int) -> Context:
         """The same contexts, each for `fan` neighbouring rows of text; nothing is copied."""
-        return Context(self.projected, self.heads, self.keep, self.fan * fan)
+        return replace(self, fan=self.fan * fan)
 
     def attend(self, layer: int, query: Tensor, dropout: float) -> Tensor:
         """Queries (B * fan, T, D) -> (B * fan, T, D)."""
-        kv = self.projected[layer]
         rows, length, width = query.shape
-        if rows != len(kv) * self.fan:
-            raise ValueError(f"{rows} texts look at {len(kv)} contexts with {self.fan} texts each")
-        query = query.reshape(len(kv), self.fan * length, self.heads, -1).transpose(1, 2)
-        key, value = kv.view(len(kv), kv.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if rows != len(self) * self.fan:
+            raise ValueError(f"{rows} texts look at {len(self)} contexts with {self.fan} texts each")
+        query = query.reshape(len(self), self.fan * length, self.heads, -1).transpose(1, 2)
+        return self._look(layer, query, dropout).transpose(1, 2).reshape(rows, length, width)
+
+    def _look(self, layer: int, query: Tensor, dropout: float) -> Tensor:
+        """Queries (B, H, N, D / H), N of them at each context -> (B, H, N, D / H)."""
+        key, value = _by_head(self.held[layer], self.heads).unbind(1)
         mask = None if self.keep is None else self.keep[:, None, None, :]
-        out = attention(query, key, value, mask, dropout)
-        return out.transpose(1, 2).reshape(rows, length, width)
+        return attention(query, key, value, mask, dropout)
+
+
+@dataclass
+class Absorbed(Context):
+    """A context that few queries look at: its states (B, P, V) stay as they are, all that `held` holds.
+
+    A score q (W x) is (W' q) x, and a mean of values is the value of a mean, so the key and value matrices are applied
+    to queries and results instead. Equal to the projected form, and cheaper below about D / H queries for a context.
+    """
+
+    kv: Sequence[Linear] = ()
+    """Of each layer."""
+
+    def _look(self, layer: int, query: Tensor, dropout: float) -> Tensor:
+        (states,), (batch, heads, count, size) = self.held, query.shape
+        key, value = self.kv[layer].weight.view(2, heads, size, -1)
+        # The keys' bias adds the same to all scores of a query.
+        bias = self.kv[layer].bias.view(2, heads, 1, size)[1]
+        query = (query * size**-0.5).transpose(0, 1).reshape(heads, batch * count, size) @ key
+        query = query.view(heads, batch, count, -1).transpose(0, 1).reshape(batch, heads * count, -1)
+        scores = query @ states.transpose(1, 2)
+        if self.keep is not None:
+            scores = scores.masked_fill(~self.keep[:, None], float("-inf"))
+        seen = F.dropout(scores.softmax(-1), dropout, dropout > 0) @ states
+        seen = seen.view(batch, heads, count, -1).transpose(0, 1).reshape(heads, batch * count, -1)
+        out = (seen @ value.transpose(1, 2)).view(heads, batch, count, size).transpose(0, 1)
+        return out + bias
 
 
 @dataclass
@@ -146,11 +179,31 @@ class Pass:
 
 
 class Cache:
-    """Keys and values of the tokens that a decoder has already read: (R, length, 2 D) per layer, written in place."""
+    """Keys and values of what a decoder has read of R texts, `slots` tokens at most, filled in place."""
 
-    def __init__(self, config: TextConfig, rows: int, length: int, like: Tensor) -> None:
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
         self.filled = 0
-        self.kv = [like.new_zeros(rows, length, 2 * config.width) for _ in range(config.layers)]
+        self.kv: list[Tensor] = []  # L x (R, 2, H, slots, D / H)
+
+    def add(self, layer: int, kv: Tensor) -> Tensor:
+        """Put in those of T more tokens (R, 2, H, T, D / H) -> all of them (R, 2, H, filled + T, D / H)."""
+        if layer == len(self.kv):
+            self.kv.append(kv.new_empty(*kv.shape[:3], self.slots, kv.shape[4]))
+        end = self.filled + kv.shape[3]
+        self.kv[layer][..., self.filled : end, :] = kv
+        return self.kv[layer][..., :end, :]
+
+    def take(self, index: Tensor) -> None:
+        """Go on with the texts at `index` only."""
+        for layer, kv in enumerate(self.kv):
+            self.kv[layer] = kv.new_empty(len(index), *kv.shape[1:])
+            self.kv[layer][..., : self.filled, :] = kv[..., : self.filled, :].index_select(0, index)
+
+
+def _by_head(kv: Tensor, heads: int) -> Tensor:
+    """(B, P, 2 D) -> (B, 2, H, P, D / H) without copying; what is laid out so already stays."""
+    return kv if kv.dim() == 5 else kv.view(*kv.shape[:2], 2, heads, -1).permute(0, 2, 3, 1, 4)
 
 
 def _split(qkv: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
@@ -196,14 +249,13 @@ class SelfAttention(nn.Module):
             outs.append(out.reshape(layout.rows, width))
         return self.out(_join(outs))
 
-    def step(self, x: Tensor, past: Tensor, filled: int) -> Tensor:
-        """Next tokens (R, D) after `filled` cached ones -> (R, D); `past` (R, length, 2 D) is written at `filled`."""
-        width = x.shape[1]
-        query, kv = self.qkv(x).split([width, 2 * width], dim=1)
-        past[:, filled] = kv
-        key, value = _split(past[:, : filled + 1], 2, self.heads)
-        (query,) = _split(query[:, None], 1, self.heads)
-        return self.out(attention(query, key, value).reshape(len(x), width))
+    def step(self, x: Tensor, sees: Tensor | None, cache: Cache, layer: int) -> Tensor:
+        """Further tokens (R, T, D) -> (R, T, D), which go into the cache."""
+        rows, length, width = x.shape
+        qkv = self.qkv(x).view(rows, length, 3, self.heads, -1).permute(0, 2, 3, 1, 4)
+        key, value = cache.add(layer, qkv[:, 1:]).unbind(1)
+        out = attention(qkv[:, 0], key, value, None if sees is None else sees[:, None])
+        return self.out(out.transpose(1, 2).reshape(rows, length, width))
 
 
 class CrossAttention(nn.Module):
@@ -225,6 +277,10 @@ class CrossAttention(nn.Module):
             for layout, context, query in zip(layouts, contexts, queries, strict=True)
         ]
         return self.out(_join(outs))
+
+    def step(self, x: Tensor, context: Context, layer: int) -> Tensor:
+        """(R, T, D) -> (R, T, D)."""
+        return self.out(context.attend(layer, self.query(x), 0.0))
 
 
 class Block(nn.Module):
@@ -282,9 +338,18 @@ class Med(nn.Module):
         if isinstance(module, Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def context(self, states: Tensor, keep: Tensor | None = None) -> Context:
-        """States (B, P, V), with `keep` (B, P) bool where some are padding -> their keys and values in every layer."""
-        return Context([block.cross.kv(states) for block in self.blocks], self.config.heads, keep)
+    def context(self, states: Tensor, keep: Tensor | None = None, queries: int | None = None) -> Context:
+        """States (B, P, V), with `keep` (B, P) bool where some are padding -> what texts look at, in every layer.
+
+        `queries` is how many text tokens will look at each of the B, where that is known and no gradient is wanted.
+        """
+        maps, heads = [block.cross.kv for block in self.blocks], self.config.heads
+        if torch.is_grad_enabled() or states.device.type != "cpu":
+            return Context([kv(states) for kv in maps], heads, keep)
+        if queries is not None and queries <= self.config.width // heads:
+            return Absorbed([states], heads, keep, kv=maps)
+        # Laid out head by head they are read several times as fast by few queries, as when a text is written.
+        return Context([_by_head(kv(states), heads).contiguous() for kv in maps], heads, keep)
 
     def forward(self, passes: Sequence[Pass]) -> list[Tensor]:
         """Run several passes side by side, each layer's shared weights once over all their tokens.
@@ -339,15 +404,18 @@ class Med(nn.Module):
         states = self.head_norm(F.gelu(self.head_dense(states)))
         return linear(states, self.word.weight, self.head_bias)
 
-    def step(self, ids: Tensor, cache: Cache, context: Context) -> Tensor:
-        """Read the next token of each row, ids (R,), after those in the cache (which grows by one) -> states (R, D)."""
-        at = cache.filled
-        x = self._embed(ids, torch.full_like(ids, at))
-        layout = [Layout(torch.ones(len(ids), 1, dtype=torch.bool, device=ids.device))]
+    def read(self, ids: Tensor, positions: Tensor, sees: Tensor | None, cache: Cache, context: Context) -> Tensor:
+        """Read T more tokens of each text, ids and positions (R, T), after those in the cache -> states (R, T, D).
+
+        Token t sees what `sees[:, t]` (R, T, cached + T) says of the cached and then the new tokens; None: all of them.
+        Nothing is dropped out, whatever the mode.
+        """
+        x = self.norm(self.word(ids) + self.position(positions))
         for i, block in enumerate(self.blocks):
-            x = block.causal_norm(x + block.causal.step(x, cache.kv[i], at))
-            x = block.feed_forward(block.attend_cross(x, layout, [context], i))
-        cache.filled = at + 1
+            x = block.causal_norm(x + block.causal.step(x, sees, cache, i))
+            x = block.cross_norm(x + block.cross.step(x, context, i))
+            x = block.ffn_norm(x + block.down(F.gelu(block.up(x))))
+        cache.filled += ids.shape[1]
         return x
 
 

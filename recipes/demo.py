@@ -12,13 +12,13 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from blip import atomic, checkpoint, page
+from blip.config import DecodeConfig
 from blip.data.world import scene_of
 from blip.data.world_judge import judge
-from blip.generate import greedy
+from blip.generate import write
 from blip.model import Blip
 from blip.tokenizer import Tokenizer
 from eval.retrieval import Gallery, rank
@@ -26,6 +26,7 @@ from recipes import command
 from recipes.pretrain import Run, pretrain
 
 CONFIG = "recipes/configs/pretrain_world.yaml"
+SAY = DecodeConfig(beams=1, max_length=40, min_length=0)
 SHOWN = 24
 """Pictures on the page."""
 
@@ -64,15 +65,9 @@ def demo(run: Run) -> dict[str, float]:
     return scores
 
 
-@torch.no_grad()
 def say(model: Blip, tokenizer: Tokenizer, gallery: Gallery) -> list[str]:
     """The greedy caption of each picture."""
-    captions = []
-    for images in gallery.images:
-        context = model.context(model.vision(images))
-        prompt = torch.full((len(images), 1), tokenizer.dec_id)
-        captions += tokenizer.decode(greedy(model, context, prompt, max_length=40))
-    return captions
+    return [text.words for images in gallery.images for (text,) in write(model, tokenizer, images, SAY)]
 
 
 def _page(out: Path, scores: dict[str, float], items: list[page.Card], run: Run) -> str:
