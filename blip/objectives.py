@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip import dist, losses
-from blip.config import PretrainConfig
+from blip.config import CaptionConfig, PretrainConfig
 from blip.data.batch import Batch
 from blip.losses import Embeddings, Similarities
 from blip.med import Context, Pass
@@ -85,16 +85,11 @@ class Pretrain(nn.Module):
         # Two texts look at each image in its own place: the right one and a wrong one.
         own = Pass(_pairwise(ids, other_ids), _pairwise(keep, other_keep), context=context.expand(2), first=True)
         other = Pass(ids, keep, context=other_context, first=True)
-        # Each kept token but the last predicts the next, so the last is not read.
-        write = Pass(starting_with(batch.ids, text.dec_id)[:, :-1], keep[:, 1:], causal=True, context=context)
+        write, words = _writing(batch, text.dec_id, context)
         own_states, other_states, write_states = model.med([own, other, write])
         right, wrong = own_states.view(len(ids), 2, -1).unbind(1)
         match_logits = model.match_head(torch.cat([right, other_states, wrong]))
-        return match_logits, model.med.vocabulary(write_states), self._words(batch, write)
-
-    def _words(self, batch: Batch, write: Pass) -> Tensor:
-        words = batch.ids[:, 1:].masked_fill(~batch.keep[:, 1:], -100)
-        return write.layout.pack_ids(words)
+        return match_logits, model.med.vocabulary(write_states), words
 
     def _negatives(
         self,
@@ -146,6 +141,45 @@ class Pretrain(nn.Module):
         for features in carries:
             self.image_queue.push(dist.gather(features.image))
             self.text_queue.push(dist.gather(features.text))
+
+
+class Caption(nn.Module):
+    """LM alone: what makes a captioner of a pre-trained model (paper, section 5.2).
+
+    The prompt that the batch's texts begin with is read and not learned.
+    """
+
+    def __init__(self, model: Blip, config: CaptionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = model
+
+    def forward(self, batch: Batch, epoch: float) -> Outcome:
+        """The language-modelling loss of a batch; `epoch` changes nothing."""
+        model = self.model
+        context = model.context(model.vision(batch.image))
+        write, words = _writing(batch, model.config.text.dec_id, context)
+        (states,) = model.med([write])
+        logits = model.med.vocabulary(states).float()
+        found = {"lm": losses.captioning(logits, words, self.config.label_smoothing)}
+        return Outcome(found, {"word_accuracy": _accuracy(logits.detach(), words)})
+
+    def after_step(self, carries: list[None]) -> None:
+        """Nothing moves but the weights."""
+
+
+def _writing(batch: Batch, dec_id: int, context: Context) -> tuple[Pass, Tensor]:
+    """The decoder's pass over N tokens, and what each has to predict (N,): the next word, -100 within the prompt."""
+    # Each kept token but the last predicts the next, so the last is not read.
+    write = Pass(starting_with(batch.ids, dec_id)[:, :-1], batch.keep[:, 1:], causal=True, context=context)
+    words = batch.ids[:, 1:].masked_fill(~batch.keep[:, 1:], -100)
+    words[:, : batch.prompt] = -100
+    return write, write.layout.pack_ids(words)
+
+
+def _accuracy(logits: Tensor, words: Tensor) -> Tensor:
+    """Share of the words (N,) that are the likeliest of their logits (N, vocabulary)."""
+    return (logits.argmax(1) == words).sum() / (words != -100).sum()
 
 
 def _pairwise(a: Tensor, b: Tensor) -> Tensor:

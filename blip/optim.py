@@ -45,8 +45,7 @@ def learning_rate(step: int, config: TrainConfig, steps_per_epoch: float, total:
     `cosine` and `constant` begin after `warmup_steps` of linear warm-up. `epoch_decay` and `epoch_cosine` change from
     epoch to epoch as in 2022, where the warm-up happened in the first epoch only, finished or not.
     """
-    # A whole number of epochs must not be lost to the rounding of the division.
-    epoch = math.floor(step / steps_per_epoch + 1e-9)
+    epoch = whole_epochs(step, steps_per_epoch)
     warming = step < config.warmup_steps
     match config.schedule:
         case "cosine" if not warming:
@@ -60,6 +59,12 @@ def learning_rate(step: int, config: TrainConfig, steps_per_epoch: float, total:
         case "constant" if not warming:
             return config.lr
     return config.warmup_lr + (config.lr - config.warmup_lr) * step / config.warmup_steps
+
+
+def whole_epochs(steps: int, steps_per_epoch: float) -> int:
+    """How many epochs are over after some steps."""
+    # A whole number of epochs must not be lost to the rounding of the division.
+    return math.floor(steps / steps_per_epoch + 1e-9)
 
 
 def _cosine(config: TrainConfig, progress: float) -> float:

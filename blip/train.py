@@ -244,7 +244,8 @@ class _Run:
                     self.progress.advance()
                     if state.step % config.log_every == 0 or last:
                         self._log()
-                    if state.step % config.save_every == 0 or last or stop:
+                    # Before an evaluation too: what was made of its numbers is then never done again.
+                    if state.step % config.save_every == 0 or last or stop or self._evaluation_is_due():
                         self._save()
                     if stop:
                         self.progress.say(f"asked to stop: saved after step {state.step}; the same command continues")
@@ -405,12 +406,19 @@ class _Run:
         if failure:
             raise atomic.WriteError(failure)
 
-    def _evaluate_if_due(self) -> None:
-        """Evaluate this step unless its numbers are in metrics.jsonl already."""
+    def _evaluation_is_due(self) -> bool:
+        """Whether this step is to be evaluated and its numbers are not in metrics.jsonl yet."""
         step, every = self.state.step, self.config.eval_every
-        due = step == self.total or (every and step and step % every == 0)
-        if self.evaluate is None or not due or self.evaluated == step:
+        if self.evaluate is None or self.evaluated == step or step == 0:
+            return False
+        before, after = (optim.whole_epochs(at, self.steps_per_epoch) for at in (step - 1, step))
+        epoch_ends = self.config.eval_each_epoch and after > before
+        return step == self.total or bool(every and step % every == 0) or epoch_ends
+
+    def _evaluate_if_due(self) -> None:
+        if not self._evaluation_is_due():
             return
+        step = self.state.step
         modes = [(module, module.training) for module in self.objective.modules()]
         self.objective.eval()
         try:
@@ -422,7 +430,7 @@ class _Run:
         self.scores = dist.from_main({name: float(value) for name, value in scores.items()})
         self.evaluated = step
         if self.metrics is not None:
-            self.metrics.write({"step": step, "eval": self.scores})
+            self.metrics.write({"step": step, "epoch": self.state.samples / len(self.data), "eval": self.scores})
         if self.config.trackers:
             self.accelerator.log({f"eval/{name}": value for name, value in self.scores.items()}, step=step)
         listed = "  ".join(f"{name} {value:.4f}" for name, value in self.scores.items())

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from blip import checkpoint, convert, dist
-from blip.config import PRESETS, DataConfig
+from blip.config import PRESETS, BlipConfig, DataConfig, VisionConfig
 from blip.data import world_files
 from blip.data.loader import Feed
 from blip.data.pairs import Pairs
@@ -25,18 +25,18 @@ from blip.tokenizer import Tokenizer
 class ModelChoice:
     """Which model to train and what it starts from."""
 
-    size: Literal["tiny", "small", "base", "large"] = "base"
-    """Preset of `blip.config`."""
+    size: Literal["tiny", "small", "base", "large"] | None = None
+    """Preset of `blip.config`; base when not given."""
     image_size: int | None = None
-    """Side of the input, pixels; the preset's when not given."""
+    """Side of the input, pixels; the model's when not given."""
     drop_path: float | None = None
-    """Stochastic depth of the image encoder; the preset's when not given."""
+    """Stochastic depth of the image encoder; the model's when not given."""
     patch_drop: float = 0.0
     """Share of patches left out in training (FLIP); faster and approximate."""
     checkpoint: bool = False
     """Recompute the image encoder's blocks in the backward pass to save memory."""
-    tokenizer: str = "bert-base-uncased"
-    """`world`, a folder or file with a vocabulary, or a name on the hub."""
+    tokenizer: str | None = None
+    """`world`, a folder or file with a vocabulary, or a name on the hub; bert-base-uncased when not given."""
     vision_weights: str | None = None
     """First weights of the image encoder: a timm model name, or a local .safetensors or .pth file."""
     text_weights: str | None = None
@@ -66,25 +66,71 @@ class WorldChoice:
 
 
 def build_model(choice: ModelChoice, seed: int) -> tuple[Blip, Tokenizer]:
-    """The model and tokenizer of a choice; new weights are a function of the seed."""
+    """The model and tokenizer of a choice; new weights are a function of the seed.
+
+    ValueError for a choice that contradicts the model to start from.
+    """
     if choice.start_from:
-        return checkpoint.from_pretrained(choice.start_from, image_size=choice.image_size)
-    tokenizer = Tokenizer.load(choice.tokenizer)
-    preset = PRESETS[choice.size]
-    vision = {"image_size": choice.image_size, "drop_path": choice.drop_path, "patch_drop": choice.patch_drop}
-    vision = {name: value for name, value in vision.items() if value is not None}
-    config = dataclasses.replace(
-        preset,
-        vision=dataclasses.replace(preset.vision, checkpoint=choice.checkpoint, **vision),
-        text=tokenizer.text_config(preset.text),
-    )
+        try:
+            model, tokenizer = checkpoint.from_pretrained(choice.start_from, image_size=choice.image_size)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"model.start_from: {error}; is its run finished?") from None
+        _refuse_contradiction(choice, model.config, tokenizer)
+        return _trained_as(choice, model), tokenizer
+    tokenizer = Tokenizer.load(choice.tokenizer or "bert-base-uncased")
+    preset = PRESETS[choice.size or "base"]
     torch.manual_seed(seed)
-    model = Blip(config)
+    model = Blip(
+        dataclasses.replace(preset, vision=_vision(choice, preset.vision), text=tokenizer.text_config(preset.text))
+    )
     if choice.vision_weights:
         convert.initial_vision(model, choice.vision_weights, option="--model.vision_weights")
     if choice.text_weights:
         convert.initial_text(model, choice.text_weights, tokenizer, option="--model.text_weights")
     return model, tokenizer
+
+
+def _vision(choice: ModelChoice, config: VisionConfig) -> VisionConfig:
+    """An image encoder's configuration with what a choice says of its input and its training."""
+    said = {"image_size": choice.image_size, "drop_path": choice.drop_path}
+    said = {name: value for name, value in said.items() if value is not None}
+    return dataclasses.replace(config, patch_drop=choice.patch_drop, checkpoint=choice.checkpoint, **said)
+
+
+def _trained_as(choice: ModelChoice, model: Blip) -> Blip:
+    """The same weights in a model that is trained with the choice's stochastic depth, patch drop and recomputation."""
+    config = dataclasses.replace(model.config, vision=_vision(choice, model.config.vision))
+    if config == model.config:
+        return model
+    rebuilt = Blip(config)
+    rebuilt.load_state_dict(model.state_dict())
+    return rebuilt
+
+
+def _refuse_contradiction(choice: ModelChoice, config: BlipConfig, tokenizer: Tokenizer) -> None:
+    start = f"model.start_from {choice.start_from}"
+    for name in ("vision_weights", "text_weights"):
+        if value := getattr(choice, name):
+            raise ValueError(
+                f"{start} brings its own weights, so model.{name} {value} would not be used: leave one out"
+            )
+    if choice.size and _shape(PRESETS[choice.size]) != _shape(config):
+        found = [size for size, preset in PRESETS.items() if _shape(preset) == _shape(config)]
+        raise ValueError(
+            f"{start} is a model of {'size ' + found[0] if found else 'a size of its own'}, not {choice.size}: "
+            "leave model.size out"
+        )
+    if choice.tokenizer and Tokenizer.load(choice.tokenizer).digest() != tokenizer.digest():
+        raise ValueError(
+            f"{start} was trained with another tokenizer than {choice.tokenizer}: leave model.tokenizer out"
+        )
+
+
+def _shape(config: BlipConfig) -> tuple:
+    """What a size says of a model: names and numbers that its weights depend on, vocabulary and input size aside."""
+    vision, text = config.vision, config.text
+    eye = (vision.model, vision.patch_size, vision.width, vision.depth, vision.heads)
+    return *eye, text.width, text.layers, text.heads, text.hidden, text.max_positions, config.embed_dim
 
 
 def build_feed(config: DataConfig, image_size: int, tokenizer: Tokenizer, seed: int) -> tuple[Feed | StreamFeed, str]:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar, get_type_hints
+from typing import TypeVar, get_args, get_type_hints
 
 import yaml
 from jsonargparse import auto_cli, set_parsing_settings
 
-from blip.data.errors import DataError
+from blip.commands.ending import WRONG_USE, fail, one_line, run, unknown_option
+
+__all__ = ["WRONG_USE", "fail", "read", "run"]
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # for --help
 
 Settings = TypeVar("Settings")
-WRONG_USE = 2
-"""Exit status for options or files that do not fit."""
 
 
 class _OneKeyLoader(yaml.SafeLoader):
@@ -49,22 +48,27 @@ def read(settings: type[Settings], args: list[str] | None = None) -> Settings:
     try:
         for path in _config_files(args):
             _check_file(path, _sections(settings))
-        return auto_cli(settings, args=args, as_positional=False, exit_on_error=False)
+        _check_names(args, set(_options(settings)))
+        return auto_cli(settings, args=args, as_positional=False, exit_on_error=False, allow_abbrev=False)
     except Exception as error:
-        fail(_one_line(error), WRONG_USE)
+        fail(one_line(error), WRONG_USE)
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a recipe; what a person can put right is said in a line, not in a traceback."""
-    try:
-        main()
-    except (DataError, ValueError, OSError) as error:
-        fail(_one_line(error), WRONG_USE)
+def _options(settings: type, before: str = "--") -> Iterator[str]:
+    """Names of the options that a settings class, and those in it, have."""
+    yield from ("--config", "--print_config", "--help") if before == "--" else ()
+    for name, kind in get_type_hints(settings).items():
+        yield before + name
+        for inner in (kind, *get_args(kind)):
+            if dataclasses.is_dataclass(inner):
+                yield from _options(inner, f"{before}{name}.")
 
 
-def fail(message: str, status: int) -> None:
-    sys.stderr.write(f"error: {message}\n")
-    raise SystemExit(status)
+def _check_names(args: list[str], options: set[str]) -> None:
+    for arg in args:
+        name = arg.partition("=")[0].removesuffix("+")  # --list+=item appends
+        if name.startswith("--") and name not in options:
+            raise ValueError(unknown_option(name, options))
 
 
 def _config_files(args: list[str]) -> list[str]:
@@ -93,7 +97,3 @@ def _check_file(path: str, sections: set[str]) -> None:
     for name in sections & content.keys():
         if not isinstance(content[name], dict | str):
             raise ValueError(f"--config {path}: {name} must be a mapping of options, got {content[name]!r}")
-
-
-def _one_line(error: Exception) -> str:
-    return re.sub(r":?\s*\n\s*", ": ", str(error).strip()) or type(error).__name__

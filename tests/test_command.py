@@ -8,11 +8,14 @@ import pytest
 import yaml
 
 from blip.data.errors import DataError
-from recipes import command
+from recipes import caption, command, pretrain
 from recipes.pretrain import Run
 
 CONFIGS = Path(command.__file__).parent / "configs"
 OPTIONS = Path(__file__).parent / "options.txt"
+RECIPES = {"caption": caption.Run, "pretrain": pretrain.Run}
+LAID_OVER = {"blip_2022": ("pretrain_base", "pretrain"), "caption_large_coco": ("caption_coco", "caption")}
+"""Configs that only say what differs from another -> that other, and the recipe."""
 
 
 def refused(capsys, args: list[str]) -> str:
@@ -81,6 +84,13 @@ def test_a_broken_config_is_one_line_that_names_what(capsys, tmp_path, monkeypat
         (["--config", "."], "no such file"),
         (["--config"], "--config"),
         (["--out", "x", "--train.speed", "3"], "--train.speed"),
+        (["--out", "x", "--train.step", "5"], "no option --train.step; did you mean --train.steps?"),
+        (["--out", "x", "--train.step=5"], "no option --train.step; did you mean --train.steps?"),
+        (["--out", "x", "--held_out.sorce.path", "a"], "did you mean --held_out.source.path?"),
+        (["--ou", "x"], "no option --ou; did you mean --out?"),
+        (["--out", "x", "--conf", "gone.yaml"], "no option --conf; did you mean --config?"),
+        (["--out", "x", "--print"], "no option --print; did you mean --print_config?"),
+        (["--out", "x", "--zzz", "3"], "no option --zzz; --help lists them all"),
         (["--out", "x", "--train.lr", "fast"], "train.lr"),
         (["--out", "x", "--train.precision", "int8"], "train.precision"),
         (["--out", "x", "--train", "gone.yaml"], "gone.yaml"),
@@ -96,15 +106,24 @@ def test_broken_options_are_one_line_that_names_what(capsys, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_option_is_explained(capsys):
+EXPLAINED = {
+    "pretrain": "Weight of the teacher's soft targets in the contrastive loss. (type: float, default: 0.4)",
+    "caption": "Of the language-modelling loss. (type: float, default: 0.1)",
+}
+OPTIONAL = ("held_out.", "validation.", "test.", "world.")
+"""Sections that may be absent, whose options --help leaves out."""
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_option_is_explained(capsys, recipe):
     with pytest.raises(SystemExit) as stop:
-        command.read(Run, ["--help"])
+        command.read(RECIPES[recipe], ["--help"])
     assert stop.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "Weight of the teacher's soft targets in the contrastive loss. (type: float, default: 0.4)" in said
+    assert EXPLAINED[recipe] in said
     assert "--train.skip_nonfinite" in said
-    for path in walk(Run):
-        if path.count(".") < 2 and not path.startswith(("held_out.", "world.")):
+    for path in walk(RECIPES[recipe]):
+        if path.count(".") < 2 and not path.startswith(OPTIONAL):
             assert f"--{path}" in said
     assert said.count("(type:") >= 60
     assert "{true,false} (type:" not in said, "an option without its meaning"
@@ -121,11 +140,12 @@ def test_the_printed_config_is_the_run(capsys, tmp_path):
     assert command.read(Run, ["--config", str(printed)]) == command.read(Run, args)
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
 def test_every_config_is_a_run(name):
-    content = yaml.safe_load((CONFIGS / name).read_text())
-    run = command.read(Run, ["--config", str(CONFIGS / name), *([] if "out" in content else ["--out", "x"])])
-    assert_arrived(content, run)
+    base, recipe = LAID_OVER.get(name, (name, name.split("_")[0]))
+    args = [option for stem in dict.fromkeys([base, name]) for option in ("--config", str(CONFIGS / f"{stem}.yaml"))]
+    run = command.read(RECIPES[recipe], args)
+    assert_arrived(yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()), run)
 
 
 def assert_arrived(content: dict, run: object) -> None:
@@ -161,7 +181,8 @@ def walk(kind: type, before: str = "") -> list[str]:
 
 def test_options_appear_and_disappear_on_purpose():
     """An option is a promise: adding or removing one means changing tests/options.txt as well."""
-    assert sorted(walk(Run)) == OPTIONS.read_text().split()
+    found = sorted(f"{recipe} {option}" for recipe, settings in RECIPES.items() for option in walk(settings))
+    assert found == OPTIONS.read_text().splitlines()
 
 
 @pytest.mark.parametrize("error", [DataError("row 3 of a.json\n  is odd"), ValueError("x"), FileNotFoundError("y")])

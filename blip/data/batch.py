@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -30,13 +31,17 @@ class Batch:
     """Where each pair comes from, for people: `file:row` or `shard/member`."""
     bad: list[Bad] = field(default_factory=list)
     """Samples that were replaced while this batch was made."""
+    prompt: int = 0
+    """Word pieces after the first token that every text begins with: given to a writer, not asked of it."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def to(self, device: torch.device) -> Batch:
-        image, ids, keep = (t.to(device, non_blocking=True) for t in (self.image, self.ids, self.keep))
-        return Batch(image, ids, keep, self.keys, self.bad)
+        return self._with(t.to(device, non_blocking=True) for t in (self.image, self.ids, self.keep))
 
     def pin_memory(self) -> Batch:
-        return Batch(self.image.pin_memory(), self.ids.pin_memory(), self.keep.pin_memory(), self.keys, self.bad)
+        return self._with(t.pin_memory() for t in (self.image, self.ids, self.keep))
+
+    def _with(self, tensors: Iterable[Tensor]) -> Batch:
+        return Batch(*tensors, self.keys, self.bad, self.prompt)

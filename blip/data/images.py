@@ -43,7 +43,7 @@ def decode(image: bytes | Path | Image.Image, max_pixels: int, at_least: int | N
     """
     if isinstance(image, Image.Image):
         return _rgb(image)
-    data = _read(image) if isinstance(image, Path) else image
+    data = read(image) if isinstance(image, Path) else image
     foreign = _foreign(data)
     if foreign:
         raise UnreadableImage(foreign)
@@ -59,7 +59,8 @@ def decode(image: bytes | Path | Image.Image, max_pixels: int, at_least: int | N
         raise UnreadableImage(f"{type(error).__name__}: {str(error)[:200]}") from None
 
 
-def _read(path: Path) -> bytes:
+def read(path: Path) -> bytes:
+    """The bytes of a picture's file. Raises UnreadableImage if it is missing, too large or not a regular file."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a named pipe must not block
             info = os.fstat(file.fileno())

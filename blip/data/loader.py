@@ -27,11 +27,11 @@ _POLL = 2.0
 """Seconds between looks at whether the workers still live."""
 
 
-def make_batch(samples: Sequence[Sample], tokenizer: Tokenizer) -> Batch:
-    """B samples -> one Batch, texts padded to the longest."""
+def make_batch(samples: Sequence[Sample], tokenizer: Tokenizer, prompt: int = 0) -> Batch:
+    """B samples whose texts begin with `prompt` given word pieces -> one Batch, texts padded to the longest."""
     ids, keep = tokenizer.pad([s.pieces for s in samples])
     image = torch.stack([s.image for s in samples])
-    return Batch(image, ids, keep, [s.key for s in samples], [b for s in samples for b in s.bad])
+    return Batch(image, ids, keep, [s.key for s in samples], [b for s in samples for b in s.bad], prompt)
 
 
 class Failure:
@@ -74,7 +74,8 @@ class _Batches(Dataset):
         self.pairs, self.progress = pairs, progress
 
     def __getitems__(self, draws: list[tuple[int, int]]) -> Batch | Failure:
-        return guarded(lambda: make_batch([self._read(d) for d in draws], self.pairs.tokenizer), self._where)
+        p = self.pairs
+        return guarded(lambda: make_batch([self._read(d) for d in draws], p.tokenizer, p.prompt), self._where)
 
     def _read(self, draw: tuple[int, int]) -> Sample:
         self.progress.note(*draw)

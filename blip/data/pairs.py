@@ -37,7 +37,7 @@ class Sample:
     image: Tensor
     """(3, S, S) float32."""
     pieces: list[int]
-    """[CLS] word pieces [SEP]."""
+    """[CLS], the prompt's and the caption's word pieces, [SEP]."""
     key: str
     bad: list[Bad] = field(default_factory=list)
     """Samples that were tried before this one."""
@@ -51,7 +51,7 @@ def make_sample(
     caption = clean_caption(raw, config.max_words)
     image = decode(record.image, config.max_pixels, transform.at_least)
     pixels = transform(image, _AUGMENT, *key, sided=is_sided(caption))
-    return Sample(pixels, tokenizer.pieces(caption, config.max_tokens), record.key)
+    return Sample(pixels, tokenizer.pieces(f"{config.prompt} {caption}", config.max_tokens), record.key)
 
 
 class Pairs(Dataset):
@@ -60,7 +60,10 @@ class Pairs(Dataset):
     def __init__(
         self, sources: Sequence[Source], transform: Callable, tokenizer: Tokenizer, config: DataConfig, seed: int
     ):
-        """Raises DataError when there is nothing to draw from, or when the tokenizer does not know the captions."""
+        """Raises DataError when there is nothing to draw from, or when the tokenizer does not know the captions.
+
+        ValueError for a prompt that does not fit.
+        """
         if not sources or not all(len(s) for s in sources):
             raise DataError("no data: every source must have at least one row")
         self.sources, self.transform, self.tokenizer = list(sources), transform, tokenizer
@@ -68,6 +71,7 @@ class Pairs(Dataset):
         self._starts = np.cumsum([0, *(len(s) for s in sources)])
         self._shown = [max(1, round(s.weight * len(s))) for s in sources]
         self._order = functools.lru_cache(maxsize=2)(self._make_order)
+        self.prompt = check_prompt(tokenizer, config)
         check_captions(tokenizer, self._probe(), config.max_unknown)
 
     @property
@@ -147,7 +151,7 @@ class Pairs(Dataset):
     def fingerprint(self) -> str:
         """A hash of what the data is: file names, sizes, row counts, and every setting that changes samples."""
         c = self.config
-        settings = (c.max_words, c.max_tokens, c.max_pixels, self.transform.describe(), self.seed)
+        settings = (c.prompt, c.max_words, c.max_tokens, c.max_pixels, self.transform.describe(), self.seed)
         return digest(self.sources, *settings, self.tokenizer.digest())
 
 
@@ -159,3 +163,16 @@ def check_captions(tokenizer: Tokenizer, captions: Sequence[str], limit: float) 
             f"{rate:.1%} of the word pieces of {len(captions)} captions are unknown to tokenizer {tokenizer.where} "
             f"(e.g. {captions[0][:60]!r}); the limit is data.max_unknown = {limit:.1%}. Is it the right vocabulary?"
         )
+
+
+def check_prompt(tokenizer: Tokenizer, config: DataConfig) -> int:
+    """How many word pieces the prompt is. ValueError if the tokenizer lacks one or no room is left for a caption."""
+    pieces = tokenizer.pieces(config.prompt, len(config.prompt) + 2)[1:-1]
+    if tokenizer.unk_id in pieces:
+        raise ValueError(f"data.prompt {config.prompt!r} has words that tokenizer {tokenizer.where} does not know")
+    if len(pieces) + 3 > config.max_tokens:
+        raise ValueError(
+            f"data.prompt {config.prompt!r} is {len(pieces)} word pieces long, which with two special tokens leaves no "
+            f"room for a caption in data.max_tokens = {config.max_tokens}"
+        )
+    return len(pieces)

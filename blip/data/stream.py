@@ -22,7 +22,7 @@ from blip.data.errors import BadSample, DataError
 from blip.data.json_rows import read_rows
 from blip.data.keyed import mix, permutation
 from blip.data.loader import Failure, Loader, Progress, guarded, make_batch
-from blip.data.pairs import ATTEMPTS, Sample, check_captions, make_sample
+from blip.data.pairs import ATTEMPTS, Sample, check_captions, check_prompt, make_sample
 from blip.data.sources import Record, digest, format_of, pair, parquet_file, record, root_of, shard_files, tar_record
 from blip.data.tars import Shard
 from blip.data.text import clean_caption
@@ -125,6 +125,7 @@ class Stream:
             raise DataError("no data: give at least one source")
         self.shards = [Shards(s) for s in sources]
         self.transform, self.tokenizer, self.config, self.seed = transform, tokenizer, config, seed
+        self.prompt = check_prompt(tokenizer, config)
         check_captions(tokenizer, self._probe(), config.max_unknown)
 
     @property
@@ -135,8 +136,8 @@ class Stream:
     def fingerprint(self) -> str:
         """A hash of what the data is: shard names and sizes, and every setting that changes samples."""
         c = self.config
-        settings = (c.max_words, c.max_tokens, c.max_pixels, c.shuffle_buffer, self.transform.describe(), self.seed)
-        return digest(self.shards, "stream", *settings, self.tokenizer.digest())
+        settings = (c.prompt, c.max_words, c.max_tokens, c.max_pixels, c.shuffle_buffer)
+        return digest(self.shards, "stream", *settings, self.transform.describe(), self.seed, self.tokenizer.digest())
 
     def _probe(self) -> list[str]:
         captions = []
@@ -208,11 +209,12 @@ class _Steps(IterableDataset):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         consumer, consumers = self.rank * workers + worker, self.world * workers
-        samples = self._samples(self.stream.records(consumer, consumers, self.start, self.world), consumer)
+        s, size = self.stream, self.batch_size
+        samples = self._samples(s.records(consumer, consumers, self.start, self.world), consumer)
         for step in range(self.start + worker, self.steps, workers):
             self.progress.note(step)
             yield guarded(
-                lambda: make_batch(list(itertools.islice(samples, self.batch_size)), self.stream.tokenizer),
+                lambda: make_batch(list(itertools.islice(samples, size)), s.tokenizer, s.prompt),
                 lambda step=step: f"step {step}",
             )
 

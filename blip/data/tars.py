@@ -63,13 +63,15 @@ class Shard:
             with tarfile.open(self.path, "r:") as tar:
                 size = self.path.stat().st_size
                 while (member := tar.next()) is not None:
+                    if member.size < 0:  # would lead back to a header that has been read, for ever
+                        raise tarfile.ReadError("a member of negative size")
                     if member.isreg() and member.offset_data + member.size > size:
                         raise tarfile.ReadError("unexpected end of data")
                     self._collect(member, samples)
                     tar.members = []  # or tarfile keeps every header in memory
                 if not _has_end(self.path, tar.offset):
                     error = "the end marker is missing"
-        except tarfile.TarError as e:
+        except (tarfile.TarError, ValueError, OverflowError) as e:  # the last two of sizes that cannot be
             error = str(e) or type(e).__name__
         except OSError as e:
             raise DataError(f"{self.path} cannot be read: {e.strerror}") from None
