@@ -17,6 +17,8 @@ from PIL import Image
 from blip import atomic
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569")
+SHOWN, LONGEST = 5, 300
+"""References shown of a picture, and characters of a text."""
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:0 auto;max-width:1080px;padding:24px;color:#1e293b;background:#fff}
 h1{font-size:26px;margin:0 0 4px}h2{font-size:19px;margin:32px 0 8px}p{margin:4px 0 12px;max-width:760px}
@@ -46,6 +48,18 @@ class Card:
     caption: Text
     retrieved: Sequence[Text]
     reference: str
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """A caption with what people wrote about the same picture; without the picture where it is not at hand."""
+
+    name: str
+    """Which picture it is."""
+    picture: Image.Image | None
+    caption: str
+    score: float
+    references: Sequence[str]
 
 
 def page(title: str, sections: Sequence[tuple[str, str, str]]) -> str:
@@ -81,6 +95,11 @@ def cards(items: Sequence[Card], side: int = 224) -> str:
     return f'<div class="grid">{"".join(_card(item, side) for item in items)}</div>'
 
 
+def captioned(items: Sequence[Captioned], side: int = 224) -> str:
+    """Pictures with their captions, scores and up to `SHOWN` references; long texts are cut."""
+    return f'<div class="grid">{"".join(_captioned(item, side) for item in items)}</div>'
+
+
 def _plot(name: str, points: list[tuple[float, float]], colour: str, width: int, height: int) -> str:
     xs, ys = [x for x, _ in points], [y for _, y in points]
     low, high, first, last = min(ys), max(ys), min(xs), max(xs)
@@ -113,14 +132,29 @@ def _card(item: Card, side: int) -> str:
     )
 
 
+def _captioned(item: Captioned, side: int) -> str:
+    picture = f'<img alt="{_safe(item.name)}" src="{_inline(item.picture, side)}">' if item.picture else ""
+    written = "".join(f"<li>{_safe(_cut(text))}</li>" for text in item.references[:SHOWN])
+    return (
+        f'<div class="card">{picture}<div class="said">{_safe(_cut(item.caption)) or "(nothing)"}</div>'
+        f"<div>{_safe(_cut(item.name))}: {item.score:.1f}</div><ol>{written}</ol></div>"
+    )
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else text[:LONGEST] + " ..."
+
+
 def _text(text: Text) -> str:
     kind, mark = {True: ("yes", " ✓"), False: ("no", " ✗"), None: ("", "")}[text.right]
     return f'<span class="{kind}">{_safe(text.words)}{mark}</span>'
 
 
 def _inline(picture: Image.Image, side: int) -> str:
+    """A picture with its longer side of so many pixels, as the address of itself."""
     buffer = io.BytesIO()
-    picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=80)
+    width, height = (max(1, round(side * length / max(picture.size))) for length in picture.size)
+    picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -1,0 +1,78 @@
+"""The page of a captioning evaluation: the scores, and the best and the worst captions with their pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from blip import page
+from blip.data.errors import DataError
+from eval.pictures import Pictures
+from eval.references import Id
+
+_SIDE = 448
+"""Longer side, pixels, at which pictures are kept until they are on the page."""
+
+
+def report(
+    record: Mapping[str, Any],
+    cider: Mapping[Id, float],
+    references: Mapping[Id, Sequence[str]],
+    captions: Mapping[Id, str],
+    pictures: Pictures | None,
+    shown: int,
+) -> str:
+    """A page of HTML that needs nothing else; half of the `shown` captions are the best by CIDEr, half the worst."""
+    ordered = sorted(cider, key=cider.get, reverse=True)
+    half = (min(shown, len(ordered)) + 1) // 2
+    best, worst = ordered[:half], ordered[half:][::-1][: shown - half]
+
+    def section(heading: str, intro: str, names: Sequence[Id]) -> tuple[str, str, str]:
+        found = _thumbnails(pictures, names)
+        items = [page.Captioned(str(n), found.get(n), captions[n], 100 * cider[n], references[n]) for n in names]
+        return heading, intro, page.captioned(items)
+
+    return page.page(
+        "Captions and their scores",
+        [
+            ("Scores", "Times 100, with 95% bootstrap intervals over images.", page.table(*_scores(record))),
+            ("How they came about", "", page.table(_facts(record), ["", ""])),
+            section("Best by CIDEr", "The caption, its image with 100 times its CIDEr, and what people wrote.", best),
+            section("Worst by CIDEr", "The same, from the worst on.", worst),
+        ],
+    )
+
+
+def _scores(record: Mapping[str, Any]) -> tuple[list[list[str | float]], list[str]]:
+    names = [n for n, value in record.items() if isinstance(value, float) and not n.endswith(("_low", "_high"))]
+    with_ends = [n for n in names if f"{n}_low" in record]
+    if not with_ends:
+        return [[n, 100 * record[n]] for n in names], ["", "score"]
+    rows = [[n, *(100 * record[n + end] for end in ("", "_low", "_high"))] for n in with_ends]
+    return rows, ["", "score", "from", "to"]
+
+
+def _facts(record: Mapping[str, Any]) -> list[list[str]]:
+    rows = []
+    for name, value in record.items():
+        if isinstance(value, dict):
+            rows += [
+                [f"{name.replace('_', ' ')}: {inner}", str(one)] for inner, one in value.items() if one is not None
+            ]
+        elif not isinstance(value, float):
+            rows.append([name, str(value)])
+    return rows
+
+
+def _thumbnails(pictures: Pictures | None, names: Sequence[Id]) -> dict[Id, Any]:
+    """The pictures that are at hand; one that is not readable is only not shown."""
+    found = {}
+    if pictures is not None:
+        chosen = pictures.only(names)
+        for row, entry in enumerate(chosen.entries):
+            try:
+                found[entry.id] = chosen.picture(row)
+                found[entry.id].thumbnail((_SIDE, _SIDE))
+            except DataError:
+                continue
+    return found

@@ -1,0 +1,96 @@
+"""`python -m eval captioning`: from a model and pictures, or from captions that are there, to scores and a page."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from blip import atomic, dist
+from blip.commands.loading import load
+from eval.caption_page import report
+from eval.captioning import Scores, captions_of, coco_results, score
+from eval.options import Captioning
+from eval.pictures import Pictures
+from eval.references import Id, read_references, read_results
+
+
+def run(options: Captioning) -> Scores | None:
+    """Write what is asked for, score it and leave files; returns the scores in the main process.
+
+    None where there is nothing to compare with, as for NoCaps's test images, and in the other processes.
+    """
+    dist.start()
+    pictures = Pictures.open(options.source, options.limit) if options.source else None
+    entries = read_references(Path(options.references)) if options.references else pictures.entries
+    out = Path(options.out) if options.out else None
+    if out:
+        out.mkdir(parents=True, exist_ok=True)  # before hours of work
+    results = _written(options, pictures) if options.model else read_results(Path(options.results))
+    if not dist.is_main():
+        return None
+    if out:
+        _replace(out / "results.json", coco_results(results))
+    references = {entry.id: entry.captions for entry in entries}
+    if options.model and not any(references.values()):
+        print(f"{len(results)} captions are in {out / 'results.json'}; without references there is nothing to score")
+        return None
+    scores = score(
+        references,
+        results,
+        tokenizer=options.tokenizer,
+        meteor=options.meteor,
+        spice=options.spice,
+        groups={entry.id: entry.domain.removesuffix("-domain") for entry in entries if entry.domain},
+        resamples=options.resamples,
+        seed=options.seed,
+        allow_partial=options.allow_partial,
+        seconds=options.java_timeout,
+        spice_folder=options.spice_folder,
+    )
+    print(table(scores))
+    if out:
+        record = scores.record() | _settings(options)
+        html = report(record, scores.cider, references, results, pictures, options.shown)
+        _replace(out / "captions.html", html)
+        _replace(out / "scores.json", json.dumps(record, indent=1) + "\n")
+        print(f"results.json, scores.json and captions.html are in {out}")
+    return scores
+
+
+def _written(options: Captioning, pictures: Pictures) -> dict[Id, str]:
+    loaded = load(options.model, options.device, options.precision)
+    ways = {"prompt": options.prompt, "batch": options.batch, "threads": options.threads, "progress": True}
+    with loaded.computing():
+        return captions_of(loaded.model, loaded.tokenizer, pictures, options.decode, **ways)
+
+
+def _settings(options: Captioning) -> dict[str, object]:
+    """What the scores depend on, for the record."""
+    names = ("model", "prompt", "decode", "limit") if options.model else ()
+    given: dict[str, object] = {name: getattr(options, name) for name in (*names, "source")}
+    given |= {"results_file": options.results, "references_file": options.references}
+    return {
+        name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+        for name, value in given.items()
+        if value is not None
+    }
+
+
+def table(scores: Scores) -> str:
+    """Scores for people, times 100 as papers print them."""
+    lines = [
+        f"{scores.images} images, {scores.references} reference captions; words by {scores.tokenizer}",
+        *([f"left out for want of a result: {scores.missing} images"] if scores.missing else []),
+        *(f"{name} not computed: {why}" for name, why in scores.not_computed.items()),
+    ]
+    for name, value in scores.values.items():
+        if not name.endswith(("_low", "_high")):
+            ends = [scores.values.get(name + end) for end in ("_low", "_high")]
+            interval = f"   95% {100 * ends[0]:6.2f} to {100 * ends[1]:6.2f}" if None not in ends else ""
+            lines.append(f"{name:<16}{100 * value:7.2f}{interval}")
+    return "\n".join(lines)
+
+
+def _replace(path: Path, content: str) -> None:
+    atomic.replace_file(path, content.encode("utf-8", "replace"))

@@ -1,0 +1,105 @@
+"""Pictures to write about, with their ids and references. S image side in pixels."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from blip.config import DataConfig, SourceConfig
+from blip.data.errors import BadSample, DataError
+from blip.data.images import decode
+from blip.data.sources import format_of, open_source, record, root_of, shard_files
+from blip.data.transforms import EvalTransform
+from eval.references import Entry, Id, read_references
+
+
+class Pictures:
+    """Pictures by number. Nothing is left out silently: DataError that names what cannot be read."""
+
+    def __init__(self, entries: Sequence[Entry], load: Callable[[int], bytes | Path | Image.Image], where: str) -> None:
+        self.entries, self._load, self.where = list(entries), load, where
+
+    @classmethod
+    def open(cls, config: SourceConfig, limit: int | None = None) -> Pictures:
+        """The first `limit` pictures of a source, each once.
+
+        An image's id is what the file says (`eval.references`); in a source without ids, such as shards, the row's key.
+        """
+        if format_of(config) != "json":
+            return cls._of_rows(config, limit)
+        entries: list[Entry] = []
+        roots: list[Path] = []
+        for file in shard_files(config.path, "json"):
+            found = read_references(file, config.split, config.image_column, config.caption_column)
+            entries += found
+            roots += [root_of(config, file.parent)] * len(found)
+        seen: set[Id] = set()
+        for entry in entries:
+            if entry.id in seen:
+                raise DataError(f"source {config.path}: image {entry.id} is in more than one of its files")
+            seen.add(entry.id)
+
+        def load(row: int) -> bytes | Path | Image.Image:
+            return record(str(entries[row].id), entries[row].image, "", roots[row]).image
+
+        return cls(entries[:limit], load, config.path)
+
+    @classmethod
+    def _of_rows(cls, config: SourceConfig, limit: int | None) -> Pictures:
+        source = open_source(config)
+        count = len(source) if limit is None else min(limit, len(source))
+        try:
+            entries = [Entry(source.key(row), source[row].captions) for row in range(count)]
+        except BadSample as error:
+            raise DataError(f"source {config.path} cannot be evaluated: {error}") from None
+        return cls(entries, lambda row: source[row].image, config.path)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def references(self) -> dict[Id, list[str]]:
+        """Captions by image."""
+        return {entry.id: entry.captions for entry in self.entries}
+
+    def only(self, ids: Sequence[Id]) -> Pictures:
+        """The pictures of some ids, in the order of `ids`; those that are not here are left out."""
+        rows = {entry.id: row for row, entry in enumerate(self.entries)}
+        chosen = [rows[name] for name in ids if name in rows]
+        return Pictures([self.entries[row] for row in chosen], lambda i: self._load(chosen[i]), self.where)
+
+    def picture(self, row: int) -> Image.Image:
+        """The picture as it is stored, RGB."""
+        entry = self.entries[row]
+        try:
+            return decode(self._load(row), DataConfig.max_pixels)
+        except BadSample as error:
+            at = f" ({entry.image})" if entry.image and entry.image != entry.id else ""
+            raise DataError(f"source {self.where}: image {entry.id}{at} cannot be evaluated: {error}") from None
+
+    def batches(
+        self, rows: Sequence[int], size: int, image_size: int, threads: int = 2
+    ) -> Iterator[tuple[list[Id], Tensor]]:
+        """Ids and normalised pictures (up to `size`, 3, S, S) of some rows in order; threads decode a little ahead."""
+        transform = EvalTransform(image_size)
+
+        def read(part: Sequence[int]) -> tuple[list[Id], Tensor]:
+            return [self.entries[row].id for row in part], torch.stack([transform(self.picture(row)) for row in part])
+
+        coming: deque[Future] = deque()
+        pool = ThreadPoolExecutor(threads, "decode")
+        try:
+            for start in range(0, len(rows), size):
+                coming.append(pool.submit(read, rows[start : start + size]))
+                if len(coming) > threads:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -1,0 +1,271 @@
+"""Reference captions and results as files hold them, by image id; what does not fit is said in a line that names it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from blip.data.errors import DataError
+from blip.data.json_rows import read_rows
+
+Id = int | str
+"""A number wherever the id is written as one, so that {"139": ...} and {"image_id": 139} are the same image."""
+_COCO_NAME = re.compile(r"COCO_[a-z]+20\d\d_0*(\d+)\.jpg$")
+_SHOWN = 5
+"""Ids that an error names."""
+
+
+class Entry(NamedTuple):
+    """An image with its reference captions."""
+
+    id: Id
+    captions: list[str]
+    """None of them where the file is a list of images only."""
+    image: str | None = None
+    """Where the picture is, as the file says it."""
+    domain: str | None = None
+    """NoCaps: in-domain, near-domain or out-domain."""
+
+
+def read_references(
+    path: Path, split: str | None = None, image_column: str = "image", caption_column: str = "caption"
+) -> list[Entry]:
+    """The images of a JSON file in order, each once.
+
+    Takes COCO's and NoCaps's {images, annotations} (without annotations too), Karpathy's {images: [{sentences}]}, a
+    plain {id: [captions]}, and a list or lines of {image, image_id, caption or captions}. DataError names the file, the
+    row and what was expected.
+    """
+    value = _load(path)
+    if isinstance(value, dict) and isinstance(value.get("images"), list):
+        entries = _karpathy(path, value["images"], split) if _is_karpathy(value) else _coco(path, value, split)
+    elif isinstance(value, dict) and "image" not in value and "image_id" not in value:
+        entries = _plain(path, value, split)
+    else:
+        rows = value if isinstance(value, list) else [value]
+        entries = _rows(path, rows, split, image_column, caption_column)
+    found = list(entries)
+    if not found:
+        raise DataError(f"{path}: no images" + (f" of split {split!r}" if split else ""))
+    return found
+
+
+def read_results(path: Path) -> dict[Id, str]:
+    """Results in the format of COCO's server, [{"image_id": ..., "caption": ...}]. DataError for anything else."""
+    rows = _load(path)
+    expected = 'expected [{"image_id": ..., "caption": ...}, ...]'
+    if not isinstance(rows, list) or not rows:
+        raise DataError(f"{path} holds {_kind(rows)}; {expected}")
+    results: dict[Id, str] = {}
+    repeated: list[Id] = []
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or not {"image_id", "caption"} <= row.keys():
+            raise DataError(f"{path}: row {number} is {_kind(row)}; {expected}")
+        name = image_id(row["image_id"], f"{path}: row {number}")
+        if not isinstance(row["caption"], str):
+            raise DataError(f"{path}: row {number}, image {name}: the caption is {_kind(row['caption'])}, not a text")
+        if name in results:
+            repeated.append(name)
+        results[name] = row["caption"]
+    if repeated:
+        raise DataError(f"{path}: {listed(repeated)} more than once; expected one caption an image")
+    return results
+
+
+def matching(references: Mapping[Any, Sequence[str]], results: Mapping[Any, str], *, allow_partial: bool) -> list[Any]:
+    """The ids that both have, in the references' order.
+
+    DataError that counts and names them if ids of one are not in the other, an image has no references, or a caption is
+    not a text. With `allow_partial`, references without a result are left out.
+    """
+    if not results:
+        raise DataError("there are no results to score")
+    for name, caption in results.items():
+        if not isinstance(caption, str):
+            raise DataError(f"the result of image {name} is {_kind(caption)}, not a text")
+    unknown = [name for name in results if name not in references]
+    if unknown:
+        raise DataError(f"results for {listed(unknown)} without references; are these the references of another split?")
+    missing = [name for name in references if name not in results]
+    if missing and not allow_partial:
+        raise DataError(
+            f"no results for {listed(missing)} of {len(references)}; give all, or allow_partial to score the others"
+        )
+    names = [name for name in references if name in results]
+    for name in names:
+        captions = references[name]
+        if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
+            raise DataError(f"the references of image {name} are not a list of texts")
+    empty = [name for name in names if not len(references[name])]
+    if empty:
+        raise DataError(f"no reference captions for {listed(empty)}; nothing can be compared with them")
+    return names
+
+
+def image_id(value: Any, where: str) -> Id:
+    """An id as it is written in JSON. DataError if it is neither a whole number nor a text."""
+    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+        raise DataError(f"{where} has {value!r} for an image id; expected a whole number or a text")
+    if isinstance(value, str) and re.fullmatch(r"0|-?[1-9][0-9]{0,17}", value):
+        return int(value)
+    return value
+
+
+def listed(names: Sequence[Id]) -> str:
+    """`3 images (12, 15, 18)`, the first few by name."""
+    more = ", ..." if len(names) > _SHOWN else ""
+    return f"{len(names)} image{'s' * (len(names) > 1)} ({', '.join(map(str, names[:_SHOWN]))}{more})"
+
+
+def _load(path: Path) -> Any:
+    """The JSON of a file, or the rows of JSON lines."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
+    except _Repeated as error:
+        raise DataError(f"{path} has {error} twice in one object; one of the two would be lost") from None
+    except (ValueError, RecursionError):  # JSON lines, or an error that names the row
+        return [row for _, row in read_rows(path)]
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+
+
+class _Repeated(Exception):
+    pass
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Repeated(repr(next(name for name in names if names.count(name) > 1)))
+    return found
+
+
+def _coco(path: Path, value: dict, split: str | None) -> Iterator[Entry]:
+    """{"images": [{id, file_name, domain?}], "annotations": [{image_id, caption}]}"""
+    _no_split(path, split)
+    entries: dict[Id, Entry] = {}
+    for number, image in enumerate(value["images"]):
+        where = f"{path}: images[{number}]"
+        if not isinstance(image, dict) or "id" not in image:
+            raise DataError(f"{where} is {_kind(image)}; expected an object with an id")
+        name = image_id(image["id"], where)
+        if name in entries:
+            raise DataError(f"{where}: image {name} is there twice")
+        domain = image.get("domain")
+        entries[name] = Entry(name, [], _text(image.get("file_name")), domain if isinstance(domain, str) else None)
+    annotations = value.get("annotations") or []
+    if not isinstance(annotations, list):
+        raise DataError(f"{path}: annotations is {_kind(annotations)}; expected a list")
+    for number, annotation in enumerate(annotations):
+        where = f"{path}: annotations[{number}]"
+        if not isinstance(annotation, dict) or not {"image_id", "caption"} <= annotation.keys():
+            raise DataError(f"{where} is {_kind(annotation)}; expected an object with image_id and caption")
+        name = image_id(annotation["image_id"], where)
+        if name not in entries:
+            raise DataError(f"{where} is about image {name}, which is not among images")
+        entries[name].captions.append(_caption(annotation["caption"], where))
+    yield from entries.values()
+
+
+def _is_karpathy(value: dict) -> bool:
+    first = value["images"][0] if value["images"] else None
+    return isinstance(first, dict) and "sentences" in first
+
+
+def _karpathy(path: Path, images: list, split: str | None) -> Iterator[Entry]:
+    """[{filename, filepath?, cocoid or imgid, split, sentences: [{raw}]}]"""
+    rows = []
+    for number, image in enumerate(images):
+        where = f"{path}: images[{number}]"
+        try:
+            folder, file = image.get("filepath"), image["filename"]
+            rows.append(
+                {
+                    "image": f"{folder}/{file}" if folder else file,
+                    "image_id": image["cocoid"] if "cocoid" in image else image["imgid"],
+                    "caption": [sentence["raw"] for sentence in image["sentences"]],
+                    "split": image.get("split"),
+                }
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{where} is not an image of Karpathy's splits ({type(error).__name__} {error})") from None
+    yield from _rows(path, rows, split, "image", "caption")
+
+
+def _plain(path: Path, value: dict, split: str | None) -> Iterator[Entry]:
+    """{id: [captions]}"""
+    _no_split(path, split)
+    seen: set[Id] = set()
+    for key, captions in value.items():
+        where = f"{path}: image {key}"
+        name = image_id(key, where)
+        if not isinstance(captions, list):
+            raise DataError(f"{where} has {_kind(captions)}; expected a list of captions")
+        if name in seen:
+            raise DataError(f"{where} is there twice")
+        seen.add(name)
+        yield Entry(name, [_caption(caption, where) for caption in captions])
+
+
+def _rows(path: Path, rows: Iterable[Any], split: str | None, image_column: str, column: str) -> Iterator[Entry]:
+    """Rows of {image, image_id, caption or captions}; those of one image are taken together."""
+    splits = set(split.split("+")) if split else None
+    entries: dict[Id, Entry] = {}
+    for number, row in enumerate(rows):
+        where = f"{path}: row {number}"
+        if not isinstance(row, dict):
+            raise DataError(f"{where} is {_kind(row)}; expected an object with an image or image_id, and captions")
+        if splits is not None and "split" not in row:
+            raise DataError(f"{where} has no 'split', but split {split!r} was asked for")
+        if splits is not None and row["split"] not in splits:
+            continue
+        image, domain = row.get(image_column), row.get("domain")
+        name = _id_of(row, image, where)
+        found = entries.setdefault(name, Entry(name, [], _text(image), domain if isinstance(domain, str) else None))
+        if found.image != _text(image):
+            raise DataError(f"{where}: image id {name} is also that of {found.image}")
+        captions = row.get(column, row.get("captions", []))
+        for caption in captions if isinstance(captions, list) else [captions]:
+            found.captions.append(_caption(caption, where))
+    yield from entries.values()
+
+
+def _id_of(row: dict, image: Any, where: str) -> Id:
+    """`image_id`, or `img_id` as in the original's lists, or what COCO's file name says, or the image's path."""
+    for key in ("image_id", "img_id"):
+        if key in row:
+            return image_id(row[key], where)
+    if not isinstance(image, str) or not image:
+        raise DataError(
+            f"{where} has neither an image_id nor an image (it has: {', '.join(map(str, row)) or 'nothing'})"
+        )
+    found = _COCO_NAME.search(image)
+    return int(found[1]) if found else image
+
+
+def _caption(caption: Any, where: str) -> str:
+    if not isinstance(caption, str):
+        raise DataError(f"{where}: a caption is {_kind(caption)}, not a text")
+    return caption
+
+
+def _no_split(path: Path, split: str | None) -> None:
+    if split:
+        raise DataError(f"{path} has no splits, but split {split!r} was asked for")
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is, in a few words."""
+    if isinstance(value, dict):
+        return f"an object with {', '.join(map(str, list(value)[:_SHOWN])) or 'nothing'}"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    return "nothing (null)" if value is None else f"{value!r}"[:60]
