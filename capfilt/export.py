@@ -1,0 +1,265 @@
+"""Exporting: what a selection keeps as a data set that training reads as it is, with the original bytes of the images.
+
+The same selection gives the same bytes. `_SUCCESS`, which is written last, lists every file with its SHA-256.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from blip.data.errors import DataError
+from capfilt.faults import fault_point
+from capfilt.readers import open_reader
+from capfilt.readers.rows import changed
+from capfilt.run import Part, Run
+from capfilt.select import kept_of, read_account
+from capfilt.storage import Storage, open_storage
+
+FORMATS = ("wds", "parquet", "json", "uids")
+_ENDING = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
+_PASSED_ON = ("sample_id", "source_uri", "source_row", "key", "url", "image_sha256", "width", "height",
+              "web_text", "syn_text", "itm_web", "itm_syn", "itc_web", "itc_syn", "extra_json")  # fmt: skip
+
+
+@dataclass
+class Kept:
+    """One kept text, or all kept texts of an image where they stay together."""
+
+    name: str
+    """Running number in the export."""
+    captions: list[str]
+    ending: str
+    image: bytes
+    facts: dict[str, Any]
+    first: bool
+    """Whether it is the first of its image."""
+    image_name: str = ""
+
+
+@dataclass
+class _Files:
+    """What was written."""
+
+    storage: Storage
+    written: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[Any]:
+        with self.storage.writing(name) as file:
+            yield file
+        self.written[name] = {"sha256": self.storage.sha256(name)}
+        fault_point("export.after_file")
+
+
+def export(
+    run: Run, selection: str, form: str, to: str, *, shard: int = 10_000, together: bool = False
+) -> dict[str, Any]:
+    """Write a selection to a folder or object store; returns the manifest.
+
+    One sample per kept text, or with `together` one per image with a list of texts. ValueError if there is something
+    else already, DataError if an image is not the one that was scored.
+    """
+    account = read_account(run, selection)
+    files = _Files(open_storage(to))
+    about = {
+        "format": form,
+        "selection": selection,
+        "fingerprint": run.fingerprint,
+        "shard": shard,
+        "together": together,
+        "selection_sha256": account["files"]["texts.parquet"],
+    }
+    if files.storage.exists("_SUCCESS"):
+        before = json.loads(files.storage.read("_SUCCESS"))
+        if {key: before.get(key) for key in about} != about:
+            raise ValueError(f"{to} holds another export ({before.get('selection')} as {before.get('format')})")
+        files.storage.remove("_SUCCESS")
+    counts = {"images": 0, "pairs": 0, "samples": 0}
+    if form == "uids":
+        _write_uids(run, selection, files, counts)
+    else:
+        _WRITERS[form](_counted(_samples(run, selection, together), counts), files, shard)
+    kept = sum(account["kept"].values())
+    if counts["pairs"] != kept:
+        raise DataError(f"{counts['pairs']} texts were exported and {kept} are kept: run `capfilt verify`")
+    manifest = {**about, **counts, "files": files.written}
+    content = (json.dumps(manifest, indent=1) + "\n").encode()
+    files.storage.write("_SUCCESS", content)
+    run.storage.write(
+        f"exports/{selection}-{form}.json", json.dumps({"to": files.storage.address, **manifest}).encode()
+    )
+    return manifest
+
+
+def _counted(samples: Iterator[Kept], counts: dict[str, int]) -> Iterator[Kept]:
+    for sample in samples:
+        counts["samples"] += 1
+        counts["pairs"] += len(sample.captions)
+        counts["images"] += sample.first
+        yield sample
+
+
+def _samples(run: Run, selection: str, together: bool) -> Iterator[Kept]:
+    number, images, originals = 0, 0, _Images(run)
+    for part, table in kept_of(run, selection):
+        texts = table.to_pylist()
+        if not texts:
+            continue
+        notes = run.parts.read(part.pid).to_pylist()
+        for row, kept in groupby(texts, key=lambda text: text["row"]):
+            note, chosen = notes[row], list(kept)
+            image = originals.of(part, note)
+            facts = {name: note[name] for name in _PASSED_ON}
+            facts["extra"] = json.loads(facts.pop("extra_json") or "{}")
+            groups = [chosen] if together else [[text] for text in chosen]
+            for i, group in enumerate(groups):
+                said = [{"source": t["text_source"], "score": t["score"], "reason": t["reason"]} for t in group]
+                yield Kept(f"{number:09d}", [t["text"] for t in group], _ENDING[note["format"]], image,
+                           {**facts, "kept": said}, i == 0, f"{images:09d}")  # fmt: skip
+                number += 1
+            images += 1
+
+
+class _Images:
+    """The bytes that were scored; keeps the last source open."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._open: tuple[str, Any] = ("", None)
+
+    def of(self, part: Part, note: dict[str, Any]) -> bytes:
+        """DataError if the source or the image is another now."""
+        if self._open[0] != part.source:
+            source = self.run.sources[part.source]
+            reason = changed(source)
+            if reason:
+                raise DataError(f"source_changed: {source.path}: {reason}; its images cannot be exported")
+            self._open = part.source, open_reader(source, self.run.reading, self.run.storage)
+        image = next(self._open[1].read(note["source_row"], note["source_row"] + 1)).image
+        if image is None or hashlib.sha256(image).hexdigest() != note["image_sha256"]:
+            raise DataError(f"{part.source} row {note['source_row']}: the image is not the one that was scored")
+        return image
+
+
+def _sharded(samples: Iterator[Kept], size: int) -> Iterator[tuple[int, Iterator[Kept]]]:
+    """Samples by the number of their file."""
+    return groupby(samples, key=lambda sample: int(sample.name) // size)
+
+
+# Formats --------------------------------------------------------------------------------------------------------------
+
+
+def _write_wds(samples: Iterator[Kept], files: _Files, size: int) -> None:
+    for number, group in _sharded(samples, size):
+        with (
+            files.writing(f"{number:05d}.tar") as file,
+            tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+        ):
+            for sample in group:
+                _add(tar, f"{sample.name}.{sample.ending}", sample.image)
+                if len(sample.captions) == 1:
+                    _add(tar, f"{sample.name}.txt", sample.captions[0].encode())
+                said = {"caption": sample.captions if len(sample.captions) > 1 else sample.captions[0], **sample.facts}
+                _add(tar, f"{sample.name}.json", json.dumps(said).encode())
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def _write_parquet(samples: Iterator[Kept], files: _Files, size: int) -> None:
+    schema = _hosted_schema()
+    for number, group in _sharded(samples, size):
+        with files.writing(f"{number:05d}.parquet") as file, pq.ParquetWriter(file, schema) as writer:
+            rows = iter(group)
+            while some := [sample for sample, _ in zip(rows, range(256), strict=False)]:
+                writer.write_table(pa.Table.from_pylist([_row(sample) for sample in some], schema))
+
+
+def _row(sample: Kept) -> dict[str, Any]:
+    return {
+        "image": {"bytes": sample.image, "path": f"{sample.name}.{sample.ending}"},
+        "caption": sample.captions,
+        "sample_id": sample.facts["sample_id"],
+        "source": [said["source"] for said in sample.facts["kept"]],
+        "score": [said["score"] for said in sample.facts["kept"]],
+        "json": json.dumps(sample.facts),
+    }
+
+
+def _hosted_schema() -> pa.Schema:
+    """Arrow types, with the note by which `datasets` knows that `image` is a picture."""
+    text, number = {"dtype": "string", "_type": "Value"}, {"dtype": "float32", "_type": "Value"}
+    features = {
+        "image": {"_type": "Image"},
+        "caption": {"feature": text, "_type": "List"},
+        "sample_id": text,
+        "source": {"feature": text, "_type": "List"},
+        "score": {"feature": number, "_type": "List"},
+        "json": text,
+    }
+    types = {
+        "image": pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+        "caption": pa.list_(pa.string()),
+        "sample_id": pa.string(),
+        "source": pa.list_(pa.string()),
+        "score": pa.list_(pa.float32()),
+        "json": pa.string(),
+    }
+    return pa.schema(list(types.items()), {"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def _write_json(samples: Iterator[Kept], files: _Files, size: int) -> None:
+    """captions.json with one {image, caption} per sample, and each image once under images/."""
+    with files.writing("captions.json") as listing:
+        start = b"[\n"
+        for sample in samples:
+            name = f"images/{int(sample.image_name) // size:05d}/{sample.image_name}.{sample.ending}"
+            if sample.first:
+                with files.writing(name) as file:
+                    file.write(sample.image)
+            caption = sample.captions[0] if len(sample.captions) == 1 else sample.captions
+            listing.write(start + json.dumps({"image": name, "caption": caption}).encode())
+            start = b",\n"
+        listing.write(b"[]\n" if start == b"[\n" else b"\n]\n")
+
+
+def _write_uids(run: Run, selection: str, files: _Files, counts: dict[str, int]) -> None:
+    """DataComp's format: each kept image's uid (the input's own where it has one) as two integers, sorted."""
+    uids = set()
+    for part, table in kept_of(run, selection):
+        counts["pairs"] += len(table)
+        rows = sorted(set(table["row"].to_pylist()))
+        if rows:
+            notes = run.parts.read(part.pid, ["sample_id", "extra_json"]).take(rows).to_pylist()
+            uids |= {str(json.loads(n["extra_json"]).get("uid") or n["sample_id"]) for n in notes}
+    try:
+        pairs = sorted((int(uid[:16], 16), int(uid[16:32], 16)) for uid in uids)
+    except ValueError:
+        raise DataError("the input has a column uid that is not 32 hex digits; rename it") from None
+    counts["images"] = counts["samples"] = len(pairs)
+    buffer = io.BytesIO()
+    np.save(buffer, np.array(pairs, dtype="u8,u8"), allow_pickle=False)
+    with files.writing("uids.npy") as file:
+        file.write(buffer.getvalue())
+
+
+_WRITERS: dict[str, Callable[[Iterator[Kept], _Files, int], None]] = {
+    "wds": _write_wds,
+    "parquet": _write_parquet,
+    "json": _write_json,
+}

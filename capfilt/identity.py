@@ -1,0 +1,75 @@
+"""What makes a result the same result: ids of rows and parts, and the fingerprint of all settings that decide it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+
+def _digest(*parts: object) -> str:
+    """SHA-256 of parts with their lengths, so that no two lists of parts give the same bytes."""
+    h = hashlib.sha256()
+    for part in parts:
+        text = str(part).encode("utf-8", "surrogatepass")
+        h.update(len(text).to_bytes(8, "little") + text)
+    return h.hexdigest()
+
+
+def sample_id(relpath: str, row: int, key: str) -> str:
+    """32 hex digits of a row, fixed by its file's path under the input root, its number and its key."""
+    return _digest(relpath, row, key)[:32]
+
+
+def part_id(relpath: str, size: int, content: str, lo: int, hi: int, fingerprint: str) -> str:
+    """16 hex digits of rows lo to hi of a file with this content, scored in this way."""
+    return _digest(relpath, size, content, lo, hi, fingerprint)[:16]
+
+
+def fingerprint(config: dict[str, Any]) -> str:
+    """16 hex digits of everything that decides results."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], under: str = "") -> list[str]:
+    """What differs between two nested settings, as `name: before -> now`."""
+    found = []
+    for name in sorted(before.keys() | now.keys()):
+        a, b = before.get(name), now.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{under}{name}.")
+        elif a != b:
+            found.append(f"{under}{name}: {_short(a)} -> {_short(b)}")
+    return found
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value) if not isinstance(value, str) else value
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def model_identity(where: str) -> dict[str, str]:
+    """What tells a model from others: where it is and the SHA-256 of its weights, configuration and tokenizer.
+
+    A name on the hub is told by its cached files. FileNotFoundError if there is no such model.
+    """
+    folder = Path(where).expanduser()
+    names = ("config.json", "model.safetensors", "tokenizer.json")
+    if folder.is_dir():
+        paths = [folder / name for name in names]
+        missing = [path.name for path in paths[:2] if not path.is_file()]
+        if missing:
+            raise FileNotFoundError(f"{where} has no {missing[0]}, so it is not a model directory")
+    else:
+        if where.startswith((".", "/", "~")) or where.count("/") != 1:
+            raise FileNotFoundError(f"{where} is not a model directory (one with config.json and model.safetensors)")
+        from blip import hub
+
+        paths = [hub.file(where, name, "the model's path") for name in names]
+    h = hashlib.sha256()
+    for path in paths:
+        if path.is_file():
+            with path.open("rb") as file:
+                h.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return {"id": where, "sha256": h.hexdigest()}

@@ -1,0 +1,170 @@
+"""The captioner and the filter behind the job: every image seen once by each tower, its context projected once.
+
+Two towers with equal weights are one: then the image is seen once by both. B images, N texts of an image, P tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blip import checkpoint
+from blip.config import DECODE_PRESETS
+from blip.data.errors import BadSample
+from blip.data.text import clean_caption
+from blip.data.transforms import MEAN, STD
+from blip.generate import Text, write
+from blip.model import Blip
+from blip.tokenizer import Tokenizer
+from capfilt.scorer import Item, Matched, OutOfMemory, Scores, Written
+from capfilt.settings import ScoreConfig, resolve
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LONG = 1 << 20
+
+
+class BlipScorer:
+    """Writes texts with a captioner and matches web and synthetic texts with a filter."""
+
+    def __init__(
+        self,
+        captioner: tuple[Blip, Tokenizer] | None,
+        filter: tuple[Blip, Tokenizer],
+        config: ScoreConfig,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        """The models are moved to the device and number format, and put in evaluation mode."""
+        self._device, self._dtype = torch.device(device), _DTYPES[config.dtype]
+        self.config, self.device = config, _name(self._device)
+        self.filter, self.tokenizer = self._ready(filter[0]), filter[1]
+        self.captioner = self._ready(captioner[0]) if captioner else None
+        self.writer = captioner[1] if captioner else None
+        self.decode = dataclasses.replace(DECODE_PRESETS[config.decode], num=config.captions, seed=config.seed)
+        models = [model for model in (self.captioner, self.filter) if model is not None]
+        self.sides = tuple(dict.fromkeys(model.vision.image_size for model in models))
+        self.shared = len(models) == 2 and same_vision(*models)
+        if self.shared:
+            self.captioner.vision = self.filter.vision
+        self.batch_size = 8 if self._device.type == "cpu" else 256
+        self._mean, self._std = (torch.tensor(v, device=self._device).view(3, 1, 1) for v in (MEAN, STD))
+        self.facts = {
+            "scorer": "blip",
+            "decode": json.dumps(dataclasses.asdict(self.decode)),
+            "shared_vision": str(self.shared).lower(),
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+        }
+
+    @classmethod
+    def load(cls, config: ScoreConfig, device: str | None = None) -> BlipScorer:
+        """Read the models of a configuration. FileNotFoundError or ValueError if there is something wrong with them."""
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        captioner = None
+        if config.captioner:
+            captioner = checkpoint.from_pretrained(config.captioner, image_size=config.image_size)
+        scorer = cls(captioner, checkpoint.from_pretrained(config.filter, image_size=config.image_size), config, device)
+        resolved = resolve(config)
+        scorer.facts |= {role: json.dumps(resolved[role]) for role in ("captioner", "filter")}
+        return scorer
+
+    def _ready(self, model: Blip) -> Blip:
+        return model.to(self._device, self._dtype).eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def score(self, items: Sequence[Item]) -> list[Scores]:
+        """Raises OutOfMemory, having freed what it held."""
+        try:
+            return self._score(items)
+        except torch.cuda.OutOfMemoryError:
+            pass  # outside of the handler nothing of the failed batch is referred to any more
+        torch.cuda.empty_cache()
+        raise OutOfMemory
+
+    def _score(self, items: Sequence[Item]) -> list[Scores]:
+        tokens = self.filter.vision(self._images(items, self.filter))
+        written = self._write(items, tokens)
+        texts = [
+            [*item.texts, *(_clean(t.words, self.config) for t in said)]
+            for item, said in zip(items, written, strict=True)
+        ]
+        found = self._match(tokens, texts)
+        return [
+            Scores(
+                matched[: len(item.texts)],
+                [
+                    Written(t.words, t.logprob, t.finished, m)
+                    for t, m in zip(said, matched[len(item.texts) :], strict=True)
+                ],
+            )
+            for item, said, matched in zip(items, written, found, strict=True)
+        ]
+
+    def _images(self, items: Sequence[Item], model: Blip) -> Tensor:
+        """(B, 3, S, S) normalised, as blip.data.transforms.EvalTransform gives them."""
+        which = self.sides.index(model.vision.image_size)
+        pixels = torch.from_numpy(np.stack([item.pixels[which] for item in items]))
+        pixels = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2).float().div(255)
+        return pixels.sub(self._mean).div(self._std).to(self._dtype)
+
+    def _write(self, items: Sequence[Item], tokens: Tensor) -> list[list[Text]]:
+        """`config.captions` texts for each image."""
+        if self.captioner is None or self.writer is None:
+            return [[] for _ in items]
+        seen = tokens if self.shared else self.captioner.vision(self._images(items, self.captioner))
+        keys = [item.sample_id for item in items]
+        context = self.captioner.context(seen)
+        return write(self.captioner, self.writer, context, self.decode, prompt=self.config.prompt.strip(), keys=keys)
+
+    def _match(self, tokens: Tensor, texts: Sequence[Sequence[str]]) -> list[list[Matched]]:
+        """All texts of all images in one pass; images with fewer texts than others get empty ones, to make a grid."""
+        most = max(map(len, texts))
+        if not most:
+            return [[] for _ in texts]
+        flat = [text for some in texts for text in [*some, *[""] * (most - len(some))]]
+        first, length = self.config.itm_token, self.config.max_tokens
+        ids, keep = (x.to(self._device) for x in self.tokenizer.encode(flat, first=first, max_length=length))
+        logits = self.filter.match(ids, keep, self.filter.context(tokens).expand(most)).float()
+        margins = (logits[:, 1] - logits[:, 0]).view(len(texts), most)
+        cosines = self._cosines(tokens, flat, most)
+        counts = [len(self.tokenizer.pieces(text, _LONG)) for text in flat]
+        rows = zip(texts, margins.tolist(), cosines.tolist(), strict=True)
+        return [
+            [
+                Matched(margin[k], cosine[k], counts[i * most + k], counts[i * most + k] > length)
+                for k in range(len(some))
+            ]
+            for i, (some, margin, cosine) in enumerate(rows)
+        ]
+
+    def _cosines(self, tokens: Tensor, flat: Sequence[str], most: int) -> Tensor:
+        """(B, most): the joint embedding of each image with those of its texts."""
+        encoded = self.tokenizer.encode(flat, first="cls", max_length=self.config.max_tokens)
+        ids, keep = (x.to(self._device) for x in encoded)
+        embedded = self.filter.embed_text(ids, keep).view(len(tokens), most, -1)
+        return torch.einsum("bne,be->bn", embedded.float(), self.filter.embed_image(tokens).float())
+
+
+def same_vision(a: Blip, b: Blip) -> bool:
+    """Whether two models have the same image encoder, weight for weight."""
+    if a.config.vision != b.config.vision:
+        return False
+    ours, theirs = a.vision.state_dict(), b.vision.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def _clean(text: str, config: ScoreConfig) -> str:
+    """A synthetic text as training will see it; one without words is scored as the empty text that it is."""
+    try:
+        return clean_caption(text, config.max_words)
+    except BadSample:
+        return ""
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

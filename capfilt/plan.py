@@ -1,0 +1,262 @@
+"""The plan: which rows there are and in which parts they are scored. Made once, without a GPU, and never changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from blip.data.errors import DataError
+from capfilt import parts as part_files
+from capfilt.identity import differences, fingerprint, part_id
+from capfilt.readers import hosted, listed, parquet, tar
+from capfilt.readers.rows import RowGroups, Source, content_of, is_remote, stat_of
+from capfilt.run import PLAN, Part, Run
+from capfilt.settings import ReadConfig, ScoreConfig, has_gpu, resolve
+from capfilt.storage import Local, Storage, open_storage
+
+_FORBIDDEN = re.compile(r"^\s*\||\$\{|^(?:[a-z][a-z0-9+.\-]*:/|(?:pipe|data|file|ssh):)", re.IGNORECASE)
+_ENDINGS = {".tar": "tar", ".parquet": "parquet", ".json": "listed", ".jsonl": "listed", ".ndjson": "listed",
+            ".csv": "listed"}  # fmt: skip
+_GROUP = 1024
+"""Rows of an index that are read together."""
+
+
+# Finding files --------------------------------------------------------------------------------------------------------
+
+
+def find(spec: str) -> list[tuple[str, str]]:
+    """The (kind, path) that an input means, in a fixed order. DataError for what is not there or may not be read."""
+    if spec.startswith(hosted.HUB):
+        return [("hosted", spec)]
+    if _FORBIDDEN.search(spec) and not is_remote(spec):
+        raise DataError(f"input {spec!r}: only files of this machine or of an object store are read; download it first")
+    span = re.search(r"\{(\d+)\.\.(\d+)\}", spec)
+    if span:
+        low, high = span.groups()
+        names = (str(n).zfill(len(low)) for n in range(int(low), int(high) + 1))
+        return [one for name in names for one in find(spec[: span.start()] + name + spec[span.end() :])]
+    if is_remote(spec):
+        return _remote(spec)
+    path = os.path.abspath(os.path.expanduser(spec))
+    if os.path.isdir(path):
+        return _folder(path)
+    paths = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+    if not paths:
+        raise DataError(f"input {spec}: no such file")
+    return [(_kind(p), p) for p in paths]
+
+
+def _kind(path: str) -> str:
+    ending = os.path.splitext(path)[1].lower()
+    if path.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")):
+        raise DataError(f"{path} is compressed, which leaves no way to a single sample: unpack it to a plain .tar")
+    if ending not in _ENDINGS:
+        raise DataError(f"{path}: expected a file ending in {', '.join(_ENDINGS)}, or a folder of them")
+    return _ENDINGS[ending]
+
+
+def _folder(path: str) -> list[tuple[str, str]]:
+    """A saved data set, img2dataset's output, an image folder, or shards."""
+    here = Path(path)
+    if hosted.is_dataset(path):
+        return [("hosted", path)]
+    tars = sorted(map(str, here.glob("*.tar")))
+    if tars:
+        return [("tar", p) for p in tars]
+    tables = sorted(map(str, here.glob("*.parquet")))
+    if tables:
+        return [("files" if os.path.isdir(p.removesuffix(".parquet")) else "parquet", p) for p in tables]
+    for pattern in ("metadata.jsonl", "metadata.csv", "*/metadata.jsonl", "*/metadata.csv", "*.jsonl"):
+        found = sorted(map(str, here.glob(pattern)))
+        if found:
+            return [("listed", p) for p in found]
+    raise DataError(
+        f"input {path}: a folder without shards (.tar, .parquet, .jsonl), metadata.jsonl or a saved data set"
+    )
+
+
+def _remote(spec: str) -> list[tuple[str, str]]:
+    import fsspec
+
+    files, inside = fsspec.core.url_to_fs(spec)
+    scheme = spec.split("://")[0]
+    found = sorted(files.glob(inside)) if "*" in inside else [inside] if files.exists(inside) else []
+    if not found:
+        raise DataError(f"input {spec}: no such object")
+    kinds = [(_kind(p), f"{scheme}://{p.lstrip('/')}") for p in found]
+    if any(kind == "listed" for kind, _ in kinds):
+        raise DataError(f"input {spec}: only tar and parquet are read from an object store; copy lists here")
+    return kinds
+
+
+# Sources --------------------------------------------------------------------------------------------------------------
+
+
+def _relpath(path: str, root: str) -> str:
+    if path.startswith(hosted.HUB) or is_remote(path):
+        return path
+    return os.path.relpath(path, root).replace(os.sep, "/")
+
+
+def _root(paths: Sequence[str]) -> str:
+    folders = [os.path.dirname(p) for p in paths if not (p.startswith(hosted.HUB) or is_remote(p))]
+    return os.path.commonpath(folders) if folders else ""
+
+
+def describe(kind: str, path: str, root: str, config: ReadConfig, storage: Storage) -> Source:
+    """What a file is and how many rows it has; its index of rows is written where the format needs one."""
+    relpath = _relpath(path, root)
+    if kind == "hosted":
+        rows, size, content = hosted.describe(path, config)
+        return Source("hosted", path, relpath, size, 0.0, content, rows)
+    size, mtime, _ = stat_of(path)
+    content = content_of(path)
+    if kind == "parquet":
+        file = parquet.open_parquet(path)
+        parquet.columns_of(file.schema_arrow.names, config, path)
+        return Source("parquet", path, relpath, size, mtime, content, file.metadata.num_rows, declared=_declared(path))
+    builders: dict[str, Callable[[], tuple[pa.Table, str | None, list[str]]]] = {
+        "tar": lambda: tar.index(path),
+        "listed": lambda: listed.index_json(path, config),
+        "files": lambda: listed.index_files(path, config),
+    }
+    table, damage, notes = builders[kind]()
+    name = f"plan/index/{hashlib.sha256(relpath.encode()).hexdigest()[:16]}-{content}.parquet"
+    storage.write(name, part_files.encode(table, {"source": relpath}, _GROUP))
+    declared = _declared(path)
+    if declared is not None and declared > len(table):
+        damage = f"{damage or 'samples are missing'} (readable {len(table)}, declared {declared} in stats.json)"
+    kind = "tar" if kind == "tar" else "listed"
+    return Source(kind, path, relpath, size, mtime, content, len(table), name, damage, declared, tuple(notes))
+
+
+def _declared(path: str) -> int | None:
+    """Samples that img2dataset counted when it wrote a shard."""
+    stats = os.path.splitext(path)[0] + "_stats.json"
+    if is_remote(path) or not os.path.isfile(stats):
+        return None
+    try:
+        value = json.loads(Path(stats).read_bytes())["successes"]
+    except (ValueError, KeyError, TypeError, OSError):
+        return None
+    return value if isinstance(value, int) else None
+
+
+def open_index(storage: Storage, source: Source) -> RowGroups:
+    """The index of a source's rows."""
+    assert source.index is not None
+    if isinstance(storage, Local):
+        return RowGroups(str(storage.path(source.index)))
+    import io
+
+    return RowGroups(io.BytesIO(storage.read(source.index)))
+
+
+# The plan -------------------------------------------------------------------------------------------------------------
+
+
+def auto_part_size() -> int:
+    """Rows that take some 30 to 120 seconds: 1024 with a GPU, 64 without."""
+    return 1024 if has_gpu() else 64
+
+
+def make(out: str, config: ScoreConfig, reading: ReadConfig, part_size: int | None = None) -> Run:
+    """Freeze a plan into a folder or object store, or return the one that is there if it is the same.
+
+    ValueError lists the differences if it is not; nothing is touched then. DataError if there is nothing to read.
+    """
+    storage = open_storage(out)
+    resolved = resolve(config)
+    files = [one for spec in reading.inputs for one in find(spec)]
+    (path, times), *_ = Counter(path for _, path in files).most_common(1) or [("", 0)]
+    if times > 1:
+        raise DataError(f"input {path} is given twice")
+    if storage.exists("job.json"):
+        return _same(Run.open(out), resolved, reading, part_size, [path for _, path in files])
+    if not files:
+        raise DataError("no input: give --input with files, folders or hf:NAME")
+    root = _root([path for _, path in files])
+    part_size = part_size or (auto_part_size() if config.scorer == "blip" else 1024)
+    if part_size < 1:
+        raise ValueError(f"part_size must be 1 or more, got {part_size}")
+    sources = _describe_all(files, root, reading, storage)
+    if not sum(s.rows for s in sources):
+        damage = next((f"{s.path}: {s.damage}" for s in sources if s.damage), "the files hold no samples")
+        raise DataError(f"no rows to score: {damage}")
+    job = {
+        "version": 1,
+        "fingerprint": fingerprint(resolved),
+        "part_size": part_size,
+        "config": resolved,
+        "settings": dataclasses.asdict(config),
+        "reading": dataclasses.asdict(reading),
+        "root": root,
+        "inputs": [dataclasses.asdict(s) for s in sources],
+    }
+    write_parts(storage, 0, sources, part_size, job["fingerprint"])
+    storage.write("job.json", (json.dumps(job, indent=1) + "\n").encode())
+    return Run.open(out)
+
+
+def _describe_all(files: Sequence[tuple[str, str]], root: str, reading: ReadConfig, storage: Storage) -> list[Source]:
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(lambda one: describe(*one, root, reading, storage), files))
+
+
+def write_parts(storage: Storage, number: int, sources: Sequence[Source], size: int, mark: str) -> None:
+    """Write plan/NUMBER.parquet with the parts of some sources, `mark` being the run's fingerprint."""
+    rows = [
+        Part(part_id(s.relpath, s.size, s.content, lo, min(lo + size, s.rows), mark), s.relpath, lo,
+             min(lo + size, s.rows))
+        for s in sources
+        for lo in range(0, s.rows, size)
+    ]  # fmt: skip
+    columns = [[p.pid for p in rows], [p.source for p in rows], [p.lo for p in rows], [p.hi for p in rows],
+               [p.hi - p.lo for p in rows]]  # fmt: skip
+    table = pa.table([pa.array(c, t) for c, t in zip(columns, PLAN.types, strict=True)], schema=PLAN)
+    storage.write(f"plan/{number:05d}.parquet", part_files.encode(table, {"fingerprint": mark}))
+
+
+def _same(run: Run, resolved: dict, reading: ReadConfig, part_size: int | None, paths: list[str]) -> Run:
+    """The run, if these settings would have planned it."""
+    before: dict[str, Any] = {"part_size": run.job["part_size"], **run.job["config"], "reading": run.job["reading"]}
+    now: dict[str, Any] = {
+        "part_size": part_size or run.job["part_size"],
+        **resolved,
+        "reading": dataclasses.asdict(reading),
+    }
+    found = differences(before, json.loads(json.dumps(now)))
+    known = {source.path for source in run.sources.values()}
+    found += [f"input {p} is not in the plan" for p in paths if p not in known][:3]
+    found += [f"input {p} is in the plan and not found now" for p in sorted(known - set(paths))][:3]
+    if found:
+        raise ValueError(
+            f"{run.where} is planned otherwise: {'; '.join(found)}. Take another --out, or add new files with "
+            "`plan --extend`"
+        )
+    return run
+
+
+def extend(out: str, inputs: Sequence[str]) -> tuple[Run, list[Source]]:
+    """Add the files that a plan does not know yet, with its own settings; what it knows keeps its ids."""
+    run = Run.open(out)
+    specs = list(inputs) or run.reading.inputs
+    files = [one for spec in specs for one in find(spec)]
+    known = {source.path for source in run.sources.values()}
+    new = _describe_all([one for one in files if one[1] not in known], run.job["root"], run.reading, run.storage)
+    if new:
+        number = run.plans
+        run.storage.write(f"plan/{number:05d}.json", json.dumps([dataclasses.asdict(s) for s in new]).encode())
+        write_parts(run.storage, number, new, run.job["part_size"], run.fingerprint)
+    return Run.open(out), new

@@ -1,0 +1,258 @@
+"""Decoding in processes of their own: ahead of the models, and so that a sample that kills its decoder kills no more.
+
+A worker sends one row at a time, so when it dies or hangs it is known at which row; the row is tried once more in a
+new process and then given up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import queue
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from capfilt.decoding import Decoded, prepare
+from capfilt.readers import open_reader
+from capfilt.readers.rows import Reader, Row, Source
+from capfilt.settings import ReadConfig, ScoreConfig
+from capfilt.storage import open_storage
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a decoder has to know of the run."""
+
+    where: str
+    config: ScoreConfig
+    reading: ReadConfig
+    sides: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows lo to hi of a source."""
+
+    source: Source
+    lo: int
+    hi: int
+
+
+class Decoder:
+    """Reads and prepares rows; keeps the readers of the last sources open."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self._storage = setup, open_storage(setup.where)
+        self._readers: dict[str, Reader] = {}
+
+    def run(self, task: Task) -> Iterator[Decoded]:
+        """The rows of a task. What cannot be read is a row that says so; a source that cannot be opened raises."""
+        reader = self._reader(task.source)
+        rows = reader.read(task.lo, task.hi)
+        for number in range(task.lo, task.hi):
+            try:
+                row = next(rows)
+            except Exception as error:  # whatever a damaged file makes its library raise
+                problem = ("source_error", "unreadable", f"{type(error).__name__}: {error}")
+                row = Row(number, str(number), problem=problem)
+                rows = reader.read(number + 1, task.hi)
+            yield prepare(row, self.setup.sides, self.setup.config)
+
+    def _reader(self, source: Source) -> Reader:
+        if source.relpath not in self._readers:
+            while len(self._readers) >= 4:
+                self._readers.pop(next(iter(self._readers)))
+            self._readers[source.relpath] = open_reader(source, self.setup.reading, self._storage)
+        return self._readers[source.relpath]
+
+
+class Inline:
+    """Decoding in this process, when a task is asked for: for tests and the smallest machines."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._decoder = Decoder(setup)
+
+    def submit(self, task: Task) -> Future:
+        future: Future = Future()
+        try:
+            future.set_result(list(self._decoder.run(task)))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def take(self, future: Future) -> list[Decoded]:
+        return future.result()
+
+    def discard(self, futures: Iterable[Future]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Pool:
+    """Some decoding processes.
+
+    Of what `submit` is given, only `ahead` tasks are decoded before their rows are taken, in the order of submission.
+    """
+
+    def __init__(self, setup: Setup, workers: int, timeout: float, ahead: int = 8) -> None:
+        self._setup, self._timeout = setup, timeout
+        self._room = threading.Semaphore(max(ahead, workers))
+        self._tasks: queue.SimpleQueue[tuple[Task, Future] | None] = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=self._drive, daemon=True) for _ in range(workers)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, task: Task) -> Future:
+        future: Future = Future()
+        self._tasks.put((task, future))
+        return future
+
+    def take(self, future: Future) -> list[Decoded]:
+        """A task's rows, when they are there; makes room for another task."""
+        try:
+            return future.result()
+        finally:
+            self._room.release()
+
+    def discard(self, futures: Iterable[Future]) -> None:
+        """Give up tasks whose rows will not be taken."""
+        for future in futures:
+            if not future.cancel():
+                future.add_done_callback(lambda _: self._room.release())
+
+    def close(self) -> None:
+        for _ in self._threads:
+            self._tasks.put(None)
+            self._room.release()
+
+    def _drive(self) -> None:
+        """Keep one process busy; on a death or a hang, find the row and go on with a new one."""
+        process = _Process(self._setup)
+        while True:
+            self._room.acquire()  # before a task is taken, so that earlier tasks never wait for later ones
+            one = self._tasks.get()
+            if one is None:
+                break
+            task, future = one
+            if not future.set_running_or_notify_cancel():
+                self._room.release()
+                continue
+            try:
+                rows: list[Decoded] = []
+                process = self._run(process, task, rows)
+                future.set_result(rows)
+            except Exception as error:
+                future.set_exception(error)
+        process.kill()
+
+    def _run(self, process: _Process, task: Task, rows: list[Decoded]) -> _Process:
+        """Append the rows of a task; returns the process to go on with."""
+        failed = None
+        while (at := task.lo + len(rows)) < task.hi:
+            outcome = process.run(Task(task.source, at, task.hi), self._timeout, rows)
+            if outcome is None:
+                break
+            process.kill()
+            process = _Process(self._setup)
+            at = task.lo + len(rows)
+            if failed == at:
+                rows.append(self._given_up(task.source, at, outcome))
+            failed = at
+        return process
+
+    def _given_up(self, source: Source, number: int, outcome: str) -> Decoded:
+        """The row at which a decoder died or hung twice; its bytes and texts are read here, which is harmless."""
+        try:
+            row = next(
+                open_reader(source, self._setup.reading, open_storage(self._setup.where)).read(number, number + 1)
+            )
+        except Exception:
+            row = Row(number, str(number))
+        code = {"crash": "decoder_crashed", "timeout": "decoder_timeout"}[outcome]
+        image, row.image = row.image, None
+        row.problem = (outcome, code, "the decoder died or hung on this row twice")
+        done = prepare(row, (), self._setup.config)
+        if image is not None:
+            done.facts |= {"bytes": len(image), "image_sha256": hashlib.sha256(image).hexdigest()}
+        return done
+
+
+class _Process:
+    """One decoding process and the pipe to it, which closes when either end dies."""
+
+    def __init__(self, setup: Setup) -> None:
+        ours, theirs = socket.socketpair()
+        home = str(Path(__file__).resolve().parents[1])
+        path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
+        command = [sys.executable, "-m", "capfilt.pool", str(theirs.fileno())]
+        self.process = subprocess.Popen(
+            command,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        )
+        theirs.close()
+        self.pipe = Connection(ours.detach())
+        with contextlib.suppress(OSError):
+            self.pipe.send(setup)
+
+    def run(self, task: Task, timeout: float, rows: list[Decoded]) -> str | None:
+        """Append the task's rows as they come; None when all are there, or `crash` or `timeout`.
+
+        Raises what the process says is wrong with the source as a whole.
+        """
+        try:
+            self.pipe.send(task)
+            for _ in range(task.lo, task.hi):
+                if not self.pipe.poll(timeout):
+                    return "timeout"
+                answer: Any = self.pipe.recv()
+                if isinstance(answer, Exception):
+                    raise answer
+                rows.append(answer)
+        except (EOFError, ConnectionError):
+            return "crash"
+        return None
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.pipe.close()
+
+
+def _serve(handle: int) -> None:
+    """The life of a decoding process: tasks in, rows out, until the pipe closes."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    pipe = Connection(handle)
+    try:
+        decoder = Decoder(pipe.recv())
+        while True:
+            task = pipe.recv()
+            try:
+                for row in decoder.run(task):
+                    pipe.send(row)
+            except (EOFError, ConnectionError):
+                raise
+            except Exception as error:
+                pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
+    except (EOFError, ConnectionError):
+        pass
+
+
+if __name__ == "__main__":
+    from capfilt import pool  # so that what is sent is of the same module on both sides
+
+    pool._serve(int(sys.argv[1]))

@@ -1,0 +1,94 @@
+"""Lists of {image, caption}: JSON, JSON lines, image folders, and img2dataset's folders of files.
+
+A list has no rows by number, so the plan keeps a copy of it as parquet, which has; the images stay where they are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from blip.data.errors import DataError
+from blip.data.json_rows import read_rows
+from blip.data.tars import IMAGES
+from capfilt.readers.parquet import columns_of, open_parquet
+from capfilt.readers.rows import Row, RowGroups, Source, extra_of, plain, read_image, texts_of
+from capfilt.settings import ReadConfig
+from capfilt.storage import Storage
+
+INDEX = pa.schema(
+    [("key", pa.string()), ("image", pa.string()), ("texts", pa.list_(pa.string())), ("extra", pa.string())]
+)
+_BLOCK = 1 << 16
+
+
+def index_json(path: str, config: ReadConfig) -> tuple[pa.Table, str | None, list[str]]:
+    """The rows of a JSON list, JSON lines or metadata.csv -> (rows, None, notes). DataError names file and row."""
+    blocks, block = [], []
+    image = caption = None
+    for number, row in read_rows(Path(path)):
+        if config.split and row.get("split") not in (None, *config.split.split("+")):
+            continue
+        if image is None:
+            image, caption = columns_of(list(row), config, f"{path}: row {number}")
+        block.append(_entry(str(row.get("key", number)), row.get(image), row, image, caption))
+        if len(block) == _BLOCK:
+            blocks.append(pa.Table.from_pylist(block, INDEX))
+            block = []
+    return pa.concat_tables([*blocks, pa.Table.from_pylist(block, INDEX)]), None, []
+
+
+def _entry(key: str, image: Any, row: dict[str, Any], *taken: str | None) -> dict[str, Any]:
+    columns = [name for name in taken if name]
+    return {
+        "key": plain(key),
+        "image": plain(image) if isinstance(image, str) else None,
+        "texts": texts_of(row.get(columns[1])) if len(columns) > 1 else [],
+        "extra": json.dumps(extra_of(row, *columns)),
+    }
+
+
+def index_files(path: str, config: ReadConfig) -> tuple[pa.Table, str | None, list[str]]:
+    """A shard of img2dataset's `files` output, given its parquet beside the folder -> (rows, damage, notes)."""
+    folder = path.removesuffix(".parquet")
+    present = {}
+    for name in sorted(os.listdir(folder)):
+        stem, _, ending = name.rpartition(".")
+        if ending.lower() in IMAGES:
+            present[stem] = f"{os.path.basename(folder)}/{name}"
+    rows = open_parquet(path).read(use_threads=False).to_pylist()
+    if rows and not {"key", "status"} <= rows[0].keys():
+        raise DataError(f"{path} has no columns key and status, so it is not img2dataset's")
+    done = [row for row in rows if row["status"] == "success"]
+    caption = "caption" if rows and "caption" in rows[0] else config.caption_column
+    table = pa.Table.from_pylist(
+        [_entry(str(r["key"]), present.get(str(r["key"])), r, "image", caption) for r in done], INDEX
+    )
+    gone = sum(str(row["key"]) not in present for row in done)
+    failed = len(rows) - len(done)
+    notes = [f"{failed} rows were never downloaded and are not part of the input"] if failed else []
+    return table, f"{gone} images that its parquet names are gone" if gone else None, notes
+
+
+class ListedReader:
+    """Rows of a list, by the copy that the plan keeps."""
+
+    def __init__(self, source: Source, config: ReadConfig, storage: Storage) -> None:
+        from capfilt.plan import open_index
+
+        self.root = config.image_root or os.path.dirname(source.path)
+        self.index: RowGroups = open_index(storage, source)
+
+    def read(self, lo: int, hi: int) -> Iterator[Row]:
+        for number, entry in zip(range(lo, hi), self.index.rows(lo, hi), strict=True):
+            row = Row(number, entry["key"], texts=entry["texts"] or [], extra=json.loads(entry["extra"]))
+            if entry["image"] is None:
+                row.problem = ("no_image", "no_image", "no image path in the row")
+            else:
+                row.image, row.problem = read_image(entry["image"], self.root)
+            yield row

@@ -1,0 +1,90 @@
+"""A planned run as it is found on disk: settings, sources, parts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from blip.data.errors import DataError
+from capfilt import parts as part_files
+from capfilt.parts import Parts
+from capfilt.readers.rows import Source
+from capfilt.settings import ReadConfig, ScoreConfig
+from capfilt.storage import Storage, open_storage
+
+PLAN = pa.schema(
+    [("pid", pa.string()), ("source", pa.string()), ("lo", pa.int64()), ("hi", pa.int64()), ("rows", pa.int64())]
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows lo to hi of a source, scored and committed together."""
+
+    pid: str
+    source: str
+    lo: int
+    hi: int
+
+    @property
+    def rows(self) -> int:
+        return self.hi - self.lo
+
+
+class Run:
+    """What job.json and plan/ say."""
+
+    def __init__(self, where: str, storage: Storage, job: dict[str, Any]) -> None:
+        self.where, self.storage, self.job = where, storage, job
+        self.fingerprint: str = job["fingerprint"]
+        self.config = ScoreConfig(**job["settings"])
+        self.reading = ReadConfig(**job["reading"])
+        self.parts = Parts(storage)
+        self.sources: dict[str, Source] = {}
+        self.plan: list[Part] = []
+        self.plans = 0
+        self._read()
+
+    @classmethod
+    def open(cls, where: str) -> Run:
+        """DataError if there is no run there."""
+        storage = open_storage(where)
+        try:
+            job = json.loads(storage.read("job.json"))
+            return cls(str(where), storage, job)
+        except FileNotFoundError:
+            raise DataError(f"{where} is not a planned run (no job.json): make one with `capfilt plan`") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{where}/job.json cannot be read ({error}): was it edited?") from None
+
+    def _read(self) -> None:
+        self._add(self.job["inputs"])
+        for name in sorted(n for n in self.storage.listing("plan") if n.count("/") == 1 and n.endswith(".parquet")):
+            if self.plans:
+                self._add(json.loads(self.storage.read(name.removesuffix(".parquet") + ".json")))
+            table = part_files.decode(self.storage.read(name))
+            columns = (table[c].to_pylist() for c in ("pid", "source", "lo", "hi"))
+            self.plan += [Part(*values) for values in zip(*columns, strict=True)]
+            self.plans += 1
+
+    def _add(self, sources: list[dict[str, Any]]) -> None:
+        for values in sources:
+            source = Source(**{**values, "notes": tuple(values["notes"])})
+            self.sources[source.relpath] = source
+
+    @property
+    def rows(self) -> int:
+        return sum(part.rows for part in self.plan)
+
+    def damaged(self) -> list[Source]:
+        return [source for source in self.sources.values() if source.damage]
+
+    def share(self, rank: int, world: int) -> list[Part]:
+        """The parts of one of several processes, in the order of their ids, which is as good as random."""
+        return [part for part in self.in_order() if int(part.pid[:8], 16) % world == rank]
+
+    def in_order(self) -> list[Part]:
+        return sorted(self.plan, key=lambda part: part.pid)

@@ -1,0 +1,133 @@
+"""What the job asks of models, and a stand-in that makes its answers out of hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass
+class Item:
+    """An image with its web texts, as the models see them."""
+
+    sample_id: str
+    pixels: list[np.ndarray]
+    """(S, S, 3) uint8, one for each of `Scorer.sides`."""
+    texts: list[str]
+
+
+@dataclass
+class Matched:
+    """What the filter says of one text."""
+
+    margin: float
+    """Logit of match minus logit of no match."""
+    itc: float
+    tokens: int
+    truncated: bool = False
+
+    @property
+    def probability(self) -> float:
+        """Softmax P(match)."""
+        if not math.isfinite(self.margin):
+            return math.nan
+        return 1 / (1 + math.exp(-self.margin)) if self.margin > -700 else 0.0
+
+
+@dataclass
+class Written:
+    """A synthetic text and what the filter says of it."""
+
+    text: str
+    logprob: float
+    finished: bool
+    match: Matched
+
+
+@dataclass
+class Scores:
+    """All that the models say of an item; `web` is parallel to its texts."""
+
+    web: list[Matched] = field(default_factory=list)
+    syn: list[Written] = field(default_factory=list)
+
+
+class OutOfMemory(Exception):
+    """A batch did not fit into the device's memory."""
+
+
+class Scorer(Protocol):
+    """The captioner and the filter. The answer for an item must not depend on what else is in the batch."""
+
+    sides: tuple[int, ...]
+    """Input sizes wanted, pixels."""
+    device: str
+    facts: dict[str, str]
+    """Written into every part file."""
+    batch_size: int
+    """Items that a batch should have by default."""
+
+    def score(self, items: Sequence[Item]) -> list[Scores]:
+        """Raises OutOfMemory."""
+
+
+class FakeScorer:
+    """Scores that are a function of the sample, the pixels and the text: for tests, rehearsals and measurements."""
+
+    sides = (16,)
+    device = "none"
+    batch_size = 64
+
+    def __init__(self, seed: int, captions: int, itm_token: str, seconds: float = 0.0) -> None:
+        """`seconds` of work are pretended for each item."""
+        self.seed, self.captions, self.token, self.seconds = seed, captions, itm_token, seconds
+        self.facts = {"scorer": "fake"}
+
+    def score(self, items: Sequence[Item]) -> list[Scores]:
+        if self.seconds:
+            time.sleep(self.seconds * len(items))
+        return [self._score(item) for item in items]
+
+    def _score(self, item: Item) -> Scores:
+        seen = hashlib.sha256(item.pixels[0].tobytes()).hexdigest()
+        syn = []
+        for k in range(self.captions):
+            bits = _bits(self.seed, item.sample_id, k, seen)
+            words = [_WORDS[bits >> 8 * i & 15] for i in range(4 + bits % 5)]
+            syn.append(Written(" ".join(words), -0.5 * len(words), bits % 7 > 0, self._match(" ".join(words), seen, 2)))
+        return Scores([self._match(text, seen, 0) for text in item.texts], syn)
+
+    def _match(self, text: str, seen: str, shift: float) -> Matched:
+        bits = _bits(self.token, text, seen)
+        margin = (bits % 4096 - 2048) / 400 + shift
+        return Matched(margin, (bits >> 16) % 1000 / 1000, len(text.split()) + 2)
+
+
+_WORDS = (
+    "a",
+    "the",
+    "red",
+    "blue",
+    "small",
+    "large",
+    "dog",
+    "cat",
+    "star",
+    "ring",
+    "on",
+    "near",
+    "tree",
+    "house",
+    "by",
+    "in",
+)
+
+
+def _bits(*parts: object) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little")

@@ -1,0 +1,240 @@
+"""Selecting: a pure function of the annotations that says of every text whether it is kept, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from capfilt import rules
+from capfilt.policies import HUMAN, SOURCES, SYN, WEB, SelectConfig, Texts, choose, cut_of
+from capfilt.run import Part, Run
+from capfilt.schema import SELECTION, USABLE
+from capfilt.storage import Local
+
+_NAME = re.compile(r"^[\w][\w.\-]*\Z")
+_COLUMN = {"itm": "itm_{}", "margin": "itm_margin_{}", "itc": "itc_{}"}
+
+
+def scored_parts(run: Run) -> list[Part]:
+    """The parts that are done, in the order of the plan."""
+    present = run.parts.present()
+    return [part for part in run.plan if part.pid in present]
+
+
+def select(run: Run, name: str, config: SelectConfig, *, replace: bool = False) -> dict[str, Any]:
+    """Write selections/NAME and return its account. A selection that is there and would be the same is left alone.
+
+    ValueError if it is there with other settings, unless `replace`; DataError if nothing is scored yet.
+    """
+    if not _NAME.match(name):
+        raise ValueError(f"selection name {name!r}: letters, digits, - _ and . only")
+    done = scored_parts(run)
+    if not done:
+        raise ValueError(f"{run.where}: nothing is scored yet; run `capfilt score {run.where}` first")
+    digest = hashlib.sha256("".join(part.pid for part in done).encode()).hexdigest()[:16]
+    settings = dataclasses.asdict(config)
+    if run.storage.exists(success(name)):
+        before = read_account(run, name)
+        if before["settings"] != settings and not replace:
+            raise ValueError(f"selection {name} is there with other settings; take another --name, or --replace")
+        if before["settings"] == settings and before["parts_digest"] == digest:
+            return before
+        run.storage.remove(success(name))
+    cut = find_cut(run, done, config) if config.policy == "fraction" else None
+    account: dict[str, Counter] = {key: Counter() for key in ("rows_in", "texts_in", "kept", "dropped", "reasons")}
+    with run.storage.writing(table_name(name)) as file, pq.ParquetWriter(file, SELECTION, compression="zstd") as writer:
+        for part in done:
+            writer.write_table(select_part(run, part, config, cut, account))
+    said = {
+        "name": name,
+        "settings": settings,
+        "fingerprint": run.fingerprint,
+        "parts": len(done),
+        "parts_planned": len(run.plan),
+        "parts_digest": digest,
+        **{key: dict(sorted(counts.items())) for key, counts in account.items()},
+        "files": {table_name(name).rsplit("/", 1)[-1]: run.storage.sha256(table_name(name))},
+    }
+    run.storage.write(success(name), (json.dumps(said, indent=1) + "\n").encode())
+    return said
+
+
+def success(name: str) -> str:
+    return f"selections/{name}/_SUCCESS"
+
+
+def table_name(name: str) -> str:
+    return f"selections/{name}/texts.parquet"
+
+
+def read_account(run: Run, name: str) -> dict[str, Any]:
+    """The account of a selection. ValueError lists those there are."""
+    try:
+        return json.loads(run.storage.read(success(name)))
+    except FileNotFoundError:
+        there = ", ".join(selections(run)) or "none"
+        raise ValueError(f"{run.where} has no selection {name!r} (there are: {there})") from None
+
+
+def selections(run: Run) -> list[str]:
+    return sorted(n.split("/")[1] for n in run.storage.listing("selections") if n.endswith("/_SUCCESS"))
+
+
+def _columns(config: SelectConfig) -> list[str]:
+    names = [_COLUMN[config.column].format(kind) for kind in ("web", "syn")]
+    return ["sample_id", "source_uri", "status", "web_text", "web_text_norm", "syn_text", "rule_flags", *names]
+
+
+def find_cut(run: Run, done: list[Part], config: SelectConfig) -> float | None:
+    """The score that the best share of all texts reaches, for the policy `fraction`."""
+    scores = []
+    for part in done:
+        flat = _flat(run.parts.read(part.pid, _columns(config)), config)
+        scores.append(flat["score"][flat["open"]])
+    return cut_of(np.concatenate(scores), config.fraction)
+
+
+def _flat(table: pa.Table, config: SelectConfig) -> dict[str, Any]:
+    """The texts of a part, one entry each, in the order of rows and web before synthetic."""
+    parts: dict[str, list] = {key: [] for key in ("row", "source", "index", "score")}
+    texts = []
+    for kind, name in ((WEB, "web"), (SYN, "syn")):
+        column = table[f"{name}_text"].combine_chunks()
+        lengths = np.asarray(pc.fill_null(pc.list_value_length(column), 0))
+        row = np.repeat(np.arange(len(table)), lengths)
+        parts["row"].append(row)
+        parts["source"].append(np.full(len(row), kind))
+        parts["index"].append(np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths))
+        scores = pc.list_flatten(table[_COLUMN[config.column].format(name)].combine_chunks())
+        scores = scores.to_numpy(zero_copy_only=False).astype(np.float32)
+        # Rows without scores have texts all the same.
+        parts["score"].append(scores if len(scores) == len(row) else _spread(table, name, config, row))
+        texts.append(pc.list_flatten(column))
+    joined = {key: np.concatenate(values) for key, values in parts.items()}
+    order = np.lexsort((joined["index"], joined["source"], joined["row"]))
+    flat: dict[str, Any] = {key: values[order] for key, values in joined.items()}
+    flat["text"] = pa.concat_arrays(texts).take(pa.array(order))
+    _judge_open(table, flat, config)
+    return flat
+
+
+def _spread(table: pa.Table, name: str, config: SelectConfig, row: np.ndarray) -> np.ndarray:
+    """Scores where some rows have fewer than texts."""
+    scores = table[_COLUMN[config.column].format(name)].to_pylist()
+    texts = table[f"{name}_text"].to_pylist()
+    values = [v for s, t in zip(scores, texts, strict=True) for v in [*(s or []), *[None] * (len(t) - len(s or []))]]
+    return np.array([np.nan if v is None else v for v in values], dtype=np.float32)
+
+
+def _judge_open(table: pa.Table, flat: dict[str, Any], config: SelectConfig) -> None:
+    """Which texts a policy may choose from, and of the others why not."""
+    status = np.asarray(table["status"].to_pylist(), dtype=object)
+    usable = np.isin(status.astype(str), USABLE)
+    why = np.where(usable, "", np.char.add("status ", status.astype(str)))[flat["row"]].astype(object)
+    why[(why == "") & np.isnan(flat["score"])] = "no words"
+    if config.rules:
+        for row, flags in enumerate(table["rule_flags"].to_pylist()):
+            for flag in flags or ():
+                if rules.of_preset(config.rules, flag):
+                    mine = (flat["row"] == row) & _covers(flag, flat)
+                    why[mine & (why == "")] = f"rule {flag.partition('.')[2]}"
+    if config.human:
+        human = np.array([fnmatch.fnmatch(uri, config.human) for uri in table["source_uri"].to_pylist()])[flat["row"]]
+        flat["source"] = np.where(human & (flat["source"] == WEB), HUMAN, flat["source"])
+        why[human & (flat["source"] == SYN) & (why == "")] = "a person's text is there"
+    flat["why"] = why
+    flat["open"] = (why == "") & (flat["source"] != HUMAN)
+
+
+def _covers(flag: str, flat: dict[str, Any]) -> np.ndarray:
+    """The texts of a row that a flag is about: all for image rules, one for a rule on a web text."""
+    where = flag.partition(".")[0]
+    if where == "image":
+        return np.ones(len(flat["row"]), dtype=bool)
+    return (flat["source"] == WEB) & (flat["index"] == int(where.removeprefix("web") or 0))
+
+
+def select_part(run: Run, part: Part, config: SelectConfig, cut: float | None, account: dict[str, Counter]) -> pa.Table:
+    """The selection rows of one part; adds to the account."""
+    table = run.parts.read(part.pid, _columns(config))
+    flat = _flat(table, config)
+    chosen = flat["open"]
+    verdict = choose(Texts(flat["row"][chosen], flat["source"][chosen], flat["score"][chosen]), config, cut)
+    n = len(flat["row"])
+    kept, rank = np.zeros(n, dtype=bool), np.full(n, -1)
+    kept[chosen], rank[chosen] = verdict.kept, verdict.rank
+    reason = flat["why"].copy()
+    reason[chosen] = np.asarray(verdict.reasons, dtype=object)[verdict.reason]
+    human = (flat["source"] == HUMAN) & (flat["why"] == "")
+    kept |= human
+    reason[human] = "written by a person"
+    names = np.asarray(SOURCES, dtype=object)[flat["source"]]
+    _count(account, table, names, kept, reason)
+    return pa.table(
+        {
+            "sample_id": table["sample_id"].take(pa.array(flat["row"])),
+            "part_id": pa.repeat(part.pid, n),
+            "row": pa.array(flat["row"], pa.int32()),
+            "text": flat["text"],
+            "text_source": pa.array(names, pa.string()),
+            "text_index": pa.array(flat["index"], pa.int32()),
+            "score": pa.array(flat["score"], pa.float32(), mask=np.isnan(flat["score"])),
+            "rank": pa.array(rank, pa.int32(), mask=rank < 0),
+            "kept": pa.array(kept),
+            "reason": pa.array(reason, pa.string()),
+            "weight": pa.array(np.ones(n, np.float32)),
+        },
+        schema=SELECTION,
+    )
+
+
+def _count(
+    account: dict[str, Counter], table: pa.Table, names: np.ndarray, kept: np.ndarray, reason: np.ndarray
+) -> None:
+    account["rows_in"].update(table["status"].to_pylist())
+    account["texts_in"].update(names.tolist())
+    account["kept"].update(names[kept].tolist())
+    account["dropped"].update(names[~kept].tolist())
+    account["reasons"].update(
+        f"{'kept' if k else 'dropped'}: {r}" for k, r in zip(kept.tolist(), reason.tolist(), strict=True)
+    )
+
+
+def kept_of(run: Run, name: str) -> Iterator[tuple[Part, pa.Table]]:
+    """The kept texts of each part of a selection, in the order of the plan."""
+    read_account(run, name)
+    by_pid = {part.pid: part for part in run.plan}
+    name = table_name(name)
+    local = isinstance(run.storage, Local)
+    file = pq.ParquetFile(run.storage.path(name) if local else pa.BufferReader(run.storage.read(name)))
+    for g in range(file.num_row_groups):
+        table = file.read_row_group(g)
+        if len(table):
+            yield by_pid[table["part_id"][0].as_py()], table.filter(table["kept"])
+
+
+def account_lines(account: dict[str, Any]) -> list[str]:
+    """An account to read: every row and text once."""
+    rows, texts = sum(account["rows_in"].values()), sum(account["texts_in"].values())
+    kept, dropped = sum(account["kept"].values()), sum(account["dropped"].values())
+    lines = [f"rows in {rows:,} = " + " + ".join(f"{status} {n:,}" for status, n in account["rows_in"].items())]
+    lines.append(f"texts in {texts:,} = kept {kept:,} + dropped {dropped:,}")
+    for source, n in account["texts_in"].items():
+        lines.append(
+            f"  {source}: kept {account['kept'].get(source, 0):,} of {n:,} ({account['kept'].get(source, 0) / n:.1%})"
+        )
+    lines += [f"  {reason}: {n:,}" for reason, n in account["reasons"].items()]
+    if account["parts"] < account["parts_planned"]:
+        lines.append(f"of {account['parts']:,} parts; {account['parts_planned']:,} are planned")
+    return lines

@@ -1,0 +1,103 @@
+"""The settings that decide results, and the exit statuses of the command."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from capfilt import schema
+
+DONE, WRONG, FAILED_PARTS, MISMATCH, INTERRUPTED = 0, 2, 3, 4, 130
+"""Exit statuses; WRONG is also for damaged sources that were not allowed."""
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """How rows are scored. All of it is in the fingerprint; nothing that does not change results is here."""
+
+    scorer: Literal["blip", "fake"] = "blip"
+    """`fake` makes scores out of hashes: for rehearsals and tests."""
+    captioner: str | None = None
+    """Model directory or hub name of the captioner; none writes no synthetic texts."""
+    filter: str | None = None
+    """Model directory or hub name of the filter."""
+    image_size: int | None = None
+    """Side of the model's input, pixels; the models' own when not given."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the models."""
+    decode: str = "capfilt_2022"
+    """Preset of blip.config.DECODE_PRESETS by which captions are written."""
+    captions: int = 1
+    """Synthetic texts per image."""
+    prompt: str = "a picture of "
+    """Beginning of every caption, as the captioner was fine-tuned; it is taken off the text again."""
+    itm_token: Literal["enc", "cls"] = "enc"
+    """First token of a text to be matched; `cls` only to compare with releases that forgot [ENC]."""
+    max_words: int = 30
+    """Words kept of a text before it is scored."""
+    max_tokens: int = 35
+    """Word pieces kept of a text before it is scored, special ones included."""
+    max_pixels: int = 178_956_970
+    """Pictures with more pixels than this are not decoded."""
+    lenient: bool = False
+    """Decode truncated pictures as far as they go, and flag them, instead of refusing them (2022: true)."""
+    draft: bool = False
+    """Decode large JPEGs at a fraction of their size: twice as fast, slightly other pixels."""
+    rules_first: str | None = None
+    """Preset of rules on the image file that decide before the models run: align, datacomp-basic or laion."""
+    seed: int = 0
+    """Of the captions."""
+
+    def __post_init__(self) -> None:
+        for name in ("captions", "max_words", "max_pixels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.max_tokens < 3:
+            raise ValueError(f"max_tokens must be 3 or more, got {self.max_tokens}")
+        if self.scorer == "blip" and not self.filter:
+            raise ValueError("give --filter (and --captioner, for synthetic texts), or --scorer fake to rehearse")
+
+
+@dataclass(frozen=True)
+class ReadConfig:
+    """How the input is read."""
+
+    inputs: list[str] = field(default_factory=list)
+    """Files, folders, globs, ranges like {000..331}.tar, or hf:NAME of a data set on the hub."""
+    image_column: str = "image"
+    """Column or key with the image or its path."""
+    caption_column: str = "caption"
+    """Column or key with the text or list of texts."""
+    image_root: str | None = None
+    """Folder that image paths start from and stay in; the list's own folder when not given."""
+    split: str | None = None
+    """Split of a data set that has several."""
+
+
+def resolve(config: ScoreConfig) -> dict[str, Any]:
+    """The settings with the models' hashes and the preset's numbers in place of their names: what is fingerprinted."""
+    values = dataclasses.asdict(config)
+    values["schema"] = schema.VERSION
+    if config.scorer == "blip":
+        from capfilt.identity import model_identity
+
+        for role in ("captioner", "filter"):
+            values[role] = model_identity(values[role]) if values[role] else None
+        values["decode"] = {"preset": config.decode, **decode_settings(config)}
+    return values
+
+
+def decode_settings(config: ScoreConfig) -> dict[str, Any]:
+    """The numbers of the decoding preset, with the number of captions and the seed. ValueError if they do not fit."""
+    from blip.config import DECODE_PRESETS
+
+    if config.decode not in DECODE_PRESETS:
+        raise ValueError(f"decode {config.decode!r} is not one of {', '.join(DECODE_PRESETS)}")
+    return dataclasses.asdict(dataclasses.replace(DECODE_PRESETS[config.decode], num=config.captions, seed=config.seed))
+
+
+def has_gpu() -> bool:
+    """Whether there is an NVIDIA device, without importing torch."""
+    return os.path.exists("/dev/nvidia0") and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1")

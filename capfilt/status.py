@@ -1,0 +1,70 @@
+"""How far a run is, from its files alone: works from another shell or machine while others score."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from capfilt.parts import failures, read_failure
+from capfilt.progress import clock
+from capfilt.run import Run
+
+_WINDOW = 600.0
+
+
+def status(run: Run) -> dict[str, Any]:
+    """Counts of rows and parts, the rate of the last ten minutes of work, and what failed."""
+    present = run.parts.present()
+    done = [part for part in run.plan if part.pid in present]
+    stamps = sorted((present[part.pid][1], part.rows) for part in done)
+    recent = [one for one in stamps if stamps and one[0] > stamps[-1][0] - _WINDOW]
+    span = recent[-1][0] - recent[0][0] if recent else 0.0
+    rate = sum(rows for _, rows in recent[1:]) / span if span > 0 else 0.0
+    rows = sum(part.rows for part in done)
+    trouble, begun = [], 0
+    for pid, numbers in failures(run.storage).items():
+        note = read_failure(run.storage, pid, max(numbers))
+        if note.get("state") == "begun":
+            begun += 1
+        elif pid not in present:
+            trouble.append(
+                {"part": pid, "attempts": len(numbers), "source": note.get("source"), "why": note.get("detail")}
+            )
+    return {
+        "rows": rows,
+        "of": run.rows,
+        "parts": len(done),
+        "parts_of": len(run.plan),
+        "rows_per_second": round(rate, 2),
+        "seconds_left": round((run.rows - rows) / rate) if rate and rows < run.rows else None,
+        "last_part_seconds_ago": round(time.time() - stamps[-1][0]) if stamps else None,
+        "parts_begun": begun,
+        "failures": trouble,
+        "damaged_sources": [{"path": s.path, "damage": s.damage} for s in run.damaged()],
+        "fingerprint": run.fingerprint,
+    }
+
+
+def lines(said: dict[str, Any]) -> list[str]:
+    """The status to read."""
+    left = f", ETA {clock(said['seconds_left'])}" if said["seconds_left"] is not None else ""
+    ago = said["last_part_seconds_ago"]
+    out = [f"rows {said['rows']:,}/{said['of']:,} ({said['rows'] / max(1, said['of']):.1%}), parts {said['parts']:,}/"
+           f"{said['parts_of']:,}, {said['rows_per_second']:,} rows/s{left}"]  # fmt: skip
+    if ago is not None:
+        out.append(f"last part {clock(ago)} ago, {said['parts_begun']} begun and not committed")
+    out += [f"failed {f['attempts']} times: {f['part']} ({f['source']}): {f['why']}" for f in said["failures"][:5]]
+    out += [f"source_damaged: {s['path']}: {s['damage']}" for s in said["damaged_sources"][:5]]
+    return out
+
+
+def retry_failed(run: Run) -> int:
+    """Forget the failed attempts of parts that are not done; returns how many parts that are."""
+    present = run.parts.present()
+    count = 0
+    for pid, numbers in failures(run.storage).items():
+        if pid not in present:
+            count += 1
+        for number in numbers:
+            run.storage.remove(f"failures/{pid}.{number}.json")
+    return count

@@ -1,0 +1,247 @@
+"""Where a run lives: a folder, or a place in an object store. What is written is there whole or not at all.
+
+`blip.atomic` does the same for checkpoints; it is not used here because it imports torch, and a job on many small
+parts must not need that to start, and because a run may also live in an object store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import socket
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from capfilt.faults import fault_point
+
+_TEMPORARY = ".tmp-"
+_STALE = 3600.0
+"""Seconds after which what a killed process left half written is swept away."""
+_TRIES = 5
+T = TypeVar("T")
+
+
+class StorageError(OSError):
+    """Something could not be written or read; nothing of it was left behind."""
+
+
+class Storage:
+    """Files by name under a root; `name` uses forward slashes."""
+
+    root: str
+    address: str
+    """What `open_storage` finds it by."""
+
+    def read(self, name: str) -> bytes:
+        raise NotImplementedError
+
+    def exists(self, name: str) -> bool:
+        raise NotImplementedError
+
+    def listing(self, folder: str) -> dict[str, tuple[int, float]]:
+        """Files anywhere under a folder: name -> (bytes, seconds of the last change); no temporaries."""
+        raise NotImplementedError
+
+    def remove(self, name: str) -> None:
+        raise NotImplementedError
+
+    def writing(self, name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
+        """A file that gets its name when the block ends without an error."""
+        raise NotImplementedError
+
+    def write(self, name: str, content: bytes) -> None:
+        with self.writing(name) as file:
+            file.write(content)
+
+    def note(self, name: str, content: bytes) -> None:
+        """Write something small that may be lost with the machine."""
+        self.write(name, content)
+
+    def sweep(self) -> None:
+        """Remove temporaries of processes that died long ago."""
+
+    def sha256(self, name: str) -> str:
+        return hashlib.sha256(self.read(name)).hexdigest()
+
+
+class Local(Storage):
+    """A folder of this machine or of a shared file system."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = self.address = os.path.abspath(os.path.expanduser(str(root)))
+
+    def path(self, name: str) -> Path:
+        return Path(self.root, name)
+
+    def read(self, name: str) -> bytes:
+        return self.path(name).read_bytes()
+
+    def exists(self, name: str) -> bool:
+        return self.path(name).is_file()
+
+    def listing(self, folder: str) -> dict[str, tuple[int, float]]:
+        found: dict[str, tuple[int, float]] = {}
+        waiting = [os.path.join(self.root, folder)]
+        while waiting:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(waiting.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
+                    elif not entry.name.startswith(_TEMPORARY):
+                        with contextlib.suppress(FileNotFoundError):
+                            info = entry.stat()
+                            found[os.path.relpath(entry.path, self.root)] = (info.st_size, info.st_mtime)
+        return found
+
+    def remove(self, name: str) -> None:
+        self.path(name).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[IO[bytes]]:
+        path = self.path(name)
+        partial = path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                fault_point("commit.before_fsync")
+                os.fsync(file.fileno())
+            fault_point("commit.after_tmp")
+            os.replace(partial, path)
+            fault_point("commit.after_replace")
+            _sync_folder(path.parent)
+            fault_point("commit.after_dir_fsync")
+        except OSError as error:
+            raise _explained(path, error) from error
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+    def note(self, name: str, content: bytes) -> None:
+        path = self.path(name)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        except OSError as error:
+            raise _explained(path, error) from error
+
+    def sweep(self) -> None:
+        before = time.time() - _STALE
+        for partial in Path(self.root).glob(f"**/{_TEMPORARY}*"):
+            with contextlib.suppress(OSError):
+                if partial.is_file() and partial.stat().st_mtime < before:
+                    partial.unlink()
+
+    def sha256(self, name: str) -> str:
+        with self.path(name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Remote(Storage):
+    """A place in an object store that fsspec knows: a PUT is all or nothing, and is tried again when it fails."""
+
+    def __init__(self, url: str, pause: float = 0.5) -> None:
+        import fsspec
+
+        try:
+            self.files, self.root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"{url}: {error}") from None
+        self.address, self._pause = url, pause
+
+    def _again(self, what: str, action: Callable[[], T]) -> T:
+        """Try an action a few times with growing pauses; a missing file is an answer, not a fault."""
+        for attempt in range(_TRIES):
+            try:
+                return action()
+            except FileNotFoundError:
+                raise
+            except Exception as error:  # every store has exceptions of its own for "busy"
+                if attempt == _TRIES - 1:
+                    raise StorageError(f"{what} failed {_TRIES} times: {type(error).__name__}: {error}") from error
+                time.sleep(self._pause * 2**attempt)
+        raise AssertionError
+
+    def _at(self, name: str) -> str:
+        return f"{self.root.rstrip('/')}/{name}"
+
+    def read(self, name: str) -> bytes:
+        return self._again(f"reading {self._at(name)}", lambda: self.files.cat_file(self._at(name)))
+
+    def exists(self, name: str) -> bool:
+        return bool(self._again(f"looking for {self._at(name)}", lambda: self.files.exists(self._at(name))))
+
+    def listing(self, folder: str) -> dict[str, tuple[int, float]]:
+        def look() -> dict[str, Any]:
+            self.files.invalidate_cache()
+            return self.files.find(self._at(folder), detail=True)
+
+        try:
+            found = self._again(f"listing {self._at(folder)}", look)
+        except FileNotFoundError:
+            return {}
+        start = len(self.root.rstrip("/")) + 1
+        return {path[start:]: (int(info.get("size") or 0), _changed(info)) for path, info in found.items()}
+
+    def remove(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._again(f"removing {self._at(name)}", lambda: self.files.rm_file(self._at(name)))
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[IO[bytes]]:
+        with tempfile.TemporaryFile() as file:
+            yield file
+
+            def put() -> None:
+                file.seek(0)
+                with self.files.open(self._at(name), "wb") as target:
+                    shutil.copyfileobj(file, target, 1 << 20)
+
+            self._again(f"writing {self._at(name)}", put)
+
+
+def _changed(info: dict[str, Any]) -> float:
+    for key in ("mtime", "LastModified", "last_modified", "updated", "created"):
+        value = info.get(key)
+        if value is not None:
+            return float(value) if isinstance(value, int | float) else getattr(value, "timestamp", lambda: 0.0)()
+    return 0.0
+
+
+def open_storage(where: str | Path) -> Storage:
+    """The storage that a path or an address of an object store means."""
+    return Remote(str(where)) if "://" in str(where) else Local(where)
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _explained(path: Path, error: OSError) -> StorageError:
+    """One message for a failed write, with the space that is left."""
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    hint = "Free some space or write elsewhere, then give the same command again. " if full else ""
+    reason = error.strerror or str(error)
+    explained = StorageError(f"could not write {path}: {reason}; {free:,} bytes are free. {hint}".rstrip())
+    explained.errno = error.errno
+    return explained
+
+
+def host() -> str:
+    return socket.gethostname()

@@ -1,0 +1,291 @@
+"""What each verb of the command takes and does."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+
+from capfilt import options
+from capfilt.settings import DONE, WRONG, ReadConfig, ScoreConfig
+
+
+def _plan_options(parser: ArgumentParser) -> None:
+    what = "file, folder, glob, range like {0..9}.tar, or hf:NAME[@REVISION]; may be repeated"
+    parser.add_argument("--input", action="append", default=[], metavar="PATH", help=what)
+    parser.add_argument("--out", required=True, metavar="RUN", help="folder of the run, or an object store's address")
+    parser.add_argument("--part-size", type=int, metavar="INT",
+                        help="rows scored and committed together [1024 with a GPU, 64 without]")  # fmt: skip
+    parser.add_argument("--extend", action="store_true", help="add new files to a run that is planned already")
+    parser.add_argument("--allow-damaged", action="store_true", help="damaged files are no reason for exit status 2")
+    options.add(parser, ReadConfig, skip=("inputs",), title="how the input is read")
+    options.add(parser, ScoreConfig, title="how rows are scored (all of it is in the fingerprint)")
+
+
+def _plan(given: Namespace) -> int:
+    from capfilt import plan
+
+    if given.extend:
+        run, new = plan.extend(given.out, given.input)
+        print(f"{len(new)} new files with {sum(s.rows for s in new):,} rows")
+    else:
+        config, reading = options.build(ScoreConfig, given), options.build(ReadConfig, given, inputs=given.input)
+        run = plan.make(given.out, config, reading, given.part_size)
+    _describe(run)
+    damaged = run.damaged()
+    for source in damaged:
+        print(f"source_damaged: {source.path}: {source.damage}", file=sys.stderr)
+    if damaged and not given.allow_damaged:
+        print(f"{len(damaged)} damaged; what can be read is planned. --allow-damaged accepts that", file=sys.stderr)
+        return WRONG
+    return DONE
+
+
+def _describe(run) -> None:
+    size = sum(s.size for s in run.sources.values())
+    print(
+        f"{run.where}: {run.rows:,} rows of {len(run.sources)} files ({size / 1e9:.2f} GB) in {len(run.plan):,} parts "
+        f"of up to {run.job['part_size']}; fingerprint {run.fingerprint}"
+    )
+    for source in run.sources.values():
+        for note in source.notes:
+            print(f"  {source.relpath}: {note}")
+    if run.config.scorer == "blip":
+        print("`capfilt score RUN --dry-run` measures how long it will take")
+
+
+def _score_options(parser: ArgumentParser) -> None:
+    from capfilt.score import ScoreOptions
+
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--engine", choices=("embedded", "ray"), default="embedded",
+                        help="ray: several GPUs or machines [embedded]")  # fmt: skip
+    parser.add_argument("--workers", type=int, default=None, metavar="INT", help="scorers that Ray runs [one per GPU]")
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... [cuda where there is one]")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="score 64 rows, say how long all would take, write nothing"
+    )
+    options.add(parser, ScoreOptions, skip=("rank", "world"), title="how the work is done (no result depends on it)")
+    options.add(parser, ScoreConfig, title="settings of the plan: refused if they differ from it")
+
+
+def _score(given: Namespace) -> int:
+    from capfilt.run import Run
+    from capfilt.score import ScoreOptions, score
+
+    run = Run.open(given.run)
+    _refuse_drift(run, given)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    how = options.build(ScoreOptions, given, rank=rank, world=world)
+    maker = scorer_maker(given.device)
+    if given.dry_run:
+        from capfilt.dry_run import dry_run
+
+        return dry_run(run, maker, how)
+    if given.engine == "ray":
+        from capfilt.ray_engine import score_with_ray
+
+        return score_with_ray(run, given.device, how, given.workers)
+    return score(run, maker, how)
+
+
+def _refuse_drift(run, given: Namespace) -> None:
+    """ValueError if an option, or a model on disk, is not what the plan says."""
+    import dataclasses
+    import json
+
+    from capfilt.identity import differences
+    from capfilt.settings import resolve
+
+    planned = dataclasses.asdict(run.config)
+    names = {f.name for f in dataclasses.fields(ScoreConfig)}
+    now = ScoreConfig(**{**planned, **{k: v for k, v in vars(given).items() if k in names}})
+    found = differences(run.job["config"], json.loads(json.dumps(resolve(now))))
+    if found:
+        raise ValueError(
+            f"{run.where} was planned with other settings: {'; '.join(found)}. Nothing was touched; plan another run "
+            "for them"
+        )
+
+
+def scorer_maker(device: str | None) -> Callable:
+    """A function that loads the models of a run."""
+
+    def make(run):
+        config = run.config
+        if config.scorer == "fake":
+            from capfilt.scorer import FakeScorer
+
+            seconds = float(os.environ.get("CAPFILT_FAKE_SECONDS", 0))
+            return FakeScorer(config.seed, config.captions, config.itm_token, seconds)
+        from capfilt.models import BlipScorer
+
+        return BlipScorer.load(config, device)
+
+    return make
+
+
+def _select_options(parser: ArgumentParser) -> None:
+    from capfilt.policies import SelectConfig
+
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--name", required=True, help="of the selection, e.g. half")
+    parser.add_argument("--replace", action="store_true", help="an older selection of that name goes")
+    options.add(parser, SelectConfig, title="what is kept")
+
+
+def _select(given: Namespace) -> int:
+    from capfilt.policies import SelectConfig
+    from capfilt.run import Run
+    from capfilt.select import account_lines, select
+
+    account = select(Run.open(given.run), given.name, options.build(SelectConfig, given), replace=given.replace)
+    print(*account_lines(account), sep="\n")
+    return DONE
+
+
+def _export_options(parser: ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--select", required=True, metavar="NAME", help="name of the selection")
+    parser.add_argument("--to", required=True, metavar="FOLDER")
+    _format_options(parser)
+
+
+def _format_options(parser: ArgumentParser) -> None:
+    what = "tar shards, parquet with images inside, JSON list with images, DataComp uids [wds]"
+    parser.add_argument("--format", choices=("wds", "parquet", "json", "uids"), default="wds", help=what)
+    parser.add_argument("--shard", type=int, default=10_000, metavar="INT", help="samples per file [10000]")
+    parser.add_argument("--together", action="store_true",
+                        help="one sample per image with a list of texts, not one per text")  # fmt: skip
+
+
+def _export(given: Namespace) -> int:
+    from capfilt.export import export
+    from capfilt.run import Run
+
+    said = export(Run.open(given.run), given.select, given.format, given.to, shard=given.shard, together=given.together)
+    print(f"{given.to}: {said['pairs']:,} texts on {said['images']:,} images in {len(said['files']):,} files")
+    return DONE
+
+
+def _report_options(parser: ArgumentParser) -> None:
+    from capfilt.report import ReportOptions
+
+    parser.add_argument("run", metavar="RUN")
+    options.add(parser, ReportOptions, title="the page")
+
+
+def _report(given: Namespace) -> int:
+    from capfilt.report import ReportOptions, report
+    from capfilt.run import Run
+
+    print(report(Run.open(given.run), options.build(ReportOptions, given)))
+    return DONE
+
+
+def _run_option(parser: ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN")
+
+
+def _verify(given: Namespace) -> int:
+    from capfilt.verify import lines, verify
+
+    found = verify(given.run)
+    print(*lines(found), sep="\n")
+    return found.status()
+
+
+def _status_options(parser: ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _status(given: Namespace) -> int:
+    from capfilt.run import Run
+    from capfilt.status import lines, status
+
+    said = status(Run.open(given.run))
+    print(json.dumps(said) if given.json else "\n".join(lines(said)))
+    return DONE
+
+
+def _retry_failed(given: Namespace) -> int:
+    from capfilt.run import Run
+    from capfilt.status import retry_failed
+
+    print(f"{retry_failed(Run.open(given.run))} parts get another chance: run `capfilt score {given.run}`")
+    return DONE
+
+
+def _calibrate_options(parser: ArgumentParser) -> None:
+    from capfilt.calibrate import CalibrateOptions
+
+    parser.add_argument("run", metavar="RUN")
+    options.add(parser, CalibrateOptions, title="how the threshold is looked for")
+
+
+def _calibrate(given: Namespace) -> int:
+    from capfilt.calibrate import CalibrateOptions, calibrate
+    from capfilt.run import Run
+
+    how = options.build(CalibrateOptions, given)
+    print(*calibrate(Run.open(given.run), how, scorer_maker(how.device)), sep="\n")
+    return DONE
+
+
+def _all_options(parser: ArgumentParser) -> None:
+    from capfilt.policies import SelectConfig
+    from capfilt.score import ScoreOptions
+
+    _plan_options(parser)
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... [cuda where there is one]")
+    parser.add_argument("--name", default="default", help="of the selection [default]")
+    parser.add_argument("--to", metavar="FOLDER", help="where to export to [RUN/exports/NAME]")
+    _format_options(parser)
+    options.add(parser, SelectConfig, title="what is kept")
+    options.add(parser, ScoreOptions, skip=("rank", "world", "allow_damaged"), title="how the work is done")
+
+
+def _all(given: Namespace) -> int:
+    """All verbs in order; a status of 2 for damaged sources does not stop what can be done."""
+    given.extend, given.dry_run, given.engine, given.replace = False, False, "embedded", True
+    planned = _plan(given)
+    given.run, given.select = given.out, given.name
+    scored = _score(given)
+    if scored not in (DONE, WRONG):
+        return scored
+    given.to = given.to or os.path.join(given.out, "exports", given.name)
+    page = Namespace(run=given.out, select=given.name)
+    for verb, options_of_it in ((_select, given), (_export, given), (_report, page), (_verify, given)):
+        status = verb(options_of_it)
+        if status != DONE:
+            return status
+    return planned or scored
+
+
+OPTIONS: dict[str, Callable[[ArgumentParser], None]] = {
+    "plan": _plan_options,
+    "score": _score_options,
+    "select": _select_options,
+    "export": _export_options,
+    "report": _report_options,
+    "verify": _run_option,
+    "calibrate": _calibrate_options,
+    "status": _status_options,
+    "retry-failed": _run_option,
+    "run": _all_options,
+}
+ACTIONS: dict[str, Callable[[Namespace], int]] = {
+    "plan": _plan,
+    "score": _score,
+    "select": _select,
+    "export": _export,
+    "report": _report,
+    "verify": _verify,
+    "calibrate": _calibrate,
+    "status": _status,
+    "retry-failed": _retry_failed,
+    "run": _all,
+}

@@ -1,0 +1,235 @@
+"""Processes that are killed, stopped and starved while they score: the result is always that of an unbroken run."""
+
+import io
+import os
+import random
+import signal
+import time
+
+import pytest
+from capfilt_crawl import HERE, Starter, check_complete, crawl, make_fake, planned, scored
+
+from capfilt import parts
+from capfilt.parts import DamagedPart, name_of
+from capfilt.run import Run
+from capfilt.score import score
+from capfilt.storage import Local, StorageError
+from capfilt.verify import verify
+
+SLOW = {"CAPFILT_FAKE_SECONDS": "0.002"}
+
+
+@pytest.fixture(scope="module")
+def starter(tmp_path_factory):
+    starter = Starter(tmp_path_factory.mktemp("starter") / "log")
+    yield starter
+    starter.close()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A crawl and an uninterrupted run on it."""
+    folder = tmp_path_factory.mktemp("base")
+    return scored(crawl(folder / "in", shards=4, rows=96), folder / "run")
+
+
+def again(base, out):
+    return planned(base.job["root"], out)
+
+
+def torment(starter, run, kills, seed, workers, group=False, longest=0.6):
+    """Score with so many kills at random times; returns the rows that were scored by killed processes in vain."""
+    dice, wasted = random.Random(seed), 0
+    for _ in range(kills):
+        pid = starter.start("score", run.where, "--decode-workers", str(workers), **SLOW)
+        before = len(run.parts.present())
+        if not starter.kill(pid, dice.uniform(0.02, longest), group):
+            break
+        wasted += len(run.parts.present()) == before
+    assert starter.run("score", run.where, "--decode-workers", "0") == 0, starter.log.read_text()[-800:]
+    return wasted
+
+
+def test_killed_again_and_again(base, tmp_path, starter):
+    """Fault 1, short."""
+    run = again(base, tmp_path / "run")
+    torment(starter, run, 5, seed=0, workers=0)
+    check_complete(run.where, base)
+    assert verify(run.where).status() == 0
+    assert not list((tmp_path / "run" / "parts").rglob(".tmp-*.parquet"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_twelve_times(base, tmp_path, starter, seed):
+    """Fault 1."""
+    run = again(base, tmp_path / "run")
+    torment(starter, run, 12, seed, workers=0, longest=0.25)
+    check_complete(run.where, base)
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_killed_with_its_children(base, tmp_path, starter, group):
+    """Fault 2; killed alone, it leaves no decoder behind."""
+    run = again(base, tmp_path / "run")
+    torment(starter, run, 2, seed=1, workers=1, group=group, longest=2.0)
+    check_complete(run.where, base)
+    deadline = time.monotonic() + 10
+    while (left := decoders(run.where)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == []
+
+
+def decoders(where):
+    """Decoding processes whose parent is gone."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/cmdline") as file, open(f"/proc/{pid}/stat") as stat:
+                if "capfilt.pool" in file.read() and stat.read().rpartition(")")[2].split()[1] == "1":
+                    found.append(int(pid))
+        except OSError:
+            continue
+    return found
+
+
+POINTS = ["commit.before_fsync", "commit.after_tmp", "commit.after_replace", "commit.after_dir_fsync"]
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_at_each_step_of_a_commit(base, tmp_path, starter, point):
+    """Fault 3: each kill loses at most the part that was being written; leftovers are swept when they are old."""
+    run = again(base, tmp_path / "run")
+    fault = {"CAPFILT_FAULT": f"{point}:3"}
+    assert starter.run("score", run.where, "--decode-workers", "0", **fault) == -signal.SIGKILL
+    whole, damaged = run.parts.whole(p.pid for p in run.plan)
+    assert len(whole) == (3 if "replace" in point or "dir" in point else 2)
+    assert damaged == {}
+    torn = list((tmp_path / "run").rglob(".tmp-*"))
+    assert len(torn) == ("tmp" in point or point == "commit.before_fsync")
+    for path in torn:
+        os.utime(path, (time.time() - 7200,) * 2)
+    assert score(run, make_fake, HERE, io.StringIO()) == 0
+    assert not list((tmp_path / "run").rglob(".tmp-*"))
+    check_complete(run.where, base)
+
+
+def test_a_process_that_was_asleep_does_no_harm(base, tmp_path, starter):
+    """Fault 4: stopped in the middle, its work done by another, then woken."""
+    run = again(base, tmp_path / "run")
+    pid = starter.start("score", run.where, "--decode-workers", "0", **SLOW)
+    while len(run.parts.present()) < 3:
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGSTOP)
+    assert starter.run("score", run.where, "--decode-workers", "0") == 0
+    check_complete(run.where, base)
+    os.kill(pid, signal.SIGCONT)
+    assert starter.wait(pid) == 0
+    check_complete(run.where, base)
+    assert not list((tmp_path / "run" / "failures").iterdir())
+
+
+def test_two_jobs_on_one_run(base, tmp_path, starter):
+    """Fault 14: the second says what it found, and both come to the same end."""
+    run = again(base, tmp_path / "run")
+    starter.log.write_text("")
+    first = starter.start("score", run.where, "--decode-workers", "0", CAPFILT_FAKE_SECONDS="0.01")
+    while not run.parts.present():
+        time.sleep(0.01)
+    second = starter.start("score", run.where, "--decode-workers", "0", **SLOW)
+    assert [starter.wait(pid) for pid in (first, second)] == [0, 0]
+    check_complete(run.where, base)
+    said = starter.log.read_text()
+    assert "in the hands of another process" in said
+    assert "0 of 24 parts are done" in said
+
+
+def test_asked_to_stop(base, tmp_path, starter):
+    for name in (signal.SIGTERM, signal.SIGINT):
+        run = again(base, tmp_path / name.name)
+        pid = starter.start("score", run.where, "--decode-workers", "1", CAPFILT_FAKE_SECONDS="0.005")
+        while not run.parts.present():
+            time.sleep(0.01)
+        os.killpg(pid, name)
+        assert starter.wait(pid) == 130
+        assert 0 < len(run.parts.present()) < 24
+        assert not list((tmp_path / name.name / "failures").iterdir())  # nobody's fault
+        assert starter.run("score", run.where, "--decode-workers", "0") == 0
+        check_complete(run.where, base)
+
+
+def test_a_disk_that_is_full(base, tmp_path):
+    """Fault 5: a clean exit that names the disk, nothing partial, the same command continues."""
+    import resource
+    import subprocess
+    import sys
+
+    run = again(base, tmp_path / "run")
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))  # noqa: E731
+    command = [sys.executable, "-m", "capfilt", "score", run.where, "--decode-workers", "0"]
+    done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "error: could not write" in done.stderr
+    assert "bytes are free" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "run").rglob(".tmp-*"))
+    assert run.parts.whole(p.pid for p in run.plan) == (set(), {})
+    assert score(run, make_fake, HERE, io.StringIO()) == 0
+    check_complete(run.where, base)
+
+
+@pytest.mark.parametrize("how", ["bit", "cut", "empty"])
+def test_a_damaged_part_is_found_and_done_again(base, tmp_path, how):
+    """Fault 6."""
+    run = again(base, tmp_path / "run")
+    score(run, make_fake, HERE, io.StringIO())
+    before = run.parts.present()
+    pid = run.plan[5].pid
+    path = run.storage.path(name_of(pid))
+    content = bytearray(path.read_bytes())
+    if how == "bit":
+        content[len(content) // 2] ^= 1
+    path.write_bytes({"bit": content, "cut": content[:-100], "empty": b""}[how])
+    found = verify(run.where)
+    assert found.status() == 4
+    assert name_of(pid) in found.wrong[0]
+    with pytest.raises(DamagedPart, match="run `score` again"):
+        run.parts.read(pid)
+    out = io.StringIO()
+    assert score(run, make_fake, HERE, out) == 0
+    assert "23 of 24 parts are done, 1 damaged" in out.getvalue()
+    after = run.parts.present()
+    assert {p for p in before if after[p] != before[p]} == {pid}
+    check_complete(run.where, base)
+
+
+def test_any_changed_byte_of_a_part_is_noticed(base):
+    content = base.storage.read(name_of(base.plan[0].pid))
+    parts.check(content)
+    for at in [*range(0, len(content), 97), *range(len(content) - 200, len(content))]:
+        changed = content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :]
+        with pytest.raises(DamagedPart):
+            parts.check(changed)
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path):
+    storage = Local(tmp_path)
+    storage.write("a/b", b"old")
+
+    def fail():
+        with storage.writing("a/b") as file:
+            file.write(b"new")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(StorageError, match=r"could not write .*a/b: No space left.*Free some space"):
+        fail()
+    assert storage.read("a/b") == b"old"
+    assert os.listdir(tmp_path / "a") == ["b"]
+
+
+@pytest.mark.slow
+def test_finding_out_what_is_done_is_quick_to_the_eye(tmp_path):
+    """Fault 2: 10,000 parts; the figure is printed by benchmarks/capfilt_job.py."""
+    run = planned(crawl(tmp_path / "in", shards=1, rows=100), tmp_path / "run", part_size=1)
+    assert score(run, make_fake, HERE, io.StringIO()) == 0
+    assert len(Run.open(run.where).parts.whole(p.pid for p in run.plan)[0]) == 100

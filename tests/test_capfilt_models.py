@@ -1,0 +1,215 @@
+"""The real scorer against the same computed image by image and text by text; and the job with a tiny model, whole."""
+
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from capfilt_crawl import HERE, annotations, check_complete
+from PIL import Image
+
+from blip.checkpoint import save_pretrained
+from blip.config import DECODE_PRESETS, TINY, SourceConfig
+from blip.data import world_files
+from blip.data.sources import open_source
+from blip.data.text import clean_caption
+from blip.data.transforms import EvalTransform
+from blip.generate import write
+from blip.model import Blip
+from blip.tokenizer import Tokenizer
+from capfilt.__main__ import main
+from capfilt.models import BlipScorer, same_vision
+from capfilt.run import Run
+from capfilt.score import score
+from capfilt.scorer import Item, OutOfMemory
+from capfilt.settings import ScoreConfig
+
+
+def tiny(seed, image_size=32):
+    tokenizer = Tokenizer.load("world")
+    vision = dataclasses.replace(TINY.vision, image_size=image_size, depth=2, width=64, heads=2)
+    text = tokenizer.text_config(dataclasses.replace(TINY.text, width=64, hidden=128, init_std=0.3))
+    torch.manual_seed(seed)
+    return Blip(dataclasses.replace(TINY, vision=vision, text=text, embed_dim=32)).eval(), tokenizer
+
+
+@pytest.fixture(scope="module")
+def models():
+    return tiny(0), tiny(1)
+
+
+def pictures(n=6, side=50):
+    dice = np.random.default_rng(0)
+    return [Image.fromarray(dice.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(n)]
+
+
+TEXTS = [
+    ["a red star"],
+    [],
+    ["a small blue ring above a green cross"],
+    ["one", "a large moon", "yellow " * 40],
+    ["x"],
+    ["y z"],
+]
+
+
+def items(sides):
+    small = [[np.asarray(p.resize((s, s), Image.Resampling.BICUBIC)) for s in sides] for p in pictures()]
+    return [Item(f"{i:032x}", pixels, texts) for i, (pixels, texts) in enumerate(zip(small, TEXTS, strict=True))]
+
+
+@torch.no_grad()
+def one_by_one(captioner, filter, config, picture, texts, key):
+    """The straightforward way: nothing shared, nothing batched."""
+    decode = dataclasses.replace(DECODE_PRESETS[config.decode], num=config.captions, seed=config.seed)
+    model, tokenizer = captioner
+    image = EvalTransform(model.vision.image_size)(picture)[None]
+    said = write(model, tokenizer, image, decode, prompt="a picture of", keys=[key])[0]
+    model, tokenizer = filter
+    image = EvalTransform(model.vision.image_size)(picture)[None]
+    found = []
+    for text in [*texts, *(clean_caption(t.words, 30) if t.words.strip() else "" for t in said)]:
+        ids, keep = tokenizer.encode([text], first=config.itm_token, max_length=config.max_tokens)
+        logits = model.match(ids, keep, model.context(model.vision(image)))
+        ids, keep = tokenizer.encode([text], first="cls", max_length=config.max_tokens)
+        cosine = (model.embed_text(ids, keep) * model.embed_image(model.vision(image))).sum()
+        found.append((float(torch.softmax(logits, 1)[0, 1]), float(logits[0, 1] - logits[0, 0]), float(cosine)))
+    return said, found
+
+
+@pytest.mark.parametrize("token", ["enc", "cls"])
+@pytest.mark.parametrize("decode", ["capfilt_2022", "greedy"])
+def test_equal_to_one_by_one(models, token, decode):
+    captioner, filter = models
+    config = ScoreConfig(filter="f", decode=decode, captions=2 if decode == "capfilt_2022" else 1, itm_token=token)
+    scorer = BlipScorer(captioner, filter, config)
+    assert not scorer.shared
+    for item, picture, scores in zip(items(scorer.sides), pictures(), scorer.score(items(scorer.sides)), strict=True):
+        said, found = one_by_one(captioner, filter, config, picture, item.texts, item.sample_id)
+        assert [t.text for t in scores.syn] == [t.words for t in said]
+        assert [t.finished for t in scores.syn] == [t.finished for t in said]
+        assert [t.logprob for t in scores.syn] == pytest.approx([t.logprob for t in said], abs=1e-4)
+        matched = [*scores.web, *(t.match for t in scores.syn)]
+        assert len(matched) == len(found) > 0
+        for got, (probability, margin, cosine) in zip(matched, found, strict=True):
+            assert got.margin == pytest.approx(margin, abs=1e-4)
+            assert got.probability == pytest.approx(probability, abs=1e-5)
+            assert got.itc == pytest.approx(cosine, abs=1e-5)
+    assert [m.truncated for m in scorer.score(items(scorer.sides))[3].web] == [False, False, True]
+
+
+def test_the_first_token_matters(models):
+    captioner, filter = models
+    with_enc, with_cls = (
+        BlipScorer(captioner, filter, ScoreConfig(filter="f", itm_token=token)).score(items((32,))[:1])[0].web[0].margin
+        for token in ("enc", "cls")
+    )
+    assert abs(with_enc - with_cls) > 1e-3
+
+
+def test_nothing_depends_on_the_batch(models):
+    """Fault 21: batches of 1, of all, and in another order."""
+    scorer = BlipScorer(*models, ScoreConfig(filter="f", captions=2))
+    one = [scorer.score([item])[0] for item in items(scorer.sides)]
+    many = scorer.score(items(scorer.sides))
+    other = scorer.score(items(scorer.sides)[::-1])[::-1]
+    for a, b, c in zip(one, many, other, strict=True):
+        assert [t.text for t in a.syn] == [t.text for t in b.syn] == [t.text for t in c.syn]
+        assert [m.margin for m in a.web] == pytest.approx([m.margin for m in b.web], abs=1e-5)
+        assert [m.margin for m in b.web] == pytest.approx([m.margin for m in c.web], abs=1e-5)
+    assert len({t.text for s in many for t in s.syn}) > 3
+
+
+def test_equal_towers_are_one(models):
+    captioner, filter = models
+    twin = tiny(2)
+    twin[0].vision.load_state_dict(filter[0].vision.state_dict())
+    assert same_vision(twin[0], filter[0])
+    assert not same_vision(captioner[0], filter[0])
+    seen = []
+    filter[0].vision.register_forward_pre_hook(lambda *_: seen.append(1))
+    apart = BlipScorer(twin, filter, ScoreConfig(filter="f"))
+    assert apart.shared
+    expected = apart.score(items(apart.sides))
+    assert len(seen) == 1
+    apart.shared = False  # what it would have been, seeing twice
+    again = apart.score(items(apart.sides))
+    assert [[t.text for t in s.syn] for s in again] == [[t.text for t in s.syn] for s in expected]
+
+
+def test_towers_of_two_sizes(models):
+    scorer = BlipScorer(tiny(3, 48), models[1], ScoreConfig(filter="f"))
+    assert scorer.sides == (48, 32)
+    said, found = one_by_one(tiny(3, 48), models[1], scorer.config, pictures()[0], TEXTS[0], f"{0:032x}")
+    scores = scorer.score(items(scorer.sides)[:1])[0]
+    assert scores.syn[0].text == said[0].words
+    assert scores.web[0].margin == pytest.approx(found[0][1], abs=1e-4)
+
+
+def test_a_filter_alone_writes_nothing(models):
+    scores = BlipScorer(None, models[1], ScoreConfig(filter="f")).score(items((32,)))
+    assert [len(s.syn) for s in scores] == [0] * 6
+    assert [len(s.web) for s in scores] == [len(t) for t in TEXTS]
+
+
+def test_out_of_memory_is_said_so_that_the_job_can_halve(models, monkeypatch):
+    scorer = BlipScorer(None, models[1], ScoreConfig(filter="f"))
+
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(scorer, "_match", full)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    with pytest.raises(OutOfMemory):
+        scorer.score(items((32,)))
+
+
+def test_the_whole_job_on_the_picture_world(models, tmp_path, capsys):
+    world_files.write(tmp_path / "crawl", "tar", count=40, size=32, web=True, broken=3, shard=20)
+    for name, (model, tokenizer) in zip(("captioner", "filter"), models, strict=True):
+        save_pretrained(model, tokenizer, tmp_path / name)
+    args = ["--input", str(tmp_path / "crawl"), "--captioner", str(tmp_path / "captioner"), "--filter",
+            str(tmp_path / "filter"), "--part-size", "8", "--decode-workers", "0", "--device", "cpu"]  # fmt: skip
+    out, to = tmp_path / "run", tmp_path / "out"
+    assert main(["run", *args, "--out", str(out), "--to", str(to), "--itm", "0.3"]) == 0
+    assert "nothing is wrong" in capsys.readouterr().out
+    run = Run.open(str(out))
+    rows = annotations(run).to_pylist()
+    assert [r["status"] for r in rows].count("ok") == 37
+    source = open_source(SourceConfig(str(to / "*.tar")))
+    assert len(source) == json.loads((to / "_SUCCESS").read_bytes())["pairs"] > 0
+    table = run.parts.read(run.plan[0].pid)
+    assert table["device"].to_pylist()[0] == "cpu"
+    # Again in other batches, in two shares: the same.
+    assert main(["plan", *args[:-4], "--out", str(tmp_path / "again")]) == 0
+    again = Run.open(str(tmp_path / "again"))
+    loaded = BlipScorer.load(again.config, "cpu")
+    for rank in range(2):
+        options = dataclasses.replace(HERE, rank=rank, world=2, batch_size=3)
+        assert score(again, lambda _: loaded, options, io.StringIO()) == 0
+    assert annotations(again)["syn_text"].equals(annotations(run)["syn_text"])
+    # A model that changed on disk is another model.
+    save_pretrained(*tiny(9), tmp_path / "filter")
+    assert main(["score", str(out)]) == 2
+    assert "filter.sha256" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_real_run_is_that_of_an_unbroken_one(models, tmp_path):
+    from capfilt_crawl import Starter
+
+    world_files.write(tmp_path / "crawl", "tar", count=24, size=32, web=True)
+    save_pretrained(*models[1], tmp_path / "filter")
+    args = ["--input", str(tmp_path / "crawl"), "--filter", str(tmp_path / "filter"), "--part-size", "4"]
+    for name in ("base", "run"):
+        assert main(["plan", *args, "--out", str(tmp_path / name)]) == 0
+    assert main(["score", str(tmp_path / "base"), "--decode-workers", "0", "--device", "cpu"]) == 0
+    starter = Starter(tmp_path / "log")
+    fault = {"CAPFILT_FAULT": "commit.after_tmp:3"}
+    command = ["score", str(tmp_path / "run"), "--decode-workers", "0", "--device", "cpu"]
+    assert starter.run(*command, **fault) == -9
+    starter.close()
+    assert main(command) == 0
+    check_complete(str(tmp_path / "run"), Run.open(str(tmp_path / "base")))

@@ -1,0 +1,245 @@
+import io
+import json
+import os
+import tarfile
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from capfilt_crawl import annotations, crawl, jpeg, planned, sample, scored, write_tar
+
+from blip.data.errors import DataError
+from capfilt.__main__ import main
+from capfilt.readers import open_reader
+
+
+def rows_of(run):
+    readers = {s.relpath: open_reader(s, run.reading, run.storage) for s in run.sources.values()}
+    return [row for part in run.plan for row in readers[part.source].read(part.lo, part.hi)]
+
+
+def check(run, n=5, text="picture {}", keys=None):
+    rows = rows_of(run)
+    assert [row.image for row in rows] == [jpeg(i) for i in range(n)]
+    assert [row.texts for row in rows] == [[text.format(i)] for i in range(n)]
+    if keys:
+        assert [row.key for row in rows] == keys
+    return rows
+
+
+# Tar shards -----------------------------------------------------------------------------------------------------------
+
+
+def test_tar_members_belong_together_wherever_they_are(tmp_path):
+    """Fault 9: non-adjacent members, keys with dots, long and unicode names, upper case, folders."""
+    keys = ["plain", "with.dots.v2", "n" * 180, "schön", "dir/inside", "UPPER"]
+    images = [(f"{k}.JPG" if k == "UPPER" else f"{k}.jpg", jpeg(i)) for i, k in enumerate(keys)]
+    texts = [(f"{k}.txt", f"text {i}".encode()) for i, k in enumerate(keys)]
+    path = write_tar(tmp_path / "a.tar", [*images, ("README.md", b"no"), *reversed(texts)])
+    check(planned(path, tmp_path / "run"), 6, "text {}", keys)
+
+
+def test_repeated_keys_are_different_samples(tmp_path, capsys):
+    path = write_tar(tmp_path / "a.tar", [*sample("x", 0, "one"), *sample("x", 1, "two"), *sample("y", 2, "three")])
+    run = planned(path, tmp_path / "run")
+    assert [(r.key, r.texts) for r in rows_of(run)] == [("x", ["one"]), ("x#2", ["two"]), ("y", ["three"])]
+    assert "KEY#2" in next(iter(run.sources.values())).notes[0]
+
+
+def test_json_members_give_texts_and_extra_columns(tmp_path):
+    members = [("a.jpg", jpeg(0)), ("a.json", json.dumps({"caption": ["one", "two"], "n": 3}).encode())]
+    members += [("b.jpg", jpeg(1)), ("b.json", b"not json"), ("c.txt", b"no image"), ("d.jpg", jpeg(3))]
+    run = planned(write_tar(tmp_path / "a.tar", members), tmp_path / "run")
+    a, b, c, d = rows_of(run)
+    assert (a.texts, a.extra) == (["one", "two"], {"n": 3})
+    assert (b.texts, b.extra) == ([], {"json": "not json"})
+    assert c.problem[:2] == ("no_image", "no_image")
+    assert (d.texts, d.problem) == ([], None)
+
+
+@pytest.mark.parametrize("cut", ["in an image", "in a header", "end marker"])
+def test_a_torn_tar_gives_what_comes_before_the_tear(tmp_path, cut):
+    """Fault 9: the readable prefix is planned, the damage said with the declared count, exit status 2."""
+    folder = crawl(tmp_path / "in", shards=2, rows=20)
+    path, content = folder / "00001.tar", (folder / "00001.tar").read_bytes()
+    with tarfile.open(path) as tar:
+        member = tar.getmembers()[30]  # the image of sample 10
+    end = {"in an image": member.offset_data + 5, "in a header": member.offset + 40, "end marker": -10240}[cut]
+    path.write_bytes(content[:end].rstrip(b"\0") if cut == "end marker" else content[:end])
+    (folder / "00001_stats.json").write_text(json.dumps({"successes": 20}))
+    args = ["plan", "--input", str(folder), "--out", str(tmp_path / "run"), "--scorer", "fake", "--part-size", "16"]
+    assert main(args) == 2
+    assert main([*args, "--allow-damaged"]) == 0
+    readable = 20 if cut == "end marker" else 10
+    run = planned(folder, tmp_path / "run")
+    assert run.rows == 20 + readable
+    (source,) = run.damaged()
+    assert source.relpath == "00001.tar"
+    assert f"readable are {readable} samples" in source.damage
+    assert ("declared 20" in source.damage) == (readable < 20)
+    assert main(["score", run.where, "--decode-workers", "0"]) == 2
+    assert main(["score", run.where, "--allow-damaged"]) == 0
+    assert len(annotations(run)) == 20 + readable
+
+
+def test_empty_tars(tmp_path):
+    folder = crawl(tmp_path / "in", shards=1, rows=3)
+    write_tar(folder / "empty.tar", [])
+    (folder / "zero.tar").write_bytes(b"")
+    run = planned(folder, tmp_path / "run")
+    assert run.rows == 3
+    assert [s.relpath for s in run.damaged()] == ["zero.tar"]
+    with pytest.raises(DataError, match="no rows"):
+        planned(folder / "empty.tar", tmp_path / "other")
+
+
+@pytest.mark.parametrize("kind", ["absolute", "dotdot", "symlink", "hardlink", "device"])
+def test_a_tar_that_reaches_out_is_refused_whole(tmp_path, kind):
+    member = tarfile.TarInfo({"absolute": "/etc/x.jpg", "dotdot": "../x.jpg"}.get(kind, "x.jpg"))
+    if kind in ("symlink", "hardlink", "device"):
+        member.type = {"symlink": tarfile.SYMTYPE, "hardlink": tarfile.LNKTYPE, "device": tarfile.CHRTYPE}[kind]
+        member.linkname = "/etc/passwd"
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.addfile(member, io.BytesIO())
+    with pytest.raises(DataError, match=r"points outside|link or device"):
+        planned(tmp_path / "a.tar", tmp_path / "run")
+
+
+def test_pickles_in_tars_are_not_even_read(tmp_path):
+    members = [*sample("a", 0, "picture 0"), ("a.pyd", b"cos\nsystem\n"), ("a.pth", b"x"), ("a.pkl", b"x")]
+    check(planned(write_tar(tmp_path / "a.tar", members), tmp_path / "run"), 1)
+
+
+# Tables and lists -----------------------------------------------------------------------------------------------------
+
+
+def listing(column="image", caption="caption"):
+    return [{column: f"images/{i}.jpg", caption: f"picture {i}", "n": i} for i in range(5)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "set" / "images").mkdir(parents=True)
+    for i in range(5):
+        (tmp_path / "set" / "images" / f"{i}.jpg").write_bytes(jpeg(i))
+    return tmp_path / "set"
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_json(folder, tmp_path, name):
+    rows = listing()
+    (folder / name).write_text(json.dumps(rows) if name == "a.json" else "\n".join(map(json.dumps, rows)))
+    rows = check(planned(folder / name, tmp_path / "run", part_size=2))
+    assert [r.extra for r in rows] == [{"n": i} for i in range(5)]
+
+
+def test_image_folder(folder, tmp_path):
+    text = "\n".join(json.dumps({"file_name": f"images/{i}.jpg", "text": f"picture {i}"}) for i in range(5))
+    (folder / "metadata.jsonl").write_text(text)
+    check(planned(folder, tmp_path / "run"))
+
+
+def test_a_wrong_column_is_said_with_those_there_are(folder, tmp_path):
+    (folder / "a.json").write_text(json.dumps(listing("photo")))
+    with pytest.raises(DataError, match=r"no column 'image' \(it has: caption, n, photo\); set --image-column"):
+        planned(folder / "a.json", tmp_path / "run")
+    check(planned(folder / "a.json", tmp_path / "run", reading={"image_column": "photo"}))
+    without = planned(folder / "a.json", tmp_path / "n", reading={"image_column": "photo", "caption_column": "none"})
+    assert rows_of(without)[0].texts == []
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("/etc/hostname", "path_refused"),
+        ("../secret.jpg", "path_refused"),
+        ("http://x/y.jpg", "path_refused"),
+        ("link.jpg", "path_refused"),
+        ("a\0b", "path_refused"),
+        ("gone.jpg", "missing_file"),
+        ("images", "unreadable"),
+        ("fifo", "unreadable"),
+    ],
+)
+def test_image_paths_stay_inside(folder, tmp_path, name, code):
+    (tmp_path / "secret.jpg").write_bytes(jpeg(0))
+    (folder / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    os.mkfifo(folder / "fifo")
+    (folder / "a.json").write_text(json.dumps([{"image": name, "caption": "x"}, listing()[0]]))
+    bad, good = rows_of(planned(folder / "a.json", tmp_path / "run"))
+    assert bad.image is None
+    assert bad.problem[1] == code
+    assert good.image == jpeg(0)
+
+
+@pytest.mark.parametrize("kind", ["struct", "bytes", "path"])
+def test_parquet(folder, tmp_path, kind):
+    image = {
+        "struct": lambda i: {"bytes": jpeg(i), "path": "x.jpg"},
+        "bytes": jpeg,
+        "path": lambda i: f"images/{i}.jpg",
+    }[kind]
+    rows = [{"image": image(i), "caption": f"picture {i}", "n": i} for i in range(5)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "a.parquet", row_group_size=2)
+    rows = check(planned(folder / "a.parquet", tmp_path / "run", part_size=3))
+    assert [r.extra for r in rows] == [{"n": i} for i in range(5)]
+
+
+def test_saved_datasets(tmp_path):
+    rows = [{"image": {"bytes": jpeg(i), "path": None}, "caption": f"picture {i}", "n": i} for i in range(5)]
+    data = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    datasets.DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(str(tmp_path / "set"))
+    check(planned(tmp_path / "set", tmp_path / "run", part_size=2, reading={"split": "train"}))
+    with pytest.raises(DataError, match="set --split to one of train, test"):
+        planned(tmp_path / "set", tmp_path / "other")
+
+
+# img2dataset ----------------------------------------------------------------------------------------------------------
+
+
+def img2dataset_rows():
+    good = [
+        {"key": f"{i:09d}", "status": "success", "caption": f"picture {i}", "url": f"http://x/{i}"} for i in range(5)
+    ]
+    return [*good, {"key": "000000005", "status": "failed_to_download", "caption": "gone", "url": "http://x/5"}]
+
+
+def test_img2dataset_files(tmp_path):
+    folder = tmp_path / "set" / "00000"
+    folder.mkdir(parents=True)
+    for i in range(5):
+        (folder / f"{i:09d}.jpg").write_bytes(jpeg(i))
+    pq.write_table(pa.Table.from_pylist(img2dataset_rows()), tmp_path / "set" / "00000.parquet")
+    (tmp_path / "set" / "00000_stats.json").write_text('{"count": 6, "successes": 5}')
+    run = planned(tmp_path / "set", tmp_path / "run")
+    rows = check(run)
+    assert rows[3].extra["url"] == "http://x/3"
+    assert "1 rows were never downloaded" in run.sources["00000.parquet"].notes[0]
+    (folder / "000000002.jpg").unlink()
+    assert "1 images" in planned(tmp_path / "set", tmp_path / "other").damaged()[0].damage
+
+
+def test_img2dataset_tars_and_parquet(tmp_path):
+    folder = tmp_path / "set"
+    write_tar(folder / "00000.tar", [m for i in range(5) for m in sample(f"{i:09d}", i, f"picture {i}", {"url": "u"})])
+    pq.write_table(pa.Table.from_pylist(img2dataset_rows()), folder / "00000.parquet")
+    run = planned(folder, tmp_path / "run")  # the parquet beside the tar is a description, not an input
+    check(run)
+    assert len(run.sources) == 1
+    rows = [{**row, "jpg": jpeg(i)} for i, row in enumerate(img2dataset_rows()[:5])]
+    (tmp_path / "p").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p" / "00000.parquet")
+    check(planned(tmp_path / "p", tmp_path / "run-p"))
+
+
+def test_a_parquet_file_damaged_inside_gives_rows_that_say_so(tmp_path):
+    rows = [{"image": jpeg(i), "caption": f"picture {i}"} for i in range(6)]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=3, compression="zstd", use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    at = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    content[at : at + 60] = b"\xff" * 60
+    path.write_bytes(content)
+    found = annotations(scored(path, tmp_path / "run"))
+    assert found["status"].to_pylist() == ["ok"] * 3 + ["source_error"] * 3

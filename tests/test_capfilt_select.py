@@ -1,0 +1,306 @@
+"""Selecting, verifying and exporting; the last as training reads it."""
+
+import json
+import tarfile
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from capfilt_crawl import Starter, annotations, crawl, jpeg, planned, sample, scored, write_tar
+
+from blip.config import SourceConfig
+from blip.data.errors import DataError
+from blip.data.sources import open_source
+from capfilt.__main__ import main
+from capfilt.export import export
+from capfilt.policies import SYN, WEB, SelectConfig, Texts, choose, cut_of
+from capfilt.run import Run
+from capfilt.schema import USABLE
+from capfilt.select import read_account, select
+from capfilt.verify import verify
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A scored run with two captions an image, some without texts and some broken."""
+    folder = tmp_path_factory.mktemp("select")
+    members = [m for i in range(50) for m in sample(f"a{i:03d}", i, extra={"url": "u"})]
+    members += [
+        ("b0.jpg", b"<html>"),
+        ("b0.txt", b"a lost page"),
+        ("b1.jpg", jpeg(99)),
+        ("b1.txt", b"..."),
+        ("b2.txt", b"x"),
+    ]
+    write_tar(folder / "in" / "a.tar", members)
+    crawl(folder / "in" / "more", shards=1, rows=20)
+    return scored(folder / "in" / "**" / "*.tar", folder / "run", captions=2)
+
+
+def texts_of(run, name):
+    return pq.read_table(run.storage.path(f"selections/{name}/texts.parquet")).to_pylist()
+
+
+def straightforward(run):
+    """Every text with its scores, by hand: (sample_id, source, index, itm, itc, row)."""
+    found = []
+    for row in annotations(run).to_pylist():
+        for kind in ("web", "syn"):
+            scores = zip(row[f"itm_{kind}"], row[f"itc_{kind}"], strict=True)
+            texts = row[f"{kind}_text"]
+            padded = [*scores, *[(None, None)] * len(texts)][: len(texts)]
+            found += [(row["sample_id"], kind, i, *padded[i], row) for i in range(len(texts))]
+    return found
+
+
+def test_blip_keeps_each_text_by_itself(run):
+    account = select(run, "half", SelectConfig())
+    wanted = {(s, kind, i): itm is not None and itm >= 0.5 and row["status"] in USABLE
+              for s, kind, i, itm, _, row in straightforward(run)}  # fmt: skip
+    texts = texts_of(run, "half")
+    assert {(t["sample_id"], t["text_source"], t["text_index"]): t["kept"] for t in texts} == wanted
+    assert len(texts) == len(wanted)
+    reasons = {t["reason"] for t in texts}
+    assert reasons == {"itm at least 0.5", "itm below 0.5", "status decode_error", "status no_image", "no words"}
+    assert sum(account["kept"].values()) == sum(wanted.values())
+    assert account["rows_in"] == {"decode_error": 1, "no_image": 1, "no_text": 1, "ok": 70}
+    assert sum(account["texts_in"].values()) == len(wanted) == 73 + 2 * 71
+
+
+def test_thresholds_by_source(run):
+    select(run, "table", SelectConfig("threshold-table", itm_web=0.2, itm_syn=0.9))
+    for text in texts_of(run, "table"):
+        if text["score"] is not None:
+            assert text["kept"] == (text["score"] >= {"web": 0.2, "syn": 0.9}[text["text_source"]])
+    with pytest.raises(ValueError, match="needs --itm-web and --itm-syn"):
+        SelectConfig("threshold-table")
+
+
+def test_rank_k(run):
+    select(run, "two", SelectConfig("rank-k", k=2))
+    by_row = {}
+    for sample_id, kind, i, _, itc, _ in straightforward(run):
+        if itc is not None:
+            by_row.setdefault(sample_id, []).append((-itc, kind != "web", i))
+    wanted = {(s, "syn" if syn else "web", i) for s, texts in by_row.items() for _, syn, i in sorted(texts)[:2]}
+    texts = texts_of(run, "two")
+    assert {(t["sample_id"], t["text_source"], t["text_index"]) for t in texts if t["kept"]} == wanted
+    assert {t["rank"] for t in texts if t["kept"]} == {0, 1}
+
+
+def test_web_else_syn(run):
+    select(run, "wes", SelectConfig("web-else-syn", itm=0.6))
+    rows = {}
+    for text in texts_of(run, "wes"):
+        rows.setdefault(text["sample_id"], []).append(text)
+    kinds = set()
+    for texts in rows.values():
+        passing = [t for t in texts if t["score"] is not None and t["score"] >= 0.6]
+        web = [t for t in passing if t["text_source"] == "web"]
+        best = sorted((t for t in passing if t["text_source"] == "syn"), key=lambda t: -t["score"])[:1]
+        assert [t for t in texts if t["kept"]] == (web or best)
+        kinds.add((bool(web), bool(best)))
+    assert kinds == {(a, b) for a in (True, False) for b in (True, False)}
+
+
+def test_fraction(run):
+    account = select(run, "tenth", SelectConfig("fraction", fraction=0.1))
+    scores = [itm for *_, itm, _, row in straightforward(run) if itm is not None]
+    assert sum(account["kept"].values()) == int(0.1 * len(scores))
+    kept = [t["score"] for t in texts_of(run, "tenth") if t["kept"]]
+    assert sorted(kept) == pytest.approx(sorted(scores)[-len(kept) :])
+
+
+def test_rules_drop_and_say_which(run):
+    select(run, "junk", SelectConfig(itm=0.0, rules="datacomp-basic"))
+    assert {t["reason"] for t in texts_of(run, "junk") if t["score"] is not None} == {"rule min_side<200"}
+    account = select(run, "personal", SelectConfig(itm=0.0, rules="junk"))
+    assert account["kept"] == {"syn": 142, "web": 70}
+
+
+def test_texts_of_people_are_all_kept_and_alone(run):
+    account = select(run, "human", SelectConfig(itm=0.5, human="more/*"))
+    assert account["kept"]["human"] == 20
+    assert account["reasons"]["dropped: a person's text is there"] == 40
+
+
+def test_policies_on_arrays():
+    texts = Texts(np.array([0, 0, 0, 1]), np.array([WEB, SYN, SYN, SYN]), np.array([0.4, 0.9, 0.7, 0.2], np.float32))
+    assert choose(texts, SelectConfig("blip", itm=0.5), None).kept.tolist() == [False, True, True, False]
+    assert choose(texts, SelectConfig("web-else-syn", itm=0.5), None).kept.tolist() == [False, True, False, False]
+    assert choose(texts, SelectConfig("rank-k", k=1), None).rank.tolist() == [2, 0, 1, 0]
+    assert cut_of(np.array([1.0, 5, 3, 2]), 0.5) == 3
+    assert cut_of(np.array([1.0]), 0.5) is None
+    none = Texts(np.zeros(0, int), np.zeros(0, int), np.zeros(0, np.float32))
+    for policy in ("blip", "rank-k", "web-else-syn", "fraction"):
+        assert len(choose(none, SelectConfig(policy), None).kept) == 0
+
+
+def test_a_selection_is_never_quietly_another(run):
+    first = select(run, "same", SelectConfig())
+    path = run.storage.path("selections/same/texts.parquet")
+    stamp = path.stat().st_mtime_ns
+    assert select(run, "same", SelectConfig()) == first
+    assert path.stat().st_mtime_ns == stamp
+    with pytest.raises(ValueError, match="there with other settings"):
+        select(run, "same", SelectConfig(itm=0.7))
+    assert select(run, "same", SelectConfig(itm=0.7), replace=True)["settings"]["itm"] == 0.7
+    with pytest.raises(ValueError, match=r"no selection 'nope' \(there are:"):
+        read_account(run, "nope")
+    with pytest.raises(ValueError, match="letters, digits"):
+        select(run, "../x", SelectConfig())
+
+
+# Verifying ------------------------------------------------------------------------------------------------------------
+
+
+def test_verify_says_what_does_not_add_up(tmp_path):
+    run = scored(crawl(tmp_path / "in", shards=1), tmp_path / "run")
+    select(run, "half", SelectConfig())
+    assert main(["verify", run.where]) == 0
+    good = {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()}
+
+    def wrong(path, content):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        found = verify(run.where)
+        path.write_bytes(good[path]) if path in good else path.unlink()
+        return found
+
+    part = run.storage.path(f"parts/{run.plan[0].pid[:2]}/{run.plan[0].pid}.parquet")
+    other = run.storage.path(f"parts/{run.plan[1].pid[:2]}/{run.plan[1].pid}.parquet")
+    found = wrong(part, good[other])  # a whole file in the wrong place
+    assert found.status() == 4
+    assert any("has not the rows 0 to 16" in w for w in found.wrong)
+    assert any("different ids" in w for w in found.wrong)
+    assert (
+        "not in the plan" in wrong(tmp_path / "run" / "parts" / "00" / "0000000000000000.parquet", good[part]).wrong[0]
+    )
+    chosen = tmp_path / "run" / "selections" / "half" / "texts.parquet"
+    assert "is not as it was written" in wrong(chosen, good[chosen][:-1]).wrong[0]
+    account = chosen.parent / "_SUCCESS"
+    said = json.loads(good[account])
+    said["kept"]["web"] += 1
+    assert "texts are not" in wrong(account, json.dumps(said).encode()).wrong[0]
+    said["dropped"]["web"] -= 1
+    said["rows_in"]["ok"] += 1
+    assert "counts 41 rows, the annotations 40" in wrong(account, json.dumps(said).encode()).wrong[0]
+    index = next((tmp_path / "run" / "plan" / "index").iterdir())
+    assert wrong(index, good[index][:-50] + b"x" + good[index][-49:]).status() == 4
+    part.unlink()
+    assert verify(run.where).status() == 3
+    assert main(["verify", run.where]) == 3
+
+
+# Exporting ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def half(run):
+    select(run, "half", SelectConfig())
+    pairs = [(t["sample_id"], t["text"]) for t in texts_of(run, "half") if t["kept"]]
+    number = {f"a{i:03d}": i for i in range(50)} | {f"0_{i:04d}": i for i in range(20)} | {"b1": 99}
+    rows = annotations(run).to_pylist()
+    images = {r["sample_id"]: jpeg(number[r["key"]]) for r in rows if r["key"] in number}
+    return [(images[s], text) for s, text in pairs]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.mark.parametrize("form", ["wds", "parquet", "json"])
+@pytest.mark.parametrize("together", [False, True])
+def test_training_reads_an_export_as_it_is(run, half, tmp_path, form, together):
+    said = export(run, "half", form, str(tmp_path / "out"), shard=30, together=together)
+    assert said["pairs"] == len(half)
+    path = {"wds": "*.tar", "parquet": "*.parquet", "json": "captions.json"}[form]
+    source = open_source(SourceConfig(str(tmp_path / "out" / path)))
+    assert len(source) == said["samples"]
+    read = []
+    for i in range(len(source)):
+        record = source[i]
+        image = record.image if isinstance(record.image, bytes) else record.image.read_bytes()
+        read += [(image, caption) for caption in record.captions]
+    assert read == half
+    assert said["images"] == len({s["sample_id"] for s in texts_of(run, "half") if s["kept"]})
+    assert verify(str(tmp_path / "out")).status() == 0
+
+
+@pytest.mark.parametrize("form", ["wds", "parquet", "json", "uids"])
+def test_an_export_is_the_same_to_the_byte_each_time(run, half, tmp_path, form):
+    """Fault 25."""
+    one = export(run, "half", form, str(tmp_path / "a"), shard=30)
+    two = export(run, "half", form, str(tmp_path / "b"), shard=30)
+    assert one["files"] == two["files"] != {}
+    (tmp_path / "b" / "_SUCCESS").unlink()
+    assert export(run, "half", form, str(tmp_path / "b"), shard=30) == two
+    with pytest.raises(ValueError, match="holds another export"):
+        export(run, "half", form, str(tmp_path / "b"), shard=31)
+
+
+def test_killed_while_exporting(run, half, tmp_path):
+    """Fault 25: no _SUCCESS before everything is there, and the same bytes after."""
+    starter = Starter(tmp_path / "log")
+    args = ["export", run.where, "--select", "half", "--to", str(tmp_path / "out"), "--shard", "30"]
+    assert starter.run(*args, CAPFILT_FAULT="export.after_file:2") == -9
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["00000.tar", "00001.tar"]
+    assert starter.run(*args) == 0
+    starter.close()
+    whole = export(run, "half", "wds", str(tmp_path / "whole"), shard=30)
+    assert json.loads((tmp_path / "out" / "_SUCCESS").read_bytes())["files"] == whole["files"]
+    assert main(["verify", run.where]) == 0
+    (tmp_path / "out" / "00000.tar").write_bytes(b"x")
+    assert main(["verify", str(tmp_path / "out")]) == 4
+
+
+def test_tars_hold_both_texts_and_all_scores(run, half, tmp_path):
+    export(run, "half", "wds", str(tmp_path / "out"))
+    with tarfile.open(tmp_path / "out" / "00000.tar") as tar:
+        names = tar.getnames()
+        note = json.load(tar.extractfile(names[2]))
+    assert names[:3] == ["000000000.jpg", "000000000.txt", "000000000.json"]
+    assert {"caption", "web_text", "syn_text", "itm_web", "itm_syn", "kept", "extra", "sample_id"} <= note.keys()
+
+
+def test_uids_are_those_of_datacomp(tmp_path):
+    rows = [(f"{i:032x}", i) for i in (7, 3, 2**70)]
+    members = [m for uid, i in rows for m in sample(f"k{i % 97}", i % 97, "a text", {"uid": uid})]
+    run = scored(write_tar(tmp_path / "a.tar", members), tmp_path / "run")
+    select(run, "all", SelectConfig(itm=0.0))
+    export(run, "all", "uids", str(tmp_path / "out"))
+    uids = np.load(tmp_path / "out" / "uids.npy", allow_pickle=False)
+    assert uids.dtype == np.dtype("u8,u8")
+    assert uids.tolist() == [(0, 3), (0, 7), (64, 0)]
+
+
+def test_an_image_that_is_another_now_is_not_exported(tmp_path):
+    (tmp_path / "0.jpg").write_bytes(jpeg(0))
+    (tmp_path / "a.json").write_text(json.dumps([{"image": "0.jpg", "caption": "x"}]))
+    run = scored(tmp_path / "a.json", tmp_path / "run")
+    select(run, "all", SelectConfig(itm=0.0))
+    (tmp_path / "0.jpg").write_bytes(jpeg(1))
+    with pytest.raises(DataError, match="not the one that was scored"):
+        export(run, "all", "json", str(tmp_path / "out"))
+
+
+def test_a_partial_run_says_so(tmp_path, capsys):
+    run = planned(crawl(tmp_path / "in"), tmp_path / "run")
+    with pytest.raises(ValueError, match="nothing is scored yet"):
+        select(run, "x", SelectConfig())
+    assert main(["score", run.where, "--limit", "20", "--decode-workers", "0"]) == 0
+    assert main(["select", run.where, "--name", "x"]) == 0
+    assert "of 2 parts; 9 are planned" in capsys.readouterr().out
+    assert main(["score", run.where, "--decode-workers", "0"]) == 0
+    assert main(["select", run.where, "--name", "x"]) == 0  # the same selection, of all rows now
+    assert read_account(Run.open(run.where), "x")["parts"] == 9
+
+
+def test_help_of_every_verb(capsys):
+    for verb in ("plan", "score", "select", "export", "report", "verify", "calibrate", "status", "retry-failed", "run"):
+        with pytest.raises(SystemExit) as stop:
+            main([verb, "--help"])
+        assert stop.value.code == 0
+        assert "--" in capsys.readouterr().out
