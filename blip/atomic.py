@@ -6,11 +6,13 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -181,7 +183,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """What `write_tensors` wrote. ValueError says what the file is instead, where it is something else."""
-    refuse_impostor(path)
+    _refuse_other_than_safetensors(path)
     try:
         with safe_open(path, framework="pt", device=device) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -190,25 +192,46 @@ def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a readable safetensors file ({error}); fetch or save it again") from error
     for name, target in metadata.items():
         if name.startswith(_ALIAS):
+            if target not in tensors:
+                raise ValueError(f"{path} names {target} a second time but does not hold it; fetch or save it again")
             tensors[name.removeprefix(_ALIAS)] = tensors[target]
     return tensors
 
 
-def refuse_impostor(path: Path) -> None:
-    """ValueError if the first bytes show that a weight file is a web page, a Git LFS pointer, a pickle or cut short."""
+def refuse_impostor(path: Path) -> bytes:
+    """The first 64 bytes of a weight file; ValueError if it is empty, a web page or a Git LFS pointer."""
     with path.open("rb") as file:
         head = file.read(64)
-    size = path.stat().st_size
+    if not head:
+        raise ValueError(f"{path} is cut short to nothing, an empty file: fetch or save it again")
     if head.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a Git LFS pointer, not weights: run `git lfs pull`, or download the file itself")
     if head.lstrip()[:1] == b"<":
         raise ValueError(f"{path} is a web page, not weights: the download went wrong; fetch it again")
+    return head
+
+
+def _refuse_other_than_safetensors(path: Path) -> None:
+    head, size = refuse_impostor(path), path.stat().st_size
     if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         raise ValueError(f"{path} is a pickle, not safetensors: convert it with `blip convert`")
     if size < 8 or struct.unpack("<Q", head[:8])[0] > size - 8:
         raise ValueError(f"{path} is cut short or not safetensors ({size:,} bytes): fetch or save it again")
 
 
-def read_pickled_tensors(path: Path) -> dict:
-    """Read a torch.save file of plain tensors and numbers; nothing in it can run."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+def read_pickled_tensors(path: Path) -> Any:
+    """What torch.save wrote of tensors and plain values; nothing in the file can run.
+
+    ValueError, in a line, if it is something else, holds anything else, or is damaged.
+    """
+    refuse_impostor(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # whose text advises to try again without the guard
+        raise ValueError(
+            f"{path} holds more than tensors or is damaged; what it holds was not executed: "
+            "get it again from who made it, weights as safetensors"
+        ) from None
+    except Exception as error:  # a damaged pickle makes its reader raise almost anything
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} cannot be read ({reason}): fetch or save it again") from None

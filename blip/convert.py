@@ -7,7 +7,6 @@ or why it is left out. A key that no table knows, a key that lacks and a shape t
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,10 +14,9 @@ from typing import TYPE_CHECKING, Literal
 
 import timm
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from blip import hub
+from blip import atomic, hub
 from blip.model import Blip
 from blip.vision import resize_positions
 
@@ -174,20 +172,20 @@ def _linear(ours: str, *theirs: str) -> list[Row]:
     return [Row(f"{ours}.{part}", tuple(f"{name}.{part}" for name in theirs)) for part in ("weight", "bias")]
 
 
-def _vit_names(depth: int) -> dict[str, str]:
+def _vit_names(model: Blip) -> dict[str, str]:
     names = dict(_VIT)
-    for i in range(depth):
+    for i in range(len(model.vision.vit.blocks)):
         for ours, theirs in _VIT_BLOCK.items():
             names |= {f"blocks.{i}.{ours}.{p}": f"encoder.layers.{i}.{theirs}.{p}" for p in ("weight", "bias")}
     return names
 
 
-def _vision_original(prefix: str, depth: int) -> list[Row]:
-    return [Row(f"vision.vit.{name}", (f"{prefix}.{name}",)) for name in _vit_names(depth)]
+def _vision_original(prefix: str, model: Blip) -> list[Row]:
+    return [Row(f"vision.vit.{name}", (f"{prefix}.{name}",)) for name in _vit_names(model)]
 
 
-def _vision_transformers(prefix: str, depth: int) -> list[Row]:
-    return [Row(f"vision.vit.{ours}", (f"{prefix}{theirs}",)) for ours, theirs in _vit_names(depth).items()]
+def _vision_transformers(model: Blip) -> list[Row]:
+    return [Row(f"vision.vit.{ours}", (f"vision_model.{theirs}",)) for ours, theirs in _vit_names(model).items()]
 
 
 def _embeddings(bert: str) -> list[Row]:
@@ -258,19 +256,14 @@ _WRITING = "not part of this checkpoint, which does not write captions"
 _TRAINING = "the momentum teacher and its queues: only training needs them"
 
 
-def _sizes(model: Blip) -> tuple[int, int]:
-    return len(model.vision.vit.blocks), len(model.med.blocks)
-
-
 def original_pretraining(model: Blip) -> Table:
     """The student of a pre-training checkpoint of the 2022 release <-> `Blip`; its teacher and queues are dropped."""
-    depth, layers = _sizes(model)
-    encoder, decoder = "text_encoder.", "text_decoder.bert."
-    rows = _vision_original("visual_encoder", depth) + _shared(encoder, layers)
+    layers, encoder, decoder = len(model.med.blocks), "text_encoder.", "text_decoder.bert."
+    rows = _vision_original("visual_encoder", model) + _shared(encoder, layers)
     rows += _self_attention("text", encoder, layers) + _self_attention("causal", decoder, layers)
     rows += _contrast("") + _linear("match_head", "itm_head") + [Row("temperature", ("temp",))]
     copies = {name.replace(encoder, decoder, 1): name for row in _shared(encoder, layers) for name in row.theirs}
-    dropped = _position_ids(encoder, decoder) | dict.fromkeys(_training_names(depth, layers), _TRAINING)
+    dropped = _position_ids(encoder, decoder) | dict.fromkeys(_training_names(model), _TRAINING)
     head = _head("text_decoder.cls.predictions", f"{encoder}embeddings.word_embeddings.weight")
     return Table("a pre-training checkpoint of the 2022 release", rows, copies, dropped) + head
 
@@ -278,50 +271,49 @@ def original_pretraining(model: Blip) -> Table:
 def original_training(objective: Pretrain) -> Table:
     """A pre-training checkpoint of the 2022 release <-> the state of `Pretrain`: student, teacher and queues."""
     student = original_pretraining(objective.model)
-    depth, layers = _sizes(objective.model)
-    teacher = _teacher_rows(depth, layers)
-    rows = _under("model", student.rows) + _under("teacher.towers", teacher) + _queues()
+    rows = _under("model", student.rows) + _under("teacher.towers", _teacher_rows(objective.model)) + _queues()
     kept = {name for row in rows for name in row.theirs}
     dropped = {name: why for name, why in student.dropped.items() if name not in kept}
     unused = "the teacher reads texts alone, so that this was averaged but never used"
-    dropped |= {name: unused for row in _cross_attention("text_encoder_m.", layers) for name in row.theirs}
+    dropped |= {name: unused for row in _teacher_cross(objective.model) for name in row.theirs}
     return Table(student.layout, rows, student.copies, dropped)
 
 
 def original_captioning(model: Blip) -> Table:
     """A captioning checkpoint of the 2022 release <-> `Blip`, whose text encoder and matching head stay as they are."""
-    depth, _ = _sizes(model)
-    rows = _vision_original("visual_encoder", depth)
-    table = Table("a captioning checkpoint of the 2022 release", rows, fresh=_fresh_encoder(model))
-    return table + _decoder("text_decoder.", model)
-
-
-def original_matching(model: Blip) -> Table:
-    """A retrieval or matching checkpoint of the 2022 release <-> `Blip`, whose decoder stays as it is."""
-    depth, layers = _sizes(model)
-    rows = _vision_original("visual_encoder", depth) + _shared("text_encoder.", layers)
-    rows += _self_attention("text", "text_encoder.", layers) + _contrast("") + _linear("match_head", "itm_head")
-    rows.append(Row("temperature", ("temp",)))
-    dropped = _position_ids("text_encoder.") | dict.fromkeys(_training_names(depth, layers), _TRAINING)
-    return Table("a retrieval checkpoint of the 2022 release", rows, {}, dropped, _fresh_decoder(model))
+    return _captioning("a captioning checkpoint of the 2022 release", _vision_original("visual_encoder", model), model)
 
 
 def transformers_captioning(model: Blip) -> Table:
     """transformers' `BlipForConditionalGeneration` <-> `Blip`."""
-    depth, _ = _sizes(model)
-    rows = _vision_transformers("vision_model.", depth)
-    table = Table("transformers' BlipForConditionalGeneration", rows, fresh=_fresh_encoder(model))
-    return table + _decoder("text_decoder.", model)
+    return _captioning("transformers' BlipForConditionalGeneration", _vision_transformers(model), model)
+
+
+def _captioning(layout: str, vision: list[Row], model: Blip) -> Table:
+    layers, bert = len(model.med.blocks), "text_decoder.bert."
+    rows = vision + _shared(bert, layers) + _self_attention("causal", bert, layers)
+    head = _head("text_decoder.cls.predictions", f"{bert}embeddings.word_embeddings.weight")
+    return Table(layout, rows, {}, _position_ids(bert), _fresh_encoder(layers)) + head
+
+
+def original_matching(model: Blip) -> Table:
+    """A retrieval or matching checkpoint of the 2022 release <-> `Blip`, whose decoder stays as it is."""
+    table = _matching("a retrieval checkpoint of the 2022 release", _vision_original("visual_encoder", model), model)
+    training = dict.fromkeys(_training_names(model), _TRAINING)
+    return table + Table("", [Row("temperature", ("temp",))], dropped=training)
 
 
 def transformers_matching(model: Blip) -> Table:
     """transformers' `BlipForImageTextRetrieval` <-> `Blip`."""
-    depth, layers = _sizes(model)
-    rows = _vision_transformers("vision_model.", depth) + _shared("text_encoder.", layers)
-    rows += _self_attention("text", "text_encoder.", layers) + _contrast("") + _linear("match_head", "itm_head")
-    fresh = _fresh_decoder(model) | {"temperature": "transformers keeps none"}
-    dropped = _position_ids("text_encoder.")
-    return Table("transformers' BlipForImageTextRetrieval", rows, {}, dropped, fresh)
+    table = _matching("transformers' BlipForImageTextRetrieval", _vision_transformers(model), model)
+    return table + Table("", [], fresh={"temperature": "transformers keeps none"})
+
+
+def _matching(layout: str, vision: list[Row], model: Blip) -> Table:
+    layers, bert = len(model.med.blocks), "text_encoder."
+    rows = vision + _shared(bert, layers) + _self_attention("text", bert, layers)
+    rows += _contrast("") + _linear("match_head", "itm_head")
+    return Table(layout, rows, {}, _position_ids(bert), _fresh_decoder(layers))
 
 
 def _under(prefix: str, rows: Iterable[Row]) -> list[Row]:
@@ -340,36 +332,32 @@ def _contrast(suffix: str) -> list[Row]:
     return _linear("image_proj", f"vision_proj{suffix}") + _linear("text_proj", f"text_proj{suffix}")
 
 
-def _decoder(prefix: str, model: Blip) -> Table:
-    layers, bert = len(model.med.blocks), f"{prefix}bert."
-    rows = _shared(bert, layers) + _self_attention("causal", bert, layers)
-    head = _head(f"{prefix}cls.predictions", f"{bert}embeddings.word_embeddings.weight")
-    return Table("", rows, {}, _position_ids(bert)) + head
-
-
-def _fresh_encoder(model: Blip) -> dict[str, str]:
-    rows = _self_attention("text", "", len(model.med.blocks)) + _contrast("") + _linear("match_head", "")
+def _fresh_encoder(layers: int) -> dict[str, str]:
+    rows = _self_attention("text", "", layers) + _contrast("") + _linear("match_head", "")
     return dict.fromkeys([*_named(rows), "temperature"], _UNIMODAL)
 
 
-def _fresh_decoder(model: Blip) -> dict[str, str]:
-    rows = _self_attention("causal", "", len(model.med.blocks)) + _head("", "").rows
+def _fresh_decoder(layers: int) -> dict[str, str]:
+    rows = _self_attention("causal", "", layers) + _head("", "").rows
     return dict.fromkeys(_named(rows), _WRITING)
 
 
-def _teacher_rows(depth: int, layers: int) -> list[Row]:
-    """The momentum encoders; their cross-attention is never used, see `_training_names`."""
-    encoder = "text_encoder_m."
-    rows = _vision_original("visual_encoder_m", depth) + _contrast("_m") + _embeddings(encoder)
+def _teacher_rows(model: Blip) -> list[Row]:
+    """The momentum encoders as far as they are used."""
+    layers, encoder = len(model.med.blocks), "text_encoder_m."
+    rows = _vision_original("visual_encoder_m", model) + _contrast("_m") + _embeddings(encoder)
     return rows + _self_attention("text", encoder, layers) + _feed_forward(encoder, layers)
+
+
+def _teacher_cross(model: Blip) -> list[Row]:
+    return _cross_attention("text_encoder_m.", len(model.med.blocks))
 
 
 _QUEUES = ("image_queue", "text_queue", "queue_ptr", "ptr_queue", "idx_queue")
 
 
-def _training_names(depth: int, layers: int) -> list[str]:
-    rows = _teacher_rows(depth, layers) + _cross_attention("text_encoder_m.", layers)
-    names = [name for row in rows for name in row.theirs]
+def _training_names(model: Blip) -> list[str]:
+    names = [name for row in _teacher_rows(model) + _teacher_cross(model) for name in row.theirs]
     return [*names, *_position_ids("text_encoder_m."), *_QUEUES]
 
 
@@ -385,26 +373,8 @@ def read_weights(path: str | Path) -> State:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}: give the path of a .safetensors or .pth file")
-    with path.open("rb") as file:
-        start = file.read(64)
-    if start.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a Git LFS pointer, not weights: fetch the file itself with `git lfs pull`")
-    if start.lstrip()[:1] == b"<" or not start:
-        raise ValueError(f"{path} is {'a web page' if start else 'empty'}, not weights: download it again")
-    try:
-        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path} holds more than tensors or is damaged; what it holds was not executed: "
-            "get the weights as safetensors from who made them"
-        ) from None
-    except Exception as error:  # a damaged pickle makes its reader raise almost anything
-        raise ValueError(f"{path} cannot be read ({_one_line(error)}): download it again") from None
-    return _unwrapped(found, path)
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    read = atomic.read_tensors if path.suffix == ".safetensors" else atomic.read_pickled_tensors
+    return _unwrapped(read(path), path)
 
 
 def _unwrapped(found: object, path: Path) -> State:

@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
+OUT_OF_REACH = "the hub is out of reach (or HF_HUB_OFFLINE is set)"
+
 
 def file(repository: str, name: str, option: str) -> Path:
     """A file of a repository on the hub, from the local cache or downloaded.
@@ -22,7 +24,7 @@ def file(repository: str, name: str, option: str) -> Path:
         return Path(cached)
     remedy = f"run `hf download {repository} {name}` where there is a network, or give a local path as {option}"
     if not in_reach():
-        raise FileNotFoundError(f"{repository}/{name} is not in the local cache and the hub is out of reach: {remedy}")
+        raise FileNotFoundError(f"{repository}/{name} is not in the local cache and {OUT_OF_REACH}: {remedy}")
     try:
         return Path(hf_hub_download(repository, name))
     except (OSError, ValueError) as error:

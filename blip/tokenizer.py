@@ -7,13 +7,10 @@ with five tokens and reads every word as [UNK].
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 import tokenizers
 import torch
@@ -21,6 +18,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from blip import hub
 from blip.config import TextConfig
 
 PAD, UNK, CLS, SEP, MASK, DEC, ENC = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"
@@ -213,13 +211,9 @@ def _from_hub(name: str) -> tokenizers.Tokenizer:
         return _auto(name, local_files_only=True)
     except (OSError, ValueError):  # not in the cache
         pass
-    if _offline():
+    if not hub.in_reach():
         raise FileNotFoundError(
-            f"tokenizer {name} is neither a path nor in the hub's cache, and HF_HUB_OFFLINE is set: {how}"
-        )
-    if not _hub_reachable():
-        raise FileNotFoundError(
-            f"tokenizer {name} is neither a path nor in the hub's cache, and the hub is unreachable: {how}"
+            f"tokenizer {name} is neither a path nor in the hub's cache, and {hub.OUT_OF_REACH}: {how}"
         )
     try:
         return _auto(name, local_files_only=False)
@@ -232,20 +226,3 @@ def _from_hub(name: str) -> tokenizers.Tokenizer:
 def _auto(name: str, *, local_files_only: bool) -> tokenizers.Tokenizer:
     fast = AutoTokenizer.from_pretrained(name, local_files_only=local_files_only, trust_remote_code=False)
     return tokenizers.Tokenizer.from_str(fast.backend_tokenizer.to_str())
-
-
-def _offline() -> bool:
-    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    return any(os.environ.get(n, "").upper() in ("1", "ON", "YES", "TRUE") for n in names)
-
-
-def _hub_reachable() -> bool:
-    """A quick look before transformers tries five times with growing pauses; behind a proxy there is nothing to see."""
-    if any(os.environ.get(n) for n in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True
-    url = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    try:
-        with socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), timeout=2):
-            return True
-    except OSError:
-        return False

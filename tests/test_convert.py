@@ -259,10 +259,13 @@ def test_truncated_files(tmp_path, original):
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("zipped", [True, False])
-def test_damaged_files_are_read_or_refused(tmp_path, zipped):
-    path = tmp_path / "a.pth"
-    torch.save({"model": {"a": torch.zeros(3)}}, path, _use_new_zipfile_serialization=zipped)
+@pytest.mark.parametrize("kind", ["zip", "old", "safetensors"])
+def test_damaged_files_are_read_or_refused(tmp_path, kind):
+    path = tmp_path / ("a.safetensors" if kind == "safetensors" else "a.pth")
+    if kind == "safetensors":
+        save_file({"a": torch.zeros(3)}, path)
+    else:
+        torch.save({"model": {"a": torch.zeros(3)}}, path, _use_new_zipfile_serialization=kind == "zip")
     whole, draw = path.read_bytes(), random.Random(0)
     refused = []
     for _ in range(300):

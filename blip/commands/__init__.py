@@ -1,0 +1,1 @@
+"""The sub-commands of `blip`: one file each, and what they share."""

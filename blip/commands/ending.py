@@ -1,0 +1,41 @@
+"""How commands and recipes end when something is off that a person can put right: one line, and an exit status."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+from blip.data.errors import DataError
+
+SOME_FAILED, WRONG_USE = 1, 2
+"""Exit statuses: some of the input could not be used; options, files or settings do not fit."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a program; what a person can put right is said in a line, not in a traceback."""
+    try:
+        main()
+    except (DataError, ValueError, OSError) as error:
+        fail(one_line(error), WRONG_USE)
+
+
+def fail(message: str, status: int) -> NoReturn:
+    """Say one line on stderr and end the process."""
+    sys.stderr.write(f"error: {message}\n")
+    raise SystemExit(status)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, without its line breaks."""
+    return re.sub(r":?\s*\n\s*", ": ", str(error).strip()) or type(error).__name__
+
+
+def unknown_option(option: str, options: Iterable[str]) -> str:
+    """What to say of an option that is none of `options`; abbreviations are not guessed, but the closest is named."""
+    option, options = option.partition("=")[0], sorted(options, key=len)
+    closest = [name for name in options if name.startswith(option)] or difflib.get_close_matches(option, options, n=1)
+    remedy = f"did you mean {closest[0]}?" if closest else "--help lists them all"
+    return f"there is no option {option}; {remedy}"

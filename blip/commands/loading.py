@@ -1,0 +1,64 @@
+"""The model that a sub-command uses, ready to answer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from blip import checkpoint
+from blip.commands.options import MODEL_VARIABLE
+from blip.model import Blip
+from blip.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model where and how it computes."""
+
+    model: Blip
+    tokenizer: Tokenizer
+    device: torch.device
+    dtype: torch.dtype
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Around every use of the model: its precision, and a line if memory runs out."""
+        try:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                yield
+        except torch.OutOfMemoryError:
+            raise ValueError(f"out of memory on {self.device}: give a smaller --batch, or --device cpu") from None
+
+
+def load(where: str | None, device: str, precision: str) -> Loaded:
+    """The model that --model, --device and --precision name.
+
+    ValueError or OSError, in a line, for a model, device or precision that is not there.
+    """
+    where = where or os.environ.get(MODEL_VARIABLE)
+    if not where:
+        raise ValueError(
+            "no model: give --model DIR, a folder that training wrote (such as runs/demo/model) or a name on the hub, "
+            f"or set the environment variable {MODEL_VARIABLE} to one"
+        )
+    place = _device(device)
+    if precision == "float16" and place.type == "cpu":
+        raise ValueError("--precision float16 needs a GPU; use float32 or bfloat16")
+    model, tokenizer = checkpoint.from_pretrained(where, device=place)
+    return Loaded(model, tokenizer, place, torch.float32 if precision == "auto" else getattr(torch, precision))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # torch raises RuntimeError, AssertionError, NotImplementedError, ...
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"--device {name} cannot be used here ({reason}); try cpu") from None
+    return device

@@ -1,0 +1,40 @@
+"""Options that sub-commands share. Light to import, as all is that `blip --help` needs."""
+
+from __future__ import annotations
+
+import argparse
+
+MODEL_VARIABLE = "OPENBLIP_MODEL"
+"""Environment variable with the model that is used where no --model is given."""
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """The pictures, how many go through the model at once, and where the answers go."""
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="picture, folder of pictures (with its folders) or quoted glob"
+    )
+    parser.add_argument("--json", action="store_true", help="answer in JSON lines")
+    parser.add_argument("--out", metavar="FILE", help="answer into a file (default: standard output)")
+    parser.add_argument("--batch", type=positive, default=16, metavar="N", help="pictures at once (default: 16)")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Which model, where and how exactly it computes."""
+    parser.add_argument("--model", metavar="DIR", help=f"model folder, or name on the hub (default: ${MODEL_VARIABLE})")
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto, a GPU if there is one, else cpu)"
+    )
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of matrix products (default: auto, which is float32: an answer then does not depend on --batch; "
+        "bfloat16 is faster and rounds differently for every batch size)",
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number of 1 or more, for argparse."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
+    return int(text)

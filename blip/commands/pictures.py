@@ -1,0 +1,134 @@
+"""The pictures that a sub-command is given: which files they are, and reading them ahead of the model."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import itertools
+import os
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from PIL import Image
+
+from blip.config import DataConfig
+from blip.data.errors import DataError
+from blip.data.images import UnreadableImage, decode, read
+from blip.data.tars import IMAGES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_MOST_THREADS = 8
+_LOOKED = f"looked for names ending in {', '.join(sorted(IMAGES))}"
+
+
+class Picture(NamedTuple):
+    """One file, read or not."""
+
+    path: str
+    """As it was given, or the given folder joined with what is in it."""
+    digest: str
+    """SHA-256 of its bytes, hexadecimal: what it is, wherever it lies. Empty if it could not be read."""
+    pixels: Tensor | None
+    """What the transform made of it, (3, S, S)."""
+    reason: str
+    """Why it cannot be used; empty if it can."""
+
+
+class Found(NamedTuple):
+    """What names given on a command line mean."""
+
+    paths: list[str]
+    """Pictures, each once, in natural order (2 before 10)."""
+    left_out: Counter[str]
+    """How many files of folders are not named like pictures, by how their names end."""
+
+
+def find(given: Sequence[str]) -> Found:
+    """The pictures that files, folders and globs mean.
+
+    A file is taken whatever its name; of a folder, and the folders in it, what is named like a picture and not hidden.
+    DataError for a name that means nothing.
+    """
+    paths: dict[str, str] = {}  # by where it is, so that a file that was named twice is taken once
+    left_out: Counter[str] = Counter()
+    for name in given:
+        for path in _files(name, left_out):
+            paths.setdefault(os.path.abspath(path), path)
+    if not paths:
+        raise DataError(f"no pictures in {', '.join(given)}: {_LOOKED}")
+    return Found(sorted(paths.values(), key=_natural), left_out)
+
+
+def _files(name: str, left_out: Counter[str]) -> Iterator[str]:
+    if os.path.isdir(name):
+        within = list(_in_folder(name, left_out))
+        if not within:
+            raise DataError(f"no pictures in {name}: {_LOOKED}")
+        yield from within
+    elif os.path.lexists(name):
+        yield name
+    elif glob.has_magic(name):
+        matches = glob.glob(name, recursive=True)
+        if not matches:
+            raise DataError(f"nothing matches {name}")
+        for match in matches:
+            yield from _in_folder(match, left_out) if os.path.isdir(match) else (match,)
+    else:
+        remedy = ": pictures are not fetched, download them first" if "://" in name else ""
+        raise DataError(f"no such file or folder: {name}{remedy}")
+
+
+def _in_folder(folder: str, left_out: Counter[str]) -> Iterator[str]:
+    def stop(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}")
+
+    for at, folders, names in os.walk(folder, onerror=stop):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            ending = os.path.splitext(name)[1].lower()
+            if name.startswith("."):
+                continue
+            if ending[1:] in IMAGES:
+                yield os.path.join(at, name)
+            else:
+                left_out[ending or "no ending"] += 1
+
+
+def _natural(path: str) -> tuple:
+    """A sorting key by which a2 comes before A10, and what differs in capitals only has an order, too."""
+    parts = path.casefold().split("/")
+    return [[(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", part)] for part in parts], path
+
+
+def read_ahead(paths: Sequence[str], transform: Callable[[Image.Image], Tensor], batch: int) -> Iterator[list[Picture]]:
+    """Yield the pictures at `paths` in order, `batch` at a time; threads decode as many ahead, and no more."""
+    threads = min(_MOST_THREADS, os.cpu_count() or 1)
+    pool = ThreadPoolExecutor(threads, "decode")
+    coming: deque[Future[Picture]] = deque()
+    waiting = iter(paths)
+
+    def order(count: int) -> None:
+        coming.extend(pool.submit(_read_one, path, transform) for path in itertools.islice(waiting, count))
+
+    try:
+        order(batch + threads)
+        while coming:
+            pictures = [coming.popleft().result() for _ in range(min(batch, len(coming)))]
+            order(len(pictures))
+            yield pictures
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _read_one(path: str, transform: Callable[[Image.Image], Tensor]) -> Picture:
+    try:
+        data = read(Path(path))
+        return Picture(path, hashlib.sha256(data).hexdigest(), transform(decode(data, DataConfig.max_pixels)), "")
+    except UnreadableImage as error:
+        return Picture(path, "", None, error.reason)
