@@ -212,7 +212,7 @@ class DataConfig:
     max_tokens: int = 30
     """Word pieces kept of a caption, first and last special tokens included."""
     crop_scale_min: float = 0.2
-    """Smallest share of the picture that a random crop shows (0.5 in fine-tuning)."""
+    """Smallest share of the picture that a random crop shows (0.5 in fine-tuning); 1 shows the whole picture."""
     flip: float = 0.5
     """Probability of a mirror image."""
     flip_sided_captions: bool = False
