@@ -269,8 +269,10 @@ class TrainConfig:
     """After warm-up: cosine by step, or by whole epochs as in 2022 (`epoch_decay` multiplies by `decay` each epoch)."""
     decay: float = 0.9
     """Factor per epoch of `epoch_decay`."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon` orthogonalises the updates of the blocks' matrices: fewer steps for a model that starts from nothing."""
     weight_decay: float = 0.05
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay."""
     decay_all: bool = False
     """Decay norms, biases, embeddings of position and the temperature too (2022: true)."""
     betas: tuple[float, float] = (0.9, 0.999)

@@ -29,6 +29,8 @@ class ModelChoice:
     """Preset of `blip.config`."""
     image_size: int | None = None
     """Side of the input, pixels; the preset's when not given."""
+    patch_size: int | None = None
+    """Side of a patch, pixels; the preset's when not given."""
     drop_path: float | None = None
     """Stochastic depth of the image encoder; the preset's when not given."""
     patch_drop: float = 0.0
@@ -71,8 +73,8 @@ def build_model(choice: ModelChoice, seed: int) -> tuple[Blip, Tokenizer]:
         return checkpoint.from_pretrained(choice.start_from, image_size=choice.image_size)
     tokenizer = Tokenizer.load(choice.tokenizer)
     preset = PRESETS[choice.size]
-    vision = {"image_size": choice.image_size, "drop_path": choice.drop_path, "patch_drop": choice.patch_drop}
-    vision = {name: value for name, value in vision.items() if value is not None}
+    names = ("image_size", "patch_size", "drop_path", "patch_drop")
+    vision = {name: getattr(choice, name) for name in names if getattr(choice, name) is not None}
     config = dataclasses.replace(
         preset,
         vision=dataclasses.replace(preset.vision, checkpoint=choice.checkpoint, **vision),
