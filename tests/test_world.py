@@ -33,12 +33,12 @@ texts = [t for i in range(50) for t in (*captions(world.scene(3, i, "val")), web
 print("texts", hashlib.sha256("\\n".join(texts).encode()).hexdigest()[:16])
 """
 SHOWN = """
-train 0 64 f897306c8c4c094c
-train 5 100 87814c8eb85c5029
-val 7 64 7e66622eb724ce7c
-test 1 224 ba80748504b5d760
-composition 2 64 00fcd0f95c0315e2
-texts 3c68634785251f50
+train 0 64 3556ab5a8dfef1d0
+train 5 100 5e8f0d41f579fe37
+val 7 64 3b066db4e4d1c42d
+test 1 224 0a70d94a8a6ac447
+composition 2 64 bba7a9c00f16c18a
+texts 18e8858d739bb202
 """
 
 
