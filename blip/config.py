@@ -229,7 +229,7 @@ class DataConfig:
     max_tokens: int = 30
     """Word pieces kept of a caption, first and last special tokens and the prompt included."""
     crop_scale_min: float = 0.2
-    """Smallest share of the picture that a random crop shows (0.5 in fine-tuning)."""
+    """Smallest share of the picture that a random crop shows (0.5 in fine-tuning); 1 shows the whole picture."""
     flip: float = 0.5
     """Probability of a mirror image."""
     flip_sided_captions: bool = False
@@ -286,8 +286,10 @@ class TrainConfig:
     """After warm-up: cosine by step, or by whole epochs as in 2022 (`epoch_decay` multiplies by `decay` each epoch)."""
     decay: float = 0.9
     """Factor per epoch of `epoch_decay`."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon` orthogonalises the updates of the blocks' matrices: fewer steps for a model that starts from nothing."""
     weight_decay: float = 0.05
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay."""
     decay_all: bool = False
     """Decay norms, biases, embeddings of position and the temperature too (2022: true)."""
     betas: tuple[float, float] = (0.9, 0.999)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,12 +33,53 @@ def parameter_groups(module: nn.Module, weight_decay: float, decay_all: bool = F
     return [group for group in groups if group["params"]]
 
 
-def adamw(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW over `parameter_groups`; the module must be on its device already."""
+def build(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer of a run over `parameter_groups`; the module must be on its device already.
+
+    `adamw` is fused AdamW for everything. `muon` leaves to AdamW what is not a matrix inside a transformer block, and
+    gives each of those matrices an update with all its directions equally long, scaled to AdamW's size.
+    """
     groups = parameter_groups(module, config.weight_decay, config.decay_all)
     if not groups:
         raise ValueError(f"{type(module).__name__} has no trainable parameter")
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    adamw = partial(torch.optim.AdamW, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    if config.optimizer == "adamw":
+        return adamw(groups)
+    matrices = {p for name, p in module.named_parameters() if p.ndim == 2 and "blocks." in name}
+    inside = _only(groups, lambda p: p in matrices)
+    muon = torch.optim.Muon(inside, lr=config.lr, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    return Together([adamw(_only(groups, lambda p: p not in matrices)), muon])
+
+
+def _only(groups: list[dict[str, Any]], wanted: Callable[[nn.Parameter], bool]) -> list[dict[str, Any]]:
+    chosen = [{**group, "params": [p for p in group["params"] if wanted(p)]} for group in groups]
+    return [group for group in chosen if group["params"]]
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimizers as one, for the loop, the gradient scaler and the checkpoint."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self.parts = list(parts)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure: None = None) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
 
 
 def learning_rate(step: int, config: TrainConfig, steps_per_epoch: float, total: int) -> float:

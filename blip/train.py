@@ -160,7 +160,7 @@ class _Run:
         self.dtype = precision(config, self.device)
         objective.to(self.device).train()
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
-        self.optimizer = optim.adamw(objective, config)
+        self.optimizer = optim.build(objective, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
         layout = {"world": self.world, "batch_size": config.batch_size, "accumulate": config.accumulate}

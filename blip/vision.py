@@ -53,15 +53,15 @@ class VisionEncoder(nn.Module):
 @torch.no_grad()
 def _start_narrow(vit: nn.Module, gain: float) -> None:
     """First weights for a narrow ViT that learns from nothing: linear maps that keep the scale of what they are given,
-    and positions as sines and cosines, so that neighbouring patches are told apart from the first step."""
+    and positions as sines and cosines, large and short enough that neighbouring patches are far apart."""
     for module in vit.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=gain / module.in_features**0.5)
         elif isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, std=gain / module.weight[0].numel() ** 0.5)
     prefix, width = vit.num_prefix_tokens, vit.embed_dim
-    waves = build_sincos2d_pos_embed(vit.patch_embed.grid_size, dim=width, temperature=30.0, interleave_sin_cos=True)
-    vit.pos_embed[:, prefix:] = waves
+    grid = vit.patch_embed.grid_size
+    vit.pos_embed[:, prefix:] = 2 * build_sincos2d_pos_embed(grid, width, max(4.0, *grid), interleave_sin_cos=True)
     vit.pos_embed[:, :prefix] = 0
 
 

@@ -29,6 +29,8 @@ class ModelChoice:
     """Preset of `blip.config`; base when not given."""
     image_size: int | None = None
     """Side of the input, pixels; the model's when not given."""
+    patch_size: int | None = None
+    """Side of a patch, pixels; the preset's when not given."""
     drop_path: float | None = None
     """Stochastic depth of the image encoder; the model's when not given."""
     patch_drop: float = 0.0
@@ -92,8 +94,8 @@ def build_model(choice: ModelChoice, seed: int) -> tuple[Blip, Tokenizer]:
 
 def _vision(choice: ModelChoice, config: VisionConfig) -> VisionConfig:
     """An image encoder's configuration with what a choice says of its input and its training."""
-    said = {"image_size": choice.image_size, "drop_path": choice.drop_path}
-    said = {name: value for name, value in said.items() if value is not None}
+    names = ("image_size", "patch_size", "drop_path")
+    said = {name: getattr(choice, name) for name in names if getattr(choice, name) is not None}
     return dataclasses.replace(config, patch_drop=choice.patch_drop, checkpoint=choice.checkpoint, **said)
 
 
@@ -114,6 +116,8 @@ def _refuse_contradiction(choice: ModelChoice, config: BlipConfig, tokenizer: To
             raise ValueError(
                 f"{start} brings its own weights, so model.{name} {value} would not be used: leave one out"
             )
+    if choice.patch_size not in (None, config.vision.patch_size):
+        raise ValueError(f"{start} has its own patches, not of {choice.patch_size} pixels: leave model.patch_size out")
     if choice.size and _shape(PRESETS[choice.size]) != _shape(config):
         found = [size for size, preset in PRESETS.items() if _shape(preset) == _shape(config)]
         raise ValueError(
@@ -127,9 +131,9 @@ def _refuse_contradiction(choice: ModelChoice, config: BlipConfig, tokenizer: To
 
 
 def _shape(config: BlipConfig) -> tuple:
-    """What a size says of a model: names and numbers that its weights depend on, vocabulary and input size aside."""
+    """What a size says of a model: names and numbers that its weights depend on; vocabulary, input and patches aside."""
     vision, text = config.vision, config.text
-    eye = (vision.model, vision.patch_size, vision.width, vision.depth, vision.heads)
+    eye = (vision.model, vision.width, vision.depth, vision.heads)
     return *eye, text.width, text.layers, text.heads, text.hidden, text.max_positions, config.embed_dim
 
 

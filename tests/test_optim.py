@@ -8,7 +8,7 @@ from torch import nn
 
 from blip.config import TINY, TrainConfig
 from blip.model import Blip
-from blip.optim import adamw, learning_rate, parameter_groups
+from blip.optim import build, learning_rate, parameter_groups
 
 PRETRAIN = TrainConfig(schedule="epoch_decay")  # 1e-6 -> 3e-4 over 3000 steps, then 0.9 per epoch
 CAPTION = TrainConfig(schedule="epoch_cosine", epochs=5, lr=1e-5, min_lr=0.0, warmup_steps=0)
@@ -103,14 +103,62 @@ def test_frozen_parameters_are_left_out_and_shared_ones_appear_once():
     module = nn.ModuleList([first, second, nn.Linear(3, 3).requires_grad_(False)])
     assert sum(len(group["params"]) for group in parameter_groups(module, 0.1)) == 2
     with pytest.raises(ValueError, match="no trainable parameter"):
-        adamw(module.requires_grad_(False), TrainConfig())
+        build(module.requires_grad_(False), TrainConfig())
 
 
 def test_one_step_of_adamw_by_hand():
     module = nn.Linear(2, 1, bias=False)
     nn.init.constant_(module.weight, 2.0)
-    optimizer = adamw(module, TrainConfig(lr=0.1, weight_decay=0.5))
+    optimizer = build(module, TrainConfig(lr=0.1, weight_decay=0.5))
     module.weight.grad = torch.tensor([[3.0, -4.0]])
     optimizer.step()
     # Decay: 2 * (1 - 0.1 * 0.5) = 1.9; the first step of Adam is lr * sign of the gradient.
     assert torch.allclose(module.weight, torch.tensor([[1.8, 2.0]]))
+
+
+MUON = TrainConfig(optimizer="muon", lr=0.1, weight_decay=0.0, warmup_steps=0)
+
+
+class Stack(nn.Module):
+    """One matrix inside a block and a layer outside."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([nn.Linear(16, 64)])
+        self.head = nn.Linear(16, 2)
+
+    def step(self, optimizer, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+
+
+def test_muon_gives_the_matrices_of_blocks_updates_of_equal_singular_values():
+    module = Stack()
+    before = [p.detach().clone() for p in module.parameters()]
+    module.step(build(module, MUON), seed=1)
+    matrix, *rest = [p.detach() - old for p, old in zip(module.parameters(), before, strict=True)]
+    # Scaled to AdamW's size: orthogonal directions times 0.2 * sqrt(64), as near to orthogonal as five iterations get.
+    values = torch.linalg.svdvals(matrix) / (0.1 * 0.2 * 8)
+    assert values.shape == (16,)
+    assert ((values > 0.6) & (values < 1.3)).all(), values
+    # What is not a matrix in a block gets the first step of AdamW: lr times the gradient's sign.
+    assert all(torch.allclose(change.abs(), torch.full_like(change, 0.1), atol=1e-4) for change in rest)
+
+
+def test_muon_continues_to_the_bit():
+    whole, module = Stack(), Stack()
+    optimizer = build(whole, MUON)
+    for seed in range(6):
+        whole.step(optimizer, seed)
+    first = build(module, MUON)
+    for seed in range(3):
+        module.step(first, seed)
+    second = build(module, MUON)
+    second.load_state_dict(first.state_dict())
+    for seed in range(3, 6):
+        module.step(second, seed)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), module.parameters(), strict=True))
+    assert len(optimizer.param_groups) == 3  # AdamW's decayed and not, and Muon's

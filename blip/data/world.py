@@ -29,7 +29,7 @@ COLOURS = {
     "blue": (30, 76, 220),
     "purple": (146, 44, 186),
     "white": (246, 246, 246),
-    "black": (18, 18, 20),
+    "pink": (255, 140, 190),
 }
 RADII = {"small": (134, 149), "large": (206, 222)}
 """Smallest and largest radius of each size, thousandths of the picture's side: 18 and 27 px across at 64 px."""
@@ -45,7 +45,7 @@ HELD_OUT = frozenset(
         ("blue", "square"),
         ("white", "triangle"),
         ("green", "star"),
-        ("black", "heart"),
+        ("pink", "heart"),
         ("yellow", "cross"),
         ("purple", "ring"),
         ("red", "moon"),
@@ -53,8 +53,8 @@ HELD_OUT = frozenset(
 )
 """Colour-shape pairs that only the split `composition` shows; each colour and each shape is in one of them."""
 
-_TONES = ((128, 128, 128), (138, 127, 114), (114, 125, 138), (118, 132, 118), (134, 119, 132))
-"""Backgrounds are dull and of middle brightness, so that every thing's colour, black and white too, stands out."""
+_TONES = ((36, 36, 36), (44, 36, 28), (28, 35, 44), (30, 42, 30), (42, 31, 40))
+"""Backgrounds are dark and dull, so that every thing is brighter than what is behind it."""
 _COUNTS = (1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3)
 _NEARNESS = 0.9
 """Least distance of two things, in sums of their radii."""
@@ -242,7 +242,7 @@ def _apart(a: Thing, b: Thing) -> bool:
 
 
 def _background(dice: Dice) -> Background:
-    shift = dice.between(-16, 16)
+    shift = dice.between(-10, 10)
     red, green, blue = (level + shift for level in dice.choice(_TONES))
     return Background(dice.choice(BACKGROUNDS), (red, green, blue), dice.below(4), dice.word())
 
@@ -262,11 +262,11 @@ def draw(scene: Scene, size: int = 64) -> Image.Image:
 def _draw_background(background: Background, size: int) -> Image.Image:
     if background.kind == "gradient":
         ramp = Image.linear_gradient("L").resize((size, size), Image.Resampling.BILINEAR)
-        return _toned(ramp.rotate(90 * background.turn), background.tone, 24)
+        return _toned(ramp.rotate(90 * background.turn), background.tone, 12)
     if background.kind == "speckled":
         noise = hashlib.shake_128(background.seed.to_bytes(4, "little")).digest(_SPECKLES**2)
         cells = Image.frombytes("L", (_SPECKLES, _SPECKLES), noise.translate(_SPECKLE_LEVELS))
-        return _toned(cells.resize((size, size), Image.Resampling.NEAREST), background.tone, 16)
+        return _toned(cells.resize((size, size), Image.Resampling.NEAREST), background.tone, 12)
     return Image.new("RGB", (size, size), background.tone)
 
 
