@@ -21,6 +21,8 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.pretrain_step
+	$(BIN)/python -m benchmarks.caption
+	$(BIN)/python -m benchmarks.capfilt_job
 
 # uv installs the same packages as pip, several times faster; it lives in the environment that it fills.
 $(READY): pyproject.toml

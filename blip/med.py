@@ -97,7 +97,7 @@ class Context:
     """
 
     held: list[Tensor]
-    """L x (B, P, 2 D), keys, then values; or, head by head, L x (B, 2, H, P, D / H)."""
+    """L x (B, P, 2 D), keys, then values; or, head by head, L x (B, H, 2, P, D / H)."""
     heads: int
     """H."""
     keep: Tensor | None = None
@@ -127,7 +127,7 @@ class Context:
 
     def _look(self, layer: int, query: Tensor, dropout: float) -> Tensor:
         """Queries (B, H, N, D / H), N of them at each context -> (B, H, N, D / H)."""
-        key, value = _by_head(self.held[layer], self.heads).unbind(1)
+        key, value = _by_head(self.held[layer], self.heads).unbind(2)
         mask = None if self.keep is None else self.keep[:, None, None, :]
         return attention(query, key, value, mask, dropout)
 
@@ -184,10 +184,10 @@ class Cache:
     def __init__(self, slots: int) -> None:
         self.slots = slots
         self.filled = 0
-        self.kv: list[Tensor] = []  # L x (R, 2, H, slots, D / H)
+        self.kv: list[Tensor] = []  # L x (R, H, 2, slots, D / H)
 
     def add(self, layer: int, kv: Tensor) -> Tensor:
-        """Put in those of T more tokens (R, 2, H, T, D / H) -> all of them (R, 2, H, filled + T, D / H)."""
+        """Put in those of T more tokens (R, H, 2, T, D / H) -> all of them (R, H, 2, filled + T, D / H)."""
         if layer == len(self.kv):
             self.kv.append(kv.new_empty(*kv.shape[:3], self.slots, kv.shape[4]))
         end = self.filled + kv.shape[3]
@@ -202,8 +202,8 @@ class Cache:
 
 
 def _by_head(kv: Tensor, heads: int) -> Tensor:
-    """(B, P, 2 D) -> (B, 2, H, P, D / H) without copying; what is laid out so already stays."""
-    return kv if kv.dim() == 5 else kv.view(*kv.shape[:2], 2, heads, -1).permute(0, 2, 3, 1, 4)
+    """(B, P, 2 D) -> (B, H, 2, P, D / H) without copying; what is laid out so already stays."""
+    return kv if kv.dim() == 5 else kv.view(*kv.shape[:2], 2, heads, -1).permute(0, 3, 2, 1, 4)
 
 
 def _split(qkv: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
@@ -252,9 +252,9 @@ class SelfAttention(nn.Module):
     def step(self, x: Tensor, sees: Tensor | None, cache: Cache, layer: int) -> Tensor:
         """Further tokens (R, T, D) -> (R, T, D), which go into the cache."""
         rows, length, width = x.shape
-        qkv = self.qkv(x).view(rows, length, 3, self.heads, -1).permute(0, 2, 3, 1, 4)
-        key, value = cache.add(layer, qkv[:, 1:]).unbind(1)
-        out = attention(qkv[:, 0], key, value, None if sees is None else sees[:, None])
+        qkv = self.qkv(x).view(rows, length, 3, self.heads, -1).permute(0, 3, 2, 1, 4)
+        key, value = cache.add(layer, qkv[:, :, 1:]).unbind(2)
+        out = attention(qkv[:, :, 0], key, value, None if sees is None else sees[:, None])
         return self.out(out.transpose(1, 2).reshape(rows, length, width))
 
 

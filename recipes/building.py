@@ -131,7 +131,7 @@ def _refuse_contradiction(choice: ModelChoice, config: BlipConfig, tokenizer: To
 
 
 def _shape(config: BlipConfig) -> tuple:
-    """What a size says of a model: names and numbers that its weights depend on; vocabulary, input and patches aside."""
+    """What a size says of a model: all that its weights depend on but vocabulary, input and patches."""
     vision, text = config.vision, config.text
     eye = (vision.model, vision.width, vision.depth, vision.heads)
     return *eye, text.width, text.layers, text.heads, text.hidden, text.max_positions, config.embed_dim

@@ -1,12 +1,14 @@
-"""The main job on the embedded world: pre-train TINY, measure retrieval of held-out pictures, show what it says.
+"""The main job on the embedded world: pre-train TINY, measure retrieval, fine-tune a captioner, show what it says.
 
-    python -m recipes.demo            # `make demo`: 2 CPU cores, under 5 minutes, no network
+    python -m recipes.demo            # `make demo`: 2 CPU cores, about 5 minutes, no network
 
-Writes report.html and results.json into runs/demo. Started again, it continues, or says again what it found.
+Options are those of `recipes.pretrain`. Writes report.html and results.json into runs/demo. Started again, it
+continues, or says again what it found.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -15,59 +17,80 @@ from pathlib import Path
 from PIL import Image
 
 from blip import atomic, checkpoint, page
-from blip.config import DecodeConfig
+from blip.config import SourceConfig
 from blip.data.world import scene_of
 from blip.data.world_judge import judge
-from blip.generate import write
-from blip.model import Blip
-from blip.tokenizer import Tokenizer
+from eval.captioning import captions_of
 from eval.retrieval import Gallery, rank
-from recipes import command
+from recipes import caption, command
+from recipes.building import ModelChoice
 from recipes.pretrain import Run, pretrain
 
 CONFIG = "recipes/configs/pretrain_world.yaml"
-SAY = DecodeConfig(beams=1, max_length=40, min_length=0)
+CAPTIONER = "recipes/configs/caption_world.yaml"
+SHARE = 0.25
+"""Steps of the captioner, in steps of pre-training."""
 SHOWN = 24
 """Pictures on the page."""
+TOLD = ("cider", "attribute_precision", "attribute_recall", "all_true")
+"""Scores of captions."""
 
 
 def demo(run: Run) -> dict[str, float]:
-    """Pre-train, evaluate, write the page; returns what results.json holds."""
+    """Pre-train, fine-tune, evaluate, write the page; returns what results.json holds, scores in percent."""
     start, out = time.monotonic(), Path(run.out)
     result, folder = pretrain(run)
+    captioning = captioner(run, folder, max(1, round(SHARE * result.steps)))
+    captioned, written = caption.caption(captioning)
+
     model, tokenizer = checkpoint.from_pretrained(folder)
-    rows = json.loads(Path(run.held_out.source.path).read_text())
+    exam = caption.Exam("test", captioning.test, captioning, model, tokenizer)
+    before = exam.scores(captions_of(model, tokenizer, exam.pictures, captioning.decode, prompt=captioning.data.prompt))
+    after = {name.removeprefix("test_"): value for name, value in captioned.metrics.items() if name.startswith("test_")}
     gallery = Gallery.open(run.held_out.source, model.vision.image_size)
-    scenes = [scene_of(row["image_id"]) for row in rows]
-    captions = say(model, tokenizer, gallery)
     ranked = rank(model, tokenizer, *gallery, k=run.held_out.k).best_texts(3)
-    verdicts = [judge(scene, caption) for scene, caption in zip(scenes, captions, strict=True)]
     scores = {
         **result.metrics,
-        "captions_right": 100 * sum(v.true for v in verdicts) / len(verdicts),
-        "attribute_precision": 100 * sum(v.precision for v in verdicts) / len(verdicts),
-        "attribute_recall": 100 * sum(v.recall for v in verdicts) / len(verdicts),
+        **{name: 100 * value for name, value in after.items()},
+        **{f"{name}_pretrained": 100 * value for name, value in before.items()},
         "steps": result.steps,
         "seconds": time.monotonic() - start,
     }
-    root = Path(run.held_out.source.path).parent
-    items = [
-        page.Card(
-            Image.open(root / rows[i]["image"]),
-            page.Text(captions[i], verdicts[i].true),
-            [page.Text(gallery.texts[t], gallery.image_of_text[t] == i) for t in ranked[i]],
-            rows[i]["caption"][0],
-        )
-        for i in range(min(SHOWN, len(rows)))
-    ]
-    page.write(out / "report.html", _page(out, scores, items, run))
+    captions = {
+        one["image_id"]: one["caption"] for one in json.loads((written.parent / "captions-test.json").read_text())
+    }
+    page.write(out / "report.html", _page(out, scores, _cards(run, captions, gallery, ranked), run))
     atomic.write_bytes(out / "results.json", (json.dumps(scores, indent=1) + "\n").encode())
     return scores
 
 
-def say(model: Blip, tokenizer: Tokenizer, gallery: Gallery) -> list[str]:
-    """The greedy caption of each picture."""
-    return [text.words for images in gallery.images for (text,) in write(model, tokenizer, images, SAY)]
+def captioner(run: Run, start_from: Path, steps: int) -> caption.Run:
+    """The captioning run that goes on from a pre-training run, on its pictures."""
+    settings = command.read(caption.Run, ["--config", CAPTIONER, "--out", str(Path(run.out) / "captioner")])
+    validation = SourceConfig(str(Path(run.held_out.source.path).with_name("val.json")))
+    return dataclasses.replace(
+        settings,
+        model=ModelChoice(start_from=str(start_from)),
+        data=dataclasses.replace(settings.data, sources=run.data.sources),
+        train=dataclasses.replace(settings.train, steps=steps, batch_size=run.train.batch_size, eval_each_epoch=False),
+        validation=caption.HeldOut(validation, run.held_out.limit),
+        test=caption.HeldOut(run.held_out.source, run.held_out.limit),
+        world=None,
+    )
+
+
+def _cards(run: Run, captions: dict[str, str], gallery: Gallery, ranked: list[list[int]]) -> list[page.Card]:
+    path = Path(run.held_out.source.path)
+    rows = json.loads(path.read_text())[: min(SHOWN, len(captions))]
+    return [
+        page.Card(
+            Image.open(path.parent / row["image"]),
+            page.Text(captions[row["image_id"]], judge(scene_of(row["image_id"]), captions[row["image_id"]]).true),
+            [page.Text(gallery.texts[t], gallery.image_of_text[t] == i) for t in ranked[i]],
+            row["caption"][0],
+        )
+        for i, row in enumerate(rows)
+    ]
 
 
 def _page(out: Path, scores: dict[str, float], items: list[page.Card], run: Run) -> str:
@@ -80,21 +103,42 @@ def _page(out: Path, scores: dict[str, float], items: list[page.Card], run: Run)
         for direction, key in (("picture to text", "tr"), ("text to picture", "ir"))
         for stage, suffix in (("ITC alone", "_itc"), ("re-ranked by ITM", ""))
     ]
-    seen = f"{scores['steps']:.0f} steps of {run.train.batch_size} pairs in {scores['seconds']:.0f} seconds"
-    return page.page(
-        "BLIP pre-trained on the picture world",
+    truth = [
         [
-            ("What happened", f"A model of size {run.model.size}, from random weights: {seen}.", ""),
+            stage,
+            *(scores[f"{name}{suffix}"] for name in ("cider", "attribute_precision", "attribute_recall", "all_true")),
+        ]
+        for stage, suffix in (("pre-trained", "_pretrained"), ("captioner", ""))
+    ]
+    seen = (
+        f"{scores['steps']:.0f} steps of {run.train.batch_size} pairs, in {scores['seconds']:.0f} seconds with all else"
+    )
+    return page.page(
+        "BLIP on the picture world",
+        [
+            (
+                "What happened",
+                f"A model of size {run.model.size} was pre-trained from random weights: {seen}. A quarter as many "
+                "steps more made a captioner of it.",
+                "",
+            ),
             (
                 "Retrieval among held-out pictures, recall in percent",
                 "The right one is among the first 1, 5 or 10, before and after the matching head looks at the best.",
                 page.table(recalls, ["", "R@1", "R@5", "R@10"]),
             ),
-            ("The three losses", "Means over log windows.", page.curves(series)),
+            (
+                "Captions of held-out pictures, greedy, percent",
+                "CIDEr compares with five reference captions. Every claim about shape, colour, size, place, relation, "
+                "count and background is checked against the scene: how many of those made are true, how many of "
+                "those possible were made, and how many captions say nothing false.",
+                page.table(truth, ["", "CIDEr", "claims true", "claims made", "captions true"]),
+            ),
+            ("The three losses of pre-training", "Means over log windows.", page.curves(series)),
             (
                 "What it says of pictures it has never seen",
-                f"Its greedy caption ({scores['captions_right']:.0f}% of all are true in every word), and the three "
-                "texts that it ranks first; ✓ marks what is right.",
+                "The captioner's text, and the three texts that the pre-trained model ranks first; a mark says what "
+                "is right.",
                 page.cards(items),
             ),
         ],
@@ -108,8 +152,10 @@ def main() -> None:
     for key, title in (("tr", "picture to text"), ("ir", "text to picture")):
         for suffix, stage in (("_itc", "ITC alone"), ("", "re-ranked")):
             print(f"  {title:<18}{stage:<20}", *(f"{scores[f'{key}@{r}{suffix}']:6.1f}" for r in (1, 5, 10)))
-    print(f"captions true in every word: {scores['captions_right']:.1f}%, of attributes said: "
-          f"{scores['attribute_precision']:.1f}% right")  # fmt: skip
+    print("\ncaptions of held-out pictures, percent     CIDEr  claims true  claims made  captions true")
+    for suffix, stage in (("_pretrained", "pre-trained"), ("", "captioner")):
+        values = (scores[f"{name}{suffix}"] for name in TOLD)
+        print(f"  {stage:<38}", "{:7.1f} {:12.1f} {:12.1f} {:14.1f}".format(*values))
     print(f"{scores['seconds']:.0f} seconds; {run.out}/report.html, {run.out}/results.json, {run.out}/model")
 
 

@@ -31,6 +31,7 @@ from blip.model import Blip
 from blip.objectives import Pretrain
 from blip.resume import Checkpoints, State, restore
 from blip.tokenizer import Tokenizer
+from capfilt.readers.tar import index
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -436,6 +437,8 @@ def test_sizes_that_cannot_be_are_refused(case, folder):
     (folder / "s.tar").write_bytes(content)
     with pytest.raises(DataError, match=r"s\.tar is not a whole tar file"):
         Shard(folder / "s.tar")
+    rows, damage, _ = index(str(folder / "s.tar"))
+    assert (rows["key"].to_pylist(), bool(damage)) == (["a"], True)
 
 
 # Without a network

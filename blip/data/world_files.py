@@ -118,7 +118,8 @@ def write(
     unfinished = out / f".writing-{split}-{os.getpid()}"
     unfinished.mkdir(parents=True)
     try:
-        rows = tqdm(_rows(settings, count, workers), total=count, unit=" pictures", desc=f"{format} {split}", delay=1)
+        pace = {"delay": 1, "mininterval": 0.1 if sys.stderr.isatty() else 30}
+        rows = tqdm(_rows(settings, count, workers), total=count, unit=" pictures", desc=f"{format} {split}", **pace)
         _WRITERS[format](unfinished, split, rows, -(-count // shard), shard)
         for path in old:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -84,7 +84,7 @@ def index(path: str) -> tuple[pa.Table, str | None, list[str]]:
             return pa.Table.from_pylist([], INDEX), "the file is empty (0 bytes)", []
         try:
             _read_headers(file, size, found)
-        except tarfile.TarError as error:
+        except (tarfile.TarError, ValueError, OverflowError) as error:  # the last two of sizes that cannot be
             damage = str(error) or type(error).__name__
     if damage:
         damage = f"{damage}; readable are {len(found.samples)} samples"
@@ -95,6 +95,8 @@ def index(path: str) -> tuple[pa.Table, str | None, list[str]]:
 def _read_headers(file: IO[bytes], size: int, found: _Index) -> None:
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (member := tar.next()) is not None:
+            if member.size < 0:  # would lead back to a header that has been read, for ever
+                raise tarfile.ReadError(f"member {member.name!r} has a negative size")
             if member.isreg() and member.offset_data + member.size > size:
                 raise tarfile.ReadError("the file is cut off")
             found.add(member)
