@@ -32,7 +32,7 @@ METHODS = {
     "beam3": DecodeConfig(beams=3, max_length=LENGTH, min_length=LENGTH),
     "nucleus": DecodeConfig(method="nucleus", top_p=0.9, max_length=LENGTH, min_length=LENGTH),
 }
-SHARPNESS = 7.0
+SHARPNESS = 11.0
 
 
 def ours() -> Blip:

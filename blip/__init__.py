@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from blip.checkpoint import from_pretrained, push_to_hub, save_pretrained
-    from blip.config import BASE, LARGE, SMALL, TINY, BlipConfig
+    from blip.config import BASE, DECODE_PRESETS, LARGE, SMALL, TINY, BlipConfig, DecodeConfig
+    from blip.generate import write
     from blip.model import Blip
     from blip.tokenizer import Tokenizer
 
@@ -21,6 +22,9 @@ _WHERE = {
     "SMALL": "blip.config",
     "BASE": "blip.config",
     "LARGE": "blip.config",
+    "DecodeConfig": "blip.config",
+    "DECODE_PRESETS": "blip.config",
+    "write": "blip.generate",
     "Tokenizer": "blip.tokenizer",
     "from_pretrained": "blip.checkpoint",
     "save_pretrained": "blip.checkpoint",
@@ -28,15 +32,18 @@ _WHERE = {
 }
 __all__ = [
     "BASE",
+    "DECODE_PRESETS",
     "LARGE",
     "SMALL",
     "TINY",
     "Blip",
     "BlipConfig",
+    "DecodeConfig",
     "Tokenizer",
     "from_pretrained",
     "push_to_hub",
     "save_pretrained",
+    "write",
 ]
 
 

@@ -175,6 +175,36 @@ class PretrainConfig:
 
 
 @dataclass(frozen=True)
+class RetrievalConfig:
+    """The retrieval fine-tune, which also gives a filter: ITC and ITM (paper, section 5.1), with a momentum teacher."""
+
+    queue_size: int = 57600
+    """Momentum features kept per modality, with the ids of their images; any size, 0 for none."""
+    momentum: float = 0.995
+    """Decay of the teacher's moving average, per step."""
+    alpha: float = 0.4
+    """Weight of the teacher's soft targets in the contrastive loss."""
+    alpha_ramp_epochs: float = 1.0
+    """Epochs over which alpha rises linearly from 0."""
+    temperature_min: float = 0.001
+    """Lower clamp of the learned temperature."""
+    temperature_max: float = 0.5
+    """Upper clamp of the learned temperature."""
+    negative_floor: float = 0.0
+    """Added to each hard-negative sampling weight; without it a row that underflows draws evenly from other images."""
+    negatives_all_ranks: bool = False
+    """Draw hard negatives from the batches of all processes, not only the local one."""
+    teacher_dropout: bool = False
+    """Leave dropout on in the teacher (2022: true)."""
+
+    def __post_init__(self) -> None:
+        _require(self.queue_size >= 0, f"queue_size must be 0 or more, got {self.queue_size}")
+        _require(0 <= self.momentum <= 1, f"momentum must be in [0, 1], got {self.momentum}")
+        _require(0 <= self.alpha <= 1, f"alpha must be in [0, 1], got {self.alpha}")
+        _require(self.negative_floor >= 0, f"negative_floor must be 0 or more, got {self.negative_floor}")
+
+
+@dataclass(frozen=True)
 class CaptionConfig:
     """The fine-tuning of a captioner (paper, section 5.2); the prompt is the data's."""
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 HEAD = 128
 """Likeliest words among which a nucleus is looked for first."""
-_SHRINK = 0.5
+_SHRINK = 0.75
 """Share of rows still being written from which on the others are left out; it costs a copy of the contexts."""
 
 
@@ -148,8 +148,10 @@ def _check(
     text, rows = model.config.text, len(prompts)
     if model.training:
         raise ValueError("the model is in training mode and would write at random; call model.eval() first")
-    if prompts.shape != keep.shape or prompts.dim() != 2 or not rows:
-        raise ValueError(f"prompts {list(prompts.shape)} and keep {list(keep.shape)} must be two equal grids with rows")
+    if prompts.shape != keep.shape or prompts.dim() != 2 or not prompts.numel():
+        raise ValueError(
+            f"prompts {list(prompts.shape)} and keep {list(keep.shape)} must be two equal grids of rows and tokens"
+        )
     if rows != len(context) * context.fan:
         raise ValueError(f"{rows} prompts for {len(context)} contexts with {context.fan} texts each")
     lengths = keep.sum(1)

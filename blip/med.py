@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip.attention import attention
+from blip.attention import attention, plain_is_faster
 from blip.config import TextConfig
 from blip.linear import Linear, linear
 
@@ -134,7 +134,7 @@ class Context:
 
 @dataclass
 class Absorbed(Context):
-    """A context that few queries look at: its states (B, P, V) stay as they are, all that `held` holds.
+    """A context that few queries look at: `held` is its states (B, P, V), and these transposed.
 
     A score q (W x) is (W' q) x, and a mean of values is the value of a mean, so the key and value matrices are applied
     to queries and results instead. Equal to the projected form, and cheaper below about D / H queries for a context.
@@ -144,13 +144,13 @@ class Absorbed(Context):
     """Of each layer."""
 
     def _look(self, layer: int, query: Tensor, dropout: float) -> Tensor:
-        (states,), (batch, heads, count, size) = self.held, query.shape
+        (states, transposed), (batch, heads, count, size) = self.held, query.shape
         key, value = self.kv[layer].weight.view(2, heads, size, -1)
         # The keys' bias adds the same to all scores of a query.
         bias = self.kv[layer].bias.view(2, heads, 1, size)[1]
         query = (query * size**-0.5).transpose(0, 1).reshape(heads, batch * count, size) @ key
         query = query.view(heads, batch, count, -1).transpose(0, 1).reshape(batch, heads * count, -1)
-        scores = query @ states.transpose(1, 2)
+        scores = query @ transposed
         if self.keep is not None:
             scores = scores.masked_fill(~self.keep[:, None], float("-inf"))
         seen = F.dropout(scores.softmax(-1), dropout, dropout > 0) @ states
@@ -346,8 +346,12 @@ class Med(nn.Module):
         maps, heads = [block.cross.kv for block in self.blocks], self.config.heads
         if torch.is_grad_enabled() or states.device.type != "cpu":
             return Context([kv(states) for kv in maps], heads, keep)
-        if queries is not None and queries <= self.config.width // heads:
-            return Absorbed([states], heads, keep, kv=maps)
+        few = queries is not None and queries <= self.config.width // heads
+        if few and not torch.is_autocast_enabled("cpu"):  # which would convert the matrices again at every look
+            transposed = states.transpose(1, 2)
+            # In bfloat16 a product with a matrix that is only seen as transposed waits for memory, 3 times as long.
+            transposed = transposed.contiguous() if plain_is_faster(states) else transposed
+            return Absorbed([states, transposed], heads, keep, kv=maps)
         # Laid out head by head they are read several times as fast by few queries, as when a text is written.
         return Context([_by_head(kv(states), heads).contiguous() for kv in maps], heads, keep)
 

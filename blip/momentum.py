@@ -1,4 +1,7 @@
-"""The slow teacher and the queues of its features (paper, section 3.2, after MoCo and ALBEF). Q queue, E width."""
+"""The slow teacher and the queues of its features (paper, section 3.2, after MoCo and ALBEF).
+
+M rows pushed, Q queue, E width.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +28,17 @@ class Teacher(nn.Module):
         torch._foreach_lerp_(list(mine), list(theirs), 1 - momentum)
 
 
-class Queue(nn.Module):
-    """The last Q features of one modality, a ring of any size; random directions until it is full."""
+class _Ring(nn.Module):
+    """The last Q rows that were pushed, a ring of any size; what it began with until it is full."""
 
-    def __init__(self, size: int, width: int) -> None:
+    def __init__(self, features: Tensor) -> None:
         super().__init__()
-        self.register_buffer("features", F.normalize(torch.randn(size, width), dim=1))
+        self.register_buffer("features", features)
         self.register_buffer("next", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
     def push(self, features: Tensor) -> None:
-        """Overwrite the oldest with features (M, E); of more than Q, the last Q remain."""
+        """Overwrite the oldest with features (M, ...); of more than Q, the last Q remain."""
         size = len(self.features)
         if size == 0:
             return
@@ -43,3 +46,17 @@ class Queue(nn.Module):
         index = (self.next + torch.arange(len(features), device=features.device)) % size
         self.features.index_copy_(0, index, features.to(self.features.dtype))
         self.next.copy_((self.next + len(features)) % size)
+
+
+class Queue(_Ring):
+    """The last Q features (Q, E) of one modality; random directions until it is full."""
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__(F.normalize(torch.randn(size, width), dim=1))
+
+
+class IdQueue(_Ring):
+    """The image ids (Q,) of what feature queues of the same size hold; -100, no image's, until it is full."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(torch.full((size,), -100))

@@ -5,19 +5,19 @@ B batch, C candidates for negatives (B, or the batches of all processes), T text
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip import dist, losses
-from blip.config import CaptionConfig, PretrainConfig
+from blip.config import CaptionConfig, PretrainConfig, RetrievalConfig
 from blip.data.batch import Batch
 from blip.losses import Embeddings, Similarities
 from blip.med import Context, Pass
 from blip.model import Blip, starting_with
-from blip.momentum import Queue, Teacher
+from blip.momentum import IdQueue, Queue, Teacher
 
 
 class Outcome(NamedTuple):
@@ -31,14 +31,13 @@ class Outcome(NamedTuple):
     """What `after_step` needs of this batch."""
 
 
-class Pretrain(nn.Module):
-    """ITC + ITM + LM with a momentum teacher and feature queues (paper, section 3.2).
+class _Aligned(nn.Module):
+    """What ITC and ITM need: a momentum teacher, feature queues, and passes of texts over right and wrong images.
 
-    ITM and LM share one projection of the image and run side by side through the transformer's shared layers.
     `forward` changes nothing: the teacher and the queues move in `after_step`.
     """
 
-    def __init__(self, model: Blip, config: PretrainConfig) -> None:
+    def __init__(self, model: Blip, config: PretrainConfig | RetrievalConfig) -> None:
         super().__init__()
         self.config = config
         self.model = model
@@ -46,89 +45,71 @@ class Pretrain(nn.Module):
         self.image_queue = Queue(config.queue_size, model.config.embed_dim)
         self.text_queue = Queue(config.queue_size, model.config.embed_dim)
 
-    def train(self, mode: bool = True) -> Pretrain:
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         self.teacher.train(mode and self.config.teacher_dropout)
         return self
 
-    def forward(self, batch: Batch, epoch: float) -> Outcome:
-        """The three losses of a batch; `epoch` (passes over the data so far) sets the weight of soft targets."""
-        model, config = self.model, self.config
+    def _embed(self, batch: Batch) -> tuple[Tensor, Embeddings, Embeddings]:
+        """The student's image tokens (B, P, V), its embeddings and the teacher's."""
+        model = self.model
         tokens = model.vision(batch.image)
         student = Embeddings(model.embed_image(tokens), model.embed_text(batch.ids, batch.keep))
         with torch.no_grad():
             towers = self.teacher.towers
             seen = towers.vision(batch.image)
             teacher = Embeddings(towers.embed_image(seen), towers.embed_text(batch.ids, batch.keep))
+        return tokens, student, teacher
 
+    def _contrast(
+        self, student: Embeddings, teacher: Embeddings, epoch: float, *same: Tensor
+    ) -> tuple[Tensor, Similarities]:
+        """ITC and the batch's cosines; `epoch` sets the weight of soft targets."""
+        config = self.config
         alpha = config.alpha * min(1.0, epoch / config.alpha_ramp_epochs) if config.alpha_ramp_epochs else config.alpha
-        with torch.autocast(tokens.device.type, enabled=False):
-            itc, cosines = losses.contrastive(
-                student, teacher, self.image_queue.features, self.text_queue.features, model.temperature, alpha
-            )
-        match_logits, word_logits, words = self._ground(batch, tokens, student, teacher, cosines)
-        found = {
-            "itc": itc,
-            "itm": losses.matching(match_logits.float(), positives=len(batch)),
-            "lm": losses.captioning(word_logits.float(), words, config.label_smoothing),
-        }
-        return Outcome(found, self._health(cosines, match_logits), teacher)
+        queues = self.image_queue.features, self.text_queue.features
+        with torch.autocast(student.image.device.type, enabled=False):
+            return losses.contrastive(student, teacher, *queues, self.model.temperature, alpha, *same)
 
-    def _ground(
-        self, batch: Batch, tokens: Tensor, student: Embeddings, teacher: Embeddings, cosines: Similarities
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Match logits (3 B, 2), positives first; next-word logits (N, vocabulary) and the words themselves (N,)."""
-        model, text = self.model, self.model.config.text
-        context = model.context(tokens)
-        ids, keep = starting_with(batch.ids, text.enc_id), batch.keep
-        other_context, other_ids, other_keep = self._negatives(ids, keep, tokens, context, student, teacher, cosines)
+    @property
+    def _everywhere(self) -> bool:
+        """Whether negatives come from other processes, too."""
+        return self.config.negatives_all_ranks and dist.world() > 1
+
+    def _passes(
+        self, batch: Batch, tokens: Tensor, context: Context, image_of_text: Tensor, text_of_image: Tensor
+    ) -> tuple[Pass, Pass]:
+        """Each image with its text and a wrong one, each text with a wrong image; for `_match`."""
+        ids, keep = starting_with(batch.ids, self.model.config.text.enc_id), batch.keep
+        if self._everywhere:
+            all_ids, all_keep = dist.gather_padded(ids), dist.gather_padded(keep)
+            others = dist.gather_with_gradient(tokens).index_select(0, image_of_text)
+            other_context = self.model.context(others)
+            other_ids, other_keep = all_ids[text_of_image], all_keep[text_of_image]
+        else:
+            other_context, other_ids, other_keep = context[image_of_text], ids[text_of_image], keep[text_of_image]
         # Two texts look at each image in its own place: the right one and a wrong one.
         own = Pass(_pairwise(ids, other_ids), _pairwise(keep, other_keep), context=context.expand(2), first=True)
-        other = Pass(ids, keep, context=other_context, first=True)
-        write, words = _writing(batch, text.dec_id, context)
-        own_states, other_states, write_states = model.med([own, other, write])
-        right, wrong = own_states.view(len(ids), 2, -1).unbind(1)
-        match_logits = model.match_head(torch.cat([right, other_states, wrong]))
-        return match_logits, model.med.vocabulary(write_states), words
+        return own, Pass(ids, keep, context=other_context, first=True)
 
-    def _negatives(
-        self,
-        ids: Tensor,
-        keep: Tensor,
-        tokens: Tensor,
-        context: Context,
-        student: Embeddings,
-        teacher: Embeddings,
-        cosines: Similarities,
-    ) -> tuple[Context, Tensor, Tensor]:
-        """For each text a wrong image as its context, and for each image a wrong text (ids, keep)."""
-        t2i, i2t = cosines.text_to_image, cosines.image_to_text
-        everywhere = self.config.negatives_all_ranks and dist.world() > 1
-        own = torch.arange(len(ids), device=ids.device)
-        if everywhere:
-            with torch.no_grad():
-                i2t = student.image @ dist.gather(teacher.text).T
-                t2i = student.text @ dist.gather(teacher.image).T
-            own = own + dist.rank() * len(ids)
-        temperature, floor = self.model.temperature, self.config.negative_floor
-        image_of_text = losses.hard_negatives(t2i, temperature, floor, own)
-        text_of_image = losses.hard_negatives(i2t, temperature, floor, own)
-        if not everywhere:
-            return context[image_of_text], ids[text_of_image], keep[text_of_image]
-        all_ids, all_keep = dist.gather_padded(ids), dist.gather_padded(keep)
-        others = dist.gather_with_gradient(tokens).index_select(0, image_of_text)
-        return self.model.context(others), all_ids[text_of_image], all_keep[text_of_image]
+    def _match(self, own_states: Tensor, other_states: Tensor) -> Tensor:
+        """Match logits (3 B, 2): right pairs, texts with a wrong image, images with a wrong text."""
+        right, wrong = own_states.view(len(other_states), 2, -1).unbind(1)
+        return self.model.match_head(torch.cat([right, other_states, wrong]))
 
     @torch.no_grad()
-    def _health(self, cosines: Similarities, match_logits: Tensor) -> dict[str, Tensor]:
-        batch = len(cosines.image_to_text)
-        own = torch.arange(batch, device=match_logits.device)
+    def _health(
+        self, cosines: Similarities, match_logits: Tensor, same: Tensor, counted: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """`same` (B, B): which pairs are of one image; `counted` (3 B,): which match logits count, or all."""
+        batch = len(same)
         correct = (match_logits.argmax(1) == losses.match_labels(match_logits, batch)).float()
+        wrong = correct[batch:].mean() if counted is None else _mean(correct[batch:], counted[batch:])
         return {
-            "itc_recall_i2t": (cosines.image_to_text.argmax(1) == own).float().mean(),
-            "itc_recall_t2i": (cosines.text_to_image.argmax(1) == own).float().mean(),
+            "itc_recall_i2t": same.gather(1, cosines.image_to_text.argmax(1)[:, None]).float().mean(),
+            "itc_recall_t2i": same.gather(1, cosines.text_to_image.argmax(1)[:, None]).float().mean(),
             "itm_accuracy_match": correct[:batch].mean(),
-            "itm_accuracy_mismatch": correct[batch:].mean(),
+            "itm_accuracy_mismatch": wrong,
             "temperature": self.model.temperature.detach().clone(),
         }
 
@@ -141,6 +122,106 @@ class Pretrain(nn.Module):
         for features in carries:
             self.image_queue.push(dist.gather(features.image))
             self.text_queue.push(dist.gather(features.text))
+
+
+class Pretrain(_Aligned):
+    """ITC + ITM + LM with a momentum teacher and feature queues (paper, section 3.2).
+
+    ITM and LM share one projection of the image and run side by side through the transformer's shared layers.
+    """
+
+    config: PretrainConfig
+
+    def forward(self, batch: Batch, epoch: float) -> Outcome:
+        """The three losses of a batch; `epoch` (passes over the data so far) sets the weight of soft targets."""
+        model, config = self.model, self.config
+        tokens, student, teacher = self._embed(batch)
+        itc, cosines = self._contrast(student, teacher, epoch)
+        context = model.context(tokens)
+        own, other = self._passes(batch, tokens, context, *self._negatives(student, teacher, cosines))
+        write, words = _writing(batch, model.config.text.dec_id, context)
+        own_states, other_states, write_states = model.med([own, other, write])
+        match_logits = self._match(own_states, other_states)
+        word_logits = model.med.vocabulary(write_states)
+        found = {
+            "itc": itc,
+            "itm": losses.matching(match_logits.float(), positives=len(batch)),
+            "lm": losses.captioning(word_logits.float(), words, config.label_smoothing),
+        }
+        same = torch.eye(len(batch), dtype=torch.bool, device=tokens.device)
+        return Outcome(found, self._health(cosines, match_logits, same), teacher)
+
+    def _negatives(self, student: Embeddings, teacher: Embeddings, cosines: Similarities) -> tuple[Tensor, Tensor]:
+        """For each text a wrong image, and for each image a wrong text (B,)."""
+        t2i, i2t = cosines.text_to_image, cosines.image_to_text
+        own = torch.arange(len(t2i), device=t2i.device)
+        if self._everywhere:
+            with torch.no_grad():
+                i2t = student.image @ dist.gather(teacher.text).T
+                t2i = student.text @ dist.gather(teacher.image).T
+            own = own + dist.rank() * len(t2i)
+        temperature, floor = self.model.temperature, self.config.negative_floor
+        image_of_text = losses.hard_negatives(t2i, temperature, floor, own)
+        return image_of_text, losses.hard_negatives(i2t, temperature, floor, own)
+
+
+class Seen(NamedTuple):
+    """What the retrieval objective's queues take of a batch."""
+
+    features: Embeddings
+    """The teacher's."""
+    image_ids: Tensor
+    """(B,)"""
+
+
+class Retrieval(_Aligned):
+    """ITC + ITM where pairs of one image are all right: fine-tuning for retrieval, and CapFilt's filter (section 5.1).
+
+    `Batch.image_ids` says which pairs are of one image. They share the contrastive target, over batch and queue, and
+    are not drawn as negatives. Where all pairs are of one image there is none, and the matching loss does without.
+    """
+
+    config: RetrievalConfig
+
+    def __init__(self, model: Blip, config: RetrievalConfig) -> None:
+        super().__init__(model, config)
+        self.id_queue = IdQueue(config.queue_size)
+
+    def forward(self, batch: Batch, epoch: float) -> Outcome:
+        """The two losses of a batch; `epoch` sets the weight of soft targets. ValueError for a batch without ids."""
+        if batch.image_ids is None:
+            raise ValueError("the retrieval objective needs Batch.image_ids: which pairs are of one image")
+        model, ids = self.model, batch.image_ids
+        tokens, student, teacher = self._embed(batch)
+        same = ids[:, None] == torch.cat([ids, self.id_queue.features])
+        itc, cosines = self._contrast(student, teacher, epoch, same)
+        context = model.context(tokens)
+        image_of_text, image_found, text_of_image, text_found = self._negatives(ids, student)
+        own_states, other_states = model.med(self._passes(batch, tokens, context, image_of_text, text_of_image))
+        match_logits = self._match(own_states, other_states)
+        counted = torch.cat([torch.ones_like(image_found), image_found, text_found])
+        found = {"itc": itc, "itm": losses.matching(match_logits.float(), len(batch), counted)}
+        health = self._health(cosines, match_logits, same[:, : len(batch)], counted)
+        health["itm_without_negative"] = 1 - counted[len(batch) :].float().mean()
+        return Outcome(found, health, Seen(teacher, ids))
+
+    @torch.no_grad()
+    def _negatives(self, ids: Tensor, student: Embeddings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For each text a wrong image and whether there is one (B,), and for each image a wrong text likewise."""
+        # Drawn by what the student itself finds alike, as in the original; in pre-training it is student and teacher.
+        images, texts, others = student.image, student.text, ids
+        if self._everywhere:
+            images, texts, others = dist.gather(images), dist.gather(texts), dist.gather(ids)
+        same, temperature, floor = ids[:, None] == others, self.model.temperature, self.config.negative_floor
+        image_of_text = losses.negatives_of_other_images(student.text @ images.T, temperature, floor, same)
+        return *image_of_text, *losses.negatives_of_other_images(student.image @ texts.T, temperature, floor, same)
+
+    @torch.no_grad()
+    def after_step(self, carries: list[Seen]) -> None:
+        """As in pre-training; the ids enter their queue together with the features."""
+        super().after_step([seen.features for seen in carries])
+        for seen in carries:
+            self.id_queue.push(dist.gather(seen.image_ids))
 
 
 class Caption(nn.Module):
@@ -180,6 +261,11 @@ def _writing(batch: Batch, dec_id: int, context: Context) -> tuple[Pass, Tensor]
 def _accuracy(logits: Tensor, words: Tensor) -> Tensor:
     """Share of the words (N,) that are the likeliest of their logits (N, vocabulary)."""
     return (logits.argmax(1) == words).sum() / (words != -100).sum()
+
+
+def _mean(values: Tensor, counted: Tensor) -> Tensor:
+    """Mean of the values (N,) that are counted; 0 when none is."""
+    return torch.where(counted, values, 0).sum() / counted.sum().clamp(min=1)
 
 
 def _pairwise(a: Tensor, b: Tensor) -> Tensor:

@@ -9,16 +9,14 @@ The same command again continues where the last one stopped. The configs say mac
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from blip import atomic, checkpoint, dist, log
+from blip import dist
 from blip.config import CaptionConfig, DataConfig, DecodeConfig, SourceConfig, TrainConfig
 from blip.data.errors import DataError
 from blip.data.ledger import Ledger
@@ -32,7 +30,7 @@ from blip.train import Result, fit
 from eval.captioning import captions_of, coco_results, score
 from eval.pictures import Pictures
 from eval.references import Id, listed
-from recipes import command
+from recipes import command, keeping
 from recipes.building import ModelChoice, WorldChoice, build_feed, build_model, draw_world
 
 Captions = dict[Id, str]
@@ -97,7 +95,7 @@ def caption(run: Run) -> tuple[Result, Path]:
     kept = Kept(out, tokenizer, run)
 
     def evaluate(objective: nn.Module) -> dict[str, float]:
-        captions = validation.captions(objective.model)
+        captions = validation.answers(objective.model)
         return kept.offer(objective.model, captions, validation.scores(captions))
 
     result = fit(
@@ -137,7 +135,7 @@ class Exam:
         side = model.vision.image_size
         write(model.eval(), tokenizer, torch.zeros(1, 3, side, side), run.decode, prompt=self.prompt, keys=[""])
 
-    def captions(self, model: Blip) -> Captions:
+    def answers(self, model: Blip) -> Captions:
         """One caption of each picture; all processes share the work and each returns all."""
         return captions_of(model, self.tokenizer, self.pictures, self.decode, prompt=self.prompt)
 
@@ -173,83 +171,18 @@ def truth(images: Iterable[Id]) -> list[Grader]:
 # The model that is kept -----------------------------------------------------------------------------------------------
 
 
-class Kept:
-    """The best model so far and what it wrote, in the run's folder; metrics.jsonl is the record of what was best."""
+class Kept(keeping.Kept):
+    """The captioner with the best CIDEr, and what it wrote."""
 
     def __init__(self, out: Path, tokenizer: Tokenizer, run: Run) -> None:
-        self.out, self.folder = out, out / "model"
-        self.tokenizer, self.run = tokenizer, run
+        super().__init__(out, tokenizer, SELECTED_BY)
+        self.run = run
 
-    def offer(self, model: Blip, captions: Captions, scores: dict[str, float]) -> dict[str, float]:
-        """Write a model that no earlier one equals; returns its scores with `best`, 1 or 0.
+    def card(self, scores: dict[str, float]) -> str:
+        return _card(self.run, scores)
 
-        The scores get into metrics.jsonl afterwards: a run that is killed in between evaluates this step again.
-        """
-        earlier = [line["eval"][SELECTED_BY] for line in self._evaluations()]
-        best = dist.from_main(all(scores[SELECTED_BY] > value for value in earlier))
-        if best:
-            self.write(model, captions, scores)
-        return {**scores, "best": float(best)}
-
-    def write(self, model: Blip, captions: Captions | None = None, scores: dict[str, float] | None = None) -> None:
-        """Publish a model as the run's, from the main process; all raise if it could not be written."""
-
-        def publish() -> None:
-            if captions is not None:
-                _replace(self.out / "captions-validation.json", coco_results(captions))
-            checkpoint.save_pretrained(model, self.tokenizer, self.folder, card=_card(self.run, scores or {}))
-
-        _in_main(publish)
-
-    def conclude(self, result: Result, test: Exam | None, device: torch.device) -> Result:
-        """Put the test set to the model that was kept, write results.json, and give the result those scores."""
-        best = dist.from_main(next((line for line in reversed(self._evaluations()) if line["eval"]["best"]), None))
-        found: dict[str, Any] = {"steps": result.steps, "kept": result.steps}
-        if best:
-            scores = {name: value for name, value in best["eval"].items() if name != "best"}
-            found |= {"kept": best["step"], "epoch": best["epoch"], "validation": scores}
-        if test:
-            found["test"] = self._tested(found) or self._test(test, device)
-        _in_main(lambda: _replace(self.out / "results.json", json.dumps(found, indent=1) + "\n"))
-        if dist.is_main():
-            print(f"the model of step {found['kept']} is in {self.folder}, its scores in {self.out / 'results.json'}")
-        tested = {f"test_{name}": value for name, value in found.get("test", {}).items()}
-        return dataclasses.replace(result, metrics=found.get("validation", {}) | tested)
-
-    def _tested(self, found: dict[str, Any]) -> dict[str, float] | None:
-        """The test's scores where a finished run has them already."""
-        try:
-            before = json.loads((self.out / "results.json").read_bytes())
-        except (OSError, ValueError):  # not there yet, or not whole
-            before = {}
-        same = all(before.get(name) == found[name] for name in found)
-        return dist.from_main(before.get("test") if same else None)
-
-    def _test(self, test: Exam, device: torch.device) -> dict[str, float]:
-        model, _ = checkpoint.from_pretrained(self.folder, device=device)
-        captions = test.captions(model)
-        _in_main(lambda: _replace(self.out / "captions-test.json", coco_results(captions)))
-        return test.scores(captions)
-
-    def _evaluations(self) -> list[dict[str, Any]]:
-        return [line for line in log.read_metrics(self.out / "metrics.jsonl") if "eval" in line]
-
-
-def _in_main(action: Callable[[], None]) -> None:
-    """Write something in the main process; all raise if it could not."""
-    failure = None
-    if dist.is_main():
-        try:
-            action()
-        except atomic.WriteError as error:
-            failure = str(error)
-    failure = dist.from_main(failure)
-    if failure:
-        raise atomic.WriteError(failure)
-
-
-def _replace(path: Path, content: str) -> None:
-    atomic.replace_file(path, content.encode("utf-8", "replace"))
+    def written(self, name: str, answers: Captions) -> dict[str, str]:
+        return {f"captions-{name}.json": coco_results(answers)}
 
 
 def _card(run: Run, scores: dict[str, float]) -> str:

@@ -8,14 +8,19 @@ import pytest
 import yaml
 
 from blip.data.errors import DataError
-from recipes import caption, command, pretrain
+from recipes import caption, command, pretrain, retrieval
 from recipes.pretrain import Run
 
 CONFIGS = Path(command.__file__).parent / "configs"
 OPTIONS = Path(__file__).parent / "options.txt"
-RECIPES = {"caption": caption.Run, "pretrain": pretrain.Run}
-LAID_OVER = {"blip_2022": ("pretrain_base", "pretrain"), "caption_large_coco": ("caption_coco", "caption")}
-"""Configs that only say what differs from another -> that other, and the recipe."""
+RECIPES = {"caption": caption.Run, "pretrain": pretrain.Run, "retrieval": retrieval.Run}
+LAID_OVER = {
+    "blip_2022": ("pretrain_base", "pretrain"),
+    "caption_large_coco": ("caption_coco", "caption"),
+    "filter_coco": ("retrieval_coco", "retrieval"),
+    "filter_world": ("filter_world", "retrieval"),
+}
+"""Configs that only say what differs from another, or are not named after their recipe -> the other, and the recipe."""
 
 
 def refused(capsys, args: list[str]) -> str:
@@ -109,6 +114,7 @@ def test_broken_options_are_one_line_that_names_what(capsys, tmp_path, monkeypat
 EXPLAINED = {
     "pretrain": "Weight of the teacher's soft targets in the contrastive loss. (type: float, default: 0.4)",
     "caption": "Of the language-modelling loss. (type: float, default: 0.1)",
+    "retrieval": "Epochs over which alpha rises linearly from 0. (type: float, default: 1.0)",
 }
 OPTIONAL = ("held_out.", "validation.", "test.", "world.")
 """Sections that may be absent, whose options --help leaves out."""

@@ -491,6 +491,8 @@ WORKS = [
     ["recipes.pretrain", "--help"],
     ["recipes.pretrain", "--config", "recipes/configs/pretrain_base.yaml", "--print_config"],
     ["recipes.demo", *SMALL],
+    ["recipes.retrieval", "--help"],
+    ["recipes.retrieval", "--config", "recipes/configs/retrieval_coco.yaml", "--print_config"],
     ["blip.cli", "--help"],
     ["blip.cli", "caption", "written/images/test", "--model", "runs/demo/model", "--prompt", ""],
 ]
@@ -505,6 +507,7 @@ LACKS = {
     f"{BERT}/model.safetensors": [*OWN, "--model.text_weights", BERT],
     "someone/model": [*OWN, "--model.start_from", "someone/model"],
     "someone/pairs": [*OWN, "--data.sources", '[{"path": "someone/pairs", "format": "dataset"}]'],
+    "someone/start": ["recipes.retrieval", "--out", "out", "--model.start_from", "someone/start"],
     "someone/captioner": ["blip.cli", "caption", "written/images/test", "--model", "someone/captioner"],
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -33,15 +33,19 @@ class Batch:
     """Samples that were replaced while this batch was made."""
     prompt: int = 0
     """Word pieces after the first token that every text begins with: given to a writer, not asked of it."""
+    image_ids: Tensor | None = None
+    """(B,) int64, 0 or more: pairs of one image have the same, wherever in the data they are."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def to(self, device: torch.device) -> Batch:
-        return self._with(t.to(device, non_blocking=True) for t in (self.image, self.ids, self.keep))
+        return self._with(lambda t: t.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        return self._with(t.pin_memory() for t in (self.image, self.ids, self.keep))
+        return self._with(Tensor.pin_memory)
 
-    def _with(self, tensors: Iterable[Tensor]) -> Batch:
-        return Batch(*tensors, self.keys, self.bad, self.prompt)
+    def _with(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        image_ids = None if self.image_ids is None else move(self.image_ids)
+        tensors = move(self.image), move(self.ids), move(self.keep)
+        return Batch(*tensors, self.keys, self.bad, self.prompt, image_ids)

@@ -31,7 +31,8 @@ def make_batch(samples: Sequence[Sample], tokenizer: Tokenizer, prompt: int = 0)
     """B samples whose texts begin with `prompt` given word pieces -> one Batch, texts padded to the longest."""
     ids, keep = tokenizer.pad([s.pieces for s in samples])
     image = torch.stack([s.image for s in samples])
-    return Batch(image, ids, keep, [s.key for s in samples], [b for s in samples for b in s.bad], prompt)
+    image_ids = torch.tensor([s.image_id for s in samples])
+    return Batch(image, ids, keep, [s.key for s in samples], [b for s in samples for b in s.bad], prompt, image_ids)
 
 
 class Failure:

@@ -6,8 +6,10 @@ A sample is a function of (seed, epoch, index) alone, so any worker, process or 
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -41,6 +43,8 @@ class Sample:
     key: str
     bad: list[Bad] = field(default_factory=list)
     """Samples that were tried before this one."""
+    image_id: int = 0
+    """The same for all rows of one picture: see `picture_id`."""
 
 
 def make_sample(
@@ -51,7 +55,18 @@ def make_sample(
     caption = clean_caption(raw, config.max_words)
     image = decode(record.image, config.max_pixels, transform.at_least)
     pixels = transform(image, _AUGMENT, *key, sided=is_sided(caption))
-    return Sample(pixels, tokenizer.pieces(f"{config.prompt} {caption}", config.max_tokens), record.key)
+    pieces = tokenizer.pieces(f"{config.prompt} {caption}", config.max_tokens)
+    return Sample(pixels, pieces, record.key, image_id=picture_id(record))
+
+
+def picture_id(record: Record) -> int:
+    """A number of 63 bits for the picture of a row: of its file, links followed, or of its encoded bytes.
+
+    Rows of one picture have the same, in any format and over all sources. What a source draws is known by its row.
+    """
+    image = record.image
+    name = image if isinstance(image, bytes) else str(image if isinstance(image, Path) else record.key).encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1
 
 
 class Pairs(Dataset):

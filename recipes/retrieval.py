@@ -1,0 +1,139 @@
+"""Fine-tune for retrieval, which also gives CapFilt's filter: ITC + ITM, and the best epoch by recall (section 5.1).
+
+    accelerate launch -m recipes.retrieval --config recipes/configs/filter_world.yaml        # 2 cores, minutes
+    torchrun --nproc_per_node 8 -m recipes.retrieval --config recipes/configs/retrieval_coco.yaml --out runs/retrieval
+
+The same command again continues where the last one stopped. The configs say machine, time and score.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from blip import dist
+from blip.config import DataConfig, RetrievalConfig, TrainConfig
+from blip.data.errors import DataError
+from blip.data.ledger import Ledger
+from blip.model import Blip
+from blip.objectives import Retrieval
+from blip.tokenizer import Tokenizer
+from blip.train import Result, fit
+from eval.retrieval import Gallery, Ranking, rank
+from recipes import command, keeping
+from recipes.building import ModelChoice, WorldChoice, build_feed, build_model, draw_world
+from recipes.pretrain import Held
+
+SELECTED_BY = "mean_recall"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A retrieval run. Every option can stand in the YAML file of `--config` or be given as `--any.option value`."""
+
+    out: str
+    """Folder of the run: model/, results.json, metrics.jsonl, checkpoints/, config.yaml."""
+    model: ModelChoice = field(default_factory=ModelChoice)
+    """The model to fine-tune, usually `start_from` a pre-training run's."""
+    data: DataConfig = field(default_factory=lambda: DataConfig(max_tokens=35))
+    """What it is shown."""
+    objective: RetrievalConfig = field(default_factory=RetrievalConfig)
+    """The two losses."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How long and how fast."""
+    validation: Held | None = None
+    """Searched at every evaluation; the model with the best mean recall is kept. Without it the last model is."""
+    test: Held | None = None
+    """Searched once, at the end, with the model that was kept."""
+    world: WorldChoice | None = None
+    """Draw the embedded world first."""
+
+
+def retrieve(run: Run) -> tuple[Result, Path]:
+    """Carry out a run; returns how it ended, with the scores of the model that was kept, and that model's folder.
+
+    The scores are those of results.json: the validation's under their own names, the test's as `test_...`. ValueError
+    for settings that do not fit.
+    """
+    out = Path(run.out)
+    if run.data.prompt.strip():
+        raise ValueError(f"data.prompt {run.data.prompt!r}: texts are compared without a prompt, leave it out")
+    dist.start(run.train.timeout)
+    model, tokenizer = build_model(run.model, run.train.seed)
+    if run.world:
+        draw_world(run.world)
+    feed, fingerprint = build_feed(run.data, model.vision.image_size, tokenizer, run.train.seed)
+    validation = Exam("validation", run.validation, run, model, tokenizer) if run.validation else None
+    test = Exam("test", run.test, run, model, tokenizer) if run.test else None
+    kept = Kept(out, tokenizer, run)
+
+    def evaluate(objective: nn.Module) -> dict[str, float]:
+        ranking = validation.answers(objective.model)
+        return kept.offer(objective.model, ranking, validation.scores(ranking))
+
+    result = fit(
+        Retrieval(model, run.objective),
+        feed,
+        run.train,
+        out=out,
+        evaluate=evaluate if validation else None,
+        settings=dataclasses.asdict(run),
+        fingerprint=fingerprint,
+        ledger=Ledger(out / f"bad_samples-{dist.rank()}.jsonl", run.data.max_bad_fraction),
+    )
+    if validation is None:
+        kept.write(model)
+    return kept.conclude(result, test, next(model.parameters()).device), kept.folder
+
+
+class Exam:
+    """A held-out set: how a model ranks its texts and pictures, and how often the right ones come first."""
+
+    def __init__(self, name: str, held: Held, run: Run, model: Blip, tokenizer: Tokenizer) -> None:
+        """Opens it, so that what does not fit is said before the training.
+
+        Raises DataError for rows that cannot be used or when there is no caption, ValueError for a `k` below 1.
+        """
+        if held.k < 1:
+            raise ValueError(f"{name}.k must be 1 or more, got {held.k}")
+        self.gallery = Gallery.open(held.source, model.vision.image_size, limit=held.limit)
+        if not self.gallery.texts:
+            raise DataError(f"{name}.source {held.source.path}: no captions")
+        next(iter(self.gallery.images))
+        self.tokenizer, self.k, self.max_tokens = tokenizer, held.k, run.data.max_tokens
+
+    def answers(self, model: Blip) -> Ranking:
+        """The set's pictures and texts compared with each other; every process does all of it."""
+        return rank(model, self.tokenizer, *self.gallery, k=self.k, max_tokens=self.max_tokens)
+
+    def scores(self, answers: Ranking) -> dict[str, float]:
+        """Recalls in percent."""
+        return answers.recalls(torch.as_tensor(self.gallery.image_of_text))
+
+
+class Kept(keeping.Kept):
+    """The model with the best mean recall."""
+
+    def __init__(self, out: Path, tokenizer: Tokenizer, run: Run) -> None:
+        super().__init__(out, tokenizer, SELECTED_BY)
+        self.run = run
+
+    def card(self, scores: dict[str, float]) -> str:
+        run = self.run
+        start = f"from {run.model.start_from}" if run.model.start_from else "from first weights"
+        lines = [f"For retrieval, and as a filter of image-text pairs; trained {start} with `recipes.retrieval`.", ""]
+        lines += [f"- {source.path} ({source.kind})" for source in run.data.sources]
+        lines += [""] + [f"- {name}: {value:.2f}" for name, value in scores.items()]
+        return "\n".join(lines)
+
+
+def main() -> None:
+    retrieve(command.read(Run))
+
+
+if __name__ == "__main__":
+    command.run(main)
