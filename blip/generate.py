@@ -169,13 +169,16 @@ def _check(
         raise ValueError(f"a prompt of {longest} tokens leaves nothing to write up to max_length {config.max_length}")
     if config.method == "beam" and 2 * config.beams >= text.vocab_size:
         raise ValueError(f"{config.beams} beams are too many for a vocabulary of {text.vocab_size}")
-    if config.method == "nucleus" and (keys is None or len(keys) != rows):
+    if config.method == "nucleus":
+        _check_keys(rows, keys)
+
+
+def _check_keys(rows: int, keys: Sequence[str] | None) -> None:
+    if keys is None or len(keys) != rows:
         raise ValueError(f"nucleus needs a key for each of {rows} rows, got {'none' if keys is None else len(keys)}")
-    if (
-        config.method == "nucleus"
-        and (wrong := next((k for k in keys or () if not isinstance(k, str)), None)) is not None
-    ):
-        raise ValueError(f"a row's key is a str, got {type(wrong).__name__} {wrong!r}")
+    wrong = [key for key in keys if not isinstance(key, str)]
+    if wrong:
+        raise ValueError(f"a row's key is a str, got {type(wrong[0]).__name__} {wrong[0]!r}")
 
 
 class _Reader:
@@ -382,7 +385,7 @@ def _from_nucleus(scores: Tensor, words: Tensor, total: Tensor, noise: Tensor, t
     probs = (scores - total[:, None]).exp()
     outside = probs.cumsum(1) - probs >= top_p
     bits = _mixed(noise[:, None] + _GOLDEN * (words + 1))
-    uniform = ((bits >> 11 & (1 << 53) - 1).double() + 0.5) * 2.0**-53
+    uniform = ((bits >> 12 & (1 << 52) - 1).double() + 0.5) * 2.0**-52  # all exact, neither 0 nor 1
     gumbel = -(-uniform.log()).log()
     return words.gather(1, (scores + gumbel).masked_fill(outside, float("-inf")).argmax(1, keepdim=True)).squeeze(1)
 

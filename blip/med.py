@@ -89,7 +89,7 @@ class Layout:
         return packed.index_select(0, self.source.view(self.rows, self.length)[:, 0])
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Context:
     """What texts look at (image tokens, question states, ...), projected to keys and values once per layer.
 
@@ -132,7 +132,7 @@ class Context:
         return attention(query, key, value, mask, dropout)
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Absorbed(Context):
     """A context that few queries look at: `held` is its states (B, P, V), and these transposed.
 
