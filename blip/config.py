@@ -132,9 +132,11 @@ TINY = BlipConfig(
 )
 SMALL = BlipConfig(
     vision=VisionConfig(
-        "vit_small_patch16_224", image_size=64, patch_size=16, width=384, depth=8, heads=6, init_gain=1.0
+        "vit_small_patch16_224", image_size=64, patch_size=16, width=256, depth=6, heads=4, init_gain=1.0
     ),
-    text=TextConfig(width=384, layers=6, heads=6, hidden=1536, max_positions=128, init_std=0.03),
+    text=TextConfig(
+        width=256, layers=4, heads=4, hidden=1024, max_positions=128, dropout=0.0, attention_dropout=0.0, init_std=0.04
+    ),
     embed_dim=256,
 )
 BASE = BlipConfig()

@@ -17,12 +17,24 @@ def start(timeout: float = 600.0) -> None:
 
     Harmless when already joined or alone. GPU tensors travel by NCCL, CPU tensors and objects by gloo.
     """
+    _share_cores()
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or torch_dist.is_initialized():
         return
     if not on_cpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     backend = "gloo" if on_cpu() else "cpu:gloo,cuda:nccl"
     torch_dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+
+
+def _share_cores() -> None:
+    """Give each process its share of the machine's cores where the launcher left it one.
+
+    Without a word about threads `accelerate launch` and torchrun set OMP_NUM_THREADS to 1, and the others would idle.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if on_cpu() and launched and os.environ.get("OMP_NUM_THREADS") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def on_cpu() -> bool:

@@ -87,3 +87,26 @@ def test_alone(monkeypatch):
 def test_accelerate_can_ask_for_the_cpu(monkeypatch, variable, answer):
     monkeypatch.setenv("ACCELERATE_USE_CPU", variable)
     assert dist.on_cpu() == answer
+
+
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}, [8]),
+        ({"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "3"}, [2]),
+        ({"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "9"}, [1]),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "3"}, []),
+        ({"OMP_NUM_THREADS": "1"}, []),
+    ],
+)
+def test_the_one_thread_that_a_launcher_leaves_becomes_a_share_of_the_machine(environment, threads, monkeypatch):
+    for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    given = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    monkeypatch.setattr(dist.os, "sched_getaffinity", lambda _: range(8), raising=False)
+    monkeypatch.setattr(dist, "on_cpu", lambda: True)
+    dist.start()
+    assert given == threads

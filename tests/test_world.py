@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from blip.data import world, world_files
 from blip.data.world import COLOURS, HELD_OUT, SHAPES, SPLITS, Background, Scene, Thing
 from blip.data.world_judge import grade, judge, parse
-from blip.data.world_text import KINDS, MIXTURE, captions, web_text
+from blip.data.world_text import KINDS, MIXTURE, captions, description, web_text
 
 SHOW = """
 import hashlib
@@ -322,6 +322,25 @@ def test_precision_and_recall():
     assert result["precision/colour"] == 0.5
     assert result["recall/shape"] == pytest.approx(2 / 6)
     assert result["true"] == 0
+
+
+def test_a_relation_is_told_by_two_places():
+    scene = world.scene(0, next(i for i in range(50) if len(world.scene(0, i).things) == 2))
+    a, b = scene.things
+    places = [f"a {t.colour} {t.shape} at the {t.place}" for t in (a, b)]
+    assert judge(scene, " and ".join(places)).recalled["relation"] == 1
+    assert judge(scene, f"{places[0]} and a {b.colour} {b.shape}").recalled["relation"] == 0
+    wrong = next(place for place in world.PLACES if place not in (a.place, b.place))
+    text = f"{places[0]} and a {b.colour} {b.shape} at the {wrong}"
+    assert judge(scene, text).recalled["relation"] == 0
+
+
+@pytest.mark.parametrize("split", ["train", "composition"])
+def test_a_description_tells_everything(split):
+    for i in range(100):
+        made = world.scene(1, i, split)
+        verdict = judge(made, description(made))
+        assert (verdict.precision, verdict.recall) == (1, 1), description(made)
 
 
 def test_a_colour_left_out_is_matched_by_what_else_is_said():

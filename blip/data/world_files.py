@@ -29,7 +29,7 @@ from jsonargparse import auto_cli
 from tqdm import tqdm
 
 from blip.data.world import Dice, Split, draw, scene
-from blip.data.world_text import NOISE, captions, web_text
+from blip.data.world_text import NOISE, captions, description, web_text
 
 JPEG_QUALITY = 92
 BREAKS = ("truncated", "html", "empty")
@@ -83,10 +83,11 @@ def write(
 ) -> list[Path]:
     """Write pictures of the embedded world with captions, or with noisy web texts whose truth is recorded.
 
-    A record has `image_id` (it leads back to the scene), `caption` (five captions, or one web text) and, for web
-    texts, `kind`: right, mismatched, near_miss, vague or junk_around. Where files are broken on purpose, `broken`
-    says how, or is empty. tar: shards of .jpg, .txt (one caption) and .json (the record). json: SPLIT.json beside
-    images/SPLIT. imagefolder: SPLIT with a metadata.jsonl. parquet: data/SPLIT-*.parquet with the pictures inside.
+    A record has `image_id` (it leads back to the scene) and `caption`: five captions, with a `description` beside them
+    that tells everything, or one web text, with its `kind` (right, mismatched, near_miss, vague or junk_around). Where
+    files are broken on purpose, `broken` says how, or is empty. tar: shards of .jpg, .txt (one caption) and .json (the
+    record). json: SPLIT.json beside images/SPLIT. imagefolder: SPLIT with a metadata.jsonl. parquet:
+    data/SPLIT-*.parquet with the pictures inside.
 
     Args:
         out: Folder to write into; several splits may share one.
@@ -175,6 +176,7 @@ def make_row(settings: _Settings, i: int) -> Row:
         record["caption"], record["kind"] = web_text(made, settings.noise)
     else:
         record["caption"] = captions(made)
+        record["description"] = description(made)
     if settings.broken:
         record["broken"] = settings.broken.get(i, "")
     return Row(_break(_jpeg(draw(made, settings.size)), record.get("broken", "")), record)

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 
 from blip.data.world import BACKGROUNDS, COLOURS, PLACES, SHAPES, Scene, Thing, is_between, relations_of
 
@@ -95,7 +96,10 @@ class Verdict:
 
     @property
     def recall(self) -> float:
-        """Share of shapes, colours, sizes, places, related pairs, count and background that is told rightly."""
+        """Share of shapes, colours, sizes, places, related pairs, count and background that is told rightly.
+
+        A pair of things is also told by both their places.
+        """
         return self.recalled.total() / self.possible.total()
 
 
@@ -117,6 +121,13 @@ def judge(scene: Scene, text: str) -> Verdict:
     true = [relation for relation in claims.relations if _holds(relation, pairing)]
     right["relation"] = len(true)
     pairs = {frozenset((r.subject, other)) for r in true for other in r.objects}
+    # Who is told the places of two things knows how they lie to each other.
+    placed = [
+        k
+        for k, (mention, thing) in enumerate(zip(claims.mentions, pairing, strict=False))
+        if thing and mention.place == thing.place
+    ]
+    pairs |= {frozenset(pair) for pair in combinations(placed, 2)}
     recalled["relation"] = len(pairs)
     for name, value, truth in (
         ("count", claims.count, len(scene.things)),

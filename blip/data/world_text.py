@@ -100,6 +100,17 @@ def captions(scene: Scene) -> list[str]:
     return texts
 
 
+def description(scene: Scene) -> str:
+    """Everything that can be told of a scene in one sentence: how many things, each one's looks and place, background.
+
+    Things come as one reads, row by row from the left; wording varies.
+    """
+    dice = _dice("description", scene)
+    things = sorted(scene.things, key=lambda thing: thing.cell)
+    parts = [f"{_name(dice, thing, size=1)} {_where(dice, thing)}" for thing in things]
+    return f"{dice.choice(_COUNTED[len(things)])}: {_join(parts)}{_behind(dice, scene, 1)}"
+
+
 def web_text(scene: Scene, noise: float = NOISE) -> WebText:
     """One text as a crawl of the web would have it: with probability `noise` not a right caption, by `MIXTURE`."""
     if not 0 <= noise <= 1:
