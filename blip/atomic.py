@@ -19,11 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from blip.errors import Stopped
+
 MANIFEST = "MANIFEST.json"
 _ALIAS = "same_as:"
 
 
-class WriteError(RuntimeError):
+class WriteError(Stopped):
     """A file could not be written; nothing of it was left behind."""
 
 

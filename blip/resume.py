@@ -26,6 +26,7 @@ import yaml
 from torch import Tensor, nn
 
 from blip import atomic
+from blip.errors import Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ _BEATS, _STALE = 10.0, 60.0
 """Seconds between signs of life in the lock, and without one after which another machine's lock is void."""
 
 
-class RunLocked(RuntimeError):
+class RunLocked(Stopped):
     """Another process writes to this run directory."""
 
 

@@ -29,6 +29,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from blip import atomic, dist, log, optim, resume
 from blip.config import TrainConfig
 from blip.data.batch import Batch
+from blip.errors import Stopped
 from blip.resume import RunLock, RunLocked, State
 from blip.signals import Stopper
 
@@ -71,15 +72,15 @@ class Interrupted(SystemExit):
         super().__init__(75)
 
 
-class NonFinite(RuntimeError):
+class NonFinite(Stopped):
     """A loss or gradient was not a finite number; the update was not made."""
 
 
-class OutOfMemory(RuntimeError):
+class OutOfMemory(Stopped):
     """The device or the machine has too little memory for the batch."""
 
 
-class LostPeer(RuntimeError):
+class LostPeer(Stopped):
     """Another process of the run is gone or stuck."""
 
 

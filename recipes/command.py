@@ -7,7 +7,7 @@ import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar, get_args, get_type_hints
+from typing import TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import auto_cli, set_parsing_settings
@@ -46,9 +46,9 @@ def read(settings: type[Settings], args: list[str] | None = None) -> Settings:
     """
     args = sys.argv[1:] if args is None else args
     try:
-        for path in _config_files(args):
-            _check_file(path, _sections(settings))
+        contents = {path: _content(path, _sections(settings)) for path in _config_files(args)}
         _check_names(args, set(_options(settings)))
+        args = _with_new_lists(args, contents, list(_lists(settings)))
         return auto_cli(settings, args=args, as_positional=False, exit_on_error=False, allow_abbrev=False)
     except Exception as error:
         fail(one_line(error), WRONG_USE)
@@ -62,6 +62,42 @@ def _options(settings: type, before: str = "--") -> Iterator[str]:
         for inner in (kind, *get_args(kind)):
             if dataclasses.is_dataclass(inner):
                 yield from _options(inner, f"{before}{name}.")
+
+
+def _lists(settings: type, before: str = "--") -> Iterator[str]:
+    """Names of the options that are lists of settings."""
+    for name, kind in get_type_hints(settings).items():
+        inner = next((one for one in (kind, *get_args(kind)) if dataclasses.is_dataclass(one)), None)
+        if get_origin(kind) is list and inner:
+            yield before + name
+        elif inner:
+            yield from _lists(inner, f"{before}{name}.")
+
+
+def _with_new_lists(args: list[str], contents: dict[str, dict], lists: list[str]) -> list[str]:
+    """Empty each list of settings before it is given anew.
+
+    Two lists of one length would be merged item by item otherwise, so that a source got another's split and weight.
+    """
+    fresh: list[str] = []
+    for option, value in itertools.zip_longest(args, args[1:]):
+        name, _, inline = option.partition("=")
+        if name == "--config":
+            given = contents.get(inline or value, {})
+            fresh += [f"{one}=[]" for one in lists if _has(given, one.removeprefix("--").split("."))]
+        elif name in lists:
+            fresh.append(f"{name}=[]")
+        fresh.append(option)
+    return fresh
+
+
+def _has(content: object, keys: list[str]) -> bool:
+    """Whether a mapping of mappings has an entry under these keys."""
+    for key in keys:
+        if not isinstance(content, dict) or key not in content:
+            return False
+        content = content[key]
+    return True
 
 
 def _check_names(args: list[str], options: set[str]) -> None:
@@ -81,7 +117,8 @@ def _sections(settings: type) -> set[str]:
     return {name for name, kind in get_type_hints(settings).items() if dataclasses.is_dataclass(kind)}
 
 
-def _check_file(path: str, sections: set[str]) -> None:
+def _content(path: str, sections: set[str]) -> dict:
+    """What a file of options says, looked over."""
     if not Path(path).is_file():
         raise ValueError(f"--config {path}: no such file")
     try:
@@ -97,3 +134,4 @@ def _check_file(path: str, sections: set[str]) -> None:
     for name in sections & content.keys():
         if not isinstance(content[name], dict | str):
             raise ValueError(f"--config {path}: {name} must be a mapping of options, got {content[name]!r}")
+    return content

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from blip import atomic
+from blip.config import SourceConfig
 from blip.data.errors import DataError
+from blip.resume import RunLocked
 from recipes import caption, command, pretrain, retrieval
 from recipes.pretrain import Run
 
@@ -19,6 +22,8 @@ LAID_OVER = {
     "caption_large_coco": ("caption_coco", "caption"),
     "filter_coco": ("retrieval_coco", "retrieval"),
     "filter_world": ("filter_world", "retrieval"),
+    "caption_world_small": ("caption_world", "caption"),
+    "filter_world_small": ("filter_world", "retrieval"),
 }
 """Configs that only say what differs from another, or are not named after their recipe -> the other, and the recipe."""
 
@@ -175,6 +180,16 @@ def test_a_config_is_laid_over_another():
     assert [source.kind for source in run.data.sources] == ["human", "web"]
 
 
+@pytest.mark.parametrize("how", ["file", "option"])
+def test_a_new_list_of_sources_takes_nothing_from_the_old_one(tmp_path, how):
+    old, new = tmp_path / "old.yaml", tmp_path / "new.yaml"
+    old.write_text("out: x\ndata:\n  sources:\n    - {path: a.json, split: train, weight: 5}\n")
+    new.write_text("data:\n  sources:\n    - path: b.json\n")
+    given = ["--config", str(new)] if how == "file" else ["--data.sources", '[{"path": "b.json"}]']
+    run = command.read(Run, ["--config", str(old), *given, "--data.sources+", '{"path": "c.json"}'])
+    assert run.data.sources == [SourceConfig("b.json"), SourceConfig("c.json")]
+
+
 def walk(kind: type, before: str = "") -> list[str]:
     """Names of all options of a settings class; those of a list's items as `list.name`."""
     hints, names = typing.get_type_hints(kind), []
@@ -191,14 +206,23 @@ def test_options_appear_and_disappear_on_purpose():
     assert found == OPTIONS.read_text().splitlines()
 
 
-@pytest.mark.parametrize("error", [DataError("row 3 of a.json\n  is odd"), ValueError("x"), FileNotFoundError("y")])
-def test_a_recipes_own_errors_are_one_line(capsys, error):
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (DataError("row 3 of a.json\n  is odd"), 2),
+        (ValueError("x"), 2),
+        (FileNotFoundError("y"), 2),
+        (atomic.WriteError("could not write z: 10 bytes are free"), 1),
+        (RunLocked("process 7 writes to runs/x"), 1),
+    ],
+)
+def test_a_recipes_own_errors_are_one_line(capsys, error, status):
     def fails():
         raise error
 
     with pytest.raises(SystemExit) as stop:
         command.run(fails)
-    assert stop.value.code == 2
+    assert stop.value.code == status
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert str(error).split("\n")[0] in said

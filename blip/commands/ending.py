@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 from blip.data.errors import DataError
+from blip.errors import Stopped
 
 SOME_FAILED, WRONG_USE = 1, 2
-"""Exit statuses: some of the input could not be used; options, files or settings do not fit."""
+"""Exit statuses: the work could not be done, or not for all of the input; options, files or settings do not fit."""
 
 
 def run(main: Callable[[], None]) -> None:
@@ -20,6 +21,8 @@ def run(main: Callable[[], None]) -> None:
         main()
     except (DataError, ValueError, OSError) as error:
         fail(one_line(error), WRONG_USE)
+    except Stopped as error:
+        fail(one_line(error), SOME_FAILED)
 
 
 def fail(message: str, status: int) -> NoReturn:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from blip.errors import Stopped
+
 
 class BadSample(Exception):
     """One sample cannot be used; it is replaced by another and written to the ledger."""
@@ -11,7 +13,7 @@ class BadSample(Exception):
         self.reason = reason
 
 
-class DataError(RuntimeError):
+class DataError(Stopped):
     """The data, or the processes that read it, cannot be used as they are."""
 
 
