@@ -52,7 +52,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not ONEDNN or plain or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     flat = x.reshape(-1, x.shape[-1])
-    return _OneDnnLinear.apply(flat, weight, bias).view(*x.shape[:-1], len(weight))
+    product = _OneDnnLinear.apply if torch.is_grad_enabled() else _product
+    return product(flat, weight, bias).view(*x.shape[:-1], len(weight))
 
 
 class Linear(nn.Linear):

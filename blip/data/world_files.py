@@ -265,7 +265,7 @@ _WRITERS: dict[str, Callable[[Path, str, Iterable[Row], int, int], None]] = {
 def main(args: list[str] | None = None) -> None:
     """The command line; a setting or folder that will not do is said in one line."""
     try:
-        written = auto_cli(write, args=args, as_positional=False)
+        written = auto_cli(write, args=args, as_positional=False, allow_abbrev=False)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(*written, sep="\n")
