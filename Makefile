@@ -22,6 +22,8 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.pretrain_step
 	$(BIN)/python -m benchmarks.caption
+	$(BIN)/python -m benchmarks.capfilt
+	$(BIN)/python -m benchmarks.rerank
 	$(BIN)/python -m benchmarks.capfilt_job
 
 # uv installs the same packages as pip, several times faster; it lives in the environment that it fills.

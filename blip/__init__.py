@@ -1,5 +1,6 @@
 """BLIP: one image encoder and one text transformer that embeds, matches and writes.
 
+    blip.load("runs/demo/model").match(["photo.jpg"], ["a dog", "a cat"]).probability
     model, tokenizer = blip.from_pretrained("runs/demo/model")
 
 Names are loaded when first used, so `import blip` is quick.
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from blip.checkpoint import from_pretrained, push_to_hub, save_pretrained
     from blip.config import BASE, DECODE_PRESETS, LARGE, SMALL, TINY, BlipConfig, DecodeConfig
+    from blip.features import Features, Matches, load
     from blip.generate import write
     from blip.model import Blip
     from blip.tokenizer import Tokenizer
@@ -24,6 +26,9 @@ _WHERE = {
     "LARGE": "blip.config",
     "DecodeConfig": "blip.config",
     "DECODE_PRESETS": "blip.config",
+    "Features": "blip.features",
+    "Matches": "blip.features",
+    "load": "blip.features",
     "write": "blip.generate",
     "Tokenizer": "blip.tokenizer",
     "from_pretrained": "blip.checkpoint",
@@ -39,8 +44,11 @@ __all__ = [
     "Blip",
     "BlipConfig",
     "DecodeConfig",
+    "Features",
+    "Matches",
     "Tokenizer",
     "from_pretrained",
+    "load",
     "push_to_hub",
     "save_pretrained",
     "write",

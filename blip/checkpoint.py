@@ -1,4 +1,7 @@
-"""A model as a directory: config.json, model.safetensors, the tokenizer and a card. Loading is strict."""
+"""A model as a directory: config.json, model.safetensors, the tokenizer and a card. Loading is strict.
+
+A directory holds one of `blip.tasks.TASKS`; config.json says which, and nothing where it is a `Blip`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from huggingface_hub import HfApi
@@ -17,15 +20,18 @@ from torch import Tensor
 from blip import atomic, hub
 from blip.config import BlipConfig
 from blip.model import Blip
+from blip.tasks import TASKS
 from blip.tokenizer import Tokenizer
 from blip.vision import resize_positions
 
 FORMAT, VERSION = "openblip", 1
 _CONFIG, _WEIGHTS, _POSITIONS = "config.json", "model.safetensors", "vision.vit.pos_embed"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+Model = TypeVar("Model")
+"""One of the classes of `blip.tasks.TASKS`."""
 
 
-def save_pretrained(model: Blip, tokenizer: Tokenizer, directory: str | Path, card: str = "") -> None:
+def save_pretrained(model: Model, tokenizer: Tokenizer, directory: str | Path, card: str = "") -> None:
     """Write a model directory that `from_pretrained` reads; one that is there already is replaced as a whole.
 
     `card` is the body of README.md (Markdown). Files in the directory that are not the model's stay. ValueError if the
@@ -34,11 +40,13 @@ def save_pretrained(model: Blip, tokenizer: Tokenizer, directory: str | Path, ca
     tokenizer.check(model.config.text)
     target = Path(directory)
     state = model.state_dict()
-    config = json.dumps({"format": FORMAT, "version": VERSION, "model": model.config.to_dict()}, indent=1).encode()
+    task = _name(type(model))
+    said = {"format": FORMAT, "version": VERSION} | ({} if task == "blip" else {"task": task})
+    config = json.dumps({**said, "model": model.config.to_dict()}, indent=1).encode()
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save(scratch)
         texts = {path.name: path.read_bytes() for path in Path(scratch).iterdir()}
-    texts |= {_CONFIG: config, "README.md": _card(card).encode()}
+    texts |= {_CONFIG: config, "README.md": _card(card, task).encode()}
     writers: dict[str, tuple[Callable[[Path], None], int]] = {
         name: (lambda path, content=content: atomic.write_bytes(path, content), len(content))
         for name, content in texts.items()
@@ -68,26 +76,39 @@ def _swap(fresh: Path, target: Path) -> None:
     shutil.rmtree(old)
 
 
-def _card(body: str) -> str:
-    front = "---\nlibrary_name: openblip\nlicense: apache-2.0\ntags:\n- image-to-text\n- image-text-matching\n---\n\n"
+def _card(body: str, task: str) -> str:
+    tags = "".join(f"- {tag}\n" for tag in TASKS[task].tags)
+    front = f"---\nlibrary_name: openblip\nlicense: apache-2.0\ntags:\n{tags}---\n\n"
     return front + (body or "# A BLIP model\n\nLoad it with `blip.checkpoint.from_pretrained`.\n")
 
 
+def _name(kind: type) -> str:
+    return next(name for name, task in TASKS.items() if task.model is kind)
+
+
+@overload
 def from_pretrained(
     where: str | Path, *, image_size: int | None = None, device: str | torch.device = "cpu"
-) -> tuple[Blip, Tokenizer]:
+) -> tuple[Blip, Tokenizer]: ...
+@overload
+def from_pretrained(
+    where: str | Path, kind: type[Model], *, image_size: int | None = None, device: str | torch.device = "cpu"
+) -> tuple[Model, Tokenizer]: ...
+def from_pretrained(where, kind=Blip, *, image_size=None, device="cpu"):
     """Read a model directory, or a repository of that name on the hub; the model is in evaluation mode.
 
-    With another `image_size` (pixels) the position embeddings are resized. FileNotFoundError if it is not there,
-    ValueError, naming the file and what is wrong with it, if it is not whole, of another format, or if weights,
-    configuration and tokenizer do not fit each other.
+    `kind` is the class that is expected there, `Blip` or a task model. With another `image_size` (pixels) the position
+    embeddings are resized. FileNotFoundError if it is not there, ValueError, naming the file and what is wrong with it,
+    if it is not whole, of another format or kind, or if weights, configuration and tokenizer do not fit each other.
     """
     config_path, weights_path, tokenizer_at = _find(where)
-    config = _read_config(config_path)
+    task, config = _read_config(config_path)
+    if TASKS[task].model is not kind:
+        raise ValueError(f"{config_path} is of a {TASKS[task].model.__name__} model, {_remedy(task, _name(kind))}")
     state = atomic.read_tensors(weights_path)
     if image_size is not None and image_size != config.vision.image_size:
         config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=image_size))
-    model = Blip(config)
+    model = kind(config)
     if _POSITIONS in state:
         state[_POSITIONS] = _fit_positions(state[_POSITIONS], model)
     _refuse_misfit(weights_path, state, model.state_dict())
@@ -95,6 +116,30 @@ def from_pretrained(
     tokenizer = Tokenizer.load(tokenizer_at)
     tokenizer.check(config.text)
     return model.to(device).eval(), tokenizer
+
+
+def _remedy(found: str, wanted: str) -> str:
+    kind = TASKS[wanted].model.__name__
+    if found == "blip":
+        return f"{kind} is expected: fine-tune it first with recipes.{wanted}, or give a model that this wrote"
+    use = f"which is for {TASKS[found].used_by} (in Python: from_pretrained(folder, {TASKS[found].model.__name__}))"
+    return f"{use}; {kind} is expected here"
+
+
+def kind_of(where: str | Path) -> type[Any]:
+    """The class of the model in a directory or repository; errors as in `from_pretrained`."""
+    return TASKS[_read_config(_find(where)[0])[0]].model
+
+
+def start_task(kind: type[Model], where: str | Path, *, image_size: int | None = None) -> tuple[Model, Tokenizer]:
+    """A task model from a directory that holds one, or one that starts from the pre-trained `Blip` there.
+
+    What the pre-trained model lacks is random (`Vqa.origin`). In evaluation mode; errors as in `from_pretrained`.
+    """
+    if kind_of(where) is not Blip:
+        return from_pretrained(where, kind, image_size=image_size)
+    blip, tokenizer = from_pretrained(where, image_size=image_size)
+    return kind.from_blip(blip), tokenizer
 
 
 def _find(where: str | Path) -> tuple[Path, Path, Path]:
@@ -113,7 +158,8 @@ def _find(where: str | Path) -> tuple[Path, Path, Path]:
     return folder / _CONFIG, folder / _WEIGHTS, folder
 
 
-def _read_config(path: Path) -> BlipConfig:
+def _read_config(path: Path) -> tuple[str, BlipConfig]:
+    """Which of `TASKS` it is, and its configuration."""
     try:
         said = json.loads(path.read_bytes())
     except ValueError as error:
@@ -124,13 +170,16 @@ def _read_config(path: Path) -> BlipConfig:
         raise ValueError(f"{path} does not say format {FORMAT!r}; {remedy}")
     if said.get("version") != VERSION:
         raise ValueError(f"{path} is version {said.get('version')!r}, this program reads {VERSION}: update openblip")
+    task = said.get("task", "blip")
+    if not isinstance(task, str) or task not in TASKS:
+        raise ValueError(f"{path} is of task {task!r}, this program knows {', '.join(TASKS)}: update openblip")
     try:
-        return BlipConfig.from_dict(said.get("model"))
+        return task, TASKS[task].config.from_dict(said.get("model"))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _fit_positions(positions: Tensor, model: Blip) -> Tensor:
+def _fit_positions(positions: Tensor, model: Any) -> Tensor:
     vit = model.vision.vit
     if positions.ndim != 3 or positions.shape == vit.pos_embed.shape:
         return positions
@@ -157,7 +206,7 @@ def _refuse_misfit(path: Path, state: dict[str, Tensor], wanted: dict[str, Tenso
         )
 
 
-def push_to_hub(model: Blip, tokenizer: Tokenizer, repo_id: str, *, card: str = "", **options: Any) -> str:
+def push_to_hub(model: Model, tokenizer: Tokenizer, repo_id: str, *, card: str = "", **options: Any) -> str:
     """Upload a model directory to the hub and return its address.
 
     `options`: `private`, `token`, and what huggingface_hub's `upload_folder` takes (`commit_message`, `revision`...).

@@ -8,12 +8,14 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from blip.commands import caption
+from blip.commands import caption, classify, explain, match, search, vqa
 from blip.commands.ending import WRONG_USE, fail, one_line, unknown_option
 from blip.data.errors import DataError
 
-COMMANDS = (caption,)
+COMMANDS = (caption, match, search, classify, explain, vqa)
 """Each has `add(subparsers)`, which sets `run(namespace) -> exit status`. Importing them imports no torch."""
+_NOT_OPTIONS = {"command", "run", "image", "images", "text", "texts", "folder", "queries", "question"}
+"""What a parsed command line holds beside options."""
 _STOPPED, _PIPE_CLOSED = 130, 141
 """What a shell reports of a program that SIGINT or SIGPIPE ended."""
 
@@ -36,7 +38,7 @@ def main(args: Sequence[str] | None = None) -> int:
         command.add(commands)
     chosen, unknown = parser.parse_known_args(args)
     if unknown:
-        known = ["--" + name.replace("_", "-") for name in vars(chosen) if name not in ("images", "command", "run")]
+        known = ["--" + name.replace("_", "-") for name in vars(chosen) if name not in _NOT_OPTIONS]
         commands.choices[chosen.command].error(unknown_option(unknown[0], known))
     try:
         return chosen.run(chosen)

@@ -112,6 +112,35 @@ class BlipConfig:
         return cls(**values)
 
 
+@dataclass(frozen=True)
+class NlvrModelConfig(BlipConfig):
+    """A model that reasons over several images (paper, section 5.4)."""
+
+    images: int = 2
+    """Images of an example."""
+
+    def __post_init__(self) -> None:
+        _require(self.images >= 2, f"images must be 2 or more, got {self.images}")
+
+    @classmethod
+    def of(cls, config: BlipConfig, images: int) -> NlvrModelConfig:
+        """The shape of a pre-trained model, for examples of some images."""
+        return cls(config.vision, config.text, config.embed_dim, config.temperature, images)
+
+
+@dataclass(frozen=True)
+class DialogueModelConfig(BlipConfig):
+    """A model that ranks answers in a dialogue about an image (paper, section 5.5)."""
+
+    caption_sees_image: bool = False
+    """Read the caption over the image instead of alone."""
+
+    @classmethod
+    def of(cls, config: BlipConfig, caption_sees_image: bool) -> DialogueModelConfig:
+        """The shape of a pre-trained model, and how it reads captions."""
+        return cls(config.vision, config.text, config.embed_dim, config.temperature, caption_sees_image)
+
+
 def _known(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
     _require(isinstance(values, dict), f"{where} must be a mapping, got {type(values).__name__}")
     names = {f.name for f in dataclasses.fields(cls)}
@@ -217,6 +246,17 @@ class CaptionConfig:
         _require(0 <= self.label_smoothing < 1, f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
 
 
+@dataclass(frozen=True)
+class VqaConfig:
+    """The fine-tuning of question answering (paper, section 5.3)."""
+
+    label_smoothing: float = 0.1
+    """Of the loss of an answer's words."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.label_smoothing < 1, f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+
+
 CAPTION_PROMPT = "a picture of "
 """What a captioner's texts begin with (paper, section 5.2)."""
 
@@ -243,6 +283,76 @@ class SourceConfig:
     """Written by people for the image, or found beside it."""
     allow_truncated: bool = False
     """Use the readable part of a tar shard that is cut off, instead of stopping."""
+
+    def __post_init__(self) -> None:
+        _require(self.weight > 0, f"weight of source {self.path} must be positive, got {self.weight}")
+
+
+@dataclass(frozen=True)
+class PictureQuestions:
+    """Questions about pictures: VQA v2's files, the 2022 release's, easy-VQA's, or a list of rows."""
+
+    path: str
+    """The file of questions, .json or .jsonl."""
+    annotations: str | None = None
+    """The file of answers, where they are not beside the questions (VQA v2)."""
+    image_root: str | None = None
+    """Folder that image paths start from; the file's own folder when not given."""
+    image_name: str | None = None
+    """Path of a picture whose number alone is given, such as `val2014/COCO_val2014_{image_id:012d}.jpg`; by the file's
+    `data_subtype` when not given."""
+    image_column: str = "image"
+    """Key with the image's path, in a list."""
+    question_column: str = "question"
+    """Key with the question, in a list."""
+    answer_column: str = "answer"
+    """Key with the answer or the list of answers, in a list."""
+    id_column: str = "question_id"
+    """Key with the question's id, in a list; the row's number where there is none."""
+    weight: float = 1.0
+    """Passes over this source in one epoch."""
+    answer_weight: float | None = None
+    """How much the answers to a question count together; 1 when not given, and 0.2 in the release's rows of dataset vg
+    (Visual Genome)."""
+
+    def __post_init__(self) -> None:
+        _require(self.weight > 0, f"weight of source {self.path} must be positive, got {self.weight}")
+        counts = self.answer_weight is None or self.answer_weight > 0
+        _require(counts, f"answer_weight of source {self.path} must be positive, got {self.answer_weight}")
+
+
+@dataclass(frozen=True)
+class PictureSentences:
+    """Sentences about several pictures: NLVR2's or NLVR's annotations, or a list of {images, sentence, label}."""
+
+    path: str
+    """The annotation file, .json or .jsonl."""
+    image_root: str | None = None
+    """Folder of the pictures, or of images/; the annotation file's own folder when not given."""
+    part: Literal["all", "train", "val"] = "all"
+    """Which part to take where one file is split in two; no sentence and no set of pictures is in both."""
+    held_out: float = 0.2
+    """Share of `val` in such a split."""
+    weight: float = 1.0
+    """Passes over this source in one epoch."""
+
+    def __post_init__(self) -> None:
+        _require(self.weight > 0, f"weight of source {self.path} must be positive, got {self.weight}")
+        _require(0 < self.held_out < 1, f"held_out of source {self.path} must be in (0, 1), got {self.held_out}")
+
+
+@dataclass(frozen=True)
+class Dialogues:
+    """Dialogues about pictures in the format of VisDial v1.0."""
+
+    path: str
+    """The file of dialogues, such as visdial_1.0_val.json."""
+    image_root: str | None = None
+    """Folder of the pictures; the file's own folder when not given."""
+    relevance: str | None = None
+    """File of dense annotations, such as visdial_1.0_val_dense_annotations.json; without it there is no NDCG."""
+    weight: float = 1.0
+    """Passes over this source in one epoch."""
 
     def __post_init__(self) -> None:
         _require(self.weight > 0, f"weight of source {self.path} must be positive, got {self.weight}")
@@ -418,3 +528,30 @@ DECODE_PRESETS: dict[str, DecodeConfig] = {
     # The paper says nucleus sampling with p 0.9; the release's library and code added the other two.
     "capfilt_2022": DecodeConfig(method="nucleus", top_p=0.9, top_k=50, repetition_penalty=1.1),
 }
+
+
+QUESTION_WORDS, QUESTION_TOKENS = 50, 35
+"""Words and word pieces kept of a question, as in the original."""
+
+
+@dataclass(frozen=True)
+class AnswerConfig:
+    """How a question is answered: the best of some candidates, or any words."""
+
+    k: int = 128
+    """Candidates that are weighed in full: those that begin most likely."""
+    smoothing: float = 0.0
+    """Share of a candidate's score that is the mean over all words, as in the training loss (2022: 0.1)."""
+    beams: int = 3
+    """Beginnings kept where words are searched, not chosen."""
+    max_length: int = 10
+    """Longest answer that is searched; tokens, [DEC] and [SEP] included."""
+
+    def __post_init__(self) -> None:
+        _require(self.k >= 1, f"k must be 1 or more, got {self.k}")
+        _require(0 <= self.smoothing < 1, f"smoothing must be in [0, 1), got {self.smoothing}")
+        self.decode()
+
+    def decode(self) -> DecodeConfig:
+        """How words are searched."""
+        return DecodeConfig(beams=self.beams, max_length=self.max_length, min_length=0)

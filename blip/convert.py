@@ -22,6 +22,8 @@ from blip.vision import resize_positions
 
 if TYPE_CHECKING:
     from blip.objectives import Pretrain
+    from blip.tasks.nlvr import Nlvr
+    from blip.tasks.vqa import Vqa
     from blip.tokenizer import Tokenizer
 
 State = dict[str, Tensor]
@@ -314,6 +316,49 @@ def _matching(layout: str, vision: list[Row], model: Blip) -> Table:
     rows = vision + _shared(bert, layers) + _self_attention("text", bert, layers)
     rows += _contrast("") + _linear("match_head", "itm_head")
     return Table(layout, rows, {}, _position_ids(bert), _fresh_decoder(layers))
+
+
+def original_vqa(model: Vqa) -> Table:
+    """A question-answering checkpoint of the 2022 release <-> `Vqa`."""
+    return _answering("a VQA checkpoint of the 2022 release", _vision_original("visual_encoder", model), model)
+
+
+def transformers_vqa(model: Vqa) -> Table:
+    """transformers' `BlipForQuestionAnswering` <-> `Vqa`."""
+    return _answering("transformers' BlipForQuestionAnswering", _vision_transformers(model), model)
+
+
+def _answering(layout: str, vision: list[Row], model: Vqa) -> Table:
+    layers, encoder, decoder = len(model.answer.blocks), "text_encoder.", "text_decoder.bert."
+    head = _head("text_decoder.cls.predictions", f"{decoder}embeddings.word_embeddings.weight")
+    question = _shared(encoder, layers) + _self_attention("text", encoder, layers)
+    answer = _shared(decoder, layers) + _self_attention("causal", decoder, layers) + head.rows
+    rows = vision + _in_place_of_med("question", question) + _in_place_of_med("answer", answer)
+    return Table(layout, rows, head.copies, _position_ids(encoder, decoder))
+
+
+def original_nlvr(model: Nlvr) -> Table:
+    """An NLVR2 checkpoint of the 2022 release <-> `Nlvr` of two images."""
+    bert, layers = "text_encoder.", len(model.med.blocks)
+    rows = _vision_original("visual_encoder", model) + _embeddings(bert)
+    rows += _self_attention("text", bert, layers) + _feed_forward(bert, layers)
+    for i, block in enumerate(model.med.blocks):
+        theirs = f"{bert}encoder.layer.{i}.crossattention"
+        for k in range(len(block.cross.of_image)):
+            ours = f"med.blocks.{i}.cross.of_image.{k}"
+            rows += _linear(f"{ours}.query", f"{theirs}.self{k}.query")
+            rows += _linear(f"{ours}.kv", f"{theirs}.self{k}.key", f"{theirs}.self{k}.value")
+            rows += _linear(f"{ours}.out", f"{theirs}.output.dense{k}")
+        if block.cross.merges:
+            rows += _linear(f"med.blocks.{i}.cross.merge", f"{theirs}.output.merge_layer")
+        rows += _linear(f"med.blocks.{i}.cross_norm", f"{theirs}.output.LayerNorm")
+    rows += _linear("head_dense", "cls_head.0") + _linear("head", "cls_head.2")
+    return Table("an NLVR2 checkpoint of the 2022 release", rows, {}, _position_ids(bert))
+
+
+def _in_place_of_med(name: str, rows: Iterable[Row]) -> list[Row]:
+    """The rows of a `Med` for one that the model holds under another name."""
+    return [replace(row, ours=name + row.ours.removeprefix("med")) for row in rows]
 
 
 def _under(prefix: str, rows: Iterable[Row]) -> list[Row]:

@@ -127,3 +127,14 @@ def match_labels(logits: Tensor, positives: int) -> Tensor:
 def captioning(logits: Tensor, targets: Tensor, smoothing: float, ignore: int = -100) -> Tensor:
     """LM: label-smoothed cross-entropy of logits (N, vocabulary), mean over the targets (N,) that are not `ignore`."""
     return F.cross_entropy(logits, targets, ignore_index=ignore, label_smoothing=smoothing)
+
+
+def answering(
+    logits: Tensor, targets: Tensor, weights: Tensor, questions: int, smoothing: float, ignore: int = -100
+) -> Tensor:
+    """VQA: label-smoothed cross-entropy of logits (N, vocabulary), summed with weights (N,) over the words of answers.
+
+    The sum is divided by the number of questions, as in the original, so that a long answer counts more than a short.
+    """
+    each = F.cross_entropy(logits, targets, ignore_index=ignore, label_smoothing=smoothing, reduction="none")
+    return (weights * each).sum() / questions

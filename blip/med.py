@@ -286,14 +286,18 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """Self-attention (one of two), cross-attention, feed-forward; each with dropout, residual, then normalisation."""
 
-    def __init__(self, config: TextConfig, context_width: int | None) -> None:
+    def __init__(
+        self, config: TextConfig, context_width: int | None, encodes: bool = True, writes: bool = True
+    ) -> None:
         super().__init__()
         width, eps = config.width, config.norm_eps
-        self.text = SelfAttention(config, causal=False)
-        self.text_norm = nn.LayerNorm(width, eps)
-        if context_width is not None:
+        if encodes:
+            self.text = SelfAttention(config, causal=False)
+            self.text_norm = nn.LayerNorm(width, eps)
+        if context_width is not None and writes:
             self.causal = SelfAttention(config, causal=True)
             self.causal_norm = nn.LayerNorm(width, eps)
+        if context_width is not None:
             self.cross = CrossAttention(config, context_width)
             self.cross_norm = nn.LayerNorm(width, eps)
         self.up = Linear(width, config.hidden)
@@ -316,23 +320,29 @@ class Block(nn.Module):
 
 
 class Med(nn.Module):
-    """The text transformer; with `context_width=None` only its text encoder (the momentum teacher's text tower)."""
+    """The text transformer; with `context_width=None` only its text encoder (the momentum teacher's text tower).
 
-    def __init__(self, config: TextConfig, context_width: int | None) -> None:
+    Task models have stacks that only encode or only write: without the other's self-attention, and without the head.
+    """
+
+    def __init__(
+        self, config: TextConfig, context_width: int | None, encodes: bool = True, writes: bool = True
+    ) -> None:
         super().__init__()
         self.config = config
         self.word = nn.Embedding(config.vocab_size, config.width, padding_idx=config.pad_id)
         self.position = nn.Embedding(config.max_positions, config.width)
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, context_width) for _ in range(config.layers))
-        if context_width is not None:
+        self.blocks = nn.ModuleList(Block(config, context_width, encodes, writes) for _ in range(config.layers))
+        if context_width is not None and writes:
             self.head_dense = Linear(config.width, config.width)
             self.head_norm = nn.LayerNorm(config.width, config.norm_eps)
             self.head_bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self.apply(self._initialise)
+        self.apply(self.initialise)
 
-    def _initialise(self, module: nn.Module) -> None:
+    def initialise(self, module: nn.Module) -> None:
+        """First weights of one module, as BERT's."""
         if isinstance(module, (Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.init_std)
         if isinstance(module, Linear) and module.bias is not None:
@@ -343,17 +353,7 @@ class Med(nn.Module):
 
         `queries` is how many text tokens will look at each of the B, where that is known and no gradient is wanted.
         """
-        maps, heads = [block.cross.kv for block in self.blocks], self.config.heads
-        if torch.is_grad_enabled() or states.device.type != "cpu":
-            return Context([kv(states) for kv in maps], heads, keep)
-        few = queries is not None and queries <= self.config.width // heads
-        if few and not torch.is_autocast_enabled("cpu"):  # which would convert the matrices again at every look
-            transposed = states.transpose(1, 2)
-            # In bfloat16 a product with a matrix that is only seen as transposed waits for memory, 3 times as long.
-            transposed = transposed.contiguous() if plain_is_faster(states) else transposed
-            return Absorbed([states, transposed], heads, keep, kv=maps)
-        # Laid out head by head they are read several times as fast by few queries, as when a text is written.
-        return Context([_by_head(kv(states), heads).contiguous() for kv in maps], heads, keep)
+        return project([block.cross.kv for block in self.blocks], states, self.config.heads, keep, queries)
 
     def forward(self, passes: Sequence[Pass]) -> list[Tensor]:
         """Run several passes side by side, each layer's shared weights once over all their tokens.
@@ -421,6 +421,22 @@ class Med(nn.Module):
             x = block.ffn_norm(x + block.down(F.gelu(block.up(x))))
         cache.filled += ids.shape[1]
         return x
+
+
+def project(
+    maps: Sequence[Linear], states: Tensor, heads: int, keep: Tensor | None = None, queries: int | None = None
+) -> Context:
+    """States (B, P, V) through each layer's key and value matrices -> a context; the rest as in `Med.context`."""
+    if torch.is_grad_enabled() or states.device.type != "cpu":
+        return Context([kv(states) for kv in maps], heads, keep)
+    few = queries is not None and queries <= maps[0].out_features // 2 // heads
+    if few and not torch.is_autocast_enabled("cpu"):  # which would convert the matrices again at every look
+        transposed = states.transpose(1, 2)
+        # In bfloat16 a product with a matrix that is only seen as transposed waits for memory, 3 times as long.
+        transposed = transposed.contiguous() if plain_is_faster(states) else transposed
+        return Absorbed([states, transposed], heads, keep, kv=maps)
+    # Laid out head by head they are read several times as fast by few queries, as when a text is written.
+    return Context([_by_head(kv(states), heads).contiguous() for kv in maps], heads, keep)
 
 
 def _count(layouts: Sequence[Layout]) -> int:

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip import dist, losses
-from blip.config import CaptionConfig, PretrainConfig, RetrievalConfig
-from blip.data.batch import Batch
+from blip import dist, losses, tasks
+from blip.config import CaptionConfig, PretrainConfig, RetrievalConfig, VqaConfig
+from blip.data.batch import Batch, QuestionBatch
+from blip.data.dialogue import Batch as DialogueBatch
+from blip.data.nlvr import Batch as PicturesBatch
 from blip.losses import Embeddings, Similarities
 from blip.med import Context, Pass
 from blip.model import Blip, starting_with
@@ -249,13 +251,85 @@ class Caption(nn.Module):
         """Nothing moves but the weights."""
 
 
+class Vqa(nn.Module):
+    """The words of people's answers, each answer by its weight: what fine-tunes question answering (section 5.3)."""
+
+    def __init__(self, model: tasks.vqa.Vqa, config: VqaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = model
+
+    def forward(self, batch: QuestionBatch, epoch: float) -> Outcome:
+        """The loss of a batch, per question; `epoch` changes nothing."""
+        model, text = self.model, self.model.config.text
+        image = model.question.context(model.vision(batch.image))
+        questions = model.ask(starting_with(batch.ids, text.enc_id), batch.keep, image)
+        write = _reading(batch.answer_ids, batch.answer_keep, text.dec_id, questions[batch.question])
+        words = batch.answer_ids[:, 1:].masked_fill(~batch.answer_keep[:, 1:], -100)
+        weights = write.layout.pack_ids(batch.weights[:, None].expand_as(words))
+        words = write.layout.pack_ids(words)
+        (states,) = model.answer([write])
+        logits = model.answer.vocabulary(states).float()
+        found = {"vqa": losses.answering(logits, words, weights, len(batch), self.config.label_smoothing)}
+        return Outcome(found, {"word_accuracy": _accuracy(logits.detach(), words)})
+
+    def after_step(self, carries: list[None]) -> None:
+        """Nothing moves but the weights."""
+
+
+class Nlvr(nn.Module):
+    """True or false of several pictures: what makes a model for NLVR2 of a pre-trained one (paper, section 5.4)."""
+
+    def __init__(self, model: tasks.nlvr.Nlvr) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: PicturesBatch, epoch: float) -> Outcome:
+        """The cross-entropy of a batch; `epoch` changes nothing."""
+        model = self.model
+        ids = starting_with(batch.ids, model.config.text.enc_id)
+        logits = model.judge(ids, batch.keep, model.look(batch.image)).float()
+        accuracy = (logits.detach().argmax(1) == batch.labels).float().mean()
+        return Outcome({"nlvr": F.cross_entropy(logits, batch.labels)}, {"accuracy": accuracy})
+
+    def after_step(self, carries: list[None]) -> None:
+        """Nothing moves but the weights."""
+
+
+class Dialogue(nn.Module):
+    """True answers told from false ones, as ITM tells right texts from wrong ones (paper, section 5.5)."""
+
+    def __init__(self, model: tasks.dialogue.Dialogue) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: DialogueBatch, epoch: float) -> Outcome:
+        """The matching loss of a batch; `epoch` changes nothing."""
+        model, choices = self.model, batch.choices
+        context = model.look(batch.image, batch.caption_ids, batch.caption_keep)
+        logits = model.match(batch.ids, batch.keep, context.expand(len(batch.ids) // len(batch))).float()
+        rounds = logits.view(-1, choices, 2)
+        found = losses.matching(torch.cat([rounds[:, 0], rounds[:, 1:].flatten(0, 1)]), positives=len(rounds))
+        with torch.no_grad():
+            best = (rounds[..., 1] - rounds[..., 0]).argmax(1)
+            health = {"answer_accuracy": (best == 0).float().mean()}
+        return Outcome({"itm": found}, health)
+
+    def after_step(self, carries: list[None]) -> None:
+        """Nothing moves but the weights."""
+
+
 def _writing(batch: Batch, dec_id: int, context: Context) -> tuple[Pass, Tensor]:
     """The decoder's pass over N tokens, and what each has to predict (N,): the next word, -100 within the prompt."""
-    # Each kept token but the last predicts the next, so the last is not read.
-    write = Pass(starting_with(batch.ids, dec_id)[:, :-1], batch.keep[:, 1:], causal=True, context=context)
+    write = _reading(batch.ids, batch.keep, dec_id, context)
     words = batch.ids[:, 1:].masked_fill(~batch.keep[:, 1:], -100)
     words[:, : batch.prompt] = -100
     return write, write.layout.pack_ids(words)
+
+
+def _reading(ids: Tensor, keep: Tensor, dec_id: int, context: Context) -> Pass:
+    # Each kept token but the last predicts the next, so the last is not read.
+    return Pass(starting_with(ids, dec_id)[:, :-1], keep[:, 1:], causal=True, context=context)
 
 
 def _accuracy(logits: Tensor, words: Tensor) -> Tensor:

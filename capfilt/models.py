@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 
 from blip import checkpoint
-from blip.config import DECODE_PRESETS
 from blip.data.errors import BadSample
 from blip.data.text import clean_caption
 from blip.data.transforms import MEAN, STD
 from blip.generate import Text, write
-from blip.model import Blip
+from blip.model import Blip, starting_with
 from blip.tokenizer import Tokenizer
 from capfilt.scorer import Item, Matched, OutOfMemory, Scores, Written
-from capfilt.settings import ScoreConfig, resolve
+from capfilt.settings import ScoreConfig, decode_settings, resolve
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LONG = 1 << 20
@@ -39,13 +38,24 @@ class BlipScorer:
         config: ScoreConfig,
         device: str | torch.device = "cpu",
     ) -> None:
-        """The models are moved to the device and number format, and put in evaluation mode."""
+        """The models are moved to the device and number format, and put in evaluation mode.
+
+        ValueError for texts that are to be longer than a model's positions.
+        """
         self._device, self._dtype = torch.device(device), _DTYPES[config.dtype]
         self.config, self.device = config, _name(self._device)
         self.filter, self.tokenizer = self._ready(filter[0]), filter[1]
         self.captioner = self._ready(captioner[0]) if captioner else None
         self.writer = captioner[1] if captioner else None
-        self.decode = dataclasses.replace(DECODE_PRESETS[config.decode], num=config.captions, seed=config.seed)
+        self.decode = decode_settings(config)
+        for model, option, length in (
+            (self.captioner, "max_length", self.decode.max_length),
+            (self.filter, "max_tokens", config.max_tokens),
+        ):
+            if model is not None and length > model.config.text.max_positions:
+                raise ValueError(
+                    f"{option} {length}: the model has {model.config.text.max_positions} positions for text"
+                )
         models = [model for model in (self.captioner, self.filter) if model is not None]
         self.sides = tuple(dict.fromkeys(model.vision.image_size for model in models))
         self.shared = len(models) == 2 and same_vision(*models)
@@ -118,8 +128,7 @@ class BlipScorer:
             return [[] for _ in items]
         seen = tokens if self.shared else self.captioner.vision(self._images(items, self.captioner))
         keys = [item.sample_id for item in items]
-        context = self.captioner.context(seen)
-        return write(self.captioner, self.writer, context, self.decode, prompt=self.config.prompt.strip(), keys=keys)
+        return write(self.captioner, self.writer, seen, self.decode, prompt=self.config.prompt.strip(), keys=keys)
 
     def _match(self, tokens: Tensor, texts: Sequence[Sequence[str]]) -> list[list[Matched]]:
         """All texts of all images in one pass; images with fewer texts than others get empty ones, to make a grid."""
@@ -127,26 +136,33 @@ class BlipScorer:
         if not most:
             return [[] for _ in texts]
         flat = [text for some in texts for text in [*some, *[""] * (most - len(some))]]
-        first, length = self.config.itm_token, self.config.max_tokens
-        ids, keep = (x.to(self._device) for x in self.tokenizer.encode(flat, first=first, max_length=length))
-        logits = self.filter.match(ids, keep, self.filter.context(tokens).expand(most)).float()
+        counts, ids, keep = self._encoded(flat)
+        context = self.filter.med.context(tokens, queries=most * ids.shape[1])
+        logits = self.filter.match(ids, keep, context.expand(most)).float()
         margins = (logits[:, 1] - logits[:, 0]).view(len(texts), most)
-        cosines = self._cosines(tokens, flat, most)
-        counts = [len(self.tokenizer.pieces(text, _LONG)) for text in flat]
+        cosines = self._cosines(tokens, ids, keep, most)
         rows = zip(texts, margins.tolist(), cosines.tolist(), strict=True)
+        longest = self.config.max_tokens
         return [
             [
-                Matched(margin[k], cosine[k], counts[i * most + k], counts[i * most + k] > length)
+                Matched(margin[k], cosine[k], counts[i * most + k], counts[i * most + k] > longest)
                 for k in range(len(some))
             ]
             for i, (some, margin, cosine) in enumerate(rows)
         ]
 
-    def _cosines(self, tokens: Tensor, flat: Sequence[str], most: int) -> Tensor:
+    def _encoded(self, texts: Sequence[str]) -> tuple[list[int], Tensor, Tensor]:
+        """Word pieces of each text before any are cut off; ids and keep (R, T) of the texts as they are matched."""
+        tokenizer, longest = self.tokenizer, self.config.max_tokens
+        pieces = [tokenizer.pieces(text, _LONG) for text in texts]
+        cut = [p if len(p) <= longest else [*p[: longest - 1], tokenizer.sep_id] for p in pieces]
+        ids, keep = (x.to(self._device) for x in tokenizer.pad(cut))
+        first = tokenizer.enc_id if self.config.itm_token == "enc" else tokenizer.cls_id
+        return [len(p) for p in pieces], starting_with(ids, first), keep
+
+    def _cosines(self, tokens: Tensor, ids: Tensor, keep: Tensor, most: int) -> Tensor:
         """(B, most): the joint embedding of each image with those of its texts."""
-        encoded = self.tokenizer.encode(flat, first="cls", max_length=self.config.max_tokens)
-        ids, keep = (x.to(self._device) for x in encoded)
-        embedded = self.filter.embed_text(ids, keep).view(len(tokens), most, -1)
+        embedded = self.filter.embed_text(starting_with(ids, self.tokenizer.cls_id), keep).view(len(tokens), most, -1)
         return torch.einsum("bne,be->bn", embedded.float(), self.filter.embed_image(tokens).float())
 
 

@@ -35,7 +35,7 @@ body:has(#clear:checked) .blur img{filter:none}.text{margin:6px 0;padding:4px 8p
 overflow-wrap:anywhere}.text.kept{border-color:#059669;background:#ecfdf5}.text.dropped{border-color:#dc2626;
 background:#fef2f2}.why{display:block;font-size:12px;color:#475569}.from{font-size:11px;color:#64748b;
 overflow-wrap:anywhere}.kept b{color:#047857}.dropped b{color:#b91c1c}.bar{display:inline-block;height:10px;
-background:#94a3b8;vertical-align:middle}.num td+td{text-align:right;font-variant-numeric:tabular-nums}
+background:#94a3b8;vertical-align:middle}.num td+td,.num th+th{text-align:right;font-variant-numeric:tabular-nums}
 .warn{background:#fffbeb;border:1px solid #f59e0b;padding:8px 12px;border-radius:6px}
 .side{display:flex;flex-wrap:wrap;gap:8px 40px;align-items:flex-start}h3{font-size:15px;margin:20px 0 6px}
 #slider{width:100%;max-width:560px}code{overflow-wrap:anywhere}
@@ -131,8 +131,8 @@ def _account(said: dict[str, Any]) -> str:
     texts.append(("all", *(sum(said[k].values()) for k in ("texts_in", "kept", "dropped")), ""))
     reasons = [(reason, n) for reason, n in sorted(said["reasons"].items(), key=lambda one: -one[1])]
     return _side(
-        _table(rows, ("rows", "", "")),
-        _table(texts, ("texts", "in", "kept", "dropped", "kept")),
+        _table(rows, ("rows", "", "share")),
+        _table(texts, ("texts", "in", "kept", "dropped", "share kept")),
         _table(reasons, ("reason", "texts")),
     )
 
@@ -235,8 +235,9 @@ def _made(said: dict[str, Any]) -> str:
 
 def _examples(run: Run, config: SelectConfig, numbers: Numbers, options: ReportOptions, room: int) -> str:
     """Groups of cards, as many as there is room for."""
-    shown = ['<h2>Pictures</h2><p><label><input type="checkbox" id="clear"> show pictures clearly</label> '
-             "They were drawn by hash, so that the same run shows the same ones.</p>"]  # fmt: skip
+    shown = ["<h2>Pictures</h2><p>They were drawn by hash, so that the same run shows the same ones.</p>"]
+    if not options.no_blur:
+        shown.append('<p><label><input type="checkbox" id="clear"> show pictures clearly</label></p>')
     cards = Cards(run, config)
     for group, members in numbers.examples.items():
         blur = "" if options.no_blur else " blur"

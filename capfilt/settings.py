@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from capfilt import schema
+
+if TYPE_CHECKING:
+    from blip.config import DecodeConfig
 
 DONE, WRONG, FAILED_PARTS, MISMATCH, INTERRUPTED = 0, 2, 3, 4, 130
 """Exit statuses; WRONG is also for damaged sources that were not allowed."""
@@ -31,6 +34,8 @@ class ScoreConfig:
     """Preset of blip.config.DECODE_PRESETS by which captions are written."""
     captions: int = 1
     """Synthetic texts per image."""
+    max_length: int | None = None
+    """Longest synthetic text, word pieces with the prompt; the preset's when not given."""
     prompt: str = "a picture of "
     """Beginning of every caption, as the captioner was fine-tuned; it is taken off the text again."""
     itm_token: Literal["enc", "cls"] = "enc"
@@ -85,17 +90,20 @@ def resolve(config: ScoreConfig) -> dict[str, Any]:
 
         for role in ("captioner", "filter"):
             values[role] = model_identity(values[role]) if values[role] else None
-        values["decode"] = {"preset": config.decode, **decode_settings(config)}
+        values["decode"] = {"preset": config.decode, **dataclasses.asdict(decode_settings(config))}
     return values
 
 
-def decode_settings(config: ScoreConfig) -> dict[str, Any]:
-    """The numbers of the decoding preset, with the number of captions and the seed. ValueError if they do not fit."""
+def decode_settings(config: ScoreConfig) -> DecodeConfig:
+    """The decoding preset with the number of captions, their length and the seed. ValueError if they do not fit."""
     from blip.config import DECODE_PRESETS
 
     if config.decode not in DECODE_PRESETS:
         raise ValueError(f"decode {config.decode!r} is not one of {', '.join(DECODE_PRESETS)}")
-    return dataclasses.asdict(dataclasses.replace(DECODE_PRESETS[config.decode], num=config.captions, seed=config.seed))
+    said = {"num": config.captions, "seed": config.seed}
+    if config.max_length is not None:
+        said["max_length"] = config.max_length
+    return dataclasses.replace(DECODE_PRESETS[config.decode], **said)
 
 
 def has_gpu() -> bool:

@@ -237,6 +237,7 @@ def _calibrate(given: Namespace) -> int:
 
 def _all_options(parser: ArgumentParser) -> None:
     from capfilt.policies import SelectConfig
+    from capfilt.report import ReportOptions
     from capfilt.score import ScoreOptions
 
     _plan_options(parser)
@@ -245,6 +246,7 @@ def _all_options(parser: ArgumentParser) -> None:
     parser.add_argument("--to", metavar="FOLDER", help="where to export to [RUN/exports/NAME]")
     _format_options(parser)
     options.add(parser, SelectConfig, title="what is kept")
+    options.add(parser, ReportOptions, skip=("select", "to"), title="the report's page")
     options.add(parser, ScoreOptions, skip=("rank", "world", "allow_damaged"), title="how the work is done")
 
 
@@ -257,7 +259,7 @@ def _all(given: Namespace) -> int:
     if scored not in (DONE, WRONG):
         return scored
     given.to = given.to or os.path.join(given.out, "exports", given.name)
-    page = Namespace(run=given.out, select=given.name)
+    page = Namespace(**{**vars(given), "to": None})
     for verb, options_of_it in ((_select, given), (_export, given), (_report, page), (_verify, given)):
         status = verb(options_of_it)
         if status != DONE:

@@ -5,8 +5,18 @@
         --source.path coco/dataset_coco.json --source.image_root coco --source.split test
     python -m eval retrieval --model runs/base/model \\
         --source.path coco/dataset_coco.json --source.image_root coco --source.split test
+    python -m eval video_retrieval --model runs/retrieval/model --clips msrvtt_test.jsonl --video_root MSRVTT/videos
+    python -m eval video_questions --model runs/vqa/model --questions msrvtt_test_qa.json --video_root MSRVTT/videos
+    python -m eval classification --model runs/retrieval/model --source imagenet/val --names imagenet_names.json
+    python -m eval vqa --model runs/vqa/model --out runs/scores --source.image_root coco \\
+        --source.path v2_OpenEnded_mscoco_val2014_questions.json \\
+        --source.annotations v2_mscoco_val2014_annotations.json
+    python -m eval nlvr2 --model runs/nlvr2/model --source.path nlvr2/dev.json --out runs/scores
+    python -m eval nlvr2 --results results.csv --source.path nlvr2/dev.json
+    python -m eval visdial --model runs/visdial/model --out runs/scores \\
+        --source.path visdial_1.0_val.json --source.relevance visdial_1.0_val_dense_annotations.json
 
-Each lists its options: python -m eval captioning --help. With torchrun, several processes share the captioning.
+Each lists its options: python -m eval captioning --help. With torchrun, several processes share the work.
 """
 
 from __future__ import annotations
@@ -24,6 +34,13 @@ from blip.commands.ending import WRONG_USE, fail, one_line, run, unknown_option
 COMMANDS = {
     "captioning": ("Captioning", "eval.captioning_command"),
     "retrieval": ("Retrieval", "eval.retrieval_command"),
+    "nlvr2": ("Nlvr", "eval.nlvr_command"),
+    "nlvr": ("Nlvr", "eval.nlvr_command"),
+    "visdial": ("Visdial", "eval.dialogue_command"),
+    "vqa": ("Vqa", "eval.vqa_command"),
+    "video_retrieval": ("VideoRetrieval", "eval.video_retrieval_command"),
+    "video_questions": ("VideoQuestions", "eval.video_questions_command"),
+    "classification": ("Classification", "eval.classification_command"),
 }
 """The class of its options in eval.options, and the module whose `run` is called with them."""
 _STOPPED = 130

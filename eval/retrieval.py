@@ -1,34 +1,40 @@
 """Image-text retrieval: ITC, then ITM re-ranking of the best k (paper, section 5.1). N images, M texts, K candidates.
 
-Each image is looked at by all the texts it has to be matched with in either direction, so it is projected once.
+Each image is looked at by all the texts it has to be matched with in either direction, so it is projected once; its
+batch of the gallery goes to one process, so that the answer does not depend on how many processes there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice, zip_longest
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from blip import dist
 from blip.config import DataConfig, SourceConfig
 from blip.data.errors import BadSample, DataError
-from blip.data.images import decode
-from blip.data.sources import Source, open_source
+from blip.data.sources import format_of
 from blip.data.text import clean_caption
-from blip.data.transforms import EvalTransform
-from blip.model import Blip, starting_with
+from blip.features import cosines
+from blip.matching import match
+from blip.model import Blip
 from blip.tokenizer import Tokenizer
+from eval.pictures import Pictures
+from eval.references import Id
 
 RANKS = (1, 5, 10)
+KEPT_BYTES = 1 << 30
+"""So many bytes of image tokens wait for the re-ranking; a larger gallery is looked at twice."""
 
 
 class Gallery(NamedTuple):
     """Held-out pictures and texts, as `retrieval` takes them."""
 
-    images: Iterable[Tensor]
+    images: Views
     """Normalised pictures (B, 3, S, S) in order, as often as asked for."""
     texts: list[str]
     """Cleaned captions."""
@@ -37,41 +43,44 @@ class Gallery(NamedTuple):
 
     @classmethod
     def open(
-        cls, config: SourceConfig, image_size: int, *, limit: int | None = None, batch: int = 50, workers: int = 0
+        cls, config: SourceConfig, image_size: int, *, limit: int | None = None, batch: int = 50, threads: int = 2
     ) -> Gallery:
-        """The first `limit` rows of a source with all their captions. DataError for a row that cannot be used."""
-        source = open_source(config)
-        count = len(source) if limit is None else min(limit, len(source))
-        pictures = _Pictures(source, count, image_size)
+        """The first `limit` pictures of a source that have captions, each once with all of them.
+
+        DataError for one that cannot be used.
+        """
+        pictures = Pictures.open(config, None if format_of(config) == "json" else limit)
+        pictures = pictures.only([entry.id for entry in pictures.entries if entry.captions][:limit])
         texts, owner = [], []
-        for row in range(count):
-            for caption in pictures.record(row).captions:
-                texts.append(clean_caption(caption, DataConfig.max_words))
+        for row, entry in enumerate(pictures.entries):
+            for caption in entry.captions:
+                try:
+                    texts.append(clean_caption(caption, DataConfig.max_words))
+                except BadSample as error:
+                    raise DataError(f"source {config.path}: image {entry.id} cannot be evaluated: {error}") from None
                 owner.append(row)
-        return cls(DataLoader(pictures, batch, num_workers=workers), texts, owner)
+        return cls(Views(pictures, image_size, batch, threads), texts, owner)
+
+    @property
+    def ids(self) -> list[Id]:
+        """What the source calls each picture."""
+        return [entry.id for entry in self.images.pictures.entries]
 
 
-class _Pictures(Dataset):
-    """The pictures of a source; nothing is left out silently, so an unreadable one stops the evaluation."""
+class Views:
+    """Pictures as a model sees them, in batches of (B, 3, S, S); nothing is left out silently."""
 
-    def __init__(self, source: Source, count: int, image_size: int) -> None:
-        self.source, self.count, self.transform = source, count, EvalTransform(image_size)
+    def __init__(self, pictures: Pictures, image_size: int, batch: int = 50, threads: int = 2) -> None:
+        self.pictures, self.image_size, self.batch, self.threads = pictures, image_size, batch, threads
 
-    def __len__(self) -> int:
-        return self.count
+    def __iter__(self) -> Iterator[Tensor]:
+        return self.share(0, 1)
 
-    def record(self, row: int):
-        try:
-            return self.source[row]
-        except BadSample as error:
-            raise DataError(f"{self.source.key(row)} cannot be evaluated: {error}") from None
-
-    def __getitem__(self, row: int) -> Tensor:
-        record = self.record(row)
-        try:
-            return self.transform(decode(record.image, DataConfig.max_pixels))
-        except BadSample as error:
-            raise DataError(f"{record.key} cannot be evaluated: {error}") from None
+    def share(self, first: int, step: int) -> Iterator[Tensor]:
+        """Batches `first`, `first + step`, ... only; the others are not read."""
+        size, rows = self.batch, range(len(self.pictures))
+        mine = [row for start in range(first * size, len(rows), step * size) for row in rows[start : start + size]]
+        return (images for _, images in self.pictures.batches(mine, size, self.image_size, self.threads))
 
 
 class Ranking(NamedTuple):
@@ -119,7 +128,6 @@ def retrieval(
     return ranking.recalls(torch.as_tensor(image_of_text))
 
 
-@torch.no_grad()
 def rank(
     model: Blip,
     tokenizer: Tokenizer,
@@ -134,53 +142,119 @@ def rank(
 ) -> Ranking:
     """Compare all images with all texts by ITC, and the best `k` of each by ITM too.
 
-    `images` yields normalised pictures (B, 3, S, S) in order, twice; `image_of_text` says which of them each text
-    belongs to; any number of texts per image, none included. `k` is cut to the size of the gallery. `batch` is the
-    number of texts that go through the model at once.
+    `images` yields normalised pictures (B, 3, S, S) in order, as often as asked for; `image_of_text` says which of them
+    each text belongs to; any number of texts per image, none included. `k` is cut to the size of the gallery. `batch`
+    is the number of texts that go through the model at once.
+
+    All processes have to call it: they share the batches of images and of texts, and each returns the whole. In
+    float32 on a CPU the result is the same to the bit for any number of them.
     """
-    owner = torch.as_tensor(image_of_text)
+    ways = {"k": k, "max_tokens": max_tokens, "batch": batch, "progress": progress}
+    return compare(model, tokenizer, images, texts, image_of_text, see=model.vision, embed=model.embed_image, **ways)
+
+
+@torch.no_grad()
+def compare(
+    model: Blip,
+    tokenizer: Tokenizer,
+    views: Iterable[Tensor],
+    texts: Sequence[str],
+    view_of_text: Sequence[int],
+    *,
+    see: Callable[[Tensor], Tensor],
+    embed: Callable[[Tensor], Tensor],
+    k: int,
+    max_tokens: int,
+    batch: int,
+    progress: bool,
+) -> Ranking:
+    """`rank` of whatever `see` turns into tokens (B, P, V) and `embed` those into embeddings (B, E): images, clips."""
+    owner = torch.as_tensor(view_of_text)
     training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
-        image_embeds = torch.cat([model.embed_image(model.vision(x.to(device))) for x in images])
-        _check(texts, owner, len(image_embeds))
-        text_embeds = torch.cat(
-            [
-                model.embed_text(*(t.to(device) for t in tokenizer.encode(part, first="cls", max_length=max_tokens)))
-                for part in _parts(list(texts), batch)
-            ]
-        )
-        cosines = (image_embeds @ text_embeds.T).cpu()
-        of_image, of_text = candidates(cosines, k)
+        seen = _Seen(see, views, device)
+        image_embeds = _together(lambda: [embed(tokens).cpu() for tokens in seen])
+        count = sum(map(len, image_embeds))
+        _check(texts, owner, count)
+
+        def embed_text(part: list[str]) -> Tensor:
+            ids, keep = tokenizer.encode(part, first="cls", max_length=max_tokens)
+            return model.embed_text(ids.to(device), keep.to(device)).cpu()
+
+        mine = _parts(list(texts), batch)[dist.rank() :: dist.world()]
+        text_embeds = _together(lambda: [embed_text(part) for part in mine])
+        itc = cosines(torch.cat(image_embeds), torch.cat(text_embeds))
+        of_image, of_text = candidates(itc, k)
         pairs = of_image | of_text
-        scores = torch.full_like(cosines, float("-inf"))
         encoded = tokenizer.encode(list(texts), first="enc", max_length=max_tokens)
-        bar = tqdm(total=len(cosines), desc="re-rank", unit="image", disable=not progress)
-        done = 0
-        for x in images:
-            context = model.context(model.vision(x.to(device)))
-            for row in range(len(x)):
-                chosen = pairs[done].nonzero().squeeze(1)
-                one = context[torch.tensor([row], device=device)]
-                logits = _match(model, one, *encoded, chosen, batch, device)
-                scores[done, chosen] = logits + cosines[done, chosen]
-                done += 1
-            bar.update(len(x))
-        bar.close()
+        starts = torch.tensor([0, *map(len, image_embeds)]).cumsum(0).tolist()[dist.rank() :: dist.world()]
+
+        def logits() -> list[Tensor]:
+            found = []
+            bar = tqdm(total=count, desc="re-rank", unit="image", disable=not (progress and dist.is_main()))
+            for start, tokens in zip(starts, seen, strict=False):
+                chosen = [row.nonzero().squeeze(1) for row in pairs[start : start + len(tokens)]]
+                found.append(torch.cat(match(model, tokens, *encoded, chosen, batch))[:, 1].cpu())
+                bar.update(min(len(tokens) * dist.world(), count - bar.n))
+            bar.close()
+            return found
+
+        scores = torch.full_like(itc, float("-inf"))
+        scores[pairs] = torch.cat(_together(logits))  # by image, then by text, as the pairs are
+        scores += itc
     finally:
         model.train(training)
-    return Ranking(cosines, scores, of_image, of_text)
+    return Ranking(itc, scores, of_image, of_text)
 
 
-def _match(model: Blip, context, ids: Tensor, keep: Tensor, chosen: Tensor, batch: int, device) -> Tensor:
-    """Match logits (len(chosen),) of texts `chosen` with the one image of `context`, on the CPU."""
-    logits = []
-    for part in chosen.split(batch):
-        longest = int(keep[part].sum(1).max())
-        rows = starting_with(ids[part, :longest], model.config.text.enc_id).to(device)
-        found = model.match(rows, keep[part, :longest].to(device), context.expand(len(part)))
-        logits.append(found[:, 1].float().cpu())
-    return torch.cat(logits) if logits else torch.empty(0)
+class _Seen:
+    """This process's batches of images as tokens (B, P, V), twice: kept if they are few, else computed again."""
+
+    def __init__(self, see: Callable[[Tensor], Tensor], images: Iterable[Tensor], device: torch.device) -> None:
+        self.see, self.images, self.device = see, images, device
+        self.kept: list[Tensor] | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if self.kept is not None:
+            yield from self.kept
+            return
+        few: list[Tensor] | None = []
+        for images in self._mine():
+            tokens = self.see(images.to(self.device))
+            if few is not None:
+                few.append(tokens)
+                few = few if sum(map(_bytes, few)) <= KEPT_BYTES else None
+            yield tokens
+        self.kept = few
+
+    def _mine(self) -> Iterator[Tensor]:
+        first, step = dist.rank(), dist.world()
+        if isinstance(self.images, Views):
+            return self.images.share(first, step)
+        return islice(self.images, first, None, step)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _together(work: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """What each process makes of its batches (rank, rank + processes, ...) -> that of all batches, in order.
+
+    What one of them cannot use is raised by all, so that none waits for it.
+    """
+    made: list[Tensor] = []
+    failure = None
+    try:
+        made = work()
+    except (DataError, ValueError) as error:
+        failure = error
+    parts = dist.gather_objects((made, failure))
+    for _, failure in parts:
+        if failure:
+            raise failure
+    return [one for turn in zip_longest(*(part for part, _ in parts)) for one in turn if one is not None]
 
 
 def candidates(cosines: Tensor, k: int) -> tuple[Tensor, Tensor]:

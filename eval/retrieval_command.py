@@ -4,32 +4,77 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from blip import atomic
+import torch
+from torch import Tensor
+
+from blip import atomic, dist
 from blip.commands.loading import load
 from eval.options import Retrieval
-from eval.retrieval import Gallery, retrieval
+from eval.retrieval import RANKS, Gallery, Ranking, rank
 
 
 def run(options: Retrieval) -> dict[str, float]:
-    """Measure, print and, with `out`, write scores.json; returns the recalls in percent."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("retrieval is measured by one process: start it without torchrun")
+    """Measure, print and, with `out`, write scores.json and results.json; returns the recalls in percent.
+
+    All processes share the work, and the main one prints and writes.
+    """
+    dist.start()
     loaded = load(options.model, options.device, options.precision)
     side = loaded.model.config.vision.image_size
     gallery = Gallery.open(options.source, side, limit=options.limit, batch=options.batch)
     with loaded.computing():
-        found = retrieval(
+        ranking = rank(
             loaded.model, loaded.tokenizer, *gallery, k=options.k, max_tokens=options.max_tokens, progress=True
         )
+    found = ranking.recalls(torch.as_tensor(gallery.image_of_text))
+    if not dist.is_main():
+        return found
     for name, value in found.items():
         print(f"{name:<16}{value:7.2f}")
     if options.out:
         out = Path(options.out)
         out.mkdir(parents=True, exist_ok=True)
-        counts = {"images": len(gallery.images.dataset), "texts": len(gallery.texts)}
+        counts = {"images": len(gallery.ids), "texts": len(gallery.texts)}
         record = found | counts | {"model": options.model, "source": dataclasses.asdict(options.source), "k": options.k}
+        listed = results(gallery.ids, gallery.texts, gallery.image_of_text, ranking)
+        atomic.replace_file(out / "results.json", listed.encode())
         atomic.replace_file(out / "scores.json", (json.dumps(record, indent=1) + "\n").encode())
     return found
+
+
+def results(
+    ids: Sequence[Any],
+    texts: Sequence[str],
+    owners: Sequence[int],
+    ranking: Ranking,
+    name: str = "image_id",
+    kind: str = "images",
+) -> str:
+    """What was found, as JSON: for each image its best texts, for each text its best images, up to 10 of each.
+
+    `ids` are those of the images, `owners` says which each text belongs to; `name` and `kind` are what to call them.
+    """
+    never = float("-inf")
+    of_image = ranking.scores.masked_fill(~ranking.of_image, never)
+    of_text = ranking.scores.masked_fill(~ranking.of_text, never).T
+    there = [{name: id, **_best(row, "texts", range(len(texts)))} for id, row in zip(ids, of_image, strict=True)]
+    back = [
+        {"text": text, name: ids[owner], **_best(row, kind, ids)}
+        for text, owner, row in zip(texts, owners, of_text, strict=True)
+    ]
+    return f'{{"texts_of_{kind[:-1]}": {_listed(there)},\n "{kind}_of_text": {_listed(back)}}}\n'
+
+
+def _best(scores: Tensor, kind: str, names: Sequence[Any]) -> dict[str, Any]:
+    best = scores.topk(min(max(RANKS), len(scores)))
+    kept = [(names[i], round(value, 4)) for i, value in zip(*map(Tensor.tolist, best[::-1]), strict=True)]
+    kept = [(name, value) for name, value in kept if value != float("-inf")]
+    return {kind: [name for name, _ in kept], "scores": [value for _, value in kept]}
+
+
+def _listed(rows: Sequence[dict[str, Any]]) -> str:
+    return "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]"

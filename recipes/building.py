@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -19,6 +19,9 @@ from blip.data.stream import Stream, StreamFeed
 from blip.data.transforms import TrainTransform
 from blip.model import Blip
 from blip.tokenizer import Tokenizer
+
+Model = TypeVar("Model")
+"""`Blip` or a task model of `blip.tasks`."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class ModelChoice:
     text_weights: str | None = None
     """First weights of the text transformer: BERT by name on the hub, or its local folder."""
     start_from: str | None = None
-    """A model folder or name to continue from instead; it brings its own size, tokenizer and weights."""
+    """A model folder or name to continue from instead; it brings its own size, tokenizer and weights. A task model
+    starts from a pre-trained `Blip`, or goes on from one of its own kind."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +77,7 @@ def build_model(choice: ModelChoice, seed: int) -> tuple[Blip, Tokenizer]:
     ValueError for a choice that contradicts the model to start from.
     """
     if choice.start_from:
-        try:
-            model, tokenizer = checkpoint.from_pretrained(choice.start_from, image_size=choice.image_size)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"model.start_from: {error}; is its run finished?") from None
-        _refuse_contradiction(choice, model.config, tokenizer)
-        return _trained_as(choice, model), tokenizer
+        return _continued(Blip, choice)
     tokenizer = Tokenizer.load(choice.tokenizer or "bert-base-uncased")
     preset = PRESETS[choice.size or "base"]
     torch.manual_seed(seed)
@@ -92,6 +91,38 @@ def build_model(choice: ModelChoice, seed: int) -> tuple[Blip, Tokenizer]:
     return model, tokenizer
 
 
+def build_task(kind: type[Model], choice: ModelChoice, seed: int, **shape: Any) -> tuple[Model, Tokenizer]:
+    """A task model, which starts from the `Blip` of a choice, or goes on from the task model that `start_from` names.
+
+    What `Blip` lacks is a function of the seed; `shape` is what the task's `from_blip` takes. ValueError as in
+    `build_model`, or if the task model that is gone on from has another shape.
+    """
+    if choice.start_from and _starts_from(choice) is kind:
+        model, tokenizer = _continued(kind, choice)
+        for name, value in shape.items():
+            if (found := getattr(model.config, name)) != value:
+                raise ValueError(f"model.start_from {choice.start_from} has {name} {found}, this run needs {value}")
+        return model, tokenizer
+    blip, tokenizer = build_model(choice, seed)
+    torch.manual_seed(seed + 1)
+    return kind.from_blip(blip, **shape), tokenizer
+
+
+def _starts_from(choice: ModelChoice) -> type:
+    try:
+        return checkpoint.kind_of(choice.start_from)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"model.start_from: {error}; is its run finished?") from None
+
+
+def _continued(kind: type[Model], choice: ModelChoice) -> tuple[Model, Tokenizer]:
+    """The model that a choice starts from, made ready to be trained as the choice says."""
+    _starts_from(choice)  # so that a missing folder is told by the name of the option
+    model, tokenizer = checkpoint.from_pretrained(choice.start_from, kind, image_size=choice.image_size)
+    _refuse_contradiction(choice, model.config, tokenizer)
+    return _trained_as(choice, model), tokenizer
+
+
 def _vision(choice: ModelChoice, config: VisionConfig) -> VisionConfig:
     """An image encoder's configuration with what a choice says of its input and its training."""
     names = ("image_size", "patch_size", "drop_path")
@@ -99,12 +130,12 @@ def _vision(choice: ModelChoice, config: VisionConfig) -> VisionConfig:
     return dataclasses.replace(config, patch_drop=choice.patch_drop, checkpoint=choice.checkpoint, **said)
 
 
-def _trained_as(choice: ModelChoice, model: Blip) -> Blip:
+def _trained_as(choice: ModelChoice, model: Model) -> Model:
     """The same weights in a model that is trained with the choice's stochastic depth, patch drop and recomputation."""
     config = dataclasses.replace(model.config, vision=_vision(choice, model.config.vision))
     if config == model.config:
         return model
-    rebuilt = Blip(config)
+    rebuilt = type(model)(config)
     rebuilt.load_state_dict(model.state_dict())
     return rebuilt
 

@@ -1,9 +1,11 @@
-"""The main job on the embedded world: pre-train TINY, measure retrieval, fine-tune a captioner, show what it says.
+"""The whole story on the embedded world: learn from a noisy crawl, clean it with CapFilt, learn from what is left.
 
-    python -m recipes.demo            # `make demo`: 2 CPU cores, about 5 minutes, no network
+    python -m recipes.demo            # `make demo`: 2 CPU cores, less than 10 minutes, no network
 
-Options are those of `recipes.pretrain`. Writes report.html and results.json into runs/demo. Started again, it
-continues, or says again what it found.
+TINY is pre-trained on a crawl of which 60% of the texts are wrong and a few pictures by people; fine-tuned on the
+latter, it becomes the captioner and the filter of CapFilt, whose data set another TINY is pre-trained on from nothing,
+for as many steps (paper, figure 3 and section 4.3). Options are those of `recipes.pretrain`. Writes report.html and
+results.json into runs/demo. Started again, it continues, or says again what it found.
 """
 
 from __future__ import annotations
@@ -12,71 +14,222 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from html import escape
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from blip import atomic, checkpoint, page
 from blip.config import SourceConfig
+from blip.data import world_files
 from blip.data.world import scene_of
+from blip.data.world_judge import grade as grade_captions
 from blip.data.world_judge import judge
-from eval.captioning import captions_of
+from capfilt.__main__ import main as capfilt
+from capfilt.grade import Kind, grade
+from capfilt.run import Run as Job
+from capfilt.select import kept_of, scored_parts
 from eval.retrieval import Gallery, rank
-from recipes import caption, command
-from recipes.building import ModelChoice
+from recipes import caption, command, retrieval
+from recipes.building import ModelChoice, WorldChoice
 from recipes.pretrain import Run, pretrain
 
-CONFIG = "recipes/configs/pretrain_world.yaml"
+CONFIG = "recipes/configs/pretrain_demo.yaml"
 CAPTIONER = "recipes/configs/caption_world.yaml"
-SHARE = 0.25
-"""Steps of the captioner, in steps of pre-training."""
+FILTER = "recipes/configs/filter_world.yaml"
+SHARE = 0.3
+"""Steps of a captioner or a filter, in steps of pre-training."""
+BY_PEOPLE = 0.15
+"""Pictures with people's captions, in pictures of the crawl."""
+BROKEN = 0.0025
+"""Share of the crawl's files that are no picture."""
+LONGEST = 40
+"""Word pieces of a synthetic text, the prompt included."""
+DECODE, POLICY = "greedy", "web-else-syn"
+"""The paper samples, and keeps every text that passes. So small a captioner is wrong too often when it samples (12% of
+its texts are true in every word, 33% of the likeliest), and its text is worse than a web text that passes."""
 SHOWN = 24
 """Pictures on the page."""
 TOLD = ("cider", "attribute_precision", "attribute_recall", "all_true")
 """Scores of captions."""
+AGAIN = "_bootstrapped"
+"""Ends the names of the second model's scores."""
+SELECTION, THRESHOLD = "kept", 0.5
+"""Of the texts with at least this P(match)."""
 
 
-def demo(run: Run) -> dict[str, float]:
-    """Pre-train, fine-tune, evaluate, write the page; returns what results.json holds, scores in percent."""
-    start, out = time.monotonic(), Path(run.out)
-    result, folder = pretrain(run)
-    captioning = captioner(run, folder, max(1, round(SHARE * result.steps)))
-    captioned, written = caption.caption(captioning)
-
-    model, tokenizer = checkpoint.from_pretrained(folder)
-    exam = caption.Exam("test", captioning.test, captioning, model, tokenizer)
-    before = exam.scores(captions_of(model, tokenizer, exam.pictures, captioning.decode, prompt=captioning.data.prompt))
-    after = {name.removeprefix("test_"): value for name, value in captioned.metrics.items() if name.startswith("test_")}
-    gallery = Gallery.open(run.held_out.source, model.vision.image_size)
-    ranked = rank(model, tokenizer, *gallery, k=run.held_out.k).best_texts(3)
-    scores = {
-        **result.metrics,
-        **{name: 100 * value for name, value in after.items()},
-        **{f"{name}_pretrained": 100 * value for name, value in before.items()},
-        "steps": result.steps,
-        "seconds": time.monotonic() - start,
-    }
-    captions = {
-        one["image_id"]: one["caption"] for one in json.loads((written.parent / "captions-test.json").read_text())
-    }
-    page.write(out / "report.html", _page(out, scores, _cards(run, captions, gallery, ranked), run))
+def demo(run: Run) -> dict[str, Any]:
+    """Carry out the story and write the page; returns what results.json holds, scores in percent but `filter_auc`."""
+    out, clock = Path(run.out), Clock()
+    with clock.part("pictures"):
+        draw(run.world)
+    run = dataclasses.replace(run, world=None)
+    people = [source for source in run.data.sources if source.kind == "human"]
+    noisy = dataclasses.replace(run, out=str(out / "noisy"))
+    with clock.part("pretrain"):
+        first, folder = pretrain(noisy)
+    with clock.part("captioner"):
+        captioning = captioner(noisy, folder, people)
+        captioned, writer = caption.caption(captioning)
+    with clock.part("filter"):
+        _, filtering = retrieval.retrieve(filterer(noisy, folder, people))
+    with clock.part("capfilt"):
+        job = clean(run, writer, filtering, out)
+    sources = bootstrapped(out / "clean", people)
+    again = dataclasses.replace(run, data=dataclasses.replace(run.data, sources=sources))
+    with clock.part("pretrain_bootstrapped"):
+        second, folder = pretrain(again)
+    with clock.part("captioner_bootstrapped"):
+        recaptioned, rewriter = caption.caption(captioner(again, folder, people))
+    with clock.part("page"):
+        kinds, synthetic = grade(job, SELECTION), truth_of_synthetic(job)
+        scores = {
+            **first.metrics, **_tested(captioned.metrics),
+            **{f"{name}{AGAIN}": value for name, value in (second.metrics | _tested(recaptioned.metrics)).items()},
+            **_aucs(kinds), **synthetic, "texts_kept": _kept(out / "clean"),
+            "web_right": _right(kinds, 0), "web_right_kept": _right(kinds, 1), "steps": second.steps,
+        }  # fmt: skip
+        model, tokenizer = checkpoint.from_pretrained(folder)
+        gallery = Gallery.open(run.held_out.source, model.vision.image_size)
+        ranked = rank(model, tokenizer, *gallery, k=run.held_out.k).best_texts(3)
+        said = json.loads((rewriter.parent / "captions-test.json").read_text())
+        cards = _cards(run, {one["image_id"]: one["caption"] for one in said}, gallery, ranked)
+    scores |= {f"seconds_{name}": seconds for name, seconds in clock.seconds.items()} | {"seconds": clock.total()}
+    page.write(out / "report.html", _page(out, scores, kinds, cards, run))
     atomic.write_bytes(out / "results.json", (json.dumps(scores, indent=1) + "\n").encode())
     return scores
 
 
-def captioner(run: Run, start_from: Path, steps: int) -> caption.Run:
-    """The captioning run that goes on from a pre-training run, on its pictures."""
+class Clock:
+    """Seconds by part of the story."""
+
+    def __init__(self) -> None:
+        self.start, self.seconds = time.monotonic(), {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - start
+
+    def total(self) -> float:
+        return time.monotonic() - self.start
+
+
+# The parts of the story -----------------------------------------------------------------------------------------------
+
+
+def draw(world: WorldChoice) -> None:
+    """The crawl as tar shards, with a few broken files, and pictures by people: few to learn from, two sets held out.
+
+    What is there already is left alone.
+    """
+    folder, size, broken = Path(world.folder), world.image_size, round(BROKEN * world.train)
+    if not (folder / "crawl").exists():
+        noise = {"web": True, "noise": world.noise, "broken": broken}
+        world_files.write(folder / "crawl", "tar", count=world.train, size=size, workers=world.workers, **noise)
+    few = max(8, round(BY_PEOPLE * world.train))
+    for where, split, count, seed in (
+        (folder / "human", "train", few, 1),
+        (folder, "val", world.held_out, 0),
+        (folder, "test", world.held_out, 0),
+    ):
+        if not (where / f"{split}.json").exists():
+            world_files.write(where, "json", split, count, seed, size, workers=world.workers)
+
+
+def captioner(run: Run, start_from: Path, people: list[SourceConfig]) -> caption.Run:
+    """The captioning run that goes on from a pre-training run, on pictures with people's captions."""
     settings = command.read(caption.Run, ["--config", CAPTIONER, "--out", str(Path(run.out) / "captioner")])
     validation = SourceConfig(str(Path(run.held_out.source.path).with_name("val.json")))
     return dataclasses.replace(
-        settings,
-        model=ModelChoice(start_from=str(start_from)),
-        data=dataclasses.replace(settings.data, sources=run.data.sources),
-        train=dataclasses.replace(settings.train, steps=steps, batch_size=run.train.batch_size, eval_each_epoch=False),
+        _going_on(settings, run, start_from, people),
         validation=caption.HeldOut(validation, run.held_out.limit),
         test=caption.HeldOut(run.held_out.source, run.held_out.limit),
+    )
+
+
+def filterer(run: Run, start_from: Path, people: list[SourceConfig]) -> retrieval.Run:
+    """The retrieval run that makes a filter of a pre-training run's model, on the same pictures."""
+    settings = command.read(retrieval.Run, ["--config", FILTER, "--out", str(Path(run.out) / "filter")])
+    return dataclasses.replace(_going_on(settings, run, start_from, people), validation=None, test=None)
+
+
+def _going_on(settings: Any, run: Run, start_from: Path, people: list[SourceConfig]) -> Any:
+    """A fine-tuning run's settings with a pre-training run's model, batch and share of its steps."""
+    steps = max(1, round(SHARE * run.train.steps))
+    return dataclasses.replace(
+        settings,
+        model=ModelChoice(start_from=str(start_from)),
+        data=dataclasses.replace(settings.data, sources=people),
+        train=dataclasses.replace(settings.train, steps=steps, batch_size=run.train.batch_size, eval_each_epoch=False),
         world=None,
     )
+
+
+def clean(run: Run, writer: Path, filtering: Path, out: Path) -> Job:
+    """The job on the crawl, as `python -m capfilt run` does it: plan, score, select, export, report, verify.
+
+    RuntimeError if it does not end well; it has said why.
+    """
+    inputs = [word for source in run.data.sources if source.kind == "web" for word in ("--input", source.path)]
+    args = ["run", *inputs, "--out", str(out / "capfilt"), "--to", str(out / "clean"), "--no-blur"]
+    args += ["--captioner", str(writer), "--filter", str(filtering), "--name", SELECTION, "--itm", str(THRESHOLD)]
+    args += ["--policy", POLICY, "--decode", DECODE, "--max-length", str(LONGEST)]
+    args += ["--max-tokens", str(run.data.max_tokens)]
+    status = capfilt([*args, "--part-size", "1024", "--batch-size", "128"])
+    if status:
+        raise RuntimeError(f"capfilt ended with status {status}; what it said stands above")
+    return Job.open(str(out / "capfilt"))
+
+
+def bootstrapped(clean: Path, people: list[SourceConfig]) -> list[SourceConfig]:
+    """What the second model learns from: the texts that were kept, if any, and people's."""
+    return [*([SourceConfig(str(clean / "*.tar"), kind="web")] if _kept(clean) else []), *people]
+
+
+def _kept(clean: Path) -> int:
+    return json.loads((clean / "_SUCCESS").read_bytes())["pairs"]
+
+
+def truth_of_synthetic(job: Job) -> dict[str, float]:
+    """Percent of the synthetic texts that are true in every word, of all and of those that the filter kept."""
+    scenes: dict[str, list] = {}
+    for part in scored_parts(job):
+        rows = job.parts.read(part.pid, ["extra_json", "syn_text"]).to_pylist()
+        scenes[part.pid] = [(json.loads(row["extra_json"])["image_id"], row["syn_text"]) for row in rows]
+    every = [judge(scene_of(name), text) for rows in scenes.values() for name, texts in rows for text in texts or ()]
+    kept = [
+        judge(scene_of(scenes[part.pid][row["row"]][0]), row["text"])
+        for part, texts in kept_of(job, SELECTION)
+        for row in texts.to_pylist()
+        if row["text_source"] == "syn"
+    ]
+    found = {"synthetic_true": every, "synthetic_true_kept": kept}
+    return {name: 100 * grade_captions(verdicts)["true"] for name, verdicts in found.items() if verdicts}
+
+
+def _right(kinds: dict[str, Kind], which: int) -> float:
+    """Percent of the web texts, or (1) of those kept, that are right."""
+    right, wrong = (kinds[name][which] if name in kinds else 0 for name in ("right", "wrong"))
+    return 100 * right / max(1, right + wrong)
+
+
+def _aucs(kinds: dict[str, Kind]) -> dict[str, float]:
+    """The filter's ROC AUC against all wrong web texts, and against each kind of them."""
+    found = {"filter_auc" if kind == "wrong" else f"filter_auc_{kind}": k.auc for kind, k in kinds.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _tested(metrics: dict[str, float]) -> dict[str, float]:
+    """The scores of a test set in percent, under their own names."""
+    return {n.removeprefix("test_"): 100 * value for n, value in metrics.items() if n.startswith("test_")}
+
+
+# The page -------------------------------------------------------------------------------------------------------------
 
 
 def _cards(run: Run, captions: dict[str, str], gallery: Gallery, ranked: list[list[int]]) -> list[page.Card]:
@@ -93,51 +246,90 @@ def _cards(run: Run, captions: dict[str, str], gallery: Gallery, ranked: list[li
     ]
 
 
-def _page(out: Path, scores: dict[str, float], items: list[page.Card], run: Run) -> str:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    logged = [line for line in lines if "losses" in line]
-    names = {"itc": "ITC, contrastive", "itm": "ITM, matching", "lm": "LM, captioning"}
-    series = {title: [(line["step"], line["losses"][name]) for line in logged] for name, title in names.items()}
-    recalls = [
-        [f"{direction}, {stage}", *(scores[f"{key}@{r}{suffix}"] for r in (1, 5, 10))]
+SIDES = (("the crawl as it is", ""), ("after CapFilt", AGAIN))
+KINDS = {
+    "right": "right",
+    "mismatched": "of another picture",
+    "near_miss": "one word wrong",
+    "vague": "says nothing",
+    "junk_around": "true, with junk around",
+    "wrong": "all that are not right",
+}
+
+
+def _recalls(scores: dict[str, Any]) -> list[list[str | float]]:
+    return [
+        [f"{direction}, {stage}, {side}", *(scores[f"{key}@{r}{suffix}{again}"] for r in (1, 5, 10))]
         for direction, key in (("picture to text", "tr"), ("text to picture", "ir"))
-        for stage, suffix in (("ITC alone", "_itc"), ("re-ranked by ITM", ""))
+        for stage, suffix in (("ITC alone", "_itc"), ("re-ranked", ""))
+        for side, again in SIDES
     ]
-    truth = [
-        [
-            stage,
-            *(scores[f"{name}{suffix}"] for name in ("cider", "attribute_precision", "attribute_recall", "all_true")),
-        ]
-        for stage, suffix in (("pre-trained", "_pretrained"), ("captioner", ""))
-    ]
-    seen = (
-        f"{scores['steps']:.0f} steps of {run.train.batch_size} pairs, in {scores['seconds']:.0f} seconds with all else"
+
+
+def _captions(scores: dict[str, Any]) -> list[list[str | float]]:
+    return [[side, *(scores[f"{name}{again}"] for name in TOLD)] for side, again in SIDES]
+
+
+def _page(out: Path, scores: dict[str, Any], kinds: dict[str, Kind], items: list[page.Card], run: Run) -> str:
+    def curves(folder: Path) -> str:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        logged = [line for line in lines if "losses" in line]
+        names = {"itc": "ITC, contrastive", "itm": "ITM, matching", "lm": "LM, captioning"}
+        return page.curves({t: [(one["step"], one["losses"][name]) for one in logged] for name, t in names.items()})
+
+    fates = [
+        [KINDS.get(kind, kind), f"{k.texts:,}", f"{k.kept:,}", 100 * k.kept / max(1, k.texts),
+         "" if k.auc is None else f"{k.auc:.3f}"]
+        for kind, k in sorted(kinds.items(), key=lambda one: [*KINDS, one[0]].index(one[0]))
+    ]  # fmt: skip
+    synthetic = (
+        f" Of the captioner's own texts {scores['synthetic_true']:.0f}% are true in every word, of those that the "
+        f"filter keeps {scores['synthetic_true_kept']:.0f}%."
+        if "synthetic_true_kept" in scores
+        else ""
     )
+    link = escape(f"capfilt/report/{SELECTION}/report.html")
     return page.page(
         "BLIP on the picture world",
         [
             (
                 "What happened",
-                f"A model of size {run.model.size} was pre-trained from random weights: {seen}. A quarter as many "
-                "steps more made a captioner of it.",
+                f"A model of size {run.model.size} was pre-trained from random weights on a crawl of pictures with web "
+                "texts, most of them wrong, and on some more with captions by people. On the latter it was made a "
+                "captioner and a filter. CapFilt had the captioner write a text for each picture of the crawl, and "
+                "kept the web text where the filter said that it matches, else the captioner's where it said so of "
+                "that. A second model was pre-trained from the same random weights on what was kept and on the "
+                f"pictures with captions by people, for the same {scores['steps']} steps of "
+                f"{run.train.batch_size} pairs. All in {scores['seconds']:.0f} seconds.",
                 "",
+            ),
+            (
+                "What CapFilt made of the crawl",
+                f"Right were {scores['web_right']:.0f}% of the web texts, and {scores['web_right_kept']:.0f}% of those "
+                f"that were kept.{synthetic} ROC AUC is the chance that the filter gives a right text more than a "
+                "wrong one.",
+                page.table(fates, ["web texts", "there were", "kept", "percent", "ROC AUC"])
+                + f'<p><a href="{link}">The job\'s own report</a>: every row and text accounted for, pictures with '
+                "what was kept and why.</p>",
             ),
             (
                 "Retrieval among held-out pictures, recall in percent",
                 "The right one is among the first 1, 5 or 10, before and after the matching head looks at the best.",
-                page.table(recalls, ["", "R@1", "R@5", "R@10"]),
+                page.table(_recalls(scores), ["", "R@1", "R@5", "R@10"]),
             ),
             (
                 "Captions of held-out pictures, greedy, percent",
-                "CIDEr compares with five reference captions. Every claim about shape, colour, size, place, relation, "
-                "count and background is checked against the scene: how many of those made are true, how many of "
-                "those possible were made, and how many captions say nothing false.",
-                page.table(truth, ["", "CIDEr", "claims true", "claims made", "captions true"]),
+                "By a captioner made of either model, on people's captions for as many steps. CIDEr compares with five "
+                "reference captions. Every claim about shape, colour, size, place, relation, count and background is "
+                "checked against the scene: how many of those made are true, how many of those possible were made, and "
+                "how many captions say nothing false.",
+                page.table(_captions(scores), ["", "CIDEr", "claims true", "claims made", "captions true"]),
             ),
-            ("The three losses of pre-training", "Means over log windows.", page.curves(series)),
+            ("The three losses on the crawl as it is", "Means over log windows.", curves(out / "noisy")),
+            ("The three losses after CapFilt", "Another set of texts, so not to be compared.", curves(out)),
             (
                 "What it says of pictures it has never seen",
-                "The captioner's text, and the three texts that the pre-trained model ranks first; a mark says what "
+                "The second captioner's text, and the three texts that the second model ranks first; a mark says what "
                 "is right.",
                 page.cards(items),
             ),
@@ -148,14 +340,14 @@ def _page(out: Path, scores: dict[str, float], items: list[page.Card], run: Run)
 def main() -> None:
     run = command.read(Run, ["--config", CONFIG, "--out", "runs/demo", *sys.argv[1:]])
     scores = demo(run)
-    print("\nheld-out retrieval, recall in percent      R@1    R@5   R@10")
-    for key, title in (("tr", "picture to text"), ("ir", "text to picture")):
-        for suffix, stage in (("_itc", "ITC alone"), ("", "re-ranked")):
-            print(f"  {title:<18}{stage:<20}", *(f"{scores[f'{key}@{r}{suffix}']:6.1f}" for r in (1, 5, 10)))
-    print("\ncaptions of held-out pictures, percent     CIDEr  claims true  claims made  captions true")
-    for suffix, stage in (("_pretrained", "pre-trained"), ("", "captioner")):
-        values = (scores[f"{name}{suffix}"] for name in TOLD)
-        print(f"  {stage:<38}", "{:7.1f} {:12.1f} {:12.1f} {:14.1f}".format(*values))
+    print(f"\n{'held-out retrieval, recall in percent':<56}  R@1    R@5   R@10")
+    for name, *values in _recalls(scores):
+        print(f"  {name:<52}", *(f"{value:6.1f}" for value in values))
+    print(f"\n{'captions of held-out pictures, percent':<40}   CIDEr  claims true  claims made  captions true")
+    for name, *values in _captions(scores):
+        print(f"  {name:<38}", "{:7.1f} {:12.1f} {:12.1f} {:14.1f}".format(*values))
+    right, kept, auc = scores["web_right"], scores["web_right_kept"], scores.get("filter_auc", float("nan"))
+    print(f"\nright web texts: {right:.1f}% of the crawl, {kept:.1f}% of those kept; the filter's ROC AUC {auc:.3f}")
     print(f"{scores['seconds']:.0f} seconds; {run.out}/report.html, {run.out}/results.json, {run.out}/model")
 
 

@@ -31,6 +31,9 @@ class Exam(Protocol):
 class Kept:
     """The best model so far and what it answered, in the run's folder; metrics.jsonl is the record of what was best."""
 
+    kind: type = Blip
+    """The class of the model."""
+
     def __init__(self, out: Path, tokenizer: Tokenizer, selected_by: str) -> None:
         self.out, self.folder = out, out / "model"
         self.tokenizer, self.selected_by = tokenizer, selected_by
@@ -41,6 +44,10 @@ class Kept:
 
     def written(self, name: str, answers: Any) -> dict[str, str]:
         """File names and contents that keep the answers on `name`, validation or test; none unless overridden."""
+        return {}
+
+    def beside(self) -> dict[str, str]:
+        """File names and contents that belong into the model's folder; none unless overridden."""
         return {}
 
     def offer(self, model: Blip, answers: Any, scores: Scores) -> Scores:
@@ -61,6 +68,8 @@ class Kept:
             if answers is not None:
                 self._record("validation", answers)
             checkpoint.save_pretrained(model, self.tokenizer, self.folder, card=self.card(scores or {}))
+            for file, content in self.beside().items():
+                _replace(self.folder / file, content)
 
         _in_main(publish)
 
@@ -89,7 +98,7 @@ class Kept:
         return dist.from_main(before.get("test") if same else None)
 
     def _test(self, test: Exam, device: torch.device) -> Scores:
-        model, _ = checkpoint.from_pretrained(self.folder, device=device)
+        model, _ = checkpoint.from_pretrained(self.folder, self.kind, device=device)
         answers = test.answers(model)
         _in_main(lambda: self._record("test", answers))
         return test.scores(answers)

@@ -56,9 +56,9 @@ def crawl(folder, shards=3, rows=40):
     return folder
 
 
-def planned(inputs, out, part_size=16, reading=None, **config):
+def planned(inputs, out, part_size=16, reading=None, scorer="fake", **config):
     reading = {"inputs": [str(inputs)], **(reading or {})}
-    return plan.make(str(out), ScoreConfig(scorer="fake", **config), ReadConfig(**reading), part_size)
+    return plan.make(str(out), ScoreConfig(scorer=scorer, **config), ReadConfig(**reading), part_size)
 
 
 def make_fake(run):

@@ -1,13 +1,15 @@
 """Processes that are killed, stopped and starved while they score: the result is always that of an unbroken run."""
 
 import io
+import json
 import os
 import random
 import signal
+import statistics
 import time
 
 import pytest
-from capfilt_crawl import HERE, Starter, check_complete, crawl, make_fake, planned, scored
+from capfilt_crawl import HERE, Starter, check_complete, crawl, jpeg, make_fake, planned, scored
 
 from capfilt import parts
 from capfilt.parts import DamagedPart, name_of
@@ -233,3 +235,52 @@ def test_finding_out_what_is_done_is_quick_to_the_eye(tmp_path):
     run = planned(crawl(tmp_path / "in", shards=1, rows=100), tmp_path / "run", part_size=1)
     assert score(run, make_fake, HERE, io.StringIO()) == 0
     assert len(Run.open(run.where).parts.whole(p.pid for p in run.plan)[0]) == 100
+
+
+# Soak -----------------------------------------------------------------------------------------------------------------
+
+SOAK = int(os.environ.get("CAPFILT_SOAK", 100_000))
+"""Rows; a million take some twenty minutes."""
+
+
+def held(pid):
+    """Kilobytes in memory and open files of a process; None when it is gone."""
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            (line,) = (line for line in file if line.startswith("VmRSS"))
+        return int(line.split()[1]), len(os.listdir(f"/proc/{pid}/fd"))
+    except (OSError, ValueError):
+        return None
+
+
+def soaked(starter, folder, rows, parts, kills):
+    """Score so many rows with kills all over the run; returns it and what its last process held, over time."""
+    (folder / "0.jpg").write_bytes(jpeg(0, (8, 8)))
+    (folder / "a.json").write_text(json.dumps([{"image": "0.jpg", "caption": f"picture {i}"} for i in range(rows)]))
+    run = planned(folder / "a.json", folder / "run", part_size=-(-rows // parts))
+    command = ("score", run.where, "--decode-workers", "0")
+    for kill in range(kills):
+        pid, aim = starter.start(*command), parts * (kill + 1) // (2 * kills)
+        while len(run.parts.present()) < aim:
+            time.sleep(0.02)
+        os.kill(pid, signal.SIGKILL)
+        assert starter.wait(pid) == -signal.SIGKILL
+    pid, samples = starter.start(*command), []
+    while (sample := held(pid)) and len(run.parts.present()) < parts:
+        samples.append(sample)
+        time.sleep(0.05)
+    assert starter.wait(pid) == 0
+    return run, samples
+
+
+@pytest.mark.slow
+def test_a_long_run_neither_grows_nor_loses(tmp_path, starter):
+    """Fault 23: 1,000 parts and 20 kills; memory and open files of the process that does the second half stay level."""
+    run, samples = soaked(starter, tmp_path, SOAK, 1000, 20)
+    found = verify(run.where)
+    assert (found.status(), sum(found.rows.values())) == (0, SOAK)
+    quarter = len(samples) // 4
+    early, late = samples[quarter : 2 * quarter], samples[-quarter:]
+    for which, growth in ((0, 1.05), (1, 1.0)):
+        before, after = (statistics.median(sample[which] for sample in some) for some in (early, late))
+        assert after <= growth * before, (which, before, after)

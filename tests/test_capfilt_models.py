@@ -7,9 +7,11 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from capfilt_crawl import HERE, annotations, check_complete
 from PIL import Image
 
+from blip import convert
 from blip.checkpoint import save_pretrained
 from blip.config import DECODE_PRESETS, TINY, SourceConfig
 from blip.data import world_files
@@ -100,6 +102,21 @@ def test_equal_to_one_by_one(models, token, decode):
     assert [m.truncated for m in scorer.score(items(scorer.sides))[3].web] == [False, False, True]
 
 
+def test_texts_get_the_length_that_is_asked_for(models):
+    scorers = [
+        BlipScorer(*models, ScoreConfig(filter="f", decode="greedy", max_length=length)) for length in (None, 9, 30)
+    ]
+    assert [scorer.decode.max_length for scorer in scorers] == [20, 9, 30]
+    short, long = ([scores.syn[0] for scores in scorer.score(items(scorer.sides))] for scorer in scorers[1:])
+    for some, more in zip(short, long, strict=True):
+        assert more.text.startswith(some.text)
+        assert some.finished or len(more.text) > len(some.text)
+    with pytest.raises(ValueError, match="max_length 65: the model has 64 positions"):
+        BlipScorer(*models, ScoreConfig(filter="f", max_length=65))
+    with pytest.raises(ValueError, match="max_tokens 65: the model has 64 positions"):
+        BlipScorer(*models, ScoreConfig(filter="f", max_tokens=65))
+
+
 def test_the_first_token_matters(models):
     captioner, filter = models
     with_enc, with_cls = (
@@ -164,6 +181,61 @@ def test_out_of_memory_is_said_so_that_the_job_can_halve(models, monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     with pytest.raises(OutOfMemory):
         scorer.score(items((32,)))
+
+
+# transformers ---------------------------------------------------------------------------------------------------------
+
+
+def theirs(kind, table, model):
+    """transformers' model of a kind with our weights."""
+    text, eye = model.config.text, model.config.vision
+    words = {
+        "vocab_size": text.vocab_size, "hidden_size": text.width, "num_hidden_layers": text.layers,
+        "num_attention_heads": text.heads, "intermediate_size": text.hidden, "layer_norm_eps": text.norm_eps,
+        "max_position_embeddings": text.max_positions, "encoder_hidden_size": eye.width, "pad_token_id": text.pad_id,
+        "bos_token_id": text.dec_id, "eos_token_id": text.sep_id, "sep_token_id": text.sep_id,
+    }  # fmt: skip
+    pictures = {
+        "image_size": eye.image_size, "patch_size": eye.patch_size, "hidden_size": eye.width,
+        "num_hidden_layers": eye.depth, "num_attention_heads": eye.heads, "intermediate_size": 4 * eye.width,
+        "layer_norm_eps": 1e-6, "initializer_range": 0.02,
+    }  # fmt: skip
+    config = transformers.BlipConfig(
+        text_config=words, vision_config=pictures, image_text_hidden_size=model.config.embed_dim
+    )
+    other = kind(config).eval()
+    other.load_state_dict(convert.to_theirs(table(model), model.state_dict()), strict=True)
+    return other
+
+
+@torch.no_grad()
+def test_equal_to_transformers(models):
+    """Fault 26, on random weights: the same greedy captions of 20 pictures, logits of ITM and cosines to 1e-4."""
+    (captioner, words), (filter, _) = models
+    writer = theirs(transformers.BlipForConditionalGeneration, convert.transformers_captioning, captioner)
+    matcher = theirs(transformers.BlipForImageTextRetrieval, convert.transformers_matching, filter)
+    shown = pictures(20)
+    texts = [TEXTS[i % 4] or ["a large blue moon at the top"] for i in range(20)]
+    # transformers puts no [ENC] first.
+    scorer = BlipScorer(*models, ScoreConfig(filter="f", decode="greedy", itm_token="cls"))
+    pixels = [[np.asarray(p.resize((32, 32), Image.Resampling.BICUBIC))] for p in shown]
+    scores = scorer.score([Item(f"{i:032x}", p, t) for i, (p, t) in enumerate(zip(pixels, texts, strict=True))])
+    images = torch.stack([EvalTransform(32)(p) for p in shown])
+    prompt, _ = words.encode(["a picture of"] * 20, first="dec", max_length=20)  # generate drops the last, [SEP]
+    written = writer.generate(images, prompt, num_beams=1, do_sample=False, max_length=20, min_length=5)
+    said = words.decode(written[:, prompt.shape[1] - 1 :])
+    assert [s.syn[0].text for s in scores] == said
+    assert len(set(said)) > 10
+    for image, some, found, own in zip(images, texts, scores, said, strict=True):
+        for text, got in [*zip(some, found.web, strict=True), (clean_caption(own, 30), found.syn[0].match)]:
+            ids, keep = words.encode([text], first="cls", max_length=35)
+            inputs = {"input_ids": ids, "pixel_values": image[None], "attention_mask": keep.long()}
+            logits = matcher(**inputs).itm_score[0]
+            assert got.margin == pytest.approx(float(logits[1] - logits[0]), abs=1e-4)
+            assert got.itc == pytest.approx(float(matcher(**inputs, use_itm_head=False).itm_score[0, 0]), abs=1e-4)
+
+
+# The job --------------------------------------------------------------------------------------------------------------
 
 
 def test_the_whole_job_on_the_picture_world(models, tmp_path, capsys):

@@ -38,8 +38,9 @@ def test_a_moved_input_keeps_its_ids(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 1}, {"dtype": "bfloat16"}, {"captions": 2}, {"lenient": True}, {"itm_token": "cls"}, {"max_words": 9}],
-)
+    [{"seed": 1}, {"dtype": "bfloat16"}, {"captions": 2}, {"max_length": 9}, {"lenient": True}, {"itm_token": "cls"},
+     {"max_words": 9}],
+)  # fmt: skip
 def test_other_settings_are_refused_with_what_differs(tmp_path, change, capsys):
     """Fault 11."""
     scored(crawl(tmp_path / "in", shards=1), tmp_path / "run")

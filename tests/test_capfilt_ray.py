@@ -7,13 +7,15 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from capfilt_crawl import HERE, check_complete, crawl, planned, scored
+from capfilt_crawl import HERE, check_complete, crawl, make_fake, planned, scored
 
 from capfilt import ray_engine
 from capfilt.__main__ import main
+from capfilt.score import score
 
 
 def test_without_ray_it_says_what_to_install(tmp_path, monkeypatch, capsys):
@@ -118,6 +120,18 @@ def test_the_driver_is_killed_and_another_goes_on(cluster, base, tmp_path):
     until(4, run)
     driver.kill()
     driver.wait()
+    thread, found, _ = in_background(run)
+    finished(thread, found)
+    check_complete(run.where, base)
+
+
+@pytest.mark.slow
+def test_another_engine_goes_on(cluster, base, tmp_path):
+    """Fault 12: begun in one process, gone on with by one of three ranks, ended by Ray."""
+    run = planned(base.job["root"], tmp_path / "run")
+    assert score(run, make_fake, replace(HERE, limit=60), io.StringIO()) == 0
+    assert score(run, make_fake, replace(HERE, rank=1, world=3), io.StringIO()) == 0
+    assert 4 < len(run.parts.present()) < len(run.plan)
     thread, found, _ = in_background(run)
     finished(thread, found)
     check_complete(run.where, base)

@@ -131,6 +131,9 @@ def test_a_run_without_results_or_complete_ones_says_so(tmp_path, capsys):
 # In a browser ---------------------------------------------------------------------------------------------------------
 
 
+_QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+
+
 @pytest.fixture(scope="module")
 def browser():
     sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -138,7 +141,7 @@ def browser():
     if not chromium:
         pytest.skip("no chromium on this machine")
     with sync.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        browser = playwright.chromium.launch(executable_path=chromium, args=_QUIET)
         yield browser
         browser.close()
 

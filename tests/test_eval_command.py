@@ -253,8 +253,10 @@ def test_retrieval(tmp_path, model, capsys):
     assert (found["images"], found["texts"], found["k"]) == (7, 14, 128)
     assert {"tr@1", "ir@10", "mean_recall", "tr@1_itc"} <= found.keys()
     assert "mean_recall" in capsys.readouterr().out
-
-
-def test_retrieval_is_not_started_twice(model, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "without torchrun" in refused(capsys, ["retrieval", "--model", model, "--source.path", "x.json"])
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["image_id"] for row in written["texts_of_image"]] == list(range(100, 107))
+    assert [row["image_id"] for row in written["images_of_text"]] == [100 + i // 2 for i in range(14)]
+    first = written["images_of_text"][3]
+    assert (first["text"], sorted(first["images"])) == ("a red square", list(range(100, 107)))
+    assert first["scores"] == sorted(first["scores"], reverse=True)
+    assert all(len(row["texts"]) == 10 for row in written["texts_of_image"])

@@ -493,7 +493,15 @@ WORKS = [
     ["recipes.demo", *SMALL],
     ["recipes.retrieval", "--help"],
     ["recipes.retrieval", "--config", "recipes/configs/retrieval_coco.yaml", "--print_config"],
+    ["blip.data.world_questions", "--out", "written", "--split", "test", "--count", "8"],
+    ["recipes.vqa", "--config", "recipes/configs/vqa_v2.yaml", "--print_config"],
+    ["blip.data.world_pairs", "--out", "written_pairs", "--split", "test", "--sets", "2", "--size", "32"],
+    ["blip.data.world_dialogue", "--out", "written_dialogue", "--split", "test", "--count", "2", "--size", "32"],
+    ["recipes.nlvr", "--config", "recipes/configs/nlvr2.yaml", "--print_config"],
+    ["recipes.dialogue", "--config", "recipes/configs/visdial.yaml", "--print_config"],
     ["blip.cli", "--help"],
+    ["blip.cli", "match", "written/images/test", "a red star", "--model", "runs/demo/model"],
+    ["blip.cli", "search", "written/images/test", "a red star", "--model", "runs/demo/model", "--index", "index"],
     ["blip.cli", "caption", "written/images/test", "--model", "runs/demo/model", "--prompt", ""],
 ]
 PRETRAIN = ["recipes.pretrain", "--out", "out", "--model.size", "tiny"]
@@ -508,6 +516,8 @@ LACKS = {
     "someone/model": [*OWN, "--model.start_from", "someone/model"],
     "someone/pairs": [*OWN, "--data.sources", '[{"path": "someone/pairs", "format": "dataset"}]'],
     "someone/start": ["recipes.retrieval", "--out", "out", "--model.start_from", "someone/start"],
+    "someone/talker": ["recipes.dialogue", "--out", "out", "--model.start_from", "someone/talker"],
+    "someone/answers": ["recipes.vqa", "--out", "out", "--model.start_from", "someone/answers"],
     "someone/captioner": ["blip.cli", "caption", "written/images/test", "--model", "someone/captioner"],
 }
 

@@ -1,11 +1,19 @@
 """Retrieval metrics by hand, and re-ranking against scoring every pair one at a time."""
 
+import json
+
 import pytest
 import torch
+from stub_run import the_zygote
+from test_captioning_eval import captioner, draw
 from test_objectives import CONFIG
 
+from blip import dist
+from blip.config import SourceConfig
+from blip.data.errors import DataError
 from blip.model import Blip
-from eval.retrieval import candidates, recall_of_images, recall_of_texts, retrieval
+from eval.retrieval import Gallery, candidates, rank, recall_of_images, recall_of_texts, retrieval
+from eval.retrieval_command import results
 
 
 class Letters:
@@ -99,3 +107,59 @@ def test_a_gallery_that_does_not_fit_is_refused(model, pictures):
         retrieval(model, Letters(), [pictures], ["a", "b"], [0])
     with pytest.raises(ValueError, match="nothing to retrieve"):
         retrieval(model, Letters(), [pictures], [], [])
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 30])
+def test_each_image_is_looked_at_once_if_there_is_room_and_projected_once(model, pictures, monkeypatch, kept):
+    monkeypatch.setattr("eval.retrieval.KEPT_BYTES", kept)
+    seen, projected = [], []
+    model.vision.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
+    context = model.med.context
+    monkeypatch.setattr(model.med, "context", lambda x, **how: (projected.append(len(x)), context(x, **how))[1])
+    rank(model, Letters(), list(pictures.split(2)), TEXTS, OWNER, k=3, batch=2)
+    assert sum(seen) == (5 if kept else 10)
+    assert sum(projected) == 5
+
+
+def ranked(source: str, broken: str, out: str) -> None:
+    """What each of two processes does: a ranking with batches for both, for one, and with one that cannot be read."""
+    dist.start(60)
+    model, tokenizer = captioner()
+    for batch in (1, 2, 50):
+        gallery = Gallery.open(SourceConfig(source), 64, batch=batch)
+        found = rank(model, tokenizer, *gallery, k=4, batch=3)
+        with open(f"{out}-{batch}-{dist.rank()}", "w") as file:
+            file.write(
+                results(gallery.ids, gallery.texts, gallery.image_of_text, found) + json.dumps(found.cosines.tolist())
+            )
+    with pytest.raises(DataError, match=r"image 103 \(3.png\) cannot be evaluated"):
+        rank(model, tokenizer, *Gallery.open(SourceConfig(broken), 64, batch=1), k=4)
+
+
+def test_two_processes_rank_as_one_does_and_fail_together(tmp_path):
+    source, broken = draw(tmp_path / "whole").path, draw(tmp_path / "broken", broken=(3,)).path
+    arguments = {"source": source, "broken": broken, "out": str(tmp_path / "two")}
+    zygote = the_zygote()
+    pids = zygote.spawn(tmp_path / "log", world=2, module="test_retrieval", function="ranked", **arguments)
+    statuses = [zygote.wait(pid, 240) for pid in pids]
+    assert statuses == [0, 0], (tmp_path / "log-0").read_text() + (tmp_path / "log-1").read_text()
+    ranked(source, broken, str(tmp_path / "one"))
+    for batch in (1, 2, 50):
+        alone = (tmp_path / f"one-{batch}-0").read_text()
+        assert alone.count("image_id") == 7 + 14
+        for process in (0, 1):
+            assert (tmp_path / f"two-{batch}-{process}").read_text() == alone
+
+
+def test_pictures_are_taken_once_by_their_id(tmp_path):
+    draw(tmp_path, 3)
+    names = ["0.png", "1.png", "0.png", "2.png"]
+    rows = [{"image": name, "image_id": 9 - int(name[0]), "caption": f"text {i}."} for i, name in enumerate(names)]
+    (tmp_path / "list.json").write_text(json.dumps([*rows, {"image": "1.png", "image_id": 8, "caption": []}]))
+    gallery = Gallery.open(SourceConfig(str(tmp_path / "list.json")), 32)
+    assert gallery.ids == [9, 8, 7]
+    assert (gallery.texts, gallery.image_of_text) == (["text 0", "text 2", "text 1", "text 3"], [0, 0, 1, 2])
+    assert [len(x) for x in Gallery.open(SourceConfig(str(tmp_path / "list.json")), 32, limit=2).images] == [2]
+    (tmp_path / "list.json").write_text(json.dumps([{"image": "1.png", "caption": "..."}]))
+    with pytest.raises(DataError, match=r"image 1.png cannot be evaluated: the caption has no words"):
+        Gallery.open(SourceConfig(str(tmp_path / "list.json")), 32)

@@ -34,8 +34,8 @@ class Loaded:
             raise ValueError(f"out of memory on {self.device}: give a smaller --batch, or --device cpu") from None
 
 
-def load(where: str | None, device: str, precision: str) -> Loaded:
-    """The model that --model, --device and --precision name.
+def load(where: str | None, device: str, precision: str, kind: type = Blip) -> Loaded:
+    """The model that --model, --device and --precision name; `kind` is the class that is expected there.
 
     ValueError or OSError, in a line, for a model, device or precision that is not there.
     """
@@ -48,7 +48,7 @@ def load(where: str | None, device: str, precision: str) -> Loaded:
     place = _device(device)
     if precision == "float16" and place.type == "cpu":
         raise ValueError("--precision float16 needs a GPU; use float32 or bfloat16")
-    model, tokenizer = checkpoint.from_pretrained(where, device=place)
+    model, tokenizer = checkpoint.from_pretrained(where, kind, device=place)
     return Loaded(model, tokenizer, place, torch.float32 if precision == "auto" else getattr(torch, precision))
 
 

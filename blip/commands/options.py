@@ -13,6 +13,11 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="picture, folder of pictures (with its folders) or quoted glob"
     )
+    add_answers(parser)
+
+
+def add_answers(parser: argparse.ArgumentParser) -> None:
+    """How and where the answers go, and how many pictures go through the model at once."""
     parser.add_argument("--json", action="store_true", help="answer in JSON lines")
     parser.add_argument("--out", metavar="FILE", help="answer into a file (default: standard output)")
     parser.add_argument("--batch", type=positive, default=16, metavar="N", help="pictures at once (default: 16)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -49,3 +50,21 @@ class Batch:
         image_ids = None if self.image_ids is None else move(self.image_ids)
         tensors = move(self.image), move(self.ids), move(self.keep)
         return Batch(*tensors, self.keys, self.bad, self.prompt, image_ids)
+
+
+@dataclass
+class QuestionBatch(Batch):
+    """B images with a question each, and the answers that people gave: A in all, those of a question are neighbours."""
+
+    answer_ids: Tensor = field(kw_only=True)
+    """(A, U) int64: [CLS] word pieces [SEP], then padding."""
+    answer_keep: Tensor = field(kw_only=True)
+    """(A, U) bool, as `keep`."""
+    weights: Tensor = field(kw_only=True)
+    """(A,) float32, how much an answer counts."""
+    question: Tensor = field(kw_only=True)
+    """(A,) int64, which of the B questions is answered."""
+
+    def _with(self, move: Callable[[Tensor], Tensor]) -> QuestionBatch:
+        tensors = {name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **tensors)

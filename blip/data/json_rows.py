@@ -87,7 +87,7 @@ def _skip(buffer: str, at: int, *, separators: bool) -> int:
 def _flattened(path: Path, objects: Iterator[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
     for row, value in enumerate(objects):
         images = value.get("images")
-        if row == 0 and isinstance(images, list):
+        if row == 0 and isinstance(images, list) and not all(isinstance(image, str) for image in images):
             annotations = value.get("annotations")
             yield from enumerate(_coco(path, images, annotations) if annotations else (_karpathy(i) for i in images))
         else:

@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -21,18 +21,9 @@ from blip.config import DataConfig
 from blip.data.batch import Batch
 from blip.data.errors import DataError
 from blip.data.pairs import Pairs, Sample
-from blip.tokenizer import Tokenizer
 
 _POLL = 2.0
 """Seconds between looks at whether the workers still live."""
-
-
-def make_batch(samples: Sequence[Sample], tokenizer: Tokenizer, prompt: int = 0) -> Batch:
-    """B samples whose texts begin with `prompt` given word pieces -> one Batch, texts padded to the longest."""
-    ids, keep = tokenizer.pad([s.pieces for s in samples])
-    image = torch.stack([s.image for s in samples])
-    image_ids = torch.tensor([s.image_id for s in samples])
-    return Batch(image, ids, keep, [s.key for s in samples], [b for s in samples for b in s.bad], prompt, image_ids)
 
 
 class Failure:
@@ -76,7 +67,7 @@ class _Batches(Dataset):
 
     def __getitems__(self, draws: list[tuple[int, int]]) -> Batch | Failure:
         p = self.pairs
-        return guarded(lambda: make_batch([self._read(d) for d in draws], p.tokenizer, p.prompt), self._where)
+        return guarded(lambda: p.collate([self._read(d) for d in draws]), self._where)
 
     def _read(self, draw: tuple[int, int]) -> Sample:
         self.progress.note(*draw)

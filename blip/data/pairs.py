@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from blip.config import DataConfig
-from blip.data.batch import Bad
+from blip.data.batch import Bad, Batch
 from blip.data.errors import BadSample, DataError
 from blip.data.images import decode
 from blip.data.keyed import mix, permutation
@@ -59,6 +60,14 @@ def make_sample(
     return Sample(pixels, pieces, record.key, image_id=picture_id(record))
 
 
+def make_batch(samples: Sequence[Sample], tokenizer: Tokenizer, prompt: int = 0) -> Batch:
+    """B samples whose texts begin with `prompt` given word pieces -> one Batch, texts padded to the longest."""
+    ids, keep = tokenizer.pad([s.pieces for s in samples])
+    image = torch.stack([s.image for s in samples])
+    image_ids = torch.tensor([s.image_id for s in samples])
+    return Batch(image, ids, keep, [s.key for s in samples], [b for s in samples for b in s.bad], prompt, image_ids)
+
+
 def picture_id(record: Record) -> int:
     """A number of 63 bits for the picture of a row: of its file, links followed, or of its encoded bytes.
 
@@ -87,7 +96,7 @@ class Pairs(Dataset):
         self._shown = [max(1, round(s.weight * len(s))) for s in sources]
         self._order = functools.lru_cache(maxsize=2)(self._make_order)
         self.prompt = check_prompt(tokenizer, config)
-        check_captions(tokenizer, self._probe(), config.max_unknown)
+        check_captions(tokenizer, self.probe(), config.max_unknown)
 
     @property
     def rows(self) -> int:
@@ -143,7 +152,7 @@ class Pairs(Dataset):
         for attempt in range(ATTEMPTS):
             key = (self.seed, epoch, index, attempt)
             try:
-                sample = make_sample(source[row], self.transform, self.tokenizer, self.config, key)
+                sample = self.make(source[row], key)
                 sample.bad = bad
                 return sample
             except BadSample as error:
@@ -152,7 +161,15 @@ class Pairs(Dataset):
         listed = "; ".join(f"{b.key}: {b.reason}" for b in bad[:3])
         raise DataError(f"{ATTEMPTS} samples in a row are unreadable, the first: {listed}")
 
-    def _probe(self) -> list[str]:
+    def make(self, record: Record, key: tuple[int, ...]) -> Sample:
+        """A row as the model is shown it; data of other kinds have their own. Raises BadSample."""
+        return make_sample(record, self.transform, self.tokenizer, self.config, key)
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """What a training step is given of some samples."""
+        return make_batch(samples, self.tokenizer, self.prompt)
+
+    def probe(self) -> list[str]:
         """Some captions, evenly spread; unreadable rows are left for the ledger."""
         captions = []
         for source in self.sources:

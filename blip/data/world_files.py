@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -112,21 +112,13 @@ def write(
         raise ValueError(f"broken must be 0 to count ({count}), got {broken}")
     if not 0 <= noise <= 1:
         raise ValueError(f"noise must be in [0, 1], got {noise}")
-    old = _products(out, format, split)
-    if old and not overwrite:
-        raise FileExistsError(f"{old[0]} is there already: give another --out, or --overwrite true to replace it")
     settings = _Settings(split, seed, size, web, noise, _breaks(seed, split, count, broken))
-    unfinished = out / f".writing-{split}-{os.getpid()}"
-    unfinished.mkdir(parents=True)
-    try:
-        pace = {"delay": 1, "mininterval": 0.1 if sys.stderr.isatty() else 30}
-        rows = tqdm(_rows(settings, count, workers), total=count, unit=" pictures", desc=f"{format} {split}", **pace)
-        _WRITERS[format](unfinished, split, rows, -(-count // shard), shard)
-        for path in old:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        return [_publish(path, unfinished, out) for path in _products(unfinished, format, split)]
-    finally:
-        shutil.rmtree(unfinished)
+
+    def fill(folder: Path) -> None:
+        rows = progress(_rows(settings, count, workers), count, " pictures", f"{format} {split}")
+        _WRITERS[format](folder, split, rows, -(-count // shard), shard)
+
+    return publish(out, [pattern.format(split=split) for pattern in PRODUCTS[format]], fill, overwrite)
 
 
 def _check(**least_one: int) -> None:
@@ -135,8 +127,32 @@ def _check(**least_one: int) -> None:
             raise ValueError(f"{name} must be 1 or more, got {value}")
 
 
-def _products(folder: Path, format: str, split: str) -> list[Path]:
-    return [path for pattern in PRODUCTS[format] for path in sorted(folder.glob(pattern.format(split=split)))]
+def progress(rows: Iterable[Any], total: int, unit: str, what: str) -> Iterable[Any]:
+    """The same rows, with a line that says how many are done, once that takes longer than a moment."""
+    return tqdm(rows, total=total, unit=unit, desc=what, delay=1, mininterval=0.1 if sys.stderr.isatty() else 30)
+
+
+def publish(out: Path, products: Sequence[str], fill: Callable[[Path], None], overwrite: bool = False) -> list[Path]:
+    """Have `fill` write into a folder beside, then give what it wrote its names in `out`, in the order of `products`.
+
+    `products` are globs of what is written. FileExistsError if something is there already, unless `overwrite`.
+    """
+
+    def there(folder: Path) -> list[Path]:
+        return [path for pattern in products for path in sorted(folder.glob(pattern))]
+
+    old = there(out)
+    if old and not overwrite:
+        raise FileExistsError(f"{old[0]} is there already: give another --out, or --overwrite true to replace it")
+    unfinished = out / f".writing-{os.getpid()}"
+    unfinished.mkdir(parents=True)
+    try:
+        fill(unfinished)
+        for path in old:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return [_publish(path, unfinished, out) for path in there(unfinished)]
+    finally:
+        shutil.rmtree(unfinished)
 
 
 def _publish(path: Path, unfinished: Path, out: Path) -> Path:
@@ -179,10 +195,11 @@ def make_row(settings: _Settings, i: int) -> Row:
         record["description"] = description(made)
     if settings.broken:
         record["broken"] = settings.broken.get(i, "")
-    return Row(_break(_jpeg(draw(made, settings.size)), record.get("broken", "")), record)
+    return Row(_break(jpeg(draw(made, settings.size)), record.get("broken", "")), record)
 
 
-def _jpeg(image: Any) -> bytes:
+def jpeg(image: Any) -> bytes:
+    """A picture as the bytes of its file."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return buffer.getvalue()

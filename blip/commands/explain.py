@@ -1,0 +1,97 @@
+"""`blip explain`: where the model looks when it says that a text fits a picture."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from blip.commands import options
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from blip.explain import Explanation
+
+EXAMPLE = """examples:
+  blip explain photo.jpg "a dog next to a red bicycle" --out explained.html --model runs/retrieval/model
+
+A page with the picture once for each word and once for the whole text, red where the cross-attention finds what speaks
+for a match. A line tells the probability of a match. Exit status: 0, or 2 for wrong use."""
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add `explain` to the sub-commands."""
+    parser = commands.add_parser(
+        "explain", help="show where a text is found in a picture", description=__doc__, epilog=EXAMPLE
+    )
+    parser.add_argument("image", metavar="IMAGE", help="picture")
+    parser.add_argument("text", metavar="TEXT", help="what may be seen in it")
+    parser.add_argument(
+        "--out", metavar="FILE", required=True, help="page (.html), or a strip of pictures (.png, .jpg) to write"
+    )
+    options.add_model(parser)
+    parser.add_argument(
+        "--layer", type=int, metavar="N", help="cross-attention to ask, from 0 (default: 7 of 12, as the authors show)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Write the page or strip; returns the exit status."""
+    if not chosen.out.endswith((".html", ".htm", ".png", ".jpg", ".jpeg")):
+        raise ValueError(f"--out {chosen.out}: give a name that ends in .html, .png or .jpg")
+    from pathlib import Path
+
+    from blip.config import DataConfig
+    from blip.data.errors import DataError
+    from blip.data.images import UnreadableImage, decode
+
+    try:
+        picture = decode(Path(chosen.image), DataConfig.max_pixels)
+    except UnreadableImage as error:
+        raise DataError(f"{chosen.image}: {error.reason}") from None
+
+    # After the checks that need no torch, so that their errors come at once.
+    from blip import page
+    from blip.commands.loading import load
+    from blip.explain import explain
+    from blip.features import Features
+
+    loaded = load(chosen.model, chosen.device, chosen.precision)
+    with loaded.computing():
+        found = explain(Features(loaded.model, loaded.tokenizer), picture, chosen.text, chosen.layer)
+    shown = pictures(picture, found)
+    if chosen.out.endswith((".html", ".htm")):
+        total = max(float(found.maps.sum()), 1e-12)
+        shares = [100.0, *(100 * float(heat.sum()) / total for heat in found.maps)]
+        cards = [
+            page.Captioned("share of the evidence", image, name, share, [])
+            for (name, image), share in zip(shown, shares, strict=True)
+        ]
+        said = f"The model gives the text {100 * found.probability:.1f}% to fit. Red speaks for it, blue does not."
+        page.write(Path(chosen.out), page.page(chosen.text, [("Where it looks", said, page.captioned(cards))]))
+    else:
+        strip(shown).save(chosen.out)
+    print(f"{chosen.image}\t{found.probability:.4f}\t{chosen.out}")
+    return 0
+
+
+def pictures(picture: Image.Image, found: Explanation) -> list[tuple[str, Image.Image]]:
+    """The picture under the whole text's map and under each word's, which share a scale."""
+    from blip.explain import overlay
+
+    strongest = float(found.maps.max())
+    words = [(word, overlay(picture, heat, strongest)) for word, heat in zip(found.words, found.maps, strict=True)]
+    return [("the whole text", overlay(picture, found.whole, float(found.whole.max()))), *words]
+
+
+def strip(shown: list[tuple[str, Image.Image]], side: int = 224) -> Image.Image:
+    """Pictures side by side with their names below."""
+    from PIL import Image, ImageDraw
+
+    made = Image.new("RGB", (side * len(shown), side + 20), "white")
+    pen = ImageDraw.Draw(made)
+    for i, (name, image) in enumerate(shown):
+        made.paste(image.resize((side, side), Image.Resampling.LANCZOS), (i * side, 0))
+        pen.text((i * side + 6, side + 4), name.encode("latin1", "replace").decode("latin1"), fill="black")
+    return made

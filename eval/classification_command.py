@@ -1,0 +1,53 @@
+"""`python -m eval classification`: how often a model names the class of a picture, without having been taught."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from blip import atomic, dist
+from blip.commands.loading import load
+from blip.features import Features
+from blip.zero_shot import TEMPLATES
+from eval.classification import ClassFolder, accuracy, classify, read_names, read_templates
+from eval.options import Classification
+
+
+def run(options: Classification) -> dict[str, float]:
+    """Measure, print and, with `out`, write scores.json and results.json; returns the scores in percent.
+
+    All processes share the work, and the main one prints and writes.
+    """
+    dist.start()
+    data = ClassFolder.open(options.source, read_names(Path(options.names)) if options.names else None)
+    templates = read_templates(Path(options.templates)) if options.templates else list(TEMPLATES)
+    loaded = load(options.model, options.device, options.precision)
+    features = Features(loaded.model, loaded.tokenizer, batch=options.batch)
+    with loaded.computing():
+        chances = classify(features, data, templates, progress=True)
+    found = accuracy(chances, data.labels)
+    if not dist.is_main():
+        return found
+    for name, value in found.items():
+        print(f"{name:<16}{value:7.2f}")
+    if options.out:
+        out = Path(options.out)
+        out.mkdir(parents=True, exist_ok=True)
+        best = chances.topk(min(5, len(data.names)), dim=1)
+        rows = [
+            {
+                "picture": Path(path).relative_to(data.where).as_posix(),
+                "class": data.names[label],
+                "found": [data.names[i] for i in numbers],
+                "probability": [round(value, 5) for value in values],
+            }
+            for path, label, numbers, values in zip(
+                data.paths, data.labels, best.indices.tolist(), best.values.tolist(), strict=True
+            )
+        ]
+        settings = {"model": options.model, "source": options.source, "templates": templates}
+        record = found | {"pictures": len(data.paths), "classes": len(data.names)} | settings
+        lines = ",\n".join(map(json.dumps, rows))
+        atomic.replace_file(out / "results.json", f"[\n{lines}\n]\n".encode())
+        atomic.replace_file(out / "scores.json", (json.dumps(record, indent=1) + "\n").encode())
+    return found

@@ -1,0 +1,200 @@
+"""Visual dialogue: where does a model rank the right answer among its candidates (paper, section 5.5)?
+
+`ranks_of(model, tokenizer, source)` ranks the candidates of every round, `score(source, ranks)` computes MRR, recall,
+mean rank and NDCG as the official code does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from blip.config import DataConfig
+from blip.data.dialogue import Conversations, Dialogue, Rows, read_picture
+from blip.data.errors import BadSample, DataError
+from blip.data.transforms import EvalTransform
+from blip.tasks import dialogue as task
+from blip.tokenizer import Tokenizer
+from eval.parallel import spread
+
+MAX_WORDS = 40
+"""Words kept of a caption, a question or an answer."""
+RECALLS = (1, 5, 10)
+_SHOWN = 5
+"""Rounds that an error names."""
+
+Place = tuple[int | str, int]
+"""An image and the number of a round, from 1."""
+Ranks = dict[Place, list[int]]
+"""For each round the rank, from 1, of each of its candidates in their order."""
+
+
+def ranks_of(
+    model: task.Dialogue,
+    tokenizer: Tokenizer,
+    source: Conversations,
+    *,
+    limit: int | None = None,
+    max_tokens: int | None = None,
+    batch: int = 200,
+    progress: bool = False,
+) -> Ranks:
+    """Rank the candidates of all rounds that have some, of the first `limit` dialogues; all processes share the work.
+
+    `batch` rows go through the model at once; all rounds of a dialogue look at its picture as projected once.
+    `max_tokens` of a row are read, as many as the model can when not given. Among equal scores the earlier candidate
+    comes first. DataError, in every process, for a picture that cannot be read.
+    """
+    longest = min(max_tokens or model.config.text.max_positions, model.config.text.max_positions)
+    config = DataConfig(max_words=MAX_WORDS, max_tokens=longest)
+    transform, training = EvalTransform(model.config.vision.image_size), model.training
+
+    @torch.no_grad()
+    def rank(one: Dialogue) -> list[tuple[Place, list[int]]]:
+        numbers = [number for number, turn in enumerate(one.rounds) if len(turn.options)]
+        if not numbers:
+            return []
+        rows = Rows(source, one, tokenizer, config)
+        try:
+            image = transform(read_picture(one, source.root, DataConfig.max_pixels))
+            caption = rows.caption()
+        except BadSample as error:
+            raise DataError(f"{one.where}, image {one.image_id}, cannot be evaluated: {error}") from None
+        texts = [text for number in numbers for text in rows.round(number, one.rounds[number].options.tolist())]
+        scores = _scores(model, tokenizer, image, caption, texts, batch)
+        parts = scores.split([len(one.rounds[number].options) for number in numbers])
+        return [((one.image_id, n + 1), ranks(part).tolist()) for n, part in zip(numbers, parts, strict=True)]
+
+    model.eval()
+    try:
+        return dict(spread(source.dialogues[:limit], rank, what="dialogues", progress=progress))
+    finally:
+        model.train(training)
+
+
+def _scores(
+    model: task.Dialogue, tokenizer: Tokenizer, image: Tensor, caption: list[int], texts: list[list[int]], batch: int
+) -> Tensor:
+    """How likely each row of text (R) is right: the difference of the matching head's logits, (R,) on the CPU."""
+    device = next(model.parameters()).device
+    ids, keep = (x.to(device) for x in tokenizer.pad([caption]))
+    context = model.look(image[None].to(device), ids, keep)
+    found = []
+    for start in range(0, len(texts), batch):
+        ids, keep = (x.to(device) for x in tokenizer.pad(texts[start : start + batch]))
+        logits = model.match(ids, keep, context.expand(len(ids))).float()
+        found.append(logits[:, 1] - logits[:, 0])
+    return torch.cat(found).cpu()
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """Scores (..., candidates) -> the rank of each, from 1 for the highest; equal ones in their order."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    places = torch.arange(1, scores.shape[-1] + 1, device=scores.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
+
+
+# Scores ---------------------------------------------------------------------------------------------------------------
+
+
+def score(
+    source: Conversations, ranked: Mapping[Place, Sequence[int]], *, limit: int | None = None, partial: bool = False
+) -> dict[str, float]:
+    """Mean reciprocal rank, recall at 1, 5 and 10, mean rank, and NDCG where there are dense annotations.
+
+    Ranks of other dialogues are left out. DataError if a round has no ranks, unless `partial`, or ranks that do not
+    fit; or if no round has its right answer marked and none is annotated.
+    """
+    right, dense, missing = [], [], []
+    for one in source.dialogues[:limit]:
+        for number, turn in enumerate(one.rounds):
+            annotated = one.relevance is not None and one.relevance[0] == number
+            if not len(turn.options) or (turn.true is None and not annotated):
+                continue
+            place = (one.image_id, number + 1)
+            if place not in ranked:
+                missing.append(place)
+                continue
+            given = list(ranked[place])
+            if sorted(given) != list(range(1, len(turn.options) + 1)):
+                raise DataError(f"image {place[0]}, round {place[1]}: expected the ranks 1 to {len(turn.options)}")
+            if turn.true is not None:
+                right.append(given[turn.true])
+            if annotated and any(one.relevance[1]):
+                dense.append((given, one.relevance[1]))
+    if missing and not (partial and (right or dense)):
+        raise DataError(f"no ranks for {_listed(missing)}; give all, or allow_partial")
+    if not right and not dense:
+        raise DataError(f"{source.path}: no round has its right answer marked; ranks can be written, not scored")
+    found = _sparse(torch.tensor(right)) if right else {}
+    return found | ({"ndcg": ndcg(dense)} if dense else {})
+
+
+def _sparse(right: Tensor) -> dict[str, float]:
+    """In float32 as the official code computes it, to be equal to the last digit."""
+    right = right.float()
+    found = {"mrr": right.reciprocal().mean().item()}
+    found |= {f"r@{k}": (right <= k).float().mean().item() for k in RECALLS}
+    return found | {"mean_rank": right.mean().item(), "rounds": float(len(right))}
+
+
+def ndcg(rounds: Sequence[tuple[Sequence[int], Sequence[float]]]) -> float:
+    """Normalised discounted cumulative gain of (ranks, relevance), each cut at as many as are relevant at all."""
+    total = torch.tensor(0.0)
+    for given, relevance in rounds:
+        gains = torch.tensor(relevance)
+        count = int((gains != 0).sum())
+        best = gains.sort(descending=True).values
+        total = total + _dcg(gains[torch.tensor(given).argsort()][:count]) / _dcg(best[:count])
+    return float(total / len(rounds))
+
+
+def _dcg(gains: Tensor) -> Tensor:
+    return (gains / torch.log2(torch.arange(len(gains)).float() + 2)).sum(-1)
+
+
+def _listed(places: Sequence[Place]) -> str:
+    more = ", ..." if len(places) > _SHOWN else ""
+    names = ", ".join(f"image {image} round {number}" for image, number in places[:_SHOWN])
+    return f"{len(places)} round{'s' * (len(places) > 1)} ({names}{more})"
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def evalai_json(ranked: Mapping[Place, Sequence[int]]) -> str:
+    """Ranks as EvalAI's server takes them."""
+    rows = [{"image_id": image, "round_id": number, "ranks": list(given)} for (image, number), given in ranked.items()]
+    return "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
+
+
+def read_ranks(path: Path) -> Ranks:
+    """Ranks of a file such as `evalai_json` writes. DataError names the row of what does not fit."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON ({error})") from None
+    expected = 'expected [{"image_id": ..., "round_id": ..., "ranks": [...]}, ...]'
+    if not isinstance(rows, list) or not rows:
+        raise DataError(f"{path}: {expected}")
+    found: Ranks = {}
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or not {"image_id", "round_id", "ranks"} <= row.keys():
+            raise DataError(f"{path}: row {number} is {str(row)[:60]}; {expected}")
+        place, given = (row["image_id"], row["round_id"]), row["ranks"]
+        if not isinstance(place[0], int | str) or not isinstance(place[1], int) or not _whole(given):
+            raise DataError(f"{path}: row {number} is {str(row)[:60]}; {expected}")
+        if place in found:
+            raise DataError(f"{path}: row {number}: image {place[0]} round {place[1]} is there twice")
+        found[place] = given
+    return found
+
+
+def _whole(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(v, int) and not isinstance(v, bool) for v in values)

@@ -1,0 +1,164 @@
+"""NLVR2 and NLVR: is a sentence true of some pictures (paper, section 5.4)?
+
+`answers_of(model, tokenizer, examples)` asks a model about each example, `score(examples, answers)` computes accuracy
+and consistency as the official scripts do. K pictures of an example, T text tokens.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from blip.config import DataConfig
+from blip.data.errors import BadSample, DataError
+from blip.data.nlvr import Example, Sample, make_batch, read_pictures
+from blip.data.text import clean_caption
+from blip.data.transforms import EvalTransform
+from blip.model import starting_with
+from blip.tasks.nlvr import Nlvr
+from blip.tokenizer import Tokenizer
+from eval.parallel import spread
+
+MAX_WORDS = 40
+"""Words kept of a sentence."""
+_SHOWN = 5
+"""Ids that an error names."""
+
+
+def answers_of(
+    model: Nlvr, tokenizer: Tokenizer, examples: Sequence[Example], *, batch: int = 32, progress: bool = False
+) -> dict[str, bool]:
+    """Whether a model holds each sentence to be true, by the example's id; all processes share the work.
+
+    Nothing is random: pictures are looked at as they are, in their order. `batch` examples go through the model at
+    once. DataError, in every process, for a picture that cannot be read or another number of pictures than the model's.
+    """
+    count = model.config.images
+    if odd := next((e for e in examples if e.count != count), None):
+        raise DataError(f"{odd.key} has {odd.count} pictures, the model was trained on {count}")
+    transform, training = EvalTransform(model.config.vision.image_size), model.training
+    parts = [examples[start : start + batch] for start in range(0, len(examples), batch)]
+
+    @torch.no_grad()
+    def ask(part: Sequence[Example]) -> list[bool]:
+        samples = [_sample(example, transform, tokenizer, model.config.text.max_positions) for example in part]
+        asked = make_batch(samples, tokenizer).to(next(model.parameters()).device)
+        ids = starting_with(asked.ids, model.config.text.enc_id)
+        logits = model.judge(ids, asked.keep, model.look(asked.image, queries=ids.shape[1])).float()
+        return (logits[:, 1] > logits[:, 0]).tolist()
+
+    model.eval()
+    try:
+        said = spread(parts, ask, what="pictures", progress=progress)
+    finally:
+        model.train(training)
+    return {example.id: answer for example, answer in zip(examples, said, strict=True)}
+
+
+def _sample(example: Example, transform: EvalTransform, tokenizer: Tokenizer, longest: int) -> Sample:
+    try:
+        pictures = read_pictures(example, DataConfig.max_pixels)
+        sentence = clean_caption(example.sentence, MAX_WORDS)
+    except BadSample as error:
+        raise DataError(f"{example.key} cannot be evaluated: {error}") from None
+    views = torch.stack([transform(picture) for picture in pictures])
+    return Sample(views, tokenizer.pieces(sentence, longest), 0, example.key)
+
+
+# Scores ---------------------------------------------------------------------------------------------------------------
+
+
+def score(
+    examples: Sequence[Example],
+    answers: Mapping[str, bool],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    allow_partial: bool = False,
+) -> dict[str, float]:
+    """Accuracy, and consistency: the share of sentences that are answered rightly in all their examples.
+
+    `accuracy_low` and `_high` are the ends of the 95% interval over `resamples` draws of whole sets of examples that
+    share pictures or a sentence; `majority` is the accuracy of always giving the more frequent answer. Answers for
+    other examples are left out. DataError if an example has no label or no answer, unless `allow_partial` and only
+    some answers are missing.
+    """
+    unknown = [example.id for example in examples if example.label is None]
+    if unknown:
+        raise DataError(f"{_listed(unknown)} without a label; the answers can be written, not scored")
+    there = [example for example in examples if example.id in answers]
+    missing = [example.id for example in examples if example.id not in answers]
+    if not there:
+        raise DataError(f"none of the {len(examples)} examples has an answer (such as {examples[0].id})")
+    if missing and not allow_partial:
+        raise DataError(f"no answers for {_listed(missing)} of {len(examples)}; give all, or allow_partial")
+    right = np.array([answers[example.id] == example.label for example in there])
+    consistent: dict[str, bool] = {}
+    for example, fits in zip(there, right.tolist(), strict=True):
+        consistent[example.group] = consistent.get(example.group, True) and fits
+    true = sum(bool(example.label) for example in there) / len(there)
+    found = {
+        "accuracy": float(right.sum()) / len(there),
+        "consistency": sum(consistent.values()) / len(consistent),
+        "majority": max(true, 1 - true),
+    }
+    return found | _interval(there, right, resamples, seed)
+
+
+def _interval(examples: Sequence[Example], right: np.ndarray, resamples: int, seed: int) -> dict[str, float]:
+    if not resamples:
+        return {}
+    folds = {fold: number for number, fold in enumerate(dict.fromkeys(example.fold for example in examples))}
+    of = np.array([folds[example.fold] for example in examples])
+    hits, sizes = np.bincount(of, right, len(folds)), np.bincount(of, minlength=len(folds))
+    draws = np.random.default_rng(seed).integers(len(folds), size=(resamples, len(folds)))
+    accuracies = hits[draws].sum(1) / sizes[draws].sum(1)
+    low, high = np.quantile(accuracies, (0.025, 0.975))
+    return {"accuracy_low": float(low), "accuracy_high": float(high)}
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = ", ..." if len(names) > _SHOWN else ""
+    return f"{len(names)} example{'s' * (len(names) > 1)} ({', '.join(names[:_SHOWN])}{more})"
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def results_csv(examples: Sequence[Example], answers: Mapping[str, bool]) -> str:
+    """Answers as the official scripts take them: `dev-850-0-0,True` for NLVR2, `dev-1572-0-0.png,true` for NLVR."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    for example in examples:
+        answer = str(answers[example.id])
+        writer.writerow((example.id, answer.lower() if example.boxes > 1 else answer))
+    return file.getvalue()
+
+
+def read_results(path: Path) -> dict[str, bool]:
+    """Answers by id of a file such as `results_csv` writes. DataError names the line of what does not fit."""
+    found: dict[str, bool] = {}
+    lines: dict[str, int] = {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            for number, row in enumerate(csv.reader(file), start=1):
+                if not row:
+                    continue
+                if len(row) != 2 or row[1].strip().lower() not in ("true", "false"):
+                    raise DataError(f"{path}: line {number} is {','.join(row)[:60]!r}; expected ID,True or ID,False")
+                name = row[0].strip()
+                if name in found:
+                    raise DataError(f"{path}: {name} is there twice, in lines {lines[name]} and {number}")
+                found[name], lines[name] = row[1].strip().lower() == "true", number
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} is not a CSV file: {error}") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    if not found:
+        raise DataError(f"{path} is empty; expected lines of ID,True or ID,False")
+    return found

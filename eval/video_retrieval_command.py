@@ -1,0 +1,47 @@
+"""`python -m eval video_retrieval`: recall of a model's retrieval on clips and captions, without training on them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from blip import atomic, dist
+from blip.commands.loading import load
+from eval.clips import read_clips
+from eval.options import VideoRetrieval
+from eval.retrieval_command import results
+from eval.video_retrieval import ClipGallery, rank_clips
+
+
+def run(options: VideoRetrieval) -> dict[str, float]:
+    """Measure, print and, with `out`, write scores.json and results.json; returns the recalls in percent.
+
+    `tr@` is from clip to text, `ir@` from text to clip, the paper's direction. All processes share the work, and the
+    main one prints and writes.
+    """
+    dist.start()
+    file = Path(options.clips).expanduser()
+    root = Path(options.video_root).expanduser() if options.video_root else file.parent
+    clips = read_clips(file, root.absolute(), options.split)[: options.limit]
+    loaded = load(options.model, options.device, options.precision)
+    side = loaded.model.config.vision.image_size
+    gallery = ClipGallery.of(clips, side, frames=options.frames, batch=options.batch)
+    with loaded.computing():
+        ways = {"k": options.k, "max_tokens": options.max_tokens, "progress": True}
+        ranking = rank_clips(loaded.model, loaded.tokenizer, gallery, **ways)
+    found = ranking.recalls(torch.as_tensor(gallery.clip_of_text))
+    if not dist.is_main():
+        return found
+    for name, value in found.items():
+        print(f"{name:<16}{value:7.2f}")
+    if options.out:
+        out = Path(options.out)
+        out.mkdir(parents=True, exist_ok=True)
+        settings = {name: getattr(options, name) for name in ("model", "clips", "split", "frames", "k")}
+        record = found | {"videos": len(clips), "texts": len(gallery.texts)} | settings
+        listed = results(gallery.ids, gallery.texts, gallery.clip_of_text, ranking, "video_id", "videos")
+        atomic.replace_file(out / "results.json", listed.encode())
+        atomic.replace_file(out / "scores.json", (json.dumps(record, indent=1) + "\n").encode())
+    return found

@@ -1,0 +1,229 @@
+"""Visual question answering: what a model answers, and how right that is by the official measure (paper, section 5.3).
+
+`answers_of(model, tokenizer, source, config, candidates)` answers each question of a `blip.data.questions.Questions`,
+`score(source, answers).accuracy` says how right the answers are. Q questions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from blip.config import QUESTION_WORDS, AnswerConfig
+from blip.data.errors import BadSample, DataError
+from blip.data.questions import Id, Question, Questions, load
+from blip.data.text import clean_question
+from blip.tasks.answering import Answer, Candidates, answers, ask
+from blip.tasks.vqa import Vqa
+from blip.tokenizer import Tokenizer
+from eval.parallel import spread
+from eval.pictures import Pictures
+from eval.references import Entry
+from eval.vqa_accuracy import accuracy
+
+_SHOWN = 5
+"""Ids that an error names."""
+_AT_ONCE = 64
+"""Questions answered together."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Accuracies as fractions (papers print 100 times as much), and how they came about."""
+
+    accuracy: float
+    accuracy_low: float | None
+    """Lower end of its 95% interval: a percentile bootstrap over questions; None where none was asked for."""
+    accuracy_high: float | None
+    by_answer_type: dict[str, float]
+    """yes/no, number, other, as far as the data says."""
+    by_question_type: dict[str, float]
+    questions: int
+    """That were scored."""
+    missing: int
+    """Questions without a result that were left out."""
+    counts: dict[str, int]
+    """Questions of each answer type."""
+
+    def record(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return asdict(self)
+
+    def named(self) -> dict[str, float]:
+        """The accuracy, and that of each answer type."""
+        return {"accuracy": self.accuracy} | {f"accuracy_{kind}": value for kind, value in self.by_answer_type.items()}
+
+
+def score(
+    questions: Sequence[Question],
+    results: Mapping[Id, str],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    allow_partial: bool = False,
+) -> Scores:
+    """Score one answer a question against its annotators' answers.
+
+    DataError if the ids do not match, unless `allow_partial` and only results are missing, or nobody gave an answer.
+    """
+    known = {question.id for question in questions}
+    if not results:
+        raise DataError("there are no results to score")
+    if unknown := [name for name in results if name not in known]:
+        raise DataError(f"results for {listed(unknown)} that are not among the questions; are they of another split?")
+    missing = [question.id for question in questions if question.id not in results]
+    if missing and not allow_partial:
+        raise DataError(
+            f"no results for {listed(missing)} of {len(questions)}; give all, or allow_partial to score the others"
+        )
+    scored = [question for question in questions if question.id in results]
+    if bare := [question.id for question in scored if not question.answers]:
+        raise DataError(f"no annotators' answers to {listed(bare)}; nothing can be compared with them")
+    right = np.array([accuracy(results[question.id], question.answers) for question in scored])
+    low, high = _interval(right, resamples, seed)
+    kinds = {
+        name: _by([getattr(question, name) for question in scored], right) for name in ("answer_type", "question_type")
+    }
+    counts = {kind: sum(question.answer_type == kind for question in scored) for kind in kinds["answer_type"]}
+    return Scores(
+        float(right.mean()), low, high, kinds["answer_type"], kinds["question_type"], len(scored), len(missing), counts
+    )
+
+
+def _by(kinds: Sequence[str], right: np.ndarray) -> dict[str, float]:
+    names = np.array(kinds)
+    return {str(kind): float(right[names == kind].mean()) for kind in sorted(set(kinds)) if kind}
+
+
+def _interval(right: np.ndarray, resamples: int, seed: int) -> tuple[float | None, float | None]:
+    if not resamples:
+        return None, None
+    draw = np.random.default_rng(seed)
+    means = [right[draw.integers(len(right), size=len(right))].mean() for _ in range(resamples)]
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def listed(names: Sequence[Id]) -> str:
+    """`3 questions (12, 15, 18)`, the first few by their ids."""
+    some = ", ".join(map(str, names[:_SHOWN])) + ", ..." * (len(names) > _SHOWN)
+    return f"{len(names)} question{'s' * (len(names) > 1)} ({some})"
+
+
+def read_results(path: Path) -> dict[Id, str]:
+    """Results as EvalAI takes them, [{"question_id": ..., "answer": ...}]. DataError for anything else."""
+    rows, expected = load(path), 'expected [{"question_id": ..., "answer": ...}, ...]'
+    if not isinstance(rows, list) or not rows:
+        raise DataError(f"{path} is {'empty' if rows == [] else 'not a list'}; {expected}")
+    results: dict[Id, str] = {}
+    repeated: list[Id] = []
+    for number, row in enumerate(rows):
+        name, said = (row.get("question_id"), row.get("answer")) if isinstance(row, dict) else (None, None)
+        if isinstance(name, bool) or not isinstance(name, int | str) or not isinstance(said, str):
+            raise DataError(f"{path}: row {number} is {json.dumps(row)[:80]}; {expected}")
+        name = int(name) if isinstance(name, str) and name.isascii() and name.isdigit() else name
+        if name in results:
+            repeated.append(name)
+        results[name] = said
+    if repeated:
+        raise DataError(f"{path}: {listed(repeated)} more than once; expected one answer a question")
+    return results
+
+
+def evalai_results(answers: Mapping[Id, str]) -> str:
+    """Answers as EvalAI's server takes them."""
+    rows = [json.dumps({"question_id": name, "answer": said}) for name, said in answers.items()]
+    return "[\n" + ",\n".join(rows) + "\n]\n"
+
+
+class QuestionSet:
+    """The first `limit` questions of a source with their pictures, each once however many are asked about it."""
+
+    def __init__(self, source: Questions, limit: int | None = None) -> None:
+        """DataError if no picture is there, or a question has no words."""
+        source.check_some_exist()
+        self.where = source.config.path
+        self.questions = [source.question(row) for row in range(min(limit or len(source), len(source)))]
+        self.texts = [clean_question(question.text, QUESTION_WORDS) for question in self.questions]
+        for row, text in enumerate(self.texts):
+            if not text:
+                raise DataError(f"{source.key(row)}: the question {self.questions[row].text[:40]!r} has no words")
+        self._of: dict[str, list[int]] = {}
+        for row, question in enumerate(self.questions):
+            self._of.setdefault(question.image, []).append(row)
+        first = [rows[0] for rows in self._of.values()]
+
+        def image(number: int) -> Any:
+            try:
+                return source[first[number]].image
+            except BadSample as error:
+                raise DataError(f"{source.key(first[number])}: {error.reason}") from None
+
+        self.pictures = Pictures([Entry(name, [], name) for name in self._of], image, self.where)
+
+    def of(self, image: str) -> list[int]:
+        """Rows of the questions about a picture."""
+        return self._of[image]
+
+
+def answers_of(
+    model: Vqa,
+    tokenizer: Tokenizer,
+    asked: QuestionSet,
+    config: AnswerConfig,
+    candidates: Candidates | None = None,
+    *,
+    batch: int = 16,
+    threads: int = 2,
+    progress: bool = False,
+) -> dict[Id, Answer]:
+    """Answer each question: by the best candidate, or without any by search. All processes share the work.
+
+    All processes have to call it, and each returns all answers in the order of the questions. `batch` pictures go
+    through the model at once. DataError, in every process, if a picture cannot be read.
+    """
+    device, training, side = next(model.parameters()).device, model.training, model.config.vision.image_size
+    if candidates:
+        candidates.to(device)
+
+    def work(rows: Sequence[int]) -> list[tuple[int, Answer]]:
+        found = list(asked.pictures.batches(rows, -(-len(rows) // threads), side, threads))
+        names, images = [name for names, _ in found for name in names], torch.cat([images for _, images in found])
+        return _answered(model, tokenizer, asked, names, images.to(device), config, candidates)
+
+    parts = [range(i, min(i + batch, len(asked.pictures))) for i in range(0, len(asked.pictures), batch)]
+    model.eval()
+    try:
+        found = spread(parts, work, what="answer", progress=progress)
+    finally:
+        model.train(training)
+    return {asked.questions[row].id: said for row, said in sorted(found)}
+
+
+@torch.no_grad()
+def _answered(
+    model: Vqa,
+    tokenizer: Tokenizer,
+    asked: QuestionSet,
+    names: Sequence[str],
+    images: torch.Tensor,
+    config: AnswerConfig,
+    candidates: Candidates | None,
+) -> list[tuple[int, Answer]]:
+    """Rows of all questions about some pictures, and their answers."""
+    tokens = model.vision(images)
+    rows = [(row, place) for place, name in enumerate(names) for row in asked.of(name)]
+    found: list[tuple[int, Answer]] = []
+    for i in range(0, len(rows), _AT_ONCE):
+        part = rows[i : i + _AT_ONCE]
+        texts = [asked.texts[row] for row, _ in part]
+        context = ask(model, tokenizer, tokens, texts, [place for _, place in part])
+        said = answers(model, tokenizer, context, config, candidates)
+        found += [(row, best) for (row, _), (best,) in zip(part, said, strict=True)]
+    return found

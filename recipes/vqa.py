@@ -1,0 +1,244 @@
+"""Fine-tune a model that answers questions about pictures, and keep the best epoch by accuracy (paper, section 5.3).
+
+    accelerate launch -m recipes.vqa --config recipes/configs/vqa_world.yaml                # 2 cores
+    torchrun --nproc_per_node 8 -m recipes.vqa --config recipes/configs/vqa_v2.yaml --out runs/vqa
+
+The same command again continues where the last one stopped. The configs say machine, time and score.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from blip import dist
+from blip.config import (
+    QUESTION_TOKENS,
+    QUESTION_WORDS,
+    AnswerConfig,
+    DataConfig,
+    PictureQuestions,
+    TrainConfig,
+    VqaConfig,
+)
+from blip.data import world_questions
+from blip.data.errors import DataError
+from blip.data.ledger import Ledger
+from blip.data.loader import Feed
+from blip.data.questions import Id, QuestionPairs, Questions, read_answers
+from blip.data.transforms import TrainTransform
+from blip.objectives import Vqa as Objective
+from blip.tasks.answering import ANSWERS, Candidates, answers, ask
+from blip.tasks.vqa import Vqa
+from blip.tokenizer import Tokenizer
+from blip.train import Result, fit
+from eval.vqa import QuestionSet, answers_of, evalai_results, listed, score
+from recipes import command, keeping
+from recipes.building import ModelChoice, WorldChoice, build_task
+
+Answers = dict[Id, str]
+"""What a model answers, by question."""
+SELECTED_BY = "accuracy"
+
+
+@dataclass(frozen=True)
+class Data(DataConfig):
+    """What the model is shown."""
+
+    sources: list[PictureQuestions] = field(default_factory=list)
+    """The sources of a run, mixed by weight."""
+    max_words: int = QUESTION_WORDS
+    """Words kept of a question."""
+    max_tokens: int = QUESTION_TOKENS
+    """Word pieces kept of a question, first and last special tokens included."""
+    crop_scale_min: float = 0.5
+    """Smallest share of the picture that a random crop shows; 1 shows the whole picture."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.streaming or self.prompt.strip():
+            raise ValueError("data.streaming and data.prompt are not for questions")
+
+
+@dataclass(frozen=True)
+class Held:
+    """Questions that are not trained on."""
+
+    source: PictureQuestions
+    """Where they are."""
+    limit: int | None = None
+    """Questions to use, from the first on; all when not given."""
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be 1 or more, got {self.limit}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run. Every option can stand in the YAML file of `--config` or be given as `--any.option value`."""
+
+    out: str
+    """Folder of the run: model/, results.json, results-*.json, metrics.jsonl, checkpoints/, config.yaml."""
+    model: ModelChoice = field(default_factory=ModelChoice)
+    """The model to fine-tune, usually `start_from` a pre-training run's."""
+    data: Data = field(default_factory=Data)
+    """What it is shown."""
+    objective: VqaConfig = field(default_factory=VqaConfig)
+    """The loss."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How long and how fast."""
+    answers: AnswerConfig = field(default_factory=AnswerConfig)
+    """How held-out questions are answered."""
+    candidates: str | None = None
+    """File of the answers to choose from, a JSON list or one a line; the commonest of the sources when not given."""
+    common: int = 3000
+    """How many of the commonest; 0 to search for words instead of choosing."""
+    validation: Held | None = None
+    """QuestionSet at every evaluation; the model with the best accuracy is kept. Without it the last model is."""
+    test: Held | None = None
+    """QuestionSet once, at the end, of the model that was kept."""
+    world: WorldChoice | None = None
+    """Draw the embedded world and its questions first."""
+
+    def __post_init__(self) -> None:
+        if self.common < 0:
+            raise ValueError(f"common must be 0 or more, got {self.common}")
+        if self.world and self.world.web:
+            raise ValueError("world.web is for captions: questions have true answers")
+
+
+def answer(run: Run) -> tuple[Result, Path]:
+    """Carry out a run; returns how it ended, with the scores of the model that was kept, and that model's folder.
+
+    The scores are those of results.json: the validation's under their own names, the test's as `test_...`.
+    """
+    out = Path(run.out)
+    dist.start(run.train.timeout)
+    if run.world:
+        draw(run.world)
+    model, tokenizer = build_task(Vqa, run.model, run.train.seed)
+    sources = [Questions(source) for source in run.data.sources]
+    transform = TrainTransform(model.vision.image_size, run.data)
+    pairs = QuestionPairs(sources, transform, tokenizer, run.data, run.train.seed)
+    choices = chosen(run, sources, tokenizer)
+    given = run.answers, Candidates(choices, tokenizer) if choices else None, model, tokenizer
+    validation = Exam("validation", run.validation, *given) if run.validation else None
+    test = Exam("test", run.test, *given) if run.test else None
+    kept = Kept(out, tokenizer, run, choices)
+
+    def evaluate(objective: nn.Module) -> dict[str, float]:
+        found = validation.answers(objective.model)
+        return kept.offer(objective.model, found, validation.scores(found))
+
+    result = fit(
+        Objective(model, run.objective),
+        Feed(pairs),
+        run.train,
+        out=out,
+        evaluate=evaluate if validation else None,
+        settings=dataclasses.asdict(run),
+        fingerprint=pairs.fingerprint(),
+        ledger=Ledger(out / f"bad_samples-{dist.rank()}.jsonl", run.data.max_bad_fraction),
+    )
+    if validation is None:
+        kept.write(model)
+    return kept.conclude(result, test, next(model.parameters()).device), kept.folder
+
+
+def draw(world: WorldChoice) -> None:
+    """Write the questions, and the pictures, that are not there yet, in the main process; the others wait."""
+    if dist.is_main():
+        for split, count in (("train", world.train), ("val", world.held_out), ("test", world.held_out)):
+            if not (Path(world.folder) / world_questions.files(split)[1]).exists():
+                size = {"size": world.image_size, "workers": world.workers}
+                world_questions.write(world.folder, split, count, **size)
+    dist.barrier()
+
+
+def chosen(run: Run, sources: Sequence[Questions], tokenizer: Tokenizer) -> list[str]:
+    """The answers to choose from, sorted; none where words are searched.
+
+    Of the sources' commonest, those are left out that the tokenizer does not know in full.
+    """
+    if run.candidates:
+        return sorted(set(read_answers(Path(run.candidates))))
+    counts = sum((source.answers() for source in sources), Counter())
+    common = sorted(counts, key=lambda answer: (-counts[answer], answer))[: run.common]
+    return sorted(answer for answer in common if answer.strip() and not tokenizer.unknown_rate([answer]))
+
+
+class Exam:
+    """A held-out set: what a model answers, and how right that is."""
+
+    def __init__(
+        self,
+        name: str,
+        held: Held,
+        config: AnswerConfig,
+        candidates: Candidates | None,
+        model: Vqa,
+        tokenizer: Tokenizer,
+    ) -> None:
+        """Opens it, and answers a question about nothing, so that what does not fit is said before the training.
+
+        Raises DataError for pictures that are not there, or a question that nobody answered; ValueError for lengths
+        that do not fit the model.
+        """
+        self.asked = QuestionSet(Questions(held.source), held.limit)
+        self.config, self.candidates, self.tokenizer = config, candidates, tokenizer
+        if bare := [question.id for question in self.asked.questions if not question.answers]:
+            raise DataError(f"{name}.source {held.source.path}: no answers to {listed(bare)}; give annotations")
+        self.asked.pictures.picture(0)
+        side = model.vision.image_size
+        with torch.no_grad():
+            tokens = model.eval().vision(torch.zeros(1, 3, side, side))
+            answers(model, tokenizer, ask(model, tokenizer, tokens, self.asked.texts[:1], [0]), config, candidates)
+
+    def answers(self, model: Vqa) -> Answers:
+        """What the model answers; all processes share the work and each returns all."""
+        found = answers_of(model, self.tokenizer, self.asked, self.config, self.candidates)
+        return {name: said.words for name, said in found.items()}
+
+    def scores(self, answers: Answers) -> dict[str, float]:
+        """The official accuracy, as a fraction, and that of each type of answer."""
+        return score(self.asked.questions, answers, resamples=0).named()
+
+
+class Kept(keeping.Kept):
+    """The model with the best accuracy, what it chooses from, and what it answered."""
+
+    kind = Vqa
+
+    def __init__(self, out: Path, tokenizer: Tokenizer, run: Run, choices: list[str]) -> None:
+        super().__init__(out, tokenizer, SELECTED_BY)
+        self.run, self.choices = run, choices
+
+    def card(self, scores: dict[str, float]) -> str:
+        run = self.run
+        start = f"from {run.model.start_from}" if run.model.start_from else "from first weights"
+        lines = [f"Answers questions about pictures; trained {start} with `recipes.vqa`.", ""]
+        lines += [f"- {source.path}" for source in run.data.sources]
+        lines += [""] + [f"- {name}: {100 * value:.2f}" for name, value in scores.items()]
+        return "\n".join(lines)
+
+    def beside(self) -> dict[str, str]:
+        return {ANSWERS: json.dumps(self.choices, indent=0) + "\n"} if self.choices else {}
+
+    def written(self, name: str, answers: Answers) -> dict[str, str]:
+        return {f"results-{name}.json": evalai_results(answers)}
+
+
+def main() -> None:
+    answer(command.read(Run))
+
+
+if __name__ == "__main__":
+    command.run(main)
