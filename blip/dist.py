@@ -30,10 +30,12 @@ def _share_cores() -> None:
     """Give each process its share of the machine's cores where the launcher left it one.
 
     Without a word about threads `accelerate launch` and torchrun set OMP_NUM_THREADS to 1, and the others would idle.
+    OMP_THREAD_LIMIT, and the cores that a process is bound to, still limit it.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if on_cpu() and launched and os.environ.get("OMP_NUM_THREADS") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = min(cores, int(os.environ.get("OMP_THREAD_LIMIT", cores)))
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 

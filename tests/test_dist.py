@@ -95,12 +95,15 @@ def test_accelerate_can_ask_for_the_cpu(monkeypatch, variable, answer):
         ({"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}, [8]),
         ({"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "3"}, [2]),
         ({"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "9"}, [1]),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1", "OMP_THREAD_LIMIT": "5"}, [5]),
         ({"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "3"}, []),
         ({"OMP_NUM_THREADS": "1"}, []),
     ],
 )
 def test_the_one_thread_that_a_launcher_leaves_becomes_a_share_of_the_machine(environment, threads, monkeypatch):
-    for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "RANK"):
+    for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

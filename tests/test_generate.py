@@ -25,12 +25,13 @@ NUCLEUS = DecodeConfig(method="nucleus", max_length=16, min_length=0)
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(3)
+    """Its weights are the same whatever version of timm or torch begins with others."""
+    g = torch.Generator().manual_seed(3)
     model = Blip(goldens.CONFIG).eval()
     with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.15)
-        model.med.head_bias[TEXT.sep_id] += 2  # some rows stop early, some never
+        for name, p in model.named_parameters():
+            p.copy_(torch.randn(p.shape, generator=g) * 0.15 + ("norm" in name and name.endswith("weight")))
+        model.med.head_bias[TEXT.sep_id] += 0.6  # some rows stop early, some never
     return model
 
 

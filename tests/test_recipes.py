@@ -202,6 +202,7 @@ def test_two_seeds_are_two_runs(zygote, tmp_path, world, finished):
 
 def launch(command_line: list[str], args: list[str]) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(HERE.parent)}
+    environment |= {"OMP_THREAD_LIMIT": "1"}  # or accelerate's run would take all cores, and sum in another order
     run = [sys.executable, "-m", *command_line, "-m", "recipes.pretrain", *args]
     return subprocess.run(run, env=environment, capture_output=True, text=True, timeout=400, cwd=HERE.parent)
 
