@@ -13,6 +13,7 @@
         --source.annotations v2_mscoco_val2014_annotations.json
     python -m eval nlvr2 --model runs/nlvr2/model --source.path nlvr2/dev.json --out runs/scores
     python -m eval nlvr2 --results results.csv --source.path nlvr2/dev.json
+    python -m eval nlvr --model runs/nlvr_boxes/model --source.path nlvr/dev/dev.json --source.part val
     python -m eval visdial --model runs/visdial/model --out runs/scores \\
         --source.path visdial_1.0_val.json --source.relevance visdial_1.0_val_dense_annotations.json
 

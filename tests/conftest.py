@@ -14,7 +14,7 @@ def pytest_configure(config):
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder with real photographs, emoji and vocabularies; tests that need it skip without it."""
-    folder = Path(os.environ.get("OPENBLIP_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    folder = Path(os.environ.get("OPENBLIP_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
     if not folder.is_dir():
         pytest.skip("real data not at hand: set OPENBLIP_DATA to its folder")
     return folder

@@ -48,5 +48,5 @@ def results() -> dict[str, torch.Tensor]:
 
 
 def keys(layout: str) -> dict[str, list[int]]:
-    """Names and shapes in the state dict of the original's class for "pretraining", "captioning", "retrieval" or "vqa"."""
+    """Names and shapes in the state dict of the original's class for pretraining, captioning, retrieval or vqa."""
     return json.loads((HERE / "keys.json").read_text())[layout]
