@@ -1,5 +1,7 @@
 """Maps against transformers' attention and its gradients, a case that is clear, and the command."""
 
+import re
+
 import pytest
 import torch
 from PIL import Image
@@ -126,7 +128,8 @@ def test_command(model_folder, tmp_path, monkeypatch, capfd):  # noqa: F811
     assert (name, out) == ("a.png", "e.html")
     page = (tmp_path / "e.html").read_text()
     assert page.count("<img ") == 4
-    assert f"{100 * float(probability):.0f}." in page
+    (percent,) = re.findall(r"gives the text ([0-9.]+)% to fit", page)
+    assert float(percent) == pytest.approx(100 * float(probability), abs=0.06)
     assert "&lt;star&gt;" in page
     assert "<star>" not in page
     assert cli.main(["explain", "a.png", "a red star", "--out", "e.png", "--layer", "0"]) == 0
