@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -179,11 +180,25 @@ def build_feed(config: DataConfig, image_size: int, tokenizer: Tokenizer, seed: 
 
 
 def draw_world(choice: WorldChoice) -> None:
-    """Write the splits that are not there yet, in the main process; the others wait."""
+    """Write the captioned pictures that are not there yet."""
+
+    def write(split: str, count: int) -> None:
+        noise = {"web": choice.web, "noise": choice.noise} if split == "train" else {}
+        size = {"size": choice.image_size, "workers": choice.workers}
+        world_files.write(choice.folder, "json", split, count, **size, **noise)
+
+    draw_splits(choice, write)
+
+
+def draw_splits(
+    choice: Any, write: Callable[[str, int], object], file: Callable[[str], str] = "{}.json".format
+) -> None:
+    """Have `write` draw the splits of a world whose `file` is not there yet, in the main process; the others wait.
+
+    `choice` says in which `folder` and how many there are to be, `train` and `held_out`.
+    """
     if dist.is_main():
-        folder = Path(choice.folder)
         for split, count in (("train", choice.train), ("val", choice.held_out), ("test", choice.held_out)):
-            if not (folder / f"{split}.json").exists():
-                noise = {"web": choice.web, "noise": choice.noise} if split == "train" else {}
-                world_files.write(folder, "json", split, count, size=choice.image_size, workers=choice.workers, **noise)
+            if not (Path(choice.folder) / file(split)).exists():
+                write(split, count)
     dist.barrier()

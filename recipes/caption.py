@@ -8,25 +8,22 @@ The same command again continues where the last one stopped. The configs say mac
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from blip import dist
 from blip.config import CaptionConfig, DataConfig, DecodeConfig, SourceConfig, TrainConfig
 from blip.data.errors import DataError
-from blip.data.ledger import Ledger
 from blip.data.world import scene_of
 from blip.data.world_judge import grade, judge
 from blip.generate import write
 from blip.model import Blip
 from blip.objectives import Caption
 from blip.tokenizer import Tokenizer
-from blip.train import Result, fit
+from blip.train import Result
 from eval.captioning import captions_of, coco_results, score
 from eval.pictures import Pictures
 from eval.references import Id, listed
@@ -38,7 +35,6 @@ Captions = dict[Id, str]
 References = Mapping[Id, Sequence[str]]
 Grader = Callable[[Captions], dict[str, float]]
 """Captions of all images of a held-out set -> named scores."""
-SELECTED_BY = "cider"
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,6 @@ def caption(run: Run) -> tuple[Result, Path]:
 
     The scores are those of results.json: the validation's under their own names, the test's as `test_...`.
     """
-    out = Path(run.out)
     dist.start(run.train.timeout)
     model, tokenizer = build_model(run.model, run.train.seed)
     if run.world:
@@ -92,25 +87,8 @@ def caption(run: Run) -> tuple[Result, Path]:
     feed, fingerprint = build_feed(run.data, model.vision.image_size, tokenizer, run.train.seed)
     validation = Exam("validation", run.validation, run, model, tokenizer) if run.validation else None
     test = Exam("test", run.test, run, model, tokenizer) if run.test else None
-    kept = Kept(out, tokenizer, run)
-
-    def evaluate(objective: nn.Module) -> dict[str, float]:
-        captions = validation.answers(objective.model)
-        return kept.offer(objective.model, captions, validation.scores(captions))
-
-    result = fit(
-        Caption(model, run.objective),
-        feed,
-        run.train,
-        out=out,
-        evaluate=evaluate if validation else None,
-        settings=dataclasses.asdict(run),
-        fingerprint=fingerprint,
-        ledger=Ledger(out / f"bad_samples-{dist.rank()}.jsonl", run.data.max_bad_fraction),
-    )
-    if validation is None:
-        kept.write(model)
-    return kept.conclude(result, test, next(model.parameters()).device), kept.folder
+    kept = Kept(Path(run.out), tokenizer, run)
+    return keeping.fine_tune(Caption(model, run.objective), feed, fingerprint, run, kept, validation, test)
 
 
 # Scores ---------------------------------------------------------------------------------------------------------------
@@ -174,23 +152,13 @@ def truth(images: Iterable[Id]) -> list[Grader]:
 class Kept(keeping.Kept):
     """The captioner with the best CIDEr, and what it wrote."""
 
-    def __init__(self, out: Path, tokenizer: Tokenizer, run: Run) -> None:
-        super().__init__(out, tokenizer, SELECTED_BY)
-        self.run = run
+    selected_by = "cider"
 
-    def card(self, scores: dict[str, float]) -> str:
-        return _card(self.run, scores)
+    def about(self, start: str) -> str:
+        return f"A captioner, trained {start} with `recipes.caption`; its texts go on from {self.run.data.prompt!r}."
 
     def written(self, name: str, answers: Captions) -> dict[str, str]:
         return {f"captions-{name}.json": coco_results(answers)}
-
-
-def _card(run: Run, scores: dict[str, float]) -> str:
-    start = f"from {run.model.start_from}" if run.model.start_from else "from first weights"
-    lines = [f"A captioner, trained {start} with `recipes.caption`; its texts go on from {run.data.prompt!r}.", ""]
-    lines += [f"- {source.path} ({source.kind})" for source in run.data.sources]
-    lines += [""] + [f"- {name}: {100 * value:.2f}" for name, value in scores.items()]
-    return "\n".join(lines)
 
 
 def main() -> None:

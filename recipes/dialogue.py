@@ -8,29 +8,24 @@ The same command again continues where the last one stopped. The configs say mac
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-
-from torch import nn
 
 from blip import dist
 from blip.config import DataConfig, Dialogues, TrainConfig
 from blip.data import world_dialogue
 from blip.data.dialogue import Conversations, DialoguePairs
 from blip.data.errors import DataError
-from blip.data.ledger import Ledger
 from blip.data.loader import Feed
 from blip.data.transforms import TrainTransform
 from blip.objectives import Dialogue as Objective
 from blip.tasks.dialogue import Dialogue
 from blip.tokenizer import Tokenizer
-from blip.train import Result, fit
+from blip.train import Result
 from eval.dialogue import MAX_WORDS, Ranks, evalai_json, ranks_of, score
 from recipes import command, keeping
-from recipes.building import ModelChoice, build_task
-
-SELECTED_BY = "mrr"
+from recipes.building import ModelChoice, build_task, draw_splits
 
 
 @dataclass(frozen=True)
@@ -114,14 +109,13 @@ def converse(run: Run) -> tuple[Result, Path]:
     The scores are those of results.json: the validation's under their own names, the test's as `test_...`. ValueError
     for settings that do not fit.
     """
-    out = Path(run.out)
     dist.start(run.train.timeout)
     model, tokenizer = build_task(Dialogue, run.model, run.train.seed, caption_sees_image=run.caption_sees_image)
     longest = model.config.text.max_positions
     if max(run.data.max_tokens, run.data.max_words + 2) > longest:
         raise ValueError(f"data.max_tokens {run.data.max_tokens} is more than the {longest} positions of the model")
     if run.world:
-        draw(run.world)
+        draw_splits(run.world, partial(world_dialogue.write, run.world.folder, size=run.world.image_size))
     sources = [Conversations(source) for source in run.data.sources]
     if not sources:
         raise DataError("no data: give at least one source")
@@ -129,34 +123,8 @@ def converse(run: Run) -> tuple[Result, Path]:
     pairs = DialoguePairs(sources, transform, tokenizer, data, run.train.seed, data.rounds, data.wrong)
     validation = Exam("validation", run.validation, run, tokenizer) if run.validation else None
     test = Exam("test", run.test, run, tokenizer) if run.test else None
-    kept = Kept(out, tokenizer, run)
-
-    def evaluate(objective: nn.Module) -> dict[str, float]:
-        ranked = validation.answers(objective.model)
-        return kept.offer(objective.model, ranked, validation.scores(ranked))
-
-    result = fit(
-        Objective(model),
-        Feed(pairs),
-        run.train,
-        out=out,
-        evaluate=evaluate if validation else None,
-        settings=dataclasses.asdict(run),
-        fingerprint=pairs.fingerprint(),
-        ledger=Ledger(out / f"bad_samples-{dist.rank()}.jsonl", run.data.max_bad_fraction),
-    )
-    if validation is None:
-        kept.write(model)
-    return kept.conclude(result, test, next(model.parameters()).device), kept.folder
-
-
-def draw(world: World) -> None:
-    """Write the splits that are not there yet, in the main process; the others wait."""
-    if dist.is_main():
-        for split, count in (("train", world.train), ("val", world.held_out), ("test", world.held_out)):
-            if not (Path(world.folder) / f"{split}.json").exists():
-                world_dialogue.write(world.folder, split, count, size=world.image_size)
-    dist.barrier()
+    kept = Kept(Path(run.out), tokenizer, run)
+    return keeping.fine_tune(Objective(model), Feed(pairs), pairs.fingerprint(), run, kept, validation, test)
 
 
 class Exam:
@@ -186,18 +154,13 @@ class Kept(keeping.Kept):
     """The model with the best mean reciprocal rank, and how it ranked."""
 
     kind = Dialogue
+    selected_by = "mrr"
 
-    def __init__(self, out: Path, tokenizer: Tokenizer, run: Run) -> None:
-        super().__init__(out, tokenizer, SELECTED_BY)
-        self.run = run
+    def about(self, start: str) -> str:
+        return f"Ranks answers in dialogues about pictures; trained {start} with `recipes.dialogue`."
 
-    def card(self, scores: dict[str, float]) -> str:
-        run = self.run
-        start = f"from {run.model.start_from}" if run.model.start_from else "from first weights"
-        lines = [f"Ranks answers in dialogues about pictures; trained {start} with `recipes.dialogue`.", ""]
-        lines += [f"- {source.path}" for source in run.data.sources]
-        lines += [""] + [f"- {name}: {value:.4f}" for name, value in scores.items()]
-        return "\n".join(lines)
+    def told(self, score: float) -> str:
+        return f"{score:.4f}"
 
     def written(self, name: str, answers: Ranks) -> dict[str, str]:
         return {f"ranks-{name}.json": evalai_json(answers)}

@@ -1,4 +1,4 @@
-"""The best model of a run by its scores on held-out data, kept exactly when the run is killed and goes on."""
+"""What fine-tuning recipes share: a run that keeps its best model by held-out scores, exactly so when it is killed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from blip import atomic, checkpoint, dist, log
+from blip.config import SourceConfig
+from blip.data.ledger import Ledger
+from blip.data.loader import Feed
+from blip.data.stream import StreamFeed
 from blip.model import Blip
 from blip.tokenizer import Tokenizer
-from blip.train import Result
+from blip.train import Result, fit
 
 Scores = dict[str, float]
 
@@ -33,14 +38,28 @@ class Kept:
 
     kind: type = Blip
     """The class of the model."""
+    selected_by: str
+    """Name of the score whose highest value is the best."""
 
-    def __init__(self, out: Path, tokenizer: Tokenizer, selected_by: str) -> None:
+    def __init__(self, out: Path, tokenizer: Tokenizer, run: Any) -> None:
         self.out, self.folder = out, out / "model"
-        self.tokenizer, self.selected_by = tokenizer, selected_by
+        self.tokenizer, self.run = tokenizer, run
+
+    def about(self, start: str) -> str:
+        """What the model is, in a line; `start` says from what it was trained."""
+        raise NotImplementedError
+
+    def told(self, score: float) -> str:
+        """A score as the model's README.md says it: a fraction in percent, unless overridden."""
+        return f"{100 * score:.2f}"
 
     def card(self, scores: Scores) -> str:
         """What the model's README.md says."""
-        raise NotImplementedError
+        start = self.run.model.start_from
+        lines = [self.about(f"from {start}" if start else "from first weights"), ""]
+        for source in self.run.data.sources:
+            lines.append(f"- {source.path} ({source.kind})" if isinstance(source, SourceConfig) else f"- {source.path}")
+        return "\n".join([*lines, "", *(f"- {name}: {self.told(value)}" for name, value in scores.items())])
 
     def written(self, name: str, answers: Any) -> dict[str, str]:
         """File names and contents that keep the answers on `name`, validation or test; none unless overridden."""
@@ -109,6 +128,42 @@ class Kept:
 
     def _evaluations(self) -> list[dict[str, Any]]:
         return [line for line in log.read_metrics(self.out / "metrics.jsonl") if "eval" in line]
+
+
+def fine_tune(
+    objective: nn.Module,
+    feed: Feed | StreamFeed,
+    fingerprint: str,
+    run: Any,
+    kept: Kept,
+    validation: Exam | None,
+    test: Exam | None,
+) -> tuple[Result, Path]:
+    """Train the model of an objective by a recipe's settings, keep the best one and put the test set to it.
+
+    Without a validation set the last model is kept. Returns how the run ended, with the scores of the model that was
+    kept, and that model's folder. The scores are those of results.json: the validation's under their own names, the
+    test's as `test_...`.
+    """
+    model = objective.model
+
+    def evaluate(objective: nn.Module) -> Scores:
+        answers = validation.answers(objective.model)
+        return kept.offer(objective.model, answers, validation.scores(answers))
+
+    result = fit(
+        objective,
+        feed,
+        run.train,
+        out=kept.out,
+        evaluate=evaluate if validation else None,
+        settings=dataclasses.asdict(run),
+        fingerprint=fingerprint,
+        ledger=Ledger(kept.out / f"bad_samples-{dist.rank()}.jsonl", run.data.max_bad_fraction),
+    )
+    if validation is None:
+        kept.write(model)
+    return kept.conclude(result, test, next(model.parameters()).device), kept.folder
 
 
 def _in_main(action: Callable[[], None]) -> None:

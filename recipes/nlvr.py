@@ -8,31 +8,27 @@ The same command again continues where the last one stopped. The configs say mac
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-
-from torch import nn
 
 from blip import dist
 from blip.config import DataConfig, PictureSentences, TrainConfig
 from blip.data import world_pairs
 from blip.data.errors import DataError
-from blip.data.ledger import Ledger
 from blip.data.loader import Feed
 from blip.data.nlvr import PictureSentencePairs, Sentences
 from blip.data.transforms import TrainTransform
 from blip.objectives import Nlvr as Objective
 from blip.tasks.nlvr import Nlvr
 from blip.tokenizer import Tokenizer
-from blip.train import Result, fit
+from blip.train import Result
 from eval.nlvr import MAX_WORDS, answers_of, results_csv, score
 from recipes import command, keeping
-from recipes.building import ModelChoice, build_task
+from recipes.building import ModelChoice, build_task, draw_splits
 
 Answers = dict[str, bool]
 """What a model holds to be true, by example."""
-SELECTED_BY = "accuracy"
 
 
 @dataclass(frozen=True)
@@ -107,10 +103,9 @@ def judge(run: Run) -> tuple[Result, Path]:
 
     The scores are those of results.json: the validation's under their own names, the test's as `test_...`.
     """
-    out = Path(run.out)
     dist.start(run.train.timeout)
     if run.world:
-        draw(run.world)
+        draw_splits(run.world, partial(world_pairs.write, run.world.folder, size=run.world.image_size))
     sources = [Sentences(source) for source in run.data.sources]
     if not sources:
         raise DataError("no data: give at least one source")
@@ -120,34 +115,8 @@ def judge(run: Run) -> tuple[Result, Path]:
     pairs = PictureSentencePairs(sources, transform, tokenizer, run.data, run.train.seed)
     validation = Exam("validation", run.validation, images, tokenizer) if run.validation else None
     test = Exam("test", run.test, images, tokenizer) if run.test else None
-    kept = Kept(out, tokenizer, run, {"validation": validation, "test": test})
-
-    def evaluate(objective: nn.Module) -> dict[str, float]:
-        answers = validation.answers(objective.model)
-        return kept.offer(objective.model, answers, validation.scores(answers))
-
-    result = fit(
-        Objective(model),
-        Feed(pairs),
-        run.train,
-        out=out,
-        evaluate=evaluate if validation else None,
-        settings=dataclasses.asdict(run),
-        fingerprint=pairs.fingerprint(),
-        ledger=Ledger(out / f"bad_samples-{dist.rank()}.jsonl", run.data.max_bad_fraction),
-    )
-    if validation is None:
-        kept.write(model)
-    return kept.conclude(result, test, next(model.parameters()).device), kept.folder
-
-
-def draw(world: World) -> None:
-    """Write the splits that are not there yet, in the main process; the others wait."""
-    if dist.is_main():
-        for split, sets in (("train", world.train), ("val", world.held_out), ("test", world.held_out)):
-            if not (Path(world.folder) / f"{split}.json").exists():
-                world_pairs.write(world.folder, split, sets, size=world.image_size)
-    dist.barrier()
+    kept = Kept(Path(run.out), tokenizer, run, {"validation": validation, "test": test})
+    return keeping.fine_tune(Objective(model), Feed(pairs), pairs.fingerprint(), run, kept, validation, test)
 
 
 class Exam:
@@ -179,18 +148,14 @@ class Kept(keeping.Kept):
     """The model with the best accuracy, and what it answered."""
 
     kind = Nlvr
+    selected_by = "accuracy"
 
     def __init__(self, out: Path, tokenizer: Tokenizer, run: Run, exams: dict[str, Exam | None]) -> None:
-        super().__init__(out, tokenizer, SELECTED_BY)
-        self.run, self.exams = run, exams
+        super().__init__(out, tokenizer, run)
+        self.exams = exams
 
-    def card(self, scores: dict[str, float]) -> str:
-        run = self.run
-        start = f"from {run.model.start_from}" if run.model.start_from else "from first weights"
-        lines = [f"Tells whether a sentence is true of several pictures; trained {start} with `recipes.nlvr`.", ""]
-        lines += [f"- {source.path}" for source in run.data.sources]
-        lines += [""] + [f"- {name}: {100 * value:.2f}" for name, value in scores.items()]
-        return "\n".join(lines)
+    def about(self, start: str) -> str:
+        return f"Tells whether a sentence is true of several pictures; trained {start} with `recipes.nlvr`."
 
     def written(self, name: str, answers: Answers) -> dict[str, str]:
         return {f"results-{name}.csv": results_csv(self.exams[name].examples, answers)}

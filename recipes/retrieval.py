@@ -8,27 +8,22 @@ The same command again continues where the last one stopped. The configs say mac
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from blip import dist
 from blip.config import DataConfig, RetrievalConfig, TrainConfig
 from blip.data.errors import DataError
-from blip.data.ledger import Ledger
 from blip.model import Blip
 from blip.objectives import Retrieval
 from blip.tokenizer import Tokenizer
-from blip.train import Result, fit
+from blip.train import Result
 from eval.retrieval import Gallery, Ranking, rank
 from recipes import command, keeping
 from recipes.building import ModelChoice, WorldChoice, build_feed, build_model, draw_world
 from recipes.pretrain import Held
-
-SELECTED_BY = "mean_recall"
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,6 @@ def retrieve(run: Run) -> tuple[Result, Path]:
     The scores are those of results.json: the validation's under their own names, the test's as `test_...`. ValueError
     for settings that do not fit.
     """
-    out = Path(run.out)
     if run.data.prompt.strip():
         raise ValueError(f"data.prompt {run.data.prompt!r}: texts are compared without a prompt, leave it out")
     dist.start(run.train.timeout)
@@ -69,25 +63,8 @@ def retrieve(run: Run) -> tuple[Result, Path]:
     feed, fingerprint = build_feed(run.data, model.vision.image_size, tokenizer, run.train.seed)
     validation = Exam("validation", run.validation, run, model, tokenizer) if run.validation else None
     test = Exam("test", run.test, run, model, tokenizer) if run.test else None
-    kept = Kept(out, tokenizer, run)
-
-    def evaluate(objective: nn.Module) -> dict[str, float]:
-        ranking = validation.answers(objective.model)
-        return kept.offer(objective.model, ranking, validation.scores(ranking))
-
-    result = fit(
-        Retrieval(model, run.objective),
-        feed,
-        run.train,
-        out=out,
-        evaluate=evaluate if validation else None,
-        settings=dataclasses.asdict(run),
-        fingerprint=fingerprint,
-        ledger=Ledger(out / f"bad_samples-{dist.rank()}.jsonl", run.data.max_bad_fraction),
-    )
-    if validation is None:
-        kept.write(model)
-    return kept.conclude(result, test, next(model.parameters()).device), kept.folder
+    kept = Kept(Path(run.out), tokenizer, run)
+    return keeping.fine_tune(Retrieval(model, run.objective), feed, fingerprint, run, kept, validation, test)
 
 
 class Exam:
@@ -118,17 +95,13 @@ class Exam:
 class Kept(keeping.Kept):
     """The model with the best mean recall."""
 
-    def __init__(self, out: Path, tokenizer: Tokenizer, run: Run) -> None:
-        super().__init__(out, tokenizer, SELECTED_BY)
-        self.run = run
+    selected_by = "mean_recall"
 
-    def card(self, scores: dict[str, float]) -> str:
-        run = self.run
-        start = f"from {run.model.start_from}" if run.model.start_from else "from first weights"
-        lines = [f"For retrieval, and as a filter of image-text pairs; trained {start} with `recipes.retrieval`.", ""]
-        lines += [f"- {source.path} ({source.kind})" for source in run.data.sources]
-        lines += [""] + [f"- {name}: {value:.2f}" for name, value in scores.items()]
-        return "\n".join(lines)
+    def about(self, start: str) -> str:
+        return f"For retrieval, and as a filter of image-text pairs; trained {start} with `recipes.retrieval`."
+
+    def told(self, score: float) -> str:
+        return f"{score:.2f}"
 
 
 def main() -> None:

@@ -8,15 +8,14 @@ The same command again continues where the last one stopped. The configs say mac
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from blip import dist
 from blip.config import (
@@ -30,7 +29,6 @@ from blip.config import (
 )
 from blip.data import world_questions
 from blip.data.errors import DataError
-from blip.data.ledger import Ledger
 from blip.data.loader import Feed
 from blip.data.questions import Id, QuestionPairs, Questions, read_answers
 from blip.data.transforms import TrainTransform
@@ -38,14 +36,13 @@ from blip.objectives import Vqa as Objective
 from blip.tasks.answering import ANSWERS, Candidates, answers, ask
 from blip.tasks.vqa import Vqa
 from blip.tokenizer import Tokenizer
-from blip.train import Result, fit
+from blip.train import Result
 from eval.vqa import QuestionSet, answers_of, evalai_results, listed, score
 from recipes import command, keeping
-from recipes.building import ModelChoice, WorldChoice, build_task
+from recipes.building import ModelChoice, WorldChoice, build_task, draw_splits
 
 Answers = dict[Id, str]
 """What a model answers, by question."""
-SELECTED_BY = "accuracy"
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,6 @@ def answer(run: Run) -> tuple[Result, Path]:
 
     The scores are those of results.json: the validation's under their own names, the test's as `test_...`.
     """
-    out = Path(run.out)
     dist.start(run.train.timeout)
     if run.world:
         draw(run.world)
@@ -132,35 +128,16 @@ def answer(run: Run) -> tuple[Result, Path]:
     given = run.answers, Candidates(choices, tokenizer) if choices else None, model, tokenizer
     validation = Exam("validation", run.validation, *given) if run.validation else None
     test = Exam("test", run.test, *given) if run.test else None
-    kept = Kept(out, tokenizer, run, choices)
-
-    def evaluate(objective: nn.Module) -> dict[str, float]:
-        found = validation.answers(objective.model)
-        return kept.offer(objective.model, found, validation.scores(found))
-
-    result = fit(
-        Objective(model, run.objective),
-        Feed(pairs),
-        run.train,
-        out=out,
-        evaluate=evaluate if validation else None,
-        settings=dataclasses.asdict(run),
-        fingerprint=pairs.fingerprint(),
-        ledger=Ledger(out / f"bad_samples-{dist.rank()}.jsonl", run.data.max_bad_fraction),
+    kept = Kept(Path(run.out), tokenizer, run, choices)
+    return keeping.fine_tune(
+        Objective(model, run.objective), Feed(pairs), pairs.fingerprint(), run, kept, validation, test
     )
-    if validation is None:
-        kept.write(model)
-    return kept.conclude(result, test, next(model.parameters()).device), kept.folder
 
 
 def draw(world: WorldChoice) -> None:
-    """Write the questions, and the pictures, that are not there yet, in the main process; the others wait."""
-    if dist.is_main():
-        for split, count in (("train", world.train), ("val", world.held_out), ("test", world.held_out)):
-            if not (Path(world.folder) / world_questions.files(split)[1]).exists():
-                size = {"size": world.image_size, "workers": world.workers}
-                world_questions.write(world.folder, split, count, **size)
-    dist.barrier()
+    """Write the questions, and the pictures, that are not there yet."""
+    write = partial(world_questions.write, world.folder, size=world.image_size, workers=world.workers)
+    draw_splits(world, write, file=lambda split: world_questions.files(split)[1])
 
 
 def chosen(run: Run, sources: Sequence[Questions], tokenizer: Tokenizer) -> list[str]:
@@ -216,18 +193,14 @@ class Kept(keeping.Kept):
     """The model with the best accuracy, what it chooses from, and what it answered."""
 
     kind = Vqa
+    selected_by = "accuracy"
 
     def __init__(self, out: Path, tokenizer: Tokenizer, run: Run, choices: list[str]) -> None:
-        super().__init__(out, tokenizer, SELECTED_BY)
-        self.run, self.choices = run, choices
+        super().__init__(out, tokenizer, run)
+        self.choices = choices
 
-    def card(self, scores: dict[str, float]) -> str:
-        run = self.run
-        start = f"from {run.model.start_from}" if run.model.start_from else "from first weights"
-        lines = [f"Answers questions about pictures; trained {start} with `recipes.vqa`.", ""]
-        lines += [f"- {source.path}" for source in run.data.sources]
-        lines += [""] + [f"- {name}: {100 * value:.2f}" for name, value in scores.items()]
-        return "\n".join(lines)
+    def about(self, start: str) -> str:
+        return f"Answers questions about pictures; trained {start} with `recipes.vqa`."
 
     def beside(self) -> dict[str, str]:
         return {ANSWERS: json.dumps(self.choices, indent=0) + "\n"} if self.choices else {}
