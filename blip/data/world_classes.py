@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from itertools import count as numbers
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse import auto_cli
-
 from blip.data.world import COLOURS, SHAPES, Scene, Split, draw, scene
-from blip.data.world_files import JPEG_QUALITY
+from blip.data.world_files import JPEG_QUALITY, command_line
 
 CLASSES = {"shape": SHAPES, "colour": tuple(COLOURS)}
 TEMPLATES = {
@@ -81,12 +78,8 @@ def single(seed: int, split: Split, count: int) -> list[Scene]:
 
 
 def main(args: list[str] | None = None) -> None:
-    """The command line; a setting or folder that will not do is said in one line."""
-    try:
-        written = auto_cli(write, args=args, as_positional=False)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(*written, sep="\n")
+    """The command line."""
+    command_line(write, args)
 
 
 if __name__ == "__main__":

@@ -11,19 +11,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import count as numbers
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import auto_cli
 from PIL import Image
 
 from blip.data.clips import pyav
-from blip.data.errors import DataError
 from blip.data.world import COLOURS, SHAPES, Dice, Scene, Split, Thing, draw, scene
+from blip.data.world_files import command_line
 
 DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
 """Steps on the grid, y downwards."""
@@ -232,12 +230,8 @@ def _encode(path: Path, pictures: list[Image.Image]) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """The command line; a setting or folder that will not do is said in one line."""
-    try:
-        written = auto_cli(write, args=args, as_positional=False)
-    except (DataError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(*written, sep="\n")
+    """The command line."""
+    command_line(write, args)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,9 @@ round has 100 candidate answers; how right each is follows from the scene and is
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-from jsonargparse import auto_cli
 
 from blip.data import world_files
 from blip.data.world import (
@@ -33,7 +30,7 @@ from blip.data.world import (
     relations_of,
     scene,
 )
-from blip.data.world_files import progress, publish
+from blip.data.world_files import command_line, progress, publish
 from blip.data.world_text import captions
 
 ROUNDS = 10
@@ -344,12 +341,8 @@ def _row(turn: Turn, questions: dict[str, int]) -> dict:
 
 
 def main(args: list[str] | None = None) -> None:
-    """The command line; a setting or folder that will not do is said in one line."""
-    try:
-        written = auto_cli(write, args=args, as_positional=False)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(*written, sep="\n")
+    """The command line."""
+    command_line(write, args)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import pyarrow.parquet
 from jsonargparse import auto_cli
 from tqdm import tqdm
 
+from blip.data.errors import DataError
 from blip.data.world import Dice, Split, draw, scene
 from blip.data.world_text import NOISE, captions, description, web_text
 
@@ -279,13 +280,18 @@ _WRITERS: dict[str, Callable[[Path, str, Iterable[Row], int, int], None]] = {
 }
 
 
-def main(args: list[str] | None = None) -> None:
-    """The command line; a setting or folder that will not do is said in one line."""
+def command_line(write: Callable[..., Iterable[Path]], args: list[str] | None = None) -> None:
+    """A command line whose options are those of `write`; a setting or folder that will not do is said in one line."""
     try:
         written = auto_cli(write, args=args, as_positional=False, allow_abbrev=False)
-    except (ValueError, OSError) as error:
+    except (DataError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(*written, sep="\n")
+
+
+def main(args: list[str] | None = None) -> None:
+    """The command line."""
+    command_line(write, args)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,13 @@ sentence alone nor a picture alone says which it is, and often the two pictures 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jsonargparse import auto_cli
-
 from blip.data import world_files
 from blip.data.world import BACKGROUNDS, RELATIONS, Dice, Scene, Split, draw, relations_of, scene
-from blip.data.world_files import progress, publish
+from blip.data.world_files import command_line, progress, publish
 
 PAIRS = 4
 """Pairs of a set, as in NLVR2; half of them make the sentence true."""
@@ -250,12 +247,8 @@ def _row(pair: Pair) -> dict:
 
 
 def main(args: list[str] | None = None) -> None:
-    """The command line; a setting or folder that will not do is said in one line."""
-    try:
-        written = auto_cli(write, args=args, as_positional=False)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(*written, sep="\n")
+    """The command line."""
+    command_line(write, args)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,10 @@ are mistaken, never so many that the true answer would not count in full.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from jsonargparse import auto_cli
 
 from blip.data import world_files
 from blip.data.world import (
@@ -34,7 +31,7 @@ from blip.data.world import (
     relations_of,
     scene,
 )
-from blip.data.world_files import progress, publish
+from blip.data.world_files import command_line, progress, publish
 
 ANNOTATORS = 10
 KINDS = ("colour", "shape", "count", "relation", "yes/no")
@@ -266,12 +263,8 @@ def _rows(seed: int, split: str, i: int) -> list[tuple[dict[str, Any], dict[str,
 
 
 def main(args: list[str] | None = None) -> None:
-    """The command line; a setting or folder that will not do is said in one line."""
-    try:
-        written = auto_cli(write, args=args, as_positional=False)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(*written, sep="\n")
+    """The command line."""
+    command_line(write, args)
 
 
 if __name__ == "__main__":
