@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 
-from blip import atomic, dist
+from blip import dist
 from blip.commands.loading import load
 from eval.caption_page import report
 from eval.captioning import Scores, captions_of, coco_results, score
 from eval.options import Captioning
 from eval.pictures import Pictures
 from eval.references import Id, read_references, read_results
+from eval.results_folder import ResultsFolder, interval, settings_of
 
 
 def run(options: Captioning) -> Scores | None:
@@ -23,14 +22,11 @@ def run(options: Captioning) -> Scores | None:
     dist.start()
     pictures = Pictures.open(options.source, options.limit) if options.source else None
     entries = read_references(Path(options.references)) if options.references else pictures.entries
-    out = Path(options.out) if options.out else None
-    if out:
-        out.mkdir(parents=True, exist_ok=True)  # before hours of work
+    out = ResultsFolder(options.out)
     results = _written(options, pictures) if options.model else read_results(Path(options.results))
     if not dist.is_main():
         return None
-    if out:
-        _replace(out / "results.json", coco_results(results))
+    out.write("results.json", coco_results(results))
     references = {entry.id: entry.captions for entry in entries}
     if options.model and not any(references.values()):
         print(f"{len(results)} captions are in {out / 'results.json'}; without references there is nothing to score")
@@ -49,12 +45,12 @@ def run(options: Captioning) -> Scores | None:
         spice_folder=options.spice_folder,
     )
     print(table(scores))
-    if out:
+    if out.where:
         record = scores.record() | _settings(options)
         html = report(record, scores.cider, references, results, pictures, options.shown)
-        _replace(out / "captions.html", html)
-        _replace(out / "scores.json", json.dumps(record, indent=1) + "\n")
-        print(f"results.json, scores.json and captions.html are in {out}")
+        out.write("captions.html", html)
+        out.write_scores(record)
+        print(f"results.json, scores.json and captions.html are in {out.where}")
     return scores
 
 
@@ -68,13 +64,8 @@ def _written(options: Captioning, pictures: Pictures) -> dict[Id, str]:
 def _settings(options: Captioning) -> dict[str, object]:
     """What the scores depend on, for the record."""
     names = ("model", "prompt", "decode", "limit") if options.model else ()
-    given: dict[str, object] = {name: getattr(options, name) for name in (*names, "source")}
-    given |= {"results_file": options.results, "references_file": options.references}
-    return {
-        name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
-        for name, value in given.items()
-        if value is not None
-    }
+    files = {"results_file": options.results, "references_file": options.references}
+    return settings_of(options, *names, "source") | {name: path for name, path in files.items() if path is not None}
 
 
 def table(scores: Scores) -> str:
@@ -86,11 +77,5 @@ def table(scores: Scores) -> str:
     ]
     for name, value in scores.values.items():
         if not name.endswith(("_low", "_high")):
-            ends = [scores.values.get(name + end) for end in ("_low", "_high")]
-            interval = f"   95% {100 * ends[0]:6.2f} to {100 * ends[1]:6.2f}" if None not in ends else ""
-            lines.append(f"{name:<16}{100 * value:7.2f}{interval}")
+            lines.append(f"{name:<16}{100 * value:7.2f}{interval(scores.values, name)}")
     return "\n".join(lines)
-
-
-def _replace(path: Path, content: str) -> None:
-    atomic.replace_file(path, content.encode("utf-8", "replace"))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from blip import atomic, dist
+from blip import dist
 from blip.commands.loading import load
 from blip.features import Features
 from blip.zero_shot import TEMPLATES
 from eval.classification import ClassFolder, accuracy, classify, read_names, read_templates
 from eval.options import Classification
+from eval.results_folder import ResultsFolder, listed, settings_of, show
 
 
 def run(options: Classification) -> dict[str, float]:
@@ -19,6 +19,7 @@ def run(options: Classification) -> dict[str, float]:
     All processes share the work, and the main one prints and writes.
     """
     dist.start()
+    out = ResultsFolder(options.out)
     data = ClassFolder.open(options.source, read_names(Path(options.names)) if options.names else None)
     templates = read_templates(Path(options.templates)) if options.templates else list(TEMPLATES)
     loaded = load(options.model, options.device, options.precision)
@@ -28,26 +29,20 @@ def run(options: Classification) -> dict[str, float]:
     found = accuracy(chances, data.labels)
     if not dist.is_main():
         return found
-    for name, value in found.items():
-        print(f"{name:<16}{value:7.2f}")
-    if options.out:
-        out = Path(options.out)
-        out.mkdir(parents=True, exist_ok=True)
-        best = chances.topk(min(5, len(data.names)), dim=1)
-        rows = [
-            {
-                "picture": Path(path).relative_to(data.where).as_posix(),
-                "class": data.names[label],
-                "found": [data.names[i] for i in numbers],
-                "probability": [round(value, 5) for value in values],
-            }
-            for path, label, numbers, values in zip(
-                data.paths, data.labels, best.indices.tolist(), best.values.tolist(), strict=True
-            )
-        ]
-        settings = {"model": options.model, "source": options.source, "templates": templates}
-        record = found | {"pictures": len(data.paths), "classes": len(data.names)} | settings
-        lines = ",\n".join(map(json.dumps, rows))
-        atomic.replace_file(out / "results.json", f"[\n{lines}\n]\n".encode())
-        atomic.replace_file(out / "scores.json", (json.dumps(record, indent=1) + "\n").encode())
+    show(found)
+    best = chances.topk(min(5, len(data.names)), dim=1)
+    rows = [
+        {
+            "picture": Path(path).relative_to(data.where).as_posix(),
+            "class": data.names[label],
+            "found": [data.names[i] for i in numbers],
+            "probability": [round(value, 5) for value in values],
+        }
+        for path, label, numbers, values in zip(
+            data.paths, data.labels, best.indices.tolist(), best.values.tolist(), strict=True
+        )
+    ]
+    out.write("results.json", listed(rows))
+    counts = {"pictures": len(data.paths), "classes": len(data.names)}
+    out.write_scores(found, counts, settings_of(options, "model", "source"), {"templates": templates})
     return found

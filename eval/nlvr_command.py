@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 
-from blip import atomic, dist
+from blip import dist
 from blip.commands.loading import load
 from blip.data.nlvr import Sentences
 from blip.tasks.nlvr import Nlvr
 from eval.nlvr import answers_of, read_results, results_csv, score
 from eval.options import Nlvr as Options
+from eval.results_folder import ResultsFolder, interval, settings_of
 
 
 def run(options: Options) -> dict[str, float] | None:
@@ -22,9 +21,7 @@ def run(options: Options) -> dict[str, float] | None:
     dist.start()
     source = Sentences(options.source)
     examples = source.examples[: options.limit]
-    out = Path(options.out) if options.out else None
-    if out:
-        out.mkdir(parents=True, exist_ok=True)  # before hours of work
+    out = ResultsFolder(options.out)
     if options.model:
         source.check_some_exist()
         loaded = load(options.model, options.device, options.precision, Nlvr)
@@ -34,8 +31,8 @@ def run(options: Options) -> dict[str, float] | None:
         answers = read_results(Path(options.results))
     if not dist.is_main():
         return None
-    if out and options.model:
-        _replace(out / "results.csv", results_csv(examples, answers))
+    if options.model:
+        out.write("results.csv", results_csv(examples, answers))
     if options.model and all(example.label is None for example in examples):
         print(f"{len(answers)} answers are in {out / 'results.csv'}; without labels there is nothing to score")
         return None
@@ -43,8 +40,8 @@ def run(options: Options) -> dict[str, float] | None:
     scores = score(examples, answers, **given)
     counted = sum(example.id in answers for example in examples)
     _print(scores, counted, len(examples), len(answers) - counted)
-    if out:
-        _replace(out / "scores.json", json.dumps(scores | _settings(options, counted), indent=1) + "\n")
+    settings = settings_of(options, "model", "results", "limit", "resamples", "seed", "source")
+    out.write_scores(scores, {"examples": counted}, settings)
     return scores
 
 
@@ -53,17 +50,4 @@ def _print(scores: dict[str, float], counted: int, examples: int, others: int) -
     if others:
         print(f"{others} answers for other examples were left out")
     for name in ("accuracy", "consistency", "majority"):
-        ends = [scores.get(name + end) for end in ("_low", "_high")]
-        interval = f"   95% {100 * ends[0]:6.2f} to {100 * ends[1]:6.2f}" if None not in ends else ""
-        print(f"{name:<16}{100 * scores[name]:7.2f}{interval}")
-
-
-def _settings(options: Options, examples: int) -> dict[str, object]:
-    """What the scores depend on, for the record."""
-    names = ("model", "results", "limit", "resamples", "seed")
-    said = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return {"examples": examples, **said, "source": dataclasses.asdict(options.source)}
-
-
-def _replace(path: Path, content: str) -> None:
-    atomic.replace_file(path, content.encode())
+        print(f"{name:<16}{100 * scores[name]:7.2f}{interval(scores, name)}")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from blip import atomic, dist
+from blip import dist
 from blip.commands.loading import load
 from eval.options import Retrieval
+from eval.results_folder import ResultsFolder, settings_of, show
 from eval.retrieval import RANKS, Gallery, Ranking, rank
 
 
@@ -23,6 +22,7 @@ def run(options: Retrieval) -> dict[str, float]:
     All processes share the work, and the main one prints and writes.
     """
     dist.start()
+    out = ResultsFolder(options.out)
     loaded = load(options.model, options.device, options.precision)
     side = loaded.model.config.vision.image_size
     gallery = Gallery.open(options.source, side, limit=options.limit, batch=options.batch)
@@ -33,16 +33,10 @@ def run(options: Retrieval) -> dict[str, float]:
     found = ranking.recalls(torch.as_tensor(gallery.image_of_text))
     if not dist.is_main():
         return found
-    for name, value in found.items():
-        print(f"{name:<16}{value:7.2f}")
-    if options.out:
-        out = Path(options.out)
-        out.mkdir(parents=True, exist_ok=True)
-        counts = {"images": len(gallery.ids), "texts": len(gallery.texts)}
-        record = found | counts | {"model": options.model, "source": dataclasses.asdict(options.source), "k": options.k}
-        listed = results(gallery.ids, gallery.texts, gallery.image_of_text, ranking)
-        atomic.replace_file(out / "results.json", listed.encode())
-        atomic.replace_file(out / "scores.json", (json.dumps(record, indent=1) + "\n").encode())
+    show(found)
+    out.write("results.json", results(gallery.ids, gallery.texts, gallery.image_of_text, ranking))
+    counts = {"images": len(gallery.ids), "texts": len(gallery.texts)}
+    out.write_scores(found, counts, settings_of(options, "model", "source", "k"))
     return found
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
-from blip import atomic, dist
+from blip import dist
 from blip.commands.loading import load
 from eval.clips import read_clips
 from eval.options import VideoRetrieval
+from eval.results_folder import ResultsFolder, settings_of, show
 from eval.retrieval_command import results
 from eval.video_retrieval import ClipGallery, rank_clips
 
@@ -22,6 +22,7 @@ def run(options: VideoRetrieval) -> dict[str, float]:
     main one prints and writes.
     """
     dist.start()
+    out = ResultsFolder(options.out)
     file = Path(options.clips).expanduser()
     root = Path(options.video_root).expanduser() if options.video_root else file.parent
     clips = read_clips(file, root.absolute(), options.split)[: options.limit]
@@ -34,14 +35,8 @@ def run(options: VideoRetrieval) -> dict[str, float]:
     found = ranking.recalls(torch.as_tensor(gallery.clip_of_text))
     if not dist.is_main():
         return found
-    for name, value in found.items():
-        print(f"{name:<16}{value:7.2f}")
-    if options.out:
-        out = Path(options.out)
-        out.mkdir(parents=True, exist_ok=True)
-        settings = {name: getattr(options, name) for name in ("model", "clips", "split", "frames", "k")}
-        record = found | {"videos": len(clips), "texts": len(gallery.texts)} | settings
-        listed = results(gallery.ids, gallery.texts, gallery.clip_of_text, ranking, "video_id", "videos")
-        atomic.replace_file(out / "results.json", listed.encode())
-        atomic.replace_file(out / "scores.json", (json.dumps(record, indent=1) + "\n").encode())
+    show(found)
+    out.write("results.json", results(gallery.ids, gallery.texts, gallery.clip_of_text, ranking, "video_id", "videos"))
+    counts = {"videos": len(clips), "texts": len(gallery.texts)}
+    out.write_scores(found, counts, settings_of(options, "model", "clips", "split", "frames", "k"))
     return found

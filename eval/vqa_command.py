@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 
-from blip import atomic, dist
+from blip import dist
 from blip.commands.loading import load
 from blip.data.questions import Id, Questions
 from blip.tasks.answering import load_candidates
 from blip.tasks.vqa import Vqa
 from eval.options import Vqa as Options
+from eval.results_folder import ResultsFolder, settings_of
 from eval.vqa import QuestionSet, Scores, answers_of, evalai_results, read_results, score
 
 
@@ -22,24 +21,22 @@ def run(options: Options) -> Scores | None:
     """
     dist.start()
     source = Questions(options.source)
-    out = Path(options.out) if options.out else None
-    if out:
-        out.mkdir(parents=True, exist_ok=True)  # before hours of work
+    out = ResultsFolder(options.out)
     questions = [source.question(row) for row in range(len(source))][: options.limit]
     results = _answered(options, source) if options.model else read_results(Path(options.results))
     if not dist.is_main():
         return None
-    if out and options.model:
-        _replace(out / "results.json", evalai_results(results))
+    if options.model:
+        out.write("results.json", evalai_results(results))
     if options.model and not any(question.answers for question in questions):
         print(f"{len(results)} answers are in {out / 'results.json'}; without people's there is nothing to score")
         return None
     given = {"resamples": options.resamples, "seed": options.seed, "allow_partial": options.allow_partial}
     scores = score(questions, results, **given)
     print(table(scores))
-    if out:
-        _replace(out / "scores.json", json.dumps(scores.record() | _settings(options), indent=1) + "\n")
-        print(f"{'results.json and ' * bool(options.model)}scores.json are in {out}")
+    if out.where:
+        out.write_scores(scores.record(), _settings(options))
+        print(f"{'results.json and ' * bool(options.model)}scores.json are in {out.where}")
     return scores
 
 
@@ -56,12 +53,7 @@ def _answered(options: Options, source: Questions) -> dict[Id, str]:
 def _settings(options: Options) -> dict[str, object]:
     """What the scores depend on, for the record."""
     names = ("model", "candidates", "method", "answers", "limit") if options.model else ("results", "limit")
-    given = {name: getattr(options, name) for name in (*names, "resamples", "seed", "source")}
-    return {
-        name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
-        for name, value in given.items()
-        if value is not None
-    }
+    return settings_of(options, *names, "resamples", "seed", "source")
 
 
 def table(scores: Scores) -> str:
@@ -75,7 +67,3 @@ def table(scores: Scores) -> str:
     for kinds in (scores.by_answer_type, scores.by_question_type):
         lines += [f"  {kind[:25]:<26}{100 * value:7.2f}" for kind, value in kinds.items()]
     return "\n".join(lines)
-
-
-def _replace(path: Path, content: str) -> None:
-    atomic.replace_file(path, content.encode("utf-8", "replace"))
