@@ -34,6 +34,9 @@ LAID_OVER = {
     "visdial_world": ("visdial_world", "dialogue"),
     "caption_world_small": ("caption_world", "caption"),
     "filter_world_small": ("filter_world", "retrieval"),
+    "nlvr_world_small": ("nlvr_world", "nlvr"),
+    "visdial_world_small": ("visdial_world", "dialogue"),
+    "vqa_world_small": ("vqa_world", "vqa"),
 }
 """Configs that only say what differs from another, or are not named after their recipe -> the other, and the recipe."""
 
