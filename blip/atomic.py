@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import os
 import pickle
@@ -19,10 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from blip.durable import TEMPORARY, not_written, sha256, sync, write_bytes
 from blip.errors import Stopped
 
 MANIFEST = "MANIFEST.json"
 _ALIAS = "same_as:"
+_ADVICE = "lower train.keep_checkpoints"
 
 
 class WriteError(Stopped):
@@ -44,7 +44,7 @@ def write_directory(
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     _require_space(target, sum(size for _, size in writers.values()))
-    partial = target.parent / f".tmp-{target.name}-{os.getpid()}"
+    partial = target.parent / f"{TEMPORARY}{target.name}-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
@@ -52,10 +52,10 @@ def write_directory(
         if facts is not None:
             manifest = json.dumps({**facts, "files": files}, indent=1).encode()
             _write_one(partial / MANIFEST, lambda path: write_bytes(path, manifest), len(manifest))
-        _sync(partial)
+        sync(partial)
         checkpoint_event("before rename", target)
         os.rename(partial, target)
-        _sync(target.parent)
+        sync(target.parent)
         checkpoint_event("after rename", target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -64,7 +64,7 @@ def write_directory(
 
 def clear_unfinished(parent: Path) -> None:
     """Remove what a killed process left half written; only where nobody else writes."""
-    for partial in parent.glob(".tmp-*"):
+    for partial in parent.glob(f"{TEMPORARY}*"):
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
         else:
@@ -76,21 +76,13 @@ def _write_one(path: Path, write: Callable[[Path], None], size: int) -> dict[str
     with explain_write(path, size):
         write(path)
         checkpoint_event("after write", path)
-        _sync(path)
+        sync(path)
     return {"sha256": sha256(path), "bytes": path.stat().st_size}
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that it survives a power cut."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def replace_file(path: Path, content: bytes) -> None:
     """Give a file new content in one rename, so that a reader sees the old or the new."""
-    partial = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    partial = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
     try:
         with explain_write(path, len(content)):
             write_bytes(partial, content)
@@ -106,36 +98,12 @@ def explain_write(path: Path, size: int) -> Iterator[None]:
         yield
     # torch and safetensors say of a full disk what they saw of it: unexpected positions, errno in a text.
     except (OSError, RuntimeError, SafetensorError) as error:
-        free = shutil.disk_usage(path.parent).free
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or free < size
-        hint = "Free some space or lower train.keep_checkpoints. " if full else ""
-        raise WriteError(
-            f"could not write {path}: needs about {size:,} bytes, {free:,} bytes are free. {hint}"
-            f"The reason given: {error}"
-        ) from error
+        raise WriteError(not_written(path, _ADVICE, error, size)) from error
 
 
 def _require_space(target: Path, size: int) -> None:
-    free = shutil.disk_usage(target.parent).free
-    if free < size:
-        raise WriteError(
-            f"could not write {target}: needs about {size:,} bytes, {free:,} bytes are free. "
-            "Free some space or lower train.keep_checkpoints."
-        )
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    if shutil.disk_usage(target.parent).free < size:
+        raise WriteError(not_written(target, _ADVICE, needs=size))
 
 
 def check_manifest(directory: Path) -> dict:

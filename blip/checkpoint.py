@@ -102,9 +102,7 @@ def from_pretrained(where, kind=Blip, *, image_size=None, device="cpu"):
     if it is not whole, of another format or kind, or if weights, configuration and tokenizer do not fit each other.
     """
     config_path, weights_path, tokenizer_at = _find(where)
-    task, config = _read_config(config_path)
-    if TASKS[task].model is not kind:
-        raise ValueError(f"{config_path} is of a {TASKS[task].model.__name__} model, {_remedy(task, _name(kind))}")
+    config = _config_of(config_path, kind)
     state = atomic.read_tensors(weights_path)
     if image_size is not None and image_size != config.vision.image_size:
         config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=image_size))
@@ -116,6 +114,18 @@ def from_pretrained(where, kind=Blip, *, image_size=None, device="cpu"):
     tokenizer = Tokenizer.load(tokenizer_at)
     tokenizer.check(config.text)
     return model.to(device).eval(), tokenizer
+
+
+def check_kind(where: str | Path, kind: type[Any] = Blip) -> None:
+    """Without reading its weights, refuse a model directory or repository that `from_pretrained` would refuse."""
+    _config_of(_find(where)[0], kind)
+
+
+def _config_of(path: Path, kind: type[Any]) -> Any:
+    task, config = _read_config(path)
+    if TASKS[task].model is not kind:
+        raise ValueError(f"{path} is of a {TASKS[task].model.__name__} model, {_remedy(task, _name(kind))}")
+    return config
 
 
 def _remedy(found: str, wanted: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from blip import atomic
+from blip.durable import write_bytes
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569")
 SHOWN, LONGEST = 5, 300
@@ -72,7 +72,7 @@ def page(title: str, sections: Sequence[tuple[str, str, str]]) -> str:
 
 
 def write(path: Path, content: str) -> None:
-    atomic.write_bytes(path, content.encode())
+    write_bytes(path, content.encode())
 
 
 def table(rows: Sequence[Sequence[str | float]], head: Sequence[str]) -> str:

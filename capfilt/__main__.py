@@ -35,6 +35,60 @@ VERBS = {
     "retry-failed": "give parts that failed another chance",
     "run": "plan, score, select, export, report and verify in one go",
 }
+USAGE = {
+    "plan": "--input PATH --out RUN --filter MODEL [--captioner MODEL] [options]",
+    "score": "RUN [--engine ray] [--limit N] [options]",
+    "select": "RUN --name NAME [--policy POLICY] [--itm FLOAT] [--rules PRESET] [options]",
+    "export": "RUN --select NAME --to FOLDER [--format wds|parquet|json|uids] [options]",
+    "run": "--input PATH --out RUN --filter MODEL [--captioner MODEL] [--to FOLDER] [options]",
+}
+MORE = {
+    "plan": """
+The plan is made once and never changed: which rows there are, in which parts, and all settings that decide results,
+with the SHA-256 of the models. The same command again changes nothing; other settings are refused with what differs.
+
+  capfilt plan --input 'cc/{00000..00331}.tar' --out run --captioner models/captioner --filter models/filter
+  capfilt plan --out run --extend --input 'cc/{00332..00400}.tar'      # what is there keeps its ids and scores
+""",
+    "score": """
+Every row gets a line of annotations, whatever happens to it; nothing is dropped here. Kill it when you like: the same
+command continues, with another batch size, number of processes or engine if you wish, and the result is the same.
+
+  capfilt score run --dry-run                       # how long it will take
+  capfilt score run --limit 10000                   # a look at rows from all over; a full run continues from there
+  accelerate launch -m capfilt score run            # RANK and WORLD_SIZE share the parts, without collectives
+  capfilt score run --engine ray                    # one scorer per GPU of a cluster
+""",
+    "select": """
+A pure function of the annotations: another threshold costs seconds, and older selections stay.
+
+  capfilt select run --name half
+  capfilt select run --name strict --itm 0.8 --rules datacomp-basic --duplicates phash64 --duplicate-bits 4
+  capfilt select run --name table --policy threshold-table --itm-web 0.4 --itm-syn 0.7
+""",
+    "export": """
+The original bytes of the images and the kept texts, as training reads them; the same selection gives the same bytes.
+_SUCCESS comes last and lists every file with its SHA-256.
+
+  capfilt export run --select half --format wds --to clean
+""",
+    "calibrate": """
+  capfilt calibrate run --count 300                        # a sheet to label, and a page with the pictures
+  capfilt calibrate run --labels run/report/audit.csv      # precision and recall by threshold, with intervals
+  capfilt calibrate run --method reference --reference coco_val.json
+  capfilt calibrate run --method null --count 2000
+""",
+    "run": """
+For the common case; each step is also a verb of its own. The same command again continues where it was killed, and
+scores nothing twice. To get a feeling for it before the models are there:
+
+  capfilt run --input cc --out try --scorer fake --limit 1000
+  capfilt run --input cc --out run --captioner models/captioner --filter models/filter --dry-run
+  capfilt run --input cc --out run --captioner models/captioner --filter models/filter --to clean
+
+Then open run/report/default/report.html. Another choice costs seconds: capfilt select run --name strict --itm 0.8
+""",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,7 +108,11 @@ def main(args: list[str] | None = None) -> int:
     wanted = next((a for a in args if not a.startswith("-")), None)
     for verb, summary in VERBS.items():
         one = verbs.add_parser(
-            verb, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
+            verb,
+            usage=f"capfilt {verb} {USAGE.get(verb, 'RUN [options]')}",
+            help=summary,
+            description=f"{summary[:1].upper()}{summary[1:]}.\n{MORE.get(verb, '')}".rstrip(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if verb == wanted:
             actions.OPTIONS[verb](one)

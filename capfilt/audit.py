@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from capfilt.copies import Copies
 from capfilt.run import Run
-from capfilt.select import scored_parts
+from capfilt.select import Whole, scored_parts
 
 _STRATA = 10
 _COLUMNS = ("id", "source", "score", "weight", "text", "match")
@@ -90,7 +91,7 @@ def _page(run: Run, drawn: Sequence[dict]) -> str:
     from capfilt.policies import SelectConfig
     from capfilt.report_page import Cards
 
-    cards = Cards(run, SelectConfig())
+    cards = Cards(run, SelectConfig(), Whole(Copies()))
     rows = "".join(
         f"<tr><td>{cards.picture(*entry['at'])}</td><td><code>{entry['id']}</code><p>{escape(entry['text'][:500])}</p></td></tr>"
         for entry in drawn

@@ -16,6 +16,7 @@ from blip.data.images import FORMATS, UnreadableImage, decode
 from blip.data.text import clean_caption
 from capfilt import rules
 from capfilt.faults import decode_fault
+from capfilt.phash import phash
 from capfilt.readers.rows import Row
 from capfilt.settings import ScoreConfig
 
@@ -59,7 +60,8 @@ def prepare(row: Row, sides: tuple[int, ...], config: ScoreConfig) -> Decoded:
     """Decode, resize and note what there is to note; nothing that a row holds raises."""
     norm = [_clean(text, config.max_words) for text in row.texts]
     facts = dict.fromkeys(("width", "height", "format", "n_frames", "error_code", "error_detail"))
-    facts |= {"bytes": len(row.image) if row.image is not None else None, "image_sha256": None, "status": "ok"}
+    facts |= {"bytes": len(row.image) if row.image is not None else None, "status": "ok"}
+    facts |= {"image_sha256": None, "phash64": None}
     done = Decoded(row.number, row.key, row.texts, norm, row.extra, facts, rules.text_flags(row.texts))
     if row.problem:
         _fail(facts, *row.problem)
@@ -72,6 +74,7 @@ def prepare(row: Row, sides: tuple[int, ...], config: ScoreConfig) -> Decoded:
     image = _decode(row.image, done, sides, config)
     if image is not None:
         done.pixels = [np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)) for side in sides]
+        facts["phash64"] = phash(image)
         done.flags += _seen_flags(done)
         if not any(norm):
             facts["status"] = "no_text"

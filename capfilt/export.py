@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import io
 import json
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ import pyarrow.parquet as pq
 
 from blip.data.errors import DataError
 from capfilt.faults import fault_point
+from capfilt.identity import differences
 from capfilt.readers import open_reader
 from capfilt.readers.rows import changed
 from capfilt.run import Part, Run
@@ -28,6 +30,11 @@ from capfilt.select import kept_of, read_account
 from capfilt.storage import Storage, open_storage
 
 FORMATS = ("wds", "parquet", "json", "uids")
+_BEGUN = "_BEGUN"
+"""What export this is, while it is not whole."""
+_MARKERS = ("_SUCCESS", _BEGUN)
+_OURS = re.compile(r"\d{5,}\.(tar|parquet)|captions\.json|uids\.npy|images/\d{5,}/\d{9,}\.\w+|_SUCCESS|_BEGUN")
+"""Names of what exports write."""
 _ENDING = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
 _PASSED_ON = ("sample_id", "source_uri", "source_row", "key", "url", "image_sha256", "width", "height",
               "web_text", "syn_text", "itm_web", "itm_syn", "itc_web", "itc_syn", "extra_json")  # fmt: skip
@@ -64,12 +71,13 @@ class _Files:
 
 
 def export(
-    run: Run, selection: str, form: str, to: str, *, shard: int = 10_000, together: bool = False
+    run: Run, selection: str, form: str, to: str, *, shard: int = 10_000, together: bool = False, replace: bool = False
 ) -> dict[str, Any]:
     """Write a selection to a folder or object store; returns the manifest.
 
-    One sample per kept text, or with `together` one per image with a list of texts. ValueError if there is something
-    else already, DataError if an image is not the one that was scored.
+    One sample per kept text, or with `together` one per image with a list of texts. With `replace` an export that is
+    there, whole or in part, goes. ValueError if there is something
+    else already, which training would read as well; DataError if an image is not the one that was scored.
     """
     account = read_account(run, selection)
     files = _Files(open_storage(to))
@@ -81,11 +89,7 @@ def export(
         "together": together,
         "selection_sha256": account["files"]["texts.parquet"],
     }
-    if files.storage.exists("_SUCCESS"):
-        before = json.loads(files.storage.read("_SUCCESS"))
-        if {key: before.get(key) for key in about} != about:
-            raise ValueError(f"{to} holds another export ({before.get('selection')} as {before.get('format')})")
-        files.storage.remove("_SUCCESS")
+    _begin(files.storage, about, replace)
     counts = {"images": 0, "pairs": 0, "samples": 0}
     if form == "uids":
         _write_uids(run, selection, files, counts)
@@ -97,10 +101,39 @@ def export(
     manifest = {**about, **counts, "files": files.written}
     content = (json.dumps(manifest, indent=1) + "\n").encode()
     files.storage.write("_SUCCESS", content)
+    files.storage.remove(_BEGUN)
     run.storage.write(
         f"exports/{selection}-{form}.json", json.dumps({"to": files.storage.address, **manifest}).encode()
     )
     return manifest
+
+
+def _begin(storage: Storage, about: dict[str, Any], replace: bool) -> None:
+    """Make sure that a folder is empty, or holds this very export, whole or in part."""
+    marker = next((name for name in _MARKERS if storage.exists(name)), None)
+    if marker is None and (there := storage.entries()):
+        raise ValueError(f"{storage.root} is not empty ({', '.join(there[:3])}): give another --to")
+    if marker is not None:
+        before = json.loads(storage.read(marker))
+        found = differences({key: before.get(key) for key in about}, about)
+        if found and not replace:
+            raise ValueError(
+                f"{storage.root} holds another export ({'; '.join(found)}): give another --to, or --replace"
+            )
+        if found:
+            _remove_export(storage)
+    storage.write(_BEGUN, (json.dumps(about) + "\n").encode())
+    storage.remove("_SUCCESS")
+
+
+def _remove_export(storage: Storage) -> None:
+    """Remove the files of an export; ValueError, and nothing is touched, if others are among them."""
+    there = sorted(storage.listing(""))
+    others = [name for name in there if not _OURS.fullmatch(name)]
+    if others:
+        raise ValueError(f"{storage.root} holds {others[0]}, which no export wrote: give another --to")
+    for name in [*(name for name in there if name not in _MARKERS), *_MARKERS]:
+        storage.remove(name)
 
 
 def _counted(samples: Iterator[Kept], counts: dict[str, int]) -> Iterator[Kept]:

@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from blip.data.errors import DataError
+from blip.data.paths import is_plain_path
 from capfilt import parts as part_files
 from capfilt.identity import differences, fingerprint, part_id
 from capfilt.readers import hosted, listed, parquet, tar
@@ -25,7 +26,6 @@ from capfilt.run import PLAN, Part, Run
 from capfilt.settings import ReadConfig, ScoreConfig, has_gpu, resolve
 from capfilt.storage import Local, Storage, open_storage
 
-_FORBIDDEN = re.compile(r"^\s*\||\$\{|^(?:[a-z][a-z0-9+.\-]*:/|(?:pipe|data|file|ssh):)", re.IGNORECASE)
 _ENDINGS = {".tar": "tar", ".parquet": "parquet", ".json": "listed", ".jsonl": "listed", ".ndjson": "listed",
             ".csv": "listed"}  # fmt: skip
 _GROUP = 1024
@@ -39,7 +39,7 @@ def find(spec: str) -> list[tuple[str, str]]:
     """The (kind, path) that an input means, in a fixed order. DataError for what is not there or may not be read."""
     if spec.startswith(hosted.HUB):
         return [("hosted", spec)]
-    if _FORBIDDEN.search(spec) and not is_remote(spec):
+    if not (is_plain_path(spec) or is_remote(spec)):
         raise DataError(f"input {spec!r}: only files of this machine or of an object store are read; download it first")
     span = re.search(r"\{(\d+)\.\.(\d+)\}", spec)
     if span:
@@ -104,14 +104,21 @@ def _remote(spec: str) -> list[tuple[str, str]]:
 
 
 def _relpath(path: str, root: str) -> str:
+    """A path under the root of all input; what is not, as a data set on the hub, keeps its name."""
     if path.startswith(hosted.HUB) or is_remote(path):
-        return path
-    return os.path.relpath(path, root).replace(os.sep, "/")
+        return path.removeprefix(f"{root}/") if root else path
+    return path if is_remote(root) else os.path.relpath(path, root).replace(os.sep, "/")
 
 
 def _root(paths: Sequence[str]) -> str:
-    folders = [os.path.dirname(p) for p in paths if not (p.startswith(hosted.HUB) or is_remote(p))]
-    return os.path.commonpath(folders) if folders else ""
+    """The folder that all input is in, of this machine or of an object store; of this machine's where there is both."""
+    named = [p for p in paths if not p.startswith(hosted.HUB)]
+    local = [os.path.dirname(p) for p in named if not is_remote(p)]
+    stores = {p.split("://")[0] for p in named if is_remote(p)}
+    if local or len(stores) != 1:
+        return os.path.commonpath(local) if local else ""
+    inside = [os.path.dirname(p.split("://")[1]) for p in named]
+    return f"{stores.pop()}://{os.path.commonpath(inside)}"
 
 
 def describe(kind: str, path: str, root: str, config: ReadConfig, storage: Storage) -> Source:
@@ -184,6 +191,9 @@ def make(out: str, config: ScoreConfig, reading: ReadConfig, part_size: int | No
         raise DataError(f"input {path} is given twice")
     if storage.exists("job.json"):
         return _same(Run.open(out), resolved, reading, part_size, [path for _, path in files])
+    others = [name for name in storage.entries() if name != "plan"]  # where a plan was killed, there is that
+    if others:
+        raise DataError(f"{out} is not empty ({', '.join(others[:3])}) and holds no run: give another --out")
     if not files:
         raise DataError("no input: give --input with files, folders or hf:NAME")
     root = _root([path for _, path in files])

@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from capfilt.phash import MOST
+
 WEB, SYN, HUMAN = 0, 1, 2
 SOURCES = ("web", "syn", "human")
 
@@ -36,6 +38,16 @@ class SelectConfig:
     """Share that fraction keeps, of the texts that have a score."""
     rules: str | None = None
     """Preset of rules that also drop: align, datacomp-basic, laion or junk."""
+    duplicates: Literal["sha256", "phash64"] | None = None
+    """Of pictures with the same bytes (sha256), or that look the same (phash64), keep the texts of the first only."""
+    duplicate_bits: int = 0
+    """Of 64, in how many perceptual hashes of pictures that look the same may differ; 2 to 4 finds other sizes and
+    qualities of a picture."""
+    contamination: str | None = None
+    """Pictures that must not be used, such as a test set's: a file of SHA-256 or perceptual hashes in hex, one a line,
+    or a run that has scored them (`--scorer fake` is enough)."""
+    shared: int | None = None
+    """Drop web texts that more pictures have than this; ALIGN takes 10."""
     human: str | None = None
     """Pattern of input files whose texts were written by people: all are kept, and nothing synthetic beside them."""
 
@@ -44,6 +56,10 @@ class SelectConfig:
             raise ValueError(f"fraction must be in (0, 1], got {self.fraction}")
         if self.k < 1:
             raise ValueError(f"k must be 1 or more, got {self.k}")
+        if not 0 <= self.duplicate_bits <= MOST:
+            raise ValueError(f"duplicate_bits must be 0 to {MOST}, got {self.duplicate_bits}")
+        if self.shared is not None and self.shared < 1:
+            raise ValueError(f"shared must be 1 or more, got {self.shared}")
         if self.policy == "threshold-table" and (self.itm_web is None or self.itm_syn is None):
             raise ValueError("policy threshold-table needs --itm-web and --itm-syn")
         if self.rules:

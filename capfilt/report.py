@@ -17,7 +17,7 @@ from capfilt.parts import facts_of, name_of
 from capfilt.policies import SelectConfig
 from capfilt.run import Part, Run
 from capfilt.schema import USABLE
-from capfilt.select import find_cut, read_account, scored_parts, select_part
+from capfilt.select import Whole, look, read_account, scored_parts, select_part
 
 BINS = 200
 """Steps of the threshold; histograms have one bin more, for scores of exactly 1."""
@@ -25,7 +25,7 @@ _COLUMNS = [
     "sample_id", "source_uri", "source_row", "status", "error_code", "web_text", "web_text_norm", "syn_text", "itm_web",
     "itm_syn", "rule_flags", "device", "seconds",
 ]  # fmt: skip
-_MOST_CAPTIONS = 2_000_000
+_MOST_CAPTIONS = 1_000_000
 """Different captions that are counted at once; beyond, those seen once are forgotten."""
 NULL = "report/null.json"
 """Scores of shuffled captions, where `calibrate --null` has measured them."""
@@ -66,14 +66,13 @@ class Numbers:
     """Group -> (order, part, row), the first by a hash or by score."""
 
 
-def gather(run: Run, config: SelectConfig, options: ReportOptions) -> Numbers:
+def gather(run: Run, config: SelectConfig, whole: Whole, options: ReportOptions) -> Numbers:
     """Read every part once."""
     numbers = Numbers()
     done = scored_parts(run)
-    cut = find_cut(run, done, config) if config.policy == "fraction" else None
     for part in done:
         table = run.parts.read(part.pid, _COLUMNS)
-        chosen = select_part(run, part, config, cut, numbers.account)
+        chosen = select_part(run, part, config, whole, numbers.account)
         _count(numbers, table, chosen)
         _collect(numbers, part, table, chosen, options.per_group)
     _collect_repeated(run, done, numbers, options.per_group)
@@ -225,16 +224,17 @@ def _text_figures(numbers: Numbers, kind: str) -> dict[str, Any]:
 
 def report(run: Run, options: ReportOptions | None = None) -> str:
     """Write report.html and report.json; returns where the page is. ValueError if nothing is scored yet."""
-    from capfilt.report_page import render
+    from capfilt.report_page import Cards, render
 
     options = options or ReportOptions()
     if not scored_parts(run):
         raise ValueError(f"{run.where}: nothing is scored yet; run `capfilt score {run.where}` first")
     settings = read_account(run, options.select)["settings"] if options.select else {}
     config = SelectConfig(**settings)
-    numbers = gather(run, config, options)
+    whole = look(run, scored_parts(run), config)
+    numbers = gather(run, config, whole, options)
     said = summary(run, config, numbers)
-    page = render(run, config, numbers, said, options)
+    page = render(run, numbers, said, Cards(run, config, whole), options)
     from capfilt.storage import open_storage
 
     storage = open_storage(options.to) if options.to else run.storage

@@ -24,7 +24,7 @@ from capfilt.readers import open_reader
 from capfilt.report import BINS, Numbers, ReportOptions
 from capfilt.run import Run
 from capfilt.schema import USABLE
-from capfilt.select import find_cut, scored_parts, select_part
+from capfilt.select import Whole, select_part
 
 _LIMIT = 4_500_000
 """Bytes of pictures and texts on the page, so that all of it stays under 5 MB."""
@@ -55,7 +55,7 @@ slider.addEventListener('input',show);document.getElementById('needs-script').hi
 """
 
 
-def render(run: Run, config: SelectConfig, numbers: Numbers, said: dict[str, Any], options: ReportOptions) -> str:
+def render(run: Run, numbers: Numbers, said: dict[str, Any], cards: Cards, options: ReportOptions) -> str:
     """The page as text, under 5 MB."""
     before = [("Every row and every text, once", _account(said)), ("Where a threshold would cut", _threshold(said))]
     after = [
@@ -65,7 +65,7 @@ def render(run: Run, config: SelectConfig, numbers: Numbers, said: dict[str, Any
         ("How this was made", _made(said)),
     ]
     first, last = ("".join(f"<h2>{escape(title)}</h2>{content}" for title, content in part) for part in (before, after))
-    examples = _examples(run, config, numbers, options, _LIMIT - len(first) - len(last))
+    examples = _examples(cards, numbers, options, _LIMIT - len(first) - len(last))
     title = f"CapFilt report: {run.where}"
     script = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{script}'"
@@ -233,12 +233,11 @@ def _made(said: dict[str, Any]) -> str:
 # Pictures -------------------------------------------------------------------------------------------------------------
 
 
-def _examples(run: Run, config: SelectConfig, numbers: Numbers, options: ReportOptions, room: int) -> str:
+def _examples(cards: Cards, numbers: Numbers, options: ReportOptions, room: int) -> str:
     """Groups of cards, as many as there is room for."""
     shown = ["<h2>Pictures</h2><p>They were drawn by hash, so that the same run shows the same ones.</p>"]
     if not options.no_blur:
         shown.append('<p><label><input type="checkbox" id="clear"> show pictures clearly</label></p>')
-    cards = Cards(run, config)
     for group, members in numbers.examples.items():
         blur = "" if options.no_blur else " blur"
         body = []
@@ -256,10 +255,9 @@ def _examples(run: Run, config: SelectConfig, numbers: Numbers, options: ReportO
 class Cards:
     """Cards of rows; keeps the last parts and sources open."""
 
-    def __init__(self, run: Run, config: SelectConfig) -> None:
-        self.run, self.config = run, config
+    def __init__(self, run: Run, config: SelectConfig, whole: Whole) -> None:
+        self.run, self.config, self.whole = run, config, whole
         self.parts = {part.pid: part for part in run.plan}
-        self.cut = find_cut(run, scored_parts(run), config) if config.policy == "fraction" else None
         self._rows: dict[str, tuple[list[dict], dict[int, list[dict]]]] = {}
 
     def card(self, pid: str, row: int) -> str:
@@ -279,7 +277,7 @@ class Cards:
             part = self.parts[pid]
             account: dict[str, Counter] = defaultdict(Counter)
             texts: dict[int, list[dict]] = {}
-            for text in select_part(self.run, part, self.config, self.cut, account).to_pylist():
+            for text in select_part(self.run, part, self.config, self.whole, account).to_pylist():
                 texts.setdefault(text["row"], []).append(text)
             self._rows[pid] = self.run.parts.read(pid).to_pylist(), texts
         return self._rows[pid]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-VERSION = 1
+VERSION = 2
 
 OK, NO_TEXT = "ok", "no_text"
 USABLE = (OK, NO_TEXT)
@@ -54,6 +54,7 @@ ANNOTATIONS = pa.schema(
         ("source_row", pa.int64()),
         ("key", pa.string()),
         ("image_sha256", pa.string()),  # of the encoded bytes; null where there are none
+        ("phash64", pa.string()),  # hex of the perceptual hash; null where nothing was decoded
         ("url", pa.string()),
         ("extra_json", pa.string()),  # other columns of the input, as a JSON object
         ("width", pa.int32()),  # pixels, upright

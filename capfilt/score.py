@@ -302,8 +302,8 @@ def _work(run: Run, scorer: Scorer, options: ScoreOptions, work: Work, progress:
                 if rows is None:
                     continue
                 progress.add(rows)
-                judge(progress, judged, options)
                 writing.append(writer.submit(worker.commit, part, rows))
+                judge(progress, judged, options)  # after the part is on its way: its work is not lost
                 while len(writing) > 2 or (writing and writing[0].done()):
                     worker.timed("commit", writing.popleft().result)
                 progress.say()

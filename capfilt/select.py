@@ -9,6 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from capfilt import rules
+from capfilt import copies, rules
+from capfilt.copies import Copies
 from capfilt.policies import HUMAN, SOURCES, SYN, WEB, SelectConfig, Texts, choose, cut_of
 from capfilt.run import Part, Run
 from capfilt.schema import SELECTION, USABLE
@@ -44,18 +46,20 @@ def select(run: Run, name: str, config: SelectConfig, *, replace: bool = False) 
         raise ValueError(f"{run.where}: nothing is scored yet; run `capfilt score {run.where}` first")
     digest = hashlib.sha256("".join(part.pid for part in done).encode()).hexdigest()[:16]
     settings = dataclasses.asdict(config)
+    listed = copies.read_list(config.contamination).digest() if config.contamination else None
     if run.storage.exists(success(name)):
         before = read_account(run, name)
-        if before["settings"] != settings and not replace:
+        same = (before["settings"], before.get("contamination_digest")) == (settings, listed)
+        if not same and not replace:
             raise ValueError(f"selection {name} is there with other settings; take another --name, or --replace")
-        if before["settings"] == settings and before["parts_digest"] == digest:
+        if same and before["parts_digest"] == digest:
             return before
         run.storage.remove(success(name))
-    cut = find_cut(run, done, config) if config.policy == "fraction" else None
+    whole = look(run, done, config)
     account: dict[str, Counter] = {key: Counter() for key in ("rows_in", "texts_in", "kept", "dropped", "reasons")}
     with run.storage.writing(table_name(name)) as file, pq.ParquetWriter(file, SELECTION, compression="zstd") as writer:
         for part in done:
-            writer.write_table(select_part(run, part, config, cut, account))
+            writer.write_table(select_part(run, part, config, whole, account))
     said = {
         "name": name,
         "settings": settings,
@@ -63,6 +67,7 @@ def select(run: Run, name: str, config: SelectConfig, *, replace: bool = False) 
         "parts": len(done),
         "parts_planned": len(run.plan),
         "parts_digest": digest,
+        "contamination_digest": listed,
         **{key: dict(sorted(counts.items())) for key, counts in account.items()},
         "files": {table_name(name).rsplit("/", 1)[-1]: run.storage.sha256(table_name(name))},
     }
@@ -96,16 +101,28 @@ def _columns(config: SelectConfig) -> list[str]:
     return ["sample_id", "source_uri", "status", "web_text", "web_text_norm", "syn_text", "rule_flags", *names]
 
 
-def find_cut(run: Run, done: list[Part], config: SelectConfig) -> float | None:
+@dataclass(frozen=True)
+class Whole:
+    """What has to be known of all rows before one can be judged."""
+
+    copies: Copies
+    cut: float | None = None
     """The score that the best share of all texts reaches, for the policy `fraction`."""
+
+
+def look(run: Run, done: list[Part], config: SelectConfig) -> Whole:
+    """Go over the whole run for what a selection has to know of it; quick where it need not know anything."""
+    whole = Whole(copies.find(run, done, config))
+    if config.policy != "fraction":
+        return whole
     scores = []
     for part in done:
-        flat = _flat(run.parts.read(part.pid, _columns(config)), config)
+        flat = _flat(part, run.parts.read(part.pid, _columns(config)), config, whole)
         scores.append(flat["score"][flat["open"]])
-    return cut_of(np.concatenate(scores), config.fraction)
+    return Whole(whole.copies, cut_of(np.concatenate(scores), config.fraction))
 
 
-def _flat(table: pa.Table, config: SelectConfig) -> dict[str, Any]:
+def _flat(part: Part, table: pa.Table, config: SelectConfig, whole: Whole) -> dict[str, Any]:
     """The texts of a part, one entry each, in the order of rows and web before synthetic."""
     parts: dict[str, list] = {key: [] for key in ("row", "source", "index", "score")}
     texts = []
@@ -125,7 +142,7 @@ def _flat(table: pa.Table, config: SelectConfig) -> dict[str, Any]:
     order = np.lexsort((joined["index"], joined["source"], joined["row"]))
     flat: dict[str, Any] = {key: values[order] for key, values in joined.items()}
     flat["text"] = pa.concat_arrays(texts).take(pa.array(order))
-    _judge_open(table, flat, config)
+    _judge_open(part, table, flat, config, whole)
     return flat
 
 
@@ -137,18 +154,14 @@ def _spread(table: pa.Table, name: str, config: SelectConfig, row: np.ndarray) -
     return np.array([np.nan if v is None else v for v in values], dtype=np.float32)
 
 
-def _judge_open(table: pa.Table, flat: dict[str, Any], config: SelectConfig) -> None:
+def _judge_open(part: Part, table: pa.Table, flat: dict[str, Any], config: SelectConfig, whole: Whole) -> None:
     """Which texts a policy may choose from, and of the others why not."""
     status = np.asarray(table["status"].to_pylist(), dtype=object)
     usable = np.isin(status.astype(str), USABLE)
     why = np.where(usable, "", np.char.add("status ", status.astype(str)))[flat["row"]].astype(object)
     why[(why == "") & np.isnan(flat["score"])] = "no words"
-    if config.rules:
-        for row, flags in enumerate(table["rule_flags"].to_pylist()):
-            for flag in flags or ():
-                if rules.of_preset(config.rules, flag):
-                    mine = (flat["row"] == row) & _covers(flag, flat)
-                    why[mine & (why == "")] = f"rule {flag.partition('.')[2]}"
+    for reason, mine in _rules(part, table, flat, config, whole.copies):
+        why[mine & (why == "")] = reason
     if config.human:
         human = np.array([fnmatch.fnmatch(uri, config.human) for uri in table["source_uri"].to_pylist()])[flat["row"]]
         flat["source"] = np.where(human & (flat["source"] == WEB), HUMAN, flat["source"])
@@ -157,20 +170,40 @@ def _judge_open(table: pa.Table, flat: dict[str, Any], config: SelectConfig) -> 
     flat["open"] = (why == "") & (flat["source"] != HUMAN)
 
 
+def _rules(part: Part, table: pa.Table, flat: dict[str, Any], config: SelectConfig, found: Copies
+           ) -> Iterator[tuple[str, np.ndarray]]:  # fmt: skip
+    """Reasons to drop texts, with the texts that each is about; of several the first counts."""
+    if part.pid in found.rows:
+        for code, reason in copies.WHY.items():
+            yield reason, (found.rows[part.pid] == code)[flat["row"]]
+    if part.pid in found.shared:
+        mine = flat["source"] == WEB
+        mine[mine] = found.shared[part.pid]
+        yield f"rule shared>{config.shared}", mine
+    if config.rules:
+        flags = table["rule_flags"].combine_chunks()
+        row_of, flag_of = np.asarray(pc.list_parent_indices(flags)), pc.list_flatten(flags).dictionary_encode()
+        for code, flag in enumerate(flag_of.dictionary.to_pylist()):
+            if rules.of_preset(config.rules, flag):
+                broken = np.zeros(len(table), dtype=bool)
+                broken[row_of[np.asarray(flag_of.indices) == code]] = True
+                yield f"rule {flag.partition('.')[2]}", broken[flat["row"]] & _covers(flag, flat)
+
+
 def _covers(flag: str, flat: dict[str, Any]) -> np.ndarray:
-    """The texts of a row that a flag is about: all for image rules, one for a rule on a web text."""
+    """The texts that a flag is about: all of a row for image rules, one for a rule on a web text."""
     where = flag.partition(".")[0]
     if where == "image":
         return np.ones(len(flat["row"]), dtype=bool)
     return (flat["source"] == WEB) & (flat["index"] == int(where.removeprefix("web") or 0))
 
 
-def select_part(run: Run, part: Part, config: SelectConfig, cut: float | None, account: dict[str, Counter]) -> pa.Table:
+def select_part(run: Run, part: Part, config: SelectConfig, whole: Whole, account: dict[str, Counter]) -> pa.Table:
     """The selection rows of one part; adds to the account."""
     table = run.parts.read(part.pid, _columns(config))
-    flat = _flat(table, config)
+    flat = _flat(part, table, config, whole)
     chosen = flat["open"]
-    verdict = choose(Texts(flat["row"][chosen], flat["source"][chosen], flat["score"][chosen]), config, cut)
+    verdict = choose(Texts(flat["row"][chosen], flat["source"][chosen], flat["score"][chosen]), config, whole.cut)
     n = len(flat["row"])
     kept, rank = np.zeros(n, dtype=bool), np.full(n, -1)
     kept[chosen], rank[chosen] = verdict.kept, verdict.rank

@@ -82,13 +82,19 @@ class ReadConfig:
 
 
 def resolve(config: ScoreConfig) -> dict[str, Any]:
-    """The settings with the models' hashes and the preset's numbers in place of their names: what is fingerprinted."""
+    """The settings with the models' hashes and the preset's numbers in place of their names: what is fingerprinted.
+
+    FileNotFoundError or ValueError if a model is not there, or is one for something else.
+    """
     values = dataclasses.asdict(config)
     values["schema"] = schema.VERSION
     if config.scorer == "blip":
+        from blip.checkpoint import check_kind
         from capfilt.identity import model_identity
 
         for role in ("captioner", "filter"):
+            if values[role]:
+                check_kind(values[role])
             values[role] = model_identity(values[role]) if values[role] else None
         values["decode"] = {"preset": config.decode, **dataclasses.asdict(decode_settings(config))}
     return values

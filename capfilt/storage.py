@@ -1,13 +1,8 @@
-"""Where a run lives: a folder, or a place in an object store. What is written is there whole or not at all.
-
-`blip.atomic` does the same for checkpoints; it is not used here because it imports torch, and a job on many small
-parts must not need that to start, and because a run may also live in an object store.
-"""
+"""Where a run lives: a folder, or a place in an object store. What is written is there whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import shutil
@@ -19,9 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from blip.durable import TEMPORARY, not_written, sha256, sync
 from capfilt.faults import fault_point
 
-_TEMPORARY = ".tmp-"
+_ADVICE = "write elsewhere, then give the same command again"
 _STALE = 3600.0
 """Seconds after which what a killed process left half written is swept away."""
 _TRIES = 5
@@ -47,6 +43,10 @@ class Storage:
 
     def listing(self, folder: str) -> dict[str, tuple[int, float]]:
         """Files anywhere under a folder: name -> (bytes, seconds of the last change); no temporaries."""
+        raise NotImplementedError
+
+    def entries(self) -> list[str]:
+        """Names directly under the root, of folders as well; no temporaries."""
         raise NotImplementedError
 
     def remove(self, name: str) -> None:
@@ -94,11 +94,19 @@ class Local(Storage):
                 for entry in entries:
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append(entry.path)
-                    elif not entry.name.startswith(_TEMPORARY):
+                    elif not entry.name.startswith(TEMPORARY):
                         with contextlib.suppress(FileNotFoundError):
                             info = entry.stat()
                             found[os.path.relpath(entry.path, self.root)] = (info.st_size, info.st_mtime)
         return found
+
+    def entries(self) -> list[str]:
+        try:
+            return sorted(name for name in os.listdir(self.root) if not name.startswith(TEMPORARY))
+        except FileNotFoundError:
+            return []
+        except NotADirectoryError:
+            raise StorageError(f"{self.root} is a file; give the name of a folder") from None
 
     def remove(self, name: str) -> None:
         self.path(name).unlink(missing_ok=True)
@@ -106,7 +114,7 @@ class Local(Storage):
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[IO[bytes]]:
         path = self.path(name)
-        partial = path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+        partial = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:
@@ -117,7 +125,7 @@ class Local(Storage):
             fault_point("commit.after_tmp")
             os.replace(partial, path)
             fault_point("commit.after_replace")
-            _sync_folder(path.parent)
+            sync(path.parent)
             fault_point("commit.after_dir_fsync")
         except OSError as error:
             raise _explained(path, error) from error
@@ -135,14 +143,13 @@ class Local(Storage):
 
     def sweep(self) -> None:
         before = time.time() - _STALE
-        for partial in Path(self.root).glob(f"**/{_TEMPORARY}*"):
+        for partial in Path(self.root).glob(f"**/{TEMPORARY}*"):
             with contextlib.suppress(OSError):
                 if partial.is_file() and partial.stat().st_mtime < before:
                     partial.unlink()
 
     def sha256(self, name: str) -> str:
-        with self.path(name).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(self.path(name))
 
 
 class Remote(Storage):
@@ -191,6 +198,17 @@ class Remote(Storage):
         start = len(self.root.rstrip("/")) + 1
         return {path[start:]: (int(info.get("size") or 0), _changed(info)) for path, info in found.items()}
 
+    def entries(self) -> list[str]:
+        def look() -> list[str]:
+            self.files.invalidate_cache()
+            return self.files.ls(self.root, detail=False)
+
+        try:
+            found = self._again(f"listing {self.root}", look)
+        except FileNotFoundError:
+            return []
+        return sorted({path.rstrip("/").rsplit("/", 1)[-1] for path in found} - {""})
+
     def remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self._again(f"removing {self._at(name)}", lambda: self.files.rm_file(self._at(name)))
@@ -221,24 +239,8 @@ def open_storage(where: str | Path) -> Storage:
     return Remote(str(where)) if "://" in str(where) else Local(where)
 
 
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _explained(path: Path, error: OSError) -> StorageError:
-    """One message for a failed write, with the space that is left."""
-    folder = path.parent
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    hint = "Free some space or write elsewhere, then give the same command again. " if full else ""
-    reason = error.strerror or str(error)
-    explained = StorageError(f"could not write {path}: {reason}; {free:,} bytes are free. {hint}".rstrip())
+    explained = StorageError(not_written(path, _ADVICE, error))
     explained.errno = error.errno
     return explained
 

@@ -5,21 +5,30 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 
 from capfilt import options
-from capfilt.settings import DONE, WRONG, ReadConfig, ScoreConfig
+from capfilt.settings import DONE, FAILED_PARTS, WRONG, ReadConfig, ScoreConfig
 
 
 def _plan_options(parser: ArgumentParser) -> None:
+    _input_options(parser)
+    parser.add_argument("--extend", action="store_true", help="add new files to a run that is planned already")
+    _setting_options(parser)
+
+
+def _input_options(parser: ArgumentParser) -> None:
     what = "file, folder, glob, range like {0..9}.tar, or hf:NAME[@REVISION]; may be repeated"
     parser.add_argument("--input", action="append", default=[], metavar="PATH", help=what)
     parser.add_argument("--out", required=True, metavar="RUN", help="folder of the run, or an object store's address")
     parser.add_argument("--part-size", type=int, metavar="INT",
                         help="rows scored and committed together [1024 with a GPU, 64 without]")  # fmt: skip
-    parser.add_argument("--extend", action="store_true", help="add new files to a run that is planned already")
     parser.add_argument("--allow-damaged", action="store_true", help="damaged files are no reason for exit status 2")
+
+
+def _setting_options(parser: ArgumentParser) -> None:
     options.add(parser, ReadConfig, skip=("inputs",), title="how the input is read")
     options.add(parser, ScoreConfig, title="how rows are scored (all of it is in the fingerprint)")
 
@@ -60,6 +69,12 @@ def _score_options(parser: ArgumentParser) -> None:
     from capfilt.score import ScoreOptions
 
     parser.add_argument("run", metavar="RUN")
+    _engine_options(parser)
+    options.add(parser, ScoreOptions, skip=("rank", "world"), title="how the work is done (no result depends on it)")
+    options.add(parser, ScoreConfig, title="settings of the plan: refused if they differ from it")
+
+
+def _engine_options(parser: ArgumentParser) -> None:
     parser.add_argument("--engine", choices=("embedded", "ray"), default="embedded",
                         help="ray: several GPUs or machines [embedded]")  # fmt: skip
     parser.add_argument("--workers", type=int, default=None, metavar="INT", help="scorers that Ray runs [one per GPU]")
@@ -67,8 +82,6 @@ def _score_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="score 64 rows, say how long all would take, write nothing"
     )
-    options.add(parser, ScoreOptions, skip=("rank", "world"), title="how the work is done (no result depends on it)")
-    options.add(parser, ScoreConfig, title="settings of the plan: refused if they differ from it")
 
 
 def _score(given: Namespace) -> int:
@@ -149,7 +162,8 @@ def _select(given: Namespace) -> int:
 def _export_options(parser: ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--select", required=True, metavar="NAME", help="name of the selection")
-    parser.add_argument("--to", required=True, metavar="FOLDER")
+    parser.add_argument("--to", required=True, metavar="FOLDER", help="an empty folder, or one with this very export")
+    parser.add_argument("--replace", action="store_true", help="an older export there goes")
     _format_options(parser)
 
 
@@ -165,7 +179,8 @@ def _export(given: Namespace) -> int:
     from capfilt.export import export
     from capfilt.run import Run
 
-    said = export(Run.open(given.run), given.select, given.format, given.to, shard=given.shard, together=given.together)
+    said = export(Run.open(given.run), given.select, given.format, given.to, shard=given.shard, together=given.together,
+                  replace=given.replace)  # fmt: skip
     print(f"{given.to}: {said['pairs']:,} texts on {said['images']:,} images in {len(said['files']):,} files")
     return DONE
 
@@ -240,11 +255,12 @@ def _all_options(parser: ArgumentParser) -> None:
     from capfilt.report import ReportOptions
     from capfilt.score import ScoreOptions
 
-    _plan_options(parser)
-    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... [cuda where there is one]")
+    _input_options(parser)
+    _engine_options(parser)
     parser.add_argument("--name", default="default", help="of the selection [default]")
     parser.add_argument("--to", metavar="FOLDER", help="where to export to [RUN/exports/NAME]")
     _format_options(parser)
+    _setting_options(parser)
     options.add(parser, SelectConfig, title="what is kept")
     options.add(parser, ReportOptions, skip=("select", "to"), title="the report's page")
     options.add(parser, ScoreOptions, skip=("rank", "world", "allow_damaged"), title="how the work is done")
@@ -252,7 +268,14 @@ def _all_options(parser: ArgumentParser) -> None:
 
 def _all(given: Namespace) -> int:
     """All verbs in order; a status of 2 for damaged sources does not stop what can be done."""
-    given.extend, given.dry_run, given.engine, given.replace = False, False, "embedded", True
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            "run is for one process, and WORLD_SIZE says that there are several: plan in one, score in all, and when "
+            "all are done select, export, report and verify in one"
+        )
+    given.extend, given.replace = False, True
+    if given.dry_run:
+        return _rehearse(given)
     planned = _plan(given)
     given.run, given.select = given.out, given.name
     scored = _score(given)
@@ -262,9 +285,16 @@ def _all(given: Namespace) -> int:
     page = Namespace(**{**vars(given), "to": None})
     for verb, options_of_it in ((_select, given), (_export, given), (_report, page), (_verify, given)):
         status = verb(options_of_it)
-        if status != DONE:
+        if status != DONE and not (status == FAILED_PARTS and "limit" in given):  # what is left was not asked for
             return status
     return planned or scored
+
+
+def _rehearse(given: Namespace) -> int:
+    """Plan in a folder that is gone afterwards, and say how long the rest would take."""
+    with tempfile.TemporaryDirectory() as folder:
+        planned = _plan(Namespace(**{**vars(given), "out": folder}))
+        return _score(Namespace(**{**vars(given), "run": folder})) or planned
 
 
 OPTIONS: dict[str, Callable[[ArgumentParser], None]] = {

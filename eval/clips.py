@@ -18,7 +18,7 @@ from blip.config import DataConfig
 from blip.data.clips import ENDINGS, UnreadableClip, read_frames
 from blip.data.errors import DataError
 from blip.data.json_rows import read_rows
-from blip.data.sources import check_name
+from blip.data.paths import check_name
 from blip.data.transforms import EvalTransform
 
 _CAPTIONS = ("caption", "captions", "sentence", "sentences", "text")

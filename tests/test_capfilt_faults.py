@@ -1,20 +1,28 @@
 """Processes that are killed, stopped and starved while they score: the result is always that of an unbroken run."""
 
+import errno
 import io
 import json
 import os
 import random
+import resource
 import signal
 import statistics
+import subprocess
+import sys
 import time
 
+import pyarrow.parquet as pq
 import pytest
-from capfilt_crawl import HERE, Starter, check_complete, crawl, jpeg, make_fake, planned, scored
+from capfilt_crawl import HERE, Starter, annotations, check_complete, crawl, jpeg, make_fake, planned, scored
 
 from capfilt import parts
 from capfilt.parts import DamagedPart, name_of
+from capfilt.policies import SelectConfig
 from capfilt.run import Run
+from capfilt.schema import USABLE
 from capfilt.score import score
+from capfilt.select import select
 from capfilt.storage import Local, StorageError
 from capfilt.verify import verify
 
@@ -40,22 +48,26 @@ def again(base, out):
 
 
 def torment(starter, run, kills, seed, workers, group=False, longest=0.6):
-    """Score with so many kills at random times; returns the rows that were scored by killed processes in vain."""
-    dice, wasted = random.Random(seed), 0
+    """Score with so many kills at random times; returns how many there were, and how often a part was begun in vain."""
+    dice, done, killed = random.Random(seed), {}, 0
     for _ in range(kills):
         pid = starter.start("score", run.where, "--decode-workers", str(workers), **SLOW)
-        before = len(run.parts.present())
         if not starter.kill(pid, dice.uniform(0.02, longest), group):
             break
-        wasted += len(run.parts.present()) == before
+        killed += 1
+        present = run.parts.present()
+        assert {pid: present[pid] for pid in done} == done  # what is committed is never done again
+        done = present
     assert starter.run("score", run.where, "--decode-workers", "0") == 0, starter.log.read_text()[-800:]
-    return wasted
+    attempts = (run.parts.read(part.pid, ["attempt"])["attempt"][0].as_py() for part in run.plan)
+    return killed, sum(attempt - 1 for attempt in attempts)
 
 
 def test_killed_again_and_again(base, tmp_path, starter):
     """Fault 1, short."""
     run = again(base, tmp_path / "run")
-    torment(starter, run, 5, seed=0, workers=0)
+    killed, wasted = torment(starter, run, 5, seed=0, workers=0)
+    assert wasted <= 2 * killed > 0
     check_complete(run.where, base)
     assert verify(run.where).status() == 0
     assert not list((tmp_path / "run" / "parts").rglob(".tmp-*.parquet"))
@@ -64,22 +76,64 @@ def test_killed_again_and_again(base, tmp_path, starter):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_twelve_times(base, tmp_path, starter, seed):
-    """Fault 1."""
+    """Fault 1: a kill costs the part in hand, and the one that is being written."""
     run = again(base, tmp_path / "run")
-    torment(starter, run, 12, seed, workers=0, longest=0.25)
+    killed, wasted = torment(starter, run, 12, seed, workers=0, longest=0.25)
+    assert killed > 6
+    assert wasted <= 2 * killed
     check_complete(run.where, base)
 
 
+@pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("group", [False, True])
-def test_killed_with_its_children(base, tmp_path, starter, group):
+def test_killed_with_its_children(base, tmp_path, starter, group, kills):
     """Fault 2; killed alone, it leaves no decoder behind."""
     run = again(base, tmp_path / "run")
-    torment(starter, run, 2, seed=1, workers=1, group=group, longest=2.0)
+    torment(starter, run, kills, seed=1, workers=1, group=group, longest=2.0)
     check_complete(run.where, base)
     deadline = time.monotonic() + 10
     while (left := decoders(run.where)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert left == []
+
+
+def outcome(run, out):
+    """What a job leaves: the bytes of its selection and export, and each row's id with what became of it."""
+    rows = annotations(run)
+    texts = pq.read_table(run.storage.path("selections/default/texts.parquet")).to_pylist()
+    chosen = {text["sample_id"] for text in texts}
+    refused = [i for i, status in zip(rows["sample_id"].to_pylist(), rows["status"].to_pylist(), strict=True)
+               if status not in USABLE]  # fmt: skip
+    assert sorted(chosen.union(refused)) == sorted(rows["sample_id"].to_pylist())  # each once: a list against a set
+    files = [*(run.storage.path("selections/default").iterdir()), *out.iterdir()]
+    return {file.name: file.read_bytes() for file in files if not file.name.startswith(".tmp-")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_twenty_kills_anywhere_leave_the_same_bytes(base, tmp_path, starter, workers):
+    """The whole of `capfilt run`, killed while it plans, scores, selects, exports, reports or verifies."""
+
+    def args(name):
+        where = ["--input", base.job["root"], "--out", tmp_path / name, "--to", tmp_path / f"{name}-out"]
+        how = ["--scorer", "fake", "--part-size", "16", "--shard", "100", "--decode-workers", str(workers)]
+        return ["run", *where, *how]
+
+    start = time.monotonic()
+    assert starter.run(*args("whole"), **SLOW) == 0, starter.log.read_text()[-800:]
+    took = time.monotonic() - start
+    wanted = outcome(Run.open(tmp_path / "whole"), tmp_path / "whole-out")
+    assert len(wanted) > 5
+    dice, at, found = random.Random(workers), [], tmp_path / "killed"
+    while len(at) < 20:
+        pid = starter.start(*args("killed"), **SLOW)
+        if starter.kill(pid, dice.uniform(0.01, 0.6 * took), group=True):
+            at.append([(found / name).exists() for name in ("job.json", "selections/default/_SUCCESS", "report")])
+    assert starter.run(*args("killed"), **SLOW) == 0, starter.log.read_text()[-800:]
+    assert len(set(map(tuple, at))) > 1  # the kills fell on different verbs
+    run = Run.open(tmp_path / "killed")
+    assert outcome(run, tmp_path / "killed-out") == wanted
+    check_complete(run.where, base)
 
 
 def decoders(where):
@@ -162,10 +216,6 @@ def test_asked_to_stop(base, tmp_path, starter):
 
 def test_a_disk_that_is_full(base, tmp_path):
     """Fault 5: a clean exit that names the disk, nothing partial, the same command continues."""
-    import resource
-    import subprocess
-    import sys
-
     run = again(base, tmp_path / "run")
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))  # noqa: E731
     command = [sys.executable, "-m", "capfilt", "score", run.where, "--decode-workers", "0"]
@@ -178,6 +228,59 @@ def test_a_disk_that_is_full(base, tmp_path):
     assert run.parts.whole(p.pid for p in run.plan) == (set(), {})
     assert score(run, make_fake, HERE, io.StringIO()) == 0
     check_complete(run.where, base)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_disk_that_fails_now_and_then(base, tmp_path, monkeypatch, code):
+    """Fault 5: the first write that fails ends the job by name; what was committed before stays."""
+    run, sync, calls = again(base, tmp_path / "run"), os.fsync, []
+
+    def fails(handle):
+        calls.append(handle)
+        if len(calls) == 9:
+            raise OSError(code, os.strerror(code))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(StorageError, match=os.strerror(code)) as stop:
+        score(run, make_fake, HERE, io.StringIO())
+    assert str(tmp_path / "run" / "parts") in str(stop.value)
+    assert ("Free some space" in str(stop.value)) == (code == errno.ENOSPC)
+    monkeypatch.undo()
+    done, damaged = run.parts.whole(p.pid for p in run.plan)
+    assert len(done) >= 3
+    assert damaged == {}
+    assert not list((tmp_path / "run").rglob(".tmp-*"))
+    assert score(run, make_fake, HERE, io.StringIO()) == 0
+    check_complete(run.where, base)
+
+
+SMALL_DISK = 'mount -t tmpfs -o size=8k none "$1" || exit 77; shift; "$@"'
+
+
+@pytest.mark.parametrize("verb", ["plan", "score", "select", "export", "report"])
+def test_every_verb_on_a_small_disk(base, tmp_path, verb):
+    """Fault 5 on a real disk that is full at once: one line that names the file, status 2."""
+    run, out = again(base, tmp_path / "run"), tmp_path / "out"
+    if verb != "score":
+        score(run, make_fake, HERE, io.StringIO())
+        select(run, "half", SelectConfig())
+    args, small = {
+        "plan": (["--input", base.job["root"], "--out", out, "--scorer", "fake"], out),
+        "score": ([run.where, "--decode-workers", "0"], run.storage.path("parts")),
+        "select": ([run.where, "--name", "more"], run.storage.path("selections/more")),
+        "export": ([run.where, "--select", "half", "--to", out], out),
+        "report": ([run.where, "--to", out], out),
+    }[verb]
+    small.mkdir()
+    command = ["unshare", "-rm", "sh", "-c", SMALL_DISK, "sh", small, sys.executable, "-m", "capfilt", verb, *args]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("this user may not mount a small disk")
+    assert (done.returncode, done.stderr.count("error: could not write")) == (2, 1), done.stderr
+    assert str(small) in done.stderr
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("how", ["bit", "cut", "empty"])
@@ -205,6 +308,16 @@ def test_a_damaged_part_is_found_and_done_again(base, tmp_path, how):
     check_complete(run.where, base)
 
 
+def test_on_a_slow_disk_parts_are_looked_at_several_at_a_time(tmp_path, monkeypatch):
+    run = scored(crawl(tmp_path / "in", shards=1, rows=120), tmp_path / "run", part_size=1)
+    monkeypatch.setattr(parts, "_SLOW", -1.0)
+    pids = sorted(part.pid for part in run.plan)
+    for pid in (pids[5], pids[115]):  # the second after it was found that the disk is slow
+        run.storage.path(name_of(pid)).write_bytes(b"")
+    done, damaged = run.parts.whole(pids)
+    assert (len(done), damaged.keys()) == (118, {pids[5], pids[115]})
+
+
 def test_any_changed_byte_of_a_part_is_noticed(base):
     content = base.storage.read(name_of(base.plan[0].pid))
     parts.check(content)
@@ -223,18 +336,25 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
             file.write(b"new")
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(StorageError, match=r"could not write .*a/b: No space left.*Free some space"):
+    with pytest.raises(StorageError, match=r"could not write .*a/b: .*Free some space.*: No space left"):
         fail()
     assert storage.read("a/b") == b"old"
     assert os.listdir(tmp_path / "a") == ["b"]
 
 
 @pytest.mark.slow
-def test_finding_out_what_is_done_is_quick_to_the_eye(tmp_path):
-    """Fault 2: 10,000 parts; the figure is printed by benchmarks/capfilt_job.py."""
-    run = planned(crawl(tmp_path / "in", shards=1, rows=100), tmp_path / "run", part_size=1)
-    assert score(run, make_fake, HERE, io.StringIO()) == 0
-    assert len(Run.open(run.where).parts.whole(p.pid for p in run.plan)[0]) == 100
+def test_finding_out_what_is_done_is_quick(tmp_path):
+    """Fault 2: 10,000 finished parts in under 2 seconds of processor, which other work does not stretch."""
+    from benchmarks.capfilt_job import annotated  # brings torch
+
+    small = annotated(tmp_path, 160_000, 16)
+    pids = [part.pid for part in small.plan]
+    assert len(pids) == 10_000
+    start = time.process_time()
+    run = Run.open(small.where)
+    done, damaged = run.parts.whole(pids)
+    assert (len(done), damaged) == (10_000, {})
+    assert time.process_time() - start < 2
 
 
 # Soak -----------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from capfilt_crawl import HERE, annotations, check_complete
+from capfilt_crawl import HERE, annotations, check_complete, crawl
 from PIL import Image
 
 from blip import convert
@@ -266,6 +266,33 @@ def test_the_whole_job_on_the_picture_world(models, tmp_path, capsys):
     save_pretrained(*tiny(9), tmp_path / "filter")
     assert main(["score", str(out)]) == 2
     assert "filter.sha256" in capsys.readouterr().err
+
+
+def test_models_that_are_none_are_said_before_anything_is_written(models, tmp_path, capsys):
+    """Of a folder that holds something else, and of a model for another task, under either role."""
+    folder = crawl(tmp_path / "in", shards=1, rows=2)
+    good, wrong = tmp_path / "good", tmp_path / "wrong"
+    for path in (good, wrong):
+        save_pretrained(*models[1], path)
+    plan = ["plan", "--input", str(folder), "--out", str(tmp_path / "run")]
+    config = json.loads((wrong / "config.json").read_text())
+    for change, said in (
+        ({"task": "vqa"}, "is of a Vqa model"),
+        ({"task": "poetry"}, "update openblip"),
+        ({"format": "other"}, "is it another model's?"),
+        ({"model_type": "blip", "format": None}, "convert it with `blip convert`"),
+    ):
+        (wrong / "config.json").write_text(json.dumps(config | change))
+        for models in (["--filter", str(wrong)], ["--filter", str(good), "--captioner", str(wrong)]):
+            assert main([*plan, *models]) == 2, change
+            error = capsys.readouterr().err
+            assert error.startswith("error: ")
+            assert error.count("\n") == 1
+            assert said in error
+            assert str(wrong) in error
+    (wrong / "model.safetensors").unlink()
+    assert main([*plan, "--filter", str(wrong)]) == 2
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -167,6 +167,13 @@ assert not {{"torch", "transformers", "datasets", "ray"}} & set(sys.modules)
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_a_folder_that_is_not_empty_is_refused(tmp_path, capsys):
+    folder = crawl(tmp_path / "in", shards=1)
+    assert main(["plan", "--input", str(folder), "--out", str(folder), "--scorer", "fake"]) == 2
+    assert "is not empty (00000.tar) and holds no run" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["00000.tar"]
+
+
 def test_a_killed_plan_is_made_again(tmp_path):
     folder = crawl(tmp_path / "in")
     run = planned(folder, tmp_path / "run")

@@ -17,6 +17,9 @@ from capfilt import ray_engine
 from capfilt.__main__ import main
 from capfilt.score import score
 
+PATIENCE = 120
+"""Seconds in which something must happen."""
+
 
 def test_without_ray_it_says_what_to_install(tmp_path, monkeypatch, capsys):
     planned(crawl(tmp_path / "in", shards=1, rows=2), tmp_path / "run")
@@ -39,6 +42,7 @@ def cluster(monkeypatch):
     monkeypatch.setenv("CAPFILT_FAKE_SECONDS", "0.01")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
     monkeypatch.setenv("RAY_health_check_period_ms", "500")
+    monkeypatch.setenv("RAY_worker_register_timeout_seconds", str(PATIENCE))
     one = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 80 << 20}
     cluster = Cluster(initialize_head=True, head_node_args=one)
     cluster.second = cluster.add_node(**one)
@@ -61,14 +65,18 @@ def in_background(run):
 
 
 def until(parts, run):
-    deadline = time.monotonic() + 120
-    while len(run.parts.present()) < parts:
-        assert time.monotonic() < deadline, "no part was committed for two minutes"
+    """Wait for so many parts; a machine with other work may be slow, but nothing for two minutes is a hang."""
+    count, deadline = -1, 0.0
+    while (now := len(run.parts.present())) < parts:
+        if now != count:
+            count, deadline = now, time.monotonic() + PATIENCE
+        assert time.monotonic() < deadline, f"{now} parts, and no more for {PATIENCE} seconds"
         time.sleep(0.02)
 
 
-def finished(thread, found):
-    thread.join(120)
+def finished(thread, found, run):
+    until(len(run.plan), run)
+    thread.join(PATIENCE)
     assert not thread.is_alive(), "it hangs"
     assert found["status"] == 0
 
@@ -94,7 +102,7 @@ def test_actors_are_killed(cluster, base, tmp_path):
         until(3 * kill, run)
         for pid in actors()[:1]:
             os.kill(pid, signal.SIGKILL)
-    finished(thread, found)
+    finished(thread, found, run)
     check_complete(run.where, base)
 
 
@@ -105,7 +113,7 @@ def test_a_node_goes_away(cluster, base, tmp_path):
     thread, found, _ = in_background(run)
     until(6, run)
     cluster.remove_node(cluster.second, allow_graceful=False)
-    finished(thread, found)
+    finished(thread, found, run)
     check_complete(run.where, base)
 
 
@@ -121,7 +129,7 @@ def test_the_driver_is_killed_and_another_goes_on(cluster, base, tmp_path):
     driver.kill()
     driver.wait()
     thread, found, _ = in_background(run)
-    finished(thread, found)
+    finished(thread, found, run)
     check_complete(run.where, base)
 
 
@@ -133,5 +141,5 @@ def test_another_engine_goes_on(cluster, base, tmp_path):
     assert score(run, make_fake, replace(HERE, rank=1, world=3), io.StringIO()) == 0
     assert 4 < len(run.parts.present()) < len(run.plan)
     thread, found, _ = in_background(run)
-    finished(thread, found)
+    finished(thread, found, run)
     check_complete(run.where, base)

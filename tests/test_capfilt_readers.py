@@ -1,7 +1,9 @@
 import io
 import json
 import os
+import re
 import tarfile
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -11,7 +13,11 @@ from capfilt_crawl import annotations, crawl, jpeg, planned, sample, scored, wri
 
 from blip.data.errors import DataError
 from capfilt.__main__ import main
+from capfilt.export import export
+from capfilt.policies import SelectConfig
 from capfilt.readers import open_reader
+from capfilt.report import report
+from capfilt.select import select
 
 
 def rows_of(run):
@@ -31,13 +37,41 @@ def check(run, n=5, text="picture {}", keys=None):
 # Tar shards -----------------------------------------------------------------------------------------------------------
 
 
-def test_tar_members_belong_together_wherever_they_are(tmp_path):
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_tar_members_belong_together_wherever_they_are(tmp_path, form):
     """Fault 9: non-adjacent members, keys with dots, long and unicode names, upper case, folders."""
     keys = ["plain", "with.dots.v2", "n" * 180, "schön", "dir/inside", "UPPER"]
     images = [(f"{k}.JPG" if k == "UPPER" else f"{k}.jpg", jpeg(i)) for i, k in enumerate(keys)]
     texts = [(f"{k}.txt", f"text {i}".encode()) for i, k in enumerate(keys)]
-    path = write_tar(tmp_path / "a.tar", [*images, ("README.md", b"no"), *reversed(texts)])
+    path = write_tar(tmp_path / "a.tar", [*images, ("README.md", b"no"), *reversed(texts)], form)
     check(planned(path, tmp_path / "run"), 6, "text {}", keys)
+
+
+def test_hostile_names_are_keys_and_nothing_more(tmp_path):
+    """Fault 7: NUL, quotes, commands and half characters in the names of members and in the keys of lists."""
+    names = ["$(touch pwned)", "`id`", "a;b|c", "-rf", "'\"<b>", "pipe:x", "%s%n", "\udcff\udcfe", "a\nb"]
+    members = [(f"{name}.jpg", jpeg(i)) for i, name in enumerate(names)]
+    path = write_tar(tmp_path / "a.tar", members + [(f"{n}.txt", f"text {i}".encode()) for i, n in enumerate(names)])
+    run = scored(path, tmp_path / "run")
+    rows = annotations(run).to_pylist()
+    assert [row["key"] for row in rows] == [*names[:7], "\\udcff\\udcfe", "a\nb"]
+    assert {row["status"] for row in rows} == {"ok"}
+    select(run, "all", SelectConfig(itm=0.0))
+    said = export(run, "all", "wds", str(tmp_path / "out"))
+    with tarfile.open(tmp_path / "out" / "00000.tar") as tar:
+        assert all(re.fullmatch(r"\d{9}\.(jpg|txt|json)", name) for name in tar.getnames())
+    assert said["pairs"] == 2 * len(names)
+    with tarfile.open(tmp_path / "nul.tar", "w") as tar:
+        member = tarfile.TarInfo("x.jpg")
+        member.size, member.pax_headers = len(jpeg(0)), {"path": "a\0b.jpg"}
+        tar.addfile(member, io.BytesIO(jpeg(0)))
+    (tmp_path / "l.jpg").write_bytes(jpeg(1))
+    (tmp_path / "l.json").write_text(json.dumps([{"image": "l.jpg", "caption": "x", "key": "a\0b"}]))
+    for name in ("nul.tar", "l.json"):
+        run = scored(tmp_path / name, tmp_path / f"run-{name}")
+        (row,) = annotations(run).to_pylist()
+        assert (row["key"], len(row["syn_text"])) == ("a\0b", 1)
+        assert "\0" not in Path(report(run)).read_text()
 
 
 def test_repeated_keys_are_different_samples(tmp_path, capsys):

@@ -235,10 +235,43 @@ def test_an_export_is_the_same_to_the_byte_each_time(run, half, tmp_path, form):
     one = export(run, "half", form, str(tmp_path / "a"), shard=30)
     two = export(run, "half", form, str(tmp_path / "b"), shard=30)
     assert one["files"] == two["files"] != {}
-    (tmp_path / "b" / "_SUCCESS").unlink()
+    (tmp_path / "b" / "_SUCCESS").rename(tmp_path / "b" / "_BEGUN")
     assert export(run, "half", form, str(tmp_path / "b"), shard=30) == two
-    with pytest.raises(ValueError, match="holds another export"):
+    with pytest.raises(ValueError, match=r"holds another export \(shard: 30 -> 31\)"):
         export(run, "half", form, str(tmp_path / "b"), shard=31)
+    assert not (tmp_path / "b" / "_BEGUN").exists()
+
+
+@pytest.mark.parametrize("form", ["wds", "uids"])
+def test_a_folder_that_is_not_empty_is_refused(run, half, tmp_path, form, capsys):
+    write_tar(tmp_path / "out" / "00007.tar", sample("somebody's", 0))  # training would read it as well
+    before = (tmp_path / "out" / "00007.tar").read_bytes()
+    args = ["export", run.where, "--select", "half", "--to", str(tmp_path / "out"), "--format", form]
+    assert main(args) == 2
+    assert "is not empty (00007.tar): give another --to" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["00007.tar"]
+    assert (tmp_path / "out" / "00007.tar").read_bytes() == before
+    (tmp_path / "file").write_text("")
+    assert main([*args[:-3], str(tmp_path / "file")]) == 2
+    assert "is a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["wds", "parquet", "json", "uids"])
+def test_an_older_export_goes_when_that_is_asked_for(run, half, tmp_path, form):
+    out = tmp_path / "out"
+    export(run, "half", form, str(out), shard=7)
+    (out / "_SUCCESS").rename(out / "_BEGUN")  # whether it was whole does not matter
+    wanted = export(run, "half", form, str(tmp_path / "fresh"), shard=30)
+    assert export(run, "half", form, str(out), shard=30, replace=True) == wanted
+    names, fresh = (
+        sorted(str(p.relative_to(w)) for p in w.rglob("*") if p.is_file()) for w in (out, tmp_path / "fresh")
+    )
+    assert names == fresh
+    (out / "notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"notes\.txt, which no export wrote"):
+        export(run, "half", form, str(out), shard=31, replace=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_killed_while_exporting(run, half, tmp_path):
@@ -246,7 +279,7 @@ def test_killed_while_exporting(run, half, tmp_path):
     starter = Starter(tmp_path / "log")
     args = ["export", run.where, "--select", "half", "--to", str(tmp_path / "out"), "--shard", "30"]
     assert starter.run(*args, CAPFILT_FAULT="export.after_file:2") == -9
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["00000.tar", "00001.tar"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["00000.tar", "00001.tar", "_BEGUN"]
     assert starter.run(*args) == 0
     starter.close()
     whole = export(run, "half", "wds", str(tmp_path / "whole"), shard=30)
@@ -304,3 +337,28 @@ def test_help_of_every_verb(capsys):
             main([verb, "--help"])
         assert stop.value.code == 0
         assert "--" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    said = capsys.readouterr().out
+    assert "capfilt run --input cc --out try --scorer fake" in said  # something to begin with
+    assert max(map(len, said.splitlines())) <= 120
+
+
+def test_all_in_one_go_and_again_with_more(tmp_path, capsys, monkeypatch):
+    crawl(tmp_path / "in")
+    args = ["run", "--input", str(tmp_path / "in"), "--out", str(tmp_path / "run"), "--scorer", "fake"]
+    args += ["--part-size", "16", "--decode-workers", "0"]
+    assert main([*args, "--dry-run"]) == 0
+    assert "120 rows to do" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(args) == 2
+    assert "run is for one process" in capsys.readouterr().err
+    monkeypatch.delenv("WORLD_SIZE")
+    for more in (["--limit", "20"], [], ["--itm", "0.9"]):  # each export takes the place of the one before
+        assert main([*args, *more]) == 0
+        assert "nothing is wrong" in capsys.readouterr().out
+    out = tmp_path / "run" / "exports" / "default"
+    kept = read_account(Run.open(str(tmp_path / "run")), "default")["kept"]
+    assert len(open_source(SourceConfig(str(out / "*.tar")))) == sum(kept.values())
+    assert [path.name for path in out.iterdir() if "BEGUN" in path.name] == []

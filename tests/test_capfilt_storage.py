@@ -48,8 +48,7 @@ def test_shards_in_an_object_store(base, url):
             files.pipe_file(f"{url.removeprefix('memory:/')}/in/{s:05d}.tar", file.read())
     run = scored(f"{url}/in/*.tar", f"{url}/run")
     found, wanted = annotations(run), annotations(base)
-    same = ["image_sha256", "status", "web_text", "key"]
-    assert found.select(same).equals(wanted.select(same))
+    assert found.equals(wanted)  # ids as well: a crawl may be copied to a store
     files.pipe_file(f"{url.removeprefix('memory:/')}/in/00001.tar", b"\0" * 1024)
     again = Run.open(f"{url}/run")
     for part in again.plan[:5]:

@@ -24,7 +24,8 @@ from blip.data.errors import BadSample, DataError
 from blip.data.images import decode
 from blip.data.keyed import mix
 from blip.data.pairs import Pairs
-from blip.data.sources import check_name, check_spec, record
+from blip.data.paths import check_name, check_spec
+from blip.data.sources import record
 from blip.data.text import clean_caption, clean_question, is_sided
 from blip.tokenizer import Tokenizer
 

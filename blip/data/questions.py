@@ -25,7 +25,8 @@ from blip.data.errors import BadSample, DataError
 from blip.data.images import decode
 from blip.data.json_rows import read_rows
 from blip.data.pairs import Pairs, Sample, make_batch, picture_id
-from blip.data.sources import Record, check_name, check_spec, record
+from blip.data.paths import check_name, check_spec
+from blip.data.sources import Record, record
 from blip.data.text import clean_question, is_sided
 from blip.tokenizer import Tokenizer
 

@@ -20,18 +20,16 @@ from typing import Any, Protocol
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from blip.config import SourceConfig
 from blip.data.errors import BadSample, DataError
 from blip.data.images import MAX_BYTES
 from blip.data.json_rows import read_rows
+from blip.data.parquet import parquet_file
+from blip.data.paths import check_name, check_spec, contained, under
 from blip.data.tars import Member, Shard, read_member
 
-_ADDRESS = re.compile(r"^(?:[a-z][a-z0-9+.\-]*:/|(?:pipe|data|file|ssh|s3|gs|hf):)", re.IGNORECASE)
-_PLAIN = re.compile(r"^[\w\-][\w\-./ ]*\Z")
-"""Nearly all image paths; what does not match is looked at more closely."""
 _ENDINGS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "json", ".parquet": "parquet", ".tar": "tar"}
 _BLOCK = 1 << 16
 
@@ -68,42 +66,6 @@ class Source(Protocol):
 
 
 # Paths ----------------------------------------------------------------------------------------------------------------
-
-
-def check_spec(path: str) -> str:
-    """A path that a user gave for a source, with ~ expanded. Raises DataError for commands, addresses and variables."""
-    if _ADDRESS.match(path) or "${" in path or path.lstrip().startswith("|"):
-        raise DataError(f"source {path!r}: only local files are read; download it first, or mount it")
-    return os.path.expanduser(path)
-
-
-def check_name(name: str, root: Path) -> str | None:
-    """Why an image path written in data may not be opened under `root`, as far as the text tells; None if it may."""
-    if _PLAIN.match(name) and ".." not in name:
-        return None
-    if _ADDRESS.match(name) or name.startswith("\\\\"):
-        return f"image {name!r} is an address, and data is never fetched: download the pictures first"
-    if "\0" in name or not name:
-        return f"image {name!r} is not a path"
-    inside = os.path.normpath(os.path.join(root, name))
-    if not _under(inside, str(root)):
-        return f"image {name!r} is outside {root}: set image_root to a folder that holds all pictures (/ allows any)"
-    return None
-
-
-def _under(path: str, root: str) -> bool:
-    return path == root or path.startswith(root.rstrip("/") + "/")
-
-
-def _contained(name: str, root: Path) -> Path:
-    """The file that a name in data means, links followed. Raises BadSample if that is not under `root`."""
-    reason = check_name(name, root)
-    if reason:
-        raise BadSample(reason)
-    path = os.path.realpath(os.path.join(root, name))
-    if not _under(path, os.path.realpath(root)):
-        raise BadSample(f"image {name!r} is a link that leads outside {root}: set image_root to / to allow it")
-    return Path(path)
 
 
 def root_of(config: SourceConfig, default: Path) -> Path:
@@ -194,7 +156,7 @@ class Table:
         return f"{self.files[self._file_of[row]].name}:{self._numbers[row]}"
 
     def __getitem__(self, row: int) -> Record:
-        image = _contained(self._images[row].as_py(), self.root)
+        image = contained(self._images[row].as_py(), self.root)
         return Record(self.key(row), image, self._captions[row].as_py())
 
     def identity(self) -> str:
@@ -287,19 +249,11 @@ def record(key: str, image: Any, captions: Any, root: Path | None) -> Record:
 def _contained_in_any(name: str, root: Path | None) -> Path:
     """Under the root, or in the cache that `datasets` and the hub fill themselves."""
     cache = Path(os.path.realpath(datasets.config.HF_CACHE_HOME))
-    if os.path.isabs(name) and _under(os.path.realpath(name), str(cache)):
+    if os.path.isabs(name) and under(os.path.realpath(name), str(cache)):
         return Path(os.path.realpath(name))
     if root is None:
         raise BadSample(f"image {name!r} is a path: set image_root to the folder that paths may start from")
-    return _contained(name, root)
-
-
-def parquet_file(file: Path) -> pq.ParquetFile:
-    """Open a parquet file. Raises DataError that names it."""
-    try:
-        return pq.ParquetFile(file)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file} is not readable parquet: {str(error).splitlines()[0]}") from None
+    return contained(name, root)
 
 
 def _open_parquet(config: SourceConfig, files: Sequence[Path]) -> Hosted:

@@ -23,7 +23,8 @@ from blip.data.json_rows import read_rows
 from blip.data.keyed import mix, permutation
 from blip.data.loader import Failure, Loader, Progress, guarded
 from blip.data.pairs import ATTEMPTS, Sample, check_captions, check_prompt, make_batch, make_sample
-from blip.data.sources import Record, digest, format_of, pair, parquet_file, record, root_of, shard_files, tar_record
+from blip.data.parquet import parquet_file
+from blip.data.sources import Record, digest, format_of, pair, record, root_of, shard_files, tar_record
 from blip.data.tars import Shard
 from blip.data.text import clean_caption
 from blip.tokenizer import Tokenizer

@@ -6,11 +6,10 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from blip.data.errors import DataError
 from blip.data.images import MAX_BYTES
+from blip.data.parquet import parquet_file
 from capfilt.readers.rows import (
     Row,
     RowGroups,
@@ -30,10 +29,7 @@ IMAGE_NAMES, CAPTION_NAMES = ("jpg", "file_name"), ("text", "TEXT")
 
 def open_parquet(path: str) -> pq.ParquetFile:
     """DataError that names the file if it is none."""
-    try:
-        return pq.ParquetFile(open_file(path) if is_remote(path) else path)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not readable parquet: {str(error).splitlines()[0]}") from None
+    return parquet_file(path, open_file(path) if is_remote(path) else None)
 
 
 def columns_of(names: list[str], config: ReadConfig, where: str) -> tuple[str, str | None]:

@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,11 +15,11 @@ from typing import IO, Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from blip.data.errors import DataError
+from blip.data.errors import BadSample, DataError
 from blip.data.images import MAX_BYTES
+from blip.data.paths import contained
 
 REMOTE = ("s3://", "gs://", "gcs://", "az://", "abfs://", "abfss://", "hf://", "memory://")
-_ADDRESS = re.compile(r"^(?:[a-z][a-z0-9+.\-]*:/|(?:pipe|data|file|ssh|s3|gs|hf):)", re.IGNORECASE)
 _HEAD, _SPOTS, _SPOT = 1 << 16, 16, 1 << 12
 
 
@@ -145,24 +144,12 @@ def changed(source: Source) -> str | None:
     return None
 
 
-def contained(name: str, root: str) -> tuple[str, tuple[str, str, str] | None]:
-    """The file that a name in data means, and why it may not be opened, if so; it must stay under `root`."""
-    if not name or "\0" in name:
-        return "", ("no_image", "path_refused", f"{name!r} is not a path")
-    if _ADDRESS.match(name) or name.startswith("\\\\"):
-        return "", ("no_image", "path_refused", f"{name!r} is an address, and data is never fetched")
-    base = os.path.realpath(root)
-    path = os.path.realpath(os.path.join(base, name))
-    if path != base and not path.startswith(base.rstrip("/") + "/"):
-        return "", ("no_image", "path_refused", f"{name!r} leads outside {root}; set --image-root")
-    return path, None
-
-
 def read_image(name: str, root: str) -> tuple[bytes | None, tuple[str, str, str] | None]:
     """The bytes of an image file that data names, or the problem with it."""
-    path, problem = contained(name, root)
-    if problem:
-        return None, problem
+    try:
+        path = contained(name, os.path.abspath(root))
+    except BadSample as error:
+        return None, ("no_image", "path_refused", error.reason)
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a named pipe must not block
             info = os.fstat(file.fileno())

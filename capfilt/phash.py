@@ -1,0 +1,85 @@
+"""Perceptual hashes: 64 bits that hardly change when a picture is scaled, compressed again or recoloured a little.
+
+The bits are those of `imagehash.phash`, so lists that were made with that package can be used. It is not a dependency:
+it brings scipy and PyWavelets for what are ten lines here.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+from PIL import Image
+
+BITS = 64
+MOST = 6
+"""Bits apart at which pictures may still count as alike; more takes too long on millions of them."""
+_SIDE, _LOW = 32, 8
+_WAVES = np.cos(np.pi / _SIDE * np.outer(np.arange(_LOW), np.arange(_SIDE) + 0.5))
+"""(8, 32), the slowest waves of a discrete cosine transform."""
+_BLOCK = 1 << 18
+"""Pairs that are compared at once."""
+
+
+def phash(image: Image.Image) -> str:
+    """16 hex digits: which of the 8 x 8 slowest waves of a picture are stronger than their median, row by row."""
+    grey = np.asarray(image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS), dtype=np.float64)
+    # Rounded, so that a wave which is not there is 0 on every machine.
+    waves = np.round(_WAVES @ grey @ _WAVES.T, 6)
+    return np.packbits(waves > np.median(waves)).tobytes().hex()
+
+
+def numbers(hashes: list[str | None]) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes in hex as (N,) uint64, and (N,) bool that says where there is one."""
+    there = np.array([h is not None for h in hashes], dtype=bool)
+    return np.array([int(h, 16) if h else 0 for h in hashes], dtype=np.uint64), there
+
+
+def later_ones(hashes: np.ndarray, bits: int) -> np.ndarray:
+    """(N,) bool: which of (N,) uint64 are at most `bits` apart from an earlier one."""
+    _, first, which = np.unique(hashes, return_index=True, return_inverse=True)
+    later = first[which] != np.arange(len(hashes))
+    order = np.sort(first)  # each different hash once, where it is seen first
+    near = np.zeros(len(hashes), dtype=bool)
+    near[order] = _near(hashes[order], hashes[order], bits, earlier=True)
+    return later | near[first[which]]
+
+
+def near_any(hashes: np.ndarray, others: np.ndarray, bits: int) -> np.ndarray:
+    """(N,) bool: which of (N,) uint64 are at most `bits` apart from one of (M,) others."""
+    return _near(hashes, others, bits, earlier=False)
+
+
+def _near(hashes: np.ndarray, others: np.ndarray, bits: int, *, earlier: bool) -> np.ndarray:
+    """Hashes that are `bits` apart agree in one of `bits + 1` bands, so only those that do are compared.
+
+    With `earlier`, only others with a smaller number count.
+    """
+    found = np.zeros(len(hashes), dtype=bool)
+    edges = np.linspace(0, BITS, bits + 2).astype(np.uint64)
+    for low, high in pairwise(edges.tolist()):
+        mask = np.uint64((1 << (high - low)) - 1)
+        bands, of_others = (hashes >> np.uint64(low)) & mask, (others >> np.uint64(low)) & mask
+        place = np.argsort(of_others, kind="stable")
+        left = np.flatnonzero(~found)
+        left = left[np.argsort(bands[left], kind="stable")]
+        values, starts = np.unique(bands[left], return_index=True)
+        ends = np.append(starts[1:], len(left))
+        froms, tos = (np.searchsorted(of_others[place], values, side) for side in ("left", "right"))
+        for group in np.flatnonzero(tos - froms > earlier):  # one that is alone has no earlier one
+            members = place[froms[group] : tos[group]]
+            _compare(hashes, others, left[starts[group] : ends[group]], members, bits, earlier, found)
+    return found
+
+
+def _compare(hashes: np.ndarray, others: np.ndarray, mine: np.ndarray, members: np.ndarray, bits: int, earlier: bool,
+             found: np.ndarray) -> None:  # fmt: skip
+    """Note which of `mine` are near one of `members`, some at a time."""
+    step = max(1, _BLOCK // len(members))
+    for at in range(0, len(mine), step):
+        some = mine[at : at + step]
+        them = members[: np.searchsorted(members, some[-1])] if earlier else members
+        close = np.bitwise_count(hashes[some, None] ^ others[them]) <= bits
+        if earlier:
+            close &= them < some[:, None]
+        found[some] |= close.any(1)
