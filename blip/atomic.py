@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import struct
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -184,9 +185,20 @@ def refuse_impostor(path: Path) -> bytes:
 def _refuse_other_than_safetensors(path: Path) -> None:
     head, size = refuse_impostor(path), path.stat().st_size
     if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        raise ValueError(f"{path} is a pickle, not safetensors: convert it with `blip convert`")
+        raise ValueError(f"{path} is a pickle and not safetensors, as its name says: give it the ending .pth")
     if size < 8 or struct.unpack("<Q", head[:8])[0] > size - 8:
         raise ValueError(f"{path} is cut short or not safetensors ({size:,} bytes): fetch or save it again")
+
+
+def _refuse_inflation(path: Path) -> None:
+    """ValueError for an archive that would unpack to more than the file's own size, which torch.save never writes."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, UnicodeDecodeError):
+        return  # damaged, as its reader will say
+    if sum(part.file_size for part in parts) > path.stat().st_size:
+        raise ValueError(f"{path} would unpack to more than its own size, as no weight file does: get another one")
 
 
 def read_pickled_tensors(path: Path) -> Any:
@@ -194,7 +206,8 @@ def read_pickled_tensors(path: Path) -> Any:
 
     ValueError, in a line, if it is something else, holds anything else, or is damaged.
     """
-    refuse_impostor(path)
+    if refuse_impostor(path).startswith(b"PK"):
+        _refuse_inflation(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # whose text advises to try again without the guard

@@ -1,28 +1,35 @@
 """A model as a directory: config.json, model.safetensors, the tokenizer and a card. Loading is strict.
 
-A directory holds one of `blip.tasks.TASKS`; config.json says which, and nothing where it is a `Blip`.
+A directory holds one of `blip.tasks.TASKS`; config.json says which, and nothing where it is a `Blip`. What other
+programs wrote (`blip.convert.foreign`) is loaded here too: this is where every command and recipe obtains its models.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import torch
 from huggingface_hub import HfApi
-from torch import Tensor
+from torch import Tensor, nn
 
 from blip import atomic, hub
 from blip.config import BlipConfig
+from blip.convert import foreign
+from blip.convert.files import ENDINGS
+from blip.convert.foreign import Foreign
 from blip.model import Blip
 from blip.tasks import TASKS
 from blip.tokenizer import Tokenizer
-from blip.vision import resize_positions
+from blip.vision import fit_positions
 
 FORMAT, VERSION = "openblip", 1
 _CONFIG, _WEIGHTS, _POSITIONS = "config.json", "model.safetensors", "vision.vit.pos_embed"
@@ -31,11 +38,18 @@ Model = TypeVar("Model")
 """One of the classes of `blip.tasks.TASKS`."""
 
 
-def save_pretrained(model: Model, tokenizer: Tokenizer, directory: str | Path, card: str = "") -> None:
+def save_pretrained(
+    model: Model,
+    tokenizer: Tokenizer,
+    directory: str | Path,
+    card: str = "",
+    licence: str | None = "apache-2.0",
+) -> None:
     """Write a model directory that `from_pretrained` reads; one that is there already is replaced as a whole.
 
-    `card` is the body of README.md (Markdown). Files in the directory that are not the model's stay. ValueError if the
-    tokenizer does not fit the model, atomic.WriteError if the disk is full, when the old directory is left as it was.
+    `card` is the body of README.md (Markdown), `licence` as the hub names it, None where it is not known. Files in the
+    directory that are not the model's stay. ValueError if the tokenizer does not fit the model, atomic.WriteError if
+    the disk is full, when the old directory is left as it was.
     """
     tokenizer.check(model.config.text)
     target = Path(directory)
@@ -46,7 +60,7 @@ def save_pretrained(model: Model, tokenizer: Tokenizer, directory: str | Path, c
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save(scratch)
         texts = {path.name: path.read_bytes() for path in Path(scratch).iterdir()}
-    texts |= {_CONFIG: config, "README.md": _card(card, task).encode()}
+    texts |= {_CONFIG: config, "README.md": _card(card, task, licence).encode()}
     writers: dict[str, tuple[Callable[[Path], None], int]] = {
         name: (lambda path, content=content: atomic.write_bytes(path, content), len(content))
         for name, content in texts.items()
@@ -76,9 +90,9 @@ def _swap(fresh: Path, target: Path) -> None:
     shutil.rmtree(old)
 
 
-def _card(body: str, task: str) -> str:
+def _card(body: str, task: str, licence: str | None) -> str:
     tags = "".join(f"- {tag}\n" for tag in TASKS[task].tags)
-    front = f"---\nlibrary_name: openblip\nlicense: apache-2.0\ntags:\n{tags}---\n\n"
+    front = f"---\nlibrary_name: openblip\nlicense: {licence or 'other'}\ntags:\n{tags}---\n\n"
     return front + (body or "# A BLIP model\n\nLoad it with `blip.checkpoint.from_pretrained`.\n")
 
 
@@ -86,46 +100,128 @@ def _name(kind: type) -> str:
     return next(name for name, task in TASKS.items() if task.model is kind)
 
 
+@dataclass(frozen=True)
+class Own:
+    """A model directory of ours, opened."""
+
+    config_path: Path
+    weights_path: Path
+    tokenizer_at: Path
+    """Its folder."""
+    task: str
+    """Of `TASKS`."""
+    model_config: BlipConfig
+    said = "a model folder of openblip"
+    """What it is, for people."""
+
+    @property
+    def source(self) -> str:
+        """The weights' file, for messages."""
+        return str(self.weights_path)
+
+    @property
+    def licence(self) -> str | None:
+        """As its card names it."""
+        card = self.config_path.with_name("README.md")
+        lines = card.read_text(encoding="utf-8", errors="replace").splitlines()[:20] if card.is_file() else []
+        found = [line.partition(":")[2].strip() for line in lines if line.startswith("license:")]
+        return found[0] if found and found[0] != "other" else None
+
+    def tokenizer(self, given: str | Path | None = None) -> Tokenizer:
+        """The one that it was saved with. ValueError if another one is given."""
+        own = Tokenizer.load(self.tokenizer_at)
+        if given and Tokenizer.load(given).digest() != own.digest():
+            raise ValueError(f"{self.source} was trained with another tokenizer than {given}: leave that out")
+        return own
+
+    def config(self, tokenizer: Tokenizer) -> BlipConfig:
+        """The model's, as it was saved."""
+        return self.model_config
+
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        """The weights; errors as in `atomic.read_tensors`."""
+        return atomic.read_tensors(self.weights_path)
+
+    def account(self, model: nn.Module) -> None:
+        """Nothing is renamed or left out."""
+
+
+def opened(where: str | Path) -> Own | Foreign:
+    """What is at a path, or on the hub under a name, by its files and keys; errors as in `from_pretrained`."""
+    folder = Path(where).expanduser()
+    if str(where).endswith(ENDINGS) and "://" not in str(where) and not folder.is_dir():
+        return foreign.open_file(folder)
+    config_path, part, tokenizer_at = _find(where)
+    if _json(config_path).get("format") != FORMAT and "model_type" in _json(config_path):
+        return foreign.open_directory(config_path, _first(part, *_FOREIGN_WEIGHTS), tokenizer_at())
+    task, config = _read_config(config_path)
+    return Own(config_path, part(_WEIGHTS), tokenizer_at(), task, config)
+
+
+def built(
+    found: Own | Foreign,
+    *,
+    image_size: int | None = None,
+    device: str | torch.device = "cpu",
+    tokenizer: str | Path | None = None,
+) -> tuple[Any, Tokenizer]:
+    """The model and tokenizer of what was opened, in evaluation mode; arguments and errors as in `from_pretrained`."""
+    words = found.tokenizer(tokenizer)
+    config = found.config(words)
+    if image_size is not None and image_size != config.vision.image_size:
+        config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=image_size))
+    model = TASKS[found.task].model(config)
+    state = found.state(model)
+    if _POSITIONS in state and state[_POSITIONS].ndim == 3:
+        state[_POSITIONS] = fit_positions(model.vision.vit, state[_POSITIONS], config.vision.image_size)
+    _refuse_misfit(found.source, state, model.state_dict())
+    model.load_state_dict(state)
+    words.check(config.text)
+    return model.to(device).eval(), words
+
+
 @overload
 def from_pretrained(
-    where: str | Path, *, image_size: int | None = None, device: str | torch.device = "cpu"
+    where: str | Path | Own | Foreign,
+    *,
+    image_size: int | None = None,
+    device: str | torch.device = "cpu",
+    tokenizer: str | Path | None = None,
 ) -> tuple[Blip, Tokenizer]: ...
 @overload
 def from_pretrained(
-    where: str | Path, kind: type[Model], *, image_size: int | None = None, device: str | torch.device = "cpu"
+    where: str | Path | Own | Foreign,
+    kind: type[Model],
+    *,
+    image_size: int | None = None,
+    device: str | torch.device = "cpu",
+    tokenizer: str | Path | None = None,
 ) -> tuple[Model, Tokenizer]: ...
-def from_pretrained(where, kind=Blip, *, image_size=None, device="cpu"):
-    """Read a model directory, or a repository of that name on the hub; the model is in evaluation mode.
+def from_pretrained(where, kind=Blip, *, image_size=None, device="cpu", tokenizer=None):
+    """Read a model; it is in evaluation mode.
 
-    `kind` is the class that is expected there, `Blip` or a task model. With another `image_size` (pixels) the position
-    embeddings are resized. FileNotFoundError if it is not there, ValueError, naming the file and what is wrong with it,
-    if it is not whole, of another format or kind, or if weights, configuration and tokenizer do not fit each other.
+    `where` is a model directory, a `.pth` of the 2022 release or LAVIS, a directory of transformers, the name of a
+    repository with one on the hub, or what `opened` found there. `kind` is the class that is expected, `Blip` or a task
+    model. With another `image_size` (pixels) the position embeddings are resized. `tokenizer` is for what brings none,
+    as a `.pth`: what `Tokenizer.load` takes. FileNotFoundError if it is not there, ValueError, naming the file and what
+    is wrong with it, if it is not whole, of another format or kind, or if weights, configuration and tokenizer do not
+    fit each other.
     """
-    config_path, weights_path, tokenizer_at = _find(where)
-    config = _config_of(config_path, kind)
-    state = atomic.read_tensors(weights_path)
-    if image_size is not None and image_size != config.vision.image_size:
-        config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=image_size))
-    model = kind(config)
-    if _POSITIONS in state:
-        state[_POSITIONS] = _fit_positions(state[_POSITIONS], model)
-    _refuse_misfit(weights_path, state, model.state_dict())
-    model.load_state_dict(state)
-    tokenizer = Tokenizer.load(tokenizer_at)
-    tokenizer.check(config.text)
-    return model.to(device).eval(), tokenizer
+    found = where if isinstance(where, Own | Foreign) else opened(where)
+    _refuse_kind(found, kind)
+    return built(found, image_size=image_size, device=device, tokenizer=tokenizer)
 
 
 def check_kind(where: str | Path, kind: type[Any] = Blip) -> None:
-    """Without reading its weights, refuse a model directory or repository that `from_pretrained` would refuse."""
-    _config_of(_find(where)[0], kind)
+    """Without building it, refuse a model that `from_pretrained` would refuse for what it is."""
+    _refuse_kind(opened(where), kind)
 
 
-def _config_of(path: Path, kind: type[Any]) -> Any:
-    task, config = _read_config(path)
-    if TASKS[task].model is not kind:
-        raise ValueError(f"{path} is of a {TASKS[task].model.__name__} model, {_remedy(task, _name(kind))}")
-    return config
+def _refuse_kind(found: Own | Foreign, kind: type[Any]) -> None:
+    if TASKS[found.task].model is not kind:
+        named = found.config_path if isinstance(found, Own) else found.source
+        model = TASKS[found.task].model.__name__
+        raise ValueError(f"{named} is of a {model} model, {_remedy(found.task, _name(kind))}")
 
 
 def _remedy(found: str, wanted: str) -> str:
@@ -136,48 +232,79 @@ def _remedy(found: str, wanted: str) -> str:
     return f"{use}; {kind} is expected here"
 
 
-def kind_of(where: str | Path) -> type[Any]:
-    """The class of the model in a directory or repository; errors as in `from_pretrained`."""
-    return TASKS[_read_config(_find(where)[0])[0]].model
-
-
 def start_task(kind: type[Model], where: str | Path, *, image_size: int | None = None) -> tuple[Model, Tokenizer]:
-    """A task model from a directory that holds one, or one that starts from the pre-trained `Blip` there.
+    """A task model from where there is one, or one that starts from the pre-trained `Blip` there.
 
     What the pre-trained model lacks is random (`Vqa.origin`). In evaluation mode; errors as in `from_pretrained`.
     """
-    if kind_of(where) is not Blip:
-        return from_pretrained(where, kind, image_size=image_size)
-    blip, tokenizer = from_pretrained(where, image_size=image_size)
+    found = opened(where)
+    if TASKS[found.task].model is not Blip:
+        return from_pretrained(found, kind, image_size=image_size)
+    blip, tokenizer = built(found, image_size=image_size)
     return kind.from_blip(blip), tokenizer
 
 
-def _find(where: str | Path) -> tuple[Path, Path, Path]:
-    """Paths of config, weights and the tokenizer's folder."""
-    folder = Path(where).expanduser()
-    if not folder.is_dir():
-        name = str(where)
-        if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-            raise FileNotFoundError(f"{where} is not a model directory (one with {_CONFIG} and {_WEIGHTS})")
-        config, weights, *rest = (hub.file(name, part, "the model's path") for part in (_CONFIG, _WEIGHTS, *_TOKENIZER))
-        return config, weights, rest[0].parent
-    for part in (_CONFIG, _WEIGHTS):
-        if not (folder / part).is_file():
-            there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-            raise FileNotFoundError(f"{folder} has no {part}, so it is not a model directory; it holds {there}")
-    return folder / _CONFIG, folder / _WEIGHTS, folder
+_FOREIGN_WEIGHTS = (_WEIGHTS, "pytorch_model.bin")
 
 
-def _read_config(path: Path) -> tuple[str, BlipConfig]:
-    """Which of `TASKS` it is, and its configuration."""
+def _find(where: str | Path) -> tuple[Path, Callable[[str], Path], Callable[[], Path]]:
+    """config.json, what finds another file beside it or raises FileNotFoundError, and the tokenizer's folder."""
+    folder, name = Path(where).expanduser(), str(where)
+    if folder.is_dir():
+        return _in_folder(folder, _CONFIG), lambda part: _in_folder(folder, part), lambda: folder
+    if "://" in name:
+        raise FileNotFoundError(f"{where} is an address: download the file first and give its path")
+    if folder.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise FileNotFoundError(
+            f"{where} is not a model directory (one with {_CONFIG} and {_WEIGHTS}), a .pth file or a name on the hub"
+        )
+
+    def fetch(part: str) -> Path:
+        return hub.file(name, part, "the model's path")
+
+    def tokenizer() -> Path:
+        found = _first(fetch, _TOKENIZER[0], "vocab.txt").parent
+        if found.joinpath(_TOKENIZER[0]).is_file():
+            with suppress(FileNotFoundError):
+                fetch(_TOKENIZER[1])
+        return found
+
+    return fetch(_CONFIG), fetch, tokenizer
+
+
+def _in_folder(folder: Path, part: str) -> Path:
+    if not (folder / part).is_file():
+        weights = [path.name for path in sorted(folder.iterdir()) if path.name.endswith(ENDINGS)]
+        there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        give = f"; give the file itself, {folder / weights[0]}" if weights and part == _CONFIG else ""
+        raise FileNotFoundError(f"{folder} has no {part}, so it is not a model directory; it holds {there}{give}")
+    return folder / part
+
+
+def _first(find: Callable[[str], Path], *names: str) -> Path:
+    """The first file that there is; FileNotFoundError of the first if there is none."""
+    missing = None
+    for name in names:
+        try:
+            return find(name)
+        except FileNotFoundError as error:
+            missing = missing or error
+    raise missing
+
+
+def _json(path: Path) -> dict[str, Any]:
     try:
         said = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); fetch or save the model again") from error
-    if not isinstance(said, dict) or said.get("format") != FORMAT:
-        foreign = isinstance(said, dict) and "model_type" in said
-        remedy = "it is transformers' format: convert it with `blip convert`" if foreign else "is it another model's?"
-        raise ValueError(f"{path} does not say format {FORMAT!r}; {remedy}")
+    return said if isinstance(said, dict) else {}
+
+
+def _read_config(path: Path) -> tuple[str, BlipConfig]:
+    """Which of `TASKS` it is, and its configuration."""
+    said = _json(path)
+    if said.get("format") != FORMAT:
+        raise ValueError(f"{path} does not say format {FORMAT!r}, nor transformers' model_type: is it another model's?")
     if said.get("version") != VERSION:
         raise ValueError(f"{path} is version {said.get('version')!r}, this program reads {VERSION}: update openblip")
     task = said.get("task", "blip")
@@ -189,15 +316,7 @@ def _read_config(path: Path) -> tuple[str, BlipConfig]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _fit_positions(positions: Tensor, model: Any) -> Tensor:
-    vit = model.vision.vit
-    if positions.ndim != 3 or positions.shape == vit.pos_embed.shape:
-        return positions
-    (patch, _), prefix = vit.patch_embed.patch_size, vit.num_prefix_tokens
-    return resize_positions(positions, model.config.vision.image_size, patch, prefix)
-
-
-def _refuse_misfit(path: Path, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+def _refuse_misfit(source: str, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     """One error for all that is missing, unexpected or of another shape."""
     both = state.keys() & wanted.keys()
     shapes = [f"{k} {tuple(state[k].shape)} for {tuple(wanted[k].shape)}" for k in sorted(both)
@@ -211,8 +330,8 @@ def _refuse_misfit(path: Path, state: dict[str, Tensor], wanted: dict[str, Tenso
              if names]  # fmt: skip
     if lines:
         raise ValueError(
-            f"{path} does not fit its {_CONFIG}: {'; '.join(lines)}. Weights and configuration must come from the "
-            "same model; files of other programs go through `blip convert`"
+            f"{source} does not fit its {_CONFIG}: {'; '.join(lines)}. Weights and configuration must come from the "
+            "same model"
         )
 
 

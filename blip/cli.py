@@ -8,13 +8,13 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from blip.commands import caption, classify, explain, match, search, vqa
+from blip.commands import caption, classify, convert, demo, doctor, explain, match, search, vqa
 from blip.commands.ending import WRONG_USE, fail, one_line, unknown_option
 from blip.data.errors import DataError
 
-COMMANDS = (caption, match, search, classify, explain, vqa)
+COMMANDS = (caption, match, search, classify, explain, vqa, convert, demo, doctor)
 """Each has `add(subparsers)`, which sets `run(namespace) -> exit status`. Importing them imports no torch."""
-_NOT_OPTIONS = {"command", "run", "image", "images", "text", "texts", "folder", "queries", "question"}
+_NOT_OPTIONS = {"command", "run", "image", "images", "text", "texts", "folder", "queries", "question", "source"}
 """What a parsed command line holds beside options."""
 _STOPPED, _PIPE_CLOSED = 130, 141
 """What a shell reports of a program that SIGINT or SIGPIPE ended."""

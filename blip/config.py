@@ -16,6 +16,10 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+_LATER = {"later": True}
+"""Of a field that model directories may lack: those written before there was one mean its default."""
+
+
 @dataclass(frozen=True)
 class VisionConfig:
     """The image encoder: any timm ViT by name; `None` keeps the value that the name implies."""
@@ -40,6 +44,8 @@ class VisionConfig:
     """Recompute blocks in the backward pass to save memory."""
     init_gain: float | None = None
     """Deviation of first weights times sqrt(inputs), and positions as waves; `None` is timm's way, slow if narrow."""
+    norm_eps: float | None = field(default=None, metadata=_LATER)
+    """Epsilon of layer normalisation; 1e-6 in the ViTs of the 2022 release."""
 
     def __post_init__(self) -> None:
         _require(self.image_size > 0, f"image_size must be positive, got {self.image_size}")
@@ -99,13 +105,38 @@ class BlipConfig:
     """Width of the joint embedding of images and texts."""
     temperature: float = 0.07
     """Initial temperature of the contrastive softmax; learned."""
+    parts: Literal["all", "writing", "matching"] = field(default="all", metadata=_LATER)
+    """What a `Blip` has: all, or what a checkpoint of a captioner alone or of a matching model alone has."""
+
+    @property
+    def encodes(self) -> bool:
+        """Whether texts are embedded and matched with images."""
+        return self.parts != "writing"
+
+    @property
+    def writes(self) -> bool:
+        """Whether captions are written."""
+        return self.parts != "matching"
+
+    def require(self, *, encodes: bool = False, writes: bool = False) -> None:
+        """ValueError, saying what to load instead, if a model lacks what compares texts with images, or what writes."""
+        _require(
+            self.encodes or not encodes,
+            "this model only writes captions (it comes from a captioner's checkpoint) and cannot compare texts with "
+            "pictures: give a pre-training, retrieval or matching checkpoint",
+        )
+        _require(
+            self.writes or not writes,
+            "this model only compares texts with pictures (it comes from a retrieval or matching checkpoint) and "
+            "cannot write: give a captioning or pre-training checkpoint",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> BlipConfig:
-        """Build from `to_dict`'s output; an unknown or missing key raises ValueError that names it."""
+        """Build from `to_dict`'s output, this or an earlier version's; ValueError names an unknown or missing key."""
         values = _known(cls, values, "model config")
         values["vision"] = VisionConfig(**_known(VisionConfig, values["vision"], "vision config"))
         values["text"] = TextConfig(**_known(TextConfig, values["text"], "text config"))
@@ -125,7 +156,7 @@ class NlvrModelConfig(BlipConfig):
     @classmethod
     def of(cls, config: BlipConfig, images: int) -> NlvrModelConfig:
         """The shape of a pre-trained model, for examples of some images."""
-        return cls(config.vision, config.text, config.embed_dim, config.temperature, images)
+        return cls(config.vision, config.text, config.embed_dim, config.temperature, images=images)
 
 
 @dataclass(frozen=True)
@@ -138,13 +169,15 @@ class DialogueModelConfig(BlipConfig):
     @classmethod
     def of(cls, config: BlipConfig, caption_sees_image: bool) -> DialogueModelConfig:
         """The shape of a pre-trained model, and how it reads captions."""
-        return cls(config.vision, config.text, config.embed_dim, config.temperature, caption_sees_image)
+        sees = caption_sees_image
+        return cls(config.vision, config.text, config.embed_dim, config.temperature, caption_sees_image=sees)
 
 
 def _known(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
     _require(isinstance(values, dict), f"{where} must be a mapping, got {type(values).__name__}")
-    names = {f.name for f in dataclasses.fields(cls)}
-    unknown, missing = sorted(set(values) - names), sorted(names - set(values))
+    names = {f.name: "later" in f.metadata for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(names))
+    missing = sorted(name for name, later in names.items() if name not in values and not later)
     _require(not unknown, f"{where} has unknown keys: {', '.join(unknown)}")
     _require(not missing, f"{where} lacks keys: {', '.join(missing)}")
     return dict(values)

@@ -71,6 +71,7 @@ class Features:
         """Takes the model as it is and puts it in evaluation mode; `batch` pictures go through it at once."""
         if batch < 1:
             raise ValueError(f"batch must be 1 or more, got {batch}")
+        model.config.require(encodes=True)
         self.model, self.tokenizer, self.batch = model.eval(), tokenizer, batch
         self.max_tokens = min(max_tokens, model.config.text.max_positions)
         self.transform = EvalTransform(model.config.vision.image_size)
@@ -170,20 +171,13 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     image_size: int | None = None,
+    tokenizer: str | Path | None = None,
     batch: int = 32,
 ) -> Features:
-    """Read a model for its features; `where` is what `read_model` takes.
+    """Read a model for its features; `where`, `tokenizer` and what is raised as in `checkpoint.from_pretrained`.
 
-    Weights are turned into `dtype` on `device`; with another `image_size` (pixels) the positions are resized. Raises as
-    `read_model`.
+    Weights are turned into `dtype` on `device`; with another `image_size` (pixels) the positions are resized.
+    ValueError also for a captioner's checkpoint, which cannot compare texts with pictures.
     """
-    model, tokenizer = read_model(where, image_size)
-    return Features(model.to(device, dtype), tokenizer, batch=batch)
-
-
-def read_model(where: str | Path, image_size: int | None = None) -> tuple[Blip, Tokenizer]:
-    """The model and tokenizer at `where`, on the CPU; the one place that knows which formats can be loaded.
-
-    Now: a model directory, or a repository of that name on the hub. Raises as `checkpoint.from_pretrained`.
-    """
-    return checkpoint.from_pretrained(where, image_size=image_size)
+    model, words = checkpoint.from_pretrained(where, image_size=image_size, tokenizer=tokenizer)
+    return Features(model.to(device, dtype), words, batch=batch)

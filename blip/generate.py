@@ -146,6 +146,7 @@ def _check(
     model: Blip, context: Context, prompts: Tensor, keep: Tensor, config: DecodeConfig, keys: Sequence[str] | None
 ) -> None:
     text, rows = model.config.text, len(prompts)
+    model.config.require(writes=True)
     if model.training:
         raise ValueError("the model is in training mode and would write at random; call model.eval() first")
     if prompts.shape != keep.shape or prompts.dim() != 2 or not prompts.numel():

@@ -23,27 +23,35 @@ class Towers(nn.Module):
         super().__init__()
         self.config = config
         self.vision = VisionEncoder(config.vision)
-        self.med = Med(config.text, self.vision.width if grounded else None)
-        self.image_proj = Linear(self.vision.width, config.embed_dim)
-        self.text_proj = Linear(config.text.width, config.embed_dim)
+        self.med = Med(config.text, self.vision.width if grounded else None, config.encodes, config.writes)
+        if config.encodes:
+            self.image_proj = Linear(self.vision.width, config.embed_dim)
+            self.text_proj = Linear(config.text.width, config.embed_dim)
 
     def embed_image(self, tokens: Tensor) -> Tensor:
         """Image tokens (B, P, V) from `vision` -> joint embeddings (B, E) of length 1, from the class token."""
+        self.config.require(encodes=True)
         return F.normalize(self.image_proj(tokens[:, 0]).float(), dim=-1)
 
     def embed_text(self, ids: Tensor, keep: Tensor) -> Tensor:
         """Texts (R, T) that start with [CLS] -> joint embeddings (R, E) of length 1, from the first token."""
+        self.config.require(encodes=True)
         (states,) = self.med([Pass(ids, keep, first=True)])
         return F.normalize(self.text_proj(states).float(), dim=-1)
 
 
 class Blip(Towers):
-    """One image encoder and one text transformer that embeds, matches and writes."""
+    """One image encoder and one text transformer that embeds, matches and writes.
+
+    One that was made of a captioner's or a matching model's checkpoint has only the parts of that (`BlipConfig.parts`),
+    so that nothing in it is random. ValueError for a use of what it does not have.
+    """
 
     def __init__(self, config: BlipConfig) -> None:
         super().__init__(config, grounded=True)
-        self.match_head = Linear(config.text.width, 2)
-        self.temperature = nn.Parameter(torch.tensor(config.temperature))
+        if config.encodes:
+            self.match_head = Linear(config.text.width, 2)
+            self.temperature = nn.Parameter(torch.tensor(config.temperature))
 
     def context(self, tokens: Tensor) -> Context:
         """Image tokens (B, P, V) -> what texts look at, projected once."""
@@ -51,11 +59,13 @@ class Blip(Towers):
 
     def match(self, ids: Tensor, keep: Tensor, context: Context) -> Tensor:
         """Texts (R, T) that start with [ENC], looking at `context` -> logits (R, 2): no match, match."""
+        self.config.require(encodes=True)
         (states,) = self.med([Pass(ids, keep, context=context, first=True)])
         return self.match_head(states)
 
     def caption_logits(self, ids: Tensor, keep: Tensor, context: Context) -> Tensor:
         """Texts (R, T) that start with [DEC] -> logits (R, T, vocabulary) of each next token; zero at padding."""
+        self.config.require(writes=True)
         one = Pass(ids, keep, causal=True, context=context)
         (states,) = self.med([one])
         return one.layout.unpack(self.med.vocabulary(states)) * keep[..., None]

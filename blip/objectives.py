@@ -41,6 +41,7 @@ class _Aligned(nn.Module):
 
     def __init__(self, model: Blip, config: PretrainConfig | RetrievalConfig) -> None:
         super().__init__()
+        model.config.require(encodes=True)
         self.config = config
         self.model = model
         self.teacher = Teacher(model)
@@ -133,6 +134,10 @@ class Pretrain(_Aligned):
     """
 
     config: PretrainConfig
+
+    def __init__(self, model: Blip, config: PretrainConfig) -> None:
+        super().__init__(model, config)
+        model.config.require(writes=True)
 
     def forward(self, batch: Batch, epoch: float) -> Outcome:
         """The three losses of a batch; `epoch` (passes over the data so far) sets the weight of soft targets."""
@@ -234,6 +239,7 @@ class Caption(nn.Module):
 
     def __init__(self, model: Blip, config: CaptionConfig) -> None:
         super().__init__()
+        model.config.require(writes=True)
         self.config = config
         self.model = model
 

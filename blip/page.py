@@ -29,6 +29,7 @@ td.n{text-align:right;font-variant-numeric:tabular-nums}
 .card img{width:100%;border-radius:4px}.said{font-weight:600;font-size:14px;margin:6px 0}
 .yes{color:#047857}.no{color:#b91c1c}ol{margin:4px 0;padding-left:20px}
 figure{margin:0;display:inline-block}figcaption{font-size:13px;color:#475569}.curves{display:flex;flex-wrap:wrap;gap:20px}
+.line{margin:6px 0 0}.line b{display:block;font-weight:400;color:#64748b;font-size:12px}
 """
 
 
@@ -60,6 +61,15 @@ class Captioned:
     caption: str
     score: float
     references: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Note:
+    """One picture with labelled texts about it."""
+
+    picture: Image.Image
+    lines: Sequence[tuple[str, Text]]
+    """A label, and the text that it is about."""
 
 
 def page(title: str, sections: Sequence[tuple[str, str, str]]) -> str:
@@ -98,6 +108,38 @@ def cards(items: Sequence[Card], side: int = 224) -> str:
 def captioned(items: Sequence[Captioned], side: int = 224) -> str:
     """Pictures with their captions, scores and up to `SHOWN` references; long texts are cut."""
     return f'<div class="grid">{"".join(_captioned(item, side) for item in items)}</div>'
+
+
+def notes(items: Sequence[Note], side: int = 224) -> str:
+    return f'<div class="grid">{"".join(_note(item, side) for item in items)}</div>'
+
+
+def intervals(name: str, spans: Sequence[tuple[str, float, float]], width: int = 500) -> str:
+    """A plot of values with what is left and right of each: (label, value, half width), the first as a line."""
+    if not spans:
+        return ""
+    low = min(value - half for _, value, half in spans)
+    high = max(value + half for _, value, half in spans)
+    left, right, line, top = 250, 60, 22, 6
+    height = top + line * len(spans) + 4
+
+    def across(value: float) -> float:
+        return left + (value - low) / ((high - low) or 1) * (width - left - right)
+
+    first = across(spans[0][1])
+    marks = [f'<path d="M{first:.1f},{top}V{height - 4}" stroke="#94a3b8" stroke-dasharray="3 3"/>']
+    for i, (label, value, half) in enumerate(spans):
+        y, x = top + line * i + line / 2, across(value)
+        marks.append(
+            f'<text x="{left - 12}" y="{y + 4}" text-anchor="end" font-size="12" fill="#1e293b">{_safe(label)}</text>'
+            f'<path d="M{across(value - half):.1f},{y}H{across(value + half):.1f}" stroke="{COLOURS[0]}"/>'
+            f'<circle cx="{x:.1f}" cy="{y}" r="4" fill="{COLOURS[0] if i else COLOURS[-1]}"/>'
+            f'<text x="{across(value + half) + 8:.1f}" y="{y + 4}" font-size="12" fill="#475569">{value:.1f}</text>'
+        )
+    return (
+        f'<figure><svg width="{width}" height="{height}" role="img" aria-label="{_safe(name)}">{"".join(marks)}</svg>'
+        f"<figcaption>{_safe(name)}</figcaption></figure>"
+    )
 
 
 def _plot(name: str, points: list[tuple[float, float]], colour: str, width: int, height: int) -> str:
@@ -139,6 +181,11 @@ def _captioned(item: Captioned, side: int) -> str:
         f'<div class="card">{picture}<div class="said">{_safe(_cut(item.caption)) or "(nothing)"}</div>'
         f"<div>{_safe(_cut(item.name))}: {item.score:.1f}</div><ol>{written}</ol></div>"
     )
+
+
+def _note(item: Note, side: int) -> str:
+    lines = "".join(f'<div class="line"><b>{_safe(label)}</b> {_text(text)}</div>' for label, text in item.lines)
+    return f'<div class="card"><img alt="" src="{_inline(item.picture, side)}">{lines}</div>'
 
 
 def _cut(text: str) -> str:

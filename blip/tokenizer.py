@@ -6,7 +6,9 @@ with five tokens and reads every word as [UNK].
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +37,7 @@ class Tokenizer:
         """Take a WordPiece tokenizer; [DEC] and then [ENC] are added unless it has them. Raises ValueError."""
         self.where = where
         self._check_vocabulary(pieces)
+        _begin_with_cls(pieces)
         pieces.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (DEC, ENC)])
         self._fast = PreTrainedTokenizerFast(
             tokenizer_object=pieces,
@@ -136,6 +139,15 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads too."""
         self._fast.save_pretrained(str(directory))
 
+    def for_transformers(self, first: Literal["cls", "enc"]) -> PreTrainedTokenizerFast:
+        """transformers' tokenizer of the same pieces, whose texts begin with [CLS] or [ENC] and end with [SEP]."""
+        found = copy.deepcopy(self._fast)
+        pieces, start = found.backend_tokenizer, {"cls": CLS, "enc": ENC}[first]
+        if first == "enc" or pieces.post_processor is None:
+            ends = [(start, self._first[first]), (SEP, self.sep_id)]
+            pieces.post_processor = processors.TemplateProcessing(single=f"{start} $A {SEP}", special_tokens=ends)
+        return found
+
     def _ids(self) -> dict[str, int]:
         names = ("pad_id", "cls_id", "sep_id", "dec_id", "enc_id")
         return {"vocab_size": len(self), **{name: getattr(self, name) for name in names}}
@@ -163,6 +175,13 @@ class Tokenizer:
     def digest(self) -> str:
         """The tokenizer as JSON text, for fingerprints."""
         return self._pieces.to_str()
+
+
+def _begin_with_cls(pieces: tokenizers.Tokenizer) -> None:
+    """Undo what `Tokenizer.for_transformers` does for models that read [ENC] first: it is the same tokenizer."""
+    if ENC in json.dumps(json.loads(pieces.to_str())["post_processor"]):
+        cls, sep = (pieces.token_to_id(token) for token in (CLS, SEP))
+        pieces.post_processor = processors.BertProcessing((SEP, sep), (CLS, cls))
 
 
 def _read(path: Path) -> tokenizers.Tokenizer:

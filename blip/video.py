@@ -28,5 +28,6 @@ def embed_clip(model: Blip, tokens: Tensor, frames: int) -> Tensor:
 
     The mean of the frames' projected class tokens, which is normalised then and not before, as in the original.
     """
+    model.config.require(encodes=True)
     first = tokens.unflatten(1, (frames, -1))[:, :, 0]
     return F.normalize(model.image_proj(first).float().mean(1), dim=-1)

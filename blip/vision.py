@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import timm
 import torch
-from timm.layers import Attention, build_sincos2d_pos_embed, resample_abs_pos_embed
+from timm.layers import Attention, LayerNorm, build_sincos2d_pos_embed, resample_abs_pos_embed
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from blip.attention import plain_is_faster
 from blip.config import VisionConfig
 from blip.linear import adopt
 
+_TAKEN = "a ViT of timm with a class token is wanted, such as those of DeiT, MAE, BEiT, CLIP, DINO and EVA"
+
 
 class VisionEncoder(nn.Module):
-    """A timm ViT without pooling or head (paper, section 3.1)."""
+    """A timm ViT without pooling or head (paper, section 3.1). ValueError for a model of timm that is none."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -22,14 +30,9 @@ class VisionEncoder(nn.Module):
         options = {name: value for name, value in shape.items() if value is not None}
         if config.patch_drop:
             options["patch_drop_rate"] = config.patch_drop
-        self.vit = timm.create_model(
-            config.model,
-            img_size=config.image_size,
-            num_classes=0,
-            global_pool="",
-            drop_path_rate=config.drop_path,
-            **options,
-        )
+        if config.norm_eps is not None:
+            options["norm_layer"] = partial(LayerNorm, eps=config.norm_eps)
+        self.vit = _build(config, options)
         adopt(self.vit)
         if config.init_gain is not None:
             _start_narrow(self.vit, config.init_gain)
@@ -48,6 +51,20 @@ class VisionEncoder(nn.Module):
             if isinstance(part, Attention):
                 part.fused_attn = fused
         return self.vit.forward_features(image)
+
+
+def _build(config: VisionConfig, options: dict[str, Any]) -> nn.Module:
+    """The timm model. ValueError for one that does not give a class token and one token for each patch."""
+    fixed = {"img_size": config.image_size, "num_classes": 0, "global_pool": "", "drop_path_rate": config.drop_path}
+    try:
+        vit = timm.create_model(config.model, **fixed, **options)
+    except (RuntimeError, TypeError, AssertionError) as error:  # which depends on what kind of model it is instead
+        raise ValueError(f"vision.model {config.model} cannot be an image encoder here ({error}): {_TAKEN}") from None
+    plain = isinstance(vit, VisionTransformer | Beit | Eva) and not hasattr(vit.patch_embed, "backbone")
+    if not plain or getattr(vit, "cls_token", None) is None:
+        lacks = "has no class token" if plain else f"is a {type(vit).__name__}, not a plain ViT"
+        raise ValueError(f"vision.model {config.model} {lacks}: {_TAKEN}")
+    return vit
 
 
 @torch.no_grad()
@@ -75,3 +92,11 @@ def resize_positions(positions: Tensor, image_size: int, patch_size: int, prefix
         raise ValueError(f"image size {image_size} is not a multiple of the patch size {patch_size}")
     grid = image_size // patch_size
     return resample_abs_pos_embed(positions, [grid, grid], num_prefix_tokens=prefix, antialias=False)
+
+
+def fit_positions(vit: nn.Module, positions: Tensor, image_size: int) -> Tensor:
+    """(1, prefix + N, V) position embeddings, resized for a timm ViT of `image_size` (pixels) unless they fit."""
+    if positions.shape == vit.pos_embed.shape:
+        return positions
+    prefix = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens
+    return resize_positions(positions, image_size, vit.patch_embed.patch_size[0], prefix)

@@ -52,15 +52,19 @@ def _short(value: object) -> str:
 def model_identity(where: str) -> dict[str, str]:
     """What tells a model from others: where it is and the SHA-256 of its weights, configuration and tokenizer.
 
-    A name on the hub is told by its cached files. FileNotFoundError if there is no such model.
+    A file of weights is told by its content and the tokenizer beside it, a name on the hub by its cached files.
+    FileNotFoundError if there is no such model.
     """
     folder = Path(where).expanduser()
     names = ("config.json", "model.safetensors", "tokenizer.json")
-    if folder.is_dir():
-        paths = [folder / name for name in names]
-        missing = [path.name for path in paths[:2] if not path.is_file()]
-        if missing:
-            raise FileNotFoundError(f"{where} has no {missing[0]}, so it is not a model directory")
+    if folder.is_file():
+        paths = [folder, *(folder.with_name(name) for name in ("tokenizer.json", "vocab.txt"))]
+    elif folder.is_dir():
+        paths = [folder / name for name in (*names, "pytorch_model.bin", "vocab.txt")]
+        if not paths[0].is_file():
+            raise FileNotFoundError(f"{where} has no {paths[0].name}, so it is not a model directory")
+        if not (paths[1].is_file() or paths[3].is_file()):
+            raise FileNotFoundError(f"{where} has no {paths[1].name}, so it is not a model directory")
     else:
         if where.startswith((".", "/", "~")) or where.count("/") != 1:
             raise FileNotFoundError(f"{where} is not a model directory (one with config.json and model.safetensors)")

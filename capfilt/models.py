@@ -48,6 +48,9 @@ class BlipScorer:
         self.captioner = self._ready(captioner[0]) if captioner else None
         self.writer = captioner[1] if captioner else None
         self.decode = decode_settings(config)
+        self.filter.config.require(encodes=True)
+        if self.captioner is not None:
+            self.captioner.config.require(writes=True)
         for model, option, length in (
             (self.captioner, "max_length", self.decode.max_length),
             (self.filter, "max_tokens", config.max_tokens),

@@ -35,7 +35,7 @@ class ClassFolder:
 
     @classmethod
     def open(cls, where: str | Path, names: Mapping[str, str] | None = None) -> ClassFolder:
-        """FOLDER/CLASS/**/picture; `names` says what a class's folder stands for, else it is its name, _ for a space.
+        """`FOLDER/CLASS/**/picture`; `names` says what a class's folder stands for, else it is its name, _ for a space.
 
         DataError if there is no class, a class has no pictures, or a folder is not among `names`.
         """

@@ -12,6 +12,7 @@ import torch
 
 from blip import checkpoint, convert, dist
 from blip.config import PRESETS, BlipConfig, DataConfig, VisionConfig
+from blip.convert.foreign import Foreign
 from blip.data import world_files
 from blip.data.loader import Feed
 from blip.data.pairs import Pairs
@@ -19,6 +20,7 @@ from blip.data.sources import open_sources
 from blip.data.stream import Stream, StreamFeed
 from blip.data.transforms import TrainTransform
 from blip.model import Blip
+from blip.tasks import TASKS
 from blip.tokenizer import Tokenizer
 
 Model = TypeVar("Model")
@@ -44,12 +46,14 @@ class ModelChoice:
     tokenizer: str | None = None
     """`world`, a folder or file with a vocabulary, or a name on the hub; bert-base-uncased when not given."""
     vision_weights: str | None = None
-    """First weights of the image encoder: a timm model name, or a local .safetensors or .pth file."""
+    """First weights of the image encoder: a timm model name, whose architecture it then has, or a local .safetensors
+    or .pth file."""
     text_weights: str | None = None
     """First weights of the text transformer: BERT by name on the hub, or its local folder."""
     start_from: str | None = None
-    """A model folder or name to continue from instead; it brings its own size, tokenizer and weights. A task model
-    starts from a pre-trained `Blip`, or goes on from one of its own kind."""
+    """A model folder, a released .pth or a name on the hub to continue from instead; it brings its own size, weights
+    and, unless it is a .pth, tokenizer. A task model starts from a pre-trained `Blip`, or goes on from one of its own
+    kind."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def build_model(choice: ModelChoice, seed: int) -> tuple[Blip, Tokenizer]:
     ValueError for a choice that contradicts the model to start from.
     """
     if choice.start_from:
-        return _continued(Blip, choice)
+        return _continued(Blip, choice, _opened(choice))
     tokenizer = Tokenizer.load(choice.tokenizer or "bert-base-uncased")
     preset = PRESETS[choice.size or "base"]
     torch.manual_seed(seed)
@@ -98,34 +102,42 @@ def build_task(kind: type[Model], choice: ModelChoice, seed: int, **shape: Any) 
     What `Blip` lacks is a function of the seed; `shape` is what the task's `from_blip` takes. ValueError as in
     `build_model`, or if the task model that is gone on from has another shape.
     """
-    if choice.start_from and _starts_from(choice) is kind:
-        model, tokenizer = _continued(kind, choice)
+    found = _opened(choice) if choice.start_from else None
+    if found and TASKS[found.task].model is kind:
+        model, tokenizer = _continued(kind, choice, found)
         for name, value in shape.items():
-            if (found := getattr(model.config, name)) != value:
-                raise ValueError(f"model.start_from {choice.start_from} has {name} {found}, this run needs {value}")
+            if (has := getattr(model.config, name)) != value:
+                raise ValueError(f"model.start_from {choice.start_from} has {name} {has}, this run needs {value}")
         return model, tokenizer
-    blip, tokenizer = build_model(choice, seed)
+    blip, tokenizer = _continued(Blip, choice, found) if found else build_model(choice, seed)
     torch.manual_seed(seed + 1)
     return kind.from_blip(blip, **shape), tokenizer
 
 
-def _starts_from(choice: ModelChoice) -> type:
+def _opened(choice: ModelChoice) -> checkpoint.Own | Foreign:
+    """What a choice starts from; what is missing is told by the name of the option."""
     try:
-        return checkpoint.kind_of(choice.start_from)
+        return checkpoint.opened(choice.start_from)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"model.start_from: {error}; is its run finished?") from None
 
 
-def _continued(kind: type[Model], choice: ModelChoice) -> tuple[Model, Tokenizer]:
+def _continued(kind: type[Model], choice: ModelChoice, found: checkpoint.Own | Foreign) -> tuple[Model, Tokenizer]:
     """The model that a choice starts from, made ready to be trained as the choice says."""
-    _starts_from(choice)  # so that a missing folder is told by the name of the option
-    model, tokenizer = checkpoint.from_pretrained(choice.start_from, kind, image_size=choice.image_size)
-    _refuse_contradiction(choice, model.config, tokenizer)
+    size, words = choice.image_size, choice.tokenizer
+    try:
+        model, tokenizer = checkpoint.from_pretrained(found, kind, image_size=size, tokenizer=words)
+    except ValueError as error:
+        raise ValueError(f"model.start_from {choice.start_from}: {error}") from None
+    _refuse_contradiction(choice, model.config)
     return _trained_as(choice, model), tokenizer
 
 
 def _vision(choice: ModelChoice, config: VisionConfig) -> VisionConfig:
-    """An image encoder's configuration with what a choice says of its input and its training."""
+    """An image encoder's configuration with what a choice says of its weights, its input and its training."""
+    named = convert.architecture(choice.vision_weights) if choice.vision_weights else None
+    if named not in (None, config.model):
+        config = VisionConfig(named, image_size=config.image_size)
     names = ("image_size", "patch_size", "drop_path")
     said = {name: getattr(choice, name) for name in names if getattr(choice, name) is not None}
     return dataclasses.replace(config, patch_drop=choice.patch_drop, checkpoint=choice.checkpoint, **said)
@@ -141,7 +153,7 @@ def _trained_as(choice: ModelChoice, model: Model) -> Model:
     return rebuilt
 
 
-def _refuse_contradiction(choice: ModelChoice, config: BlipConfig, tokenizer: Tokenizer) -> None:
+def _refuse_contradiction(choice: ModelChoice, config: BlipConfig) -> None:
     start = f"model.start_from {choice.start_from}"
     for name in ("vision_weights", "text_weights"):
         if value := getattr(choice, name):
@@ -155,10 +167,6 @@ def _refuse_contradiction(choice: ModelChoice, config: BlipConfig, tokenizer: To
         raise ValueError(
             f"{start} is a model of {'size ' + found[0] if found else 'a size of its own'}, not {choice.size}: "
             "leave model.size out"
-        )
-    if choice.tokenizer and Tokenizer.load(choice.tokenizer).digest() != tokenizer.digest():
-        raise ValueError(
-            f"{start} was trained with another tokenizer than {choice.tokenizer}: leave model.tokenizer out"
         )
 
 

@@ -280,7 +280,7 @@ def test_models_that_are_none_are_said_before_anything_is_written(models, tmp_pa
         ({"task": "vqa"}, "is of a Vqa model"),
         ({"task": "poetry"}, "update openblip"),
         ({"format": "other"}, "is it another model's?"),
-        ({"model_type": "blip", "format": None}, "convert it with `blip convert`"),
+        ({"model_type": "blip", "format": None}, "give the folder, with its config.json"),
     ):
         (wrong / "config.json").write_text(json.dumps(config | change))
         for models in (["--filter", str(wrong)], ["--filter", str(good), "--captioner", str(wrong)]):

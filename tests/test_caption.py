@@ -226,7 +226,7 @@ def test_how_it_is_trained_is_the_runs_choice(start):
     ("choice", "named"),
     [
         ({"size": "base"}, "is a model of size tiny, not base: leave model.size out"),
-        ({"tokenizer": "OTHER"}, "another tokenizer than OTHER: leave model.tokenizer out"),
+        ({"tokenizer": "OTHER"}, "another tokenizer than OTHER: leave that out"),
         ({"vision_weights": "deit_base"}, "model.vision_weights deit_base would not be used"),
         ({"text_weights": "bert"}, "model.text_weights bert would not be used"),
     ],

@@ -147,7 +147,8 @@ def test_files_that_are_not_weights_are_recognised_and_not_run(saved, content, t
     ("content", "told"),
     [
         ("{", "is not JSON"),
-        ('{"model_type": "blip"}', "blip convert"),
+        ('{"model_type": "vit"}', "is of a vit model, not of a BLIP"),
+        ('{"name": "x"}', "does not say format 'openblip', nor transformers'"),
         ('{"format": "openblip", "version": 99}', "update openblip"),
         ('{"format": "openblip", "version": 1, "model": {"vision": {}}}', "lacks keys: embed_dim"),
         ('{"format": "openblip", "version": 1}', "must be a mapping"),

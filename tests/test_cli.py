@@ -259,7 +259,7 @@ WRONG = {
     "no model there": (["photos", "--model", "./nowhere"], "./nowhere is not a model directory"),
     "not a model": (["photos", "--model", "photos"], "photos has no config.json"),
     "a file for a model": (["photos", "--model", "photos/p1.png"], "is not a model directory"),
-    "another program's model": (["photos", "--model", "foreign"], "blip convert"),
+    "another program's model": (["photos", "--model", "foreign"], "model.safetensors is cut short to nothing"),
     "a long prompt": (["photos", "--prompt", LONG], "a prompt of 65 tokens exceeds the model's 64 positions"),
     "a prompt that leaves nothing": (["photos", "--max-length", "4", "--min-length", "0"], "leaves nothing to write"),
     "a prompt of unknown words": (["photos", "--prompt", "собака"], "does not know"),

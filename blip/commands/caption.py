@@ -66,7 +66,7 @@ def run(chosen: argparse.Namespace) -> int:
     from blip.data.transforms import EvalTransform
     from blip.generate import write
 
-    loaded = load(chosen.model, chosen.device, chosen.precision)
+    loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
     model, tokenizer, side = loaded.model, loaded.tokenizer, loaded.model.config.vision.image_size
     if tokenizer.unknown_rate([chosen.prompt]):
         raise ValueError(f"--prompt {chosen.prompt!r} has words that the model's tokenizer does not know; try ''")

@@ -52,7 +52,7 @@ def run(chosen: argparse.Namespace) -> int:
     from blip.features import Features
     from blip.zero_shot import TEMPLATES, class_embeddings, probabilities
 
-    loaded = load(chosen.model, chosen.device, chosen.precision)
+    loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
     features = Features(loaded.model, loaded.tokenizer, batch=chosen.batch)
     with loaded.computing():
         classes = class_embeddings(features, names, chosen.template or TEMPLATES)

@@ -57,7 +57,7 @@ def run(chosen: argparse.Namespace) -> int:
     from blip.explain import explain
     from blip.features import Features
 
-    loaded = load(chosen.model, chosen.device, chosen.precision)
+    loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
     with loaded.computing():
         found = explain(Features(loaded.model, loaded.tokenizer), picture, chosen.text, chosen.layer)
     shown = pictures(picture, found)

@@ -34,8 +34,8 @@ class Loaded:
             raise ValueError(f"out of memory on {self.device}: give a smaller --batch, or --device cpu") from None
 
 
-def load(where: str | None, device: str, precision: str, kind: type = Blip) -> Loaded:
-    """The model that --model, --device and --precision name; `kind` is the class that is expected there.
+def load(where: str | None, device: str, precision: str, kind: type = Blip, *, tokenizer: str | None = None) -> Loaded:
+    """The model that --model, --device, --precision and --tokenizer name; `kind` is the class that is expected there.
 
     ValueError or OSError, in a line, for a model, device or precision that is not there.
     """
@@ -48,8 +48,8 @@ def load(where: str | None, device: str, precision: str, kind: type = Blip) -> L
     place = _device(device)
     if precision == "float16" and place.type == "cpu":
         raise ValueError("--precision float16 needs a GPU; use float32 or bfloat16")
-    model, tokenizer = checkpoint.from_pretrained(where, kind, device=place)
-    return Loaded(model, tokenizer, place, torch.float32 if precision == "auto" else getattr(torch, precision))
+    model, words = checkpoint.from_pretrained(where, kind, device=place, tokenizer=tokenizer)
+    return Loaded(model, words, place, torch.float32 if precision == "auto" else getattr(torch, precision))
 
 
 def _device(name: str) -> torch.device:

@@ -39,7 +39,7 @@ def run(chosen: argparse.Namespace) -> int:
     from blip.commands.loading import load
     from blip.features import Features
 
-    loaded = load(chosen.model, chosen.device, chosen.precision)
+    loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
     features = Features(loaded.model, loaded.tokenizer, batch=chosen.batch)
     with loaded.computing():
         features.embed_text(chosen.texts)  # a text that will not do is found before a file is opened

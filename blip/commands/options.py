@@ -25,7 +25,12 @@ def add_answers(parser: argparse.ArgumentParser) -> None:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Which model, where and how exactly it computes."""
-    parser.add_argument("--model", metavar="DIR", help=f"model folder, or name on the hub (default: ${MODEL_VARIABLE})")
+    parser.add_argument(
+        "--model",
+        metavar="DIR",
+        help=f"model folder, released .pth, or name on the hub (default: ${MODEL_VARIABLE})",
+    )
+    add_tokenizer(parser)
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto, a GPU if there is one, else cpu)"
     )
@@ -35,6 +40,16 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "float32", "bfloat16", "float16"),
         help="of matrix products (default: auto, which is float32: an answer then does not depend on --batch; "
         "bfloat16 is faster and rounds differently for every batch size)",
+    )
+
+
+def add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    """The tokenizer of a model that brings none."""
+    parser.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="vocabulary for a model that brings none, as a .pth: vocab.txt, tokenizer.json, folder or name on the "
+        "hub (default: what is beside the file, $OPENBLIP_TOKENIZER, or bert-base-uncased)",
     )
 
 

@@ -75,11 +75,11 @@ def run(chosen: argparse.Namespace) -> int:
     from blip.commands.loading import load
     from blip.features import Features
 
-    loaded = load(chosen.model, chosen.device, chosen.precision)
+    loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
     features = Features(loaded.model, loaded.tokenizer, batch=chosen.batch)
     with loaded.computing():
         embeds = features.embed_text(chosen.queries)
-        index, failed = _index(chosen, found.paths, found.left_out, features)
+        index, failed = up_to_date(chosen, found.paths, found.left_out, features)
     answered: list[tuple[str, list[Hit]]] = []
     with Answers(chosen.out, len(chosen.queries), "texts") as answers:
         for number, query in enumerate(chosen.queries):
@@ -114,8 +114,8 @@ def find_one(index: Index, features: Features, loaded: Loaded, query: str, embed
     return sorted(first, key=lambda hit: -hit.score) + hits[rerank:]
 
 
-def _index(chosen: argparse.Namespace, paths: list[str], left_out: object, features: Features) -> tuple[Index, int]:
-    """The index of the folder as it is now, and how many pictures could not be used."""
+def up_to_date(chosen: argparse.Namespace, paths: list[str], left_out: object, features: Features) -> tuple[Index, int]:
+    """The index of the folder as it is now, and how many pictures could not be used; progress is told on stderr."""
     from blip import atomic
     from blip.commands.answers import Answers
     from blip.commands.options import MODEL_VARIABLE

@@ -64,7 +64,7 @@ def run(chosen: argparse.Namespace) -> int:
     from blip.tasks.answering import answers, ask, load_candidates
     from blip.tasks.vqa import Vqa
 
-    loaded = load(chosen.model, chosen.device, chosen.precision, Vqa)
+    loaded = load(chosen.model, chosen.device, chosen.precision, Vqa, tokenizer=chosen.tokenizer)
     model, tokenizer, side = loaded.model, loaded.tokenizer, loaded.model.config.vision.image_size
     where = chosen.model or os.environ[options.MODEL_VARIABLE]
     candidates = load_candidates(chosen.candidates, where, chosen.method, tokenizer)

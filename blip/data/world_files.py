@@ -88,7 +88,7 @@ def write(
     that tells everything, or one web text, with its `kind` (right, mismatched, near_miss, vague or junk_around). Where
     files are broken on purpose, `broken` says how, or is empty. tar: shards of .jpg, .txt (one caption) and .json (the
     record). json: SPLIT.json beside images/SPLIT. imagefolder: SPLIT with a metadata.jsonl. parquet:
-    data/SPLIT-*.parquet with the pictures inside.
+    `data/SPLIT-*.parquet` with the pictures inside.
 
     Args:
         out: Folder to write into; several splits may share one.

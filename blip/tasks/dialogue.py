@@ -36,6 +36,7 @@ class Dialogue(nn.Module):
     @classmethod
     def from_blip(cls, blip: Blip, caption_sees_image: bool = False) -> Self:
         """A model that starts from a pre-trained one by `origin`; what is new there is random."""
+        blip.config.require(encodes=True)
         model = cls(DialogueModelConfig.of(blip.config, caption_sees_image))
         start.copy(model, blip, model.origin())
         return model.train(blip.training)

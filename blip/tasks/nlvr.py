@@ -73,6 +73,7 @@ class Nlvr(nn.Module):
     @classmethod
     def from_blip(cls, blip: Blip, images: int = 2) -> Self:
         """A model that starts from a pre-trained one by `origin`; what is new there is random."""
+        blip.config.require(encodes=True)
         model = cls(NlvrModelConfig.of(blip.config, images=images))
         start.copy(model, blip, model.origin())
         return model.train(blip.training)

@@ -35,6 +35,7 @@ class Vqa(nn.Module):
     @classmethod
     def from_blip(cls, blip: Blip) -> Self:
         """A model that starts from a pre-trained one by `origin`; what is new there is random."""
+        blip.config.require(encodes=True, writes=True)
         model = cls(blip.config)
         start.copy(model, blip, model.origin())
         return model.train(blip.training)

@@ -1,6 +1,7 @@
 """Three steps of the original pre-training, recorded; README.md says how."""
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -50,3 +51,20 @@ def results() -> dict[str, torch.Tensor]:
 def keys(layout: str) -> dict[str, list[int]]:
     """Names and shapes in the state dict of the original's class for pretraining, captioning, retrieval or vqa."""
     return json.loads((HERE / "keys.json").read_text())[layout]
+
+
+def released(program: str, name: str) -> dict[str, list[int]]:
+    """Names and shapes of a class of the original, or of LAVIS, at its released size, such as "retrieval large"."""
+    found = json.loads((HERE / "released_keys.json").read_text())[program][name]
+    if program == "lavis":
+        own = released("original", found["as"])
+        return {key: shape for key, shape in own.items() if key not in found["without"]} | found["more"]
+    whole: dict[str, list[int]] = {}
+    for key, shape in found.items():
+        numbered = re.search(r"\.(\d+)-(\d+)\.", key)
+        if not numbered:
+            whole[key] = shape
+            continue
+        for i in range(int(numbered[1]), int(numbered[2]) + 1):
+            whole[key.replace(numbered[0], f".{i}.")] = shape
+    return whole

@@ -1,0 +1,313 @@
+"""A model of another program, opened: which layout its keys are of, its sizes by its shapes, its weights as ours.
+
+    found = open_file(Path("model_base_caption_capfilt_large.pth"))
+    found.task, found.layout.name     # "blip", "captioning"
+
+Released are the checkpoints of salesforce/BLIP (2022) and of LAVIS, which took its modules over, and the directories
+of transformers. V vision width, D text width.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from math import isqrt
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from blip.config import BASE, LARGE, BlipConfig, NlvrModelConfig, TextConfig, VisionConfig
+from blip.convert import layouts
+from blip.convert.files import read_file, unwrapped
+from blip.convert.table import State, Table, from_theirs, some_of
+from blip.tokenizer import Tokenizer
+
+TOKENIZER_VARIABLE = "OPENBLIP_TOKENIZER"
+"""Environment variable with the tokenizer of checkpoints that bring none."""
+RELEASED_TOKENIZER = "bert-base-uncased"
+"""The tokenizer of everything that was released."""
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16}
+"""Attention heads of the widths that ViT and BERT are known in; no shape tells them."""
+_POSITIONS = "vision.vit.pos_embed"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a foreign checkpoint may be."""
+
+    name: Literal["pretraining", "captioning", "matching", "vqa", "nlvr"]
+    """What it is for."""
+    program: Literal["original", "transformers"]
+    """Whose names it has; LAVIS has the original's."""
+    table: Callable[[Any], Table]
+    """Names, for a model of ours."""
+    task: str = "blip"
+    """Of `blip.tasks.TASKS`, what it becomes here."""
+    parts: Literal["all", "writing", "matching"] = "all"
+    """Of `BlipConfig`."""
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """What its BERTs stand under."""
+        names = {"captioning": ("text_decoder.bert.",), "vqa": ("text_encoder.", "text_decoder.bert.")}
+        return names.get(self.name, ("text_encoder.",))
+
+
+LAYOUTS = (
+    Layout("pretraining", "original", layouts.original_pretraining),
+    Layout("captioning", "original", layouts.original_captioning, parts="writing"),
+    Layout("matching", "original", layouts.original_matching, parts="matching"),
+    Layout("vqa", "original", layouts.original_vqa, "vqa"),
+    Layout("nlvr", "original", layouts.original_nlvr, "nlvr"),
+    Layout("captioning", "transformers", layouts.transformers_captioning, parts="writing"),
+    Layout("matching", "transformers", layouts.transformers_matching, parts="matching"),
+    Layout("vqa", "transformers", layouts.transformers_vqa, "vqa"),
+)
+_BARE = Layout("matching", "original", layouts.original_bare_matching, parts="matching")
+_OTHERS = {
+    "vision.vit.": "weights of a model folder of openblip: give the folder, with its config.json",
+    "query_tokens": "BLIP-2, which is another model",
+    "Qformer.": "BLIP-2, which is another model",
+    "qformer.": "BLIP-2, which is another model",
+    "text_model.": "transformers' BlipModel, whose text side and projections no released checkpoint has: give a model "
+    "for captioning, question answering or image-text retrieval",
+    "cls_head_m.": "a classifier of LAVIS, a task that is not done here",
+    "blocks.": "an image encoder alone: it goes where first weights do, --model.vision_weights of recipes.pretrain",
+    "bert.": "a BERT alone: it goes where first weights do, --model.text_weights of recipes.pretrain",
+}
+"""What other programs' keys begin with -> what it is then."""
+
+
+def recognise(keys: set[str], source: str) -> Layout:
+    """The layout of a state dict by its keys. ValueError, saying what it is instead where that is known."""
+
+    def has(*names: str) -> bool:
+        return all(any(key.startswith(name) for key in keys) for name in names)
+
+    program = "original" if has("visual_encoder.") else "transformers" if has("vision_model.") else None
+    encoder, decoder, matches = has("text_encoder."), has("text_decoder."), has("itm_head.")
+    if program is None or has("text_model.") or has("cls_head_m."):
+        known = [what for start, what in _OTHERS.items() if has(start)]
+        what = f"it is {known[0]}" if known else f"it has {some_of(sorted(keys))}"
+        raise ValueError(f"{source} is no checkpoint of BLIP that is known here: {what}")
+    if has("cls_head."):
+        if not any(".crossattention.self0." in key for key in keys):
+            raise ValueError(f"{source} is a classifier of LAVIS, a task that is not done here")
+        name = "nlvr"
+    elif encoder and decoder:
+        name = "pretraining" if matches else "vqa"
+    else:
+        name = "captioning" if decoder else "matching"
+    if name == "matching" and program == "original" and "temp" not in keys:
+        return _BARE
+    found = [layout for layout in LAYOUTS if (layout.name, layout.program) == (name, program)]
+    if not found:
+        raise ValueError(f"{source} has the names of {program} for {name}, which that has no model for; was it edited?")
+    return found[0]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What shapes do not tell; None where nothing says it."""
+
+    vision_heads: int | None = None
+    text_heads: int | None = None
+    vision_eps: float | None = None
+    text: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `TextConfig`."""
+    ids: Mapping[str, int] = field(default_factory=dict)
+    """Special ids that the configuration says, to be those of the tokenizer."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """What became of every tensor of a foreign file."""
+
+    carried: int
+    """Tensors that were carried over."""
+    copies: int
+    """Second names of a tensor that was carried over."""
+    dropped: dict[str, list[str]]
+    """Why -> the keys that were left out."""
+    fresh: dict[str, str]
+    """Of the model, what the file does not have -> why."""
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A checkpoint of another program; `open_file` and `open_directory` make one."""
+
+    source: str
+    """The weights' file, for messages."""
+    layout: Layout
+    theirs: State
+    settings: Settings
+    tokenizer_at: str | None
+    """Where its tokenizer is, if it brings one."""
+
+    @property
+    def task(self) -> str:
+        return self.layout.task
+
+    @property
+    def said(self) -> str:
+        """What it is, for people."""
+        whose = {"original": "the 2022 release and LAVIS", "transformers": "transformers"}[self.layout.program]
+        return f"the layout of {whose} for {self.layout.name}"
+
+    @property
+    def licence(self) -> None:
+        """A file of weights does not tell."""
+
+    def tokenizer(self, given: str | Path | None = None) -> Tokenizer:
+        """The one that is given, its own, that of the environment, or bert-base-uncased; errors as `Tokenizer.load`."""
+        chosen = given or self.tokenizer_at or os.environ.get(TOKENIZER_VARIABLE)
+        if chosen:
+            return Tokenizer.load(chosen)
+        try:
+            return Tokenizer.load(RELEASED_TOKENIZER)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{self.source} brings no tokenizer: put vocab.txt of {RELEASED_TOKENIZER} beside it, give its path "
+                f"as --tokenizer (in Python: tokenizer=), or set {TOKENIZER_VARIABLE} to it. {error}"
+            ) from None
+
+    def config(self, tokenizer: Tokenizer) -> BlipConfig:
+        """The model's, by shapes and settings. ValueError for sizes that cannot be told or a tokenizer that is another.
+
+        The image size is that of the position embeddings.
+        """
+        text = tokenizer.text_config(self._text())
+        words = len(self._theirs(self.layout.stacks[0] + "embeddings.word_embeddings.weight"))
+        ids = {name: getattr(text, name) for name in self.settings.ids}
+        if words != text.vocab_size or ids != self.settings.ids:
+            said = "".join(f", {name} {value}" for name, value in self.settings.ids.items())
+            raise ValueError(
+                f"{self.source} has {words} word pieces{said}, and tokenizer {tokenizer.where} {text.vocab_size}"
+                f"{''.join(f', {name} {value}' for name, value in ids.items())}: give the one that it was trained with "
+                f"as --tokenizer (in Python: tokenizer=); that of the released ones is {RELEASED_TOKENIZER}"
+            )
+        projection = self.theirs.get("vision_proj.weight")
+        embed_dim = BlipConfig.embed_dim if projection is None else len(projection)
+        config = BlipConfig(self._vision(), text, embed_dim, parts=self.layout.parts)
+        return NlvrModelConfig.of(config, images=2) if self.layout.name == "nlvr" else config
+
+    def state(self, model: Any) -> State:
+        """The weights in our names, for a model of `config`; positions may be of another image size than the model.
+
+        What the file does not have has the model's values. ValueError as in `from_theirs`.
+        """
+        like = dict(model.state_dict())
+        like[_POSITIONS] = self._theirs(self._vision_name("pos_embed"))
+        table = self.layout.table(model)
+        return from_theirs(table, self.theirs, like, self.source) | {n: like[n] for n in table.fresh if n in like}
+
+    def account(self, model: Any) -> Account:
+        """What becomes of every tensor; `state` has gone well before."""
+        table, dropped = self.layout.table(model), {}
+        for name in self.theirs:
+            if name in table.dropped:
+                dropped.setdefault(table.dropped[name], []).append(name)
+        carried = {name for row in table.rows for name in row.theirs}
+        ours = model.state_dict()
+        fresh = {name: why for name, why in table.fresh.items() if name in ours}
+        return Account(len(carried), len(set(self.theirs) & set(table.copies)), dropped, fresh)
+
+    def _theirs(self, name: str) -> Tensor:
+        if name not in self.theirs:
+            raise ValueError(f"{self.source}: {self.layout.name} needs {name}: is the file complete?")
+        return self.theirs[name]
+
+    def _vision_name(self, ours: str) -> str:
+        if self.layout.program == "original":
+            return f"visual_encoder.{ours}"
+        return f"vision_model.{layouts.VIT[ours]}"
+
+    def _vision(self) -> VisionConfig:
+        patches, kernel = self._theirs(self._vision_name("pos_embed")), self._theirs(self._vision_name(_KERNEL))
+        side = isqrt(patches.shape[1] - 1) if patches.ndim == 3 and kernel.ndim == 4 else 0
+        if patches.ndim != 3 or kernel.ndim != 4 or side * side != patches.shape[1] - 1:
+            raise ValueError(f"{self.source}: {self._vision_name('pos_embed')} is not of a square picture")
+        width, patch = kernel.shape[0], kernel.shape[2]
+        blocks = "visual_encoder.blocks." if self.layout.program == "original" else "vision_model.encoder.layers."
+        depth = self._count(blocks)
+        heads = self.settings.vision_heads or self._heads(width, "image encoder")
+        for preset, shape in _RELEASED.items():
+            if shape == (width, depth, heads, patch):
+                return VisionConfig(preset, image_size=side * patch, norm_eps=self.settings.vision_eps)
+        return VisionConfig(
+            BASE.vision.model, side * patch, patch, width, depth, heads, norm_eps=self.settings.vision_eps
+        )
+
+    def _text(self) -> TextConfig:
+        bert = self.layout.stacks[0]
+        positions = self._theirs(f"{bert}embeddings.position_embeddings.weight")
+        hidden = self._theirs(f"{bert}encoder.layer.0.intermediate.dense.weight").shape[0]
+        width = positions.shape[-1]
+        return replace(
+            TextConfig(),
+            width=width,
+            layers=self._count(f"{bert}encoder.layer."),
+            heads=self.settings.text_heads or self._heads(width, "text transformer"),
+            hidden=hidden,
+            max_positions=len(positions),
+            **self.settings.text,
+        )
+
+    def _count(self, start: str) -> int:
+        numbers = {int(found[1]) for key in self.theirs if (found := re.match(re.escape(start) + r"(\d{1,4})\.", key))}
+        if numbers != set(range(len(numbers))) or not numbers:
+            raise ValueError(f"{self.source}: the layers {start}N are not numbered from 0 without a gap")
+        return len(numbers)
+
+    def _heads(self, width: int, what: str) -> int:
+        if width not in HEADS:
+            raise ValueError(
+                f"{self.source}: its {what} is {width} wide, and nothing tells how many attention heads that has "
+                f"(known are {', '.join(f'{n} for {w}' for w, n in HEADS.items())}): convert it where it was made"
+            )
+        return HEADS[width]
+
+
+_KERNEL = "patch_embed.proj.weight"
+_RELEASED = {BASE.vision.model: (768, 12, 12, 16), LARGE.vision.model: (1024, 24, 16, 16)}
+"""Image encoders that need no sizes beside their name -> width, depth, heads, patch."""
+
+
+def open_file(path: Path) -> Foreign:
+    """A weight file of the 2022 release or LAVIS. FileNotFoundError or ValueError for what is none."""
+    whole = read_file(path)
+    theirs = unwrapped(whole, path)
+    layout = recognise(set(theirs), str(path))
+    if layout.program == "transformers":
+        raise ValueError(f"{path} is of a model of transformers: give its folder, with config.json and tokenizer")
+    found = whole.get(HEADS_KEY) if isinstance(whole, dict) else None
+    told = found if isinstance(found, dict) else {}
+    sizes = [told.get(name) for name in ("vision", "text")]
+    vision, text = (value if isinstance(value, int) and value > 0 else None for value in sizes)
+    return Foreign(str(path), layout, theirs, Settings(vision, text), _beside(path.parent))
+
+
+HEADS_KEY = "attention_heads"
+"""Beside "model" in a `.pth` that was exported here: {"vision": heads, "text": heads}."""
+
+
+def open_directory(config: Path, weights: Path, tokenizer_at: Path) -> Foreign:
+    """A model of transformers by its config.json, its weights and the folder with its tokenizer; errors likewise."""
+    from blip.convert.hugging_face import read_settings  # here, because transformers is slow to import
+
+    settings = read_settings(config)
+    theirs = unwrapped(read_file(weights), weights)
+    layout = recognise(set(theirs), str(weights))
+    if layout.program != "transformers":
+        raise ValueError(f"{weights} is not of a model of transformers, though {config} says so: give the file itself")
+    return Foreign(str(weights), layout, theirs, settings, _beside(tokenizer_at))
+
+
+def _beside(folder: Path) -> str | None:
+    """The tokenizer in a folder, if there is one."""
+    there = [folder / name for name in ("tokenizer.json", "vocab.txt") if (folder / name).is_file()]
+    return str(there[0]) if there else None

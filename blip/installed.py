@@ -1,0 +1,72 @@
+"""Which packages are installed, held against the ranges that this project's own metadata asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import metadata
+
+PROJECT = "openblip"
+TESTED = {"torch": ("2.11", "2.15"), "transformers": ("5.17", "5.23")}
+"""Oldest and newest series that the test-suite passes on; others may do as well."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package that is asked for, and what is there of it."""
+
+    name: str
+    wanted: str
+    """Range of versions, such as `>=2.11`; empty if any will do."""
+    version: str | None
+    """What is installed, None if nothing is."""
+    fits: bool
+    """Whether it is there, and in the range."""
+
+    @property
+    def remedy(self) -> str:
+        return f"pip install '{self.name}{self.wanted}'"
+
+
+def packages(extra: str = "") -> list[Package]:
+    """What the project needs, or what an extra adds to it.
+
+    LookupError if the project runs from a folder that was never installed, or has no such extra.
+    """
+    from packaging.requirements import Requirement
+
+    try:
+        lines = metadata.requires(PROJECT) or []
+    except metadata.PackageNotFoundError:
+        raise LookupError(f"{PROJECT} is not installed, so nobody knows what it needs: pip install -e .") from None
+    found = []
+    for requirement in map(Requirement, lines):
+        ours = requirement.marker is None if not extra else _of_extra(requirement, extra)
+        if ours:
+            version = _version(requirement.name)
+            fits = version is not None and requirement.specifier.contains(version, prereleases=True)
+            found.append(Package(requirement.name, str(requirement.specifier), version, fits))
+    if not found:
+        raise LookupError(f"{PROJECT} has no extra {extra!r}; install it again: pip install -e .")
+    return found
+
+
+def require(extra: str, what: str) -> None:
+    """ValueError, in a line, unless the packages of an extra are there; `what` needs them."""
+    for package in packages(extra):
+        if not package.fits:
+            there = f"this is {package.version}" if package.version else "it is not installed"
+            raise ValueError(
+                f"{what} needs {package.name}{package.wanted} and {there}: pip install '{PROJECT}[{extra}]'"
+            )
+
+
+def _of_extra(requirement, extra: str) -> bool:
+    marker = requirement.marker
+    return marker is not None and marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""})
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
