@@ -24,30 +24,21 @@ from PIL import Image
 
 from blip import atomic, checkpoint, page
 from blip.config import SourceConfig
-from blip.data import world_files
 from blip.data.world import scene_of
 from blip.data.world_judge import grade as grade_captions
 from blip.data.world_judge import judge
-from capfilt.__main__ import main as capfilt
 from capfilt.grade import Kind, grade
 from capfilt.run import Run as Job
-from capfilt.select import kept_of, scored_parts
 from eval.retrieval import Gallery, rank
-from recipes import caption, command, retrieval
-from recipes.building import ModelChoice, WorldChoice
+from recipes import caption, cleaning, command, retrieval
+from recipes.building import WorldChoice
 from recipes.pretrain import Run, pretrain
 
 CONFIG = "recipes/configs/pretrain_demo.yaml"
-CAPTIONER = "recipes/configs/caption_world.yaml"
-FILTER = "recipes/configs/filter_world.yaml"
 SHARE = 0.3
 """Steps of a captioner or a filter, in steps of pre-training."""
 BY_PEOPLE = 0.15
 """Pictures with people's captions, in pictures of the crawl."""
-BROKEN = 0.0025
-"""Share of the crawl's files that are no picture."""
-LONGEST = 40
-"""Word pieces of a synthetic text, the prompt included."""
 DECODE, POLICY = "greedy", "web-else-syn"
 """The paper samples, and keeps every text that passes. So small a captioner is wrong too often when it samples (12% of
 its texts are true in every word, 33% of the likeliest), and its text is worse than a web text that passes."""
@@ -78,7 +69,7 @@ def demo(run: Run) -> dict[str, Any]:
         _, filtering = retrieval.retrieve(filterer(noisy, folder, people))
     with clock.part("capfilt"):
         job = clean(run, writer, filtering, out)
-    sources = bootstrapped(out / "clean", people)
+    sources = cleaning.bootstrapped(out / "clean", people)
     again = dataclasses.replace(run, data=dataclasses.replace(run.data, sources=sources))
     with clock.part("pretrain_bootstrapped"):
         second, folder = pretrain(again)
@@ -86,11 +77,13 @@ def demo(run: Run) -> dict[str, Any]:
         recaptioned, rewriter = caption.caption(captioner(again, folder, people))
     with clock.part("page"):
         kinds, synthetic = grade(job, SELECTION), truth_of_synthetic(job)
+        rescored = second.metrics | cleaning.tested(recaptioned.metrics)
         scores = {
-            **first.metrics, **_tested(captioned.metrics),
-            **{f"{name}{AGAIN}": value for name, value in (second.metrics | _tested(recaptioned.metrics)).items()},
-            **_aucs(kinds), **synthetic, "texts_kept": _kept(out / "clean"),
-            "web_right": _right(kinds, 0), "web_right_kept": _right(kinds, 1), "steps": second.steps,
+            **first.metrics, **cleaning.tested(captioned.metrics),
+            **{f"{name}{AGAIN}": value for name, value in rescored.items()},
+            **cleaning.aucs(kinds), **synthetic, "texts_kept": cleaning.kept(out / "clean"),
+            "web_right": cleaning.web_right(kinds, 0), "web_right_kept": cleaning.web_right(kinds, 1),
+            "steps": second.steps,
         }  # fmt: skip
         model, tokenizer = checkpoint.from_pretrained(folder)
         gallery = Gallery.open(run.held_out.source, model.vision.image_size)
@@ -127,26 +120,23 @@ def draw(world: WorldChoice) -> None:
 
     What is there already is left alone.
     """
-    folder, size, broken = Path(world.folder), world.image_size, round(BROKEN * world.train)
-    if not (folder / "crawl").exists():
-        noise = {"web": True, "noise": world.noise, "broken": broken}
-        world_files.write(folder / "crawl", "tar", count=world.train, size=size, workers=world.workers, **noise)
+    folder, size, workers = Path(world.folder), world.image_size, world.workers
+    cleaning.draw_crawl(folder / "crawl", world.train, world.noise, 0, size, workers)
     few = max(8, round(BY_PEOPLE * world.train))
     for where, split, count, seed in (
         (folder / "human", "train", few, 1),
         (folder, "val", world.held_out, 0),
         (folder, "test", world.held_out, 0),
     ):
-        if not (where / f"{split}.json").exists():
-            world_files.write(where, "json", split, count, seed, size, workers=world.workers)
+        cleaning.draw_people(where, split, count, seed, size, workers)
 
 
 def captioner(run: Run, start_from: Path, people: list[SourceConfig]) -> caption.Run:
     """The captioning run that goes on from a pre-training run, on pictures with people's captions."""
-    settings = command.read(caption.Run, ["--config", CAPTIONER, "--out", str(Path(run.out) / "captioner")])
+    out, batch = Path(run.out) / "captioner", run.train.batch_size
     validation = SourceConfig(str(Path(run.held_out.source.path).with_name("val.json")))
     return dataclasses.replace(
-        _going_on(settings, run, start_from, people),
+        cleaning.captioner(out, start_from, people, batch, _steps(run)),
         validation=caption.HeldOut(validation, run.held_out.limit),
         test=caption.HeldOut(run.held_out.source, run.held_out.limit),
     )
@@ -154,79 +144,31 @@ def captioner(run: Run, start_from: Path, people: list[SourceConfig]) -> caption
 
 def filterer(run: Run, start_from: Path, people: list[SourceConfig]) -> retrieval.Run:
     """The retrieval run that makes a filter of a pre-training run's model, on the same pictures."""
-    settings = command.read(retrieval.Run, ["--config", FILTER, "--out", str(Path(run.out) / "filter")])
-    return dataclasses.replace(_going_on(settings, run, start_from, people), validation=None, test=None)
+    return cleaning.filterer(Path(run.out) / "filter", start_from, people, run.train.batch_size, _steps(run))
 
 
-def _going_on(settings: Any, run: Run, start_from: Path, people: list[SourceConfig]) -> Any:
-    """A fine-tuning run's settings with a pre-training run's model, batch and share of its steps."""
-    steps = max(1, round(SHARE * run.train.steps))
-    return dataclasses.replace(
-        settings,
-        model=ModelChoice(start_from=str(start_from)),
-        data=dataclasses.replace(settings.data, sources=people),
-        train=dataclasses.replace(settings.train, steps=steps, batch_size=run.train.batch_size, eval_each_epoch=False),
-        world=None,
-    )
+def _steps(run: Run) -> int:
+    return max(1, round(SHARE * run.train.steps))
 
 
 def clean(run: Run, writer: Path, filtering: Path, out: Path) -> Job:
     """The job on the crawl, as `python -m capfilt run` does it: plan, score, select, export, report, verify.
 
-    RuntimeError if it does not end well; it has said why.
+    Stopped if it does not end well; it has said why.
     """
     inputs = [word for source in run.data.sources if source.kind == "web" for word in ("--input", source.path)]
-    args = ["run", *inputs, "--out", str(out / "capfilt"), "--to", str(out / "clean"), "--no-blur"]
-    args += ["--captioner", str(writer), "--filter", str(filtering), "--name", SELECTION, "--itm", str(THRESHOLD)]
-    args += ["--policy", POLICY, "--decode", DECODE, "--max-length", str(LONGEST)]
-    args += ["--max-tokens", str(run.data.max_tokens)]
-    status = capfilt([*args, "--part-size", "1024", "--batch-size", "128"])
-    if status:
-        raise RuntimeError(f"capfilt ended with status {status}; what it said stands above")
+    args = ["run", *inputs, "--out", out / "capfilt", "--to", out / "clean", "--no-blur"]
+    args += ["--name", SELECTION, "--itm", str(THRESHOLD), "--policy", POLICY]
+    args += cleaning.models(writer, filtering, DECODE, run.data.max_tokens)
+    cleaning.carry_out(*args, "--part-size", "1024", "--batch-size", "128")
     return Job.open(str(out / "capfilt"))
-
-
-def bootstrapped(clean: Path, people: list[SourceConfig]) -> list[SourceConfig]:
-    """What the second model learns from: the texts that were kept, if any, and people's."""
-    return [*([SourceConfig(str(clean / "*.tar"), kind="web")] if _kept(clean) else []), *people]
-
-
-def _kept(clean: Path) -> int:
-    return json.loads((clean / "_SUCCESS").read_bytes())["pairs"]
 
 
 def truth_of_synthetic(job: Job) -> dict[str, float]:
     """Percent of the synthetic texts that are true in every word, of all and of those that the filter kept."""
-    scenes: dict[str, list] = {}
-    for part in scored_parts(job):
-        rows = job.parts.read(part.pid, ["extra_json", "syn_text"]).to_pylist()
-        scenes[part.pid] = [(json.loads(row["extra_json"])["image_id"], row["syn_text"]) for row in rows]
-    every = [judge(scene_of(name), text) for rows in scenes.values() for name, texts in rows for text in texts or ()]
-    kept = [
-        judge(scene_of(scenes[part.pid][row["row"]][0]), row["text"])
-        for part, texts in kept_of(job, SELECTION)
-        for row in texts.to_pylist()
-        if row["text_source"] == "syn"
-    ]
+    every, kept = cleaning.synthetic(job, SELECTION)
     found = {"synthetic_true": every, "synthetic_true_kept": kept}
     return {name: 100 * grade_captions(verdicts)["true"] for name, verdicts in found.items() if verdicts}
-
-
-def _right(kinds: dict[str, Kind], which: int) -> float:
-    """Percent of the web texts, or (1) of those kept, that are right."""
-    right, wrong = (kinds[name][which] if name in kinds else 0 for name in ("right", "wrong"))
-    return 100 * right / max(1, right + wrong)
-
-
-def _aucs(kinds: dict[str, Kind]) -> dict[str, float]:
-    """The filter's ROC AUC against all wrong web texts, and against each kind of them."""
-    found = {"filter_auc" if kind == "wrong" else f"filter_auc_{kind}": k.auc for kind, k in kinds.items()}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def _tested(metrics: dict[str, float]) -> dict[str, float]:
-    """The scores of a test set in percent, under their own names."""
-    return {n.removeprefix("test_"): 100 * value for n, value in metrics.items() if n.startswith("test_")}
 
 
 # The page -------------------------------------------------------------------------------------------------------------
@@ -247,14 +189,6 @@ def _cards(run: Run, captions: dict[str, str], gallery: Gallery, ranked: list[li
 
 
 SIDES = (("the crawl as it is", ""), ("after CapFilt", AGAIN))
-KINDS = {
-    "right": "right",
-    "mismatched": "of another picture",
-    "near_miss": "one word wrong",
-    "vague": "says nothing",
-    "junk_around": "true, with junk around",
-    "wrong": "all that are not right",
-}
 
 
 def _recalls(scores: dict[str, Any]) -> list[list[str | float]]:
@@ -277,11 +211,6 @@ def _page(out: Path, scores: dict[str, Any], kinds: dict[str, Kind], items: list
         names = {"itc": "ITC, contrastive", "itm": "ITM, matching", "lm": "LM, captioning"}
         return page.curves({t: [(one["step"], one["losses"][name]) for one in logged] for name, t in names.items()})
 
-    fates = [
-        [KINDS.get(kind, kind), f"{k.texts:,}", f"{k.kept:,}", 100 * k.kept / max(1, k.texts),
-         "" if k.auc is None else f"{k.auc:.3f}"]
-        for kind, k in sorted(kinds.items(), key=lambda one: [*KINDS, one[0]].index(one[0]))
-    ]  # fmt: skip
     synthetic = (
         f" Of the captioner's own texts {scores['synthetic_true']:.0f}% are true in every word, of those that the "
         f"filter keeps {scores['synthetic_true_kept']:.0f}%."
@@ -308,7 +237,7 @@ def _page(out: Path, scores: dict[str, Any], kinds: dict[str, Kind], items: list
                 f"Right were {scores['web_right']:.0f}% of the web texts, and {scores['web_right_kept']:.0f}% of those "
                 f"that were kept.{synthetic} ROC AUC is the chance that the filter gives a right text more than a "
                 "wrong one.",
-                page.table(fates, ["web texts", "there were", "kept", "percent", "ROC AUC"])
+                page.table(cleaning.fates(kinds), cleaning.FATES)
                 + f'<p><a href="{link}">The job\'s own report</a>: every row and text accounted for, pictures with '
                 "what was kept and why.</p>",
             ),

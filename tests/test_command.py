@@ -11,12 +11,13 @@ from blip import atomic
 from blip.config import SourceConfig
 from blip.data.errors import DataError
 from blip.resume import RunLocked
-from recipes import caption, command, dialogue, nlvr, pretrain, retrieval, vqa
+from recipes import bootstrap, caption, command, dialogue, nlvr, pretrain, retrieval, vqa
 from recipes.pretrain import Run
 
 CONFIGS = Path(command.__file__).parent / "configs"
 OPTIONS = Path(__file__).parent / "options.txt"
 RECIPES = {
+    "bootstrap": bootstrap.Run,
     "caption": caption.Run,
     "dialogue": dialogue.Run,
     "nlvr": nlvr.Run,
@@ -32,6 +33,8 @@ LAID_OVER = {
     "nlvr2": ("nlvr2", "nlvr"),
     "visdial": ("visdial", "dialogue"),
     "visdial_world": ("visdial_world", "dialogue"),
+    "bootstrap_easy": ("bootstrap_world", "bootstrap"),
+    "bootstrap_world_large": ("bootstrap_world", "bootstrap"),
     "caption_world_small": ("caption_world", "caption"),
     "filter_world_small": ("filter_world", "retrieval"),
     "nlvr_world_small": ("nlvr_world", "nlvr"),
@@ -130,6 +133,7 @@ def test_broken_options_are_one_line_that_names_what(capsys, tmp_path, monkeypat
 
 
 EXPLAINED = {
+    "bootstrap": "Steps of the row that trains longer, in steps of the others. (type: float, default: 2.0)",
     "pretrain": "Weight of the teacher's soft targets in the contrastive loss. (type: float, default: 0.4)",
     "caption": "Of the language-modelling loss. (type: float, default: 0.1)",
     "retrieval": "Epochs over which alpha rises linearly from 0. (type: float, default: 1.0)",

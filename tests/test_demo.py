@@ -11,7 +11,7 @@ from blip.config import SourceConfig
 from blip.data.sources import open_source
 from capfilt.run import Run as Job
 from capfilt.verify import verify
-from recipes import command, demo
+from recipes import cleaning, command, demo
 from recipes.pretrain import Run
 
 CONFIG = str(Path(command.__file__).parent / "configs" / "pretrain_demo.yaml")
@@ -26,8 +26,6 @@ def told(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for name in ("CAPTIONER", "FILTER"):
-            patch.setattr(demo, name, str(Path(CONFIG).parent / Path(getattr(demo, name)).name))
         # Untrained models keep everything or nothing, so that a threshold of one half would leave this to chance.
         patch.setattr(demo, "THRESHOLD", 0.0)
         run = command.read(Run, ["--config", CONFIG, "--out", "runs/demo", *SMALL])
@@ -88,8 +86,6 @@ def test_the_page_leads_to_the_report(told):
 def test_started_again_it_says_the_same(told, monkeypatch):
     out, run, scores = told
     monkeypatch.chdir(out.parents[1])
-    for name in ("CAPTIONER", "FILTER"):
-        monkeypatch.setattr(demo, name, str(Path(CONFIG).parent / Path(getattr(demo, name)).name))
     monkeypatch.setattr(demo, "THRESHOLD", 0.0)
     again = demo.demo(run)
     assert {k: v for k, v in again.items() if "seconds" not in k} == {
@@ -102,8 +98,8 @@ def test_nothing_kept_is_no_end(told, tmp_path):
     people = [SourceConfig("human/train.json")]
     (tmp_path / "clean").mkdir()
     (tmp_path / "clean" / "_SUCCESS").write_text('{"pairs": 0}')
-    assert demo.bootstrapped(tmp_path / "clean", people) == people
+    assert cleaning.bootstrapped(tmp_path / "clean", people) == people
     (tmp_path / "clean" / "_SUCCESS").write_text('{"pairs": 3}')
-    assert demo.bootstrapped(tmp_path / "clean", people) == [
+    assert cleaning.bootstrapped(tmp_path / "clean", people) == [
         SourceConfig(str(tmp_path / "clean" / "*.tar"), kind="web"), *people
     ]  # fmt: skip

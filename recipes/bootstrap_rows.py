@@ -1,0 +1,51 @@
+"""The rows of the table: what each model is pre-trained on, and from what it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to learn from a noisy crawl."""
+
+    name: str
+    title: str
+    cleaner: str | None = None
+    """The job whose texts it learns from; none for the crawl as it is."""
+    keep: str = "both"
+    """Which of the job's texts: one of `CLEANERS`."""
+    continued: bool = False
+    """Goes on from the model of the first row instead of starting from nothing."""
+    longer: bool = False
+    """Takes more steps."""
+
+
+TEACHER = Row("neither", "neither: the crawl as it is")
+"""The first row: its model also becomes captioner and filter."""
+ROWS = {
+    row.name: row
+    for row in (
+        TEACHER,
+        Row("filter", "filter only", "own", "filter"),
+        Row("captioner", "captioner only", "own", "captioner"),
+        Row("both", "captioner and filter", "own"),
+        Row("both_larger", "both, larger captioner and filter", "larger"),
+        Row("both_beam", "both, beam search instead of sampling", "beam"),
+        Row("both_shared", "both, captioner and filter one model", "shared"),
+        Row("continued", "both, the old model trained on", "own", continued=True),
+        Row("longer", "neither, trained longer", longer=True),
+    )
+}
+
+
+CLEANERS: dict[str, Callable[[float], list[str]]] = {
+    "filter": lambda least: ["--policy", "threshold-table", "--itm-web", str(least), "--itm-syn", "2"],
+    "captioner": lambda least: ["--policy", "blip", "--itm", "0"],
+    "both": lambda least: ["--policy", "blip", "--itm", str(least)],
+}
+"""Options of `capfilt select` that keep the web texts that pass, all texts of both kinds, or those that pass.
+
+No score reaches 2, and all reach 0.
+"""

@@ -1,0 +1,159 @@
+"""CapFilt on the picture world, step by step, as `recipes.demo` tells it once and `recipes.bootstrap` many times.
+
+The pictures; a captioner and a filter made of a pre-trained model; the job, on the crawl; the data set that comes out
+of it; and how much of what was kept is true.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from blip.config import SourceConfig
+from blip.data import world_files
+from blip.data.world import scene_of
+from blip.data.world_judge import Verdict, judge
+from blip.errors import Stopped
+from capfilt.__main__ import main as capfilt
+from capfilt.grade import Kind
+from capfilt.run import Run as Job
+from capfilt.select import kept_of, scored_parts
+from recipes import caption, command, retrieval
+from recipes.building import ModelChoice
+
+CONFIGS = Path(__file__).parent / "configs"
+CAPTIONER, FILTER = str(CONFIGS / "caption_world.yaml"), str(CONFIGS / "filter_world.yaml")
+BROKEN = 0.0025
+"""Share of the crawl's files that are no picture."""
+LONGEST = 40
+"""Word pieces of a synthetic text, the prompt included."""
+KINDS = {
+    "right": "right",
+    "mismatched": "of another picture",
+    "near_miss": "one word wrong",
+    "vague": "says nothing",
+    "junk_around": "true, with junk around",
+    "wrong": "all that are not right",
+}
+"""Kinds of web texts in words."""
+
+
+# Pictures -------------------------------------------------------------------------------------------------------------
+
+
+def draw_crawl(folder: Path, count: int, noise: float, seed: int, size: int, workers: int) -> None:
+    """Web texts with their truth beside them, in tar shards, and a few broken files; left alone where it is there."""
+    if not folder.exists():
+        salted = {"web": True, "noise": noise, "broken": round(BROKEN * count)}
+        world_files.write(folder, "tar", count=count, seed=seed, size=size, workers=workers, **salted)
+
+
+def draw_people(folder: Path, split: str, count: int, seed: int, size: int, workers: int) -> None:
+    """Pictures with captions by people, as a JSON list; left alone where it is there."""
+    if not (folder / f"{split}.json").exists():
+        world_files.write(folder, "json", split, count, seed, size, workers=workers)
+
+
+# The captioner and the filter -----------------------------------------------------------------------------------------
+
+
+def captioner(out: Path, start_from: Path, people: list[SourceConfig], batch: int, steps: int) -> caption.Run:
+    """The captioning run that goes on from a pre-trained model, on pictures with people's captions."""
+    settings = command.read(caption.Run, ["--config", CAPTIONER, "--out", str(out)])
+    return _going_on(settings, start_from, people, batch, steps)
+
+
+def filterer(out: Path, start_from: Path, people: list[SourceConfig], batch: int, steps: int) -> retrieval.Run:
+    """The retrieval run that makes a filter of a pre-trained model, on the same pictures."""
+    settings = command.read(retrieval.Run, ["--config", FILTER, "--out", str(out)])
+    return _going_on(settings, start_from, people, batch, steps)
+
+
+def _going_on(settings: Any, start_from: Path, people: list[SourceConfig], batch: int, steps: int) -> Any:
+    """A fine-tuning run's settings with a model, batch and steps; what it is measured on is left to who asks."""
+    return dataclasses.replace(
+        settings,
+        model=ModelChoice(start_from=str(start_from)),
+        data=dataclasses.replace(settings.data, sources=people),
+        train=dataclasses.replace(settings.train, steps=steps, batch_size=batch, eval_each_epoch=False),
+        validation=None,
+        test=None,
+        world=None,
+    )
+
+
+# The job --------------------------------------------------------------------------------------------------------------
+
+
+def carry_out(*args: str | Path) -> None:
+    """A command line of `python -m capfilt`. Stopped if it does not end well; it has said why."""
+    status = capfilt([str(arg) for arg in args])
+    if status:
+        raise Stopped(f"capfilt {args[0]} ended with status {status}; what it said stands above")
+
+
+def models(writer: Path, reader: Path, decode: str, max_tokens: int) -> list[str]:
+    """The options of a plan that say who writes and who reads."""
+    args = ["--captioner", str(writer), "--filter", str(reader), "--decode", decode, "--max-length", str(LONGEST)]
+    return [*args, "--max-tokens", str(max_tokens)]
+
+
+def kept(clean: Path) -> int:
+    """Texts in an export."""
+    return json.loads((clean / "_SUCCESS").read_bytes())["pairs"]
+
+
+def bootstrapped(clean: Path, people: list[SourceConfig]) -> list[SourceConfig]:
+    """What the next model learns from: the texts that were kept, if any, and people's."""
+    return [*([SourceConfig(str(clean / "*.tar"), kind="web")] if kept(clean) else []), *people]
+
+
+# The truth ------------------------------------------------------------------------------------------------------------
+
+
+def synthetic(job: Job, selection: str) -> tuple[list[Verdict], list[Verdict]]:
+    """The synthetic texts of a job compared with their scenes: all of them, and those that a selection keeps."""
+    scenes: dict[str, list] = {}
+    for part in scored_parts(job):
+        rows = job.parts.read(part.pid, ["extra_json", "syn_text"]).to_pylist()
+        scenes[part.pid] = [(json.loads(row["extra_json"])["image_id"], row["syn_text"]) for row in rows]
+    every = [judge(scene_of(name), text) for rows in scenes.values() for name, texts in rows for text in texts or ()]
+    kept = [
+        judge(scene_of(scenes[part.pid][row["row"]][0]), row["text"])
+        for part, texts in kept_of(job, selection)
+        for row in texts.to_pylist()
+        if row["text_source"] == "syn"
+    ]
+    return every, kept
+
+
+def web_right(kinds: dict[str, Kind], which: int) -> float:
+    """Percent of the web texts, or (1) of those kept, that are right."""
+    right, wrong = (kinds[name][which] if name in kinds else 0 for name in ("right", "wrong"))
+    return 100 * right / max(1, right + wrong)
+
+
+def aucs(kinds: dict[str, Kind]) -> dict[str, float]:
+    """The filter's ROC AUC against all wrong web texts, and against each kind of them."""
+    found = {"filter_auc" if kind == "wrong" else f"filter_auc_{kind}": k.auc for kind, k in kinds.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def fates(kinds: dict[str, Kind]) -> list[Sequence[str | float]]:
+    """A row for each kind of web texts: how many there were, were kept, the percentage, ROC AUC."""
+    return [
+        [KINDS.get(kind, kind), f"{k.texts:,}", f"{k.kept:,}", 100 * k.kept / max(1, k.texts),
+         "" if k.auc is None else f"{k.auc:.3f}"]
+        for kind, k in sorted(kinds.items(), key=lambda one: [*KINDS, one[0]].index(one[0]))
+    ]  # fmt: skip
+
+
+FATES = ("web texts", "there were", "kept", "percent", "ROC AUC")
+
+
+def tested(metrics: dict[str, float]) -> dict[str, float]:
+    """The scores of a captioner's test set in percent, under their own names."""
+    return {n.removeprefix("test_"): 100 * value for n, value in metrics.items() if n.startswith("test_")}
