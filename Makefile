@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: install demo test test-slow lint bench docs clean
+
+install: $(READY)
 
 demo: $(READY)
 	$(BIN)/python -m recipes.demo
@@ -24,7 +26,12 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.caption
 	$(BIN)/python -m benchmarks.capfilt
 	$(BIN)/python -m benchmarks.rerank
+	$(BIN)/python -m benchmarks.vqa_rank
 	$(BIN)/python -m benchmarks.capfilt_job
+
+docs: $(READY)
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
+	@echo "open docs/_build/index.html"
 
 # uv installs the same packages as pip, several times faster; it lives in the environment that it fills.
 $(READY): pyproject.toml
@@ -34,4 +41,4 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs docs/_build
