@@ -209,7 +209,7 @@ def test_kills_in_the_middle_and_two_commands_at_once_give_the_same_results(tmp_
     killed, stages = tmp_path / "killed", []
     for _ in range(40):
         process = started(killed, *rows)
-        wanted = len(stages) + 1
+        wanted = len(stages) + 4
         while process.poll() is None:
             stages = list(killed.rglob("stage.json"))
             if len(stages) >= wanted:
