@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from blip import atomic, hub
 from blip.config import BlipConfig
 from blip.convert import foreign
-from blip.convert.files import ENDINGS
+from blip.convert.files import ENDINGS, read_json
 from blip.convert.foreign import Foreign
 from blip.model import Blip
 from blip.tasks import TASKS
@@ -152,9 +152,10 @@ def opened(where: str | Path) -> Own | Foreign:
     if str(where).endswith(ENDINGS) and "://" not in str(where) and not folder.is_dir():
         return foreign.open_file(folder)
     config_path, part, tokenizer_at = _find(where)
-    if _json(config_path).get("format") != FORMAT and "model_type" in _json(config_path):
+    said = read_json(config_path)
+    if said.get("format") != FORMAT and "model_type" in said:
         return foreign.open_directory(config_path, _first(part, *_FOREIGN_WEIGHTS), tokenizer_at())
-    task, config = _read_config(config_path)
+    task, config = _read_config(config_path, said)
     return Own(config_path, part(_WEIGHTS), tokenizer_at(), task, config)
 
 
@@ -232,18 +233,6 @@ def _remedy(found: str, wanted: str) -> str:
     return f"{use}; {kind} is expected here"
 
 
-def start_task(kind: type[Model], where: str | Path, *, image_size: int | None = None) -> tuple[Model, Tokenizer]:
-    """A task model from where there is one, or one that starts from the pre-trained `Blip` there.
-
-    What the pre-trained model lacks is random (`Vqa.origin`). In evaluation mode; errors as in `from_pretrained`.
-    """
-    found = opened(where)
-    if TASKS[found.task].model is not Blip:
-        return from_pretrained(found, kind, image_size=image_size)
-    blip, tokenizer = built(found, image_size=image_size)
-    return kind.from_blip(blip), tokenizer
-
-
 _FOREIGN_WEIGHTS = (_WEIGHTS, "pytorch_model.bin")
 
 
@@ -292,17 +281,8 @@ def _first(find: Callable[[str], Path], *names: str) -> Path:
     raise missing
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        said = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); fetch or save the model again") from error
-    return said if isinstance(said, dict) else {}
-
-
-def _read_config(path: Path) -> tuple[str, BlipConfig]:
-    """Which of `TASKS` it is, and its configuration."""
-    said = _json(path)
+def _read_config(path: Path, said: dict[str, Any]) -> tuple[str, BlipConfig]:
+    """Which of `TASKS` it is, and its configuration, by what config.json says."""
     if said.get("format") != FORMAT:
         raise ValueError(f"{path} does not say format {FORMAT!r}, nor transformers' model_type: is it another model's?")
     if said.get("version") != VERSION:

@@ -15,17 +15,16 @@ from torch import Tensor
 
 from blip.config import DataConfig
 from blip.data.dialogue import Conversations, Dialogue, Rows, read_picture
-from blip.data.errors import BadSample, DataError
+from blip.data.errors import BadSample, DataError, counted
 from blip.data.transforms import EvalTransform
 from blip.tasks import dialogue as task
 from blip.tokenizer import Tokenizer
 from eval.parallel import spread
+from eval.results_folder import listed
 
 MAX_WORDS = 40
 """Words kept of a caption, a question or an answer."""
 RECALLS = (1, 5, 10)
-_SHOWN = 5
-"""Rounds that an error names."""
 
 Place = tuple[int | str, int]
 """An image and the number of a round, from 1."""
@@ -127,7 +126,7 @@ def score(
             if annotated and any(one.relevance[1]):
                 dense.append((given, one.relevance[1]))
     if missing and not (partial and (right or dense)):
-        raise DataError(f"no ranks for {_listed(missing)}; give all, or allow_partial")
+        raise DataError(f"no ranks for {_counted(missing)}; give all, or allow_partial")
     if not right and not dense:
         raise DataError(f"{source.path}: no round has its right answer marked; ranks can be written, not scored")
     found = _sparse(torch.tensor(right)) if right else {}
@@ -157,10 +156,8 @@ def _dcg(gains: Tensor) -> Tensor:
     return (gains / torch.log2(torch.arange(len(gains)).float() + 2)).sum(-1)
 
 
-def _listed(places: Sequence[Place]) -> str:
-    more = ", ..." if len(places) > _SHOWN else ""
-    names = ", ".join(f"image {image} round {number}" for image, number in places[:_SHOWN])
-    return f"{len(places)} round{'s' * (len(places) > 1)} ({names}{more})"
+def _counted(places: Sequence[Place]) -> str:
+    return counted([f"image {image} round {number}" for image, number in places], "round")
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -169,7 +166,7 @@ def _listed(places: Sequence[Place]) -> str:
 def evalai_json(ranked: Mapping[Place, Sequence[int]]) -> str:
     """Ranks as EvalAI's server takes them."""
     rows = [{"image_id": image, "round_id": number, "ranks": list(given)} for (image, number), given in ranked.items()]
-    return "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
+    return listed(rows)
 
 
 def read_ranks(path: Path) -> Ranks:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from blip.config import DataConfig
-from blip.data.errors import BadSample, DataError
+from blip.data.errors import BadSample, DataError, counted
 from blip.data.nlvr import Example, Sample, make_batch, read_pictures
 from blip.data.text import clean_caption
 from blip.data.transforms import EvalTransform
@@ -26,7 +26,6 @@ from eval.parallel import spread
 
 MAX_WORDS = 40
 """Words kept of a sentence."""
-_SHOWN = 5
 """Ids that an error names."""
 
 
@@ -90,13 +89,13 @@ def score(
     """
     unknown = [example.id for example in examples if example.label is None]
     if unknown:
-        raise DataError(f"{_listed(unknown)} without a label; the answers can be written, not scored")
+        raise DataError(f"{counted(unknown, 'example')} without a label; the answers can be written, not scored")
     there = [example for example in examples if example.id in answers]
     missing = [example.id for example in examples if example.id not in answers]
     if not there:
         raise DataError(f"none of the {len(examples)} examples has an answer (such as {examples[0].id})")
     if missing and not allow_partial:
-        raise DataError(f"no answers for {_listed(missing)} of {len(examples)}; give all, or allow_partial")
+        raise DataError(f"no answers for {counted(missing, 'example')} of {len(examples)}; give all, or allow_partial")
     right = np.array([answers[example.id] == example.label for example in there])
     consistent: dict[str, bool] = {}
     for example, fits in zip(there, right.tolist(), strict=True):
@@ -120,11 +119,6 @@ def _interval(examples: Sequence[Example], right: np.ndarray, resamples: int, se
     accuracies = hits[draws].sum(1) / sizes[draws].sum(1)
     low, high = np.quantile(accuracies, (0.025, 0.975))
     return {"accuracy_low": float(low), "accuracy_high": float(high)}
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = ", ..." if len(names) > _SHOWN else ""
-    return f"{len(names)} example{'s' * (len(names) > 1)} ({', '.join(names[:_SHOWN])}{more})"
 
 
 # Files ----------------------------------------------------------------------------------------------------------------

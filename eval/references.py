@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from blip.data.errors import DataError
+from blip.data.errors import DataError, counted
 from blip.data.json_rows import read_rows
 
 Id = int | str
@@ -71,7 +71,7 @@ def read_results(path: Path) -> dict[Id, str]:
             repeated.append(name)
         results[name] = row["caption"]
     if repeated:
-        raise DataError(f"{path}: {listed(repeated)} more than once; expected one caption an image")
+        raise DataError(f"{path}: {counted(repeated, 'image')} more than once; expected one caption an image")
     return results
 
 
@@ -88,12 +88,12 @@ def matching(references: Mapping[Any, Sequence[str]], results: Mapping[Any, str]
             raise DataError(f"the result of image {name} is {_kind(caption)}, not a text")
     unknown = [name for name in results if name not in references]
     if unknown:
-        raise DataError(f"results for {listed(unknown)} without references; are these the references of another split?")
+        these = counted(unknown, "image")
+        raise DataError(f"results for {these} without references; are these the references of another split?")
     missing = [name for name in references if name not in results]
     if missing and not allow_partial:
-        raise DataError(
-            f"no results for {listed(missing)} of {len(references)}; give all, or allow_partial to score the others"
-        )
+        these = counted(missing, "image")
+        raise DataError(f"no results for {these} of {len(references)}; give all, or allow_partial to score the others")
     names = [name for name in references if name in results]
     for name in names:
         captions = references[name]
@@ -101,7 +101,7 @@ def matching(references: Mapping[Any, Sequence[str]], results: Mapping[Any, str]
             raise DataError(f"the references of image {name} are not a list of texts")
     empty = [name for name in names if not len(references[name])]
     if empty:
-        raise DataError(f"no reference captions for {listed(empty)}; nothing can be compared with them")
+        raise DataError(f"no reference captions for {counted(empty, 'image')}; nothing can be compared with them")
     return names
 
 
@@ -112,12 +112,6 @@ def image_id(value: Any, where: str) -> Id:
     if isinstance(value, str) and re.fullmatch(r"0|-?[1-9][0-9]{0,17}", value):
         return int(value)
     return value
-
-
-def listed(names: Sequence[Id]) -> str:
-    """`3 images (12, 15, 18)`, the first few by name."""
-    more = ", ..." if len(names) > _SHOWN else ""
-    return f"{len(names)} image{'s' * (len(names) > 1)} ({', '.join(map(str, names[:_SHOWN]))}{more})"
 
 
 def _load(path: Path) -> Any:

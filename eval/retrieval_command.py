@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from blip import dist
 from blip.commands.loading import load
 from eval.options import Retrieval
-from eval.results_folder import ResultsFolder, settings_of, show
+from eval.results_folder import ResultsFolder, listed, settings_of, show
 from eval.retrieval import RANKS, Gallery, Ranking, rank
 
 
@@ -60,7 +59,7 @@ def results(
         {"text": text, name: ids[owner], **_best(row, kind, ids)}
         for text, owner, row in zip(texts, owners, of_text, strict=True)
     ]
-    return f'{{"texts_of_{kind[:-1]}": {_listed(there)},\n "{kind}_of_text": {_listed(back)}}}\n'
+    return f'{{"texts_of_{kind[:-1]}": {listed(there).strip()},\n "{kind}_of_text": {listed(back).strip()}}}\n'
 
 
 def _best(scores: Tensor, kind: str, names: Sequence[Any]) -> dict[str, Any]:
@@ -68,7 +67,3 @@ def _best(scores: Tensor, kind: str, names: Sequence[Any]) -> dict[str, Any]:
     kept = [(names[i], round(value, 4)) for i, value in zip(*map(Tensor.tolist, best[::-1]), strict=True)]
     kept = [(name, value) for name, value in kept if value != float("-inf")]
     return {kind: [name for name, _ in kept], "scores": [value for _, value in kept]}
-
-
-def _listed(rows: Sequence[dict[str, Any]]) -> str:
-    return "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]"

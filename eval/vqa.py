@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from blip.config import QUESTION_WORDS, AnswerConfig
-from blip.data.errors import BadSample, DataError
+from blip.data.errors import BadSample, DataError, counted
 from blip.data.questions import Id, Question, Questions, load
 from blip.data.text import clean_question
 from blip.tasks.answering import Answer, Candidates, answers, ask
@@ -27,8 +27,6 @@ from eval.pictures import Pictures
 from eval.references import Entry
 from eval.vqa_accuracy import accuracy
 
-_SHOWN = 5
-"""Ids that an error names."""
 _AT_ONCE = 64
 """Questions answered together."""
 
@@ -76,15 +74,15 @@ def score(
     if not results:
         raise DataError("there are no results to score")
     if unknown := [name for name in results if name not in known]:
-        raise DataError(f"results for {listed(unknown)} that are not among the questions; are they of another split?")
+        these = counted(unknown, "question")
+        raise DataError(f"results for {these} that are not among the questions; are they of another split?")
     missing = [question.id for question in questions if question.id not in results]
     if missing and not allow_partial:
-        raise DataError(
-            f"no results for {listed(missing)} of {len(questions)}; give all, or allow_partial to score the others"
-        )
+        these = counted(missing, "question")
+        raise DataError(f"no results for {these} of {len(questions)}; give all, or allow_partial to score the others")
     scored = [question for question in questions if question.id in results]
     if bare := [question.id for question in scored if not question.answers]:
-        raise DataError(f"no annotators' answers to {listed(bare)}; nothing can be compared with them")
+        raise DataError(f"no annotators' answers to {counted(bare, 'question')}; nothing can be compared with them")
     right = np.array([accuracy(results[question.id], question.answers) for question in scored])
     low, high = _interval(right, resamples, seed)
     kinds = {
@@ -110,12 +108,6 @@ def _interval(right: np.ndarray, resamples: int, seed: int) -> tuple[float | Non
     return float(low), float(high)
 
 
-def listed(names: Sequence[Id]) -> str:
-    """`3 questions (12, 15, 18)`, the first few by their ids."""
-    some = ", ".join(map(str, names[:_SHOWN])) + ", ..." * (len(names) > _SHOWN)
-    return f"{len(names)} question{'s' * (len(names) > 1)} ({some})"
-
-
 def read_results(path: Path) -> dict[Id, str]:
     """Results as EvalAI takes them, [{"question_id": ..., "answer": ...}]. DataError for anything else."""
     rows, expected = load(path), 'expected [{"question_id": ..., "answer": ...}, ...]'
@@ -132,7 +124,7 @@ def read_results(path: Path) -> dict[Id, str]:
             repeated.append(name)
         results[name] = said
     if repeated:
-        raise DataError(f"{path}: {listed(repeated)} more than once; expected one answer a question")
+        raise DataError(f"{path}: {counted(repeated, 'question')} more than once; expected one answer a question")
     return results
 
 

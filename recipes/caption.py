@@ -16,7 +16,7 @@ import torch
 
 from blip import dist
 from blip.config import CaptionConfig, DataConfig, DecodeConfig, SourceConfig, TrainConfig
-from blip.data.errors import DataError
+from blip.data.errors import DataError, counted
 from blip.data.world import scene_of
 from blip.data.world_judge import grade, judge
 from blip.generate import write
@@ -26,7 +26,7 @@ from blip.tokenizer import Tokenizer
 from blip.train import Result
 from eval.captioning import captions_of, coco_results, score
 from eval.pictures import Pictures
-from eval.references import Id, listed
+from eval.references import Id
 from recipes import command, keeping
 from recipes.building import ModelChoice, WorldChoice, build_feed, build_model, draw_world
 
@@ -107,7 +107,7 @@ class Exam:
         self.tokenizer, self.decode, self.prompt = tokenizer, run.decode, run.data.prompt
         references = self.pictures.references
         if bare := [image for image, captions in references.items() if not captions]:
-            raise DataError(f"{name}.source {held.source.path}: no reference captions for {listed(bare)}")
+            raise DataError(f"{name}.source {held.source.path}: no reference captions for {counted(bare, 'image')}")
         self.graders = graders(references)
         self.pictures.picture(0)
         side = model.vision.image_size

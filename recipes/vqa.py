@@ -28,7 +28,7 @@ from blip.config import (
     VqaConfig,
 )
 from blip.data import world_questions
-from blip.data.errors import DataError
+from blip.data.errors import DataError, counted
 from blip.data.loader import Feed
 from blip.data.questions import Id, QuestionPairs, Questions, read_answers
 from blip.data.transforms import TrainTransform
@@ -37,7 +37,7 @@ from blip.tasks.answering import ANSWERS, Candidates, answers, ask
 from blip.tasks.vqa import Vqa
 from blip.tokenizer import Tokenizer
 from blip.train import Result
-from eval.vqa import QuestionSet, answers_of, evalai_results, listed, score
+from eval.vqa import QuestionSet, answers_of, evalai_results, score
 from recipes import command, keeping
 from recipes.building import ModelChoice, WorldChoice, build_task, draw_splits
 
@@ -172,7 +172,8 @@ class Exam:
         self.asked = QuestionSet(Questions(held.source), held.limit)
         self.config, self.candidates, self.tokenizer = config, candidates, tokenizer
         if bare := [question.id for question in self.asked.questions if not question.answers]:
-            raise DataError(f"{name}.source {held.source.path}: no answers to {listed(bare)}; give annotations")
+            these = counted(bare, "question")
+            raise DataError(f"{name}.source {held.source.path}: no answers to {these}; give annotations")
         self.asked.pictures.picture(0)
         side = model.vision.image_size
         with torch.no_grad():

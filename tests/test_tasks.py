@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_checkpoint import SMALLEST, TOKENIZER
 
-from blip.checkpoint import from_pretrained, opened, save_pretrained, start_task
+from blip.checkpoint import from_pretrained, opened, save_pretrained
 from blip.model import Blip
 from blip.tasks import TASKS
 from blip.tasks.start import copy
@@ -86,11 +86,11 @@ def test_vqa_starts_from_both_stacks_and_says_what_is_new(blip):
 
 def test_a_task_starts_from_a_folder_of_either_kind(blip, tmp_path):
     save_pretrained(blip, TOKENIZER, tmp_path / "blip")
-    started, _ = start_task(Vqa, tmp_path / "blip", image_size=48)
+    started, _ = build_task(Vqa, ModelChoice(start_from=str(tmp_path / "blip"), image_size=48), seed=3)
     assert torch.equal(started.question.word.weight, blip.med.word.weight)
     assert started.config.vision.image_size == 48
     save_pretrained(started, TOKENIZER, tmp_path / "vqa")
-    assert same(start_task(Vqa, tmp_path / "vqa")[0], started)
+    assert same(build_task(Vqa, ModelChoice(start_from=str(tmp_path / "vqa")), seed=9)[0], started)
 
 
 def test_a_recipe_builds_it_from_a_choice(blip, tmp_path):

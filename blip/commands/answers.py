@@ -8,12 +8,16 @@ import re
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from tqdm import tqdm
 
 from blip.log import clock
+
+if TYPE_CHECKING:
+    from blip.commands.pictures import Picture
 
 _FEW = 5
 """So many pictures are answered without talk of progress."""
@@ -82,6 +86,16 @@ class Answers:
         """One line on stderr about what could not be used."""
         self.failed += 1
         self._say(f"{shown(name)}: {reason}")
+
+    def readable(self, pictures: Iterable[Picture]) -> list[Picture]:
+        """Those that could be read; a failure is told of each other."""
+        read = []
+        for picture in pictures:
+            if picture.reason:
+                self.failure(picture.path, picture.reason)
+            else:
+                read.append(picture)
+        return read
 
     def advance(self, count: int) -> None:
         """So many more are done, failed ones included."""

@@ -79,11 +79,7 @@ def run(chosen: argparse.Namespace) -> int:
     with Answers(chosen.out, len(found.paths)) as answers:
         answers.left_out(found.left_out)
         for pictures in read_ahead(found.paths, EvalTransform(side), chosen.batch):
-            read = [picture for picture in pictures if not picture.reason]
-            for picture in pictures:
-                if picture.reason:
-                    answers.failure(picture.path, picture.reason)
-            if read:
+            if read := answers.readable(pictures):
                 images = torch.stack([picture.pixels for picture in read])
                 for picture, texts in zip(read, describe(images, [picture.digest for picture in read]), strict=True):
                     _answer(answers, picture.path, texts, chosen.json)

@@ -59,11 +59,7 @@ def run(chosen: argparse.Namespace) -> int:
     with Answers(chosen.out, len(found.paths)) as answers:
         answers.left_out(found.left_out)
         for pictures in read_ahead(found.paths, features.transform, chosen.batch):
-            for picture in pictures:
-                if picture.reason:
-                    answers.failure(picture.path, picture.reason)
-            read = [picture for picture in pictures if not picture.reason]
-            if read:
+            if read := answers.readable(pictures):
                 with loaded.computing():
                     embeds = features.embed_image(torch.stack([picture.pixels for picture in read]))
                 best = probabilities(features, embeds, classes).topk(min(chosen.top, len(names)), dim=1)

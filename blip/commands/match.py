@@ -46,11 +46,7 @@ def run(chosen: argparse.Namespace) -> int:
     with Answers(chosen.out, len(found.paths)) as answers:
         answers.left_out(found.left_out)
         for pictures in read_ahead(found.paths, features.transform, chosen.batch):
-            for picture in pictures:
-                if picture.reason:
-                    answers.failure(picture.path, picture.reason)
-            read = [picture for picture in pictures if not picture.reason]
-            if read:
+            if read := answers.readable(pictures):
                 with loaded.computing():
                     matches = features.match(torch.stack([picture.pixels for picture in read]), chosen.texts)
                 itc, itm = matches.itc.tolist(), matches.probability.tolist()

@@ -136,9 +136,7 @@ def up_to_date(chosen: argparse.Namespace, paths: list[str], left_out: object, f
         answers.left_out(left_out)
 
         def tell(pictures: list) -> None:
-            for picture in pictures:
-                if picture.reason:
-                    answers.failure(picture.path, picture.reason)
+            answers.readable(pictures)
             answers.advance(len(pictures))
 
         try:

@@ -81,11 +81,7 @@ def run(chosen: argparse.Namespace) -> int:
     with Answers(chosen.out, len(found.paths)) as out:
         out.left_out(found.left_out)
         for pictures in read_ahead(found.paths, EvalTransform(side), chosen.batch):
-            for picture in pictures:
-                if picture.reason:
-                    out.failure(picture.path, picture.reason)
-            read = [picture for picture in pictures if not picture.reason]
-            if read:
+            if read := out.readable(pictures):
                 said = reply(torch.stack([picture.pixels for picture in read]))
                 for picture, best in zip(read, said, strict=True):
                     _give(out, picture.path, chosen.question, best, chosen.json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,15 @@ def read_file(path: str | Path) -> Any:
         raise FileNotFoundError(f"no weights at {path}: give the path of a .safetensors or .pth file")
     read = atomic.read_tensors if path.suffix == ".safetensors" else atomic.read_pickled_tensors
     return read(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a model's config.json says, nothing where it is not an object. ValueError, naming it, if it is not JSON."""
+    try:
+        said = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); fetch or save the model again") from error
+    return said if isinstance(said, dict) else {}
 
 
 def unwrapped(found: object, path: Path) -> State:

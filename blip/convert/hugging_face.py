@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ from transformers import BlipConfig as TheirConfig
 from transformers import BlipImageProcessor, BlipProcessor, GenerationConfig
 
 from blip.config import DECODE_PRESETS, AnswerConfig
+from blip.convert.files import read_json
 from blip.convert.foreign import Settings
 from blip.data.transforms import MEAN, STD
 from blip.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ def read_settings(path: Path) -> Settings:
 
     ValueError if it is not of a BLIP, or of one that computes otherwise.
     """
-    said = _json(path)
+    said = read_json(path)
     if said.get("model_type") != "blip":
         raise ValueError(
             f"{path} is of a {said.get('model_type')} model, not of a BLIP (model_type blip); BLIP-2 and InstructBLIP "
@@ -56,14 +56,6 @@ def read_settings(path: Path) -> Settings:
         },
         {"dec_id": text.bos_token_id, "sep_id": text.sep_token_id, "pad_id": text.pad_token_id},
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        said = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); fetch or save the model again") from error
-    return said if isinstance(said, dict) else {}
 
 
 def write(folder: Path, model: Any, tokenizer: Tokenizer, name: Literal["captioning", "matching", "vqa"]) -> None:

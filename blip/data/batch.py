@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -18,8 +19,24 @@ class Bad:
     reason: str
 
 
+class Movable:
+    """A dataclass whose tensors go together; what else it holds stays as it is."""
+
+    def to(self, device: torch.device) -> Self:
+        """A copy with its tensors there."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """A copy with its tensors in memory that a GPU can fetch from."""
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, move: Callable[[Tensor], Tensor]) -> Self:
+        tensors = {name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **tensors)
+
+
 @dataclass
-class Batch:
+class Batch(Movable):
     """B images with one text each, texts padded on the right to the longest."""
 
     image: Tensor
@@ -40,17 +57,6 @@ class Batch:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def to(self, device: torch.device) -> Batch:
-        return self._with(lambda t: t.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Batch:
-        return self._with(Tensor.pin_memory)
-
-    def _with(self, move: Callable[[Tensor], Tensor]) -> Batch:
-        image_ids = None if self.image_ids is None else move(self.image_ids)
-        tensors = move(self.image), move(self.ids), move(self.keep)
-        return Batch(*tensors, self.keys, self.bad, self.prompt, image_ids)
-
 
 @dataclass
 class QuestionBatch(Batch):
@@ -64,7 +70,3 @@ class QuestionBatch(Batch):
     """(A,) float32, how much an answer counts."""
     question: Tensor = field(kw_only=True)
     """(A,) int64, which of the B questions is answered."""
-
-    def _with(self, move: Callable[[Tensor], Tensor]) -> QuestionBatch:
-        tensors = {name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return dataclasses.replace(self, **tensors)

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from blip.config import DataConfig, Dialogues
-from blip.data.batch import Bad
+from blip.data.batch import Bad, Movable
 from blip.data.errors import BadSample, DataError
 from blip.data.images import decode
 from blip.data.keyed import mix
@@ -323,7 +323,7 @@ class Sample:
 
 
 @dataclass
-class Batch:
+class Batch(Movable):
     """B dialogues with K rows each, texts padded on the right to the longest."""
 
     image: Tensor
@@ -343,16 +343,6 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.image)
-
-    def to(self, device: torch.device) -> Batch:
-        return self._with(lambda t: t.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Batch:
-        return self._with(Tensor.pin_memory)
-
-    def _with(self, move: Callable[[Tensor], Tensor]) -> Batch:
-        names = ("image", "caption_ids", "caption_keep", "ids", "keep")
-        return replace(self, **{name: move(getattr(self, name)) for name in names})
 
 
 class DialoguePairs(Pairs):

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from blip.errors import Stopped
+
+_SHOWN = 5
+"""Things that an error names."""
 
 
 class BadSample(Exception):
@@ -19,3 +24,9 @@ class DataError(Stopped):
 
 class TooManyBad(DataError):
     """More samples are unreadable than `DataConfig.max_bad_fraction` allows."""
+
+
+def counted(names: Sequence[object], unit: str) -> str:
+    """`8 images (12, 15, 18, 21, 24, ...)`: how many there are, the first few by name."""
+    some = ", ".join(map(str, names[:_SHOWN])) + ", ..." * (len(names) > _SHOWN)
+    return f"{len(names)} {unit}{'s' * (len(names) > 1)} ({some})"

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from blip.config import DataConfig, PictureSentences
-from blip.data.batch import Bad
+from blip.data.batch import Bad, Movable
 from blip.data.errors import BadSample, DataError
 from blip.data.images import decode
 from blip.data.json_rows import read_rows
@@ -271,7 +271,7 @@ class Sample:
 
 
 @dataclass
-class Batch:
+class Batch(Movable):
     """B sentences about K pictures each, texts padded on the right to the longest."""
 
     image: Tensor
@@ -287,15 +287,6 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    def to(self, device: torch.device) -> Batch:
-        return self._with(lambda t: t.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Batch:
-        return self._with(Tensor.pin_memory)
-
-    def _with(self, move: Callable[[Tensor], Tensor]) -> Batch:
-        return replace(self, image=move(self.image), ids=move(self.ids), keep=move(self.keep), labels=move(self.labels))
 
 
 class PictureSentencePairs(Pairs):
