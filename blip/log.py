@@ -136,6 +136,40 @@ class Progress:
             self.bar.close()
 
 
+class _Lenient:
+    """A stream whose reader may be gone; what it would have read is lost, the work is not."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
+def bar(total: int, what: str, unit: str = "it", *, show: bool = True) -> tqdm:
+    """A progress line on stderr, with rate and time left, for work that takes longer than a moment."""
+    every = 0.1 if sys.stderr.isatty() else 30.0
+    return tqdm(
+        total=total,
+        desc=what,
+        unit=f" {unit}",
+        delay=1.0,
+        leave=None,
+        mininterval=every,
+        maxinterval=max(10.0, every),
+        file=_Lenient(sys.stderr),
+        disable=not show,
+    )
+
+
 def clock(seconds: float) -> str:
     """3725 -> 1:02:05."""
     minutes, seconds = divmod(int(seconds), 60)

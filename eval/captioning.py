@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from blip import dist
 from blip.config import DecodeConfig
 from blip.data.errors import DataError
 from blip.generate import write
+from blip.log import bar
 from blip.model import Blip
 from blip.tokenizer import Tokenizer
 from eval.caption_metrics import Metric, bleu, cider, mean, rouge_l, summary
@@ -144,7 +144,6 @@ def captions_of(
     prompt: str = "",
     batch: int = 32,
     threads: int = 2,
-    progress: bool = False,
 ) -> dict[Id, str]:
     """Write a caption of each picture; all processes share the work, and each returns all captions by image.
 
@@ -157,17 +156,17 @@ def captions_of(
     said: dict[Id, str] = {}
     failure = None
     model.eval()
-    bar = tqdm(total=len(mine), desc="caption", unit="picture", disable=not (progress and dist.is_main()))
+    told = bar(len(mine), "caption", "pictures", show=dist.is_main())
     try:
         for ids, images in pictures.batches(mine, batch, model.config.vision.image_size, threads):
             with torch.no_grad():
                 texts = write(model, tokenizer, images.to(device), config, prompt=prompt, keys=[str(i) for i in ids])
             said |= {name: found[0].words for name, found in zip(ids, texts, strict=True)}
-            bar.update(len(ids))
+            told.update(len(ids))
     except (DataError, ValueError) as error:  # the others wait in `gather_objects`, so they have to be told
         failure = error
     finally:
-        bar.close()
+        told.close()
         model.train(training)
     parts = dist.gather_objects((list(said.items()), failure))
     for _, failure in parts:

@@ -56,7 +56,7 @@ def run(options: Captioning) -> Scores | None:
 
 def _written(options: Captioning, pictures: Pictures) -> dict[Id, str]:
     loaded = load(options.model, options.device, options.precision)
-    ways = {"prompt": options.prompt, "batch": options.batch, "threads": options.threads, "progress": True}
+    ways = {"prompt": options.prompt, "batch": options.batch, "threads": options.threads}
     with loaded.computing():
         return captions_of(loaded.model, loaded.tokenizer, pictures, options.decode, **ways)
 

@@ -80,9 +80,7 @@ def read_templates(path: Path) -> list[str]:
     return lines
 
 
-def classify(
-    features: Features, data: ClassFolder, templates: Sequence[str] = TEMPLATES, *, progress: bool = False
-) -> Tensor:
+def classify(features: Features, data: ClassFolder, templates: Sequence[str] = TEMPLATES) -> Tensor:
     """Probabilities (N, C) of the classes. All processes have to call it; they share the pictures.
 
     DataError, in every process, for a picture that cannot be read.
@@ -101,7 +99,7 @@ def classify(
 
     size = _PART * features.batch
     parts = [data.paths[start : start + size] for start in range(0, len(data.paths), size)]
-    return torch.cat(spread(parts, work, what="classify", progress=progress))
+    return torch.cat(spread(parts, work, what="classify"))
 
 
 def accuracy(chances: Tensor, labels: Sequence[int]) -> dict[str, float]:

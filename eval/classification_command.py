@@ -25,7 +25,7 @@ def run(options: Classification) -> dict[str, float]:
     loaded = load(options.model, options.device, options.precision)
     features = Features(loaded.model, loaded.tokenizer, batch=options.batch)
     with loaded.computing():
-        chances = classify(features, data, templates, progress=True)
+        chances = classify(features, data, templates)
     found = accuracy(chances, data.labels)
     if not dist.is_main():
         return found

@@ -40,7 +40,6 @@ def ranks_of(
     limit: int | None = None,
     max_tokens: int | None = None,
     batch: int = 200,
-    progress: bool = False,
 ) -> Ranks:
     """Rank the candidates of all rounds that have some, of the first `limit` dialogues; all processes share the work.
 
@@ -70,7 +69,7 @@ def ranks_of(
 
     model.eval()
     try:
-        return dict(spread(source.dialogues[:limit], rank, what="dialogues", progress=progress))
+        return dict(spread(source.dialogues[:limit], rank, what="dialogues"))
     finally:
         model.train(training)
 

@@ -26,7 +26,7 @@ def run(options: Visdial) -> dict[str, float] | None:
         loaded = load(options.model, options.device, options.precision, Dialogue)
         with loaded.computing():
             ways = {"limit": options.limit, "max_tokens": options.max_tokens, "batch": options.batch}
-            ranked = ranks_of(loaded.model, loaded.tokenizer, source, **ways, progress=True)
+            ranked = ranks_of(loaded.model, loaded.tokenizer, source, **ways)
     else:
         ranked = read_ranks(Path(options.results))
     if not dist.is_main():

@@ -29,9 +29,7 @@ MAX_WORDS = 40
 """Ids that an error names."""
 
 
-def answers_of(
-    model: Nlvr, tokenizer: Tokenizer, examples: Sequence[Example], *, batch: int = 32, progress: bool = False
-) -> dict[str, bool]:
+def answers_of(model: Nlvr, tokenizer: Tokenizer, examples: Sequence[Example], *, batch: int = 32) -> dict[str, bool]:
     """Whether a model holds each sentence to be true, by the example's id; all processes share the work.
 
     Nothing is random: pictures are looked at as they are, in their order. `batch` examples go through the model at
@@ -53,7 +51,7 @@ def answers_of(
 
     model.eval()
     try:
-        said = spread(parts, ask, what="pictures", progress=progress)
+        said = spread(parts, ask, what="pictures")
     finally:
         model.train(training)
     return {example.id: answer for example, answer in zip(examples, said, strict=True)}

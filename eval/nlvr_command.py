@@ -26,7 +26,7 @@ def run(options: Options) -> dict[str, float] | None:
         source.check_some_exist()
         loaded = load(options.model, options.device, options.precision, Nlvr)
         with loaded.computing():
-            answers = answers_of(loaded.model, loaded.tokenizer, examples, batch=options.batch, progress=True)
+            answers = answers_of(loaded.model, loaded.tokenizer, examples, batch=options.batch)
     else:
         answers = read_results(Path(options.results))
     if not dist.is_main():

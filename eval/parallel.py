@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from tqdm import tqdm
-
 from blip import dist
 from blip.data.errors import DataError
+from blip.log import bar
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
 
-def spread(
-    parts: Sequence[Part], work: Callable[[Part], list[Result]], *, what: str = "", progress: bool = False
-) -> list[Result]:
+def spread(parts: Sequence[Part], work: Callable[[Part], list[Result]], *, what: str = "") -> list[Result]:
     """What `work` finds for each part, one list after the other; all processes have to call it, and each returns all.
 
     Who does a part depends on the number of processes, what is done together does not, so neither do the results. A
@@ -26,8 +23,10 @@ def spread(
     found: dict[int, list[Result]] = {}
     failure = None
     try:
-        for number in tqdm(mine, desc=what, disable=not (progress and dist.is_main())):
-            found[number] = work(parts[number])
+        with bar(len(mine), what, "parts", show=dist.is_main()) as told:
+            for number in mine:
+                found[number] = work(parts[number])
+                told.update()
     except (DataError, ValueError) as error:  # the others wait in `gather_objects`, so they have to be told
         failure = error
     gathered = dist.gather_objects((found, failure))

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from blip import dist
 from blip.config import DataConfig, SourceConfig
@@ -20,6 +19,7 @@ from blip.data.errors import BadSample, DataError
 from blip.data.sources import format_of
 from blip.data.text import clean_caption
 from blip.features import cosines
+from blip.log import bar
 from blip.matching import match
 from blip.model import Blip
 from blip.tokenizer import Tokenizer
@@ -138,7 +138,6 @@ def rank(
     k: int = 128,
     max_tokens: int = 35,
     batch: int = 256,
-    progress: bool = False,
 ) -> Ranking:
     """Compare all images with all texts by ITC, and the best `k` of each by ITM too.
 
@@ -149,7 +148,7 @@ def rank(
     All processes have to call it: they share the batches of images and of texts, and each returns the whole. In
     float32 on a CPU the result is the same to the bit for any number of them.
     """
-    ways = {"k": k, "max_tokens": max_tokens, "batch": batch, "progress": progress}
+    ways = {"k": k, "max_tokens": max_tokens, "batch": batch}
     return compare(model, tokenizer, images, texts, image_of_text, see=model.vision, embed=model.embed_image, **ways)
 
 
@@ -166,7 +165,6 @@ def compare(
     k: int,
     max_tokens: int,
     batch: int,
-    progress: bool,
 ) -> Ranking:
     """`rank` of whatever `see` turns into tokens (B, P, V) and `embed` those into embeddings (B, E): images, clips."""
     owner = torch.as_tensor(view_of_text)
@@ -192,12 +190,12 @@ def compare(
 
         def logits() -> list[Tensor]:
             found = []
-            bar = tqdm(total=count, desc="re-rank", unit="image", disable=not (progress and dist.is_main()))
+            told = bar(count, "re-rank", "images", show=dist.is_main())
             for start, tokens in zip(starts, seen, strict=False):
                 chosen = [row.nonzero().squeeze(1) for row in pairs[start : start + len(tokens)]]
                 found.append(torch.cat(match(model, tokens, *encoded, chosen, batch))[:, 1].cpu())
-                bar.update(min(len(tokens) * dist.world(), count - bar.n))
-            bar.close()
+                told.update(min(len(tokens) * dist.world(), count - told.n))
+            told.close()
             return found
 
         scores = torch.full_like(itc, float("-inf"))

@@ -26,9 +26,7 @@ def run(options: Retrieval) -> dict[str, float]:
     side = loaded.model.config.vision.image_size
     gallery = Gallery.open(options.source, side, limit=options.limit, batch=options.batch)
     with loaded.computing():
-        ranking = rank(
-            loaded.model, loaded.tokenizer, *gallery, k=options.k, max_tokens=options.max_tokens, progress=True
-        )
+        ranking = rank(loaded.model, loaded.tokenizer, *gallery, k=options.k, max_tokens=options.max_tokens)
     found = ranking.recalls(torch.as_tensor(gallery.image_of_text))
     if not dist.is_main():
         return found

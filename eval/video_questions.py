@@ -32,7 +32,6 @@ def answers_about_clips(
     frames: int = FRAMES,
     batch: int = 4,
     threads: int = 2,
-    progress: bool = False,
 ) -> list[Answer]:
     """Answer each question over the tokens of all its clip's frames: by the best candidate, or by search.
 
@@ -67,7 +66,7 @@ def answers_about_clips(
     model.eval()
     try:
         parts = [asked[i : i + batch] for i in range(0, len(asked), batch)]
-        found = spread(parts, work, what="answer", progress=progress)
+        found = spread(parts, work, what="answer")
     finally:
         model.train(training)
     return [said for _, said in sorted(found)]

@@ -25,7 +25,7 @@ def run(options: VideoQuestions) -> dict[str, float]:
     questions = [question for question in questions if question.clip < len(clips)]
     loaded = load(options.model, options.device, options.precision, Vqa)
     candidates = load_candidates(options.candidates, options.model, options.method, loaded.tokenizer)
-    ways = {"frames": options.frames, "batch": options.batch, "progress": True}
+    ways = {"frames": options.frames, "batch": options.batch}
     with loaded.computing():
         said = answers_about_clips(
             loaded.model, loaded.tokenizer, clips, questions, options.answers, candidates, **ways

@@ -74,7 +74,6 @@ def rank_clips(
     k: int = 128,
     max_tokens: int = 35,
     batch: int = 256,
-    progress: bool = False,
 ) -> Ranking:
     """Compare all clips with all texts by ITC, and the best `k` of each by ITM too, over the tokens of all frames.
 
@@ -89,5 +88,4 @@ def rank_clips(
         k=k,
         max_tokens=max_tokens,
         batch=batch,
-        progress=progress,
     )

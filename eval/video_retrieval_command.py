@@ -30,7 +30,7 @@ def run(options: VideoRetrieval) -> dict[str, float]:
     side = loaded.model.config.vision.image_size
     gallery = ClipGallery.of(clips, side, frames=options.frames, batch=options.batch)
     with loaded.computing():
-        ways = {"k": options.k, "max_tokens": options.max_tokens, "progress": True}
+        ways = {"k": options.k, "max_tokens": options.max_tokens}
         ranking = rank_clips(loaded.model, loaded.tokenizer, gallery, **ways)
     found = ranking.recalls(torch.as_tensor(gallery.clip_of_text))
     if not dist.is_main():

@@ -173,7 +173,6 @@ def answers_of(
     *,
     batch: int = 16,
     threads: int = 2,
-    progress: bool = False,
 ) -> dict[Id, Answer]:
     """Answer each question: by the best candidate, or without any by search. All processes share the work.
 
@@ -192,7 +191,7 @@ def answers_of(
     parts = [range(i, min(i + batch, len(asked.pictures))) for i in range(0, len(asked.pictures), batch)]
     model.eval()
     try:
-        found = spread(parts, work, what="answer", progress=progress)
+        found = spread(parts, work, what="answer")
     finally:
         model.train(training)
     return {asked.questions[row].id: said for row, said in sorted(found)}

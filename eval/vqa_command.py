@@ -44,7 +44,7 @@ def _answered(options: Options, source: Questions) -> dict[Id, str]:
     asked = QuestionSet(source, options.limit)
     loaded = load(options.model, options.device, options.precision, Vqa)
     candidates = load_candidates(options.candidates, options.model, options.method, loaded.tokenizer)
-    ways = {"batch": options.batch, "threads": options.threads, "progress": True}
+    ways = {"batch": options.batch, "threads": options.threads}
     with loaded.computing():
         found = answers_of(loaded.model, loaded.tokenizer, asked, options.answers, candidates, **ways)
     return {name: said.words for name, said in found.items()}

@@ -26,11 +26,11 @@ from typing import Any, Literal
 import pyarrow
 import pyarrow.parquet
 from jsonargparse import auto_cli
-from tqdm import tqdm
 
 from blip.data.errors import DataError
 from blip.data.world import Dice, Split, draw, scene
 from blip.data.world_text import NOISE, captions, description, web_text
+from blip.log import bar
 
 JPEG_QUALITY = 92
 BREAKS = ("truncated", "html", "empty")
@@ -128,9 +128,12 @@ def _check(**least_one: int) -> None:
             raise ValueError(f"{name} must be 1 or more, got {value}")
 
 
-def progress(rows: Iterable[Any], total: int, unit: str, what: str) -> Iterable[Any]:
+def progress(rows: Iterable[Any], total: int, unit: str, what: str) -> Iterator[Any]:
     """The same rows, with a line that says how many are done, once that takes longer than a moment."""
-    return tqdm(rows, total=total, unit=unit, desc=what, delay=1, mininterval=0.1 if sys.stderr.isatty() else 30)
+    with bar(total, what, unit.strip()) as told:
+        for row in rows:
+            yield row
+            told.update()
 
 
 def publish(out: Path, products: Sequence[str], fill: Callable[[Path], None], overwrite: bool = False) -> list[Path]:
