@@ -48,10 +48,41 @@ def read(settings: type[Settings], args: list[str] | None = None) -> Settings:
     try:
         contents = {path: _content(path, _sections(settings)) for path in _config_files(args)}
         _check_names(args, set(_options(settings)))
+        _check_given(args, contents, settings)
         args = _with_new_lists(args, contents, list(_lists(settings)))
         return auto_cli(settings, args=args, as_positional=False, exit_on_error=False, allow_abbrev=False)
     except Exception as error:
         fail(one_line(error), WRONG_USE)
+
+
+def _check_given(args: list[str], contents: dict[str, dict], settings: type) -> None:
+    """Refuse `null` where there has to be a value: the parser takes it, and the run fails where nobody expects it."""
+    needed = [name for name, kind in _kinds(settings) if not {None, type(None)} & set(get_args(kind))]
+    given = {option.removeprefix("--"): value for option, value in itertools.pairwise(args)}
+    given |= dict(arg.removeprefix("--").split("=", 1) for arg in args if arg.startswith("--") and "=" in arg)
+    for name in needed:
+        where = [f"--config {path}: " for path, content in contents.items() if _at(content, name) is None]
+        if where or given.get(name) == "null":
+            raise ValueError(f"{(where or ['--'])[0]}{name} is null; give a value, or leave it out for the default")
+
+
+def _kinds(settings: type, before: str = "") -> Iterator[tuple[str, type]]:
+    """Names and types of the options that are values, those of sections included."""
+    for name, kind in get_type_hints(settings).items():
+        for inner in (kind, *get_args(kind)):
+            if dataclasses.is_dataclass(inner) and get_origin(kind) is not list:
+                yield from _kinds(inner, f"{before}{name}.")
+        if not dataclasses.is_dataclass(kind):
+            yield before + name, kind
+
+
+def _at(content: object, name: str) -> object:
+    """What a mapping of mappings has under a.b.c; the name itself if nothing."""
+    for key in name.split("."):
+        if not isinstance(content, dict) or key not in content:
+            return name
+        content = content[key]
+    return content
 
 
 def _options(settings: type, before: str = "--") -> Iterator[str]:
@@ -84,20 +115,11 @@ def _with_new_lists(args: list[str], contents: dict[str, dict], lists: list[str]
         name, _, inline = option.partition("=")
         if name == "--config":
             given = contents.get(inline or value, {})
-            fresh += [f"{one}=[]" for one in lists if _has(given, one.removeprefix("--").split("."))]
+            fresh += [f"{one}=[]" for one in lists if (key := one.removeprefix("--")) != _at(given, key)]
         elif name in lists:
             fresh.append(f"{name}=[]")
         fresh.append(option)
     return fresh
-
-
-def _has(content: object, keys: list[str]) -> bool:
-    """Whether a mapping of mappings has an entry under these keys."""
-    for key in keys:
-        if not isinstance(content, dict) or key not in content:
-            return False
-        content = content[key]
-    return True
 
 
 def _check_names(args: list[str], options: set[str]) -> None:

@@ -58,6 +58,7 @@ def refused(capsys, args: list[str]) -> str:
 
 
 BROKEN = {
+    "null": ("out: x\ntrain:\n  epochs: null\n", ["FILE: train.epochs is null", "leave it out"]),
     "typo": ("out: x\ntrain:\n  batchsize: 3\n", ["train", "batchsize"]),
     "typo of a section": ("out: x\ntrian:\n  lr: 3\n", ["trian"]),
     "typo in a list": ("out: x\ndata:\n  sources:\n    - path: a\n      wieght: 1\n", ["data.sources", "wieght"]),
@@ -110,6 +111,8 @@ def test_a_broken_config_is_one_line_that_names_what(capsys, tmp_path, monkeypat
         (["--config", "."], "no such file"),
         (["--config"], "--config"),
         (["--out", "x", "--train.speed", "3"], "--train.speed"),
+        (["--out", "x", "--train.lr", "null"], "--train.lr is null"),
+        (["--out", "x", "--train.lr=null"], "--train.lr is null"),
         (["--out", "x", "--train.step", "5"], "no option --train.step; did you mean --train.steps?"),
         (["--out", "x", "--train.step=5"], "no option --train.step; did you mean --train.steps?"),
         (["--out", "x", "--held_out.sorce.path", "a"], "did you mean --held_out.source.path?"),
