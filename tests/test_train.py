@@ -1,7 +1,9 @@
 """The loop: what it adds up, what it refuses, and that looking at a run does not change it."""
 
 import json
+import platform
 import random
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +14,16 @@ from torch import nn
 
 from blip.data.batch import Bad
 from blip.resume import Checkpoints
-from blip.train import NonFinite, OutOfMemory, fit, keep_freed_memory, multiplies_bfloat16, precision, seed_of
+from blip.train import (
+    NonFinite,
+    OutOfMemory,
+    fit,
+    give_back_freed_memory,
+    keep_freed_memory,
+    multiplies_bfloat16,
+    precision,
+    seed_of,
+)
 
 
 @pytest.fixture
@@ -267,3 +278,18 @@ def test_seeds_differ_for_every_place():
 
 def test_freed_memory_is_kept_where_the_c_library_listens():
     assert isinstance(keep_freed_memory(), bool)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep and to give back")
+def test_holes_of_freed_memory_are_given_back():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    assert keep_freed_memory()
+    blocks = [torch.ones(1_000_000) for _ in range(100)]
+    last = blocks.pop()
+    blocks.clear()
+    kept = resident()
+    assert give_back_freed_memory()
+    assert resident() < kept - 300e6
+    assert last.sum() == 1_000_000
