@@ -44,6 +44,8 @@ class Data(DataConfig):
     """Rounds of each dialogue that are shown at once; they share the picture's context."""
     wrong: int = 2
     """False answers shown beside each true one."""
+    alike: int = 0
+    """How many of the false answers are worded much like the true one, as "yes" and "yes it is"."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,6 +53,8 @@ class Data(DataConfig):
             raise ValueError("data.streaming and data.prompt are not for dialogues")
         if self.rounds < 1 or self.wrong < 1:
             raise ValueError(f"rounds and wrong must be 1 or more, got {self.rounds} and {self.wrong}")
+        if not 0 <= self.alike <= self.wrong:
+            raise ValueError(f"alike must be 0 to wrong ({self.wrong}), got {self.alike}")
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def converse(run: Run) -> tuple[Result, Path]:
     if not sources:
         raise DataError("no data: give at least one source")
     transform, data = TrainTransform(model.vision.image_size, run.data), run.data
-    pairs = DialoguePairs(sources, transform, tokenizer, data, run.train.seed, data.rounds, data.wrong)
+    pairs = DialoguePairs(sources, transform, tokenizer, data, run.train.seed, data.rounds, data.wrong, data.alike)
     validation = Exam("validation", run.validation, run, tokenizer) if run.validation else None
     test = Exam("test", run.test, run, tokenizer) if run.test else None
     kept = Kept(Path(run.out), tokenizer, run)

@@ -246,6 +246,33 @@ def pairs(tmp_path):
     return DialoguePairs([source], TrainTransform(8, config), TOKENIZER, config, 0, rounds=2, wrong=2)
 
 
+def test_false_answers_may_be_those_that_are_worded_like_the_true_one(tmp_path):
+    answers = ["it is red", "red", "the colour is red", "it is blue", "blue", "it is large", "yes", "no it is not"]
+    told = talk()
+    told["data"]["answers"] = answers
+    for one in told["data"]["dialogs"][0]["dialog"]:
+        one |= {"answer": 0, "answer_options": [4, 1, 6, 0, 5, 2, 3, 7], "gt_index": 3}
+    source = Conversations(written(tmp_path, told))
+    config = DataConfig(crop_scale_min=1.0, augment_ops=0, max_tokens=40, max_unknown=1, workers=0)
+
+    def shown(alike):
+        pairs = DialoguePairs([source], TrainTransform(8, config), TOKENIZER, config, 0, 1, 3, alike)
+        record = (source, source.dialogues[0])
+        rows = [row for draw in range(20) for row in pairs.make(record, (draw,)).rows]
+        return [row[row.index(TOKENIZER.sep_id) + 1 :] for row in rows], pairs.fingerprint()
+
+    # 8 answers; "it" is in 4 of them, "is" in 5, "red" in 3, "blue" in 2: log(1 + 8 / n) is 1.10, 0.96, 1.30 and 1.61.
+    # Shared with "it is red" over all: "it is blue" 2.05 of 4.96, "red" 1.30 of 3.35, "it is large" 2.05 of 5.55.
+    near = [[*pieces(answers[n]), TOKENIZER.sep_id] for n in (3, 1)]
+    rows, fingerprint = shown(1)
+    for n in range(0, len(rows), 4):
+        first, *rest = rows[n + 1 : n + 4]
+        assert any(first[: len(one)] == one for one in near)
+        assert len({*map(tuple, (first, *rest))}) == 3, "each false answer once"
+    assert {tuple(row[:2]) for row in rows[1::4]} == {tuple(one[:2]) for one in near}, "both are drawn"
+    assert fingerprint != shown(0)[1]
+
+
 def test_batches_hold_the_true_answer_first_and_false_ones_after(pairs):
     (batch,) = Feed(pairs).batches(0, 1, 0, 1, 3)
     assert (len(batch), batch.choices, batch.ids.shape[0], batch.image.shape) == (3, 3, 18, (3, 3, 8, 8))

@@ -7,7 +7,9 @@ oldest rounds are left out where there is no room. B dialogues, K rows of each, 
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +31,7 @@ from blip.data.sources import record
 from blip.data.text import clean_caption, clean_question, is_sided
 from blip.tokenizer import Tokenizer
 
-_ROUND, _WRONG, _AUGMENT = range(200, 203)
+_ROUND, _WRONG, _AUGMENT, _ALIKE = range(200, 204)
 """What a key is for; `Pairs` uses the small numbers."""
 
 
@@ -357,9 +359,14 @@ class DialoguePairs(Pairs):
         seed: int,
         rounds: int,
         wrong: int,
+        alike: int = 0,
     ) -> None:
-        """Raises DataError when there is nothing to draw from, a dialogue teaches nothing, or no picture is there."""
-        self.rounds, self.wrong = rounds, wrong
+        """`alike` of the `wrong` answers are among the 2 x `alike` that are worded most like the true one.
+
+        Raises DataError when there is nothing to draw from, a dialogue teaches nothing, or no picture is there.
+        """
+        self.rounds, self.wrong, self.alike = rounds, wrong, alike
+        self.words = {id(source): _Words(source.answers) for source in sources} if alike else {}
         for source in sources:
             source.check_some_exist()
             for dialogue in source.dialogues:
@@ -377,7 +384,13 @@ class DialoguePairs(Pairs):
             false = [option for option in one.options if source.answers[option] != said]
             if not false:
                 raise BadSample(f"round {number + 1} has no false answer")
-            texts += rows.round(number, [one.options[one.true], *_drawn(false, self.wrong, mix(_WRONG, n, *key))])
+            true, near = one.options[one.true], []
+            if self.alike:
+                near = self.words[id(source)].most_like(true, false, 2 * self.alike)
+                near = _drawn(near, min(self.alike, len(near)), mix(_ALIKE, n, *key))
+            others = [option for option in false if option not in near] or false
+            others = _drawn(others, self.wrong - len(near), mix(_WRONG, n, *key))
+            texts += rows.round(number, [true, *near, *others])
         image = read_picture(dialogue, source.root, self.config.max_pixels, self.transform.at_least)
         sided = any(map(is_sided, _said(source, dialogue)))
         return Sample(self.transform(image, _AUGMENT, *key, sided=sided), rows.caption(), texts, dialogue.where)
@@ -395,7 +408,28 @@ class DialoguePairs(Pairs):
         return [clean_question(text, self.config.max_words) for text in texts]
 
     def fingerprint(self) -> str:
-        return f"{super().fingerprint()}-{self.rounds}-{self.wrong}"
+        return f"{super().fingerprint()}-{self.rounds}-{self.wrong}" + f"-{self.alike}" * bool(self.alike)
+
+
+class _Words:
+    """Which answers are worded alike: by the words that they share, the more the fewer answers have one."""
+
+    def __init__(self, answers: Sequence[str]) -> None:
+        self.answers = answers
+        counts = Counter(word for answer in answers for word in set(answer.lower().split()))
+        self.weights = {word: math.log(1 + len(answers) / count) for word, count in counts.items()}
+
+    def most_like(self, true: int, others: Sequence[int], count: int) -> list[int]:
+        """Of other answers those most like one, by the weight of the words of both over that of the words of either."""
+        own = set(self.answers[true].lower().split())
+        likeness = {}
+        for other in others:
+            words = set(self.answers[other].lower().split())
+            likeness[other] = self._weight(own & words) / max(self._weight(own | words), 1e-9)
+        return sorted(likeness, key=lambda other: (-likeness[other], other))[:count]
+
+    def _weight(self, words: set[str]) -> float:
+        return sum(self.weights[word] for word in words)
 
 
 def _teaching(dialogue: Dialogue) -> list[int]:
