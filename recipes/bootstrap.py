@@ -51,6 +51,8 @@ class FineTuning:
     """Of a captioner."""
     retrieval: int = 150
     """Of a retrieval model, which the filter is."""
+    captioner_lr: float | None = None
+    """Peak learning rate of a captioner; caption_world.yaml's when not given."""
     retrieval_lr: float | None = None
     """Peak learning rate of a retrieval model; filter_world.yaml's when not given."""
 

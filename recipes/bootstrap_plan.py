@@ -114,12 +114,12 @@ class _Seed:
             self._step(run.model) * steps_of(run, row) + 4,
         )
         model = self.out / row.name / "pretrain" / "model"
-        told = self._by_recipe(cleaning.CAPTIONER, fine.captioner)
+        told = self._by_recipe(cleaning.CAPTIONER, fine.captioner, fine.captioner_lr)
         captioner = self._add(
             f"{row.name}/captioner", lambda folder: self._captioner(folder, model, fine, True),
             told, (trained,), CAPTION_COST * self._step(run.model) * fine.captioner + 3,
         )  # fmt: skip
-        told = {**self._by_recipe(cleaning.FILTER, fine.retrieval), "lr": fine.retrieval_lr, "k": run.k}
+        told = self._by_recipe(cleaning.FILTER, fine.retrieval, fine.retrieval_lr) | {"k": run.k}
         searcher = self._add(
             f"{row.name}/retrieval", lambda folder: self._retrieval(folder, model, fine, True),
             told, (trained,), FILTER_COST * self._step(run.model) * fine.retrieval + 4,
@@ -139,9 +139,9 @@ class _Seed:
             "train": {name: value for name, value in _plain(run.train).items() if name not in ("steps", "seed")},
         }
 
-    def _by_recipe(self, config: str, steps: int) -> dict[str, Any]:
+    def _by_recipe(self, config: str, steps: int, lr: float | None = None) -> dict[str, Any]:
         """What decides a fine-tuning run's results, beside what it starts from."""
-        return {"steps": steps, "recipe": atomic.sha256(Path(config))[:16], **self._training()}
+        return {"steps": steps, "lr": lr, "recipe": atomic.sha256(Path(config))[:16], **self._training()}
 
     def _step(self, model: ModelChoice) -> float:
         return SECONDS[model.size or "base"] * self.run.train.batch_size / 64
@@ -176,22 +176,23 @@ class _Seed:
     def _captioner(self, folder: Path, model: Path, how: FineTuning, measured: bool) -> dict[str, Any]:
         settings = cleaning.captioner(folder, model, self.people, self.run.train.batch_size, how.captioner)
         test = caption.HeldOut(_source(self.held_out, "test")) if measured else None
-        result, _ = caption.caption(dataclasses.replace(settings, train=self._fine(settings.train), test=test))
+        train = self._fine(settings.train, how.captioner_lr)
+        result, _ = caption.caption(dataclasses.replace(settings, train=train, test=test))
         return cleaning.tested(result.metrics)
 
     def _retrieval(self, folder: Path, model: Path, how: FineTuning, measured: bool) -> dict[str, Any]:
         settings = cleaning.filterer(folder, model, self.people, self.run.train.batch_size, how.retrieval)
-        train = self._fine(settings.train)
-        train = dataclasses.replace(train, lr=train.lr if how.retrieval_lr is None else how.retrieval_lr)
+        train = self._fine(settings.train, how.retrieval_lr)
         test = pretrain.Held(_source(self.held_out, "test"), k=self.run.k) if measured else None
         result, _ = retrieving.retrieve(dataclasses.replace(settings, train=train, test=test))
         return {name.removeprefix("test_"): value for name, value in result.metrics.items()}
 
-    def _fine(self, train: TrainConfig) -> TrainConfig:
+    def _fine(self, train: TrainConfig, lr: float | None = None) -> TrainConfig:
         ours = self.run.train
         return dataclasses.replace(
-            train, seed=self.seed, save_every=ours.save_every, log_every=ours.log_every, precision=ours.precision,
-            warmup_steps=min(train.warmup_steps, ours.warmup_steps),
+            train, seed=self.seed, lr=train.lr if lr is None else lr,
+            warmup_steps=min(train.warmup_steps, ours.warmup_steps), save_every=ours.save_every,
+            log_every=ours.log_every, precision=ours.precision,
         )  # fmt: skip
 
     def _composition(self, row: Path) -> dict[str, float]:
@@ -264,11 +265,12 @@ class _Seed:
         return [
             self._add(
                 f"{folder}/captioner", lambda folder: self._captioner(folder, model, how, False),
-                self._by_recipe(cleaning.CAPTIONER, write), needs, CAPTION_COST * cost * write + 3,
+                self._by_recipe(cleaning.CAPTIONER, write, how.captioner_lr), needs,
+                CAPTION_COST * cost * write + 3,
             ),
             self._add(
                 f"{folder}/filter", lambda folder: self._retrieval(folder, model, how, False),
-                {**self._by_recipe(cleaning.FILTER, read), "lr": how.retrieval_lr}, needs,
+                self._by_recipe(cleaning.FILTER, read, how.retrieval_lr), needs,
                 FILTER_COST * cost * read + 3,
             ),
         ]  # fmt: skip
