@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -257,7 +258,8 @@ def test_false_answers_may_be_those_that_are_worded_like_the_true_one(tmp_path):
 
     def shown(alike):
         pairs = DialoguePairs([source], TrainTransform(8, config), TOKENIZER, config, 0, 1, 3, alike)
-        record = (source, source.dialogues[0])
+        pairs = pickle.loads(pickle.dumps(pairs))  # as a spawned worker gets them
+        record = pairs.sources[0][0]
         rows = [row for draw in range(20) for row in pairs.make(record, (draw,)).rows]
         return [row[row.index(TOKENIZER.sep_id) + 1 :] for row in rows], pairs.fingerprint()
 

@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,11 @@ class Conversations:
         _refuse_repeated(self.path, self.dialogues)
         if config.relevance:
             self.dialogues = _with_relevance(Path(check_spec(config.relevance)), self.dialogues)
+
+    @cached_property
+    def wording(self) -> Wording:
+        """How alike its answers are worded."""
+        return Wording(self.answers)
 
     def check_some_exist(self) -> None:
         """DataError if none of some pictures, evenly spread, is there: a wrong image_root is found at the start."""
@@ -366,7 +372,6 @@ class DialoguePairs(Pairs):
         Raises DataError when there is nothing to draw from, a dialogue teaches nothing, or no picture is there.
         """
         self.rounds, self.wrong, self.alike = rounds, wrong, alike
-        self.words = {id(source): _Words(source.answers) for source in sources} if alike else {}
         for source in sources:
             source.check_some_exist()
             for dialogue in source.dialogues:
@@ -386,7 +391,7 @@ class DialoguePairs(Pairs):
                 raise BadSample(f"round {number + 1} has no false answer")
             true, near = one.options[one.true], []
             if self.alike:
-                near = self.words[id(source)].most_like(true, false, 2 * self.alike)
+                near = source.wording.most_like(true, false, 2 * self.alike)
                 near = _drawn(near, min(self.alike, len(near)), mix(_ALIKE, n, *key))
             others = [option for option in false if option not in near] or false
             others = _drawn(others, self.wrong - len(near), mix(_WRONG, n, *key))
@@ -411,7 +416,7 @@ class DialoguePairs(Pairs):
         return f"{super().fingerprint()}-{self.rounds}-{self.wrong}" + f"-{self.alike}" * bool(self.alike)
 
 
-class _Words:
+class Wording:
     """Which answers are worded alike: by the words that they share, the more the fewer answers have one."""
 
     def __init__(self, answers: Sequence[str]) -> None:
