@@ -46,18 +46,20 @@ def read(settings: type[Settings], args: list[str] | None = None) -> Settings:
     """
     args = sys.argv[1:] if args is None else args
     try:
+        options = dict(_walk(settings))
         contents = {path: _content(path, _sections(settings)) for path in _config_files(args)}
-        _check_names(args, set(_options(settings)))
-        _check_given(args, contents, settings)
-        args = _with_new_lists(args, contents, list(_lists(settings)))
+        _check_names(args, {f"--{name}" for name in options} | {"--config", "--print_config", "--help"})
+        _check_given(args, contents, options)
+        args = _with_new_lists(args, contents, [f"--{name}" for name, kind in options.items() if _holds_sections(kind)])
         return auto_cli(settings, args=args, as_positional=False, exit_on_error=False, allow_abbrev=False)
     except Exception as error:
         fail(one_line(error), WRONG_USE)
 
 
-def _check_given(args: list[str], contents: dict[str, dict], settings: type) -> None:
+def _check_given(args: list[str], contents: dict[str, dict], options: dict[str, type]) -> None:
     """Refuse `null` where there has to be a value: the parser takes it, and the run fails where nobody expects it."""
-    needed = [name for name, kind in _kinds(settings) if not {None, type(None)} & set(get_args(kind))]
+    sections = {name for name, kind in options.items() if dataclasses.is_dataclass(kind)}
+    needed = [name for name in options.keys() - sections if type(None) not in get_args(options[name])]
     given = {option.removeprefix("--"): value for option, value in itertools.pairwise(args)}
     given |= dict(arg.removeprefix("--").split("=", 1) for arg in args if arg.startswith("--") and "=" in arg)
     for name in needed:
@@ -66,14 +68,13 @@ def _check_given(args: list[str], contents: dict[str, dict], settings: type) -> 
             raise ValueError(f"{(where or ['--'])[0]}{name} is null; give a value, or leave it out for the default")
 
 
-def _kinds(settings: type, before: str = "") -> Iterator[tuple[str, type]]:
-    """Names and types of the options that are values, those of sections included."""
+def _walk(settings: type, before: str = "") -> Iterator[tuple[str, type]]:
+    """Names and types of the options that a settings class has, sections, lists and what is in them included."""
     for name, kind in get_type_hints(settings).items():
+        yield before + name, kind
         for inner in (kind, *get_args(kind)):
-            if dataclasses.is_dataclass(inner) and get_origin(kind) is not list:
-                yield from _kinds(inner, f"{before}{name}.")
-        if not dataclasses.is_dataclass(kind):
-            yield before + name, kind
+            if dataclasses.is_dataclass(inner):
+                yield from _walk(inner, f"{before}{name}.")
 
 
 def _at(content: object, name: str) -> object:
@@ -85,24 +86,9 @@ def _at(content: object, name: str) -> object:
     return content
 
 
-def _options(settings: type, before: str = "--") -> Iterator[str]:
-    """Names of the options that a settings class, and those in it, have."""
-    yield from ("--config", "--print_config", "--help") if before == "--" else ()
-    for name, kind in get_type_hints(settings).items():
-        yield before + name
-        for inner in (kind, *get_args(kind)):
-            if dataclasses.is_dataclass(inner):
-                yield from _options(inner, f"{before}{name}.")
-
-
-def _lists(settings: type, before: str = "--") -> Iterator[str]:
-    """Names of the options that are lists of settings."""
-    for name, kind in get_type_hints(settings).items():
-        inner = next((one for one in (kind, *get_args(kind)) if dataclasses.is_dataclass(one)), None)
-        if get_origin(kind) is list and inner:
-            yield before + name
-        elif inner:
-            yield from _lists(inner, f"{before}{name}.")
+def _holds_sections(kind: type) -> bool:
+    """Whether an option is a list of settings."""
+    return get_origin(kind) is list and any(map(dataclasses.is_dataclass, get_args(kind)))
 
 
 def _with_new_lists(args: list[str], contents: dict[str, dict], lists: list[str]) -> list[str]:
