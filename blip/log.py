@@ -100,7 +100,8 @@ class Progress:
     """A bar on a terminal, plain lines elsewhere; nothing in other processes than the main one."""
 
     def __init__(self, total: int, step: int, show: bool, stream: TextIO | None = None) -> None:
-        self.stream = stream or sys.stderr
+        # The launcher that reads these lines may end first; the run's state matters more.
+        self.stream = _Lenient(stream or sys.stderr)
         self.total, self.show = total, show
         self.started, self.first = time.monotonic(), step
         self.bar: tqdm | None = None
@@ -124,12 +125,10 @@ class Progress:
     def say(self, text: str) -> None:
         if not self.show:
             return
-        # The launcher that read these lines may be gone; the run's state matters more.
-        with contextlib.suppress(OSError):
-            if self.bar is not None:
-                self.bar.write(text, file=self.stream)
-            else:
-                print(text, file=self.stream, flush=True)
+        if self.bar is not None:
+            self.bar.write(text, file=self.stream)
+        else:
+            print(text, file=self.stream, flush=True)
 
     def close(self) -> None:
         if self.bar is not None:

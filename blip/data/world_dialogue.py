@@ -312,7 +312,7 @@ def write(
         (folder / split).mkdir()
         questions: dict[str, int] = {}
         dialogs, dense = [], []
-        for i in progress(range(count), count, " dialogues", f"dialogues {split}"):
+        for i in progress(range(count), count, "dialogues", f"dialogues {split}"):
             talk = dialogue(scene(seed, i, split))
             name = f"{split}/{talk.scene.image_id}.jpg"
             (folder / name).write_bytes(world_files.jpeg(draw(talk.scene, size)))

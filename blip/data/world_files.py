@@ -116,7 +116,7 @@ def write(
     settings = _Settings(split, seed, size, web, noise, _breaks(seed, split, count, broken))
 
     def fill(folder: Path) -> None:
-        rows = progress(_rows(settings, count, workers), count, " pictures", f"{format} {split}")
+        rows = progress(_rows(settings, count, workers), count, "pictures", f"{format} {split}")
         _WRITERS[format](folder, split, rows, -(-count // shard), shard)
 
     return publish(out, [pattern.format(split=split) for pattern in PRODUCTS[format]], fill, overwrite)
@@ -130,7 +130,7 @@ def _check(**least_one: int) -> None:
 
 def progress(rows: Iterable[Any], total: int, unit: str, what: str) -> Iterator[Any]:
     """The same rows, with a line that says how many are done, once that takes longer than a moment."""
-    with bar(total, what, unit.strip()) as told:
+    with bar(total, what, unit) as told:
         for row in rows:
             yield row
             told.update()

@@ -230,7 +230,7 @@ def write(
         images = folder / split
         images.mkdir()
         with (folder / f"{split}.json").open("w") as file:
-            for number in progress(range(sets), sets, " sets", f"pairs {split}"):
+            for number in progress(range(sets), sets, "sets", f"pairs {split}"):
                 for pair in pairs(seed, number, split):
                     file.write(json.dumps(_row(pair)) + "\n")
                     for k, one in enumerate((pair.left, pair.right)):

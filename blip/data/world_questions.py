@@ -236,7 +236,7 @@ def write(
 
     def fill(folder: Path) -> None:
         asked, annotated = [], []
-        for i in progress(range(count), count, " pictures", f"questions {split}"):
+        for i in progress(range(count), count, "pictures", f"questions {split}"):
             for one, row in _rows(seed, split, i):
                 asked.append(one)
                 annotated.append(row)
