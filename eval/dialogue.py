@@ -125,7 +125,8 @@ def score(
             if annotated and any(one.relevance[1]):
                 dense.append((given, one.relevance[1]))
     if missing and not (partial and (right or dense)):
-        raise DataError(f"no ranks for {_counted(missing)}; give all, or allow_partial")
+        places = [f"image {image} round {number}" for image, number in missing]
+        raise DataError(f"no ranks for {counted(places, 'round')}; give all, or allow_partial")
     if not right and not dense:
         raise DataError(f"{source.path}: no round has its right answer marked; ranks can be written, not scored")
     found = _sparse(torch.tensor(right)) if right else {}
@@ -153,10 +154,6 @@ def ndcg(rounds: Sequence[tuple[Sequence[int], Sequence[float]]]) -> float:
 
 def _dcg(gains: Tensor) -> Tensor:
     return (gains / torch.log2(torch.arange(len(gains)).float() + 2)).sum(-1)
-
-
-def _counted(places: Sequence[Place]) -> str:
-    return counted([f"image {image} round {number}" for image, number in places], "round")
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
