@@ -11,6 +11,7 @@ report.html. The same command continues after a kill; started twice at once it s
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +56,12 @@ class FineTuning:
     """Peak learning rate of a captioner; caption_world.yaml's when not given."""
     retrieval_lr: float | None = None
     """Peak learning rate of a retrieval model; filter_world.yaml's when not given."""
+
+    def __post_init__(self) -> None:
+        for name in ("captioner_lr", "retrieval_lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a number of 0 or more, got {value}")
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,18 @@ def test_a_larger_captioner_and_filter_can_be_given(tmp_path):
     assert names["seed-3/capfilt/larger"].settings["models"] == ["c", "f"]
 
 
+def test_rates_are_those_of_the_configs_unless_given():
+    """The captioner's and the retrieval model's of the rows; those of the cleaners stay."""
+
+    def rates(*args):
+        stages = bootstrap_plan.plan(read("--rows", "both", "--seeds", "3", *args)).stages
+        names = ("both/captioner", "both/retrieval", "cleaners/captioner", "cleaners/filter")
+        return [stages[f"seed-3/{name}"].settings["lr"] for name in names]
+
+    assert rates("--fine_tuning.captioner_lr", "null", "--fine_tuning.retrieval_lr", "null") == [None] * 4
+    assert rates("--fine_tuning.captioner_lr", "1e-4", "--fine_tuning.retrieval_lr", "2e-4") == [1e-4, 2e-4, None, None]
+
+
 def test_steps_are_equal_but_where_it_says_longer():
     run = read()
     assert {name: bootstrap_plan.steps_of(run, row) for name, row in ROWS.items()} == dict.fromkeys(ROWS, 4) | {
@@ -174,6 +186,8 @@ def test_steps_are_equal_but_where_it_says_longer():
         (["--larger.filter", "x"], "give both or none"),
         (["--data.sources", '[{"path": "x"}]'], "leave them out"),
         (["--longer", "0.5"], "longer must be 1 or more"),
+        (["--fine_tuning.captioner_lr", "-1"], "captioner_lr must be a number of 0 or more"),
+        (["--cleaners.retrieval_lr", "-0.1"], "retrieval_lr must be a number of 0 or more"),
         (["--train.steps", "null"], "train.steps must be given"),
     ],
 )
