@@ -58,8 +58,8 @@ def read(settings: type[Settings], args: list[str] | None = None) -> Settings:
 
 def _check_given(args: list[str], contents: dict[str, dict], options: dict[str, type]) -> None:
     """Refuse `null` where there has to be a value: the parser takes it, and the run fails where nobody expects it."""
-    sections = {name for name, kind in options.items() if dataclasses.is_dataclass(kind)}
-    needed = [name for name in options.keys() - sections if type(None) not in get_args(options[name])]
+    values = {name: get_args(kind) for name, kind in options.items() if not dataclasses.is_dataclass(kind)}
+    needed = [name for name, kinds in values.items() if not {None, type(None)} & set(kinds)]
     given = {option.removeprefix("--"): value for option, value in itertools.pairwise(args)}
     given |= dict(arg.removeprefix("--").split("=", 1) for arg in args if arg.startswith("--") and "=" in arg)
     for name in needed:
