@@ -16,6 +16,13 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def check_rates(settings: Any, *names: str) -> None:
+    """Raise ValueError where one of these fields is given (not None) and no number of 0 or more."""
+    for name in names:
+        value = getattr(settings, name)
+        _require(value is None or 0 <= value < float("inf"), f"{name} must be a number of 0 or more, got {value}")
+
+
 _LATER = {"later": True}
 """Of a field that model directories may lack: those written before there was one mean its default."""
 
@@ -506,9 +513,7 @@ class TrainConfig:
         _require(self.save_every >= 1, f"save_every must be 1 or more, got {self.save_every}")
         _require(self.keep_checkpoints >= 1, f"keep_checkpoints must be 1 or more, got {self.keep_checkpoints}")
         _require(self.log_every >= 1, f"log_every must be 1 or more, got {self.log_every}")
-        for name in ("lr", "min_lr", "warmup_lr", "weight_decay", "eps"):
-            value = getattr(self, name)
-            _require(0 <= value < float("inf"), f"{name} must be a number of 0 or more, got {value}")
+        check_rates(self, "lr", "min_lr", "warmup_lr", "weight_decay", "eps")
         _require(self.clip is None or self.clip > 0, f"clip must be positive or null, got {self.clip}")
 
 

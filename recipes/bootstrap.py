@@ -11,14 +11,13 @@ report.html. The same command continues after a kill; started twice at once it s
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from blip import dist
-from blip.config import DataConfig, PretrainConfig, TrainConfig
+from blip.config import DataConfig, PretrainConfig, TrainConfig, check_rates
 from recipes import bootstrap_plan, bootstrap_report, command
 from recipes.bootstrap_rows import ROWS
 from recipes.building import ModelChoice
@@ -58,10 +57,7 @@ class FineTuning:
     """Peak learning rate of a retrieval model; filter_world.yaml's when not given."""
 
     def __post_init__(self) -> None:
-        for name in ("captioner_lr", "retrieval_lr"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be a number of 0 or more, got {value}")
+        check_rates(self, "captioner_lr", "retrieval_lr")
 
 
 @dataclass(frozen=True)

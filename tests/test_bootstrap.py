@@ -76,6 +76,16 @@ def test_models_learn_from_what_their_row_says(done):
         assert told["train"]["seed"] == 0
 
 
+def test_fine_tuning_has_its_own_rates(done):
+    """What is measured is trained at `fine_tuning`'s rates, a cleaner at its recipe's."""
+    run, _ = done
+    rates = {stage: settings_of(run, stage)["train"]["lr"] for stage in ("both/captioner", "both/retrieval")}
+    assert rates == {"both/captioner": run.fine_tuning.captioner_lr, "both/retrieval": run.fine_tuning.retrieval_lr}
+    for stage, recipe in (("captioner", "caption_world"), ("filter", "filter_world")):
+        own = yaml.safe_load((CONFIGS / f"{recipe}.yaml").read_text())["train"]["lr"]
+        assert settings_of(run, f"cleaners/{stage}")["train"]["lr"] == own != rates["both/captioner"]
+
+
 def test_jobs_have_their_own_captioner_and_filter(done):
     run, _ = done
     job = Job.open(str(Path(run.out) / "seed-0/capfilt/own/job"))
