@@ -16,6 +16,7 @@ from blip.data.images import decode
 from blip.data.json_rows import read_rows
 from blip.data.sources import open_source, open_sources
 from blip.data.tars import Shard
+from capfilt.readers.tar import index
 
 
 @pytest.fixture(autouse=True)
@@ -195,6 +196,20 @@ def test_tars(folder, interleaved, kind):
         check(source, lambda i: f"s-00{i // 3}.tar/d/{i:03}")
 
 
+def test_names_with_dots_and_copies_are_samples_of_their_own(folder):
+    """As `capfilt` calls them; only what training cannot use is missing here."""
+    with tarfile.open(folder / "s.tar", "w") as tar:
+        for i, (name, text) in enumerate([("v1.0", "a"), ("v1.5", "b"), ("x", "c"), ("x", "d")]):
+            add(tar, f"d.e/{name}.png", png(i)), add(tar, f"d.e/{name}.txt", text.encode())
+        add(tar, "d.e/x.seg.png", png(5)), add(tar, "d.e/x.boxes.json", b"{}")
+        add(tar, "lone.seg.png", png(5))
+    source = open_source(SourceConfig(str(folder / "s.tar")))
+    keys = ["d.e/v1.0", "d.e/v1.5", "d.e/x", "d.e/x#2", "lone.seg"]
+    assert [source.key(i) for i in range(len(source))] == [f"s.tar/{key}" for key in keys]
+    assert [(red(source[i]), source[i].captions) for i in range(4)] == [(i, [text]) for i, text in enumerate("abcd")]
+    assert index(str(folder / "s.tar"))[0]["key"].to_pylist() == [*keys[:4], "d.e/x.seg", "d.e/x.boxes", keys[4]]
+
+
 def test_a_sample_that_lacks_a_member_is_bad_but_not_fatal(folder):
     with tarfile.open(folder / "s.tar", "w") as tar:
         add(tar, "a.png", png(0)), add(tar, "a.txt", b"hello")
@@ -254,6 +269,7 @@ HOSTILE_MEMBERS = {
     "hard link": ("a.png", {"type": tarfile.LNKTYPE, "linkname": "/etc/passwd"}),
     "device": ("a.png", {"type": tarfile.CHRTYPE}),
     "pipe": ("a.png", {"type": tarfile.FIFOTYPE}),
+    "file with holes": ("a.png", {"type": tarfile.GNUTYPE_SPARSE}),
 }
 
 

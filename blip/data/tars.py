@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import tarfile
 from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
 from blip.data.errors import DataError
 
 IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
-CAPTIONS = ("txt", "caption", "json")
-"""Endings that hold a caption, the first that a sample has wins."""
+TEXTS = frozenset({"txt", "caption"})
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 
 
 class Member(NamedTuple):
@@ -27,8 +29,117 @@ class Member(NamedTuple):
 _NONE = Member(0, -1)
 
 
+@dataclass(slots=True)
+class Sample:
+    """The members of one key: the name up to the ending, a second sample of the same name being KEY#2."""
+
+    key: str
+    image: Member = _NONE
+    text: Member = _NONE
+    """Of txt or caption."""
+    json: Member = _NONE
+
+    @property
+    def caption(self) -> Member:
+        """Where a caption is looked for: the text, or the JSON where there is none."""
+        return self.json if self.text is _NONE else self.text
+
+    @property
+    def whole(self) -> bool:
+        return self.image is not _NONE and self.caption is not _NONE
+
+
+@dataclass(frozen=True)
+class Headers:
+    """What the headers of a shard say."""
+
+    samples: list[Sample]
+    """In the order of their first member, wherever in the file the others are."""
+    twice: list[str]
+    """Keys that occur more than once."""
+    damage: str | None
+    """What is wrong with the file; the samples are then those before that."""
+
+
+def read_headers(file: IO[bytes], path: str | Path) -> Headers:
+    """Read all headers of an open shard; `path` names it in errors.
+
+    DataError for what may not be used at all: compressed files, links, devices, names that lead outside.
+    """
+    start, size = file.read(8), file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if start.startswith(_COMPRESSED):
+        raise DataError(f"{path} is compressed, which leaves no way to a single sample: unpack it to a plain .tar")
+    if size == 0:
+        return Headers([], [], "the file is empty (0 bytes)")
+    found, damage = _Grouped(), None
+    try:
+        for member in _members(file, size):
+            _check(member, path)
+            found.add(member)
+    except (tarfile.TarError, ValueError, OverflowError) as error:  # the last two of sizes that cannot be
+        damage = str(error) or type(error).__name__
+    return Headers(found.samples, [key for key, n in found.copies.items() if n > 1], damage)
+
+
+def _members(file: IO[bytes], size: int) -> Iterator[tarfile.TarInfo]:
+    """All members but folders. Raises tarfile.ReadError where the file is damaged."""
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        while (member := tar.next()) is not None:
+            if member.size < 0:  # would lead back to a header that has been read, for ever
+                raise tarfile.ReadError(f"member {member.name!r} has a negative size")
+            if member.isreg() and member.offset_data + member.size > size:
+                raise tarfile.ReadError("the file is cut off")
+            if not member.isdir():
+                yield member
+            tar.members = []  # or tarfile keeps every header in memory
+        file.seek(tar.offset)
+        block = file.read(tarfile.BLOCKSIZE)
+        if len(block) < tarfile.BLOCKSIZE or block.strip(b"\0"):
+            raise tarfile.ReadError("the end marker is missing")
+
+
+def _check(member: tarfile.TarInfo, path: str | Path) -> None:
+    name = PurePosixPath(member.name)
+    if name.is_absolute() or ".." in name.parts:
+        raise DataError(f"{path}: member {member.name!r} points outside the archive; such a file is not used")
+    if not member.isreg() or member.issparse():
+        raise DataError(f"{path}: member {member.name!r} is a link or device; only plain files are read")
+
+
+class _Grouped:
+    """Samples by key. The ending is what follows the last dot, as names of pictures have dots of their own."""
+
+    def __init__(self) -> None:
+        self.samples: list[Sample] = []
+        self.copies: dict[str, int] = {}
+        self._latest: dict[str, Sample] = {}
+
+    def add(self, member: tarfile.TarInfo) -> None:
+        name = PurePosixPath(member.name)
+        stem, dot, ending = name.name.rpartition(".")
+        ending = ending.lower()
+        slot = "image" if ending in IMAGES else "text" if ending in TEXTS else "json" if ending == "json" else None
+        if not dot or slot is None:
+            return
+        key = str(name.parent / stem).encode("utf-8", "backslashreplace").decode()
+        sample = self._latest.get(key)
+        if sample is None or getattr(sample, slot) is not _NONE:
+            sample = self._start(key)
+        setattr(sample, slot, Member(member.offset_data, member.size))
+
+    def _start(self, key: str) -> Sample:
+        copy = self.copies[key] = self.copies.get(key, 0) + 1
+        sample = self._latest[key] = Sample(key if copy == 1 else f"{key}#{copy}")
+        self.samples.append(sample)
+        return sample
+
+
 class Shard:
-    """The samples of one tar file: members that share a name up to the first dot, wherever in the file they are."""
+    """The samples of one tar file that training can use: a picture with a caption, or what lacks one of them.
+
+    A half sample beside a whole one (`7.seg.png` beside `7.jpg` and `7.txt`) is something else about that: left out.
+    """
 
     def __init__(self, path: Path, *, allow_truncated: bool = False):
         """Read all headers. Raises DataError for what is no tar, is compressed, cut off, or has links or odd names."""
@@ -36,7 +147,23 @@ class Shard:
         self.names: list[str] = []
         self._spans = array("q")  # image offset, size, caption offset, size
         self._json = bytearray()
-        self._read_headers(allow_truncated)
+        try:
+            with path.open("rb") as file:
+                found = read_headers(file, path)
+        except OSError as e:
+            raise DataError(f"{self.path} cannot be read: {e.strerror}") from None
+        if found.damage and (not found.samples or not allow_truncated):
+            raise DataError(
+                f"{self.path} is not a whole tar file ({found.damage}) after {len(found.samples)} samples: "
+                "copy it again, or set allow_truncated to use the readable part"
+            )
+        whole = {sample.key for sample in found.samples if sample.whole}
+        for sample in found.samples:
+            name = PurePosixPath(sample.key)
+            if sample.whole or str(name.parent / name.name.split(".")[0]) not in whole:
+                self.names.append(sample.key)
+                self._spans.extend((*sample.image, *sample.caption))
+                self._json.append(sample.text is _NONE and sample.json is not _NONE)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -55,62 +182,6 @@ class Shard:
     def is_json(self) -> np.ndarray:
         """(samples,) bool: whether the caption is in a JSON member."""
         return np.array(self._json, dtype=bool)
-
-    def _read_headers(self, allow_truncated: bool) -> None:
-        samples: dict[str, dict[str, Member]] = {}
-        error = None
-        try:
-            with tarfile.open(self.path, "r:") as tar:
-                size = self.path.stat().st_size
-                while (member := tar.next()) is not None:
-                    if member.size < 0:  # would lead back to a header that has been read, for ever
-                        raise tarfile.ReadError("a member of negative size")
-                    if member.isreg() and member.offset_data + member.size > size:
-                        raise tarfile.ReadError("unexpected end of data")
-                    self._collect(member, samples)
-                    tar.members = []  # or tarfile keeps every header in memory
-                if not _has_end(self.path, tar.offset):
-                    error = "the end marker is missing"
-        except (tarfile.TarError, ValueError, OverflowError) as e:  # the last two of sizes that cannot be
-            error = str(e) or type(e).__name__
-        except OSError as e:
-            raise DataError(f"{self.path} cannot be read: {e.strerror}") from None
-        if error and (not samples or not allow_truncated):
-            raise DataError(
-                f"{self.path} is not a whole tar file ({error}) after {len(samples)} samples: copy it again, "
-                "unpack it if it is compressed, or set allow_truncated to use the readable part"
-            )
-        for name, members in samples.items():
-            self._add(name, members)
-
-    def _collect(self, member: tarfile.TarInfo, samples: dict[str, dict[str, Member]]) -> None:
-        path = PurePosixPath(member.name)
-        if path.is_absolute() or ".." in path.parts:
-            raise DataError(f"{self.path}: member {member.name!r} points outside the archive; such a file is not used")
-        if member.isdir():
-            return
-        if not member.isreg():
-            raise DataError(f"{self.path}: member {member.name!r} is a link or device; only files are read")
-        stem, _, ending = path.name.partition(".")
-        samples.setdefault(str(path.parent / stem), {})[ending.lower()] = Member(member.offset_data, member.size)
-
-    def _add(self, name: str, members: dict[str, Member]) -> None:
-        image = next((m for ending, m in members.items() if ending in IMAGES), _NONE)
-        ending = next((e for e in CAPTIONS if e in members), "")
-        caption = members.get(ending, _NONE)
-        if image is _NONE and caption is _NONE:
-            return
-        self.names.append(name)
-        self._spans.extend((*image, *caption))
-        self._json.append(ending == "json")
-
-
-def _has_end(path: Path, offset: int) -> bool:
-    """Whether there are zeros where the header after the last member would be."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        block = file.read(tarfile.BLOCKSIZE)
-    return len(block) == tarfile.BLOCKSIZE and not block.strip(b"\0")
 
 
 def read_member(shard: Path, member: Member) -> bytes:
