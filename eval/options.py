@@ -23,8 +23,32 @@ def _positive(**values: float | None) -> None:
             raise ValueError(f"{name} must be more than 0, got {value}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Machine:
+    """What a model runs on."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; `auto` is a GPU if there is one."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of matrix products; `auto` is float32, with which results do not depend on the batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Resampled:
+    """How far scores may be from those of other data of the kind."""
+
+    resamples: int = 1000
+    """Bootstrap draws for the 95% intervals; 0 for none."""
+    seed: int = 0
+    """Of those draws."""
+
+    def __post_init__(self) -> None:
+        if self.resamples < 0:
+            raise ValueError("resamples must be 0 or more")
+
+
 @dataclass(frozen=True)
-class Captioning:
+class Captioning(_Resampled, _Machine):
     """Score captions that are there (--results), or write them with a model (--model) and score those."""
 
     results: str | None = None
@@ -48,10 +72,6 @@ class Captioning:
     """Pictures that are captioned at once."""
     threads: int = 2
     """Threads that decode pictures."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps; `auto` is a GPU if there is one."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of matrix products; `auto` is float32, with which captions do not depend on the batch."""
     out: str | None = None
     """Folder for results.json, scores.json and captions.html; required with --model."""
     tokenizer: Literal["auto", "java", "python"] = "auto"
@@ -64,10 +84,6 @@ class Captioning:
     """Folder of spice-1.0.jar with lib/; pycocoevalcap's when not given."""
     java_timeout: float = 300.0
     """Seconds after which a Java program is ended."""
-    resamples: int = 1000
-    """Bootstrap draws for the 95% intervals; 0 for none."""
-    seed: int = 0
-    """Of those draws."""
     allow_partial: bool = False
     """Score the images that have a result although others of the references have none."""
     shown: int = 60
@@ -75,8 +91,9 @@ class Captioning:
 
     def __post_init__(self) -> None:
         _positive(limit=self.limit, batch=self.batch, threads=self.threads, java_timeout=self.java_timeout)
-        if self.resamples < 0 or self.shown < 0:
-            raise ValueError("resamples and shown must be 0 or more")
+        super().__post_init__()
+        if self.shown < 0:
+            raise ValueError("shown must be 0 or more")
         if (self.results is None) == (self.model is None):
             raise ValueError("give either --results FILE, captions to score, or --model DIR, which writes them")
         if self.model and self.source is None:
@@ -88,7 +105,7 @@ class Captioning:
 
 
 @dataclass(frozen=True)
-class Retrieval:
+class Retrieval(_Machine):
     """Measure image-text retrieval: recall at 1, 5 and 10 both ways, by ITC and re-ranked by ITM."""
 
     model: str
@@ -103,10 +120,6 @@ class Retrieval:
     """Word pieces kept of a caption."""
     batch: int = 50
     """Pictures that are read at once."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps; `auto` is a GPU if there is one."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of matrix products; `auto` is float32."""
     out: str | None = None
     """Folder for scores.json and results.json, what was found for each picture and text."""
 
@@ -115,7 +128,7 @@ class Retrieval:
 
 
 @dataclass(frozen=True)
-class VideoRetrieval:
+class VideoRetrieval(_Machine):
     """Measure text-video retrieval by a model of images: recall at 1, 5 and 10, by ITC and re-ranked by ITM."""
 
     model: str
@@ -136,10 +149,6 @@ class VideoRetrieval:
     """Word pieces kept of a caption."""
     batch: int = 4
     """Clips that go through the image encoder at once."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps; `auto` is a GPU if there is one."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of matrix products; `auto` is float32."""
     out: str | None = None
     """Folder for scores.json and results.json, what was found for each clip and text."""
 
@@ -148,7 +157,7 @@ class VideoRetrieval:
 
 
 @dataclass(frozen=True)
-class VideoQuestions:
+class VideoQuestions(_Machine):
     """Measure question answering about videos by a model of images and questions: how often its answer is the one."""
 
     model: str
@@ -169,10 +178,6 @@ class VideoQuestions:
     """Frames of a clip that are looked at, evenly spaced."""
     batch: int = 4
     """Clips that go through the image encoder at once."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps; `auto` is a GPU if there is one."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of matrix products; `auto` is float32."""
     out: str | None = None
     """Folder for scores.json and results.json, the answers."""
 
@@ -181,7 +186,7 @@ class VideoQuestions:
 
 
 @dataclass(frozen=True)
-class Classification:
+class Classification(_Machine):
     """Measure zero-shot classification of pictures that are sorted into a folder for each class."""
 
     model: str
@@ -194,10 +199,6 @@ class Classification:
     """File of prompt templates, one a line, {} where the name of the class goes; seven of ours when not given."""
     batch: int = 32
     """Pictures that go through the model at once."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps; `auto` is a GPU if there is one."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of matrix products; `auto` is float32."""
     out: str | None = None
     """Folder for scores.json and results.json, what was found for each picture."""
 
@@ -206,7 +207,7 @@ class Classification:
 
 
 @dataclass(frozen=True)
-class Nlvr:
+class Nlvr(_Resampled, _Machine):
     """Measure whether sentences about several pictures are told true from false: NLVR2, NLVR's three boxes."""
 
     source: PictureSentences
@@ -219,28 +220,19 @@ class Nlvr:
     """Examples to use, from the first on; all when not given."""
     batch: int = 32
     """Examples that go through the model at once."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps; `auto` is a GPU if there is one."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of matrix products; `auto` is float32."""
     out: str | None = None
     """Folder for results.csv and scores.json; required with --model."""
-    resamples: int = 1000
-    """Bootstrap draws for the 95% interval; 0 for none."""
-    seed: int = 0
-    """Of those draws."""
     allow_partial: bool = False
     """Score the examples that have an answer although others have none."""
 
     def __post_init__(self) -> None:
         _positive(limit=self.limit, batch=self.batch)
-        if self.resamples < 0:
-            raise ValueError("resamples must be 0 or more")
+        super().__post_init__()
         _one_of(self.model, self.results, "answers", self.out)
 
 
 @dataclass(frozen=True)
-class Visdial:
+class Visdial(_Machine):
     """Measure where the right answers of visual dialogues are ranked: MRR, recall, mean rank, NDCG."""
 
     source: Dialogues
@@ -255,10 +247,6 @@ class Visdial:
     """Word pieces that are read of question, answer and history; as many as the model can when not given."""
     batch: int = 200
     """Rows of text that go through the model at once."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps; `auto` is a GPU if there is one."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of matrix products; `auto` is float32."""
     out: str | None = None
     """Folder for ranks.json and scores.json; required with --model."""
     allow_partial: bool = False
@@ -270,7 +258,7 @@ class Visdial:
 
 
 @dataclass(frozen=True)
-class Vqa:
+class Vqa(_Resampled, _Machine):
     """Measure visual question answering by the official accuracy, or answer questions that have no answers yet."""
 
     source: PictureQuestions
@@ -291,23 +279,14 @@ class Vqa:
     """Pictures that go through the model at once, with all the questions about them."""
     threads: int = 2
     """Threads that decode pictures."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps; `auto` is a GPU if there is one."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of matrix products; `auto` is float32."""
     out: str | None = None
     """Folder for results.json and scores.json; required with --model."""
-    resamples: int = 1000
-    """Bootstrap draws for the 95% interval; 0 for none."""
-    seed: int = 0
-    """Of those draws."""
     allow_partial: bool = False
     """Score the questions that have a result although others have none."""
 
     def __post_init__(self) -> None:
         _positive(limit=self.limit, batch=self.batch, threads=self.threads)
-        if self.resamples < 0:
-            raise ValueError("resamples must be 0 or more")
+        super().__post_init__()
         _one_of(self.model, self.results, "answers", self.out)
 
 
