@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -11,11 +12,10 @@ from typing import NoReturn
 from blip.commands import caption, classify, convert, demo, doctor, explain, match, search, vqa
 from blip.commands.ending import WRONG_USE, fail, one_line, unknown_option
 from blip.data.errors import DataError
+from blip.errors import Stopped
 
 COMMANDS = (caption, match, search, classify, explain, vqa, convert, demo, doctor)
 """Each has `add(subparsers)`, which sets `run(namespace) -> exit status`. Importing them imports no torch."""
-_NOT_OPTIONS = {"command", "run", "image", "images", "text", "texts", "folder", "queries", "question", "source"}
-"""What a parsed command line holds beside options."""
 _STOPPED, _PIPE_CLOSED = 130, 141
 """What a shell reports of a program that SIGINT or SIGPIPE ended."""
 
@@ -38,8 +38,10 @@ def main(args: Sequence[str] | None = None) -> int:
         command.add(commands)
     chosen, unknown = parser.parse_known_args(args)
     if unknown:
-        known = ["--" + name.replace("_", "-") for name in vars(chosen) if name not in _NOT_OPTIONS]
-        commands.choices[chosen.command].error(unknown_option(unknown[0], known))
+        asked = commands.choices[chosen.command]
+        asked.error(unknown_option(unknown[0], re.findall(r"--[a-z-]+", asked.format_usage())))
+    if sys.stdout is None:  # what is opened next would get its number, and answers would go there
+        fail("standard output is closed; let it go to /dev/null", WRONG_USE)
     try:
         return chosen.run(chosen)
     except KeyboardInterrupt:
@@ -47,7 +49,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, `head` say, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _PIPE_CLOSED
-    except (DataError, ValueError, OSError) as error:
+    except (DataError, ValueError, OSError, Stopped) as error:
         fail(one_line(error), WRONG_USE)
 
 

@@ -192,7 +192,7 @@ class Demo:
             raise ValueError(f"ask for 1 to {MOST_FOUND} pictures, not {top}")
         with self._lock, self.matcher.computing():
             embed = self.features.embed_text([_short(text)])
-            hits = search_command.find_one(index, self.features, self.matcher, _short(text), embed, rerank)[:top]
+            hits = search_command.find_one(index, self.features, self.matcher, _short(text), embed, top, rerank)
         found = []
         for hit in hits:
             try:

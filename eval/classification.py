@@ -59,7 +59,7 @@ class ClassFolder:
 def read_names(path: Path) -> dict[str, str]:
     """{folder: name of the class} from JSON. DataError for anything else."""
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        said = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
@@ -72,7 +72,7 @@ def read_names(path: Path) -> dict[str, str]:
 def read_templates(path: Path) -> list[str]:
     """Prompt templates, one a line. DataError if there is none."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     if not lines:

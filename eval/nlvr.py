@@ -26,7 +26,6 @@ from eval.parallel import spread
 
 MAX_WORDS = 40
 """Words kept of a sentence."""
-"""Ids that an error names."""
 
 
 def answers_of(model: Nlvr, tokenizer: Tokenizer, examples: Sequence[Example], *, batch: int = 32) -> dict[str, bool]:

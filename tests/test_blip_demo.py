@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from capfilt_crawl import crawl, scored
@@ -18,6 +19,7 @@ from test_cli import lines, model, photos, png  # noqa: F401
 
 import blip
 from blip import checkpoint, cli, demo, installed
+from blip.commands import loading
 from blip.commands.loading import load
 from blip.demo import Demo
 from blip.index import Index, Origin
@@ -325,6 +327,22 @@ def test_wrong_use_is_one_line(monkeypatch, capfd, model, tmp_path):  # noqa: F8
     assert "--port: expected" in refused(capfd, "--port", "-1")
     assert "is not a folder of pictures" in refused(capfd, "--model", model, "--folder", tmp_path / "gone")
     assert "no pictures in" in refused(capfd, "--model", model, "--folder", tmp_path)
+
+
+def test_every_model_gets_the_tokenizer_that_is_given(monkeypatch, capfd):
+    asked = []
+
+    def load(where, *_, tokenizer=None, **options):
+        asked.append((where, tokenizer))
+        if len(asked) == 3:
+            raise ValueError("enough")
+
+    monkeypatch.setattr(installed, "require", lambda *_: None)
+    monkeypatch.setitem(sys.modules, "blip.demo_page", SimpleNamespace(is_local=None, serve=None))  # it needs Gradio
+    monkeypatch.setattr(loading, "load", load)
+    refused(capfd, "--model", "a.pth", "--captioner", "b.pth", "--vqa", "c.pth", "--tokenizer", "vocab.txt")
+    assert asked == [("a.pth", "vocab.txt"), ("b.pth", "vocab.txt"), ("c.pth", "vocab.txt")]
+    assert "did you mean --folder?" in refused(capfd, "--foldr", "photos")
 
 
 def test_the_help_needs_neither_gradio_nor_torch():

@@ -15,7 +15,7 @@ from blip.data.world import HELD_OUT, SHAPES, scene_of
 from blip.data.world_classes import CLASSES, TEMPLATES, single, write
 from blip.zero_shot import class_embeddings, probabilities, texts_of
 from eval.__main__ import main
-from eval.classification import ClassFolder, accuracy, classify
+from eval.classification import ClassFolder, accuracy, classify, read_names
 
 
 def test_accuracy_by_hand():
@@ -87,7 +87,7 @@ def test_two_processes_classify_as_one_does(folder, model, tmp_path):  # noqa: F
 
 def test_command(folder, model, tmp_path, capsys):  # noqa: F811
     args = ["classification", "--model", model, "--source", str(folder), "--device", "cpu"]
-    (tmp_path / "t.txt").write_text("a {}\n\nthe {}\n")
+    (tmp_path / "t.txt").write_text("a {}\n\nthe {}\n", encoding="utf-8-sig")  # as some editors save it
     main([*args, "--out", str(tmp_path / "out"), "--templates", str(tmp_path / "t.txt")])
     scores = json.loads((tmp_path / "out/scores.json").read_text())
     assert (scores["pictures"], scores["classes"], scores["templates"]) == (5, 3, ["a {}", "the {}"])
@@ -100,6 +100,8 @@ def test_command(folder, model, tmp_path, capsys):  # noqa: F811
         main(args)
     assert stop.value.code == 2
     assert "moon/9.png cannot be evaluated: is an HTML page" in capsys.readouterr().err.splitlines()[-1]
+    (tmp_path / "n.json").write_text('{"moon": "crescent"}', encoding="utf-8-sig")
+    assert read_names(tmp_path / "n.json") == {"moon": "crescent"}
     for text, said in (("[]", "expected {"), ("{", "is not JSON"), ('{"moon": 3}', "expected {")):
         (tmp_path / "n.json").write_text(text)
         assert said in refused(capsys, [*args, "--names", str(tmp_path / "n.json")])

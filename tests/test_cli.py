@@ -319,6 +319,14 @@ def test_no_command(args, capfd):
     assert err.count("\n") == 1
 
 
+def test_closed_standard_output_is_one_line(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["doctor"])
+    assert stop.value.code == 2
+    assert capfd.readouterr().err == "error: standard output is closed; let it go to /dev/null\n"
+
+
 def failing(monkeypatch, after: int, error: BaseException):
     """From the call `after` on the model fails."""
     calls, write = [], generate.write

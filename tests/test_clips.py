@@ -200,6 +200,7 @@ LISTS = {
         {"video1.mp4": ["a", "b"], "video2.mp4": ["c"]},
     ),
     "jsfusion.csv": ("key,vid_key,video_id,sentence\nret0,msr7,video7,a cat\n", None, {"video7": ["a cat"]}),
+    "of a table program.csv": ("\ufeffvideo_id,sentence\nvideo7,a cat\n", None, {"video7": ["a cat"]}),
     "numbers.json": ('[{"video_id": 7, "caption": "a cat"}]', None, {7: ["a cat"]}),
 }
 

@@ -10,7 +10,7 @@ from test_cli import png
 from test_features import pictures, tokenizer  # noqa: F401
 from test_parity import close, matcher, model  # noqa: F401
 
-from blip import cli
+from blip import atomic, cli
 from blip.explain import evidence, explain, overlay
 from blip.features import Features
 
@@ -135,6 +135,17 @@ def test_command(model_folder, tmp_path, monkeypatch, capfd):  # noqa: F811
     assert cli.main(["explain", "a.png", "a red star", "--out", "e.png", "--layer", "0"]) == 0
     assert Image.open("e.png").size == (4 * 224, 244)
     capfd.readouterr()
+    (tmp_path / "a.png").rename("a\nb.png")
+    with monkeypatch.context() as patch:  # what is there stays until the new one is whole
+        patch.setattr(atomic.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(SystemExit):
+            cli.main(["explain", "a\nb.png", "a ring", "--out", "e.html"])
+    assert (tmp_path / "e.html").read_text() == page
+    capfd.readouterr()
+    assert cli.main(["explain", "a\nb.png", "a ring", "--out", "e.jpg"]) == 0
+    assert capfd.readouterr().out.startswith("a\\nb.png\t")
+    assert Image.open("e.jpg").format == "JPEG"
+    (tmp_path / "a\nb.png").rename("a.png")
     (tmp_path / "broken.png").write_bytes(b"<html>")
     wrong = {
         ("gone.png", "x", "--out", "e.png"): "gone.png: no such file",

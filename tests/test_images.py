@@ -108,6 +108,16 @@ def test_exif_orientation_is_applied():
     assert got.getpixel((8, 28))[0] < 50
 
 
+def test_an_opened_picture_is_what_its_file_is():
+    """Upright too, and refused in the same way."""
+    exif = Image.Exif()
+    exif[274] = 6
+    for data in (encoded(Image.fromarray(noise()), exif=exif), encoded(Image.fromarray(noise()))):
+        assert np.array_equal(decode(Image.open(io.BytesIO(data)), LIMIT), decode(data, LIMIT))
+    with pytest.raises(UnreadableImage, match="truncated"):
+        decode(Image.open(io.BytesIO(encoded(Image.fromarray(noise()), "BMP")[:-300])), LIMIT)
+
+
 def test_damaged_exif_does_not_matter():
     data = encoded(Image.new("RGB", (8, 8)), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff" + b"\xff" * 40)
     assert decode(data, LIMIT).size == (8, 8)

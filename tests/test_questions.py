@@ -203,6 +203,8 @@ def test_a_picture_that_cannot_be_read_is_replaced(folder):
 def test_lists_of_answers(tmp_path):
     (tmp_path / "a.txt").write_text("yes\n\n no \n")
     assert read_answers(tmp_path / "a.txt") == ["yes", "no"]
+    (tmp_path / "marked.txt").write_text("yes\nno\n", encoding="utf-8-sig")
+    assert read_answers(tmp_path / "marked.txt") == ["yes", "no"], "as some editors save it"
     (tmp_path / "a.json").write_text('["yes", 3]')
     with pytest.raises(DataError, match="is not a list of texts"):
         read_answers(tmp_path / "a.json")

@@ -10,6 +10,7 @@ from test_cli import lines, model, photos, png  # noqa: F401
 import blip
 from blip import cli
 from blip.commands import search
+from blip.index import Entry, Index, Origin
 
 TEXTS = ["a red circle", "two small stars"]
 
@@ -92,6 +93,16 @@ def test_search_ranks_as_scoring_everything_does(run, photos, features, rerank):
         assert [line["itm"] is not None for line in mine] == [i < rerank for i in range(9)]
 
 
+def test_as_many_are_named_as_are_asked_for(features, tmp_path):
+    entries = [Entry(f"{i}.png", 1, 1, "") for i in range(1100)]
+    embeddings = torch.nn.functional.normalize(torch.randn(1100, features.model.config.embed_dim), dim=1)
+    index = Index(tmp_path, tmp_path, Origin("m", "w", "float32"), entries, embeddings)
+    for top in (3, 1050, 2000):
+        hits = search.find_one(index, features, None, "a star", embeddings[:1], top, rerank=0)
+        assert len(hits) == min(top, 1100)
+        assert hits[0].path.name == "0.png"
+
+
 def test_the_index_is_built_once_and_follows_the_folder(run, photos, monkeypatch):  # noqa: F811
     monkeypatch.setattr(search.options, "MODEL_VARIABLE", "OPENBLIP_MODEL")
     status, out, err = run("search", "photos")
@@ -148,6 +159,9 @@ def test_the_sheet_shows_what_was_found_and_asks_nobody(run, photos):  # noqa: F
     assert "http" not in page
     for line in out.splitlines():
         assert line.split("\t")[1] in page
+    status, _, err = run("search", "photos", "a ring", "--sheet", "gone/found.html")
+    assert (status, err.count("\n")) == (2, 1)
+    assert err.startswith("error: could not write gone/found.html")
 
 
 def test_search_says_what_is_wrong(run, photos):  # noqa: F811

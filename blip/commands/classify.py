@@ -81,7 +81,7 @@ def _names(chosen: argparse.Namespace) -> list[str]:
     else:
         where = chosen.classes_file
         try:
-            with open(where, encoding="utf-8") as file:
+            with open(where, encoding="utf-8-sig") as file:
                 names = file.read().splitlines()
         except UnicodeDecodeError:
             raise DataError(f"{where} is not UTF-8 text; expected the names of classes, one a line") from None

@@ -65,11 +65,12 @@ def run(chosen: argparse.Namespace) -> int:
     from blip.tasks.answering import load_candidates
     from blip.tasks.vqa import Vqa
 
-    matcher = load(chosen.model, chosen.device, chosen.precision)
-    captioner = load(chosen.captioner, chosen.device, chosen.precision) if chosen.captioner else None
+    ways = {"device": chosen.device, "precision": chosen.precision, "tokenizer": chosen.tokenizer}
+    matcher = load(chosen.model, **ways)
+    captioner = load(chosen.captioner, **ways) if chosen.captioner else None
     vqa = candidates = None
     if chosen.vqa:
-        vqa = load(chosen.vqa, chosen.device, chosen.precision, Vqa)
+        vqa = load(chosen.vqa, kind=Vqa, **ways)
         candidates = load_candidates(None, chosen.vqa, "auto", vqa.tokenizer)
         if candidates:
             candidates.check(vqa.model.config.text)

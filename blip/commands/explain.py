@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 from typing import TYPE_CHECKING
 
 from blip.commands import options
@@ -52,7 +53,8 @@ def run(chosen: argparse.Namespace) -> int:
         raise DataError(f"{chosen.image}: {error.reason}") from None
 
     # After the checks that need no torch, so that their errors come at once.
-    from blip import page
+    from blip import atomic, page
+    from blip.commands.answers import Answers, shown
     from blip.commands.loading import load
     from blip.explain import explain
     from blip.features import Features
@@ -60,19 +62,23 @@ def run(chosen: argparse.Namespace) -> int:
     loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
     with loaded.computing():
         found = explain(Features(loaded.model, loaded.tokenizer), picture, chosen.text, chosen.layer)
-    shown = pictures(picture, found)
+    panels = pictures(picture, found)
     if chosen.out.endswith((".html", ".htm")):
         total = max(float(found.maps.sum()), 1e-12)
         shares = [100.0, *(100 * float(heat.sum()) / total for heat in found.maps)]
         cards = [
             page.Captioned("share of the evidence", image, name, share, [])
-            for (name, image), share in zip(shown, shares, strict=True)
+            for (name, image), share in zip(panels, shares, strict=True)
         ]
         said = f"The model gives the text {100 * found.probability:.1f}% to fit. Red speaks for it, blue does not."
-        page.write(Path(chosen.out), page.page(chosen.text, [("Where it looks", said, page.captioned(cards))]))
+        made = page.page(chosen.text, [("Where it looks", said, page.captioned(cards))]).encode("utf-8", "replace")
     else:
-        strip(shown).save(chosen.out)
-    print(f"{chosen.image}\t{found.probability:.4f}\t{chosen.out}")
+        buffer = io.BytesIO()
+        strip(panels).save(buffer, "PNG" if chosen.out.endswith(".png") else "JPEG")
+        made = buffer.getvalue()
+    atomic.replace_file(Path(chosen.out), made)
+    with Answers(None, 1) as answers:
+        answers.text(chosen.image, f"{found.probability:.4f}", shown(chosen.out))
     return 0
 
 

@@ -83,7 +83,8 @@ def run(chosen: argparse.Namespace) -> int:
     answered: list[tuple[str, list[Hit]]] = []
     with Answers(chosen.out, len(chosen.queries), "texts") as answers:
         for number, query in enumerate(chosen.queries):
-            hits = find_one(index, features, loaded, query, embeds[number : number + 1], chosen.rerank)[: chosen.top]
+            embed = embeds[number : number + 1]
+            hits = find_one(index, features, loaded, query, embed, chosen.top, chosen.rerank)
             answered.append((query, hits))
             for hit in hits:
                 values = {"score": round(hit.score, 5), "itc": round(hit.itc, 5)}
@@ -100,18 +101,20 @@ def run(chosen: argparse.Namespace) -> int:
     return SOME_FAILED if failed else 0
 
 
-def find_one(index: Index, features: Features, loaded: Loaded, query: str, embed: object, rerank: int) -> list[Hit]:
-    """Pictures by score, the re-ranked ones first; as many as are indexed, at most 1,000 or `rerank`."""
-    cosines, rows = (part[0].tolist() for part in index.nearest(embed, max(1000, rerank)))
+def find_one(
+    index: Index, features: Features, loaded: Loaded, query: str, embed: object, top: int, rerank: int
+) -> list[Hit]:
+    """The `top` pictures by score, the `rerank` nearest by ITC first; as many as are indexed."""
+    cosines, rows = (part[0].tolist() for part in index.nearest(embed, max(top, rerank)))
     paths = index.paths(rows)
     hits = [Hit(path, cosine, cosine, None) for path, cosine in zip(paths, cosines, strict=True)]
     if not rerank or not hits:
-        return hits
+        return hits[:top]
     with loaded.computing():
         matches = features.match(paths[:rerank], [query])
     closely = zip(hits, matches.score[:, 0].tolist(), matches.probability[:, 0].tolist(), strict=False)
     first = [hit._replace(score=score, itm=chance) for hit, score, chance in closely]
-    return sorted(first, key=lambda hit: -hit.score) + hits[rerank:]
+    return (sorted(first, key=lambda hit: -hit.score) + hits[rerank:])[:top]
 
 
 def up_to_date(chosen: argparse.Namespace, paths: list[str], left_out: object, features: Features) -> tuple[Index, int]:

@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from blip.data.errors import BadSample
 
@@ -41,14 +41,12 @@ def decode(image: bytes | Path | Image.Image, max_pixels: int, at_least: int | N
     fraction of its size as long as both sides keep that many pixels, which is several times faster for photographs.
     Raises UnreadableImage, whatever the decoder raised; a truncated file is refused.
     """
-    if isinstance(image, Image.Image):
-        return _rgb(image)
     data = read(image) if isinstance(image, Path) else image
-    foreign = _foreign(data)
+    foreign = None if isinstance(data, Image.Image) else _foreign(data)
     if foreign:
         raise UnreadableImage(foreign)
     try:
-        return _decode(data, max_pixels, at_least)
+        return _rgb(_upright(data)) if isinstance(data, Image.Image) else _decode(data, max_pixels, at_least)
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
@@ -130,8 +128,8 @@ def _decode(data: bytes, max_pixels: int, at_least: int | None) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
+    try:  # asked first, as exif_transpose copies what is upright
+        return ImageOps.exif_transpose(image) if image.getexif().get(ExifTags.Base.Orientation, 1) != 1 else image
     except Exception:  # a damaged EXIF block says nothing about the pixels
         return image
 

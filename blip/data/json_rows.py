@@ -24,7 +24,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     try:
         if path.suffix == ".csv":
-            with path.open(newline="", encoding="utf-8") as file:
+            with path.open(newline="", encoding="utf-8-sig") as file:
                 yield from enumerate(csv.DictReader(file))
             return
         yield from _flattened(path, _objects(path))

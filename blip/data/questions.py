@@ -330,7 +330,7 @@ def read_answers(path: Path) -> list[str]:
             raise DataError(f"{path} is not a list of texts; expected answers to choose from")
     else:
         try:
-            found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            found = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path} cannot be read as a list of answers: {error}") from None
     found = [answer for answer in found if answer.strip()]
