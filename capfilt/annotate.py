@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from capfilt.decoding import Decoded
 from capfilt.identity import sample_id
+from capfilt.readers.rows import plain
 from capfilt.run import Part
 from capfilt.schema import ANNOTATIONS
 from capfilt.scorer import Item, Matched, Scores
@@ -54,7 +55,7 @@ def annotation(row: Decoded, relpath: str, scores: Scores | None) -> dict[str, A
         "source_uri": relpath,
         "source_row": row.number,
         "key": row.key,
-        "url": url if isinstance(url, str) else None,
+        "url": plain(url) if isinstance(url, str) else None,
         "extra_json": json.dumps(row.extra, sort_keys=True),
         **row.facts,
         "web_text": row.texts,

@@ -35,7 +35,8 @@ _BEGUN = "_BEGUN"
 _MARKERS = ("_SUCCESS", _BEGUN)
 _OURS = re.compile(r"\d{5,}\.(tar|parquet)|captions\.json|uids\.npy|images/\d{5,}/\d{9,}\.\w+|_SUCCESS|_BEGUN")
 """Names of what exports write."""
-_ENDING = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
+_ENDING = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
+"""MPO is a JPEG with more pictures behind it, as telephones and cameras write."""
 _PASSED_ON = ("sample_id", "source_uri", "source_row", "key", "url", "image_sha256", "width", "height",
               "web_text", "syn_text", "itm_web", "itm_syn", "itc_web", "itc_syn", "extra_json")  # fmt: skip
 
@@ -79,6 +80,8 @@ def export(
     there, whole or in part, goes. ValueError if there is something
     else already, which training would read as well; DataError if an image is not the one that was scored.
     """
+    if shard < 1:
+        raise ValueError(f"shard must be 1 or more, got {shard}")
     account = read_account(run, selection)
     files = _Files(open_storage(to))
     about = {

@@ -57,6 +57,15 @@ def find(spec: str) -> list[tuple[str, str]]:
     return [(_kind(p), p) for p in paths]
 
 
+def _find_all(specs: Sequence[str]) -> list[tuple[str, str]]:
+    """What all inputs mean. DataError if a file is among them twice."""
+    files = [one for spec in specs for one in find(spec)]
+    (path, times), *_ = Counter(path for _, path in files).most_common(1) or [("", 0)]
+    if times > 1:
+        raise DataError(f"input {path} is given twice")
+    return files
+
+
 def _kind(path: str) -> str:
     ending = os.path.splitext(path)[1].lower()
     if path.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")):
@@ -183,12 +192,11 @@ def make(out: str, config: ScoreConfig, reading: ReadConfig, part_size: int | No
 
     ValueError lists the differences if it is not; nothing is touched then. DataError if there is nothing to read.
     """
+    if part_size is not None and part_size < 1:
+        raise ValueError(f"part_size must be 1 or more, got {part_size}")
     storage = open_storage(out)
-    resolved = resolve(config)
-    files = [one for spec in reading.inputs for one in find(spec)]
-    (path, times), *_ = Counter(path for _, path in files).most_common(1) or [("", 0)]
-    if times > 1:
-        raise DataError(f"input {path} is given twice")
+    resolved, reading = resolve(config), _anchored(reading)
+    files = _find_all(reading.inputs)
     if storage.exists("job.json"):
         return _same(Run.open(out), resolved, reading, part_size, [path for _, path in files])
     others = [name for name in storage.entries() if name != "plan"]  # where a plan was killed, there is that
@@ -198,8 +206,6 @@ def make(out: str, config: ScoreConfig, reading: ReadConfig, part_size: int | No
         raise DataError("no input: give --input with files, folders or hf:NAME")
     root = _root([path for _, path in files])
     part_size = part_size or (auto_part_size() if config.scorer == "blip" else 1024)
-    if part_size < 1:
-        raise ValueError(f"part_size must be 1 or more, got {part_size}")
     sources = _describe_all(files, root, reading, storage)
     if not sum(s.rows for s in sources):
         damage = next((f"{s.path}: {s.damage}" for s in sources if s.damage), "the files hold no samples")
@@ -217,6 +223,13 @@ def make(out: str, config: ScoreConfig, reading: ReadConfig, part_size: int | No
     write_parts(storage, 0, sources, part_size, job["fingerprint"])
     storage.write("job.json", (json.dumps(job, indent=1) + "\n").encode())
     return Run.open(out)
+
+
+def _anchored(reading: ReadConfig) -> ReadConfig:
+    """The settings with an image root that means the same from every folder that a command is given in."""
+    if reading.image_root is None:
+        return reading
+    return dataclasses.replace(reading, image_root=os.path.abspath(os.path.expanduser(reading.image_root)))
 
 
 def _describe_all(files: Sequence[tuple[str, str]], root: str, reading: ReadConfig, storage: Storage) -> list[Source]:
@@ -240,7 +253,11 @@ def write_parts(storage: Storage, number: int, sources: Sequence[Source], size: 
 
 def _same(run: Run, resolved: dict, reading: ReadConfig, part_size: int | None, paths: list[str]) -> Run:
     """The run, if these settings would have planned it."""
-    before: dict[str, Any] = {"part_size": run.job["part_size"], **run.job["config"], "reading": run.job["reading"]}
+    before: dict[str, Any] = {
+        "part_size": run.job["part_size"],
+        **run.job["config"],
+        "reading": dataclasses.asdict(_anchored(run.reading)),
+    }
     now: dict[str, Any] = {
         "part_size": part_size or run.job["part_size"],
         **resolved,
@@ -262,7 +279,7 @@ def extend(out: str, inputs: Sequence[str]) -> tuple[Run, list[Source]]:
     """Add the files that a plan does not know yet, with its own settings; what it knows keeps its ids."""
     run = Run.open(out)
     specs = list(inputs) or run.reading.inputs
-    files = [one for spec in specs for one in find(spec)]
+    files = _find_all(specs)
     known = {source.path for source in run.sources.values()}
     new = _describe_all([one for one in files if one[1] not in known], run.job["root"], run.reading, run.storage)
     if new:

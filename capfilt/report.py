@@ -58,6 +58,8 @@ class Numbers:
     )
     captions: dict[str, Counter] = field(default_factory=lambda: {k: Counter() for k in ("web", "syn")})
     forgotten: bool = False
+    texts: Counter = field(default_factory=Counter)
+    """All captions, those forgotten as well."""
     words: dict[str, Counter] = field(default_factory=lambda: {k: Counter() for k in ("web", "syn")})
     shards: dict[str, Counter] = field(default_factory=dict)
     flags: Counter = field(default_factory=Counter)
@@ -98,6 +100,7 @@ def _count(numbers: Numbers, table: pa.Table, chosen: pa.Table) -> None:
         scores = pc.drop_null(pc.list_flatten(table[f"itm_{kind}"])).to_numpy()
         numbers.histogram[kind] += np.bincount((scores * BINS + 1e-4).astype(int), minlength=BINS + 1)[: BINS + 1]
         texts = pc.drop_null(pc.list_flatten(table["web_text_norm" if kind == "web" else "syn_text"]))
+        numbers.texts[kind] += len(texts)
         _add_counts(numbers.captions[kind], pc.value_counts(texts))
         _add_counts(numbers.words[kind], pc.value_counts(pc.list_flatten(pc.utf8_split_whitespace(texts))))
         if len(numbers.captions[kind]) > _MOST_CAPTIONS:
@@ -210,7 +213,7 @@ def summary(run: Run, config: SelectConfig, numbers: Numbers) -> dict[str, Any]:
 
 
 def _text_figures(numbers: Numbers, kind: str) -> dict[str, Any]:
-    texts, words = sum(numbers.captions[kind].values()), sum(numbers.words[kind].values())
+    texts, words = numbers.texts[kind], sum(numbers.words[kind].values())
     repeated = sum(n for n in numbers.captions[kind].values() if n > 1)
     return {
         "texts": texts,

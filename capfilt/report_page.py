@@ -14,6 +14,8 @@ from html import escape
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 
 from blip.data.images import decode
@@ -29,6 +31,8 @@ from capfilt.select import Whole, select_part
 _LIMIT = 4_500_000
 """Bytes of pictures and texts on the page, so that all of it stays under 5 MB."""
 _SIDE, _LONGEST = 160, 240
+_DROPS = ("rules", "duplicates", "duplicate_bits", "contamination", "shared", "human")
+"""Settings of a selection that drop texts whatever its policy says."""
 _MORE = """
 .card img{height:160px;object-fit:contain;background:#f1f5f9}.blur img{filter:blur(9px)}.blur img:hover,
 body:has(#clear:checked) .blur img{filter:none}.text{margin:6px 0;padding:4px 8px;border-left:4px solid #94a3b8;
@@ -117,7 +121,8 @@ def _policy(settings: dict[str, Any]) -> str:
     used = {"rank-k": ("by", "k"), "fraction": ("by", "fraction")}.get(
         settings["policy"], ("by", "itm", "itm_web", "itm_syn")
     )
-    named = {name: settings[name] for name in (*used, "rules", "human") if settings[name] is not None}
+    named = {name: settings[name] for name in used if settings[name] is not None}
+    named |= {name: settings[name] for name in _DROPS if settings[name]}
     return ", ".join([settings["policy"], *(f"{name} {value}" for name, value in named.items())])
 
 
@@ -253,17 +258,17 @@ def _examples(cards: Cards, numbers: Numbers, options: ReportOptions, room: int)
 
 
 class Cards:
-    """Cards of rows; keeps the last parts and sources open."""
+    """Cards of rows; keeps the parts that it has read, as tables, which take a quarter of what rows as objects do."""
 
     def __init__(self, run: Run, config: SelectConfig, whole: Whole) -> None:
         self.run, self.config, self.whole = run, config, whole
         self.parts = {part.pid: part for part in run.plan}
-        self._rows: dict[str, tuple[list[dict], dict[int, list[dict]]]] = {}
+        self._texts: dict[str, pa.Table] = {}
+        self._notes: dict[str, pa.Table] = {}
 
     def card(self, pid: str, row: int) -> str:
-        notes, texts = self._part(pid)
-        note = notes[row]
-        said = "".join(_text(text) for text in texts.get(row, []))
+        note, texts = self._note(pid, row), self._fates(pid)
+        said = "".join(_text(text) for text in texts.filter(pc.equal(texts["row"], row)).to_pylist())
         where = f"{note['source_uri']}:{note['source_row']} {note['key']}"
         trouble = f"{note['status']}: {note['error_detail'] or ''}" if note["status"] not in USABLE else ""
         return (
@@ -271,20 +276,22 @@ class Cards:
             f'<div class="no">{escape(_cut(trouble))}</div><div class="from">{escape(_cut(where))}</div></div>'
         )
 
-    def _part(self, pid: str) -> tuple[list[dict], dict[int, list[dict]]]:
-        """The annotations of a part, and its texts with their fates by row."""
-        if pid not in self._rows:
-            part = self.parts[pid]
+    def _note(self, pid: str, row: int) -> dict[str, Any]:
+        """The annotation of a row."""
+        if pid not in self._notes:
+            self._notes[pid] = self.run.parts.read(pid)
+        return self._notes[pid].slice(row, 1).to_pylist()[0]
+
+    def _fates(self, pid: str) -> pa.Table:
+        """The texts of a part with what becomes of them."""
+        if pid not in self._texts:
             account: dict[str, Counter] = defaultdict(Counter)
-            texts: dict[int, list[dict]] = {}
-            for text in select_part(self.run, part, self.config, self.whole, account).to_pylist():
-                texts.setdefault(text["row"], []).append(text)
-            self._rows[pid] = self.run.parts.read(pid).to_pylist(), texts
-        return self._rows[pid]
+            self._texts[pid] = select_part(self.run, self.parts[pid], self.config, self.whole, account)
+        return self._texts[pid]
 
     def picture(self, pid: str, row: int) -> str:
         """The picture of a row, small, as an element; nothing where there is none."""
-        note = self._part(pid)[0][row]
+        note = self._note(pid, row)
         if note["status"] not in USABLE:
             return ""
         source = self.run.sources[self.parts[pid].source]

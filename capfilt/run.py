@@ -57,18 +57,28 @@ class Run:
             return cls(str(where), storage, job)
         except FileNotFoundError:
             raise DataError(f"{where} is not a planned run (no job.json): make one with `capfilt plan`") from None
+        except DataError:
+            raise
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{where}/job.json cannot be read ({error}): was it edited?") from None
 
     def _read(self) -> None:
         self._add(self.job["inputs"])
         for name in sorted(n for n in self.storage.listing("plan") if n.count("/") == 1 and n.endswith(".parquet")):
-            if self.plans:
-                self._add(json.loads(self.storage.read(name.removesuffix(".parquet") + ".json")))
-            table = part_files.decode(self.storage.read(name))
+            try:
+                if self.plans:
+                    self._add(json.loads(self.storage.read(name.removesuffix(".parquet") + ".json")))
+                table = part_files.decode(self.storage.read(name))
+            except (ValueError, OSError) as error:
+                raise DataError(f"{self.where}/{name} cannot be read ({error}): was it edited?") from None
             columns = (table[c].to_pylist() for c in ("pid", "source", "lo", "hi"))
             self.plan += [Part(*values) for values in zip(*columns, strict=True)]
             self.plans += 1
+        listed = sum(source.rows for source in self.sources.values())
+        if self.rows != listed:
+            raise DataError(
+                f"{self.where}/plan has {self.rows:,} of {listed:,} rows: a file of it is gone; plan another run"
+            )
 
     def _add(self, sources: list[dict[str, Any]]) -> None:
         for values in sources:

@@ -52,6 +52,14 @@ class ScoreOptions:
     rank: int = 0
     world: int = 1
 
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("decode_workers", 0), ("limit", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be {least} or more, got {value}")
+        if not self.decode_timeout > 0:
+            raise ValueError(f"decode_timeout must be more than 0 seconds, got {self.decode_timeout}")
+
 
 Tasks = deque[tuple["Pool | Inline", Future]]
 """The decoding tasks of a part, with the pool that each was given to."""

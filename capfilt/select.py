@@ -52,7 +52,7 @@ def select(run: Run, name: str, config: SelectConfig, *, replace: bool = False) 
         same = (before["settings"], before.get("contamination_digest")) == (settings, listed)
         if not same and not replace:
             raise ValueError(f"selection {name} is there with other settings; take another --name, or --replace")
-        if same and before["parts_digest"] == digest:
+        if same and before["parts_digest"] == digest and is_whole(run, before):
             return before
         run.storage.remove(success(name))
     whole = look(run, done, config)
@@ -90,6 +90,12 @@ def read_account(run: Run, name: str) -> dict[str, Any]:
     except FileNotFoundError:
         there = ", ".join(selections(run)) or "none"
         raise ValueError(f"{run.where} has no selection {name!r} (there are: {there})") from None
+
+
+def is_whole(run: Run, account: dict[str, Any]) -> bool:
+    """Whether the table of a selection is there, as it was written."""
+    name = table_name(account["name"])
+    return run.storage.exists(name) and run.storage.sha256(name) == account["files"]["texts.parquet"]
 
 
 def selections(run: Run) -> list[str]:

@@ -14,7 +14,7 @@ from capfilt.identity import sample_id
 from capfilt.parts import DamagedPart, name_of
 from capfilt.run import Part, Run
 from capfilt.schema import STATUSES
-from capfilt.select import selections, table_name
+from capfilt.select import is_whole, selections, table_name
 from capfilt.settings import DONE, FAILED_PARTS, MISMATCH
 from capfilt.storage import Storage, open_storage
 
@@ -106,7 +106,7 @@ def _check_part(run: Run, part: Part, found: Findings) -> None:
 
 def _check_selection(run: Run, name: str, found: Findings) -> None:
     said: dict[str, Any] = json.loads(run.storage.read(f"selections/{name}/_SUCCESS"))
-    if run.storage.sha256(table_name(name)) != said["files"]["texts.parquet"]:
+    if not is_whole(run, said):
         found.wrong.append(f"{table_name(name)} is not as it was written; select again")
     rows, texts = sum(said["rows_in"].values()), sum(said["texts_in"].values())
     kept, dropped = sum(said["kept"].values()), sum(said["dropped"].values())

@@ -85,6 +85,9 @@ def test_extending_keeps_what_is_there(tmp_path):
     assert annotations(extended).slice(0, 80).equals(table)
     assert len(annotations(extended)) == 82
     assert plan.extend(str(tmp_path / "run"), [str(folder / "later")])[1] == []
+    write_tar(folder / "00002.tar", sample("z", 502))
+    with pytest.raises(DataError, match=r"00002\.tar is given twice"):
+        plan.extend(str(tmp_path / "run"), [str(folder), str(folder / "00002.tar")])
 
 
 @pytest.mark.parametrize("how", ["longer", "other bytes", "gone"])
@@ -150,6 +153,40 @@ def test_wrong_options_are_said_in_a_line(args, capsys):
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "least"),
+    [("--batch-size=-1", 1), ("--batch-size=0", 1), ("--decode-workers=-1", 0), ("--limit=0", 1), ("--limit=-5", 1)],
+)
+def test_numbers_that_cannot_be_are_refused_before_the_work(tmp_path, capsys, option, least):
+    run = planned(crawl(tmp_path / "in", shards=1, rows=2), tmp_path / "run")
+    assert main(["score", run.where, option]) == 2
+    name = option[2:].partition("=")[0].replace("-", "_")
+    assert f"{name} must be {least} or more" in capsys.readouterr().err
+    assert main(["score", run.where, "--decode-timeout", "0"]) == 2
+    assert "decode_timeout must be more than 0" in capsys.readouterr().err
+    assert not run.parts.present()
+
+
+def test_a_part_size_of_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="part_size must be 1 or more, got 0"):
+        planned(crawl(tmp_path / "in", shards=1, rows=2), tmp_path / "run", part_size=0)
+
+
+def test_a_plan_that_lost_a_file_is_not_a_small_one(tmp_path, capsys):
+    run = planned(crawl(tmp_path / "in", shards=1, rows=4), tmp_path / "run")
+    rows = tmp_path / "run" / "plan" / "00000.parquet"
+    good = rows.read_bytes()
+    rows.write_bytes(good[:-9])
+    assert main(["score", run.where]) == 2
+    assert "plan/00000.parquet cannot be read" in capsys.readouterr().err
+    rows.unlink()
+    for verb in ("score", "verify", "status"):
+        assert main([verb, run.where]) == 2
+        assert "plan has 0 of 4 rows" in capsys.readouterr().err
+    rows.write_bytes(good)
+    assert Run.open(run.where).rows == 4
 
 
 def test_planning_and_helping_need_no_torch(tmp_path):

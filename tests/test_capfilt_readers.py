@@ -17,6 +17,7 @@ from capfilt.export import export
 from capfilt.policies import SelectConfig
 from capfilt.readers import open_reader
 from capfilt.report import report
+from capfilt.run import Run
 from capfilt.select import select
 
 
@@ -183,6 +184,30 @@ def test_a_wrong_column_is_said_with_those_there_are(folder, tmp_path):
     assert rows_of(without)[0].texts == []
 
 
+@pytest.mark.parametrize("name", ["a.csv", "A.CSV"])
+def test_csv_as_spreadsheets_write_it(folder, tmp_path, name):
+    rows = [f"images/{i}.jpg,picture {i}" for i in range(5)]
+    (folder / name).write_text("\n".join(["image,caption", *rows]), encoding="utf-8-sig")
+    check(planned(folder / name, tmp_path / "run"))
+
+
+def test_a_csv_row_longer_than_its_head_says_which_columns_there_are(folder, tmp_path):
+    (folder / "a.csv").write_text("photo,caption\nimages/0.jpg,picture 0,more\n")
+    with pytest.raises(DataError, match=r"has no column 'image' \(it has: None, caption, photo\)"):
+        planned(folder / "a.csv", tmp_path / "run")
+
+
+def test_the_image_root_is_the_same_from_every_folder(folder, tmp_path, monkeypatch):
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "a.json").write_text(json.dumps(listing()))
+    monkeypatch.chdir(tmp_path)
+    run = planned("lists/a.json", tmp_path / "run", reading={"image_root": "set"})
+    monkeypatch.chdir("/")
+    check(Run.open(run.where))
+    monkeypatch.chdir(tmp_path)
+    assert planned("lists/a.json", tmp_path / "run", reading={"image_root": "set"}).rows == 5
+
+
 @pytest.mark.parametrize(
     ("name", "code"),
     [
@@ -250,6 +275,9 @@ def test_img2dataset_files(tmp_path):
     rows = check(run)
     assert rows[3].extra["url"] == "http://x/3"
     assert "1 rows were never downloaded" in run.sources["00000.parquet"].notes[0]
+    alt = {"caption_column": "url"}
+    assert rows_of(planned(tmp_path / "set", tmp_path / "alt", reading=alt))[3].texts == ["http://x/3"]
+    assert rows_of(planned(tmp_path / "set", tmp_path / "none", reading={"caption_column": "none"}))[3].texts == []
     (folder / "000000002.jpg").unlink()
     assert "1 images" in planned(tmp_path / "set", tmp_path / "other").damaged()[0].damage
 

@@ -1,7 +1,9 @@
 """The report: figures that add up, nothing that runs or fetches, a page that works in a browser."""
 
+import gc
 import json
 import re
+import tracemalloc
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,9 +12,11 @@ import pytest
 from capfilt_crawl import annotations, crawl, jpeg, planned, sample, scored, write_tar
 
 from capfilt.__main__ import main
+from capfilt.copies import Copies
 from capfilt.policies import SelectConfig
 from capfilt.report import ReportOptions, report
-from capfilt.select import select
+from capfilt.report_page import Cards
+from capfilt.select import Whole, select
 
 HOSTILE = [
     "<script>document.title='pwned'</script>",
@@ -100,6 +104,35 @@ def test_a_selection_is_shown_with_its_reasons(run):
     assert "status decode_error" in text
     assert "html_page" in text
     assert "<h3>borderline" in text
+
+
+def test_all_that_drops_is_in_the_line_about_the_selection(run):
+    select(run, "all", SelectConfig("rank-k", k=2, itm=0, duplicates="phash64", duplicate_bits=2, shared=3))
+    text = Path(report(run, ReportOptions(select="all", per_group=1))).read_text()
+    assert "rank-k, k 2, duplicates phash64, duplicate_bits 2, shared 3." in text
+
+
+def test_a_card_makes_objects_of_its_own_row_only(tmp_path):
+    """A page has cards of hundreds of parts, each of a thousand rows."""
+    run = scored(crawl(tmp_path / "in", shards=1, rows=400), tmp_path / "run", part_size=400)
+    cards = Cards(run, SelectConfig(), Whole(Copies()))
+    tracemalloc.start()
+    try:
+        assert "<img" in cards.card(run.plan[0].pid, 7)
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] < 400_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_forgotten_captions_are_counted_all_the_same(run, page, monkeypatch, tmp_path):
+    whole = json.loads((page.parent / "report.json").read_text())["texts"]
+    monkeypatch.setattr("capfilt.report._MOST_CAPTIONS", 5)
+    found = json.loads(Path(report(run, ReportOptions(to=str(tmp_path)))).with_name("report.json").read_text())["texts"]
+    for kind in ("web", "syn"):
+        assert found[kind]["counts_are_partial"]
+        assert found[kind]["texts"] == whole[kind]["texts"]
+        assert found[kind]["words_each"] == whole[kind]["words_each"]
 
 
 def test_the_same_run_gives_the_same_page(run, tmp_path):

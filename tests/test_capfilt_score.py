@@ -174,6 +174,13 @@ def test_every_text_is_kept_as_it_was_and_scored_as_training_sees_it(tmp_path):
     assert [row["web_tokens"][0] for row in rows][1] == 32
 
 
+def test_half_a_character_in_an_address_costs_nothing(tmp_path):
+    """JSON can hold what no table can."""
+    members = [m for i in range(3) for m in sample(str(i), i, extra={"url": "http://x/\ud800y" if i == 1 else "u"})]
+    run = scored(write_tar(tmp_path / "a.tar", members), tmp_path / "run")
+    assert annotations(run)["url"].to_pylist() == ["u", "http://x/y", "u"]
+
+
 def test_rows_without_a_text_are_captioned_all_the_same(tmp_path):
     """Fault 10: null, and null among others."""
     captions = [None, [None, "a text"], [], ["a", None]]

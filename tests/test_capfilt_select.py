@@ -1,5 +1,6 @@
 """Selecting, verifying and exporting; the last as training reads it."""
 
+import io
 import json
 import tarfile
 
@@ -8,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from capfilt_crawl import Starter, annotations, crawl, jpeg, planned, sample, scored, write_tar
+from PIL import Image
 
 from blip.config import SourceConfig
 from blip.data.errors import DataError
@@ -188,6 +190,12 @@ def test_verify_says_what_does_not_add_up(tmp_path):
     assert "counts 41 rows, the annotations 40" in wrong(account, json.dumps(said).encode()).wrong[0]
     index = next((tmp_path / "run" / "plan" / "index").iterdir())
     assert wrong(index, good[index][:-50] + b"x" + good[index][-49:]).status() == 4
+    for damage in (lambda: chosen.write_bytes(b"x"), chosen.unlink):
+        damage()
+        assert "select again" in verify(run.where).wrong[0]
+        select(run, "half", SelectConfig())  # does what verify asks for
+        assert chosen.read_bytes() == good[chosen]
+        assert verify(run.where).status() == 0
     part.unlink()
     assert verify(run.where).status() == 3
     assert main(["verify", run.where]) == 3
@@ -272,6 +280,27 @@ def test_an_older_export_goes_when_that_is_asked_for(run, half, tmp_path, form):
     with pytest.raises(ValueError, match=r"notes\.txt, which no export wrote"):
         export(run, "half", form, str(out), shard=31, replace=True)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("form", ["wds", "parquet", "json"])
+def test_pictures_of_telephones_are_exported(tmp_path, form):
+    """A JPEG with more pictures behind it, which Pillow calls MPO."""
+    buffer = io.BytesIO()
+    first, second = (Image.open(io.BytesIO(jpeg(i, (64, 48)))) for i in (1, 2))
+    first.save(buffer, "MPO", save_all=True, append_images=[second])
+    tar = write_tar(tmp_path / "in" / "a.tar", [("0.jpg", buffer.getvalue()), ("0.txt", b"two pictures in one")])
+    run = scored(tar, tmp_path / "run")
+    assert annotations(run)["format"].to_pylist() == ["MPO"]
+    select(run, "all", SelectConfig(itm=0))
+    export(run, "all", form, str(tmp_path / "out"))
+    source = {"wds": tmp_path / "out", "parquet": tmp_path / "out", "json": tmp_path / "out" / "captions.json"}[form]
+    assert planned(source, tmp_path / "again").rows == 2
+
+
+@pytest.mark.parametrize("shard", [0, -1])
+def test_files_of_no_samples_are_refused(run, half, tmp_path, shard):
+    with pytest.raises(ValueError, match="shard must be 1 or more"):
+        export(run, "half", "wds", str(tmp_path / "out"), shard=shard)
 
 
 def test_killed_while_exporting(run, half, tmp_path):

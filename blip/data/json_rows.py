@@ -23,7 +23,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises DataError that names file, row and what was expected.
     """
     try:
-        if path.suffix == ".csv":
+        if path.suffix.lower() == ".csv":
             with path.open(newline="", encoding="utf-8-sig") as file:
                 yield from enumerate(csv.DictReader(file))
             return

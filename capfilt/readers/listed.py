@@ -65,7 +65,9 @@ def index_files(path: str, config: ReadConfig) -> tuple[pa.Table, str | None, li
     if rows and not {"key", "status"} <= rows[0].keys():
         raise DataError(f"{path} has no columns key and status, so it is not img2dataset's")
     done = [row for row in rows if row["status"] == "success"]
-    caption = "caption" if rows and "caption" in rows[0] else config.caption_column
+    caption = config.caption_column if rows and config.caption_column in rows[0] else "caption"
+    if config.caption_column == "none":
+        caption = None
     table = pa.Table.from_pylist(
         [_entry(str(r["key"]), present.get(str(r["key"])), r, "image", caption) for r in done], INDEX
     )

@@ -221,5 +221,5 @@ def choose_column(columns: list[str], wanted: str, alternatives: tuple[str, ...]
     for name in (wanted, *alternatives):
         if name in columns:
             return name
-    have = ", ".join(sorted(columns))[:200] or "nothing"
+    have = ", ".join(sorted(map(str, columns)))[:200] or "nothing"
     raise DataError(f"{where} has no column {wanted!r} (it has: {have}); set {option}")
