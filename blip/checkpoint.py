@@ -32,7 +32,7 @@ from blip.tokenizer import Tokenizer
 from blip.vision import fit_positions
 
 FORMAT, VERSION = "openblip", 1
-_CONFIG, _WEIGHTS, _POSITIONS = "config.json", "model.safetensors", "vision.vit.pos_embed"
+_CONFIG, WEIGHTS, _POSITIONS = "config.json", "model.safetensors", "vision.vit.pos_embed"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 Model = TypeVar("Model")
 """One of the classes of `blip.tasks.TASKS`."""
@@ -65,7 +65,7 @@ def save_pretrained(
         name: (lambda path, content=content: atomic.write_bytes(path, content), len(content))
         for name, content in texts.items()
     }
-    writers[_WEIGHTS] = (lambda path: atomic.write_tensors(path, state), atomic.tensor_bytes(state))
+    writers[WEIGHTS] = (lambda path: atomic.write_tensors(path, state), atomic.tensor_bytes(state))
     fresh = target.with_name(f".new-{target.name}")
     shutil.rmtree(fresh, ignore_errors=True)
     atomic.write_directory(fresh, writers)
@@ -156,7 +156,7 @@ def opened(where: str | Path) -> Own | Foreign:
     if said.get("format") != FORMAT and "model_type" in said:
         return foreign.open_directory(config_path, _first(part, *_FOREIGN_WEIGHTS), tokenizer_at())
     task, config = _read_config(config_path, said)
-    return Own(config_path, part(_WEIGHTS), tokenizer_at(), task, config)
+    return Own(config_path, part(WEIGHTS), tokenizer_at(), task, config)
 
 
 def built(
@@ -233,7 +233,7 @@ def _remedy(found: str, wanted: str) -> str:
     return f"{use}; {kind} is expected here"
 
 
-_FOREIGN_WEIGHTS = (_WEIGHTS, "pytorch_model.bin")
+_FOREIGN_WEIGHTS = (WEIGHTS, "pytorch_model.bin")
 
 
 def _find(where: str | Path) -> tuple[Path, Callable[[str], Path], Callable[[], Path]]:
@@ -245,7 +245,7 @@ def _find(where: str | Path) -> tuple[Path, Callable[[str], Path], Callable[[], 
         raise FileNotFoundError(f"{where} is an address: download the file first and give its path")
     if folder.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise FileNotFoundError(
-            f"{where} is not a model directory (one with {_CONFIG} and {_WEIGHTS}), a .pth file or a name on the hub"
+            f"{where} is not a model directory (one with {_CONFIG} and {WEIGHTS}), a .pth file or a name on the hub"
         )
 
     def fetch(part: str) -> Path:

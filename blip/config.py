@@ -439,9 +439,13 @@ class DataConfig:
         _require(self.max_tokens >= 3, f"max_tokens must be 3 or more, got {self.max_tokens}")
         _require(self.max_words >= 1, f"max_words must be 1 or more, got {self.max_words}")
         _require(0 < self.crop_scale_min <= 1, f"crop_scale_min must be in (0, 1], got {self.crop_scale_min}")
+        _require(0 <= self.flip <= 1, f"flip must be in [0, 1], got {self.flip}")
+        _require(self.augment_ops >= 0, f"augment_ops must be 0 or more, got {self.augment_ops}")
         _require(0 <= self.augment_magnitude <= 10, f"augment_magnitude must be 0 to 10, got {self.augment_magnitude}")
         _require(0 <= self.max_bad_fraction <= 1, f"max_bad_fraction must be in [0, 1], got {self.max_bad_fraction}")
         _require(self.workers >= 0, f"workers must be 0 or more, got {self.workers}")
+        _require(self.worker_timeout > 0, f"worker_timeout must be positive, got {self.worker_timeout}")
+        _require(self.shuffle_buffer >= 1, f"shuffle_buffer must be 1 or more, got {self.shuffle_buffer}")
 
 
 @dataclass(frozen=True)
@@ -513,6 +517,8 @@ class TrainConfig:
         _require(self.save_every >= 1, f"save_every must be 1 or more, got {self.save_every}")
         _require(self.keep_checkpoints >= 1, f"keep_checkpoints must be 1 or more, got {self.keep_checkpoints}")
         _require(self.log_every >= 1, f"log_every must be 1 or more, got {self.log_every}")
+        _require(self.eval_every >= 0, f"eval_every must be 0 or more, got {self.eval_every}")
+        _require(self.warmup_steps >= 0, f"warmup_steps must be 0 or more, got {self.warmup_steps}")
         check_rates(self, "lr", "min_lr", "warmup_lr", "weight_decay", "eps")
         _require(self.clip is None or self.clip > 0, f"clip must be positive or null, got {self.clip}")
 

@@ -104,7 +104,9 @@ def _negative_weights(cosines: Tensor, temperature: Tensor, floor: float) -> Ten
         raise ValueError(
             "matching draws negatives from the batch: it needs at least 2 pairs, set train.batch_size to 2 or more"
         )
-    return F.softmax(cosines.float() / temperature, dim=1) + floor
+    weights = F.softmax(cosines.float() / temperature, dim=1) + floor
+    # There is no drawing by NaN. The losses of such a batch are NaN themselves, which is for the loop to notice.
+    return weights.nan_to_num(nan=1.0)
 
 
 def matching(logits: Tensor, positives: int, counted: Tensor | None = None) -> Tensor:

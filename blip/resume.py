@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 FREE_TO_CHANGE = frozenset(
     {"log_every", "save_every", "keep_checkpoints", "eval_every", "trackers", "skip_nonfinite", "allow_change"}
-    | {"workers", "worker_timeout", "timeout", "out"}
+    | {"workers", "worker_timeout", "max_bad_fraction", "timeout", "out"}
 )
 """Settings that do not touch what is computed; all others must stay the same when a run continues."""
 

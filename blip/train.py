@@ -111,6 +111,8 @@ def fit(
     dist.start(config.timeout)
     keep_freed_memory()
     out = Path(out)
+    if out.is_file():
+        raise ValueError(f"{out} is a file; give the name of a directory for the run")
     settings = {"train": vars(config)} if settings is None else settings
     with _only_writer(out), Stopper() as stopper, _explained(config):
         run = _Run(objective, data, config, out, evaluate, settings, fingerprint, ledger, stopper)
@@ -477,7 +479,7 @@ def _explained(config: TrainConfig) -> Iterator[None]:
             raise OutOfMemory(
                 f"process {dist.rank()} ran out of memory with {config.batch_size} pairs per forward pass. The batch "
                 "size was left alone because the contrastive loss depends on it: lower train.batch_size (and raise "
-                "train.accumulate), set model.vision.checkpoint, or use train.precision bfloat16"
+                "train.accumulate), set model.checkpoint, or use train.precision bfloat16"
             ) from error
         if dist.lost_peer(error):
             raise LostPeer(

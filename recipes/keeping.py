@@ -21,6 +21,7 @@ from blip.tokenizer import Tokenizer
 from blip.train import Result, fit
 
 Scores = dict[str, float]
+RESULTS = "results.json"
 
 
 class Exam(Protocol):
@@ -84,6 +85,8 @@ class Kept:
         """Publish a model as the run's, from the main process; all raise if it could not be written."""
 
         def publish() -> None:
+            if not self._is_published(model):  # then nothing that was said of the model there holds any longer
+                (self.out / RESULTS).unlink(missing_ok=True)
             if answers is not None:
                 self._record("validation", answers)
             checkpoint.save_pretrained(model, self.tokenizer, self.folder, card=self.card(scores or {}))
@@ -91,6 +94,13 @@ class Kept:
                 _replace(self.folder / file, content)
 
         _in_main(publish)
+
+    def _is_published(self, model: Blip) -> bool:
+        try:
+            there = atomic.read_tensors(self.folder / checkpoint.WEIGHTS)
+        except (OSError, ValueError):  # not there yet, or not whole
+            return False
+        return all(name in there and torch.equal(v.cpu(), there[name]) for name, v in model.state_dict().items())
 
     def conclude(self, result: Result, test: Exam | None, device: torch.device) -> Result:
         """Put the test set to the model that was kept, write results.json, and give the result those scores."""
@@ -101,19 +111,20 @@ class Kept:
             found |= {"kept": best["step"], "epoch": best["epoch"], "validation": scores}
         if test:
             found["test"] = self._tested(found) or self._test(test, device)
-        _in_main(lambda: _replace(self.out / "results.json", json.dumps(found, indent=1) + "\n"))
+        _in_main(lambda: _replace(self.out / RESULTS, json.dumps(found, indent=1) + "\n"))
         if dist.is_main():
-            print(f"the model of step {found['kept']} is in {self.folder}, its scores in {self.out / 'results.json'}")
+            print(f"the model of step {found['kept']} is in {self.folder}, its scores in {self.out / RESULTS}")
         tested = {f"test_{name}": value for name, value in found.get("test", {}).items()}
         return dataclasses.replace(result, metrics=found.get("validation", {}) | tested)
 
     def _tested(self, found: dict[str, Any]) -> Scores | None:
         """The test's scores where a finished run has them already."""
         try:
-            before = json.loads((self.out / "results.json").read_bytes())
+            before = json.loads((self.out / RESULTS).read_bytes())
         except (OSError, ValueError):  # not there yet, or not whole
             before = {}
-        same = all(before.get(name) == found[name] for name in found)
+        # Where settings may change, the test set may be another, or be answered in another way.
+        same = not self.run.train.allow_change and all(before.get(name) == found[name] for name in found)
         return dist.from_main(before.get("test") if same else None)
 
     def _test(self, test: Exam, device: torch.device) -> Scores:

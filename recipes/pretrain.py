@@ -16,6 +16,7 @@ from torch import nn
 
 from blip import checkpoint, dist
 from blip.config import DataConfig, PretrainConfig, SourceConfig, TrainConfig
+from blip.data.errors import DataError
 from blip.data.ledger import Ledger
 from blip.objectives import Pretrain
 from blip.train import Result, fit
@@ -56,6 +57,21 @@ class Run:
     """Draw the embedded world first."""
 
 
+def gallery(name: str, held: Held, image_size: int) -> Gallery:
+    """A held-out set, opened, so that what does not fit is said before the training.
+
+    Raises DataError for rows that cannot be used or when there is no caption, ValueError for a `k` or `limit` below 1.
+    """
+    for option, value in (("k", held.k), ("limit", held.limit)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}.{option} must be 1 or more, got {value}")
+    found = Gallery.open(held.source, image_size, limit=held.limit)
+    if not found.texts:
+        raise DataError(f"{name}.source {held.source.path}: no captions")
+    next(iter(found.images))
+    return found
+
+
 def pretrain(run: Run) -> tuple[Result, Path]:
     """Carry out a run; returns how it ended and the model's folder."""
     out = Path(run.out)
@@ -67,11 +83,11 @@ def pretrain(run: Run) -> tuple[Result, Path]:
     objective = Pretrain(model, run.objective)
     evaluate = None
     if run.held_out:
-        gallery = Gallery.open(run.held_out.source, model.vision.image_size, limit=run.held_out.limit)
+        held = gallery("held_out", run.held_out, model.vision.image_size)
         k, length = run.held_out.k, run.data.max_tokens
 
         def evaluate(objective: nn.Module) -> dict[str, float]:
-            return retrieval(objective.model, tokenizer, *gallery, k=k, max_tokens=length)
+            return retrieval(objective.model, tokenizer, *held, k=k, max_tokens=length)
 
     result = fit(
         objective,

@@ -15,15 +15,14 @@ import torch
 
 from blip import dist
 from blip.config import DataConfig, RetrievalConfig, TrainConfig
-from blip.data.errors import DataError
 from blip.model import Blip
 from blip.objectives import Retrieval
 from blip.tokenizer import Tokenizer
 from blip.train import Result
-from eval.retrieval import Gallery, Ranking, rank
+from eval.retrieval import Ranking, rank
 from recipes import command, keeping
 from recipes.building import ModelChoice, WorldChoice, build_feed, build_model, draw_world
-from recipes.pretrain import Held
+from recipes.pretrain import Held, gallery
 
 
 @dataclass(frozen=True)
@@ -71,16 +70,8 @@ class Exam:
     """A held-out set: how a model ranks its texts and pictures, and how often the right ones come first."""
 
     def __init__(self, name: str, held: Held, run: Run, model: Blip, tokenizer: Tokenizer) -> None:
-        """Opens it, so that what does not fit is said before the training.
-
-        Raises DataError for rows that cannot be used or when there is no caption, ValueError for a `k` below 1.
-        """
-        if held.k < 1:
-            raise ValueError(f"{name}.k must be 1 or more, got {held.k}")
-        self.gallery = Gallery.open(held.source, model.vision.image_size, limit=held.limit)
-        if not self.gallery.texts:
-            raise DataError(f"{name}.source {held.source.path}: no captions")
-        next(iter(self.gallery.images))
+        """Opens it; raises as `gallery` does."""
+        self.gallery = gallery(name, held, model.vision.image_size)
         self.tokenizer, self.k, self.max_tokens = tokenizer, held.k, run.data.max_tokens
 
     def answers(self, model: Blip) -> Ranking:

@@ -478,7 +478,7 @@ def test_a_finished_run_says_its_result_again_and_does_nothing(world, small, fin
     assert (tmp_path / "out/results.json").read_bytes() == (finished / "results.json").read_bytes()
 
 
-def test_without_validation_the_last_model_is_kept(world, small, tmp_path):
+def test_without_validation_the_last_model_is_kept(world, small, tmp_path, monkeypatch):
     args = options(world, small, tmp_path / "out", "--train.steps=2")
     args = [arg for arg in args if not arg.startswith("--validation")]
     result, folder = recipe.caption(command.read(recipe.Run, args))
@@ -489,6 +489,17 @@ def test_without_validation_the_last_model_is_kept(world, small, tmp_path):
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert set(results) == {"steps", "kept", "test"}
     assert result.metrics == {f"test_{name}": value for name, value in results["test"].items()}
+
+    asked = []
+    monkeypatch.setattr(recipe.Kept, "_test", lambda *_: asked.append("again") or {"cider": 9.0})
+    recipe.caption(command.read(recipe.Run, args))
+    assert not asked
+    # Another test set, and then another model in the same place: what was said of the old ones does not hold.
+    changed = ["--test.limit", "2", "--train.allow_change", "true"]
+    assert recipe.caption(command.read(recipe.Run, [*args, *changed]))[0].metrics == {"test_cider": 9.0}
+    shutil.rmtree(tmp_path / "out/checkpoints")
+    recipe.caption(command.read(recipe.Run, [*args, "--train.lr", "0.01"]))
+    assert asked == ["again"] * 2
 
 
 # The choice of the best -----------------------------------------------------------------------------------------------

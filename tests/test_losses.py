@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from blip.losses import Embeddings, captioning, contrastive, hard_negatives, matching
+from blip.losses import Embeddings, captioning, contrastive, hard_negatives, matching, negatives_of_other_images
 
 
 def unit(*shape, seed):
@@ -62,6 +62,18 @@ def test_hard_negatives_survive_underflow_and_refuse_a_single_pair():
     assert hard_negatives(cosines, torch.tensor(0.001), 1e-4, torch.arange(2)).tolist() == [1, 0]
     with pytest.raises(ValueError, match="at least 2 pairs"):
         hard_negatives(torch.ones(1, 1), torch.tensor(0.1), 1e-4, torch.zeros(1).long())
+
+
+def test_negatives_are_drawn_where_features_are_not_finite():
+    # The losses are NaN then, and the loop names the pairs; a draw that raises would end the run without saying them.
+    cosines, temperature, own = torch.full((3, 3), float("nan")), torch.tensor(0.1), torch.arange(3)
+    cosines[0] = 0.5
+    drawn = hard_negatives(cosines, temperature, 1e-4, own)
+    assert all(drawn != own)
+    assert set(drawn.tolist()) <= {0, 1, 2}
+    drawn, found = negatives_of_other_images(cosines, temperature, 1e-4, torch.eye(3, dtype=torch.bool))
+    assert all(drawn != own)
+    assert all(found)
 
 
 def test_matching_loss_of_a_constant_predictor_is_the_entropy_of_a_third():

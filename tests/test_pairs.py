@@ -5,12 +5,14 @@ import signal
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from blip import atomic
 from blip.config import DataConfig, SourceConfig
 from blip.data.batch import Bad
 from blip.data.errors import BadSample, DataError, TooManyBad
@@ -403,6 +405,14 @@ def test_the_ledger_counts_exactly(tokenizer, tmp_path, k):
     assert {e["key"] for e in entries} == {f"made:{i}" for i in bad}
     assert len(entries) == k
     assert all(e["reason"] == "made so" for e in entries)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+def test_a_ledger_on_a_full_disk_is_named(tmp_path):
+    ledger = Ledger(tmp_path / "bad.jsonl")
+    ledger.path.symlink_to("/dev/full")
+    with pytest.raises(atomic.WriteError, match=r"could not write .*bad\.jsonl: needs about \d+ bytes, .* are free"):
+        ledger.add([Bad("made:1", "made so")], 1)
 
 
 @pytest.mark.parametrize(("k", "stops"), [(37, False), (200, True)])

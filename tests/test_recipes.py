@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from stub_run import HERE, Zygote, curve
 
 import blip
@@ -304,6 +305,41 @@ def test_odd_captions_are_listed_or_cut(zygote, tmp_path, world):
 def test_a_held_out_file_that_is_not_there(zygote, tmp_path, world):
     held = ["--held_out", json.dumps({"source": {"path": str(tmp_path / "gone.json")}})]
     assert "gone.json" in refused(zygote, tmp_path, options(world / "train.json", tmp_path / "out", *held))
+
+
+@pytest.mark.parametrize(
+    ("held", "named"),
+    [
+        ({"k": 0}, "held_out.k must be 1 or more, got 0"),
+        ({"limit": 0}, "held_out.limit must be 1 or more, got 0"),
+        ({"caption": []}, "no captions"),
+        ({"image": "gone.png"}, "gone.png"),
+    ],
+)
+def test_a_held_out_set_that_does_not_work_is_said_before_the_training(tmp_path, capsys, world, held, named):
+    row = {"image": "1.png", "caption": "a red circle"} | {k: v for k, v in held.items() if k in ("image", "caption")}
+    Image.new("RGB", (32, 32)).save(tmp_path / "1.png")
+    (tmp_path / "held.json").write_text(json.dumps([row]))
+    source = {"source": {"path": str(tmp_path / "held.json")}}
+    asked = json.dumps(source | {k: v for k, v in held.items() if k in ("k", "limit")})
+    args = options(world / "train.json", tmp_path / "out", "--held_out", asked)
+    with pytest.raises(SystemExit) as stop:
+        command.run(lambda: pretrain(command.read(Run, args)))
+    assert stop.value.code == 2
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "out/metrics.jsonl").exists()
+
+
+def test_a_run_that_diverges_names_the_pairs_and_keeps_to_its_budget(zygote, tmp_path, world):
+    more = ["--train.lr", "1e30", "--train.warmup_steps", "0", "--train.clip", "null", "--train.skip_nonfinite", "1"]
+    (pid,) = zygote.start(tmp_path / "log", options(world / "train.json", tmp_path / "out", *more))
+    assert zygote.wait(pid, 120) == 1
+    said = (tmp_path / "log-0").read_text()
+    assert "Traceback" not in said
+    assert "skipped, 1 of 1 allowed" in said
+    assert "(1 of 1 skipped)" in said.splitlines()[-1]
+    listed = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("nonfinite-step-*.json")]
+    assert [len(one["processes"][0]["keys"]) for one in listed] == [4, 4]
 
 
 def test_a_batch_of_one_has_no_negatives(zygote, tmp_path, world):

@@ -433,6 +433,8 @@ def test_settings_that_touch_no_number_may_change(tmp_path):
     changed = quick(steps=4, save_every=3, log_every=2, keep_checkpoints=5, eval_every=2, timeout=5.0, skip_nonfinite=3)
     fit(Stub(), Numbers(), changed, out=tmp_path)
     assert resume.drift({"data": {"workers": 2}}, {"data": {"workers": 8}}) == []
+    # As a run that had too many unreadable samples advises.
+    assert resume.drift({"data": {"max_bad_fraction": 0.05}}, {"data": {"max_bad_fraction": 0.5}}) == []
     assert resume.drift({"data": {"flip": 0.5, "crop": 1}}, {"data": {"crop": 1}}) == ["data.flip: 0.5 -> (not set)"]
 
 

@@ -123,6 +123,12 @@ def test_imagefolder(folder, kind, column):
     check(split, lambda i: f"metadata.{kind}:{i}")
 
 
+def test_a_csv_file_as_spreadsheets_save_it(folder):
+    lines = ["file_name,text", *(f"{i}.png,picture {i}" for i in range(5))]
+    (folder / "images" / "metadata.csv").write_text("\n".join(lines), encoding="utf-8-sig")  # begins with a mark
+    check(open_source(SourceConfig(str(folder / "images"))), lambda i: f"metadata.csv:{i}")
+
+
 def as_struct(i):
     return {"bytes": png(i * 10), "path": None}
 
@@ -145,6 +151,33 @@ def test_parquet_shards_name_their_rows(folder):
         pq.write_table(pa.table(columns), folder / f"{shard}.parquet")
     source = open_source(SourceConfig(str(folder / "*.parquet")))
     check(source, lambda i: f"a.parquet:{i}" if i < 2 else f"b.parquet:{i - 2}")
+
+
+def test_paths_in_parquet_start_at_the_folder_of_their_own_file(tmp_path, monkeypatch):
+    for value, name in ((10, "a"), (20, "b")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1 (big).png").write_bytes(png(value))
+        pq.write_table(pa.table({"image": ["1 (big).png"], "caption": [name]}), tmp_path / name / "x.parquet")
+    monkeypatch.chdir(tmp_path)
+    source = open_source(SourceConfig("*/x.parquet"))
+    assert {source[i].captions[0]: red(source[i]) for i in range(2)} == {"a": 10, "b": 20}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar", "dataset"])
+def test_a_split_that_a_source_does_not_have_is_refused(folder, kind):
+    columns = {"image": [png(10)], "caption": ["a"], "split": ["test"]}
+    if kind == "parquet":
+        pq.write_table(pa.table(columns), folder / "x.parquet")
+    elif kind == "tar":
+        with tarfile.open(folder / "x.tar", "w") as tar:
+            add(tar, "1.png", png(10))
+            add(tar, "1.txt", b"a")
+    else:
+        datasets.Dataset.from_dict(columns).save_to_disk(folder / "x.dataset")
+    path = str(folder / f"x.{kind}")
+    assert len(open_source(SourceConfig(path))) == 1
+    with pytest.raises(DataError, match=r"x\..*no splits.*'train'"):
+        open_source(SourceConfig(path, split="train"))
 
 
 def test_saved_data_sets(folder):

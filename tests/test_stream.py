@@ -13,7 +13,7 @@ from PIL import Image
 
 from blip.config import DataConfig, SourceConfig
 from blip.data.errors import DataError
-from blip.data.stream import Stream, StreamFeed, make_stream_loader
+from blip.data.stream import Shards, Stream, StreamFeed, make_stream_loader
 from blip.data.transforms import EvalTransform, TrainTransform
 
 
@@ -200,3 +200,53 @@ def test_the_training_loop_is_fed(tmp_path, tokenizer):
     assert keys(feed.batches(2, 3, rank=1, world=2, batch_size=4)) == keys(load(s, rank=1, world=2, start=2, steps=5))
     assert s.fingerprint() == stream(tokenizer, SourceConfig(str(tmp_path / "s-*.parquet"))).fingerprint()
     assert s.fingerprint() != stream(tokenizer, SourceConfig(str(tmp_path / "s-*.parquet")), seed=1).fingerprint()
+
+
+def annotated(folder, rows):
+    """A folder with a file of rows and a picture of its own under the name that all folders use."""
+    folder.mkdir(parents=True)
+    (folder / "1.jpg").write_bytes(jpeg(0))
+    (folder / "list.jsonl").write_text("".join(json.dumps({"image": "1.jpg", **row}) + "\n" for row in rows))
+
+
+def all_records(config):
+    shards = Shards(config)
+    return [record for file in shards.files for record in shards.read(file)]
+
+
+def test_paths_start_at_the_folder_of_their_own_file(tmp_path):
+    for name in "ab":
+        annotated(tmp_path / name, [{"caption": name}])
+        pq.write_table(pa.table({"image": ["1.jpg"], "caption": [name]}), tmp_path / name / "list.parquet")
+    for kind in ("jsonl", "parquet"):
+        config = SourceConfig(str(tmp_path / "*" / f"list.{kind}"))
+        found = {r.captions[0]: r.image for r in all_records(config)}
+        assert found == {name: tmp_path / name / "1.jpg" for name in "ab"}
+
+
+def test_only_the_split_asked_for_is_shown(tmp_path):
+    splits = ["train", "test", "restval", "test"]
+    annotated(tmp_path / "a", [{"caption": split, "split": split} for split in splits])
+    config = SourceConfig(str(tmp_path / "a/list.jsonl"), split="train+restval")
+    assert [(r.key, r.captions) for r in all_records(config)] == [
+        ("list.jsonl:0", ["train"]),
+        ("list.jsonl:2", ["restval"]),
+    ]
+    assert Shards(config).rows == 2
+    with pytest.raises(DataError, match=r"no rows of split 'dev' in .*list\.jsonl"):
+        Shards(SourceConfig(config.path, split="dev"))
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_a_split_that_shards_do_not_have_is_refused(tmp_path, kind):
+    source = write(tmp_path, kind, shards=1, each=4)
+    with pytest.raises(DataError, match=rf"{kind} files have no splits, so split 'train' would not be heeded"):
+        Shards(SourceConfig(source.path, split="train"))
+
+
+def test_rows_are_named_by_their_place_in_the_file(tmp_path):
+    annotated(tmp_path / "a", [{"caption": []}, {"caption": "x", "image": "gone.jpg"}, {"caption": "y"}])
+    assert [r.key for r in all_records(SourceConfig(str(tmp_path / "a/list.jsonl")))] == [
+        "list.jsonl:1",
+        "list.jsonl:2",
+    ]

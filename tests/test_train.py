@@ -1,8 +1,10 @@
 """The loop: what it adds up, what it refuses, and that looking at a run does not change it."""
 
+import dataclasses
 import json
 import platform
 import random
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +14,7 @@ import torch
 from stub_run import Fault, Numbers, Stub, curve, quick, the_zygote
 from torch import nn
 
+from blip.config import TrainConfig
 from blip.data.batch import Bad
 from blip.resume import Checkpoints
 from blip.train import (
@@ -24,6 +27,7 @@ from blip.train import (
     precision,
     seed_of,
 )
+from recipes.building import ModelChoice
 
 
 @pytest.fixture
@@ -178,9 +182,20 @@ def test_out_of_memory_in_one_process_ends_all_with_a_hint(zygote, tmp_path):
     assert "LostPeer" in (tmp_path / "log-0").read_text()
 
 
+def test_a_file_is_no_place_for_a_run(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ValueError, match=r"out is a file; give the name of a directory"):
+        fit(Stub(), Numbers(), quick(steps=4), out=tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 def test_out_of_memory_alone(tmp_path):
-    with pytest.raises(OutOfMemory, match=r"4 pairs per forward pass.*train\.accumulate"):
+    with pytest.raises(OutOfMemory, match=r"4 pairs per forward pass.*train\.accumulate") as stop:
         fit(Stub(fault=Fault("memory", step=1)), Numbers(), quick(steps=4), out=tmp_path)
+    for name in re.findall(r"(?:train|model)[.][\w.]*\w", str(stop.value)):
+        section, _, option = name.partition(".")
+        options = dataclasses.fields(TrainConfig if section == "train" else ModelChoice)
+        assert option in {field.name for field in options}, f"{name} is no option"
 
 
 def test_a_dead_process_is_noticed(zygote, tmp_path):

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from blip import atomic
 from blip.data.batch import Bad
 from blip.data.errors import TooManyBad
 
@@ -47,7 +48,8 @@ class Ledger:
     def add(self, bads: Iterable[Bad], seen: int) -> None:
         """Note bad samples, when this process has been given `seen` good ones since this object was made.
 
-        Raises TooManyBad when, of all that was drawn, the share that was bad is above the limit.
+        Raises TooManyBad when, of all that was drawn, the share that was bad is above the limit, and atomic.WriteError
+        when the disk is full.
         """
         bads = list(bads)
         self._bad_draws += len(bads)
@@ -60,10 +62,11 @@ class Ledger:
             raise TooManyBad(self._message(draws))
 
     def _append(self, new: dict[str, str]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("\n" * self._torn)
-            file.writelines(json.dumps({"key": k, "reason": r}) + "\n" for k, r in new.items())
+        text = "\n" * self._torn + "".join(json.dumps({"key": k, "reason": r}) + "\n" for k, r in new.items())
+        with atomic.explain_write(self.path, len(text)):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text)
         self._torn = False
 
     def _message(self, draws: int) -> str:

@@ -68,6 +68,11 @@ class Source(Protocol):
 # Paths ----------------------------------------------------------------------------------------------------------------
 
 
+def together(files: Sequence[Path]) -> Path:
+    """The folder that some files have in common."""
+    return Path(os.path.commonpath([os.path.abspath(f.parent) for f in files]))
+
+
 def root_of(config: SourceConfig, default: Path) -> Path:
     """The folder that image paths start from and must stay in."""
     if config.image_root is None:
@@ -79,6 +84,25 @@ def root_of(config: SourceConfig, default: Path) -> Path:
 
 
 # Rows of {image, caption} ---------------------------------------------------------------------------------------------
+
+
+def annotated(config: SourceConfig, file: Path, root: Path, columns: tuple[str, str]) -> Iterator[tuple]:
+    """(image path from `root` on, captions, row number) of a file's rows of the split asked for that have captions.
+
+    Raises DataError that names the row.
+    """
+    folder = "." if config.image_root else os.path.relpath(os.path.abspath(file.parent), root)
+    splits = set(config.split.split("+")) if config.split else None
+    for number, row in read_rows(file):
+        where = f"{file}: row {number}"
+        if splits is not None:
+            if "split" not in row:
+                raise DataError(f"{where} has no 'split', but split {config.split!r} was asked for")
+            if row["split"] not in splits:
+                continue
+        image, captions = pair(row, *columns, where)
+        if captions:
+            yield image if folder == "." or os.path.isabs(image) else f"{folder}/{image}", captions, number
 
 
 def pair(row: dict[str, Any], image_column: str, caption_column: str, where: str) -> tuple[str, list[str]]:
@@ -119,24 +143,11 @@ class Table:
         self._check_some_exist()
 
     def _rows(self) -> Iterator[tuple[str, list[str], int, int]]:
-        image_column, caption_column = self._columns
-        splits = set(self._config.split.split("+")) if self._config.split else None
         for f, file in enumerate(self.files):
-            folder = "." if self._config.image_root else os.path.relpath(os.path.abspath(file.parent), self.root)
-            for number, row in read_rows(file):
-                where = f"{file}: row {number}"
-                if splits is not None:
-                    if "split" not in row:
-                        raise DataError(f"{where} has no 'split', but split {self._config.split!r} was asked for")
-                    if row["split"] not in splits:
-                        continue
-                image, captions = pair(row, image_column, caption_column, where)
-                if not captions:
-                    continue
-                name = image if folder == "." or os.path.isabs(image) else f"{folder}/{image}"
+            for name, captions, number in annotated(self._config, file, self.root, self._columns):
                 reason = check_name(name, self.root)
                 if reason:
-                    raise DataError(f"{where}: {reason}")
+                    raise DataError(f"{file}: row {number}: {reason}")
                 yield name, captions, number, f
 
     def _check_some_exist(self) -> None:
@@ -219,12 +230,17 @@ class Hosted:
     def key(self, row: int) -> str:
         if not self._files:
             return f"{Path(self._config.path).name}:{row}"
-        f = int(np.searchsorted(self._ends, row, side="right"))
+        f = self._file_of(row)
         return f"{self._files[f].name}:{row - (int(self._ends[f - 1]) if f else 0)}"
 
+    def _file_of(self, row: int) -> int:
+        return int(np.searchsorted(self._ends, row, side="right"))
+
     def __getitem__(self, row: int) -> Record:
-        values = self._data[int(row)]
-        return record(self.key(row), values[self._config.image_column], values[self._config.caption_column], self._root)
+        values, root = self._data[int(row)], self._root
+        if self._files and not self._config.image_root:
+            root = root_of(self._config, self._files[self._file_of(row)].parent)
+        return record(self.key(row), values[self._config.image_column], values[self._config.caption_column], root)
 
     def identity(self) -> str:
         features = str(self._data.features)
@@ -290,6 +306,8 @@ def _open_dataset(config: SourceConfig) -> Hosted:
         if config.split not in data:
             raise DataError(f"source {config.path}: set split to one of {names}, got {config.split!r}")
         data = data[config.split]
+    elif config.split and path.is_dir():
+        raise DataError(f"source {config.path} has no splits, and split {config.split!r} was asked for: leave it out")
     return Hosted(config, data, root)
 
 
@@ -409,13 +427,22 @@ def open_source(config: SourceConfig) -> Source:
         return _open_dataset(config)
     if kind == "imagefolder":
         return _open_imagefolder(config)
+    refuse_split(config, kind)
     files = shard_files(config.path, kind)
     if kind == "parquet":
         return _open_parquet(config, files)
     if kind == "tar":
         return Tars(config, files)
-    together = Path(os.path.commonpath([os.path.abspath(f.parent) for f in files]))
-    return Table(config, files, root_of(config, together), (config.image_column, config.caption_column))
+    return Table(config, files, root_of(config, together(files)), (config.image_column, config.caption_column))
+
+
+def refuse_split(config: SourceConfig, kind: str) -> None:
+    """DataError for a split of a format that has none, where all rows would be taken."""
+    if config.split and kind in ("parquet", "tar"):
+        raise DataError(
+            f"source {config.path}: {kind} files have no splits, so split {config.split!r} would not be heeded: leave "
+            "it out, and give only the files to use as path"
+        )
 
 
 def open_sources(configs: Sequence[SourceConfig]) -> list[Source]:

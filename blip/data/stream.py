@@ -24,7 +24,18 @@ from blip.data.keyed import mix, permutation
 from blip.data.loader import Failure, Loader, Progress, guarded
 from blip.data.pairs import ATTEMPTS, Sample, check_captions, check_prompt, make_batch, make_sample
 from blip.data.parquet import parquet_file
-from blip.data.sources import Record, digest, format_of, pair, record, root_of, shard_files, tar_record
+from blip.data.sources import (
+    Record,
+    annotated,
+    digest,
+    format_of,
+    record,
+    refuse_split,
+    root_of,
+    shard_files,
+    tar_record,
+    together,
+)
 from blip.data.tars import Shard
 from blip.data.text import clean_caption
 from blip.tokenizer import Tokenizer
@@ -41,17 +52,18 @@ class Shards:
         self.config, self.format = config, format_of(config)
         if self.format not in ("tar", "parquet", "json"):
             raise DataError(f"source {config.path}: streaming reads tar, parquet and jsonl shards, not {self.format}")
+        refuse_split(config, self.format)
         self.files = shard_files(config.path, self.format)
-        self.root = root_of(config, self.files[0].parent)
         self.rows = self._estimate()
         if not self.rows:
-            raise DataError(f"source {config.path}: no rows in {self.files[0]}")
+            split = f" of split {config.split!r}" if config.split else ""
+            raise DataError(f"source {config.path}: no rows{split} in {self.files[0]}")
 
     def _estimate(self) -> int:
         """Rows of all shards: exact for parquet, from the first shard and the sizes for the others."""
         if self.format == "parquet":
             return sum(parquet_file(f).metadata.num_rows for f in self.files)
-        first = len(self._shard(self.files[0])) if self.format == "tar" else _lines(self.files[0])
+        first = len(self._shard(self.files[0])) if self.format == "tar" else self._lines(self.files[0])
         sizes = [f.stat().st_size for f in self.files]
         return round(first * sum(sizes) / max(1, sizes[0]))
 
@@ -77,16 +89,24 @@ class Shards:
                 key = f"{file.name}/{shard.names[i]}"
                 yield key, lambda i=i, key=key: tar_record(file, key, shard.image(i), shard.caption(i), caption)
             return
-        rows = _parquet_rows(file, image, caption) if self.format == "parquet" else self._json_rows(file)
-        for i, (image_value, captions) in itertools.islice(enumerate(rows), part, None, parts):
-            key = f"{file.name}:{i}"
-            yield key, lambda k=key, v=image_value, c=captions: record(k, v, c, self.root)
+        if self.format == "json":
+            root = root_of(self.config, together(self.files))
+            rows = annotated(self.config, file, root, (image, caption))
+        else:
+            root = root_of(self.config, file.parent)
+            rows = ((*values, number) for number, values in enumerate(_parquet_rows(file, image, caption)))
+        for image_value, captions, number in itertools.islice(rows, part, None, parts):
+            key = f"{file.name}:{number}"
+            yield key, lambda k=key, v=image_value, c=captions: record(k, v, c, root)
 
-    def _json_rows(self, file: Path) -> Iterator[tuple[str, list[str]]]:
-        for number, row in read_rows(file):
-            found = pair(row, self.config.image_column, self.config.caption_column, f"{file}: row {number}")
-            if found[1]:
-                yield found
+    def _lines(self, file: Path) -> int:
+        if self.config.split:
+            columns = self.config.image_column, self.config.caption_column
+            return sum(1 for _ in annotated(self.config, file, file.parent, columns))
+        if file.suffix == ".json":
+            return sum(1 for _ in read_rows(file))
+        with file.open("rb") as lines:
+            return sum(1 for line in lines if line.strip())
 
     def identity(self) -> str:
         c = self.config
@@ -106,13 +126,6 @@ def _parquet_rows(file: Path, image: str, caption: str) -> Iterator[tuple]:
             yield from zip(batch.column(image).to_pylist(), batch.column(caption).to_pylist(), strict=True)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file} is damaged: {str(error).splitlines()[0]}") from None
-
-
-def _lines(file: Path) -> int:
-    if file.suffix == ".json":
-        return sum(1 for _ in read_rows(file))
-    with file.open("rb") as lines:
-        return sum(1 for line in lines if line.strip())
 
 
 class Stream:
