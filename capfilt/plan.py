@@ -195,7 +195,7 @@ def make(out: str, config: ScoreConfig, reading: ReadConfig, part_size: int | No
     if part_size is not None and part_size < 1:
         raise ValueError(f"part_size must be 1 or more, got {part_size}")
     storage = open_storage(out)
-    resolved, reading = resolve(config), _anchored(reading)
+    resolved, reading = resolve(config), anchored(reading)
     files = _find_all(reading.inputs)
     if storage.exists("job.json"):
         return _same(Run.open(out), resolved, reading, part_size, [path for _, path in files])
@@ -225,7 +225,7 @@ def make(out: str, config: ScoreConfig, reading: ReadConfig, part_size: int | No
     return Run.open(out)
 
 
-def _anchored(reading: ReadConfig) -> ReadConfig:
+def anchored(reading: ReadConfig) -> ReadConfig:
     """The settings with an image root that means the same from every folder that a command is given in."""
     if reading.image_root is None:
         return reading
@@ -256,7 +256,7 @@ def _same(run: Run, resolved: dict, reading: ReadConfig, part_size: int | None, 
     before: dict[str, Any] = {
         "part_size": run.job["part_size"],
         **run.job["config"],
-        "reading": dataclasses.asdict(_anchored(run.reading)),
+        "reading": dataclasses.asdict(anchored(run.reading)),
     }
     now: dict[str, Any] = {
         "part_size": part_size or run.job["part_size"],

@@ -37,6 +37,9 @@ def _plan(given: Namespace) -> int:
     from capfilt import plan
 
     if given.extend:
+        from capfilt.run import Run
+
+        _refuse_drift(Run.open(given.out), given)
         run, new = plan.extend(given.out, given.input)
         print(f"{len(new)} new files with {sum(s.rows for s in new):,} rows")
     else:
@@ -110,12 +113,18 @@ def _refuse_drift(run, given: Namespace) -> None:
     import json
 
     from capfilt.identity import differences
+    from capfilt.plan import anchored
     from capfilt.settings import resolve
 
-    planned = dataclasses.asdict(run.config)
-    names = {f.name for f in dataclasses.fields(ScoreConfig)}
-    now = ScoreConfig(**{**planned, **{k: v for k, v in vars(given).items() if k in names}})
-    found = differences(run.job["config"], json.loads(json.dumps(resolve(now))))
+    def now(planned: ScoreConfig | ReadConfig):
+        names = {f.name for f in dataclasses.fields(planned)}
+        return dataclasses.replace(planned, **{k: v for k, v in vars(given).items() if k in names})
+
+    size = run.job["part_size"]
+    found = differences(run.job["config"], json.loads(json.dumps(resolve(now(run.config)))))
+    reading = (dataclasses.asdict(anchored(how)) for how in (run.reading, now(run.reading)))
+    found += differences(*reading, under="reading.")
+    found += differences({"part_size": size}, {"part_size": getattr(given, "part_size", None) or size})
     if found:
         raise ValueError(
             f"{run.where} was planned with other settings: {'; '.join(found)}. Nothing was touched; plan another run "

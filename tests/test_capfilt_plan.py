@@ -90,6 +90,25 @@ def test_extending_keeps_what_is_there(tmp_path):
         plan.extend(str(tmp_path / "run"), [str(folder), str(folder / "00002.tar")])
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (["--seed", "7"], "seed: 0 -> 7"),
+        (["--part-size", "8"], "part_size: 16 -> 8"),
+        (["--caption-column", "alt"], "reading.caption_column: caption -> alt"),
+    ],
+)
+def test_an_extension_with_other_settings_is_refused(tmp_path, capsys, option, said):
+    run = planned(crawl(tmp_path / "in", shards=1), tmp_path / "run")
+    later = write_tar(tmp_path / "in" / "later.tar", sample("x", 500))
+    extend = ["plan", "--extend", "--out", str(tmp_path / "run"), "--input", str(later)]
+    assert main([*extend, *option]) == 2
+    assert said in capsys.readouterr().err
+    assert Run.open(run.where).rows == 40
+    assert main([*extend, "--seed", "0", "--part-size", "16"]) == 0
+    assert Run.open(run.where).rows == 41
+
+
 @pytest.mark.parametrize("how", ["longer", "other bytes", "gone"])
 def test_a_changed_source_fails_alone(tmp_path, how, capfd):
     """Fault 13: only the changed file's parts fail, and they are fine again when the file is."""

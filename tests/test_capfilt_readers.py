@@ -82,6 +82,13 @@ def test_repeated_keys_are_different_samples(tmp_path, capsys):
     assert "KEY#2" in next(iter(run.sources.values())).notes[0]
 
 
+@pytest.mark.parametrize(("column", "texts"), [("caption", ["text"]), ("alt", ["other"]), ("none", [])])
+def test_the_column_of_a_tar_is_heeded(tmp_path, column, texts):
+    path = write_tar(tmp_path / "a.tar", sample("a", 0, "text", {"caption": "x", "alt": "other", "none": "y"}))
+    (row,) = rows_of(planned(path, tmp_path / "run", reading={"caption_column": column}))
+    assert row.texts == texts
+
+
 def test_json_members_give_texts_and_extra_columns(tmp_path):
     members = [("a.jpg", jpeg(0)), ("a.json", json.dumps({"caption": ["one", "two"], "n": 3}).encode())]
     members += [("b.jpg", jpeg(1)), ("b.json", b"not json"), ("c.txt", b"no image"), ("d.jpg", jpeg(3))]

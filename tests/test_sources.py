@@ -243,6 +243,16 @@ def test_names_with_dots_and_copies_are_samples_of_their_own(folder):
     assert index(str(folder / "s.tar"))[0]["key"].to_pylist() == [*keys[:4], "d.e/x.seg", "d.e/x.boxes", keys[4]]
 
 
+def test_a_column_that_is_asked_for_is_that_of_the_json(folder):
+    with tarfile.open(folder / "s.tar", "w") as tar:
+        add(tar, "a.png", png(0)), add(tar, "a.txt", b"text"), add(tar, "a.json", b'{"alt": "other", "caption": "x"}')
+        add(tar, "b.png", png(1)), add(tar, "b.txt", b"only text")
+    named = [open_source(SourceConfig(str(folder / "s.tar"), **how)) for how in ({}, {"caption_column": "alt"})]
+    assert [source[0].captions for source in named] == [["text"], ["other"]]
+    with pytest.raises(BadSample, match="no caption member"):
+        named[1][1]
+
+
 def test_a_sample_that_lacks_a_member_is_bad_but_not_fatal(folder):
     with tarfile.open(folder / "s.tar", "w") as tar:
         add(tar, "a.png", png(0)), add(tar, "a.txt", b"hello")

@@ -322,7 +322,7 @@ class Tars:
         self.files, self._config = list(files), config
         names, spans, is_json, of = [], [], [], []
         for f, file in enumerate(files):
-            shard = Shard(file, allow_truncated=config.allow_truncated)
+            shard = Shard(file, config.caption_column, allow_truncated=config.allow_truncated)
             names.append(pa.array(shard.names, pa.large_string()))
             spans.append(shard.spans())
             is_json.append(shard.is_json())

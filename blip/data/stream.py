@@ -68,7 +68,7 @@ class Shards:
         return round(first * sum(sizes) / max(1, sizes[0]))
 
     def _shard(self, file: Path) -> Shard:
-        return Shard(file, allow_truncated=self.config.allow_truncated)
+        return Shard(file, self.config.caption_column, allow_truncated=self.config.allow_truncated)
 
     def read(self, file: Path, part: int = 0, parts: int = 1) -> Iterator[Record | Bad]:
         """The records of a shard in order, or every `parts`-th from `part`; a Bad for what cannot be one.

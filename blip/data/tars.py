@@ -16,6 +16,8 @@ from blip.data.errors import DataError
 
 IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
 TEXTS = frozenset({"txt", "caption"})
+TEXT_COLUMN = "caption"
+"""The column that a text member stands for; others are of the JSON member."""
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 
 
@@ -39,14 +41,9 @@ class Sample:
     """Of txt or caption."""
     json: Member = _NONE
 
-    @property
-    def caption(self) -> Member:
-        """Where a caption is looked for: the text, or the JSON where there is none."""
-        return self.json if self.text is _NONE else self.text
-
-    @property
-    def whole(self) -> bool:
-        return self.image is not _NONE and self.caption is not _NONE
+    def caption(self, column: str) -> Member:
+        """Where a caption is looked for: the text, or the JSON where there is none or another column is asked for."""
+        return self.json if self.text is _NONE or column != TEXT_COLUMN else self.text
 
 
 @dataclass(frozen=True)
@@ -141,8 +138,11 @@ class Shard:
     A half sample beside a whole one (`7.seg.png` beside `7.jpg` and `7.txt`) is something else about that: left out.
     """
 
-    def __init__(self, path: Path, *, allow_truncated: bool = False):
-        """Read all headers. Raises DataError for what is no tar, is compressed, cut off, or has links or odd names."""
+    def __init__(self, path: Path, column: str = TEXT_COLUMN, *, allow_truncated: bool = False):
+        """Read all headers; captions are of `column`.
+
+        Raises DataError for what is no tar, is compressed, cut off, or has links or odd names.
+        """
         self.path = path
         self.names: list[str] = []
         self._spans = array("q")  # image offset, size, caption offset, size
@@ -157,13 +157,15 @@ class Shard:
                 f"{self.path} is not a whole tar file ({found.damage}) after {len(found.samples)} samples: "
                 "copy it again, or set allow_truncated to use the readable part"
             )
-        whole = {sample.key for sample in found.samples if sample.whole}
-        for sample in found.samples:
+        captions = [sample.caption(column) for sample in found.samples]
+        both = [sample.image is not _NONE and c is not _NONE for sample, c in zip(found.samples, captions, strict=True)]
+        whole = {sample.key for sample, is_whole in zip(found.samples, both, strict=True) if is_whole}
+        for sample, caption, is_whole in zip(found.samples, captions, both, strict=True):
             name = PurePosixPath(sample.key)
-            if sample.whole or str(name.parent / name.name.split(".")[0]) not in whole:
+            if is_whole or str(name.parent / name.name.split(".")[0]) not in whole:
                 self.names.append(sample.key)
-                self._spans.extend((*sample.image, *sample.caption))
-                self._json.append(sample.text is _NONE and sample.json is not _NONE)
+                self._spans.extend((*sample.image, *caption))
+                self._json.append(sample.json is not _NONE and caption is sample.json)
 
     def __len__(self) -> int:
         return len(self.names)

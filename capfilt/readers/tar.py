@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from blip.data.images import MAX_BYTES
-from blip.data.tars import Member, read_headers
+from blip.data.tars import TEXT_COLUMN, Member, read_headers
 from capfilt.readers.rows import Row, RowGroups, Source, extra_of, open_file, plain, read_range, texts_of
 from capfilt.settings import ReadConfig
 from capfilt.storage import Storage
@@ -64,11 +64,12 @@ class TarReader:
     def _fill(self, row: Row, entry: dict[str, Any]) -> None:
         if entry["json"]:
             row.extra = _json(self._bytes(entry["json"]))
-        if entry["text"]:
+        if entry["text"] and self.column == TEXT_COLUMN:
             row.texts = [self._bytes(entry["text"]).decode("utf-8", "replace")]
-        else:
-            row.texts = texts_of(row.extra.get(self.column))
-        row.extra = extra_of(row.extra, *(() if entry["text"] else (self.column,)))
+            row.extra = extra_of(row.extra)
+        else:  # of the column "none", which JSON could have, too, there are no texts
+            row.texts = texts_of(row.extra.get(self.column)) if self.column != "none" else []
+            row.extra = extra_of(row.extra, self.column)
         if entry["image"] is None:
             row.problem = ("no_image", "no_image", "no image member")
         elif entry["image"]["size"] > MAX_BYTES:
