@@ -5,6 +5,7 @@ C classes, N pictures, E embedding width.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -42,7 +43,7 @@ def class_embeddings(features: Features, names: Sequence[str], templates: Sequen
     """Names of C classes -> embeddings (C, E) of length 1, each the mean over templates. Raises as `texts_of`."""
     if not names or not templates:
         raise ValueError(f"nothing to classify with: {len(names)} classes and {len(templates)} templates")
-    repeated = sorted({name for name in names if list(names).count(name) > 1})
+    repeated = sorted(name for name, times in Counter(names).items() if times > 1)
     if repeated:
         raise ValueError(f"class {repeated[0]!r} is named twice")
     texts = [text for name in names for text in texts_of(name, templates)]

@@ -148,6 +148,8 @@ def describe(kind: str, path: str, root: str, config: ReadConfig, storage: Stora
         "files": lambda: listed.index_files(path, config),
     }
     table, damage, notes = builders[kind]()
+    if kind == "tar":
+        tar.check_column(path, table, config)
     name = f"plan/index/{hashlib.sha256(relpath.encode()).hexdigest()[:16]}-{content}.parquet"
     storage.write(name, part_files.encode(table, {"source": relpath}, _GROUP))
     declared = _declared(path)

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from blip.data.images import MAX_BYTES
 from blip.data.parquet import parquet_file
 from capfilt.readers.rows import (
+    OPTION,
     Row,
     RowGroups,
     Source,
@@ -37,7 +38,7 @@ def columns_of(names: list[str], config: ReadConfig, where: str) -> tuple[str, s
     image = choose_column(names, config.image_column, IMAGE_NAMES, where, "--image-column")
     if config.caption_column == "none":
         return image, None
-    return image, choose_column(names, config.caption_column, CAPTION_NAMES, where, "--caption-column (or none)")
+    return image, choose_column(names, config.caption_column, CAPTION_NAMES, where, OPTION)
 
 
 class ParquetReader:

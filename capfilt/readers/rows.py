@@ -216,6 +216,10 @@ class RowGroups:
         return self._kept[1]
 
 
+OPTION = "--caption-column (or none)"
+"""What says which column captions are of."""
+
+
 def choose_column(columns: list[str], wanted: str, alternatives: tuple[str, ...], where: str, option: str) -> str:
     """The wanted column, or one that the format is known to use instead. DataError lists those there are."""
     for name in (wanted, *alternatives):

@@ -13,11 +13,24 @@ import pyarrow as pa
 
 from blip.data.images import MAX_BYTES
 from blip.data.tars import TEXT_COLUMN, Member, read_headers
-from capfilt.readers.rows import Row, RowGroups, Source, extra_of, open_file, plain, read_range, texts_of
+from capfilt.readers.rows import (
+    OPTION,
+    Row,
+    RowGroups,
+    Source,
+    choose_column,
+    extra_of,
+    open_file,
+    plain,
+    read_range,
+    texts_of,
+)
 from capfilt.settings import ReadConfig
 from capfilt.storage import Storage
 
 _SPAN = pa.struct([("at", pa.int64()), ("size", pa.int64())])
+_PROBES = 64
+"""Samples whose columns are looked at when a plan is made."""
 INDEX = pa.schema([("key", pa.string()), ("image", _SPAN), ("text", _SPAN), ("json", _SPAN)])
 
 
@@ -37,6 +50,20 @@ def index(path: str) -> tuple[pa.Table, str | None, list[str]]:
         notes.append(f"{len(found.twice)} keys occur more than once, e.g. {found.twice[0]!r}; "
                      "the later ones are called KEY#2 and so on")  # fmt: skip
     return pa.Table.from_pylist(rows, INDEX), damage, notes
+
+
+def check_column(path: str, table: pa.Table, config: ReadConfig) -> None:
+    """DataError if the first samples of an index have columns, and none of them the one that captions are to be of."""
+    column, first = config.caption_column, table.slice(0, _PROBES).to_pylist()
+    if column == "none" or (column == TEXT_COLUMN and any(entry["text"] for entry in first)):
+        return
+    names: set[str] = set()
+    for span in (entry["json"] for entry in first if entry["json"]):
+        names |= _json(read_range(path, span["at"], min(span["size"], MAX_BYTES))).keys()
+        if column in names:
+            return
+    if names:
+        choose_column(list(names), column, (), f"{path}: of the first {len(first)} samples, none", OPTION)
 
 
 def _span(member: Member) -> dict[str, int] | None:
