@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator
@@ -105,10 +106,19 @@ def export(
     content = (json.dumps(manifest, indent=1) + "\n").encode()
     files.storage.write("_SUCCESS", content)
     files.storage.remove(_BEGUN)
-    run.storage.write(
-        f"exports/{selection}-{form}.json", json.dumps({"to": files.storage.address, **manifest}).encode()
-    )
+    where = json.dumps({"to": _seen_from(run.storage, files.storage), **manifest})
+    run.storage.write(f"exports/{selection}-{form}.json", where.encode())
     return manifest
+
+
+def _seen_from(run: Storage, to: Storage) -> str:
+    """The address of an export; under the run's own folder it is noted from there, as it moves with that."""
+    return to.address.removeprefix(f"{run.address.rstrip('/')}/")
+
+
+def exported_to(run: Storage, noted: str) -> Storage:
+    """The export that `_seen_from` noted."""
+    return open_storage(noted if "://" in noted or os.path.isabs(noted) else f"{run.address.rstrip('/')}/{noted}")
 
 
 def _begin(storage: Storage, about: dict[str, Any], replace: bool) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from capfilt import parts as part_files
+from capfilt.export import exported_to
 from capfilt.identity import sample_id
 from capfilt.parts import DamagedPart, name_of
 from capfilt.run import Part, Run
@@ -63,7 +64,7 @@ def verify(where: str) -> Findings:
         if name.count("/") > 1:  # an export itself, which may be kept here
             continue
         said = json.loads(run.storage.read(name))
-        _check_export(open_storage(said["to"]), found)
+        _check_export(exported_to(run.storage, said["to"]), found)
     return found
 
 

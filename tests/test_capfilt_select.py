@@ -391,3 +391,7 @@ def test_all_in_one_go_and_again_with_more(tmp_path, capsys, monkeypatch):
     kept = read_account(Run.open(str(tmp_path / "run")), "default")["kept"]
     assert len(open_source(SourceConfig(str(out / "*.tar")))) == sum(kept.values())
     assert [path.name for path in out.iterdir() if "BEGUN" in path.name] == []
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    assert verify(str(moved)).status() == 0
+    next((moved / "exports/default").glob("*.tar")).unlink()
+    assert "moved/exports/default/00000.tar is missing" in verify(str(moved)).wrong[0]
