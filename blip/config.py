@@ -1,7 +1,7 @@
 """Every constant of the method, once, as frozen dataclasses with the presets TINY, SMALL, BASE and LARGE.
 
 Units are said beside each field. "2022" marks what the original release did where our default differs;
-`docs/differences.md` says why, and `recipes/configs/blip_2022.yaml` sets them all.
+`docs/differences.md` says why, and `recipes/configs/blip_2022.yaml` sets those of a pre-training.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ _EXTRAS = {
 TOKENIZERS = ("google-bert/bert-base-uncased", "bert-base-uncased")
 """The vocabulary of the released models, as the hub calls it; the embedded world brings its own."""
 LITTLE_DISK = 5 << 30
-"""Bytes; less is told. A checkpoint of a base model with its optimizer is about 3 GB, and two are kept."""
+"""Bytes; less is told. A checkpoint of a base model with its optimizer is about 4 GB, and two are kept."""
 _SECONDS = 10.0
 """For a program that is asked for its version."""
 

@@ -35,7 +35,7 @@ class Label:
 
 
 def write(run: Run, count: int) -> list[str]:
-    """Write audit/sheet.csv, to be filled in, and audit/sheet.html with the pictures; returns what to do."""
+    """Write report/audit.csv, to be filled in, and report/audit.html with the pictures; returns what to do."""
     drawn = draw(run, count)
     buffer = io.StringIO()
     writer = csv.writer(buffer)
@@ -60,7 +60,7 @@ def _harmless(text: str) -> str:
 
 
 def draw(run: Run, count: int) -> list[dict]:
-    """Texts drawn by hash, equally many from each tenth of the scores and each source, with what they stand for."""
+    """Texts drawn by hash, equally many from each tenth of each source's scores, with what they stand for."""
     found: dict[tuple[str, int], list[tuple[str, float, str, int, int]]] = {}
     sizes: dict[tuple[str, int], int] = {}
     each = max(1, count // (2 * _STRATA))

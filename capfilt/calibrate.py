@@ -34,11 +34,11 @@ class CalibrateOptions:
     """audit: label a sheet of this run's own texts (recommended); reference: a clean set of pairs; null: shuffled
     captions, which only show whether the filter is broken."""
     count: int = 200
-    """Texts on the audit's sheet; 2,000 pairs are good for `null`, some hundred images for `reference`."""
+    """Texts on the audit's sheet, at most; 2,000 pairs are good for `null`, some hundred images for `reference`."""
     labels: str | None = None
     """A labelled sheet to read: audit then estimates precision and recall."""
     reference: str | None = None
-    """Clean pairs for `reference`: any input that `plan` takes, e.g. a COCO or Flickr validation list."""
+    """Clean pairs for `reference`: any input that `plan` takes as it is, e.g. a COCO or Flickr validation list."""
     target: float = 0.9
     """Precision that the lower end of the interval should reach."""
     device: str | None = None
@@ -133,11 +133,8 @@ def null_floor(run: Run, options: CalibrateOptions, make_scorer: Callable[[Run],
 def against_reference(run: Run, options: CalibrateOptions, make_scorer: Callable[[Run], Scorer]) -> list[str]:
     """Human captions as right, others' captions as wrong: at random, and the nearest of some by cosine."""
     with tempfile.TemporaryDirectory() as folder:
-        reading = ReadConfig(
-            **{**dataclasses.asdict(run.reading), "inputs": [str(options.reference)], "image_root": None, "split": None}
-        )
-        config = run.config
-        reference = plan.make(folder, config, reading, 64)
+        reading = ReadConfig([str(options.reference)])  # columns of its own names, whatever the crawl's are called
+        reference = plan.make(folder, run.config, reading, 64)
         worker = Worker(reference, make_scorer(run), ScoreOptions(decode_workers=options.decode_workers))
         worker.claims = Silent()
         rows = [row for some in _decoded(reference, worker, options.count) for row in some]

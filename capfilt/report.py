@@ -28,7 +28,7 @@ _COLUMNS = [
 _MOST_CAPTIONS = 1_000_000
 """Different captions that are counted at once; beyond, those seen once are forgotten."""
 NULL = "report/null.json"
-"""Scores of shuffled captions, where `calibrate --null` has measured them."""
+"""Scores of shuffled captions, where `calibrate --method null` has measured them."""
 
 
 @dataclass(frozen=True)

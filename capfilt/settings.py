@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from capfilt import schema
+from capfilt.rules import IMAGE_RULES, PRESETS
 
 if TYPE_CHECKING:
     from blip.config import DecodeConfig
@@ -61,6 +62,9 @@ class ScoreConfig:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if self.max_tokens < 3:
             raise ValueError(f"max_tokens must be 3 or more, got {self.max_tokens}")
+        presets = [name for name, rules in PRESETS.items() if rules & IMAGE_RULES.keys()]
+        if self.rules_first and self.rules_first not in presets:
+            raise ValueError(f"rules_first {self.rules_first!r} is none of {', '.join(presets)}")
         if self.scorer == "blip" and not self.filter:
             raise ValueError("give --filter (and --captioner, for synthetic texts), or --scorer fake to rehearse")
 

@@ -99,9 +99,9 @@ class Run:
     common: int = 3000
     """How many of the commonest; 0 to search for words instead of choosing."""
     validation: Held | None = None
-    """QuestionSet at every evaluation; the model with the best accuracy is kept. Without it the last model is."""
+    """Asked at every evaluation; the model with the best accuracy is kept. Without it the last model is."""
     test: Held | None = None
-    """QuestionSet once, at the end, of the model that was kept."""
+    """Asked once, at the end, of the model that was kept."""
     world: WorldChoice | None = None
     """Draw the embedded world and its questions first."""
 

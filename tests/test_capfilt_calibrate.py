@@ -93,8 +93,11 @@ def test_the_null_floor_is_of_wrong_pairs_and_reaches_the_report(run):
     assert "shuffled" in Path(report(run)).read_text()
 
 
-def test_a_reference_set_tells_hard_negatives_from_random_ones(run):
+@pytest.mark.parametrize("column", ["caption", "none"])
+def test_a_reference_set_tells_hard_negatives_from_random_ones(run, tmp_path, column):
+    """Its captions are found whatever the crawl's column is."""
     reference = run.sources["a.tar"].path
+    run = planned(reference, tmp_path / "run", reading={"caption_column": column})
     lines = calibrate(run, CalibrateOptions("reference", count=40, reference=reference, **HERE), make_honest)
     text = "\n".join(lines)
     assert "40 images" in lines[0]

@@ -224,6 +224,23 @@ def test_the_image_root_is_the_same_from_every_folder(folder, tmp_path, monkeypa
     assert planned("lists/a.json", tmp_path / "run", reading={"image_root": "set"}).rows == 5
 
 
+@pytest.mark.parametrize("kind", ["list", "parquet", "img2dataset"])
+def test_a_column_that_was_asked_for_is_not_replaced_by_another(tmp_path, kind):
+    rows = [{"key": "0", "status": "success", "image": "0.jpg", "caption": "one", "text": "another"}]
+    folder = tmp_path / "set"
+    (folder / "00000").mkdir(parents=True)
+    if kind == "list":
+        path = folder / "a.json"
+        path.write_text(json.dumps(rows))
+    else:
+        path = folder / ("00000.parquet" if kind == "img2dataset" else "a.parquet")
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    where = folder if kind == "img2dataset" else path
+    with pytest.raises(DataError, match=r"no column 'captoin' .*set --caption-column"):
+        planned(where, tmp_path / "run", reading={"caption_column": "captoin"})
+    assert rows_of(planned(where, tmp_path / "text", reading={"caption_column": "text"}))[0].texts == ["another"]
+
+
 @pytest.mark.parametrize(
     ("name", "code"),
     [

@@ -30,6 +30,7 @@ from capfilt.schema import ANNOTATIONS, ERROR_CODES, STATUSES
 from capfilt.score import ScoreOptions, TooManyErrors, score
 from capfilt.scorer import FakeScorer, OutOfMemory
 from capfilt.select import select
+from capfilt.settings import ScoreConfig
 from capfilt.verify import verify
 
 BOMB = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (20000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
@@ -372,6 +373,12 @@ def test_a_wrong_column_is_noticed_before_much_is_done(tmp_path):
     with pytest.raises(DataError, match=r"100% of the first 2000 rows cannot be used \(no_image 2000\)"):
         score(run, make_fake, HERE, io.StringIO())
     assert score(run, make_fake, replace(HERE, max_error_rate=1.0), io.StringIO()) == 0
+
+
+@pytest.mark.parametrize("name", ["aling", "junk"])
+def test_rules_first_are_those_of_image_files(name):
+    with pytest.raises(ValueError, match=f"rules_first '{name}' is none of align, datacomp-basic, laion"):
+        ScoreConfig(scorer="fake", rules_first=name)
 
 
 def test_rules_first_leaves_out_before_the_models(tmp_path):

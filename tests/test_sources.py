@@ -251,6 +251,9 @@ def test_a_column_that_is_asked_for_is_that_of_the_json(folder):
     assert [source[0].captions for source in named] == [["text"], ["other"]]
     with pytest.raises(BadSample, match="no caption member"):
         named[1][1]
+    typo = open_source(SourceConfig(str(folder / "s.tar"), caption_column="alt_text"))
+    with pytest.raises(BadSample, match=r"no caption: its .json member has no 'alt_text' \(it has: alt, caption\)"):
+        typo[0]
 
 
 def test_a_sample_that_lacks_a_member_is_bad_but_not_fatal(folder):

@@ -22,7 +22,7 @@ EXAMPLE = """examples:
 The first search looks at every picture and keeps their embeddings in FOLDER/.blip-index; later ones look at new and
 changed files only. The --rerank nearest by ITC are compared closely with the text, by ITM. One line for each text and
 picture, the best first: text, path, score, ITC (cosine), ITM (probability). Without a TEXT the index is brought up to
-date. Exit status: 0, or 1 if some pictures could not be used, or 2 for wrong use."""
+date. Exit status: 0, or 1 if some of the pictures looked at could not be used, or 2 for wrong use."""
 
 
 def add(commands: argparse._SubParsersAction) -> None:

@@ -361,7 +361,10 @@ def tar_record(shard: Path, key: str, image: Member, caption: tuple[Member, bool
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise BadSample(f"its .json member is not valid JSON: {error}") from None
-        text = values.get(column) if isinstance(values, dict) else values
+        if isinstance(values, dict) and column not in values:
+            have = ", ".join(sorted(values))[:200] or "nothing"
+            raise BadSample(f"no caption: its .json member has no {column!r} (it has: {have})")
+        text = values[column] if isinstance(values, dict) else values
     return record(key, read_member(shard, image), text, None)
 
 

@@ -17,7 +17,17 @@ from blip.data.errors import DataError
 from blip.data.json_rows import read_rows
 from blip.data.tars import IMAGES
 from capfilt.readers.parquet import columns_of, open_parquet
-from capfilt.readers.rows import Row, RowGroups, Source, extra_of, plain, read_image, texts_of
+from capfilt.readers.rows import (
+    OPTION,
+    Row,
+    RowGroups,
+    Source,
+    choose_column,
+    extra_of,
+    plain,
+    read_image,
+    texts_of,
+)
 from capfilt.settings import ReadConfig
 from capfilt.storage import Storage
 
@@ -65,9 +75,9 @@ def index_files(path: str, config: ReadConfig) -> tuple[pa.Table, str | None, li
     if rows and not {"key", "status"} <= rows[0].keys():
         raise DataError(f"{path} has no columns key and status, so it is not img2dataset's")
     done = [row for row in rows if row["status"] == "success"]
-    caption = config.caption_column if rows and config.caption_column in rows[0] else "caption"
-    if config.caption_column == "none":
-        caption = None
+    caption = None if config.caption_column == "none" else config.caption_column
+    if rows and caption not in (None, ReadConfig.caption_column):  # pictures may have been fetched without any
+        choose_column(list(rows[0]), caption, (), path, OPTION)
     table = pa.Table.from_pylist(
         [_entry(str(r["key"]), present.get(str(r["key"])), r, "image", caption) for r in done], INDEX
     )

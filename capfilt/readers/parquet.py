@@ -25,7 +25,7 @@ from capfilt.readers.rows import (
 from capfilt.settings import ReadConfig
 
 IMAGE_NAMES, CAPTION_NAMES = ("jpg", "file_name"), ("text", "TEXT")
-"""Columns that img2dataset and image folders use instead of image and caption."""
+"""Columns that img2dataset and image folders use instead of image and caption, where nobody asked for others."""
 
 
 def open_parquet(path: str) -> pq.ParquetFile:
@@ -35,10 +35,12 @@ def open_parquet(path: str) -> pq.ParquetFile:
 
 def columns_of(names: list[str], config: ReadConfig, where: str) -> tuple[str, str | None]:
     """The image and the caption column of a table; `none` as caption column means images without texts."""
-    image = choose_column(names, config.image_column, IMAGE_NAMES, where, "--image-column")
+    others = IMAGE_NAMES if config.image_column == ReadConfig.image_column else ()
+    image = choose_column(names, config.image_column, others, where, "--image-column")
     if config.caption_column == "none":
         return image, None
-    return image, choose_column(names, config.caption_column, CAPTION_NAMES, where, OPTION)
+    others = CAPTION_NAMES if config.caption_column == ReadConfig.caption_column else ()
+    return image, choose_column(names, config.caption_column, others, where, OPTION)
 
 
 class ParquetReader:
