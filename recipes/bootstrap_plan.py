@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip import atomic, checkpoint, dist
+import yaml
+
+from blip import checkpoint, dist
 from blip.config import SourceConfig, TrainConfig
 from blip.data.world_judge import grade as grade_captions
 from blip.resume import FREE_TO_CHANGE
@@ -141,7 +143,8 @@ class _Seed:
 
     def _by_recipe(self, config: str, steps: int, lr: float | None = None) -> dict[str, Any]:
         """What decides a fine-tuning run's results, beside what it starts from."""
-        return {"steps": steps, "lr": lr, "recipe": atomic.sha256(Path(config))[:16], **self._training()}
+        recipe = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        return {"steps": steps, "lr": lr, "recipe": recipe, **self._training()}
 
     def _step(self, model: ModelChoice) -> float:
         return SECONDS[model.size or "base"] * self.run.train.batch_size / 64

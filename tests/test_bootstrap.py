@@ -15,6 +15,7 @@ import yaml
 
 from blip.config import SourceConfig
 from blip.data.sources import open_source
+from blip.resume import drift
 from capfilt.run import Run as Job
 from capfilt.verify import verify
 from recipes import bootstrap, bootstrap_plan, command
@@ -177,6 +178,19 @@ def test_rates_are_those_of_the_configs_unless_given():
 
     assert rates("--fine_tuning.captioner_lr", "null", "--fine_tuning.retrieval_lr", "null") == [None] * 4
     assert rates("--fine_tuning.captioner_lr", "1e-4", "--fine_tuning.retrieval_lr", "2e-4") == [1e-4, 2e-4, None, None]
+
+
+def test_a_recipe_is_the_same_when_only_its_comments_change(monkeypatch, tmp_path):
+    run, name = read("--rows", "both", "--seeds", "3"), "seed-3/both/captioner"
+    before, text = bootstrap_plan.plan(run), Path(bootstrap_plan.cleaning.CAPTIONER).read_text()
+    config = tmp_path / "caption_world.yaml"
+    monkeypatch.setattr(bootstrap_plan.cleaning, "CAPTIONER", str(config))
+    config.write_text("# Another header\n" + text)
+    assert bootstrap_plan.plan(run).fingerprints == before.fingerprints
+    config.write_text(text.replace("batch_size: 64", "batch_size: 63"))
+    after = bootstrap_plan.plan(run)
+    assert after.fingerprints[name] != before.fingerprints[name]
+    assert drift(before.stages[name].settings, after.stages[name].settings) == ["recipe.train.batch_size: 64 -> 63"]
 
 
 def test_steps_are_equal_but_where_it_says_longer():
