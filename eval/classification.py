@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ class ClassFolder:
     """N files."""
     labels: list[int]
     """Class of each."""
+    left_out: Counter[str]
+    """How many files are not named like pictures, by how their names end."""
 
     @classmethod
     def open(cls, where: str | Path, names: Mapping[str, str] | None = None) -> ClassFolder:
@@ -50,10 +53,11 @@ class ClassFolder:
             raise DataError(
                 f"{root / unknown[0]} is not among the names of the classes ({len(unknown)} folders are not)"
             )
-        found = [find([str(folder)]).paths for folder in folders]
+        found = [find([str(folder)]) for folder in folders]
         called = [names[f.name] if names is not None else f.name.replace("_", " ") for f in folders]
-        labels = [label for label, paths in enumerate(found) for _ in paths]
-        return cls(root, called, [path for paths in found for path in paths], labels)
+        labels = [label for label, one in enumerate(found) for _ in one.paths]
+        left_out = sum((one.left_out for one in found), Counter())
+        return cls(root, called, [path for one in found for path in one.paths], labels, left_out)
 
 
 def read_names(path: Path) -> dict[str, str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from blip import dist
 from blip.commands.loading import load
+from blip.commands.pictures import not_pictures
 from blip.features import Features
 from blip.zero_shot import TEMPLATES
 from eval.classification import ClassFolder, accuracy, classify, read_names, read_templates
@@ -29,6 +31,8 @@ def run(options: Classification) -> dict[str, float]:
     found = accuracy(chances, data.labels)
     if not dist.is_main():
         return found
+    if said := not_pictures(data.left_out):
+        print(said, file=sys.stderr)
     show(found)
     best = chances.topk(min(5, len(data.names)), dim=1)
     rows = [

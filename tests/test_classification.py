@@ -88,13 +88,16 @@ def test_two_processes_classify_as_one_does(folder, model, tmp_path):  # noqa: F
 def test_command(folder, model, tmp_path, capsys):  # noqa: F811
     args = ["classification", "--model", model, "--source", str(folder), "--device", "cpu"]
     (tmp_path / "t.txt").write_text("a {}\n\nthe {}\n", encoding="utf-8-sig")  # as some editors save it
+    (folder / "moon/notes.md").write_text("no picture")
     main([*args, "--out", str(tmp_path / "out"), "--templates", str(tmp_path / "t.txt")])
     scores = json.loads((tmp_path / "out/scores.json").read_text())
     assert (scores["pictures"], scores["classes"], scores["templates"]) == (5, 3, ["a {}", "the {}"])
     rows = json.loads((tmp_path / "out/results.json").read_text())
     assert scores["top@1"] == pytest.approx(20 * sum(row["found"][0] == row["class"] for row in rows))
     assert scores["top@5"] == 100
-    assert "top@1" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "top@1" in said.out
+    assert "left out 1 files that are not named like pictures (.md)" in said.err
     (folder / "moon/9.png").write_bytes(b"<html>")
     with pytest.raises(SystemExit) as stop:
         main(args)

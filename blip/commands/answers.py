@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from tqdm import tqdm
 
+from blip.commands.pictures import not_pictures
 from blip.log import clock
 
 if TYPE_CHECKING:
@@ -78,9 +79,8 @@ class Answers:
 
     def left_out(self, endings: Counter[str]) -> None:
         """Tell of files in folders that were not taken for pictures, if there are any."""
-        if endings:
-            common = ", ".join(ending for ending, _ in endings.most_common(5)) + ", ..." * (len(endings) > 5)
-            self._say(f"left out {endings.total()} files that are not named like pictures ({common})")
+        if said := not_pictures(endings):
+            self._say(said)
 
     def failure(self, name: str, reason: str) -> None:
         """One line on stderr about what could not be used."""

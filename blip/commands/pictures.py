@@ -49,6 +49,12 @@ class Found(NamedTuple):
     """How many files of folders are not named like pictures, by how their names end."""
 
 
+def not_pictures(endings: Counter[str]) -> str:
+    """What to say of files that were left out, if there are any."""
+    common = ", ".join(ending for ending, _ in endings.most_common(5)) + ", ..." * (len(endings) > 5)
+    return f"left out {endings.total()} files that are not named like pictures ({common})" if endings else ""
+
+
 def find(given: Sequence[str]) -> Found:
     """The pictures that files, folders and globs mean.
 
