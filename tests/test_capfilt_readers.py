@@ -89,11 +89,15 @@ def test_the_column_of_a_tar_is_heeded(tmp_path, column, texts):
     assert row.texts == texts
 
 
-@pytest.mark.parametrize(("column", "text"), [("captoin", True), ("caption", False)])
-def test_a_column_that_no_sample_of_a_tar_has_is_refused(tmp_path, column, text):
-    members = [m for m in sample("a", 0, extra={"TEXT": "x", "url": "u"}) if text or not m[0].endswith(".txt")]
+@pytest.mark.parametrize(
+    ("column", "text", "extra", "has"),
+    [("captoin", True, {"TEXT": "x", "url": "u"}, "TEXT, url"), ("caption", False, {"TEXT": "x"}, "TEXT"),
+     ("alt", True, None, "nothing")],
+)  # fmt: skip
+def test_a_column_that_no_sample_of_a_tar_has_is_refused(tmp_path, column, text, extra, has):
+    members = [m for m in sample("a", 0, extra=extra) if text or not m[0].endswith(".txt")]
     path = write_tar(tmp_path / "a.tar", members)
-    with pytest.raises(DataError, match=rf"none has no column '{column}' \(it has: TEXT, url\); set --caption-column"):
+    with pytest.raises(DataError, match=rf"none has no column '{column}' \(it has: {has}\); set --caption-column"):
         planned(path, tmp_path / "run", reading={"caption_column": column})
     assert planned(path, tmp_path / "run", reading={"caption_column": "none"}).rows == 1
 

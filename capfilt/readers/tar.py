@@ -53,7 +53,10 @@ def index(path: str) -> tuple[pa.Table, str | None, list[str]]:
 
 
 def check_column(path: str, table: pa.Table, config: ReadConfig) -> None:
-    """DataError if the first samples of an index have columns, and none of them the one that captions are to be of."""
+    """DataError if none of the first samples of an index has the column that captions are to be of.
+
+    Pictures without any columns or texts are all right where no other column was asked for.
+    """
     column, first = config.caption_column, table.slice(0, _PROBES).to_pylist()
     if column == "none" or (column == TEXT_COLUMN and any(entry["text"] for entry in first)):
         return
@@ -62,7 +65,7 @@ def check_column(path: str, table: pa.Table, config: ReadConfig) -> None:
         names |= _json(read_range(path, span["at"], min(span["size"], MAX_BYTES))).keys()
         if column in names:
             return
-    if names:
+    if names or (first and column != TEXT_COLUMN):
         choose_column(list(names), column, (), f"{path}: of the first {len(first)} samples, none", OPTION)
 
 
