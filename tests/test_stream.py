@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import itertools
 import json
@@ -176,6 +177,13 @@ def test_other_formats_say_what_streams(tmp_path, tokenizer):
         stream(tokenizer, SourceConfig(str(tmp_path)))
     with pytest.raises(DataError, match="at least one source"):
         stream(tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet", "jsonl"])
+def test_an_image_root_that_is_not_there_is_said_at_the_start(tmp_path, kind):
+    source = dataclasses.replace(write(tmp_path, kind, 1, 3), image_root=str(tmp_path / "gone"))
+    with pytest.raises(DataError, match="gone is not a folder"):
+        Shards(source)
 
 
 def test_a_worker_that_dies_is_one_error(tmp_path, tokenizer):

@@ -219,6 +219,7 @@ class Hosted:
             raise DataError(f"source {config.path}: no rows")
         rows = [parquet_file(f).metadata.num_rows for f in self._files]
         self._ends = np.cumsum(rows)
+        self._roots = [root_of(config, file.parent) for file in self._files]
         data = data.select_columns([config.image_column, config.caption_column])
         if isinstance(data.features[config.image_column], datasets.Image):
             data = data.cast_column(config.image_column, datasets.Image(decode=False))
@@ -237,9 +238,8 @@ class Hosted:
         return int(np.searchsorted(self._ends, row, side="right"))
 
     def __getitem__(self, row: int) -> Record:
-        values, root = self._data[int(row)], self._root
-        if self._files and not self._config.image_root:
-            root = root_of(self._config, self._files[self._file_of(row)].parent)
+        values = self._data[int(row)]
+        root = self._roots[self._file_of(row)] if self._roots else self._root
         return record(self.key(row), values[self._config.image_column], values[self._config.caption_column], root)
 
     def identity(self) -> str:

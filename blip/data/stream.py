@@ -54,6 +54,7 @@ class Shards:
             raise DataError(f"source {config.path}: streaming reads tar, parquet and jsonl shards, not {self.format}")
         refuse_split(config, self.format)
         self.files = shard_files(config.path, self.format)
+        self.root = root_of(config, together(self.files))
         self.rows = self._estimate()
         if not self.rows:
             split = f" of split {config.split!r}" if config.split else ""
@@ -89,8 +90,8 @@ class Shards:
                 key = f"{file.name}/{shard.names[i]}"
                 yield key, lambda i=i, key=key: tar_record(file, key, shard.image(i), shard.caption(i), caption)
             return
+        root = self.root
         if self.format == "json":
-            root = root_of(self.config, together(self.files))
             rows = annotated(self.config, file, root, (image, caption))
         else:
             root = root_of(self.config, file.parent)
