@@ -19,7 +19,7 @@ from capfilt.report import BINS, NULL
 from capfilt.run import Run
 from capfilt.score import ScoreOptions, Worker
 from capfilt.scorer import Item, Matched, Scorer
-from capfilt.settings import ReadConfig
+from capfilt.settings import ReadConfig, at_least
 
 _STEPS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99)
 _CANDIDATES = 20
@@ -47,8 +47,7 @@ class CalibrateOptions:
     """Decoding processes."""
 
     def __post_init__(self) -> None:
-        if self.count < 10:
-            raise ValueError(f"count must be 10 or more, got {self.count}")
+        at_least(10, count=self.count)
         if self.method == "reference" and not self.reference:
             raise ValueError("method reference needs --reference with clean pairs")
 

@@ -28,6 +28,7 @@ from capfilt.readers import open_reader
 from capfilt.readers.rows import changed
 from capfilt.run import Part, Run
 from capfilt.select import kept_of, read_account
+from capfilt.settings import at_least
 from capfilt.storage import Storage, open_storage
 
 FORMATS = ("wds", "parquet", "json", "uids")
@@ -81,8 +82,7 @@ def export(
     there, whole or in part, goes. ValueError if there is something
     else already, which training would read as well; DataError if an image is not the one that was scored.
     """
-    if shard < 1:
-        raise ValueError(f"shard must be 1 or more, got {shard}")
+    at_least(1, shard=shard)
     account = read_account(run, selection)
     files = _Files(open_storage(to))
     about = {

@@ -23,7 +23,7 @@ from capfilt.identity import differences, fingerprint, part_id
 from capfilt.readers import hosted, listed, parquet, tar
 from capfilt.readers.rows import RowGroups, Source, content_of, is_remote, stat_of
 from capfilt.run import PLAN, Part, Run
-from capfilt.settings import ReadConfig, ScoreConfig, has_gpu, resolve
+from capfilt.settings import ReadConfig, ScoreConfig, at_least, has_gpu, resolve
 from capfilt.storage import Local, Storage, open_storage
 
 _ENDINGS = {".tar": "tar", ".parquet": "parquet", ".json": "listed", ".jsonl": "listed", ".ndjson": "listed",
@@ -194,8 +194,7 @@ def make(out: str, config: ScoreConfig, reading: ReadConfig, part_size: int | No
 
     ValueError lists the differences if it is not; nothing is touched then. DataError if there is nothing to read.
     """
-    if part_size is not None and part_size < 1:
-        raise ValueError(f"part_size must be 1 or more, got {part_size}")
+    at_least(1, part_size=part_size)
     storage = open_storage(out)
     resolved, reading = resolve(config), anchored(reading)
     files = _find_all(reading.inputs)
@@ -255,17 +254,7 @@ def write_parts(storage: Storage, number: int, sources: Sequence[Source], size: 
 
 def _same(run: Run, resolved: dict, reading: ReadConfig, part_size: int | None, paths: list[str]) -> Run:
     """The run, if these settings would have planned it."""
-    before: dict[str, Any] = {
-        "part_size": run.job["part_size"],
-        **run.job["config"],
-        "reading": dataclasses.asdict(anchored(run.reading)),
-    }
-    now: dict[str, Any] = {
-        "part_size": part_size or run.job["part_size"],
-        **resolved,
-        "reading": dataclasses.asdict(reading),
-    }
-    found = differences(before, json.loads(json.dumps(now)))
+    found = drift(run, resolved, reading, part_size)
     known = {source.path for source in run.sources.values()}
     found += [f"input {p} is not in the plan" for p in paths if p not in known][:3]
     found += [f"input {p} is in the plan and not found now" for p in sorted(known - set(paths))][:3]
@@ -275,6 +264,14 @@ def _same(run: Run, resolved: dict, reading: ReadConfig, part_size: int | None, 
             "`plan --extend`"
         )
     return run
+
+
+def drift(run: Run, resolved: dict[str, Any], reading: ReadConfig, part_size: int | None) -> list[str]:
+    """What of these settings, the models resolved to their hashes, is not as the run was planned."""
+    size = run.job["part_size"]
+    before = {"part_size": size, **run.job["config"], "reading": dataclasses.asdict(anchored(run.reading))}
+    now = {"part_size": part_size or size, **resolved, "reading": dataclasses.asdict(anchored(reading))}
+    return differences(before, json.loads(json.dumps(now)))
 
 
 def extend(out: str, inputs: Sequence[str]) -> tuple[Run, list[Source]]:

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from capfilt.phash import MOST
+from capfilt.settings import at_least
 
 WEB, SYN, HUMAN = 0, 1, 2
 SOURCES = ("web", "syn", "human")
@@ -54,12 +55,9 @@ class SelectConfig:
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction must be in (0, 1], got {self.fraction}")
-        if self.k < 1:
-            raise ValueError(f"k must be 1 or more, got {self.k}")
+        at_least(1, k=self.k, shared=self.shared)
         if not 0 <= self.duplicate_bits <= MOST:
             raise ValueError(f"duplicate_bits must be 0 to {MOST}, got {self.duplicate_bits}")
-        if self.shared is not None and self.shared < 1:
-            raise ValueError(f"shared must be 1 or more, got {self.shared}")
         if self.policy == "threshold-table" and (self.itm_web is None or self.itm_syn is None):
             raise ValueError("policy threshold-table needs --itm-web and --itm-syn")
         if self.rules:

@@ -24,7 +24,7 @@ from capfilt.progress import Progress
 from capfilt.readers.rows import changed
 from capfilt.run import Part, Run
 from capfilt.scorer import OutOfMemory, Scorer, Scores
-from capfilt.settings import DONE, FAILED_PARTS, INTERRUPTED, WRONG
+from capfilt.settings import DONE, FAILED_PARTS, INTERRUPTED, WRONG, at_least
 from capfilt.storage import host
 
 _CHUNK = 16
@@ -53,10 +53,8 @@ class ScoreOptions:
     world: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("decode_workers", 0), ("limit", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be {least} or more, got {value}")
+        at_least(1, batch_size=self.batch_size, limit=self.limit)
+        at_least(0, decode_workers=self.decode_workers)
         if not self.decode_timeout > 0:
             raise ValueError(f"decode_timeout must be more than 0 seconds, got {self.decode_timeout}")
 

@@ -17,6 +17,13 @@ DONE, WRONG, FAILED_PARTS, MISMATCH, INTERRUPTED = 0, 2, 3, 4, 130
 """Exit statuses; WRONG is also for damaged sources that were not allowed."""
 
 
+def at_least(least: int, **values: int | None) -> None:
+    """ValueError that names the first value that is given and below `least`."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be {least} or more, got {value}")
+
+
 @dataclass(frozen=True)
 class ScoreConfig:
     """How rows are scored. All of it is in the fingerprint; nothing that does not change results is here."""
@@ -57,16 +64,17 @@ class ScoreConfig:
     """Of the captions."""
 
     def __post_init__(self) -> None:
-        for name in ("captions", "max_words", "max_pixels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        if self.max_tokens < 3:
-            raise ValueError(f"max_tokens must be 3 or more, got {self.max_tokens}")
+        at_least(1, captions=self.captions, max_words=self.max_words, max_pixels=self.max_pixels)
+        at_least(3, max_tokens=self.max_tokens)
         presets = [name for name, rules in PRESETS.items() if rules & IMAGE_RULES.keys()]
         if self.rules_first and self.rules_first not in presets:
             raise ValueError(f"rules_first {self.rules_first!r} is none of {', '.join(presets)}")
         if self.scorer == "blip" and not self.filter:
             raise ValueError("give --filter (and --captioner, for synthetic texts), or --scorer fake to rehearse")
+
+
+NO_COLUMN = "none"
+"""As `caption_column`: images without texts."""
 
 
 @dataclass(frozen=True)

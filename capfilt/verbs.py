@@ -110,21 +110,15 @@ def _score(given: Namespace) -> int:
 def _refuse_drift(run, given: Namespace) -> None:
     """ValueError if an option, or a model on disk, is not what the plan says."""
     import dataclasses
-    import json
 
-    from capfilt.identity import differences
-    from capfilt.plan import anchored
+    from capfilt.plan import drift
     from capfilt.settings import resolve
 
     def now(planned: ScoreConfig | ReadConfig):
         names = {f.name for f in dataclasses.fields(planned)}
         return dataclasses.replace(planned, **{k: v for k, v in vars(given).items() if k in names})
 
-    size = run.job["part_size"]
-    found = differences(run.job["config"], json.loads(json.dumps(resolve(now(run.config)))))
-    reading = (dataclasses.asdict(anchored(how)) for how in (run.reading, now(run.reading)))
-    found += differences(*reading, under="reading.")
-    found += differences({"part_size": size}, {"part_size": getattr(given, "part_size", None) or size})
+    found = drift(run, resolve(now(run.config)), now(run.reading), getattr(given, "part_size", None))
     if found:
         raise ValueError(
             f"{run.where} was planned with other settings: {'; '.join(found)}. Nothing was touched; plan another run "

@@ -85,8 +85,9 @@ class Kept:
         """Publish a model as the run's, from the main process; all raise if it could not be written."""
 
         def publish() -> None:
-            if not self._is_published(model):  # then nothing that was said of the model there holds any longer
-                (self.out / RESULTS).unlink(missing_ok=True)
+            said = self.out / RESULTS
+            if said.exists() and not self._is_published(model):  # then what was said of the model there does not hold
+                said.unlink()
             if answers is not None:
                 self._record("validation", answers)
             checkpoint.save_pretrained(model, self.tokenizer, self.folder, card=self.card(scores or {}))

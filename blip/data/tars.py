@@ -45,6 +45,12 @@ class Sample:
         """Where a caption is looked for: the text, or the JSON where there is none or another column is asked for."""
         return self.json if self.text is _NONE or column != TEXT_COLUMN else self.text
 
+    @property
+    def owner(self) -> str:
+        """The key up to the first dot: what this may belong to, if it is not a sample by itself."""
+        name = PurePosixPath(self.key)
+        return str(name.parent / name.name.split(".")[0])
+
 
 @dataclass(frozen=True)
 class Headers:
@@ -157,15 +163,13 @@ class Shard:
                 f"{self.path} is not a whole tar file ({found.damage}) after {len(found.samples)} samples: "
                 "copy it again, or set allow_truncated to use the readable part"
             )
-        captions = [sample.caption(column) for sample in found.samples]
-        both = [sample.image is not _NONE and c is not _NONE for sample, c in zip(found.samples, captions, strict=True)]
-        whole = {sample.key for sample, is_whole in zip(found.samples, both, strict=True) if is_whole}
-        for sample, caption, is_whole in zip(found.samples, captions, both, strict=True):
-            name = PurePosixPath(sample.key)
-            if is_whole or str(name.parent / name.name.split(".")[0]) not in whole:
+        whole = {sample.key for sample in found.samples if _NONE not in (sample.image, sample.caption(column))}
+        for sample in found.samples:
+            if sample.key in whole or sample.owner not in whole:
+                caption = sample.caption(column)
                 self.names.append(sample.key)
                 self._spans.extend((*sample.image, *caption))
-                self._json.append(sample.json is not _NONE and caption is sample.json)
+                self._json.append(caption is not sample.text)
 
     def __len__(self) -> int:
         return len(self.names)

@@ -18,7 +18,6 @@ from blip.data.json_rows import read_rows
 from blip.data.tars import IMAGES
 from capfilt.readers.parquet import columns_of, open_parquet
 from capfilt.readers.rows import (
-    OPTION,
     Row,
     RowGroups,
     Source,
@@ -75,9 +74,9 @@ def index_files(path: str, config: ReadConfig) -> tuple[pa.Table, str | None, li
     if rows and not {"key", "status"} <= rows[0].keys():
         raise DataError(f"{path} has no columns key and status, so it is not img2dataset's")
     done = [row for row in rows if row["status"] == "success"]
-    caption = None if config.caption_column == "none" else config.caption_column
-    if rows and caption not in (None, ReadConfig.caption_column):  # pictures may have been fetched without any
-        choose_column(list(rows[0]), caption, (), path, OPTION)
+    caption = config.caption_column
+    if rows and caption != ReadConfig.caption_column:  # pictures may have been fetched without any
+        caption = choose_column(list(rows[0]), config, "caption_column", (), path)
     table = pa.Table.from_pylist(
         [_entry(str(r["key"]), present.get(str(r["key"])), r, "image", caption) for r in done], INDEX
     )

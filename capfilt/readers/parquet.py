@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 from blip.data.images import MAX_BYTES
 from blip.data.parquet import parquet_file
 from capfilt.readers.rows import (
-    OPTION,
     Row,
     RowGroups,
     Source,
@@ -35,12 +34,8 @@ def open_parquet(path: str) -> pq.ParquetFile:
 
 def columns_of(names: list[str], config: ReadConfig, where: str) -> tuple[str, str | None]:
     """The image and the caption column of a table; `none` as caption column means images without texts."""
-    others = IMAGE_NAMES if config.image_column == ReadConfig.image_column else ()
-    image = choose_column(names, config.image_column, others, where, "--image-column")
-    if config.caption_column == "none":
-        return image, None
-    others = CAPTION_NAMES if config.caption_column == ReadConfig.caption_column else ()
-    return image, choose_column(names, config.caption_column, others, where, OPTION)
+    image = choose_column(names, config, "image_column", IMAGE_NAMES, where)
+    return image, choose_column(names, config, "caption_column", CAPTION_NAMES, where)
 
 
 class ParquetReader:

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, Protocol
 
@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from blip.data.errors import BadSample, DataError
 from blip.data.images import MAX_BYTES
 from blip.data.paths import contained
+from capfilt.settings import NO_COLUMN, ReadConfig
 
 REMOTE = ("s3://", "gs://", "gcs://", "az://", "abfs://", "abfss://", "hf://", "memory://")
 _HEAD, _SPOTS, _SPOT = 1 << 16, 16, 1 << 12
@@ -216,14 +217,19 @@ class RowGroups:
         return self._kept[1]
 
 
-OPTION = "--caption-column (or none)"
-"""What says which column captions are of."""
+def choose_column(
+    columns: Sequence[str], config: ReadConfig, which: str, known: Sequence[str], where: str
+) -> str | None:
+    """The column that `image_column` or `caption_column` asks for; None for captions of no column, `none`.
 
-
-def choose_column(columns: list[str], wanted: str, alternatives: tuple[str, ...], where: str, option: str) -> str:
-    """The wanted column, or one that the format is known to use instead. DataError lists those there are."""
-    for name in (wanted, *alternatives):
+    Where none was asked for, one that the format is `known` to use instead will do. DataError lists those there are.
+    """
+    wanted = getattr(config, which)
+    if (which, wanted) == ("caption_column", NO_COLUMN):
+        return None
+    for name in (wanted, *(known if wanted == getattr(ReadConfig, which) else ())):
         if name in columns:
             return name
     have = ", ".join(sorted(map(str, columns)))[:200] or "nothing"
+    option = {"image_column": "--image-column", "caption_column": "--caption-column (or none)"}[which]
     raise DataError(f"{where} has no column {wanted!r} (it has: {have}); set {option}")

@@ -14,7 +14,6 @@ import pyarrow as pa
 from blip.data.images import MAX_BYTES
 from blip.data.tars import TEXT_COLUMN, Member, read_headers
 from capfilt.readers.rows import (
-    OPTION,
     Row,
     RowGroups,
     Source,
@@ -25,7 +24,7 @@ from capfilt.readers.rows import (
     read_range,
     texts_of,
 )
-from capfilt.settings import ReadConfig
+from capfilt.settings import NO_COLUMN, ReadConfig
 from capfilt.storage import Storage
 
 _SPAN = pa.struct([("at", pa.int64()), ("size", pa.int64())])
@@ -58,7 +57,7 @@ def check_column(path: str, table: pa.Table, config: ReadConfig) -> None:
     Pictures without any columns or texts are all right where no other column was asked for.
     """
     column, first = config.caption_column, table.slice(0, _PROBES).to_pylist()
-    if column == "none" or (column == TEXT_COLUMN and any(entry["text"] for entry in first)):
+    if column == NO_COLUMN or (column == TEXT_COLUMN and any(entry["text"] for entry in first)):
         return
     names: set[str] = set()
     for span in (entry["json"] for entry in first if entry["json"]):
@@ -66,7 +65,7 @@ def check_column(path: str, table: pa.Table, config: ReadConfig) -> None:
         if column in names:
             return
     if names or (first and column != TEXT_COLUMN):
-        choose_column(list(names), column, (), f"{path}: of the first {len(first)} samples, none", OPTION)
+        choose_column(list(names), config, "caption_column", (), f"{path}: of the first {len(first)} samples, none")
 
 
 def _span(member: Member) -> dict[str, int] | None:
@@ -97,8 +96,8 @@ class TarReader:
         if entry["text"] and self.column == TEXT_COLUMN:
             row.texts = [self._bytes(entry["text"]).decode("utf-8", "replace")]
             row.extra = extra_of(row.extra)
-        else:  # of the column "none", which JSON could have, too, there are no texts
-            row.texts = texts_of(row.extra.get(self.column)) if self.column != "none" else []
+        else:  # of NO_COLUMN, which JSON could have, too, there are no texts
+            row.texts = texts_of(row.extra.get(self.column)) if self.column != NO_COLUMN else []
             row.extra = extra_of(row.extra, self.column)
         if entry["image"] is None:
             row.problem = ("no_image", "no_image", "no image member")
