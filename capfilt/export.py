@@ -10,11 +10,10 @@ import hashlib
 import io
 import json
 import os
-import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -22,21 +21,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from blip.data.errors import DataError
+from capfilt.exported import BEGUN, COUNTED, MARKERS, OURS, count
 from capfilt.faults import fault_point
 from capfilt.identity import differences
 from capfilt.readers import open_reader
 from capfilt.readers.rows import changed
 from capfilt.run import Part, Run
-from capfilt.select import kept_of, read_account
+from capfilt.select import kept_of, nothing_kept, read_account
 from capfilt.settings import at_least
 from capfilt.storage import Storage, open_storage
 
 FORMATS = ("wds", "parquet", "json", "uids")
-_BEGUN = "_BEGUN"
-"""What export this is, while it is not whole."""
-_MARKERS = ("_SUCCESS", _BEGUN)
-_OURS = re.compile(r"\d{5,}\.(tar|parquet)|captions\.json|uids\.npy|images/\d{5,}/\d{9,}\.\w+|_SUCCESS|_BEGUN")
-"""Names of what exports write."""
+_GROUP = 256
+"""Rows of a parquet file that are written together."""
 _ENDING = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
 """MPO is a JPEG with more pictures behind it, as telephones and cameras write."""
 _PASSED_ON = ("sample_id", "source_uri", "source_row", "key", "url", "image_sha256", "width", "height",
@@ -74,16 +71,21 @@ class _Files:
 
 
 def export(
-    run: Run, selection: str, form: str, to: str, *, shard: int = 10_000, together: bool = False, replace: bool = False
-) -> dict[str, Any]:
+    run: Run, selection: str, form: str, to: str, *, shard: int = 10_000, together: bool = False, replace: bool = False,
+    allow_empty: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Write a selection to a folder or object store; returns the manifest.
 
     One sample per kept text, or with `together` one per image with a list of texts. With `replace` an export that is
-    there, whole or in part, goes. ValueError if there is something
-    else already, which training would read as well; DataError if an image is not the one that was scored.
+    there, whole or in part, goes. The files are opened again and counted before `_SUCCESS` is written. ValueError if
+    there is something else already, which training would read as well, or if nothing is kept, unless `allow_empty`;
+    DataError if an image is not the one that was scored, or if the files do not hold what is kept.
     """
     at_least(1, shard=shard)
     account = read_account(run, selection)
+    kept = sum(account["kept"].values())
+    if not kept and not allow_empty:
+        raise ValueError(nothing_kept(account))
     files = _Files(open_storage(to))
     about = {
         "format": form,
@@ -94,18 +96,20 @@ def export(
         "selection_sha256": account["files"]["texts.parquet"],
     }
     _begin(files.storage, about, replace)
-    counts = {"images": 0, "pairs": 0, "samples": 0}
+    counts = dict.fromkeys(COUNTED, 0)
     if form == "uids":
         _write_uids(run, selection, files, counts)
     else:
         _WRITERS[form](_counted(_samples(run, selection, together), counts), files, shard)
-    kept = sum(account["kept"].values())
     if counts["pairs"] != kept:
         raise DataError(f"{counts['pairs']} texts were exported and {kept} are kept: run `capfilt verify`")
+    held = count(files.storage, form, files.written)
+    if different := differences({name: counts[name] for name in held}, held):
+        raise DataError(f"{files.storage.root} does not hold what was written ({'; '.join(different)}): export again")
     manifest = {**about, **counts, "files": files.written}
     content = (json.dumps(manifest, indent=1) + "\n").encode()
     files.storage.write("_SUCCESS", content)
-    files.storage.remove(_BEGUN)
+    files.storage.remove(BEGUN)
     where = json.dumps({"to": _seen_from(run.storage, files.storage), **manifest})
     run.storage.write(f"exports/{selection}-{form}.json", where.encode())
     return manifest
@@ -123,7 +127,7 @@ def exported_to(run: Storage, noted: str) -> Storage:
 
 def _begin(storage: Storage, about: dict[str, Any], replace: bool) -> None:
     """Make sure that a folder is empty, or holds this very export, whole or in part."""
-    marker = next((name for name in _MARKERS if storage.exists(name)), None)
+    marker = next((name for name in MARKERS if storage.exists(name)), None)
     if marker is None and (there := storage.entries()):
         raise ValueError(f"{storage.root} is not empty ({', '.join(there[:3])}): give another --to")
     if marker is not None:
@@ -135,17 +139,17 @@ def _begin(storage: Storage, about: dict[str, Any], replace: bool) -> None:
             )
         if found:
             _remove_export(storage)
-    storage.write(_BEGUN, (json.dumps(about) + "\n").encode())
+    storage.write(BEGUN, (json.dumps(about) + "\n").encode())
     storage.remove("_SUCCESS")
 
 
 def _remove_export(storage: Storage) -> None:
     """Remove the files of an export; ValueError, and nothing is touched, if others are among them."""
     there = sorted(storage.listing(""))
-    others = [name for name in there if not _OURS.fullmatch(name)]
+    others = [name for name in there if not OURS.fullmatch(name)]
     if others:
         raise ValueError(f"{storage.root} holds {others[0]}, which no export wrote: give another --to")
-    for name in [*(name for name in there if name not in _MARKERS), *_MARKERS]:
+    for name in [*(name for name in there if name not in MARKERS), *MARKERS]:
         storage.remove(name)
 
 
@@ -232,8 +236,8 @@ def _write_parquet(samples: Iterator[Kept], files: _Files, size: int) -> None:
     for number, group in _sharded(samples, size):
         with files.writing(f"{number:05d}.parquet") as file, pq.ParquetWriter(file, schema) as writer:
             rows = iter(group)
-            while some := [sample for sample, _ in zip(rows, range(256), strict=False)]:
-                writer.write_table(pa.Table.from_pylist([_row(sample) for sample in some], schema))
+            while some := [_row(sample) for sample in islice(rows, _GROUP)]:
+                writer.write_table(pa.Table.from_pylist(some, schema))
 
 
 def _row(sample: Kept) -> dict[str, Any]:

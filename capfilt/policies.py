@@ -5,6 +5,7 @@ N texts. A policy is given the texts of whole rows, the rows in order and each r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -55,6 +56,8 @@ class SelectConfig:
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction must be in (0, 1], got {self.fraction}")
+        for name in ("itm", "itm_web", "itm_syn"):
+            self._check_threshold(name, getattr(self, name))
         at_least(1, k=self.k, shared=self.shared)
         if not 0 <= self.duplicate_bits <= MOST:
             raise ValueError(f"duplicate_bits must be 0 to {MOST}, got {self.duplicate_bits}")
@@ -64,6 +67,13 @@ class SelectConfig:
             from capfilt.rules import check_preset
 
             check_preset(self.rules)
+
+    def _check_threshold(self, name: str, value: float | None) -> None:
+        """Probabilities are from 0 to 1 and cosines from -1 to 1; a difference of logits is any number."""
+        low, high = {"itm": (0, 1), "itc": (-1, 1), "margin": (-math.inf, math.inf)}[self.column]
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            what = {"itm": "a probability, 0 to 1", "itc": "a cosine, -1 to 1", "margin": "a number"}[self.column]
+            raise ValueError(f"{name} {value:g}: with --by {self.column} a threshold is {what}")
 
     @property
     def column(self) -> str:

@@ -8,6 +8,8 @@ import time
 from collections import Counter, deque
 from typing import Any, TextIO
 
+from capfilt.schema import FAULTS, USABLE
+
 _WINDOW = 120.0
 """Seconds over which the rate is taken."""
 
@@ -51,7 +53,7 @@ class Progress:
 
     @property
     def errors(self) -> int:
-        return sum(n for status, n in self.statuses.items() if status not in ("ok", "no_text", "rule"))
+        return sum(n for status, n in self.statuses.items() if status in FAULTS)
 
     @property
     def seen(self) -> int:
@@ -108,7 +110,7 @@ class Progress:
         ]
         if shares:
             bits.append("keep@0.5 " + " ".join(shares))
-        wrong = {k: n for k, n in self.statuses.items() if k not in ("ok", "no_text")}
+        wrong = {k: n for k, n in self.statuses.items() if k not in USABLE}
         if self.seen:
             listed = " ".join(f"{k} {n / self.seen:.2%}" for k, n in sorted(wrong.items(), key=lambda x: -x[1])[:3])
             bits.append(f"errors {self.errors / self.seen:.2%}" + (f" ({listed})" if listed else ""))

@@ -23,6 +23,8 @@ STATUSES = (
     "score_invalid",
     "source_error",
 )
+FAULTS = frozenset(STATUSES) - {*USABLE, "rule"}
+"""Statuses of rows that could not be used; one that a rule leaves out is none of them."""
 ERROR_CODES = (
     "empty_file",
     "html_page",

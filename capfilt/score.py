@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from capfilt.pool import Inline, Pool, Setup, Task
 from capfilt.progress import Progress
 from capfilt.readers.rows import changed
 from capfilt.run import Part, Run
+from capfilt.schema import FAULTS, OK
 from capfilt.scorer import OutOfMemory, Scorer, Scores
 from capfilt.settings import DONE, FAILED_PARTS, INTERRUPTED, WRONG, at_least
 from capfilt.storage import host
@@ -57,6 +58,8 @@ class ScoreOptions:
         at_least(0, decode_workers=self.decode_workers)
         if not self.decode_timeout > 0:
             raise ValueError(f"decode_timeout must be more than 0 seconds, got {self.decode_timeout}")
+        if not 0 <= self.max_error_rate <= 1:
+            raise ValueError(f"max_error_rate is a share of rows, 0 to 1, got {self.max_error_rate}")
 
 
 Tasks = deque[tuple["Pool | Inline", Future]]
@@ -287,6 +290,12 @@ def exit_status(run: Run, options: ScoreOptions, failed: int, out: TextIO) -> in
     if failed:
         out.write(f"{failed} parts failed; {run.where}/failures says why, `retry-failed` tries them again\n")
         return FAILED_PARTS
+    if options.max_error_rate < 1 and (statuses := _all_failed(run, options)):
+        out.write(
+            f"none of {statuses.total():,} rows could be used ({_commonest(statuses)}); is it the right column, folder "
+            "or image root? --max-error-rate 1 goes on all the same\n"
+        )
+        return WRONG
     damaged = run.damaged()
     for source in damaged[:3]:
         out.write(f"source_damaged: {source.path}: {source.damage}\n")
@@ -294,6 +303,25 @@ def exit_status(run: Run, options: ScoreOptions, failed: int, out: TextIO) -> in
         out.write(f"{len(damaged)} of {len(run.sources)} sources are damaged; --allow-damaged accepts that\n")
         return WRONG
     return DONE
+
+
+def _all_failed(run: Run, options: ScoreOptions) -> Counter[str]:
+    """Statuses of this process's rows if none could be used; empty where one could, which the first part mostly says.
+
+    `judge` says so early of a large job; this is for jobs of a few rows.
+    """
+    statuses: Counter[str] = Counter()
+    present = run.parts.present()
+    for part in run.share(options.rank, options.world):
+        if part.pid in present:
+            statuses.update(run.parts.read(part.pid, ["status"])["status"].to_pylist())
+            if not statuses.keys() <= FAULTS:
+                return Counter()
+    return statuses
+
+
+def _commonest(statuses: Counter[str]) -> str:
+    return ", ".join(f"{name} {n}" for name, n in statuses.most_common(4) if name != OK)
 
 
 def _work(run: Run, scorer: Scorer, options: ScoreOptions, work: Work, progress: Progress) -> int:
@@ -382,8 +410,7 @@ def judge(progress: Progress, judged: int, options: ScoreOptions) -> None:
         return
     rate = progress.errors / progress.seen
     if rate > options.max_error_rate:
-        worst = ", ".join(f"{name} {n}" for name, n in progress.statuses.most_common(4) if name != "ok")
         raise TooManyErrors(
-            f"{rate:.0%} of the first {progress.seen} rows cannot be used ({worst}); is it the right column, folder or "
-            f"image root? --max-error-rate {rate + 0.05:.2f} goes on all the same"
+            f"{rate:.0%} of the first {progress.seen} rows cannot be used ({_commonest(progress.statuses)}); is it the "
+            f"right column, folder or image root? --max-error-rate {min(1.0, rate + 0.05):.2f} goes on all the same"
         )

@@ -34,10 +34,13 @@ def scored_parts(run: Run) -> list[Part]:
     return [part for part in run.plan if part.pid in present]
 
 
-def select(run: Run, name: str, config: SelectConfig, *, replace: bool = False) -> dict[str, Any]:
+def select(
+    run: Run, name: str, config: SelectConfig, *, replace: bool = False, allow_empty: bool = False
+) -> dict[str, Any]:
     """Write selections/NAME and return its account. A selection that is there and would be the same is left alone.
 
-    ValueError if it is there with other settings, unless `replace`; DataError if nothing is scored yet.
+    ValueError if it is there with other settings, unless `replace`, if nothing is scored yet, or if no text is kept,
+    unless `allow_empty`.
     """
     if not _NAME.match(name):
         raise ValueError(f"selection name {name!r}: letters, digits, - _ and . only")
@@ -53,7 +56,7 @@ def select(run: Run, name: str, config: SelectConfig, *, replace: bool = False) 
         if not same and not replace:
             raise ValueError(f"selection {name} is there with other settings; take another --name, or --replace")
         if same and before["parts_digest"] == digest and is_whole(run, before):
-            return before
+            return _not_empty(before, allow_empty)
         run.storage.remove(success(name))
     whole = look(run, done, config)
     account: dict[str, Counter] = {key: Counter() for key in ("rows_in", "texts_in", "kept", "dropped", "reasons")}
@@ -71,8 +74,26 @@ def select(run: Run, name: str, config: SelectConfig, *, replace: bool = False) 
         **{key: dict(sorted(counts.items())) for key, counts in account.items()},
         "files": {table_name(name).rsplit("/", 1)[-1]: run.storage.sha256(table_name(name))},
     }
+    try:
+        _not_empty(said, allow_empty)
+    except ValueError:
+        run.storage.remove(table_name(name))
+        raise
     run.storage.write(success(name), (json.dumps(said, indent=1) + "\n").encode())
     return said
+
+
+def _not_empty(account: dict[str, Any], allow_empty: bool) -> dict[str, Any]:
+    if not (allow_empty or sum(account["kept"].values())):
+        raise ValueError(nothing_kept(account))
+    return account
+
+
+def nothing_kept(account: dict[str, Any]) -> str:
+    """What to say of a selection without texts, with the commonest reasons."""
+    texts, reasons = sum(account["texts_in"].values()), Counter(account["reasons"]).most_common(3)
+    why = "".join(f"; {reason}: {n:,}" for reason, n in reasons)
+    return f"selection {account['name']} keeps none of {texts:,} texts{why}. --allow-empty takes it all the same"
 
 
 def success(name: str) -> str:
@@ -254,13 +275,18 @@ def kept_of(run: Run, name: str) -> Iterator[tuple[Part, pa.Table]]:
     """The kept texts of each part of a selection, in the order of the plan."""
     read_account(run, name)
     by_pid = {part.pid: part for part in run.plan}
-    name = table_name(name)
-    local = isinstance(run.storage, Local)
-    file = pq.ParquetFile(run.storage.path(name) if local else pa.BufferReader(run.storage.read(name)))
-    for g in range(file.num_row_groups):
-        table = file.read_row_group(g)
+    for table in tables_of(run, name):
         if len(table):
             yield by_pid[table["part_id"][0].as_py()], table.filter(table["kept"])
+
+
+def tables_of(run: Run, name: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """The table of a selection, part by part."""
+    path = table_name(name)
+    local = isinstance(run.storage, Local)
+    file = pq.ParquetFile(run.storage.path(path) if local else pa.BufferReader(run.storage.read(path)))
+    for g in range(file.num_row_groups):
+        yield file.read_row_group(g, columns)
 
 
 def account_lines(account: dict[str, Any]) -> list[str]:

@@ -149,7 +149,12 @@ def _select_options(parser: ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--name", required=True, help="of the selection, e.g. half")
     parser.add_argument("--replace", action="store_true", help="an older selection of that name goes")
+    _empty_option(parser)
     options.add(parser, SelectConfig, title="what is kept")
+
+
+def _empty_option(parser: ArgumentParser) -> None:
+    parser.add_argument("--allow-empty", action="store_true", help="a selection that keeps no text is no error")
 
 
 def _select(given: Namespace) -> int:
@@ -157,7 +162,8 @@ def _select(given: Namespace) -> int:
     from capfilt.run import Run
     from capfilt.select import account_lines, select
 
-    account = select(Run.open(given.run), given.name, options.build(SelectConfig, given), replace=given.replace)
+    account = select(Run.open(given.run), given.name, options.build(SelectConfig, given), replace=given.replace,
+                     allow_empty=given.allow_empty)  # fmt: skip
     print(*account_lines(account), sep="\n")
     return DONE
 
@@ -167,6 +173,7 @@ def _export_options(parser: ArgumentParser) -> None:
     parser.add_argument("--select", required=True, metavar="NAME", help="name of the selection")
     parser.add_argument("--to", required=True, metavar="FOLDER", help="an empty folder, or one with this very export")
     parser.add_argument("--replace", action="store_true", help="an older export there goes")
+    _empty_option(parser)
     _format_options(parser)
 
 
@@ -183,7 +190,7 @@ def _export(given: Namespace) -> int:
     from capfilt.run import Run
 
     said = export(Run.open(given.run), given.select, given.format, given.to, shard=given.shard, together=given.together,
-                  replace=given.replace)  # fmt: skip
+                  replace=given.replace, allow_empty=given.allow_empty)  # fmt: skip
     print(f"{given.to}: {said['pairs']:,} texts on {said['images']:,} images in {len(said['files']):,} files")
     return DONE
 
@@ -262,6 +269,7 @@ def _all_options(parser: ArgumentParser) -> None:
     _engine_options(parser)
     parser.add_argument("--name", default="default", help="of the selection [default]")
     parser.add_argument("--to", metavar="FOLDER", help="where to export to [RUN/exports/NAME]")
+    _empty_option(parser)
     _format_options(parser)
     _setting_options(parser)
     options.add(parser, SelectConfig, title="what is kept")

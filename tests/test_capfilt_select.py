@@ -1,5 +1,6 @@
 """Selecting, verifying and exporting; the last as training reads it."""
 
+import hashlib
 import io
 import json
 import tarfile
@@ -8,7 +9,7 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from capfilt_crawl import Starter, annotations, crawl, jpeg, planned, sample, scored, write_tar
+from capfilt_crawl import HERE, Starter, annotations, crawl, jpeg, make_fake, planned, sample, scored, write_tar
 from PIL import Image
 
 from blip.config import SourceConfig
@@ -19,6 +20,7 @@ from capfilt.export import export
 from capfilt.policies import SYN, WEB, SelectConfig, Texts, choose, cut_of
 from capfilt.run import Run
 from capfilt.schema import USABLE
+from capfilt.score import score
 from capfilt.select import read_account, select
 from capfilt.verify import verify
 
@@ -115,7 +117,7 @@ def test_fraction(run):
 
 
 def test_rules_drop_and_say_which(run):
-    select(run, "junk", SelectConfig(itm=0.0, rules="datacomp-basic"))
+    select(run, "junk", SelectConfig(itm=0.0, rules="datacomp-basic"), allow_empty=True)
     assert {t["reason"] for t in texts_of(run, "junk") if t["score"] is not None} == {"rule min_side<200"}
     account = select(run, "personal", SelectConfig(itm=0.0, rules="junk"))
     assert account["kept"] == {"syn": 142, "web": 70}
@@ -201,6 +203,85 @@ def test_verify_says_what_does_not_add_up(tmp_path):
     assert main(["verify", run.where]) == 3
 
 
+def test_verify_counts_the_texts_of_a_selection(tmp_path):
+    """The table, with a digest that fits it, has other verdicts than its account."""
+    run = scored(crawl(tmp_path / "in", shards=1), tmp_path / "run")
+    select(run, "half", SelectConfig())
+    table, account = (tmp_path / "run" / "selections" / "half" / name for name in ("texts.parquet", "_SUCCESS"))
+    rows = pq.read_table(table)
+    pq.write_table(rows.slice(1), table)
+    said = json.loads(account.read_bytes())
+    said["files"]["texts.parquet"] = hashlib.sha256(table.read_bytes()).hexdigest()
+    account.write_text(json.dumps(said))
+    source, kept = rows["text_source"][0].as_py(), rows["kept"][0].as_py()
+    n = said["kept" if kept else "dropped"][source]
+    found = verify(run.where)
+    assert found.status() == 4
+    assert f"selection half: {'kept' if kept else 'dropped'}.{source}: {n} -> {n - 1} in its table" in found.wrong
+
+
+def test_verify_gives_no_all_clear_for_what_was_not_looked_at(tmp_path, capsys):
+    run = planned(crawl(tmp_path / "in", shards=1), tmp_path / "run")
+    assert main(["verify", run.where]) == 3
+    assert capsys.readouterr().out == "3 parts are not scored yet\n"
+    assert score(run, make_fake, HERE, io.StringIO()) == 0
+    select(run, "half", SelectConfig(itm=0.0))
+    export(run, "half", "wds", str(tmp_path / "out"), shard=30)
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert said == f"export {tmp_path / 'out'}: 40 images, 80 pairs, 80 samples in 3 files\nnothing is wrong\n"
+
+
+@pytest.mark.parametrize("column", ["itm", "itm_web", "itm_syn"])
+@pytest.mark.parametrize(
+    ("by", "bad", "good"),
+    [
+        ("itm", (50, 1.5, -0.01, "nan"), (0, 0.5, 1)),
+        ("itc", (1.5, -2, "nan"), (-1, 0.3)),
+        ("margin", ("inf", "nan"), (50, -3)),
+    ],
+)
+def test_a_threshold_is_of_the_kind_that_is_compared(column, by, bad, good):
+    for value in bad:
+        with pytest.raises(ValueError, match=f"^{column} .*with --by {by} a threshold is a "):
+            SelectConfig(by=by, **{column: float(value)})
+    for value in good:
+        SelectConfig(by=by, **{column: value})
+
+
+@pytest.mark.parametrize("command", [["select", "--itm", "50", "--name", "x"], ["score", "--max-error-rate", "nan"]])
+def test_a_share_out_of_range_is_refused_by_the_command(tmp_path, capsys, command):
+    run = scored(crawl(tmp_path / "in", shards=1, rows=4), tmp_path / "run")
+    assert main([command[0], run.where, *command[1:]]) == 2
+    assert "0 to 1" in capsys.readouterr().err
+
+
+def test_nothing_kept_is_an_error_unless_allowed(tmp_path, capsys):
+    run = scored(crawl(tmp_path / "in", shards=1, rows=4), tmp_path / "run")
+    args = [run.where, "--name", "none", "--itm", "1"]
+    assert main(["select", *args]) == 2
+    assert "selection none keeps none of 8 texts; dropped: itm below 1: 8." in capsys.readouterr().err
+    assert not list((tmp_path / "run" / "selections").rglob("*.*"))
+    assert main(["select", *args, "--allow-empty"]) == 0
+    assert main(["select", *args]) == 2  # the one that is there is as empty
+    to = ["export", run.where, "--select", "none", "--to", str(tmp_path / "out")]
+    assert main(to) == 2
+    assert not (tmp_path / "out").exists()
+    assert main([*to, "--allow-empty"]) == 0
+    assert json.loads((tmp_path / "out" / "_SUCCESS").read_bytes())["samples"] == 0
+
+
+def test_a_job_of_which_nothing_worked_is_an_error_of_any_size(tmp_path, capsys):
+    (tmp_path / "a.json").write_text(json.dumps([{"image": f"gone\\{i}.jpg", "caption": "x"} for i in range(24)]))
+    args = ["run", "--input", str(tmp_path / "a.json"), "--out", str(tmp_path / "run"), "--scorer", "fake"]
+    for more in ([], [], ["--max-error-rate", "1"]):  # the same when it is said again, and nothing to export anyway
+        assert main([*args, "--decode-workers", "0", "--to", str(tmp_path / "clean"), *more]) == 2
+        said = capsys.readouterr()
+        assert "nothing is wrong" not in said.out
+        assert ("keeps none of 24 texts" if more else "none of 24 rows could be used (no_image 24)") in said.err
+    assert not (tmp_path / "clean").exists()
+
+
 # Exporting ------------------------------------------------------------------------------------------------------------
 
 
@@ -235,6 +316,80 @@ def test_training_reads_an_export_as_it_is(run, half, tmp_path, form, together):
     assert read == half
     assert said["images"] == len({s["sample_id"] for s in texts_of(run, "half") if s["kept"]})
     assert verify(str(tmp_path / "out")).status() == 0
+
+
+@pytest.mark.parametrize("form", ["wds", "parquet", "json"])
+@pytest.mark.parametrize("together", [False, True])
+def test_every_kept_text_is_in_a_large_export(tmp_path_factory, large, form, together):
+    """More samples than a file's buffers hold, in one file."""
+    out = tmp_path_factory.mktemp("large") / "out"
+    said = export(large, "all", form, str(out), together=together)
+    assert (said["images"], said["pairs"], said["samples"]) == (600, 1200, 600 if together else 1200)
+    if form == "wds":
+        with tarfile.open(out / "00000.tar") as tar:
+            notes = [json.load(tar.extractfile(name)) for name in tar.getnames() if name.endswith(".json")]
+        captions = [note["caption"] if together else [note["caption"]] for note in notes]
+    elif form == "parquet":
+        captions = pq.read_table(out / "00000.parquet")["caption"].to_pylist()
+    else:
+        listed = [entry["caption"] for entry in json.loads((out / "captions.json").read_bytes())]
+        captions = listed if together else [[text] for text in listed]
+    assert [text for some in captions for text in some] == [t["text"] for t in texts_of(large, "all") if t["kept"]]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """600 images with two texts each, all kept."""
+    folder = tmp_path_factory.mktemp("large")
+    run = scored(crawl(folder / "in", shards=1, rows=600), folder / "run", part_size=512)
+    select(run, "all", SelectConfig(itm=0.0))
+    return run
+
+
+def _one_less(path):
+    """Take the last sample out of a file of an export."""
+    if path.suffix == ".tar":
+        with tarfile.open(path) as tar:
+            members = [(name, tar.extractfile(name).read()) for name in tar.getnames()]
+        write_tar(path, members[:-3], tarfile.USTAR_FORMAT)
+    elif path.suffix == ".parquet":
+        table = pq.read_table(path)
+        pq.write_table(table.slice(0, len(table) - 1), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(json.loads(path.read_bytes())[:-1]))
+    else:
+        np.save(path, np.load(path)[:-1])
+
+
+@pytest.mark.parametrize("form", ["wds", "parquet", "json", "uids"])
+@pytest.mark.parametrize("together", [False, True])
+def test_verify_counts_what_the_files_of_an_export_hold(run, half, tmp_path, form, together):
+    """Files whose digests fit, and which hold one sample less than the export says, or cannot be read."""
+    out = tmp_path / "out"
+    said = export(run, "half", form, str(out), shard=30, together=together)
+    assert verify(str(out)).status() == 0
+    whole = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    path = next(path for path in whole if path.suffix in (".tar", ".parquet", ".json", ".npy"))
+
+    def found(damage):
+        damage(path)
+        name = str(path.relative_to(out))
+        files = said["files"] | {name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}}
+        (out / "_SUCCESS").write_text(json.dumps(said | {"files": files}))
+        findings = verify(str(out))
+        for name, content in whole.items():
+            name.write_bytes(content)
+        return findings
+
+    one_less = found(_one_less)
+    assert one_less.status() == 4
+    assert any(f"samples: {said['samples']} -> {said['samples'] - 1} in its files" in w for w in one_less.wrong) or (
+        form == "json" and "image files, captions.json names" in one_less.wrong[0]
+    )
+    assert found(lambda path: path.write_bytes(whole[path][: len(whole[path]) // 2])).status() == 4
+    assert f"cannot be read as {form}" in found(lambda path: path.write_bytes(b"x" * 600)).wrong[0]
+    (out / "00099.tar").write_bytes(b"")
+    assert verify(str(out)).wrong == [f"{out}/00099.tar is not of this export, and training would read it as well"]
 
 
 @pytest.mark.parametrize("form", ["wds", "parquet", "json", "uids"])
