@@ -33,9 +33,16 @@ docs: $(READY)
 	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
 	@echo "open docs/_build/index.html"
 
-# uv installs the same packages as pip, several times faster; it lives in the environment that it fills.
+# An environment of an older Python, or half of one, is made anew; one of `uv venv`, which has no pip, gets it. uv installs
+# the same packages as pip, several times faster; it lives in the environment that it fills.
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11) and "openblip needs Python 3.11 or newer, and %s is %s: \
+make install PYTHON=python3.12" % (sys.executable, sys.version.split()[0]))
+
 $(READY): pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c '$(NEW_ENOUGH)' 2>/dev/null || { $(PYTHON) -c '$(NEW_ENOUGH)' && \
+	  $(PYTHON) -m venv $$(test -f $(VENV)/pyvenv.cfg && echo --clear) $(VENV); }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null || { echo "$(VENV) has no pip \
+	  and this Python cannot make it: install python3-venv, or give PYTHON=another" >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev]'
 	touch $(READY)

@@ -11,6 +11,8 @@ import torch.distributed as torch_dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from blip import processes
+
 
 def start(timeout: float = 600.0) -> None:
     """Join the other processes that torchrun, accelerate or SLURM started, if any; `timeout` in seconds.
@@ -26,17 +28,54 @@ def start(timeout: float = 600.0) -> None:
     torch_dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
 
 
+_SHARDING = tuple(f"ACCELERATE_USE_{name}" for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"))
+_DECIDES = {
+    "ACCELERATE_DYNAMO_BACKEND": "train.compile",
+    "ACCELERATE_MIXED_PRECISION": "train.precision",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "train.accumulate",
+}
+"""What accelerate's environment may ask for -> the setting of a run that decides it."""
+
+
+def set_aside() -> list[str]:
+    """Take out of the environment what accelerate's configuration asks for and the run's settings decide; what to say.
+
+    A file of another project may be in place. ValueError for sharding (FSDP and the like), except where a launcher
+    took it from such a file for a single process, which has nothing to shard: the model fits, and its state has to be
+    whole.
+    """
+    notes = []
+    for name in _SHARDING:
+        if os.environ.get(name, "").lower() in ("true", "1"):
+            if not _launched() or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise ValueError(
+                    f"{name} is set, and models are not sharded: unset it, launch with torchrun, or choose multi-GPU "
+                    "or no distributed training in `accelerate config`"
+                )
+            del os.environ[name]
+            notes.append(f"{name} of accelerate's configuration is set aside: one process has nothing to shard")
+    for name, setting in _DECIDES.items():
+        asked = os.environ.get(name, "")
+        if asked.lower() not in ("", "no", "1"):
+            notes.append(f"{name}={asked} of accelerate's configuration is set aside: {setting} decides")
+    return notes
+
+
+def _launched() -> bool:
+    """Whether `accelerate launch` or torchrun started this process."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def _share_cores() -> None:
     """Give each process its share of the machine's cores where the launcher left it one.
 
     Without a word about threads `accelerate launch` and torchrun set OMP_NUM_THREADS to 1, and the others would idle.
     OMP_THREAD_LIMIT, and the cores that a process is bound to, still limit it.
     """
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    if on_cpu() and launched and os.environ.get("OMP_NUM_THREADS") == "1":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        cores = min(cores, int(os.environ.get("OMP_THREAD_LIMIT", cores)))
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    if on_cpu() and _launched() and os.environ.get("OMP_NUM_THREADS") == "1":
+        mine = processes.cores()
+        mine = min(mine, int(os.environ.get("OMP_THREAD_LIMIT", mine)))
+        torch.set_num_threads(max(1, mine // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def on_cpu() -> bool:

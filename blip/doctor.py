@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from blip import installed
+from blip import installed, processes
 
 OK, MISSING, WRONG = "ok", "missing", "wrong"
 _EXTRAS = {
@@ -199,7 +199,7 @@ def cores() -> list[Finding]:
     import torch
 
     there = os.cpu_count() or 1
-    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else there
+    mine = processes.cores()
     said = f"{torch.get_num_threads()} threads compute; {mine} of {there} cores are this process's"
     share = _share()
     if share:

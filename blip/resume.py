@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -27,6 +26,12 @@ from torch import Tensor, nn
 
 from blip import atomic
 from blip.errors import Stopped
+from blip.processes import started
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +53,8 @@ class RunLock:
     """One writer per run directory.
 
     A POSIX record lock decides on a local disk and, where its lock service runs, on NFS: the kernel gives it back when
-    the holder dies. For file systems without one, the file says who holds it and is touched every few seconds.
+    the holder dies, and no child inherits it. For file systems without one, the file says who holds it and is touched
+    every few seconds. On Windows filelock's lock, on a file of its own, takes the place of the record lock.
     """
 
     _held_here: set[Path] = set()  # noqa: RUF012 - a record lock does not stop its own process
@@ -56,6 +62,7 @@ class RunLock:
     def __init__(self, out: Path) -> None:
         self.path = out / "run.lock"
         self._stop = threading.Event()
+        self._held: Any = None
 
     def __enter__(self) -> RunLock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +76,7 @@ class RunLock:
             self._file.close()
             raise
         self._held_here.add(self._key)
-        self._write({"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())})
+        self._write({"pid": os.getpid(), "host": socket.gethostname(), "started": started(os.getpid())})
         threading.Thread(target=self._beat, daemon=True).start()
         return self
 
@@ -78,11 +85,26 @@ class RunLock:
         self._write(None)
         self._held_here.discard(self._key)
         self._file.close()
+        if self._held is not None:
+            self._held.release()
+
+    def check(self) -> None:
+        """RunLocked if the folder was removed or replaced meanwhile: it may be another process's by now."""
+        try:
+            if os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno())):
+                return
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError:  # a file system that is away for a moment is no other folder
+            return
+        raise RunLocked(
+            f"{self.path.parent} was removed or replaced while this run was writing to it, and another run may write "
+            "there now; nothing more is written. Start again, or in another directory"
+        )
 
     def _take(self) -> None:
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            certain = True
+            certain = self._take_of_the_system()
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise RunLocked(self._refusal(self._read() or {})) from None
@@ -92,10 +114,24 @@ class RunLock:
             return
         age = time.time() - self.path.stat().st_mtime
         here = holder.get("host") == socket.gethostname()
-        alive = (not certain and _started(holder.get("pid", 0)) == holder.get("started")) if here else age < _STALE
+        alive = (not certain and started(holder.get("pid", 0)) == holder.get("started")) if here else age < _STALE
         if alive:
             raise RunLocked(self._refusal(holder))
         logger.warning("taking over the lock of process %s on %s, which is gone", holder.get("pid"), holder.get("host"))
+
+    def _take_of_the_system(self) -> bool:
+        """Whether the lock is this process's for as long as it lives; OSError if another has it or there is none."""
+        if fcntl is not None:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        import filelock
+
+        self._held = filelock.FileLock(f"{self.path}.held", timeout=0)
+        try:
+            self._held.acquire()
+        except filelock.Timeout:
+            raise OSError(errno.EAGAIN, "another process has the lock") from None
+        return True
 
     def _refusal(self, holder: dict) -> str:
         return (
@@ -121,17 +157,10 @@ class RunLock:
     def _beat(self) -> None:
         while not self._stop.wait(_BEATS):
             try:
+                self.check()
                 os.utime(self.path)
-            except OSError:
+            except (OSError, RunLocked):
                 logger.warning("cannot touch %s", self.path)
-
-
-def _started(pid: int) -> str | None:
-    """When a process of this machine began, in clock ticks since boot; None if there is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return None
 
 
 @dataclass

@@ -10,9 +10,12 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from blip.processes import command_of
+
 logger = logging.getLogger(__name__)
 
-STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
+"""Windows has no SIGUSR1."""
 
 
 class Stopper:
@@ -55,10 +58,7 @@ class Stopper:
 
 def _is_launcher(pid: int) -> bool:
     """Whether a process is torchrun or accelerate; any other parent, a shell say, may leave before its child."""
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return False
+    words = command_of(pid)
     return any(Path(word).name in ("torchrun", "accelerate") or "torch.distributed" in word for word in words) or any(
         word.startswith("accelerate.commands") for word in words
     )

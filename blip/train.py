@@ -105,6 +105,7 @@ def fit(
     writes there, NonFinite, OutOfMemory, LostPeer and atomic.WriteError as their names say, and Interrupted (exit
     status 75) after SIGTERM, SIGUSR1 or SIGINT, once the state is saved.
     """
+    notes = dist.set_aside()
     log.check_trackers(config.trackers)
     if len(data) == 0:
         raise ValueError("there are no pairs to train on")
@@ -114,8 +115,10 @@ def fit(
     if out.is_file():
         raise ValueError(f"{out} is a file; give the name of a directory for the run")
     settings = {"train": vars(config)} if settings is None else settings
-    with _only_writer(out), Stopper() as stopper, _explained(config):
-        run = _Run(objective, data, config, out, evaluate, settings, fingerprint, ledger, stopper)
+    with _only_writer(out) as lock, Stopper() as stopper, _explained(config):
+        run = _Run(objective, data, config, out, evaluate, settings, fingerprint, ledger, stopper, lock)
+        for note in notes:
+            run.progress.say(note)
         try:
             return run.train()
         finally:
@@ -136,9 +139,10 @@ class _Run:
         fingerprint: str,
         ledger: Ledger | None,
         stopper: Stopper,
+        lock: RunLock | None,
     ) -> None:
         self.objective, self.data, self.config, self.out = objective, data, config, out
-        self.evaluate, self.ledger, self.stopper = evaluate, ledger, stopper
+        self.evaluate, self.ledger, self.stopper, self.lock = evaluate, ledger, stopper, lock
         self.world, self.rank = dist.world(), dist.rank()
         self.drawn = 0
         self.pairs_per_step = config.batch_size * config.accumulate * self.world
@@ -152,13 +156,14 @@ class _Run:
         self.accelerator = Accelerator(
             cpu=dist.on_cpu(),  # without it accelerate leaves several processes on CPU unsynchronised
             mixed_precision="no",
+            dynamo_backend="no",
             log_with=config.trackers or None,
             project_dir=out,
             kwargs_handlers=[ddp],
         )
         allowed = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
         if self.accelerator.distributed_type not in allowed:
-            raise ValueError(f"{self.accelerator.distributed_type} is not supported: launch without FSDP or DeepSpeed")
+            raise ValueError(f"{self.accelerator.distributed_type} is not supported: launch with torchrun")
         self.device = self.accelerator.device
         self.dtype = precision(config, self.device)
         objective.to(self.device).train()
@@ -403,12 +408,13 @@ class _Run:
             self.metrics.sync()
             extra = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
             try:
+                self.lock.check()
                 self.checkpoints.save(self.objective, extra, self.state, self.facts)
-            except atomic.WriteError as error:
-                failure = str(error)
+            except (atomic.WriteError, RunLocked) as error:
+                failure = error
         failure = dist.from_main(failure)
         if failure:
-            raise atomic.WriteError(failure)
+            raise failure
 
     def _evaluation_is_due(self) -> bool:
         """Whether this step is to be evaluated and its numbers are not in metrics.jsonl yet."""
@@ -454,19 +460,19 @@ def _enough(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 @contextmanager
-def _only_writer(out: Path) -> Iterator[None]:
-    """The main process holds the run's lock; all processes hear if it cannot."""
+def _only_writer(out: Path) -> Iterator[RunLock | None]:
+    """The main process holds the run's lock, and is given it; all processes hear if it cannot."""
     with ExitStack() as stack:
-        refusal = None
+        refusal = lock = None
         if dist.is_main():
             try:
-                stack.enter_context(RunLock(out))
+                lock = stack.enter_context(RunLock(out))
             except RunLocked as error:
                 refusal = str(error)
         refusal = dist.from_main(refusal)
         if refusal:
             raise RunLocked(refusal)
-        yield
+        yield lock
 
 
 @contextmanager

@@ -11,8 +11,8 @@ import os
 import time
 import traceback
 from collections.abc import Iterable
-from pathlib import Path
 
+from blip.processes import started
 from capfilt.parts import failure_name, failures, read_failure
 from capfilt.run import Part
 from capfilt.storage import Storage, host
@@ -29,7 +29,7 @@ class Claims:
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
         self._mine: dict[str, int] = {}
-        self._start = _started(os.getpid())
+        self._start = started(os.getpid())
 
     def attempts(self, wanted: Iterable[str]) -> tuple[dict[str, int], set[str]]:
         """For each part the highest attempt that came to nothing, and the parts that others are working on now."""
@@ -51,7 +51,7 @@ class Claims:
             return False
         if note.get("host") != host():
             return time.time() - float(note.get("time", 0)) < _FRESH
-        return _started(int(note.get("process", 0))) == note.get("started")
+        return started(int(note.get("process", 0))) == note.get("started")
 
     def begin(self, part: Part, attempt: int) -> None:
         self._mine[part.pid] = attempt
@@ -88,12 +88,3 @@ class Claims:
             "time": time.time(),
         }
         self.storage.note(failure_name(part.pid, attempt), json.dumps(said).encode())
-
-
-def _started(pid: int) -> str | None:
-    """When a process of this machine began, in the kernel's count; None if there is none."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return fields[19] if fields[0] not in "ZX" else None

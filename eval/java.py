@@ -10,13 +10,14 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from blip.processes import kill_group
 
 _FLAGS = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8")
 _SPICE_NEEDS = ("spice-1.0.jar", "lib/stanford-corenlp-3.6.0.jar", "lib/stanford-corenlp-3.6.0-models.jar")
@@ -69,8 +70,7 @@ def _wait(command: list[str], folder: Path, seconds: float) -> int:
         except subprocess.TimeoutExpired:
             raise NoJava(f"java did not end within {seconds:g} seconds") from None
         finally:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
+            kill_group(process)
             process.wait()
 
 

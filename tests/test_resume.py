@@ -386,6 +386,35 @@ def test_a_lock_of_another_machine_holds_while_it_is_touched(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_run_whose_folder_was_removed_writes_nothing_more(tmp_path, again):
+    """Whether or not another run has begun there since."""
+
+    def remove(_):
+        if not removed:
+            removed.append(shutil.rmtree(out))
+            if again:
+                out.mkdir()
+                (out / "run.lock").write_text("another's")
+        return {}
+
+    out, removed = tmp_path / "out", []
+    with pytest.raises(RunLocked, match=r"out was removed or replaced while this run was writing to it"):
+        fit(Stub(), Numbers(), quick(steps=10, save_every=100, eval_every=4), out=out, evaluate=remove)
+    assert out.exists() == again
+    assert not again or [path.name for path in out.iterdir()] == ["run.lock"]
+
+
+def test_without_the_systems_record_locks_there_is_one_writer_as_well(tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "fcntl", None)  # as on Windows
+    with RunLock(tmp_path), monkeypatch.context() as other:
+        other.setattr(RunLock, "_held_here", set())
+        with pytest.raises(RunLocked, match=f"written to by process {os.getpid()}"), RunLock(tmp_path):
+            pass
+    with RunLock(tmp_path):
+        pass
+
+
 # The same settings
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from stub_run import Fault, Numbers, Stub, curve, quick, the_zygote
 from torch import nn
 
@@ -308,3 +309,13 @@ def test_holes_of_freed_memory_are_given_back():
     assert give_back_freed_memory()
     assert resident() < kept - 300e6
     assert last.sum() == 1_000_000
+
+
+def test_what_accelerate_is_told_to_compile_stays_as_it_is(tmp_path, monkeypatch, capsys):
+    fit(Plain(), Numbers(), quick(steps=4), out=tmp_path / "a")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
+    fit(Plain(), Numbers(), quick(steps=4), out=tmp_path / "b")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert "ACCELERATE_DYNAMO_BACKEND=EAGER of accelerate's configuration is set aside" in capsys.readouterr().err
