@@ -32,6 +32,8 @@ _EXTRAS = {
 }
 TOKENIZERS = ("google-bert/bert-base-uncased", "bert-base-uncased")
 """The vocabulary of the released models, as the hub calls it; the embedded world brings its own."""
+_TARFILE_MENDED = {(3, 11): (3, 11, 10), (3, 12): (3, 12, 6)}
+"""First releases of two series without CVE-2024-6232; later series never had it, but for candidates of 3.13.0."""
 LITTLE_DISK = 5 << 30
 """Bytes; less is told. A checkpoint of a base model with its optimizer is about 4 GB, and two are kept."""
 _SECONDS = 10.0
@@ -77,7 +79,16 @@ def python() -> list[Finding]:
     said = f"{platform.python_version()} at {sys.executable}; openblip {importlib.metadata.version(installed.PROJECT)}"
     if sys.version_info[: len(floor)] < floor:
         return [Finding("python", WRONG, said, f"Python {wanted} is needed")]
-    return [Finding("python", OK, said)]
+    return [Finding("python", OK, said), *tar_reader()]
+
+
+def tar_reader() -> list[Finding]:
+    """Whether an archive can keep this Python's tarfile busy for hours; `blip.data.tars` does not use that part."""
+    if sys.version_info >= _TARFILE_MENDED.get(sys.version_info[:2], (3, 13, 0, "candidate", 2)):
+        return []
+    said = f"an archive can hold up the tarfile of Python {platform.python_version()} for hours (CVE-2024-6232); "
+    said += "training and CapFilt read shards without that part of it"
+    return [Finding("tarfile", OK, said, "use Python 3.11.10, 3.12.6 or newer for programs that open foreign archives")]
 
 
 def core() -> list[Finding]:

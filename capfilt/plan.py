@@ -209,8 +209,8 @@ def make(out: str, config: ScoreConfig, reading: ReadConfig, part_size: int | No
     part_size = part_size or (auto_part_size() if config.scorer == "blip" else 1024)
     sources = _describe_all(files, root, reading, storage)
     if not sum(s.rows for s in sources):
-        damage = next((f"{s.path}: {s.damage}" for s in sources if s.damage), "the files hold no samples")
-        raise DataError(f"no rows to score: {damage}")
+        reasons = (f"{s.path}: {reason}" for s in sources for reason in (s.damage, *s.notes) if reason)
+        raise DataError(f"no rows to score: {next(reasons, 'the files hold no samples')}")
     job = {
         "version": 1,
         "fingerprint": fingerprint(resolved),

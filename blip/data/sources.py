@@ -10,6 +10,7 @@ import dataclasses
 import glob
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,16 +23,21 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from blip import dist
 from blip.config import SourceConfig
 from blip.data.errors import BadSample, DataError
 from blip.data.images import MAX_BYTES
 from blip.data.json_rows import read_rows
 from blip.data.parquet import parquet_file
 from blip.data.paths import check_name, check_spec, contained, under
-from blip.data.tars import Member, Shard, read_member
+from blip.data.tars import Member, Shard, Summary, check_whole, read_member
+
+logger = logging.getLogger(__name__)
 
 _ENDINGS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "json", ".parquet": "parquet", ".tar": "tar"}
 _BLOCK = 1 << 16
+_TOLD = 10
+"""Notes on shards that are logged."""
 
 
 @dataclass(frozen=True)
@@ -320,18 +326,18 @@ class Tars:
     def __init__(self, config: SourceConfig, files: Sequence[Path]):
         self.weight, self.kind = config.weight, config.kind
         self.files, self._config = list(files), config
-        names, spans, is_json, of = [], [], [], []
+        names, spans, is_json, of, summaries = [], [], [], [], []
         for f, file in enumerate(files):
             shard = Shard(file, config.caption_column, allow_truncated=config.allow_truncated)
             names.append(pa.array(shard.names, pa.large_string()))
             spans.append(shard.spans())
             is_json.append(shard.is_json())
             of.append(np.full(len(shard), f, np.int32))
+            summaries.append(shard.summary)
         self._names, self._spans = pa.concat_arrays(names), np.concatenate(spans)
         self._is_json, self._file_of = np.concatenate(is_json), np.concatenate(of)
-        for column, what in ((1, "image"), (3, "caption")):
-            if not (self._spans[:, column] >= 0).any():
-                raise DataError(f"source {config.path}: no sample has {'an' if what == 'image' else 'a'} {what} member")
+        check_whole(f"source {config.path}", summaries)
+        tell(summaries)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -347,6 +353,14 @@ class Tars:
 
     def identity(self) -> str:
         return _identity(self.files, len(self), self._config)
+
+
+def tell(shards: Sequence[Summary]) -> None:
+    """Log what a user should know of some shards, the first few by name; in the main process only."""
+    lines = [f"{shard.path}: {note}" for shard in shards for note in shard.notes]
+    if lines and dist.is_main():
+        more = f" (and {len(lines) - _TOLD} more such notes)" * (len(lines) > _TOLD)
+        logger.warning("%s%s", "\n".join(lines[:_TOLD]), more)
 
 
 def tar_record(shard: Path, key: str, image: Member, caption: tuple[Member, bool], column: str) -> Record:

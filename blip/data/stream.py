@@ -34,9 +34,10 @@ from blip.data.sources import (
     root_of,
     shard_files,
     tar_record,
+    tell,
     together,
 )
-from blip.data.tars import Shard
+from blip.data.tars import Shard, check_whole
 from blip.data.text import clean_caption
 from blip.tokenizer import Tokenizer
 
@@ -64,9 +65,16 @@ class Shards:
         """Rows of all shards: exact for parquet, from the first shard and the sizes for the others."""
         if self.format == "parquet":
             return sum(parquet_file(f).metadata.num_rows for f in self.files)
-        first = len(self._shard(self.files[0])) if self.format == "tar" else self._lines(self.files[0])
+        first = self._first_tar() if self.format == "tar" else self._lines(self.files[0])
         sizes = [f.stat().st_size for f in self.files]
         return round(first * sum(sizes) / max(1, sizes[0]))
+
+    def _first_tar(self) -> int:
+        """Samples of the first shard, of which there is said what is said of all where all are opened."""
+        shard = self._shard(self.files[0])
+        check_whole(f"source {self.config.path}", [shard.summary])
+        tell([shard.summary])
+        return len(shard)
 
     def _shard(self, file: Path) -> Shard:
         return Shard(file, self.config.caption_column, allow_truncated=self.config.allow_truncated)

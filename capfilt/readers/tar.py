@@ -42,13 +42,10 @@ def index(path: str) -> tuple[pa.Table, str | None, list[str]]:
         found = read_headers(file, path)
     slots = ("image", "text", "json")
     rows = [{"key": s.key} | {slot: _span(getattr(s, slot)) for slot in slots} for s in found.samples]
-    damage, notes = found.damage, []
+    damage = found.damage
     if damage and rows:
         damage = f"{damage}; readable are {len(rows)} samples"
-    if found.twice:
-        notes.append(f"{len(found.twice)} keys occur more than once, e.g. {found.twice[0]!r}; "
-                     "the later ones are called KEY#2 and so on")  # fmt: skip
-    return pa.Table.from_pylist(rows, INDEX), damage, notes
+    return pa.Table.from_pylist(rows, INDEX), damage, found.notes
 
 
 def check_column(path: str, table: pa.Table, config: ReadConfig) -> None:
