@@ -322,7 +322,7 @@ class SourceConfig:
     kind: Literal["human", "web"] = "human"
     """Written by people for the image, or found beside it."""
     allow_truncated: bool = False
-    """Use the readable part of a tar shard that is cut off, instead of stopping."""
+    """Use the samples of a tar shard before the byte where it is cut off or damaged, instead of stopping."""
 
     def __post_init__(self) -> None:
         _require(self.weight > 0, f"weight of source {self.path} must be positive, got {self.weight}")

@@ -104,6 +104,21 @@ def test_series_that_are_not_tested_are_told():
     assert "may do as well" in doctor.tested("transformers", "5.4.0").said
 
 
+@pytest.mark.parametrize(("version", "told"), [
+    ((3, 11, 9, "final", 0), True), ((3, 11, 10, "final", 0), False), ((3, 12, 5, "final", 0), True),
+    ((3, 12, 6, "final", 0), False), ((3, 13, 0, "candidate", 1), True), ((3, 13, 0, "candidate", 2), False),
+    ((3, 13, 1, "final", 0), False), ((3, 14, 0, "final", 0), False),
+])  # fmt: skip
+def test_a_tarfile_that_an_archive_can_hold_up_is_told(monkeypatch, version, told):
+    """The releases of the advisory on CVE-2024-6232; the core works with the others, too."""
+    monkeypatch.setattr(doctor.sys, "version_info", version)
+    found = named(doctor.python(), "tarfile")
+    assert [finding.status for finding in found] == [OK] * told
+    if told:
+        assert "CVE-2024-6232" in found[0].said
+        assert "3.11.10, 3.12.6 or newer" in found[0].remedy
+
+
 # Java
 
 

@@ -170,6 +170,8 @@ def test_a_download_that_stopped_within_a_member_is_seen_however_small_it_is():
     whole = archive(member("a.jpg", b"x" * 512), member("b.jpg", b"x" * 2000), *(pair(f"{i:03}") for i in range(30)))
     found = read(whole[:1600].ljust(len(whole), b"\0"))
     assert "zeros from byte 3,584 to 71,680, which begin inside the last member" in found.damage
+    black = archive(pair("a"), member("b.bmp", bytes(2000)))  # ends in zeros, and that is what it is
+    assert read(black + bytes(10240)).damage is None
     assert "before any member" in read(b"\0" * 40960).damage
     assert read(b"\0" * 10240) == read(archive())
 
@@ -359,7 +361,7 @@ def test_hidden_members_are_left_out_and_counted(shard, caplog, capsys):
     path = shard(archive(*mac[:5], pair("./a"), *mac[5:], pair("./b")))
     assert keys(path.read_bytes()) == ["a", "b"]
     assert readers(path) == (2, 2, 2)
-    said = "8 hidden members (._NAME, .NAME, __MACOSX/) are left out, e.g. './._a.jpg'"
+    said = "left out 8 hidden members (._NAME, .NAME, __MACOSX/), e.g. './._a.jpg'"
     assert [record.message for record in caplog.records] == [f"{path}: {said}"] * 2  # training and streaming
     assert plan(path) == 0
     assert said in capsys.readouterr().out

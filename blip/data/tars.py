@@ -30,8 +30,8 @@ _RECORD = tarfile.RECORDSIZE
 """tar fills its files up to multiples of this, 10,240 bytes."""
 _PAX = frozenset({tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE})
 _EXTENDED = _PAX | {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
-_TAIL = 8
-"""Zeros at the end of a member that no JPEG, PNG, GIF or text ends in."""
+_TAIL, _NO_TAIL = 8, (IMAGES - {"bmp"}) | TEXTS | {"json"}
+"""Zeros at its end that no member of these endings has; a black BMP and foreign files may."""
 _DIGITS = len(f"{MAX_EXTENDED} ")
 _FEW = 20
 """Fewer whole samples than one in so many are worth a word."""
@@ -144,7 +144,7 @@ class _Walk:
 
     def members(self) -> Iterator[tarfile.TarInfo]:
         """All members but folders. Raises _Damage where the file is damaged."""
-        at, began, last = 0, 0, _NONE
+        at, began, last = 0, 0, None
         shared: dict[str, bytes] = {}  # what global headers say of all members after them
         while True:
             member = self._member(at, shared)
@@ -152,18 +152,17 @@ class _Walk:
                 following = self._after(at, began, last)
                 if following is None:
                     return
-                at, began, last, shared = following, following, _NONE, {}
+                at, began, last, shared = following, following, None, {}
                 self._archives += 1
                 continue
-            at, last = member.offset_data, _NONE
+            at, last = member.offset_data, member
             if member.isreg() or member.type not in tarfile.SUPPORTED_TYPES:
-                at += _blocks(member.size)
-                last = Member(member.offset_data, member.size)
-                if sum(last) > self._size:
+                if at + member.size > self._size:
                     raise _Damage(
                         f"the file is cut off: member {_short(member.name)} of {member.size:,} bytes begins at byte "
-                        f"{member.offset_data:,}, and the file ends at byte {self._size:,}"
+                        f"{at:,}, and the file ends at byte {self._size:,}"
                     )
+                at += _blocks(member.size)
             if not member.isdir():
                 yield member
 
@@ -219,7 +218,7 @@ class _Walk:
         except (tarfile.TarError, ValueError, OverflowError):
             raise _Damage(f"what is at byte {at:,} is no tar header") from None
 
-    def _after(self, at: int, began: int, last: Member) -> int | None:
+    def _after(self, at: int, began: int, last: tarfile.TarInfo | None) -> int | None:
         """Where the archive after the zeros at a byte begins; None if the file ends with them.
 
         One block of zeros where a header belongs is a header that was lost; two or more end an archive. They are
@@ -241,9 +240,9 @@ class _Walk:
             return end if end < self._size else None
         if at == 0:
             raise _Damage(f"{zeros}, before any member")
-        if last.size > 0:
+        if last and last.isreg() and last.size and last.name.rpartition(".")[2].lower() in _NO_TAIL:
             tail = min(last.size, _TAIL)
-            self._file.seek(sum(last) - tail)
+            self._file.seek(last.offset_data + last.size - tail)
             if not self._file.read(tail).strip(b"\0"):
                 raise _Damage(f"{zeros}, which begin inside the last member: the file was not filled to its end")
         if end == self._size:
@@ -400,11 +399,12 @@ class _Grouped:
                 f"fields with names of their own are taken as one sample, as {' and '.join(map(_short, first))}"
             )
         if copies:
-            notes.append(f"{len(copies)} keys occur more than once, e.g. {_short(copies[0])}; "
-                         "the later ones are called KEY#2 and so on")  # fmt: skip
+            notes.append(f"{len(copies)} {'keys occur' if len(copies) > 1 else 'key occurs'} more than once, "
+                         f"e.g. {_short(copies[0])}; the later ones are called KEY#2 and so on")  # fmt: skip
         if self._hidden[1]:
             name, count = self._hidden
-            notes.append(f"{count} hidden members (._NAME, .NAME, __MACOSX/) are left out, e.g. {_short(name)}")
+            are = "members" if count > 1 else "member"
+            notes.append(f"left out {count} hidden {are} (._NAME, .NAME, __MACOSX/), e.g. {_short(name)}")
         return notes
 
     def members(self) -> str:
