@@ -96,6 +96,7 @@ def test_joined_archives_are_read_whole(case, shard):
     found = read(b"".join(parts))
     assert [sample.key for sample in found.samples] == expected
     assert found.damage is None
+    assert found.twice == ["a"] * (case == "one name")
     assert "archives are joined in it" in found.notes[0]
     assert readers(shard(b"".join(parts))) == (len(expected),) * 3
 

@@ -82,6 +82,8 @@ class Headers:
 
     samples: list[Sample]
     """In the order of their first member, wherever in the file the others are."""
+    twice: list[str]
+    """Keys that occur more than once."""
     damage: str | None
     """What is wrong with the file and at which byte; the samples are then those before that."""
     notes: list[str]
@@ -106,7 +108,7 @@ def read_headers(file: IO[bytes], path: str | Path) -> Headers:
     if start.startswith(_COMPRESSED):
         raise DataError(f"{path} is compressed, which leaves no way to a single sample: unpack it to a plain .tar")
     if size == 0:
-        return Headers([], "the file is empty (0 bytes)", [], "")
+        return Headers([], [], "the file is empty (0 bytes)", [], "")
     walk, grouped, damage = _Walk(file, size), _Grouped(), None
     try:
         for member in walk.members():
@@ -115,7 +117,7 @@ def read_headers(file: IO[bytes], path: str | Path) -> Headers:
     except _Damage as error:
         damage = str(error)
     grouped.finish()
-    return Headers(grouped.samples, damage, [*walk.notes(), *grouped.notes()], grouped.members())
+    return Headers(grouped.samples, grouped.twice(), damage, [*walk.notes(), *grouped.notes()], grouped.members())
 
 
 def _check(member: tarfile.TarInfo, path: str | Path) -> None:
@@ -384,8 +386,12 @@ class _Grouped:
         if any(sample.whole for sample in joined.samples):
             self.samples, self._copies, self._fields = joined.samples, joined._copies, True
 
+    def twice(self) -> list[str]:
+        """Keys that occur more than once."""
+        return [key for key, n in self._copies.items() if n > 1]
+
     def notes(self) -> list[str]:
-        notes, copies = [], [key for key, n in self._copies.items() if n > 1]
+        notes, copies = [], self.twice()
         images = sum(sample.image is not _NONE for sample in self.samples)
         whole = sum(sample.whole for sample in self.samples)
         others = sum(count for ending, (_, count) in self._endings.items() if ending not in IMAGES)
