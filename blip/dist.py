@@ -83,6 +83,25 @@ def on_cpu() -> bool:
     return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
 
 
+LOCAL_RANKS = (
+    "LOCAL_RANK",
+    "SLURM_LOCALID",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "MV2_COMM_WORLD_LOCAL_RANK",
+    "MPI_LOCALRANKID",
+    "PALS_LOCAL_RANKID",
+)
+"""Where torchrun and accelerate, SLURM, and the MPIs say which of a machine's processes this is."""
+
+
+def own_device() -> torch.device:
+    """The device of one of a machine's processes: the GPU of its local rank, the only one where it sees but one."""
+    if on_cpu():
+        return torch.device("cpu")
+    local = next((int(os.environ[name]) for name in LOCAL_RANKS if os.environ.get(name, "").isdecimal()), 0)
+    return torch.device("cuda", local % (torch.cuda.device_count() or local + 1))
+
+
 def joined() -> bool:
     """Whether there are peers to talk with."""
     return torch_dist.is_available() and torch_dist.is_initialized() and torch_dist.get_world_size() > 1

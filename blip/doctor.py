@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from blip import installed, processes
+from blip import installed, processes, startup
 
 OK, MISSING, WRONG = "ok", "missing", "wrong"
 _EXTRAS = {
@@ -154,7 +154,7 @@ def java(seconds: float = _SECONDS) -> list[Finding]:
     """The Java that METEOR, SPICE and Stanford's tokenizer run in."""
     need = "METEOR, SPICE and Stanford's tokenizer"
     remedy = "install one (Debian: apt-get install default-jre-headless); scores without it say so"
-    where = shutil.which("java")
+    where = startup.program("java")
     if where is None:
         return [Finding("java", MISSING, f"there is no java on PATH, for {need}", remedy)]
     try:

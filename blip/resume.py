@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from blip import atomic
 from blip.errors import Stopped
 from blip.processes import started
+from blip.startup import program
 
 try:
     import fcntl
@@ -333,10 +334,12 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """Commit of the source tree this package runs from, with a + if it has changes; None outside a checkout."""
-    here = Path(__file__).resolve().parent
+    here, git = Path(__file__).resolve().parent, program("git")
+    if git is None:
+        return None
 
     def ask(*words: str) -> str:
-        command = ["git", "-C", str(here), *words]
+        command = [git, "-C", str(here), *words]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:

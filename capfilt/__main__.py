@@ -8,7 +8,7 @@ import re
 import sys
 from typing import NoReturn
 
-from capfilt.settings import DONE, WRONG
+from blip.startup import leave_current_folder
 
 ABOUT = """\
 Clean a noisy crawl of images and texts: a captioner writes, a filter reads, and what matches is kept.
@@ -95,15 +95,20 @@ class _Parser(argparse.ArgumentParser):
     """Says in one line what is wrong with the options."""
 
     def error(self, message: str) -> NoReturn:
+        from capfilt.settings import WRONG
+
         self.exit(WRONG, f"error: {message} (`{self.prog} --help` lists the options)\n")
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run a command line; returns the exit status."""
-    args = sys.argv[1:] if args is None else args
+    """Run a command line, or the process's own; returns the exit status."""
+    if args is None:
+        leave_current_folder()
+        args = sys.argv[1:]
     parser = _Parser("capfilt", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     from capfilt import verbs as actions  # light: everything heavy is imported by the verb that needs it
+    from capfilt.settings import DONE, WRONG
 
     wanted = next((a for a in args if not a.startswith("-")), None)
     for verb, summary in VERBS.items():

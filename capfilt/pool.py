@@ -8,24 +8,36 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import queue
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from PIL import Image
+
+from blip import startup
+from blip.errors import Stopped
 from capfilt.decoding import Decoded, prepare
 from capfilt.readers import open_reader
 from capfilt.readers.rows import Reader, Row, Source
 from capfilt.settings import ReadConfig, ScoreConfig
 from capfilt.storage import open_storage
+
+_START = 300.0
+"""Seconds in which a decoding process has to come up, on a file system as slow as there are."""
+
+
+class BrokenDecoder(Stopped):
+    """No decoding process can do its work, whatever the row: the job cannot go on, and no row is to blame."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,8 @@ class Decoder:
         for number in range(task.lo, task.hi):
             try:
                 row = next(rows)
+            except ImportError as error:  # of the machine, not of the file
+                raise BrokenDecoder(f"what reads {task.source.path} is missing: {error}") from None
             except Exception as error:  # whatever a damaged file makes its library raise
                 problem = ("source_error", "unreadable", f"{type(error).__name__}: {error}")
                 row = Row(number, str(number), problem=problem)
@@ -107,6 +121,7 @@ class Pool:
 
     def __init__(self, setup: Setup, workers: int, timeout: float, ahead: int = 8) -> None:
         self._setup, self._timeout = setup, timeout
+        self._broken: BrokenDecoder | None = None
         self._room = threading.Semaphore(max(ahead, workers))
         self._tasks: queue.SimpleQueue[tuple[Task, Future] | None] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._drive, daemon=True) for _ in range(workers)]
@@ -149,27 +164,29 @@ class Pool:
                 self._room.release()
                 continue
             try:
-                rows: list[Decoded] = []
-                process = self._run(process, task, rows)
-                future.set_result(rows)
+                if self._broken:
+                    raise self._broken
+                future.set_result(self._run(process, task))
             except Exception as error:
+                if isinstance(error, BrokenDecoder):
+                    self._broken = error
                 future.set_exception(error)
         process.kill()
 
-    def _run(self, process: _Process, task: Task, rows: list[Decoded]) -> _Process:
-        """Append the rows of a task; returns the process to go on with."""
+    def _run(self, process: _Process, task: Task) -> list[Decoded]:
+        """The rows of a task."""
+        rows: list[Decoded] = []
         failed = None
         while (at := task.lo + len(rows)) < task.hi:
             outcome = process.run(Task(task.source, at, task.hi), self._timeout, rows)
             if outcome is None:
                 break
             process.kill()
-            process = _Process(self._setup)
             at = task.lo + len(rows)
             if failed == at:
                 rows.append(self._given_up(task.source, at, outcome))
             failed = at
-        return process
+        return rows
 
     def _given_up(self, source: Source, number: int, outcome: str) -> Decoded:
         """The row at which a decoder died or hung twice; its bytes and texts are read here, which is harmless."""
@@ -189,35 +206,25 @@ class Pool:
 
 
 class _Process:
-    """One decoding process and the pipe to it, which closes when either end dies."""
+    """One decoding process and the pipe to it, which closes when either end dies; started when it is needed."""
 
     def __init__(self, setup: Setup) -> None:
-        ours, theirs = socket.socketpair()
-        home = str(Path(__file__).resolve().parents[1])
-        path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
-        command = [sys.executable, "-m", "capfilt.pool", str(theirs.fileno())]
-        self.process = subprocess.Popen(
-            command,
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        )
-        theirs.close()
-        self.pipe = Connection(ours.detach())
-        with contextlib.suppress(OSError):
-            self.pipe.send(setup)
+        self._setup = setup
+        self._process: subprocess.Popen | None = None
+        self._pipe: Connection | None = None
 
     def run(self, task: Task, timeout: float, rows: list[Decoded]) -> str | None:
         """Append the task's rows as they come; None when all are there, or `crash` or `timeout`.
 
-        Raises what the process says is wrong with the source as a whole.
+        Raises BrokenDecoder if no process can be had, and what the process says is wrong with the source as a whole.
         """
+        pipe = self._pipe or self._start()
         try:
-            self.pipe.send(task)
+            pipe.send(task)
             for _ in range(task.lo, task.hi):
-                if not self.pipe.poll(timeout):
+                if not pipe.poll(timeout):
                     return "timeout"
-                answer: Any = self.pipe.recv()
+                answer: Any = pipe.recv()
                 if isinstance(answer, Exception):
                     raise answer
                 rows.append(answer)
@@ -225,20 +232,75 @@ class _Process:
             return "crash"
         return None
 
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.pipe.close()
+    def _start(self) -> Connection:
+        """Start the process, and wait until it has decoded an image of its own. BrokenDecoder says why it did not."""
+        ours, theirs = socket.socketpair()
+        self._pipe = pipe = Connection(ours.detach())
+        with theirs, tempfile.TemporaryFile() as said, _standard_error() as errors:
+            try:
+                self._process = subprocess.Popen(
+                    startup.python("capfilt.pool", str(theirs.fileno()), str(errors.fileno())),
+                    pass_fds=[theirs.fileno(), errors.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stderr=said,
+                    env={**startup.environment(), "OMP_NUM_THREADS": "1"},
+                )
+                theirs.close()
+                pipe.send(self._setup)
+                if pipe.poll(_START) and pipe.recv() == "ready":
+                    return pipe
+                reason = f"it did not come up within {_START:.0f} s"
+            except (EOFError, ConnectionError):
+                reason = "it ended at once"
+            except OSError as error:
+                reason = str(error)
+            status = self.kill()
+            lines = _tail(said)
+        how = f" with status {status}" if status and status > 0 else f" by signal {-status}" if status else ""
+        raise BrokenDecoder(f"decoding cannot start: {lines[-1] if lines else reason} ({sys.executable}{how})")
+
+    def kill(self) -> int | None:
+        """End the process; returns the status with which it ended by itself, None where there was none."""
+        status = None
+        if self._process:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = self._process.wait(0.1)
+            self._process.kill()
+            self._process.wait()
+        if self._pipe:
+            self._pipe.close()
+        self._process = self._pipe = None
+        return status
 
 
-def _serve(handle: int) -> None:
-    """The life of a decoding process: tasks in, rows out, until the pipe closes."""
+def _standard_error() -> IO[bytes]:
+    """Another handle of this process's standard error; of nothing where that is closed."""
+    try:
+        return os.fdopen(os.dup(2), "wb", buffering=0)
+    except OSError:
+        return open(os.devnull, "wb", buffering=0)
+
+
+def _tail(file: IO[bytes]) -> list[str]:
+    """The last lines of what a process said."""
+    file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+    return [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+
+
+def _serve(handle: int, errors: int) -> None:
+    """The life of a decoding process: tasks in, rows out, until the pipe closes.
+
+    Until it is ready, what goes wrong is for the parent to say; from then on it may say so itself.
+    """
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     pipe = Connection(handle)
-    try:
+    with contextlib.suppress(EOFError, ConnectionError):
         decoder = Decoder(pipe.recv())
+        _try_out()
+        os.dup2(errors, 2)
+        pipe.send("ready")
         while True:
             task = pipe.recv()
             try:
@@ -246,13 +308,22 @@ def _serve(handle: int) -> None:
                     pipe.send(row)
             except (EOFError, ConnectionError):
                 raise
+            except BrokenDecoder as error:
+                pipe.send(error)
             except Exception as error:
                 pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
-    except (EOFError, ConnectionError):
-        pass
+
+
+def _try_out() -> None:
+    """Decode an image that nothing is wrong with. RuntimeError if that does not work here."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (200, 30, 30)).save(file, "JPEG")
+    done = prepare(Row(0, "", file.getvalue(), ["a red square"]), (8,), ScoreConfig(scorer="fake"))
+    if done.facts["status"] != "ok":
+        raise RuntimeError(f"a sound image is not decoded: {done.facts['error_detail']}")
 
 
 if __name__ == "__main__":
     from capfilt import pool  # so that what is sent is of the same module on both sides
 
-    pool._serve(int(sys.argv[1]))
+    pool._serve(*map(int, sys.argv[1:]))

@@ -16,10 +16,11 @@ from types import FrameType
 from typing import Any, TextIO
 
 from blip.data.errors import DataError
+from blip.processes import cores
 from capfilt import __version__, annotate
 from capfilt.claims import MOST, SANDBOX, Claims
 from capfilt.decoding import Decoded
-from capfilt.pool import Inline, Pool, Setup, Task
+from capfilt.pool import BrokenDecoder, Inline, Pool, Setup, Task
 from capfilt.progress import Progress
 from capfilt.readers.rows import changed
 from capfilt.run import Part, Run
@@ -186,7 +187,7 @@ def make_pool(setup: Setup, options: ScoreOptions, batch: int) -> Pool | Inline:
     """Decoding that stays two batches ahead."""
     workers = options.decode_workers
     if workers is None:
-        workers = max(1, min(16, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+        workers = max(1, min(16, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
     ahead = 2 * workers + 2 * -(-batch // _CHUNK)
     return Pool(setup, workers, options.decode_timeout, ahead) if workers else Inline(setup)
 
@@ -391,6 +392,11 @@ def _try(
     try:
         return worker.annotate(part, tasks, attempt)
     except (Interrupted, KeyboardInterrupt):
+        raise
+    except BrokenDecoder:  # neither the part's fault nor a row's
+        worker.discard(tasks)
+        if worker.stopped.is_set():  # the signal that stopped this process has ended the other one
+            raise Interrupted from None
         raise
     except Exception as error:
         worker.discard(tasks)

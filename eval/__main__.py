@@ -1,23 +1,23 @@
 """Measure what a model can do, or score what it wrote.
 
-    python -m eval captioning --references captions.json --results results.json --out runs/scores
-    python -m eval captioning --model runs/caption/model --out runs/scores \\
+    blip-eval captioning --references captions.json --results results.json --out runs/scores
+    blip-eval captioning --model runs/caption/model --out runs/scores \\
         --source.path coco/dataset_coco.json --source.image_root coco --source.split test
-    python -m eval retrieval --model runs/base/model \\
+    blip-eval retrieval --model runs/base/model \\
         --source.path coco/dataset_coco.json --source.image_root coco --source.split test
-    python -m eval video_retrieval --model runs/retrieval/model --clips msrvtt_test.jsonl --video_root MSRVTT/videos
-    python -m eval video_questions --model runs/vqa/model --questions msrvtt_test_qa.json --video_root MSRVTT/videos
-    python -m eval classification --model runs/retrieval/model --source imagenet/val --names imagenet_names.json
-    python -m eval vqa --model runs/vqa/model --out runs/scores --source.image_root coco \\
+    blip-eval video_retrieval --model runs/retrieval/model --clips msrvtt_test.jsonl --video_root MSRVTT/videos
+    blip-eval video_questions --model runs/vqa/model --questions msrvtt_test_qa.json --video_root MSRVTT/videos
+    blip-eval classification --model runs/retrieval/model --source imagenet/val --names imagenet_names.json
+    blip-eval vqa --model runs/vqa/model --out runs/scores --source.image_root coco \\
         --source.path v2_OpenEnded_mscoco_val2014_questions.json \\
         --source.annotations v2_mscoco_val2014_annotations.json
-    python -m eval nlvr2 --model runs/nlvr2/model --source.path nlvr2/dev.json --out runs/scores
-    python -m eval nlvr2 --results results.csv --source.path nlvr2/dev.json
-    python -m eval nlvr --model runs/nlvr_boxes/model --source.path nlvr/dev/dev.json --source.part val
-    python -m eval visdial --model runs/visdial/model --out runs/scores \\
+    blip-eval nlvr2 --model runs/nlvr2/model --source.path nlvr2/dev.json --out runs/scores
+    blip-eval nlvr2 --results results.csv --source.path nlvr2/dev.json
+    blip-eval nlvr --model runs/nlvr_boxes/model --source.path nlvr/dev/dev.json --source.part val
+    blip-eval visdial --model runs/visdial/model --out runs/scores \\
         --source.path visdial_1.0_val.json --source.relevance visdial_1.0_val_dense_annotations.json
 
-Each lists its options: python -m eval captioning --help. With torchrun, several processes share the work.
+Each lists its options: blip-eval captioning --help. `torchrun ... -m eval captioning ...` shares the work.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from importlib import import_module
 from typing import Any, get_args, get_type_hints
 
 from blip.commands.ending import WRONG_USE, fail, one_line, run, unknown_option
+from blip.startup import leave_current_folder
 
 COMMANDS = {
     "captioning": ("Captioning", "eval.captioning_command"),
@@ -48,14 +49,17 @@ _STOPPED = 130
 """What a shell reports of a program that SIGINT ended."""
 
 
-def main(args: list[str]) -> None:
-    """Carry out a command line; what does not fit ends the process with status 2."""
+def main(args: list[str] | None = None) -> None:
+    """Carry out a command line, or the process's own; what does not fit ends the process with status 2."""
+    if args is None:
+        leave_current_folder()
+        args = sys.argv[1:]
     if args and args[0] in ("-h", "--help"):
         print(__doc__.strip())
         return
     if not args or args[0] not in COMMANDS:
         said = f"there is no {args[0]!r}" if args else "nothing is asked for"
-        fail(f"{said}; give one of {', '.join(COMMANDS)} (python -m eval --help explains)", WRONG_USE)
+        fail(f"{said}; give one of {', '.join(COMMANDS)} (blip-eval --help explains)", WRONG_USE)
     options = read(args[0], args[1:])
     try:
         run(lambda: import_module(COMMANDS[args[0]][1]).run(options))
@@ -69,7 +73,7 @@ def read(name: str, args: list[str]) -> Any:
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     kind = getattr(import_module("eval.options"), COMMANDS[name][0])
-    ways = {"prog": f"python -m eval {name}", "as_positional": False, "exit_on_error": False, "allow_abbrev": False}
+    ways = {"prog": f"blip-eval {name}", "as_positional": False, "exit_on_error": False, "allow_abbrev": False}
     try:
         preset, defaults = _preset(kind, args)
         options = auto_cli(kind, args=args, set_defaults=defaults, **ways)
@@ -111,4 +115,4 @@ def _short(said: str) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -1,4 +1,4 @@
-"""`python -m eval captioning`: from a model and pictures, or from captions that are there, to scores and a page."""
+"""`blip-eval captioning`: from a model and pictures, or from captions that are there, to scores and a page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m eval classification`: how often a model names the class of a picture, without having been taught."""
+"""`blip-eval classification`: how often a model names the class of a picture, without having been taught."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m eval visdial`: from a model and dialogues, or from ranks that are there, to scores."""
+"""`blip-eval visdial`: from a model and dialogues, or from ranks that are there, to scores."""
 
 from __future__ import annotations
 

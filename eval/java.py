@@ -9,7 +9,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from blip.processes import kill_group
+from blip.startup import program
 
 _FLAGS = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8")
 _SPICE_NEEDS = ("spice-1.0.jar", "lib/stanford-corenlp-3.6.0.jar", "lib/stanford-corenlp-3.6.0-models.jar")
@@ -35,7 +35,7 @@ def run_java(arguments: Sequence[str], seconds: float, files: dict[str, bytes], 
     `files` are put into that folder, and `stdin`, if it is one of them, is its input. NoJava if there is no Java, or it
     does not end by itself with status 0 in `seconds`; then nothing that it started is left.
     """
-    java = shutil.which("java")
+    java = program("java")
     if java is None:
         raise NoJava("there is no java on PATH")
     # Files instead of pipes: no pipe can fill up, or stay open in a process that the program left behind.

@@ -1,4 +1,4 @@
-"""`python -m eval nlvr2` and `python -m eval nlvr`: from a model and examples, or from answers, to scores."""
+"""`blip-eval nlvr2` and `blip-eval nlvr`: from a model and examples, or from answers, to scores."""
 
 from __future__ import annotations
 

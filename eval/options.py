@@ -1,4 +1,4 @@
-"""The options of `python -m eval`. Light to import, as all is that `--help` needs."""
+"""The options of `blip-eval`. Light to import, as all is that `--help` needs."""
 
 from __future__ import annotations
 

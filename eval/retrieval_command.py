@@ -1,4 +1,4 @@
-"""`python -m eval retrieval`: recall of a model's retrieval on a set of pictures and captions."""
+"""`blip-eval retrieval`: recall of a model's retrieval on a set of pictures and captions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m eval video_questions`: how often a model of images and questions answers right about videos."""
+"""`blip-eval video_questions`: how often a model of images and questions answers right about videos."""
 
 from __future__ import annotations
 

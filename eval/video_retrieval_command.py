@@ -1,4 +1,4 @@
-"""`python -m eval video_retrieval`: recall of a model's retrieval on clips and captions, without training on them."""
+"""`blip-eval video_retrieval`: recall of a model's retrieval on clips and captions, without training on them."""
 
 from __future__ import annotations
 

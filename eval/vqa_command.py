@@ -1,4 +1,4 @@
-"""`python -m eval vqa`: from a model and questions, or from answers that are there, to the official accuracy."""
+"""`blip-eval vqa`: from a model and questions, or from answers that are there, to the official accuracy."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The paper's Table 1 in kind, on the picture world: what captioning and filtering a noisy crawl are worth.
 
-    python -m recipes.bootstrap --config recipes/configs/bootstrap_world.yaml     # 2 CPU cores; it says how long
+    blip-recipe bootstrap --config recipes/configs/bootstrap_world.yaml     # 2 CPU cores; it says how long
 
 For each seed a model is pre-trained on a noisy crawl, and becomes a captioner and a filter on a few pictures by people.
 CapFilt cleans the crawl with them in several ways, and on each result a model of the same size is pre-trained from

@@ -1,6 +1,6 @@
 """The whole story on the embedded world: learn from a noisy crawl, clean it with CapFilt, learn from what is left.
 
-    python -m recipes.demo            # `make demo`: 2 CPU cores, less than 10 minutes, no network
+    blip-recipe demo            # `make demo`: 2 CPU cores, less than 10 minutes, no network
 
 TINY is pre-trained on a crawl of which 60% of the texts are wrong and a few pictures by people; fine-tuned on the
 latter, it becomes the captioner and the filter of CapFilt, whose data set another TINY is pre-trained on from nothing,

@@ -1,4 +1,4 @@
-"""`python -m eval`: its help, what it refuses and how, and the files it leaves."""
+"""`blip-eval`: its help, what it refuses and how, and the files it leaves."""
 
 import json
 import subprocess
@@ -25,13 +25,13 @@ def test_help_is_quick_and_complete(capsys):
     said = alone(f"{program}; import sys; print(sorted({{'torch', 'jsonargparse'}} & set(sys.modules)))")
     assert said.splitlines()[-1] == "[]", "a slow import"
     for name in COMMANDS:
-        assert f"python -m eval {name} --" in said
+        assert f"blip-eval {name} --" in said
     for name, wanted in (("captioning", ("--results", "--decode.top_p", "--allow_partial")), ("retrieval", ("--k",))):
         with pytest.raises(SystemExit) as stop:
             main([name, "--help"])
         assert stop.value.code == 0
         said = capsys.readouterr().out
-        assert f"usage: python -m eval {name}" in said
+        assert f"usage: blip-eval {name}" in said
         assert all(option in said for option in wanted)
 
 

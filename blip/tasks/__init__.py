@@ -28,13 +28,13 @@ TASKS: dict[str, Task] = {
     "blip": Task(Blip, "captioning and matching", ("image-to-text", "image-text-matching")),
     "nlvr": Task(
         Nlvr,
-        "`python -m eval nlvr2` and `python -m eval nlvr`",
+        "`blip-eval nlvr2` and `blip-eval nlvr`",
         ("visual-question-answering", "image-text-matching"),
         NlvrModelConfig,
     ),
     "dialogue": Task(
-        Dialogue, "`recipes.dialogue` and `python -m eval visdial`", ("visual-question-answering",), DialogueModelConfig
+        Dialogue, "`recipes.dialogue` and `blip-eval visdial`", ("visual-question-answering",), DialogueModelConfig
     ),
-    "vqa": Task(Vqa, "`blip vqa` and `python -m eval vqa`", ("visual-question-answering",)),
+    "vqa": Task(Vqa, "`blip vqa` and `blip-eval vqa`", ("visual-question-answering",)),
 }
 """What config.json says as `task` (nothing for "blip") -> the class that is built."""

@@ -1,0 +1,86 @@
+"""What a process of ours imports and starts: nothing from the folder that it happens to stand in.
+
+`python -m` puts the current folder first on the path, and so does an empty entry of PYTHONPATH. Whoever stands in a
+downloaded crawl would run its numpy.py, and whoever has an eval.py of their own would get that instead of ours. The
+packages of this project run this file as they are found by `python -m`; it imports what Python has loaded by then.
+"""
+
+import os
+import sys
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
+
+HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+"""The folder that our packages are in."""
+OURS = ("blip", "capfilt", "eval", "recipes")
+
+
+def leave_current_folder() -> None:
+    """Take the current folder off the path, in this process and in those that it starts; our packages stay ours.
+
+    A checkout that is not installed is found all the same: where it is the current folder it goes to the path's end.
+    """
+    if not sys.flags.safe_path and sys.path and _is_here(sys.path[0]):
+        del sys.path[0]
+    named = {one for path in _given() if _is_here(path) for one in (path, os.path.abspath(path))}
+    sys.path[:] = [path for path in sys.path if path not in named]
+    os.environ.update(environment())
+    if _is_here(HOME) and HOME not in sys.path:
+        sys.path.append(HOME)
+    for name in OURS:
+        spec = None if name in sys.modules else PathFinder.find_spec(name, [HOME])
+        if spec is not None and spec.loader is not None:
+            sys.modules[name] = module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
+
+
+def environment() -> dict[str, str]:
+    """The environment for a Python that imports nothing from the current folder."""
+    kept = [path for path in _given() if not _is_here(path) or (path and _same(path, HOME))]
+    return {**os.environ, "PYTHONSAFEPATH": "1", **({"PYTHONPATH": os.pathsep.join(kept)} if _given() else {})}
+
+
+def python(module: str, *args: str) -> list[str]:
+    """The command line that runs a module of ours in a Python of its own, wherever it is started."""
+    return [os.path.abspath(sys.executable), "-P", os.path.join(HOME, "blip", "startup.py"), module, *args]
+
+
+def program(name: str) -> str | None:
+    """Absolute path of a program in one of PATH's absolute folders; None if there is none."""
+    from shutil import which
+
+    folders = filter(os.path.isabs, os.environ.get("PATH", os.defpath).split(os.pathsep))
+    return which(name, path=os.pathsep.join(folders))
+
+
+def _given() -> list[str]:
+    """The entries of PYTHONPATH, an empty one being the current folder."""
+    given = os.environ.get("PYTHONPATH")
+    return given.split(os.pathsep) if given else []
+
+
+def _is_here(path: str) -> bool:
+    return _same(path or os.curdir, os.curdir)
+
+
+def _same(a: str, b: str) -> bool:
+    try:
+        return os.path.samefile(a, b)
+    except OSError:
+        return False
+
+
+def _module() -> str:
+    """What `python -m` was asked for."""
+    asked = sys.orig_argv[-len(sys.argv)]
+    return asked[asked.index("m") + 1 :] if asked.startswith("-") else asked
+
+
+if __name__ == "startup" and _module().partition(".")[0] in OURS:
+    leave_current_folder()
+elif __name__ == "__main__":
+    from runpy import run_module
+
+    leave_current_folder()
+    del sys.argv[0]
+    run_module(sys.argv[0], run_name="__main__")
