@@ -7,15 +7,17 @@ placed any more when its node is gone, and the job hangs.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
 from collections import deque
-from pathlib import Path
 from typing import Any, TextIO
 
+from blip import startup
 from capfilt.claims import MOST, Claims
 from capfilt.parts import failure_name
+from capfilt.pool import BrokenDecoder
 from capfilt.progress import Progress
 from capfilt.run import Part, Run
 from capfilt.score import ScoreOptions, Work, Worker, describe_work, exit_status, find_work, judge
@@ -28,9 +30,12 @@ _PATIENCE = 30.0
 class PartScorer:
     """What an actor does: load the models once, score and commit parts."""
 
-    def __init__(self, where: str, device: str | None, options: ScoreOptions) -> None:
+    def __init__(self, folder: str, where: str, device: str | None, options: ScoreOptions) -> None:
+        """`folder` is what relative paths start from, where this machine has it."""
         from capfilt.verbs import scorer_maker
 
+        if os.path.isdir(folder):
+            os.chdir(folder)
         run = Run.open(where)
         self.worker = Worker(run, scorer_maker(device)(run), options)
         self.parts = {part.pid: part for part in run.plan}
@@ -45,6 +50,10 @@ class PartScorer:
         try:
             rows = self.worker.annotate(part, tasks, attempt)
             self.worker.commit(part, rows)
+        except BrokenDecoder:
+            self.worker.discard(tasks)
+            self.worker.claims.release()
+            raise
         except Exception as error:
             self.worker.discard(tasks)
             self.worker.claims.fail(part, "exception", f"{type(error).__name__}: {error}", error)
@@ -61,7 +70,7 @@ class _Crew:
         self.size = workers or max(1, gpus or int(ray.cluster_resources().get("CPU", 1)))
         share = {"num_gpus": 1} if gpus and not (device or "").startswith("cpu") else {"num_cpus": 1}
         self._actor = ray.remote(max_restarts=0, max_task_retries=0, **share)(PartScorer)
-        self._arguments = (run.where, device, options)
+        self._arguments = (os.getcwd(), run.where, device, options)
         self.waiting: dict[Any, Any] = {}  # answer to `ready` -> actor
         self.working: dict[Any, tuple[Any, Part, int]] = {}  # answer to `score` -> actor, part, attempt
         self.idle: deque[Any] = deque()
@@ -112,9 +121,11 @@ def score_with_ray(
     progress.failed = len(work.failed)
     if work.todo:
         if not ray.is_initialized():
-            home = str(Path(__file__).resolve().parents[1])
-            path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
-            ray.init(log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": path}})
+            around = startup.environment()
+            path = os.pathsep.join(filter(None, (startup.HOME, around.get("PYTHONPATH"))))
+            names = {"PYTHONPATH": path, "PYTHONSAFEPATH": around["PYTHONSAFEPATH"]}
+            with contextlib.chdir(startup.HOME):  # Ray puts the current folder first on its workers' path
+                ray.init(log_to_driver=False, runtime_env={"env_vars": names})
         crew = _Crew(ray, run, device, options, workers)
         try:
             _drive(ray, crew, run, work, progress, options)
@@ -180,6 +191,8 @@ def _finished(ray: Any, crew: _Crew, answer: Any, work: Work, progress: Progress
         work.todo.append((part, attempt))
         return
     except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, BrokenDecoder):
+            raise error.cause from None
         crew.idle.append(actor)
         changed = "source_changed" in str(error)
         if changed or attempt >= MOST:
