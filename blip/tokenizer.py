@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from blip import hub
 from blip.config import TextConfig
+from blip.data.text import LONGEST
 
 PAD, UNK, CLS, SEP, MASK, DEC, ENC = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"
 _WORLD = Path(__file__).parent / "data" / "world_tokenizer"
@@ -99,7 +100,8 @@ class Tokenizer:
 
     def pieces(self, text: str, max_length: int) -> list[int]:
         """[CLS] pieces [SEP], at most `max_length` (>= 2) ids; a long text loses its end and keeps [SEP]."""
-        return self._wrap(self._pieces.encode(text, add_special_tokens=False).ids, self.cls_id, max_length)
+        ids = self._pieces.encode(text[:LONGEST], add_special_tokens=False).ids
+        return self._wrap(ids, self.cls_id, max_length)
 
     def _wrap(self, ids: list[int], first: int, max_length: int) -> list[int]:
         if max_length < 2:
@@ -114,11 +116,12 @@ class Tokenizer:
         `first` says what the text is for: "cls" to be embedded, "dec" to be written, "enc" to be matched.
         """
         start = self._first[first]
-        rows = [
-            self._wrap(e.ids, start, max_length)
-            for e in self._pieces.encode_batch(list(texts), add_special_tokens=False)
-        ]
-        return self.pad(rows)
+        return self.pad([self._wrap(ids, start, max_length) for ids in self._ids_of(texts)])
+
+    def _ids_of(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """The word pieces of texts, of at most LONGEST characters of each."""
+        limited = [text[:LONGEST] for text in texts]
+        return (found.ids for found in self._pieces.encode_batch(limited, add_special_tokens=False))
 
     def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """B id lists -> ids (B, T) int64 and keep (B, T) bool, right-padded to the longest."""
@@ -169,7 +172,7 @@ class Tokenizer:
 
     def unknown_rate(self, texts: Sequence[str]) -> float:
         """Share of word pieces of some texts that are [UNK]."""
-        ids = [i for e in self._pieces.encode_batch(list(texts), add_special_tokens=False) for i in e.ids]
+        ids = [i for found in self._ids_of(texts) for i in found]
         return sum(i == self.unk_id for i in ids) / max(1, len(ids))
 
     def digest(self) -> str:

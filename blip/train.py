@@ -29,7 +29,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from blip import atomic, dist, log, optim, resume
 from blip.config import TrainConfig
 from blip.data.batch import Batch
-from blip.errors import Stopped
+from blip.errors import Stopped, is_out_of_memory
 from blip.resume import RunLock, RunLocked, State
 from blip.signals import Stopper
 
@@ -481,7 +481,7 @@ def _explained(config: TrainConfig) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        if is_out_of_memory(error):
             raise OutOfMemory(
                 f"process {dist.rank()} ran out of memory with {config.batch_size} pairs per forward pass. The batch "
                 "size was left alone because the contrastive loss depends on it: lower train.batch_size (and raise "

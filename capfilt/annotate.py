@@ -44,7 +44,10 @@ def check_finite(row: Decoded, scores: Scores) -> None:
 
 
 def annotation(row: Decoded, relpath: str, scores: Scores | None) -> dict[str, Any]:
-    """One row of the table, without the columns of the run. `scores.web` is parallel to the texts that have words."""
+    """One row of the table, without the columns of the run and with `left_out` for the progress.
+
+    `scores.web` is parallel to the texts that have words.
+    """
     invalid = row.facts["status"] == "score_invalid"
     given = iter(scores.web if scores else [])
     web = [next(given) if text is not None and scores else None for text in row.norm]
@@ -69,6 +72,7 @@ def annotation(row: Decoded, relpath: str, scores: Scores | None) -> dict[str, A
         **_scores("web", web, invalid),
         **_scores("syn", [text.match for text in syn], invalid),
         "rule_flags": row.flags,
+        "left_out": row.left_out,
     }
 
 

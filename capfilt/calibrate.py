@@ -90,7 +90,7 @@ def _decoded(run: Run, worker: Worker, count: int) -> Iterator[list[Decoded]]:
 def _matched(worker: Worker, items: Sequence[Item]) -> list[list[Matched]]:
     found: list[list[Matched]] = []
     for at in range(0, len(items), worker.batch):
-        found += [scores.web for scores in worker.scorer.score(items[at : at + worker.batch])]
+        found += [scores.web if scores else [] for scores in worker.show(items[at : at + worker.batch])]
     return found
 
 
@@ -110,7 +110,7 @@ def null_floor(run: Run, options: CalibrateOptions, make_scorer: Callable[[Run],
             for row, own, other in zip(rows, texts, others, strict=True)
             if own != other
         ]
-        scores += [matched[0].probability for matched in _matched(worker, pairs)]
+        scores += [match.probability for matched in _matched(worker, pairs) for match in matched]
     worker.close()
     found = np.array(scores)
     if not len(found):

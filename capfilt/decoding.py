@@ -54,15 +54,20 @@ class Decoded:
     flags: list[str]
     pixels: list[np.ndarray] = field(default_factory=list)
     """(S, S, 3) uint8 for each input size; empty where there is nothing to score."""
+    left_out: int = 0
+    """Texts beyond those that a row may have."""
 
 
 def prepare(row: Row, sides: tuple[int, ...], config: ScoreConfig) -> Decoded:
     """Decode, resize and note what there is to note; nothing that a row holds raises."""
-    norm = [_clean(text, config.max_words) for text in row.texts]
+    texts, left_out, note = rules.limited(row.texts)
+    norm = [_clean(text, config.max_words) for text in texts]
     facts = dict.fromkeys(("width", "height", "format", "n_frames", "error_code", "error_detail"))
     facts |= {"bytes": len(row.image) if row.image is not None else None, "status": "ok"}
     facts |= {"image_sha256": None, "phash64": None}
-    done = Decoded(row.number, row.key, row.texts, norm, row.extra, facts, rules.text_flags(row.texts))
+    facts["error_detail"] = note
+    done = Decoded(row.number, row.key, texts, norm, row.extra, facts, [*left_out, *rules.text_flags(texts)])
+    done.left_out = len(row.texts) - len(texts)
     if row.problem:
         _fail(facts, *row.problem)
         return done

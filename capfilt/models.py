@@ -9,6 +9,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,14 +19,19 @@ from blip import checkpoint
 from blip.data.errors import BadSample
 from blip.data.text import clean_caption
 from blip.data.transforms import MEAN, STD
+from blip.errors import is_out_of_memory
 from blip.generate import Text, write
+from blip.med import Context
 from blip.model import Blip, starting_with
 from blip.tokenizer import Tokenizer
 from capfilt.scorer import Item, Matched, OutOfMemory, Scores, Written
 from capfilt.settings import ScoreConfig, decode_settings, resolve
 
+T = TypeVar("T")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LONG = 1 << 20
+_FAN, _FEW = 8, 16
+"""Texts that are matched at once, for each image of a batch, and in any case."""
 
 
 class BlipScorer:
@@ -94,9 +100,11 @@ class BlipScorer:
         """Raises OutOfMemory, having freed what it held."""
         try:
             return self._score(items)
-        except torch.cuda.OutOfMemoryError:
-            pass  # outside of the handler nothing of the failed batch is referred to any more
-        torch.cuda.empty_cache()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        if self._device.type == "cuda":  # outside of the handler nothing of the failed batch is referred to any more
+            torch.cuda.empty_cache()
         raise OutOfMemory
 
     def _score(self, items: Sequence[Item]) -> list[Scores]:
@@ -134,24 +142,40 @@ class BlipScorer:
         return write(self.captioner, self.writer, seen, self.decode, prompt=self.config.prompt.strip(), keys=keys)
 
     def _match(self, tokens: Tensor, texts: Sequence[Sequence[str]]) -> list[list[Matched]]:
-        """All texts of all images in one pass; images with fewer texts than others get empty ones, to make a grid."""
-        most = max(map(len, texts))
-        if not most:
-            return [[] for _ in texts]
-        flat = [text for some in texts for text in [*some, *[""] * (most - len(some))]]
-        counts, ids, keep = self._encoded(flat)
-        context = self.filter.med.context(tokens, queries=most * ids.shape[1])
-        logits = self.filter.match(ids, keep, context.expand(most)).float()
-        margins = (logits[:, 1] - logits[:, 0]).view(len(texts), most)
-        cosines = self._cosines(tokens, ids, keep, most)
-        rows = zip(texts, margins.tolist(), cosines.tolist(), strict=True)
-        longest = self.config.max_tokens
+        """All texts of all images: images with equally many together, and not more texts at once than a batch may have.
+
+        So an image with many texts costs what they cost, and the others nothing.
+        """
+        found: list[list[Matched]] = [[] for _ in texts]
+        room = max(_FEW, _FAN * len(texts))
+        embedded = self.filter.embed_image(tokens).float()
+        for count in sorted({len(some) for some in texts} - {0}):
+            alike = [i for i, some in enumerate(texts) if len(some) == count]
+            for some in _pieces(alike, max(1, room // count)):
+                mine = slice(None) if len(some) == len(texts) else torch.tensor(some, device=self._device)
+                context = None
+                for at in range(0, count, room):
+                    grid = [texts[i][at : at + room] for i in some]
+                    counts, ids, keep = self._encoded([text for row in grid for text in row])
+                    if context is None:
+                        context = self.filter.med.context(tokens[mine], queries=len(grid[0]) * ids.shape[1])
+                    for i, matched in zip(some, self._grid(counts, ids, keep, context, embedded[mine]), strict=True):
+                        found[i] += matched
+        return found
+
+    def _grid(
+        self, counts: Sequence[int], ids: Tensor, keep: Tensor, context: Context, embedded: Tensor
+    ) -> list[list[Matched]]:
+        """N texts of each of B images: word pieces of each text, ids and keep (B N, T), embedded images (B, E)."""
+        fan, longest = len(ids) // len(embedded), self.config.max_tokens
+        logits = self.filter.match(ids, keep, context.expand(fan)).float()
+        margins = (logits[:, 1] - logits[:, 0]).view(-1, fan)
+        texts = self.filter.embed_text(starting_with(ids, self.tokenizer.cls_id), keep).view(len(embedded), fan, -1)
+        cosines = torch.einsum("bne,be->bn", texts.float(), embedded)
+        scores = zip(_pieces(counts, fan), margins.tolist(), cosines.tolist(), strict=True)
         return [
-            [
-                Matched(margin[k], cosine[k], counts[i * most + k], counts[i * most + k] > longest)
-                for k in range(len(some))
-            ]
-            for i, (some, margin, cosine) in enumerate(rows)
+            [Matched(m, c, n, n > longest) for n, m, c in zip(pieces, margin, cosine, strict=True)]
+            for pieces, margin, cosine in scores
         ]
 
     def _encoded(self, texts: Sequence[str]) -> tuple[list[int], Tensor, Tensor]:
@@ -163,11 +187,6 @@ class BlipScorer:
         first = tokenizer.enc_id if self.config.itm_token == "enc" else tokenizer.cls_id
         return [len(p) for p in pieces], starting_with(ids, first), keep
 
-    def _cosines(self, tokens: Tensor, ids: Tensor, keep: Tensor, most: int) -> Tensor:
-        """(B, most): the joint embedding of each image with those of its texts."""
-        embedded = self.filter.embed_text(starting_with(ids, self.tokenizer.cls_id), keep).view(len(tokens), most, -1)
-        return torch.einsum("bne,be->bn", embedded.float(), self.filter.embed_image(tokens).float())
-
 
 def same_vision(a: Blip, b: Blip) -> bool:
     """Whether two models have the same image encoder, weight for weight."""
@@ -175,6 +194,11 @@ def same_vision(a: Blip, b: Blip) -> bool:
         return False
     ours, theirs = a.vision.state_dict(), b.vision.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def _pieces(values: Sequence[T], size: int) -> list[Sequence[T]]:
+    """Values in their order, so many at a time."""
+    return [values[at : at + size] for at in range(0, len(values), size)]
 
 
 def _clean(text: str, config: ScoreConfig) -> str:

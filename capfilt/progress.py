@@ -23,6 +23,7 @@ class Progress:
         self.out = out or sys.stderr
         self.statuses: Counter[str] = Counter()
         self.kept: Counter[str] = Counter()
+        self.left_out = 0
         self.stages: dict[str, float] = {}
         self._begun = time.monotonic()
         self._marks: deque[tuple[float, int]] = deque([(self._begun, inherited)])
@@ -35,6 +36,7 @@ class Progress:
         self.parts_done += 1
         for row in rows:
             self.statuses[row["status"]] += 1
+            self.left_out += row.get("left_out", 0)
             for kind in ("web", "syn"):
                 scores = [p for p in row[f"itm_{kind}"] if p is not None]
                 self.kept[kind] += len(scores)
@@ -87,6 +89,7 @@ class Progress:
             "web_kept_at_half": self._share("web"),
             "syn_kept_at_half": self._share("syn"),
             "statuses": dict(self.statuses),
+            "texts_left_out": self.left_out,
             "busy": {name: round(seconds / spent, 3) for name, seconds in self.stages.items()},
             "parts": self.parts_done,
             "parts_of": self.parts,
@@ -114,6 +117,8 @@ class Progress:
         if self.seen:
             listed = " ".join(f"{k} {n / self.seen:.2%}" for k, n in sorted(wrong.items(), key=lambda x: -x[1])[:3])
             bits.append(f"errors {self.errors / self.seen:.2%}" + (f" ({listed})" if listed else ""))
+        if self.left_out:
+            bits.append(f"{_short(self.left_out)} texts left out")
         busy = said["busy"]
         if busy:
             starved = max((k for k in busy if k != "models"), key=busy.get, default=None)

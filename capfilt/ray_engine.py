@@ -58,7 +58,7 @@ class PartScorer:
             self.worker.discard(tasks)
             self.worker.claims.fail(part, "exception", f"{type(error).__name__}: {error}", error)
             raise RuntimeError(f"{type(error).__name__}: {error}") from None
-        return [{key: row[key] for key in ("status", "itm_web", "itm_syn")} for row in rows]
+        return [{key: row[key] for key in ("status", "itm_web", "itm_syn", "left_out")} for row in rows]
 
 
 class _Crew:

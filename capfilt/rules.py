@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
+from blip.data.text import LONGEST
+
 _ADDRESS = re.compile(r"https?://|www\.|\b[\w-]+\.(?:com|org|net|jpg|html?)\b", re.IGNORECASE)
 _FILE = re.compile(
     r"^\s*(?:(?:img|dsc|dscn|image|photo|screenshot|p)[_\- ]?\d+|[\w\-]+\.(?:jpe?g|png|gif|webp|bmp))\s*$",
@@ -46,6 +48,8 @@ PRESETS: dict[str, frozenset[str]] = {
 """`align` and `laion` leave out what needs statistics of the whole crawl."""
 _LONGEST = 2000
 """Characters of a text that expressions are tried on."""
+MOST_TEXTS = 100
+"""Texts of a row that are scored: one row must not cost what a thousand others do."""
 
 
 def check_preset(name: str) -> None:
@@ -56,6 +60,16 @@ def check_preset(name: str) -> None:
 def image_flags(width: int, height: int, size: int, frames: int) -> list[str]:
     """The rules that an image file breaks, as `image.RULE`."""
     return [f"image.{name}" for name, broken in IMAGE_RULES.items() if broken(width, height, size, frames)]
+
+
+def limited(texts: Sequence[str]) -> tuple[list[str], list[str], str | None]:
+    """The texts of a row as far as they are looked at; flags where that is not all, and how much it is not."""
+    cut = [i for i, text in enumerate(texts[:MOST_TEXTS]) if len(text) > LONGEST]
+    flags = [f"row.texts>{MOST_TEXTS}"] * (len(texts) > MOST_TEXTS)
+    flags += [f"web{i or ''}.chars>{LONGEST}" for i in cut]
+    said = [f"{len(texts) - MOST_TEXTS:,} texts beyond the first {MOST_TEXTS} are left out"] * (len(texts) > MOST_TEXTS)
+    said += [f"{len(cut):,} texts are cut at {LONGEST:,} characters"] * bool(cut)
+    return [text[:LONGEST] for text in texts[:MOST_TEXTS]], flags, "; ".join(said) or None
 
 
 def text_flags(texts: Sequence[str]) -> list[str]:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import FrameType
@@ -25,7 +25,7 @@ from capfilt.progress import Progress
 from capfilt.readers.rows import changed
 from capfilt.run import Part, Run
 from capfilt.schema import FAULTS, OK
-from capfilt.scorer import OutOfMemory, Scorer, Scores
+from capfilt.scorer import Item, OutOfMemory, Scorer, Scores
 from capfilt.settings import DONE, FAILED_PARTS, INTERRUPTED, WRONG, at_least
 from capfilt.storage import host
 
@@ -81,7 +81,8 @@ class Worker:
     def __init__(self, run: Run, scorer: Scorer, options: ScoreOptions, pool: Pool | Inline | None = None) -> None:
         self.run, self.scorer, self.options = run, scorer, options
         self.setup = Setup(run.where, run.config, run.reading, scorer.sides)
-        self.batch = options.batch_size or scorer.batch_size
+        self.batch = self.most = options.batch_size or scorer.batch_size
+        self._passed, self._wait = 0, 1
         self.pool = pool or make_pool(self.setup, options, self.batch)
         self.claims: Any = Claims(run.storage)
         self.stages: dict[str, float] = {"decode": 0.0, "models": 0.0, "commit": 0.0}
@@ -116,7 +117,7 @@ class Worker:
                 rows.append(row)
                 if row.pixels:
                     waiting.append(row)
-                if len(waiting) == self.batch:
+                if len(waiting) >= self.batch:
                     self._score(waiting, part, answers)
                     waiting = []
         self._score(waiting, part, answers)
@@ -131,28 +132,58 @@ class Worker:
         return [{**row, **about} for row in found]
 
     def _score(self, rows: list[Decoded], part: Part, answers: dict[int, Scores]) -> None:
-        """Show rows to the models, fewer at a time where they do not fit."""
+        """Show rows to the models, and note what they say of each."""
         at = 0
         while at < len(rows):
-            if self.stopped.is_set():
-                raise Interrupted
             some = rows[at : at + self.batch]
-            items = [annotate.item_of(row, part.source) for row in some]
-            try:
-                scores = self.timed("models", lambda items=items: self.scorer.score(items))
-            except OutOfMemory:
-                if self.batch > 1:
-                    self.batch = (self.batch + 1) // 2
-                    continue
-                annotate.out_of_memory(some[0])
-                some[0].pixels = []
-                at += 1
-                continue
-            for row, said in zip(some, scores, strict=True):
-                annotate.check_finite(row, said)
-                answers[row.number] = said
-                row.pixels = []
             at += len(some)
+            for row, said in zip(some, self.show([annotate.item_of(row, part.source) for row in some]), strict=True):
+                row.pixels = []
+                if said is None:
+                    annotate.out_of_memory(row)
+                else:
+                    annotate.check_finite(row, said)
+                    answers[row.number] = said
+
+    def show(self, items: Sequence[Item]) -> list[Scores | None]:
+        """What the models say of items, in halves where they do not fit together; None of one that does not fit alone.
+
+        The batch is halved for what comes after unless only one of the halves is to blame, and doubled again when some
+        have passed: later after each time that this was too early.
+        """
+        scores = self._try(items)
+        if scores is not None:
+            self._passed += len(items) >= self.batch
+            if self.batch == self.most:
+                self._wait = max(1, self._wait // 2)
+            self._grow()
+            return scores
+        halves = [self._fitted(half) for half in _halves(items)]
+        fitted = [fits for _, fits in halves]
+        if len(items) == self.batch and fitted[0] == fitted[1]:
+            self.batch, self._passed, self._wait = (self.batch + 1) // 2, sum(fitted), min(2 * self._wait, 64)
+            self._grow()
+        return [said for some, _ in halves for said in some]
+
+    def _grow(self) -> None:
+        if self.batch < self.most and self._passed >= self._wait:
+            self.batch, self._passed = min(self.most, 2 * self.batch), 0
+
+    def _fitted(self, items: Sequence[Item]) -> tuple[list[Scores | None], bool]:
+        """What the models say of items, and whether they fit together."""
+        scores = self._try(items)
+        if scores is not None:
+            return scores, True
+        return [said for half in _halves(items) for said in self._fitted(half)[0]], False
+
+    def _try(self, items: Sequence[Item]) -> list[Scores | None] | None:
+        """What the models say; None where memory is too small for several, and of one alone that is what is said."""
+        if self.stopped.is_set():
+            raise Interrupted
+        try:
+            return self.timed("models", lambda: self.scorer.score(items))
+        except OutOfMemory:
+            return None if len(items) > 1 else [None]
 
     def commit(self, part: Part, rows: list[dict[str, Any]]) -> None:
         facts = {
@@ -181,6 +212,11 @@ class Worker:
         self.pool.close()
         if self._sandbox:
             self._sandbox.close()
+
+
+def _halves(items: Sequence[Item]) -> tuple[Sequence[Item], Sequence[Item]]:
+    half = (len(items) + 1) // 2
+    return items[:half], items[half:]
 
 
 def make_pool(setup: Setup, options: ScoreOptions, batch: int) -> Pool | Inline:

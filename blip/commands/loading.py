@@ -11,6 +11,7 @@ import torch
 
 from blip import checkpoint
 from blip.commands.options import MODEL_VARIABLE
+from blip.errors import is_out_of_memory
 from blip.model import Blip
 from blip.tokenizer import Tokenizer
 
@@ -30,7 +31,9 @@ class Loaded:
         try:
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 yield
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             raise ValueError(f"out of memory on {self.device}: give a smaller --batch, or --device cpu") from None
 
 
