@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip import checkpoint
+from blip import checkpoint, dist
 from blip.data.errors import BadSample
 from blip.data.text import clean_caption
 from blip.data.transforms import MEAN, STD
@@ -25,7 +25,7 @@ from blip.med import Context
 from blip.model import Blip, starting_with
 from blip.tokenizer import Tokenizer
 from capfilt.scorer import Item, Matched, OutOfMemory, Scores, Written
-from capfilt.settings import ScoreConfig, decode_settings, resolve
+from capfilt.settings import ScoreConfig, decided, decode_settings, resolve
 
 T = TypeVar("T")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,7 +48,9 @@ class BlipScorer:
 
         ValueError for texts that are to be longer than a model's positions.
         """
-        self._device, self._dtype = torch.device(device), _DTYPES[config.dtype]
+        self._device = torch.device(device)
+        config = decided(config, device=self._device)
+        self._dtype = _DTYPES[config.dtype]
         self.config, self.device = config, _name(self._device)
         self.filter, self.tokenizer = self._ready(filter[0]), filter[1]
         self.captioner = self._ready(captioner[0]) if captioner else None
@@ -82,8 +84,13 @@ class BlipScorer:
 
     @classmethod
     def load(cls, config: ScoreConfig, device: str | None = None) -> BlipScorer:
-        """Read the models of a configuration. FileNotFoundError or ValueError if there is something wrong with them."""
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        """Read the models of a configuration; the device is this process's own when it is not named by its number.
+
+        FileNotFoundError or ValueError if there is something wrong with the models.
+        """
+        device = str(dist.own_device()) if device in (None, "cuda") else device
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)  # what is allocated without a word goes there too
         captioner = None
         if config.captioner:
             captioner = checkpoint.from_pretrained(config.captioner, image_size=config.image_size)

@@ -23,7 +23,7 @@ from capfilt.identity import differences, fingerprint, part_id
 from capfilt.readers import hosted, listed, parquet, tar
 from capfilt.readers.rows import RowGroups, Source, content_of, is_remote, stat_of
 from capfilt.run import PLAN, Part, Run
-from capfilt.settings import ReadConfig, ScoreConfig, at_least, has_gpu, resolve
+from capfilt.settings import ReadConfig, ScoreConfig, at_least, decided, has_gpu, resolve
 from capfilt.storage import Local, Storage, open_storage
 
 _ENDINGS = {".tar": "tar", ".parquet": "parquet", ".json": "listed", ".jsonl": "listed", ".ndjson": "listed",
@@ -196,10 +196,12 @@ def make(out: str, config: ScoreConfig, reading: ReadConfig, part_size: int | No
     """
     at_least(1, part_size=part_size)
     storage = open_storage(out)
+    planned = Run.open(out) if storage.exists("job.json") else None
+    config = decided(config, planned and planned.config)
     resolved, reading = resolve(config), anchored(reading)
     files = _find_all(reading.inputs)
-    if storage.exists("job.json"):
-        return _same(Run.open(out), resolved, reading, part_size, [path for _, path in files])
+    if planned:
+        return _same(planned, resolved, reading, part_size, [path for _, path in files])
     others = [name for name in storage.entries() if name != "plan"]  # where a plan was killed, there is that
     if others:
         raise DataError(f"{out} is not empty ({', '.join(others[:3])}) and holds no run: give another --out")

@@ -36,8 +36,9 @@ class ScoreConfig:
     """Model directory or hub name of the filter."""
     image_size: int | None = None
     """Side of the model's input, pixels; the models' own when not given."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of the models."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the models. auto is decided when the job is planned: bfloat16 on a GPU that has it, else
+    float32. In bfloat16 a text or score may depend on what else is in the batch."""
     decode: str = "capfilt_2022"
     """Preset of blip.config.DECODE_PRESETS by which captions are written."""
     captions: int = 1
@@ -71,6 +72,23 @@ class ScoreConfig:
             raise ValueError(f"rules_first {self.rules_first!r} is none of {', '.join(presets)}")
         if self.scorer == "blip" and not self.filter:
             raise ValueError("give --filter (and --captioner, for synthetic texts), or --scorer fake to rehearse")
+
+
+def decided(config: ScoreConfig, planned: ScoreConfig | None = None, device: Any = None) -> ScoreConfig:
+    """The settings with a number format in place of `auto`: that of the plan if there is one, else of the device.
+
+    The device is this process's own when it is not given.
+    """
+    if config.dtype != "auto":
+        return config
+    found = planned.dtype if planned else "float32"
+    if planned is None and config.scorer == "blip":
+        from blip.dist import own_device
+        from blip.train import multiplies_bfloat16
+
+        device = device or own_device()
+        found = "bfloat16" if device.type == "cuda" and multiplies_bfloat16(device) else "float32"
+    return dataclasses.replace(config, dtype=found)
 
 
 NO_COLUMN = "none"

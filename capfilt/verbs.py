@@ -65,6 +65,10 @@ def _describe(run) -> None:
         for note in source.notes:
             print(f"  {source.relpath}: {note}")
     if run.config.scorer == "blip":
+        exact = run.config.dtype == "float32"
+        print(f"computes in {run.config.dtype}; " + (
+            "on a GPU, --dtype bfloat16 is several times as fast" if exact else
+            "a text or score may depend on its batch, and with --dtype float32 it does not"))  # fmt: skip
         print("`capfilt score RUN --dry-run` measures how long it will take")
 
 
@@ -81,7 +85,9 @@ def _engine_options(parser: ArgumentParser) -> None:
     parser.add_argument("--engine", choices=("embedded", "ray"), default="embedded",
                         help="ray: several GPUs or machines [embedded]")  # fmt: skip
     parser.add_argument("--workers", type=int, default=None, metavar="INT", help="scorers that Ray runs [one per GPU]")
-    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... [cuda where there is one]")
+    parser.add_argument(
+        "--device", default=None, help="cpu, cuda, cuda:1, ... [the GPU of the local rank, where there are GPUs]"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="score 64 rows, say how long all would take, write nothing"
     )
@@ -112,13 +118,15 @@ def _refuse_drift(run, given: Namespace) -> None:
     import dataclasses
 
     from capfilt.plan import drift
-    from capfilt.settings import resolve
+    from capfilt.settings import decided, resolve
 
     def now(planned: ScoreConfig | ReadConfig):
         names = {f.name for f in dataclasses.fields(planned)}
         return dataclasses.replace(planned, **{k: v for k, v in vars(given).items() if k in names})
 
-    found = drift(run, resolve(now(run.config)), now(run.reading), getattr(given, "part_size", None))
+    found = drift(
+        run, resolve(decided(now(run.config), run.config)), now(run.reading), getattr(given, "part_size", None)
+    )
     if found:
         raise ValueError(
             f"{run.where} was planned with other settings: {'; '.join(found)}. Nothing was touched; plan another run "
