@@ -67,8 +67,8 @@ def limited(texts: Sequence[str]) -> tuple[list[str], list[str], str | None]:
     cut = [i for i, text in enumerate(texts[:MOST_TEXTS]) if len(text) > LONGEST]
     flags = [f"row.texts>{MOST_TEXTS}"] * (len(texts) > MOST_TEXTS)
     flags += [f"web{i or ''}.chars>{LONGEST}" for i in cut]
-    said = [f"{len(texts) - MOST_TEXTS:,} texts beyond the first {MOST_TEXTS} are left out"] * (len(texts) > MOST_TEXTS)
-    said += [f"{len(cut):,} texts are cut at {LONGEST:,} characters"] * bool(cut)
+    said = [f"texts beyond the first {MOST_TEXTS}, left out: {len(texts) - MOST_TEXTS:,}"] * (len(texts) > MOST_TEXTS)
+    said += [f"texts cut at {LONGEST:,} characters: {len(cut):,}"] * bool(cut)
     return [text[:LONGEST] for text in texts[:MOST_TEXTS]], flags, "; ".join(said) or None
 
 

@@ -11,7 +11,7 @@ import transformers
 from capfilt_crawl import HERE, annotations, check_complete, crawl
 from PIL import Image
 
-from blip import convert
+from blip import convert, dist
 from blip.checkpoint import save_pretrained
 from blip.config import DECODE_PRESETS, TINY, SourceConfig
 from blip.data import world_files
@@ -139,6 +139,27 @@ def test_nothing_depends_on_the_batch(models):
     assert len({t.text for s in many for t in s.syn}) > 3
 
 
+def test_a_row_with_many_texts_costs_what_they_cost_and_changes_no_other(models, monkeypatch):
+    """Memory is bounded by texts: without grouping, each image would be matched with a hundred."""
+    scorer = BlipScorer(*models, ScoreConfig(filter="f"))
+    rows = items(scorer.sides)
+    rows[4].texts = [f"a star and {i} more" for i in range(100)]
+    alone = [scorer.score([row])[0] for row in rows]
+    sizes = []
+    match = scorer.filter.match
+    monkeypatch.setattr(scorer.filter, "match", lambda ids, *rest: sizes.append(len(ids)) or match(ids, *rest))
+    together = scorer.score(rows)
+    assert sum(sizes) == sum(map(len, TEXTS)) - 1 + 100 + 6  # no padding: each text once
+    assert max(sizes) <= 8 * len(rows)
+    for a, b in zip(alone, together, strict=True):
+        assert [t.text for t in a.syn] == [t.text for t in b.syn]
+        matched = zip([*a.web, *(t.match for t in a.syn)], [*b.web, *(t.match for t in b.syn)], strict=True)
+        for one, other in matched:
+            assert one.margin == pytest.approx(other.margin, abs=1e-5)
+            assert one.itc == pytest.approx(other.itc, abs=1e-6)
+            assert one.tokens == other.tokens
+
+
 def test_equal_towers_are_one(models):
     captioner, filter = models
     twin = tiny(2)
@@ -171,16 +192,101 @@ def test_a_filter_alone_writes_nothing(models):
     assert [len(s.web) for s in scores] == [len(t) for t in TEXTS]
 
 
-def test_out_of_memory_is_said_so_that_the_job_can_halve(models, monkeypatch):
+FULL = [
+    torch.cuda.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9000000000 bytes."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: f"{type(error).__name__} {error}"[:40])
+def test_out_of_memory_is_said_so_that_the_job_can_halve(models, monkeypatch, error):
     scorer = BlipScorer(None, models[1], ScoreConfig(filter="f"))
 
     def full(*_):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(scorer, "_match", full)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     with pytest.raises(OutOfMemory):
-        scorer.score(items((32,)))
+        scorer.score(items(scorer.sides))
+    monkeypatch.setattr(scorer, "_match", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        scorer.score(items(scorer.sides))
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Four GPUs with bfloat16, as far as a machine without any can pretend; what is made the current one."""
+    chosen = []
+    for name in dist.LOCAL_RANKS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("environment", "asked", "device"),
+    [
+        ({}, None, "cuda:0"),
+        ({"LOCAL_RANK": "3"}, None, "cuda:3"),
+        ({"LOCAL_RANK": "3"}, "cuda", "cuda:3"),
+        ({"LOCAL_RANK": "3"}, "cuda:1", "cuda:1"),
+        ({"LOCAL_RANK": "3"}, "cpu", "cpu"),
+        ({"SLURM_LOCALID": "2"}, None, "cuda:2"),
+        ({"OMPI_COMM_WORLD_LOCAL_RANK": "1"}, None, "cuda:1"),
+        ({"LOCAL_RANK": "1", "SLURM_LOCALID": "0"}, None, "cuda:1"),  # torchrun in a step of SLURM
+        ({"LOCAL_RANK": "6"}, None, "cuda:2"),  # two processes a GPU
+        ({"LOCAL_RANK": "3", "ACCELERATE_USE_CPU": "true"}, None, "cpu"),
+    ],
+)
+def test_each_process_of_a_launcher_takes_its_own_gpu(models, gpus, monkeypatch, environment, asked, device):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    made = []
+    monkeypatch.setattr(BlipScorer, "__init__", lambda self, *_: made.append(_[-1]) or setattr(self, "facts", {}))
+    monkeypatch.setattr("capfilt.models.checkpoint.from_pretrained", lambda *_, **__: (None, None))
+    monkeypatch.setattr("capfilt.models.resolve", lambda config: {"captioner": None, "filter": "x"})
+    BlipScorer.load(ScoreConfig(filter="x"), asked)
+    assert made == [device]
+    assert gpus == [device] * (device != "cpu")
+
+
+def test_one_gpu_that_a_process_sees_is_its_own(gpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # CUDA_VISIBLE_DEVICES, one a process
+    monkeypatch.setenv("SLURM_LOCALID", "3")
+    assert str(dist.own_device()) == "cuda:0"
+
+
+def test_the_number_format_is_decided_once_when_the_job_is_planned(models, tmp_path, gpus, monkeypatch, capsys):
+    save_pretrained(*models[1], tmp_path / "filter")
+    plan = ["plan", "--input", str(crawl(tmp_path / "in", shards=1, rows=4)), "--filter", str(tmp_path / "filter")]
+    assert main([*plan, "--out", str(tmp_path / "gpu")]) == 0
+    assert "computes in bfloat16" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    assert main([*plan, "--out", str(tmp_path / "old")]) == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([*plan, "--out", str(tmp_path / "cpu")]) == 0
+    assert "computes in float32; on a GPU, --dtype bfloat16" in capsys.readouterr().out
+    formats = {name: Run.open(str(tmp_path / name)).config.dtype for name in ("gpu", "old", "cpu")}
+    assert formats == {"gpu": "bfloat16", "old": "float32", "cpu": "float32"}
+    # What was planned stays, on whatever machine it is continued, unless somebody asks for another format.
+    assert main([*plan, "--out", str(tmp_path / "gpu")]) == 0
+    assert main([*plan, "--out", str(tmp_path / "gpu"), "--dtype", "auto"]) == 0
+    assert main([*plan, "--out", str(tmp_path / "gpu"), "--dtype", "float32"]) == 2
+    assert "dtype: bfloat16 -> float32" in capsys.readouterr().err
+    for name in ("cpu", "gpu"):
+        assert main(["score", str(tmp_path / name), "--dtype", "auto", "--decode-workers", "0"]) == 0
+        rows = annotations(str(tmp_path / name)).to_pylist()
+        assert {row["dtype"] for row in rows} == {formats[name]}
+    alone = BlipScorer(None, models[1], ScoreConfig(filter="f")).filter
+    assert next(alone.parameters()).dtype == torch.float32
 
 
 # transformers ---------------------------------------------------------------------------------------------------------

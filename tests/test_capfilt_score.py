@@ -1,8 +1,12 @@
 import io
 import json
 import math
+import os
+import sys
+from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,14 +25,16 @@ from capfilt_crawl import (
 )
 from PIL import Image
 
+from blip import startup
 from blip.data.errors import DataError
+from capfilt import decoding, pool
 from capfilt.__main__ import main
 from capfilt.policies import SelectConfig
 from capfilt.progress import Progress, clock
 from capfilt.run import Run
 from capfilt.schema import ANNOTATIONS, ERROR_CODES, STATUSES
-from capfilt.score import ScoreOptions, TooManyErrors, score
-from capfilt.scorer import FakeScorer, OutOfMemory
+from capfilt.score import ScoreOptions, TooManyErrors, Worker, make_pool, score
+from capfilt.scorer import FakeScorer, Item, OutOfMemory
 from capfilt.select import select
 from capfilt.settings import ScoreConfig
 from capfilt.verify import verify
@@ -296,6 +302,57 @@ def test_out_of_memory_halves_the_batch(tmp_path, monkeypatch):
     assert [r["key"] for r in rows if r["status"] == "gpu_oom"] == ["0_0007"]
 
 
+class Counting(FakeScorer):
+    """Notes how many items it is shown; room for so many texts at once."""
+
+    batch_size = 16
+
+    def __init__(self, room):
+        super().__init__(0, 1, "enc")
+        self.room, self.sizes = room, []
+
+    def score(self, items):
+        self.sizes.append(len(items))
+        if sum(len(item.texts) for item in items) > self.room:
+            raise OutOfMemory
+        return super().score(items)
+
+
+def test_one_row_does_not_shrink_the_batch_of_the_others(tmp_path):
+    """Two halves of which one is to blame leave the batch alone; a batch that is too large is tried again later."""
+    many = [*sample("0_0003", 3)[:1], ("0_0003.json", json.dumps({"caption": ["a star"] * 60}).encode())]
+    ones = [m for i in range(128) for m in (many if i == 3 else sample(f"0_{i:04d}", i))]
+    write_tar(tmp_path / "in" / "a.tar", ones)
+    scorer = Counting(room=40)
+    run = scored(tmp_path / "in", tmp_path / "run", part_size=128, maker=lambda run: scorer)
+    # 16 with the row of 60 texts: its halves of 8, 4, 2 and 1 until it is alone, each with its other half.
+    assert scorer.sizes == [16, 8, 4, 2, 2, 1, 1, 4, 8, *[16] * 7]
+    assert Counter(r["status"] for r in annotations(run).to_pylist()) == {"ok": 127, "gpu_oom": 1}
+    worker = Worker(run, Counting(room=10), ScoreOptions(decode_workers=0))
+    for k in range(12):
+        worker.show([Item(f"{k}-{i}", [np.zeros((16, 16, 3), np.uint8)], ["x"]) for i in range(worker.batch)])
+    # Halved when 16 do not fit; the two halves of 8 are enough the first time, later 4, 8, ... have to pass.
+    assert worker.scorer.sizes == [16, 8, 8, 16, 8, 8, 8, 8, 16, *[8] * 8, 16, 8, 8]
+
+
+def test_a_row_has_at_most_a_hundred_texts_of_ten_thousand_characters(tmp_path):
+    texts = ["a red star", "long " * 4000, *(f"text {i}" for i in range(148))]
+    members = [("a.jpg", jpeg(1)), ("a.json", json.dumps({"caption": texts}).encode())]
+    write_tar(tmp_path / "in" / "a.tar", [*members, *sample("b", 2)])
+    out = io.StringIO()
+    run = planned(tmp_path / "in", tmp_path / "run")
+    assert score(run, make_fake, HERE, out) == 0
+    row, other = annotations(run).to_pylist()
+    assert row["status"] == other["status"] == "ok"
+    assert len(row["web_text"]) == len(row["itm_web"]) == 100
+    assert row["web_text"][1] == ("long " * 4000)[:10_000]
+    assert row["web_text_norm"][1] == " ".join(["long"] * 30)
+    assert {"row.texts>100", "web1.chars>10000"} <= set(row["rule_flags"])
+    assert row["error_detail"] == "texts beyond the first 100, left out: 50; texts cut at 10,000 characters: 1"
+    assert other["error_detail"] is None
+    assert '"texts_left_out": 50' in out.getvalue()
+
+
 def test_scores_that_are_no_numbers_are_set_aside(tmp_path, monkeypatch):
     """Fault 22."""
     folder = crawl(tmp_path / "in", shards=1)
@@ -351,6 +408,65 @@ def test_a_picture_that_kills_the_decoder_costs_one_row(tmp_path, monkeypatch, w
             assert row["image_sha256"] == base["0_0009"]["image_sha256"]
         else:
             assert row == base[row["key"]]
+
+
+BROKEN = {
+    "no module": ("import openblip_of_another_planet", "No module named 'openblip_of_another_planet'"),
+    "its own words": ("import sys; sys.exit('no room here')", "no room here"),
+    "a signal": ("import os; os.abort()", "by signal 6"),
+    "nothing": ("", "it ended at once"),
+}
+
+
+@pytest.mark.parametrize("how", [*BROKEN, "no program"])
+def test_a_decoder_that_cannot_start_ends_the_job_and_blames_no_row(tmp_path, monkeypatch, capsys, how):
+    folder = crawl(tmp_path / "in", shards=1)
+    run = planned(folder, tmp_path / "run")
+    code, said = BROKEN.get(how, ("", "No such file"))
+    program = "/no/such/python" if how == "no program" else sys.executable
+    with monkeypatch.context() as patch:
+        patch.setattr(startup, "python", lambda *_: [program, "-c", code])
+        assert main(["score", run.where, "--decode-workers", "2"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: decoding cannot start: ")
+    assert said in last
+    assert not run.parts.present()
+    assert not list((tmp_path / "run" / "failures").glob("*")), "a part was blamed"
+    if how == "no module":
+        assert main(["score", run.where, "--decode-workers", "1"]) == 0
+        check_complete(run.where, scored(folder, tmp_path / "base"))
+
+
+def test_a_library_that_decodes_nothing_is_noticed_before_the_first_row(monkeypatch):
+    monkeypatch.setattr(
+        pool, "prepare", lambda row, sides, config: decoding.prepare(replace(row, image=b""), sides, config)
+    )
+    with pytest.raises(RuntimeError, match="a sound image is not decoded"):
+        pool._try_out()
+
+
+def test_what_reads_a_file_is_missing_and_no_row_is_to_blame(tmp_path, monkeypatch):
+    run = planned(crawl(tmp_path / "in", shards=1), tmp_path / "run")
+
+    class Reader:
+        def read(self, lo, hi):
+            raise ImportError("No module named 'av'")
+            yield
+
+    monkeypatch.setattr(pool, "open_reader", lambda *_: Reader())
+    with pytest.raises(pool.BrokenDecoder, match="No module named 'av'"):
+        score(run, make_fake, HERE, io.StringIO())
+    assert not run.parts.present()
+
+
+def test_decoders_are_counted_where_the_system_binds_no_cores(monkeypatch):
+    """macOS and Windows have no os.sched_getaffinity."""
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    made = make_pool(None, ScoreOptions(), 8)
+    assert len(made._threads) == 4
+    made.close()
 
 
 def test_after_a_death_decoding_moves_out_of_the_process(tmp_path):
