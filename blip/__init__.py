@@ -7,15 +7,14 @@ Names are loaded when first used, so `import blip` is quick.
 """
 
 import sys
+from importlib.machinery import SourceFileLoader
 
-if sys.argv[:1] == ["-m"]:  # `python -m` has put the current folder first on the path
-    from importlib.util import module_from_spec, spec_from_file_location
+_startup = type(sys)("startup")  # found here and not on the path, where the current folder may be first
+_startup.__file__ = f"{__path__[0]}/startup.py"
+SourceFileLoader("startup", _startup.__file__).exec_module(_startup)
 
-    _startup = spec_from_file_location("startup", f"{__path__[0]}/startup.py")
-    _startup.loader.exec_module(module_from_spec(_startup))
-
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from importlib import import_module  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
 
 if TYPE_CHECKING:
     from blip.checkpoint import from_pretrained, push_to_hub, save_pretrained

@@ -13,7 +13,6 @@ from blip.commands import caption, classify, convert, demo, doctor, explain, mat
 from blip.commands.ending import WRONG_USE, fail, one_line, unknown_option
 from blip.data.errors import DataError
 from blip.errors import Stopped
-from blip.startup import leave_current_folder
 
 COMMANDS = (caption, match, search, classify, explain, vqa, convert, demo, doctor)
 """Each has `add(subparsers)`, which sets `run(namespace) -> exit status`. Importing them imports no torch."""
@@ -33,8 +32,6 @@ class Parser(argparse.ArgumentParser):
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line `args`, or the process's own; returns or exits with its status."""
-    if args is None:
-        leave_current_folder()
     parser = Parser(prog="blip", description="BLIP: pictures and words.", epilog="blip COMMAND --help shows examples.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for command in COMMANDS:

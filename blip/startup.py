@@ -2,17 +2,17 @@
 
 `python -m` puts the current folder first on the path, and so does an empty entry of PYTHONPATH. Whoever stands in a
 downloaded crawl would run its numpy.py, and whoever has an eval.py of their own would get that instead of ours. The
-packages of this project run this file as they are found by `python -m`; it imports what Python has loaded by then.
+packages of this project run this file before anything else; it imports what Python has loaded by then.
 """
 
 import os
 import sys
 from importlib.machinery import PathFinder
-from importlib.util import module_from_spec
 
 HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 """The folder that our packages are in."""
 OURS = ("blip", "capfilt", "eval", "recipes")
+SCRIPTS = ("blip", "capfilt", "blip-eval", "blip-recipe")
 
 
 def leave_current_folder() -> None:
@@ -25,6 +25,8 @@ def leave_current_folder() -> None:
     named = {one for path in _given() if _is_here(path) for one in (path, os.path.abspath(path))}
     sys.path[:] = [path for path in sys.path if path not in named]
     os.environ.update(environment())
+    from importlib.util import module_from_spec  # which imports others
+
     if _is_here(HOME) and HOME not in sys.path:
         sys.path.append(HOME)
     for name in OURS:
@@ -70,17 +72,21 @@ def _same(a: str, b: str) -> bool:
         return False
 
 
-def _module() -> str:
-    """What `python -m` was asked for."""
+def _is_ours() -> bool:
+    """Whether this process is to run one of our programs, by its script or by `python -m`."""
+    name = os.path.basename(sys.argv[0]) if sys.argv else ""
+    if name != "-m":  # so it is as long as the module is looked for
+        return name.removesuffix(".exe") in SCRIPTS
     asked = sys.orig_argv[-len(sys.argv)]
-    return asked[asked.index("m") + 1 :] if asked.startswith("-") else asked
+    asked = asked[asked.index("m") + 1 :] if asked.startswith("-") else asked
+    return asked.partition(".")[0] in OURS
 
 
-if __name__ == "startup" and _module().partition(".")[0] in OURS:
+if __name__ == "startup" and _is_ours():
     leave_current_folder()
 elif __name__ == "__main__":
+    leave_current_folder()
     from runpy import run_module
 
-    leave_current_folder()
     del sys.argv[0]
     run_module(sys.argv[0], run_name="__main__")

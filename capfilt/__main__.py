@@ -8,8 +8,6 @@ import re
 import sys
 from typing import NoReturn
 
-from blip.startup import leave_current_folder
-
 ABOUT = """\
 Clean a noisy crawl of images and texts: a captioner writes, a filter reads, and what matches is kept.
 
@@ -102,9 +100,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(args: list[str] | None = None) -> int:
     """Run a command line, or the process's own; returns the exit status."""
-    if args is None:
-        leave_current_folder()
-        args = sys.argv[1:]
+    args = sys.argv[1:] if args is None else args
     parser = _Parser("capfilt", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     from capfilt import verbs as actions  # light: everything heavy is imported by the verb that needs it

@@ -31,7 +31,6 @@ from importlib import import_module
 from typing import Any, get_args, get_type_hints
 
 from blip.commands.ending import WRONG_USE, fail, one_line, run, unknown_option
-from blip.startup import leave_current_folder
 
 COMMANDS = {
     "captioning": ("Captioning", "eval.captioning_command"),
@@ -51,9 +50,7 @@ _STOPPED = 130
 
 def main(args: list[str] | None = None) -> None:
     """Carry out a command line, or the process's own; what does not fit ends the process with status 2."""
-    if args is None:
-        leave_current_folder()
-        args = sys.argv[1:]
+    args = sys.argv[1:] if args is None else args
     if args and args[0] in ("-h", "--help"):
         print(__doc__.strip())
         return

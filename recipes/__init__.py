@@ -1,9 +1,8 @@
 """Training, from pre-training to fine-tuning, and the stories that are made of it: `blip-recipe`."""
 
 import sys
+from importlib.machinery import SourceFileLoader
 
-if sys.argv[:1] == ["-m"]:  # `python -m` has put the current folder first on the path
-    from importlib.util import module_from_spec, spec_from_file_location
-
-    _startup = spec_from_file_location("startup", f"{__path__[0]}/../blip/startup.py")
-    _startup.loader.exec_module(module_from_spec(_startup))
+_startup = type(sys)("startup")  # found here and not on the path, where the current folder may be first
+_startup.__file__ = f"{__path__[0]}/../blip/startup.py"
+SourceFileLoader("startup", _startup.__file__).exec_module(_startup)

@@ -13,7 +13,6 @@ import sys
 from importlib import import_module
 
 from blip.commands.ending import WRONG_USE, fail
-from blip.startup import leave_current_folder
 
 RECIPES = ("pretrain", "caption", "retrieval", "vqa", "nlvr", "dialogue", "bootstrap", "demo")
 """Modules of this package with a `main` that reads the command line."""
@@ -21,9 +20,7 @@ RECIPES = ("pretrain", "caption", "retrieval", "vqa", "nlvr", "dialogue", "boots
 
 def main(args: list[str] | None = None) -> None:
     """Carry out a command line, or the process's own; what does not fit ends the process with status 2."""
-    if args is None:
-        leave_current_folder()
-        args = sys.argv[1:]
+    args = sys.argv[1:] if args is None else args
     if args and args[0] in ("-h", "--help"):
         print(f"{__doc__.strip()}\n\nRecipes: {', '.join(RECIPES)}.")
         return

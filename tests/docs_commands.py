@@ -25,7 +25,7 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
-OURS = ("python", "accelerate", "torchrun", "blip", "make")
+OURS = ("python", "accelerate", "torchrun", "blip", "blip-eval", "blip-recipe", "make")
 """Programs whose command lines are read."""
 OTHERS = {"cd", "cp", "export", "git", "hf", "kill", "mkdir", "open", "pip", "scontrol", "sbatch", "source"}
 """Programs that a page may name beside them."""
@@ -193,6 +193,10 @@ def _read_one(words: list[str]) -> list[Reading]:
         return [reading for target in args for reading in _target(target)]
     if program == "blip":
         return [_blip(args)]
+    if program == "blip-eval":
+        return [_eval(args)]
+    if program == "blip-recipe":
+        return [_recipe(args)]
     if program == "pip":
         _extras(args)
     if program not in OURS:
@@ -274,8 +278,18 @@ def _eval(args: list[str]) -> Reading:
     if args[:1] == ["--help"]:
         return Reading("eval", tuple(args), {})
     if args[0] not in COMMANDS:
-        raise Unreadable(f"python -m eval measures no {args[0]}")
+        raise Unreadable(f"blip-eval measures no {args[0]}")
     return Reading(f"eval {args[0]}", tuple(args[1:]), _flat(_quietly(lambda: options_of(args[0], args[1:]))))
+
+
+def _recipe(args: list[str]) -> Reading:
+    from recipes.__main__ import RECIPES
+
+    if args[:1] == ["--help"]:
+        return Reading("recipes", tuple(args), {})
+    if args[0] not in RECIPES:
+        raise Unreadable(f"blip-recipe has no {args[0]}")
+    return _module(f"recipes.{args[0]}", args[1:], True)
 
 
 def _capfilt(args: list[str]) -> Reading:

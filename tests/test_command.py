@@ -1,7 +1,10 @@
 """The command line: what is off is said in a line with status 2, what fits arrives in the run."""
 
 import dataclasses
+import sys
+import tomllib
 import typing
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from blip import atomic
 from blip.config import SourceConfig
 from blip.data.errors import DataError
 from blip.resume import RunLocked
+from recipes import __main__ as programs
 from recipes import bootstrap, caption, command, dialogue, nlvr, pretrain, retrieval, vqa
 from recipes.pretrain import Run
 
@@ -263,3 +267,25 @@ def test_what_is_our_own_mistake_keeps_its_traceback():
 
     with pytest.raises(KeyError):
         command.run(fails)
+
+
+def test_each_program_is_there_and_its_recipes_are_those_that_are_told_of(capsys, monkeypatch):
+    scripts = tomllib.loads((CONFIGS.parents[1] / "pyproject.toml").read_text())["project"]["scripts"]
+    assert set(scripts) == {"blip", "capfilt", "blip-eval", "blip-recipe"}
+    for target in scripts.values():
+        module, _, name = target.partition(":")
+        assert callable(getattr(import_module(module), name))
+    assert {*RECIPES, "demo"} == set(programs.RECIPES)
+    programs.main(["--help"])
+    said = capsys.readouterr().out
+    assert all(f"{name}" in said for name in programs.RECIPES)
+    monkeypatch.setattr(sys, "argv", ["blip-recipe"])
+    with pytest.raises(SystemExit) as stop:
+        programs.main(["caption", "--out", "x", "--train.speed", "3"])
+    assert stop.value.code == 2
+    assert "--train.speed" in capsys.readouterr().err
+    for args, words in (([], "nothing is asked for"), (["captoin"], "there is no 'captoin'")):
+        with pytest.raises(SystemExit) as stop:
+            programs.main(args)
+        assert stop.value.code == 2
+        assert words in capsys.readouterr().err

@@ -80,6 +80,10 @@ def test_enough_commands_are_found():
         "accelerate launch recipes.pretrain --config recipes/configs/pretrain_world.yaml",
         "python -m eval captioning --modle runs/x --out runs/y",
         "python -m eval captoining --help",
+        "blip-eval captioning --modle runs/x --out runs/y",
+        "blip-eval captoining --help",
+        "blip-recipe caption --config recipes/configs/caption_world.yaml --train.step 3",
+        "blip-recipe captoin --help",
         "python -m capfilt select runs/x --policy blop --name a",
         "blip caption photo.jpg --modle runs/x",
         "blip paint photo.jpg",
@@ -293,6 +297,10 @@ def module_of(words: list[str]) -> tuple[str, list[str]] | None:
     """The module that a command runs and its options, made short; None for what is not walked: make, git, servers."""
     if words[0] == "blip":
         return None if words[1] in ("demo", "doctor") else ("blip.cli", words[1:])
+    if words[0] == "blip-eval":
+        words = ["python", "-m", "eval", *words[1:]]
+    if words[0] == "blip-recipe":
+        words = ["python", "-m", f"recipes.{words[1]}", *words[2:]]
     if words[0] not in ("python", "accelerate", "torchrun"):
         return None
     module, *args = words[words.index("-m") + 1 :]

@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+import sysconfig
 import tarfile
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch
 from PIL import Image
 
 import blip
-from blip import atomic, convert
+from blip import atomic, convert, resume, startup
 from blip.config import TINY, SourceConfig
 from blip.data.errors import BadSample, DataError
 from blip.data.images import decode
@@ -32,6 +33,7 @@ from blip.objectives import Pretrain
 from blip.resume import Checkpoints, State, restore
 from blip.tokenizer import Tokenizer
 from capfilt.readers.tar import index
+from eval import java
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,6 +47,127 @@ def png(value: int = 0) -> bytes:
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+# The current folder
+
+
+SHADOWS = ("numpy", "pyarrow", "PIL", "typing", "dataclasses", "argparse", "torch", "yaml", "jsonargparse", "ray", "av")
+LIBRARIES = sysconfig.get_paths()["purelib"]
+
+
+@pytest.fixture
+def crawl(tmp_path):
+    """A downloaded folder: two images with texts, and modules that leave a note when somebody imports them."""
+    here = tmp_path / "crawl"
+    here.mkdir()
+    with tarfile.open(here / "a.tar", "w") as tar:
+        for i in range(2):
+            for name, content in ((f"{i}.png", png(90 * i)), (f"{i}.txt", b"a red star")):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    for name in (*SHADOWS, "blip", "eval"):
+        (here / f"{name}.py").write_text(f"open({str(tmp_path / 'sang')!r}, 'a').write('{name} ')\n")
+    return here
+
+
+def stand_in(folder: Path, *command: str, **environment: str) -> str:
+    """What a command prints that is given in a folder; it has to end well."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    clean |= {"OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, cwd=folder, env=clean, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+PLAN = ["plan", "--input", "a.tar", "--out", "../run", "--scorer", "fake"]
+SCORE = ["score", "../run", "--decode-workers", "1"]
+
+
+@pytest.mark.parametrize("how", ["python -m", "a script with an empty entry of PYTHONPATH"])
+def test_a_crawls_own_modules_are_not_run(crawl, how):
+    """Neither by the command nor by the decoders that it starts."""
+    script = crawl.parent / "capfilt"
+    script.write_text("import sys\nfrom capfilt.__main__ import main\nsys.exit(main())\n")
+    module, given = ["-m", "capfilt"], {}
+    if how != "python -m":
+        module, given = [str(script)], {"PYTHONPATH": os.pathsep.join(["", "/nowhere"])}
+    for args in (PLAN, SCORE):
+        stand_in(crawl, sys.executable, *module, *args, **given)
+    assert "rows 2 = ok 2" in stand_in(crawl, sys.executable, *module, "verify", "../run", **given)
+    assert not (crawl.parent / "sang").exists()
+
+
+@pytest.mark.parametrize(
+    "module", [["-m", "blip.cli"], ["-m", "eval"], ["-mrecipes"], ["-u", "-m", "recipes.caption"], ["-um", "recipes"]]
+)
+def test_entry_points_import_nothing_from_the_current_folder(crawl, module):
+    """Not even an eval.py, where the recipe that is asked for imports the package eval."""
+    if "eval" in module:
+        (crawl / "eval.py").unlink()  # this one Python itself would take for the program
+    if "blip.cli" in module:
+        (crawl / "blip.py").unlink()
+    assert stand_in(crawl, sys.executable, *module, "--help")
+    assert not (crawl.parent / "sang").exists()
+
+
+def test_a_checkout_that_is_not_installed_finds_its_own_packages(crawl):
+    """From the current folder, which is the checkout, come our packages and no others; its decoders are its own too."""
+    for name in ("blip", "capfilt", "eval", "recipes"):
+        (crawl / name).symlink_to(ROOT / name)
+    for args in (PLAN, SCORE):
+        stand_in(crawl, sys.executable, "-S", "-m", "capfilt", *args, PYTHONPATH=LIBRARIES)
+    said = stand_in(crawl, sys.executable, "-S", "-m", "capfilt", "verify", "../run", PYTHONPATH=LIBRARIES)
+    assert "rows 2 = ok 2" in said
+    assert not (crawl.parent / "sang").exists()
+
+
+def test_who_imports_our_packages_keeps_the_current_folder(crawl):
+    """Only our own programs leave it; a reader's package is theirs, whatever it imports."""
+    (crawl / "mine").mkdir()
+    (crawl / "mine" / "__init__.py").write_text("import capfilt, recipes\n")
+    (crawl / "mine" / "__main__.py").write_text("import helper\n")
+    (crawl / "helper.py").write_text("print('of the folder')\n")
+    for name in ("blip", "typing"):
+        (crawl / f"{name}.py").unlink()
+    assert stand_in(crawl, sys.executable, "-m", "mine") == "of the folder\n"
+
+
+def test_programs_are_those_of_absolute_folders(tmp_path, monkeypatch):
+    """Not a `git` or `java` of the current folder, to which an empty entry of PATH leads."""
+    for folder in (tmp_path, tmp_path / "bin"):
+        folder.mkdir(exist_ok=True)
+        (folder / "java").write_text("#!/bin/sh\n")
+        (folder / "java").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", os.pathsep.join(["", ".", str(tmp_path / "bin")]))
+    assert startup.program("java") == str(tmp_path / "bin" / "java")
+    monkeypatch.setenv("PATH", os.pathsep.join(["", "."]))
+    assert startup.program("java") is None
+    with pytest.raises(java.NoJava, match="no java on PATH"):
+        java.run_java(["-version"], 1.0, {})
+    assert resume.git_commit() is None
+
+
+STARTS = {f"subprocess.{name}" for name in ("run", "Popen", "call", "check_call", "check_output")}
+
+
+def test_every_child_is_started_by_its_absolute_path():
+    """Each place that starts a process, and what it starts."""
+    found = {}
+    for folder in ("blip", "capfilt", "eval", "recipes"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) in STARTS:
+                    found[str(path.relative_to(ROOT))] = ast.unparse(node.args[0])
+    assert found == {
+        "blip/doctor.py": "[where, '-version']",
+        "blip/resume.py": "command",
+        "capfilt/pool.py": "startup.python('capfilt.pool', str(theirs.fileno()), str(errors.fileno()))",
+        "eval/java.py": "command",
+    }
+    assert startup.python("capfilt.pool", "7")[1:] == ["-P", str(ROOT / "blip" / "startup.py"), "capfilt.pool", "7"]
 
 
 # Nothing that is loaded is executed
