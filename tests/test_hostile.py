@@ -33,7 +33,7 @@ from blip.objectives import Pretrain
 from blip.resume import Checkpoints, State, restore
 from blip.tokenizer import Tokenizer
 from capfilt.readers.tar import index
-from eval import java
+from eval.java import NoJava, run_java
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -145,8 +145,8 @@ def test_programs_are_those_of_absolute_folders(tmp_path, monkeypatch):
     assert startup.program("java") == str(tmp_path / "bin" / "java")
     monkeypatch.setenv("PATH", os.pathsep.join(["", "."]))
     assert startup.program("java") is None
-    with pytest.raises(java.NoJava, match="no java on PATH"):
-        java.run_java(["-version"], 1.0, {})
+    with pytest.raises(NoJava, match="no java on PATH"):
+        run_java(["-version"], 1.0, {})
     assert resume.git_commit() is None
 
 
