@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
 import hashlib
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +15,8 @@ from typing import Any
 import pyarrow as pa
 
 from blip.data.errors import DataError
-from blip.data.paths import is_plain_path
+from blip.data.paths import alternatives, is_plain_path, present
+from blip.data.splits import check_split, refuse_split
 from capfilt import parts as part_files
 from capfilt.identity import differences, fingerprint, part_id
 from capfilt.readers import hosted, listed, parquet, tar
@@ -28,6 +27,7 @@ from capfilt.storage import Local, Storage, open_storage
 
 _ENDINGS = {".tar": "tar", ".parquet": "parquet", ".json": "listed", ".jsonl": "listed", ".ndjson": "listed",
             ".csv": "listed"}  # fmt: skip
+_METADATA = ("metadata.jsonl", "metadata.csv", "*/metadata.jsonl", "*/metadata.csv")
 _GROUP = 1024
 """Rows of an index that are read together."""
 
@@ -35,31 +35,29 @@ _GROUP = 1024
 # Finding files --------------------------------------------------------------------------------------------------------
 
 
-def find(spec: str) -> list[tuple[str, str]]:
-    """The (kind, path) that an input means, in a fixed order. DataError for what is not there or may not be read."""
+def find(spec: str, split: str | None = None) -> list[tuple[str, str]]:
+    """The (kind, path) that an input means, in a fixed order. DataError for what is not there or may not be read.
+
+    Of an image folder with a folder for each split, that of `split`.
+    """
     if spec.startswith(hosted.HUB):
         return [("hosted", spec)]
-    if not (is_plain_path(spec) or is_remote(spec)):
-        raise DataError(f"input {spec!r}: only files of this machine or of an object store are read; download it first")
-    span = re.search(r"\{(\d+)\.\.(\d+)\}", spec)
-    if span:
-        low, high = span.groups()
-        names = (str(n).zfill(len(low)) for n in range(int(low), int(high) + 1))
-        return [one for name in names for one in find(spec[: span.start()] + name + spec[span.end() :])]
-    if is_remote(spec):
-        return _remote(spec)
-    path = os.path.abspath(os.path.expanduser(spec))
-    if os.path.isdir(path):
-        return _folder(path)
-    paths = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
-    if not paths:
-        raise DataError(f"input {spec}: no such file")
-    return [(_kind(p), p) for p in paths]
+    return [one for name in alternatives(spec) for one in _find_one(name, split)]
 
 
-def _find_all(specs: Sequence[str]) -> list[tuple[str, str]]:
+def _find_one(name: str, split: str | None) -> list[tuple[str, str]]:
+    """What one path or glob means."""
+    if is_remote(name):
+        return _remote(name)
+    if not is_plain_path(name):
+        raise DataError(f"input {name!r}: only files of this machine or of an object store are read; download it first")
+    paths = present(os.path.abspath(name), "input")
+    return [one for path in paths for one in (_folder(path, split) if os.path.isdir(path) else [(_kind(path), path)])]
+
+
+def _find_all(specs: Sequence[str], split: str | None) -> list[tuple[str, str]]:
     """What all inputs mean. DataError if a file is among them twice."""
-    files = [one for spec in specs for one in find(spec)]
+    files = [one for spec in specs for one in find(spec, split)]
     (path, times), *_ = Counter(path for _, path in files).most_common(1) or [("", 0)]
     if times > 1:
         raise DataError(f"input {path} is given twice")
@@ -75,24 +73,31 @@ def _kind(path: str) -> str:
     return _ENDINGS[ending]
 
 
-def _folder(path: str) -> list[tuple[str, str]]:
+def _folder(path: str, split: str | None) -> list[tuple[str, str]]:
     """A saved data set, img2dataset's output, an image folder, or shards."""
     here = Path(path)
     if hosted.is_dataset(path):
         return [("hosted", path)]
+    chosen = _lists(here / split, _METADATA) if split else []
+    if chosen:
+        return [("of split", one) for one in chosen]
     tars = sorted(map(str, here.glob("*.tar")))
     if tars:
         return [("tar", p) for p in tars]
     tables = sorted(map(str, here.glob("*.parquet")))
     if tables:
         return [("files" if os.path.isdir(p.removesuffix(".parquet")) else "parquet", p) for p in tables]
-    for pattern in ("metadata.jsonl", "metadata.csv", "*/metadata.jsonl", "*/metadata.csv", "*.jsonl"):
-        found = sorted(map(str, here.glob(pattern)))
-        if found:
-            return [("listed", p) for p in found]
+    lists = _lists(here, (*_METADATA, "*.jsonl"))
+    if lists:
+        return [("listed", p) for p in lists]
     raise DataError(
         f"input {path}: a folder without shards (.tar, .parquet, .jsonl), metadata.jsonl or a saved data set"
     )
+
+
+def _lists(folder: Path, patterns: Sequence[str]) -> list[str]:
+    """The files of the first pattern that has any."""
+    return next(filter(None, (sorted(map(str, folder.glob(pattern))) for pattern in patterns)), [])
 
 
 def _remote(spec: str) -> list[tuple[str, str]]:
@@ -130,21 +135,29 @@ def _root(paths: Sequence[str]) -> str:
     return f"{stores.pop()}://{os.path.commonpath(inside)}"
 
 
-def describe(kind: str, path: str, root: str, config: ReadConfig, storage: Storage) -> Source:
-    """What a file is and how many rows it has; its index of rows is written where the format needs one."""
+def describe(
+    kind: str, path: str, root: str, config: ReadConfig, storage: Storage, seen: Counter[str] | None = None
+) -> Source:
+    """What a file is and how many rows it has; its index of rows is written where the format needs one.
+
+    `seen` counts the splits that lists have.
+    """
     relpath = _relpath(path, root)
     if kind == "hosted":
         rows, size, content = hosted.describe(path, config)
         return Source("hosted", path, relpath, size, 0.0, content, rows)
+    if kind in ("parquet", "tar", "files"):
+        refuse_split(config.split, path, f"{'parquet' if kind == 'files' else kind} files")
     size, mtime, _ = stat_of(path)
     content = content_of(path)
     if kind == "parquet":
         file = parquet.open_parquet(path)
-        parquet.columns_of(file.schema_arrow.names, config, path)
+        parquet.checked_columns(file.schema_arrow, config, path)
         return Source("parquet", path, relpath, size, mtime, content, file.metadata.num_rows, declared=_declared(path))
     builders: dict[str, Callable[[], tuple[pa.Table, str | None, list[str]]]] = {
         "tar": lambda: tar.index(path),
-        "listed": lambda: listed.index_json(path, config),
+        "listed": lambda: listed.index_json(path, config, seen),
+        "of split": lambda: listed.index_json(path, dataclasses.replace(config, split=None)),
         "files": lambda: listed.index_files(path, config),
     }
     table, damage, notes = builders[kind]()
@@ -199,7 +212,7 @@ def make(out: str, config: ScoreConfig, reading: ReadConfig, part_size: int | No
     planned = Run.open(out) if storage.exists("job.json") else None
     config = decided(config, planned and planned.config)
     resolved, reading = resolve(config), anchored(reading)
-    files = _find_all(reading.inputs)
+    files = _find_all(reading.inputs, reading.split)
     if planned:
         return _same(planned, resolved, reading, part_size, [path for _, path in files])
     others = [name for name in storage.entries() if name != "plan"]  # where a plan was killed, there is that
@@ -209,7 +222,10 @@ def make(out: str, config: ScoreConfig, reading: ReadConfig, part_size: int | No
         raise DataError("no input: give --input with files, folders or hf:NAME")
     root = _root([path for _, path in files])
     part_size = part_size or (auto_part_size() if config.scorer == "blip" else 1024)
-    sources = _describe_all(files, root, reading, storage)
+    seen: Counter[str] = Counter()
+    sources = _describe_all(files, root, reading, storage, seen)
+    if any(kind == "listed" for kind, _ in files):
+        check_split(reading.split, ", ".join(reading.inputs), seen)
     if not sum(s.rows for s in sources):
         reasons = (f"{s.path}: {reason}" for s in sources for reason in (s.damage, *s.notes) if reason)
         raise DataError(f"no rows to score: {next(reasons, 'the files hold no samples')}")
@@ -235,9 +251,15 @@ def anchored(reading: ReadConfig) -> ReadConfig:
     return dataclasses.replace(reading, image_root=os.path.abspath(os.path.expanduser(reading.image_root)))
 
 
-def _describe_all(files: Sequence[tuple[str, str]], root: str, reading: ReadConfig, storage: Storage) -> list[Source]:
+def _describe_all(
+    files: Sequence[tuple[str, str]], root: str, reading: ReadConfig, storage: Storage, seen: Counter[str] | None = None
+) -> list[Source]:
+    counts = [Counter() for _ in files]  # one each, as threads count
     with ThreadPoolExecutor(4) as pool:
-        return list(pool.map(lambda one: describe(*one, root, reading, storage), files))
+        found = list(pool.map(lambda one, mine: describe(*one, root, reading, storage, mine), files, counts))
+    for mine in counts if seen is not None else ():
+        seen.update(mine)
+    return found
 
 
 def write_parts(storage: Storage, number: int, sources: Sequence[Source], size: int, mark: str) -> None:
@@ -280,7 +302,7 @@ def extend(out: str, inputs: Sequence[str]) -> tuple[Run, list[Source]]:
     """Add the files that a plan does not know yet, with its own settings; what it knows keeps its ids."""
     run = Run.open(out)
     specs = list(inputs) or run.reading.inputs
-    files = _find_all(specs)
+    files = _find_all(specs, run.reading.split)
     known = {source.path for source in run.sources.values()}
     new = _describe_all([one for one in files if one[1] not in known], run.job["root"], run.reading, run.storage)
     if new:

@@ -18,6 +18,7 @@ from PIL import Image
 from blip.config import DataConfig
 from blip.data.errors import DataError
 from blip.data.images import UnreadableImage, decode, read
+from blip.data.paths import alternatives, matching
 from blip.data.tars import IMAGES
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def find(given: Sequence[str]) -> Found:
     paths: dict[str, str] = {}  # by where it is, so that a file that was named twice is taken once
     left_out: Counter[str] = Counter()
     for name in given:
-        for path in _files(name, left_out):
+        for path in (path for one in alternatives(name) for path in _files(one, left_out)):
             paths.setdefault(os.path.abspath(path), path)
     if not paths:
         raise DataError(f"no pictures in {', '.join(given)}: {_LOOKED}")
@@ -80,7 +81,7 @@ def _files(name: str, left_out: Counter[str]) -> Iterator[str]:
     elif os.path.lexists(name):
         yield name
     elif glob.has_magic(name):
-        matches = glob.glob(name, recursive=True)
+        matches = matching(name)
         if not matches:
             raise DataError(f"nothing matches {name}")
         for match in matches:

@@ -8,12 +8,17 @@ from blip.errors import Stopped
 
 _SHOWN = 5
 """Things that an error names."""
+_QUOTED = 60
+"""Characters of a value that an error quotes."""
+_LONGEST = 1000
+"""Characters of a reason: each bad sample's is kept in memory, and written to the ledger."""
 
 
 class BadSample(Exception):
     """One sample cannot be used; it is replaced by another and written to the ledger."""
 
     def __init__(self, reason: str):
+        reason = reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]}..."
         super().__init__(reason)
         self.reason = reason
 
@@ -30,3 +35,12 @@ def counted(names: Sequence[object], unit: str) -> str:
     """`8 images (12, 15, 18, 21, 24, ...)`: how many there are, the first few by name."""
     some = ", ".join(map(str, names[:_SHOWN])) + ", ..." * (len(names) > _SHOWN)
     return f"{len(names)} {unit}{'s' * (len(names) > 1)} ({some})"
+
+
+def shown(value: object) -> str:
+    """A value that data holds, quoted in one line of bounded length: what is too long says how long it is."""
+    if not isinstance(value, str | bytes):
+        text = repr(value)
+        return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
+    unit = "characters" if isinstance(value, str) else "bytes"
+    return repr(value) if len(value) <= _QUOTED else f"{value[:_QUOTED]!r}... ({len(value):,} {unit})"

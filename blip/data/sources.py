@@ -7,12 +7,11 @@ local files.
 from __future__ import annotations
 
 import dataclasses
-import glob
 import hashlib
 import json
 import logging
 import os
-import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +24,13 @@ from PIL import Image
 
 from blip import dist
 from blip.config import SourceConfig
-from blip.data.errors import BadSample, DataError
+from blip.data.errors import BadSample, DataError, shown
+from blip.data.hosted import in_cache, load_parquet, open_dataset, rows_at
 from blip.data.images import MAX_BYTES
 from blip.data.json_rows import read_rows
-from blip.data.parquet import parquet_file
-from blip.data.paths import check_name, check_spec, contained, under
+from blip.data.parquet import check_columns, parquet_file
+from blip.data.paths import alternatives, check_name, check_spec, contained, is_pattern, present
+from blip.data.splits import check_split, of_split, refuse_split
 from blip.data.tars import Member, Shard, Summary, check_whole, read_member
 
 logger = logging.getLogger(__name__)
@@ -92,20 +93,16 @@ def root_of(config: SourceConfig, default: Path) -> Path:
 # Rows of {image, caption} ---------------------------------------------------------------------------------------------
 
 
-def annotated(config: SourceConfig, file: Path, root: Path, columns: tuple[str, str]) -> Iterator[tuple]:
+def annotated(
+    config: SourceConfig, file: Path, root: Path, columns: tuple[str, str], seen: Counter[str] | None = None
+) -> Iterator[tuple]:
     """(image path from `root` on, captions, row number) of a file's rows of the split asked for that have captions.
 
-    Raises DataError that names the row.
+    `seen` counts the splits there are. Raises DataError that names the row.
     """
     folder = "." if config.image_root else os.path.relpath(os.path.abspath(file.parent), root)
-    splits = set(config.split.split("+")) if config.split else None
-    for number, row in read_rows(file):
+    for number, row in of_split(read_rows(file), config.split, file, Counter() if seen is None else seen):
         where = f"{file}: row {number}"
-        if splits is not None:
-            if "split" not in row:
-                raise DataError(f"{where} has no 'split', but split {config.split!r} was asked for")
-            if row["split"] not in splits:
-                continue
         image, captions = pair(row, *columns, where)
         if captions:
             yield image if folder == "." or os.path.isabs(image) else f"{folder}/{image}", captions, number
@@ -138,19 +135,20 @@ class Table:
     def __init__(self, config: SourceConfig, files: Sequence[Path], root: Path, columns: tuple[str, str]):
         self.weight, self.kind = config.weight, config.kind
         self.root, self.files, self._config, self._columns = root, list(files), config, columns
-        blocks = list(_blocks(self._rows(), _BLOCK))
+        seen: Counter[str] = Counter()
+        blocks = list(_blocks(self._rows(seen), _BLOCK))
+        check_split(config.split, f"source {config.path}", seen)
         if not blocks:
-            split = f" of split {config.split!r}" if config.split else ""
-            raise DataError(f"source {config.path}: no rows{split}")
+            raise DataError(f"source {config.path}: no rows" + " with captions" * bool(config.split))
         self._images = pa.concat_arrays([b[0] for b in blocks])
         self._captions = pa.concat_arrays([b[1] for b in blocks])
         self._numbers = np.concatenate([b[2] for b in blocks])
         self._file_of = np.concatenate([b[3] for b in blocks])
         self._check_some_exist()
 
-    def _rows(self) -> Iterator[tuple[str, list[str], int, int]]:
+    def _rows(self, seen: Counter[str]) -> Iterator[tuple[str, list[str], int, int]]:
         for f, file in enumerate(self.files):
-            for name, captions, number in annotated(self._config, file, self.root, self._columns):
+            for name, captions, number in annotated(self._config, file, self.root, self._columns, seen):
                 reason = check_name(name, self.root)
                 if reason:
                     raise DataError(f"{file}: row {number}: {reason}")
@@ -217,10 +215,7 @@ class Hosted:
     def __init__(self, config: SourceConfig, data: datasets.Dataset, root: Path | None, files: Sequence[Path] = ()):
         self.weight, self.kind = config.weight, config.kind
         self._config, self._root, self._files = config, root, list(files)
-        for column, option in ((config.image_column, "image_column"), (config.caption_column, "caption_column")):
-            if column not in data.column_names:
-                have = ", ".join(data.column_names)
-                raise DataError(f"source {config.path} has no column {column!r} (it has: {have}); set {option}")
+        check_columns(data.features.arrow_schema, f"source {config.path}", config.image_column, config.caption_column)
         if not len(data):
             raise DataError(f"source {config.path}: no rows")
         rows = [parquet_file(f).metadata.num_rows for f in self._files]
@@ -244,7 +239,10 @@ class Hosted:
         return int(np.searchsorted(self._ends, row, side="right"))
 
     def __getitem__(self, row: int) -> Record:
-        values = self._data[int(row)]
+        try:
+            values = self._data[int(row)]
+        except Exception:  # a value that Python cannot hold, which is that row's fault
+            values = next(rows_at(self._data, int(row), int(row) + 1))
         root = self._roots[self._file_of(row)] if self._roots else self._root
         return record(self.key(row), values[self._config.image_column], values[self._config.caption_column], root)
 
@@ -254,7 +252,13 @@ class Hosted:
 
 
 def record(key: str, image: Any, captions: Any, root: Path | None) -> Record:
-    """A Record of column values: image bytes, a path, or {bytes, path}; a caption or a list. Raises BadSample."""
+    """A Record of column values: image bytes, a path, or {bytes, path}; a caption or a list. Raises BadSample.
+
+    A value may also be the BadSample that reading it has given.
+    """
+    for value in (image, captions):
+        if isinstance(value, BadSample):
+            raise value
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
     if isinstance(image, str):
@@ -270,51 +274,23 @@ def record(key: str, image: Any, captions: Any, root: Path | None) -> Record:
 
 def _contained_in_any(name: str, root: Path | None) -> Path:
     """Under the root, or in the cache that `datasets` and the hub fill themselves."""
-    cache = Path(os.path.realpath(datasets.config.HF_CACHE_HOME))
-    if os.path.isabs(name) and under(os.path.realpath(name), str(cache)):
+    if in_cache(name):
         return Path(os.path.realpath(name))
     if root is None:
-        raise BadSample(f"image {name!r} is a path: set image_root to the folder that paths may start from")
+        needs = f"image {shown(name)} is a path: set image_root to the folder that paths may start from"
+        raise BadSample(check_name(name, "/") or needs)
     return contained(name, root)
 
 
 def _open_parquet(config: SourceConfig, files: Sequence[Path]) -> Hosted:
-    for file in files:
-        parquet_file(file)  # for an error that names the file
-    try:
-        data = datasets.load_dataset("parquet", data_files=[str(f) for f in files], split="train")
-    except Exception as error:  # datasets wraps pyarrow's errors in several types of its own
-        raise DataError(f"source {config.path} is not readable parquet: {_first_cause(error)}") from None
-    return Hosted(config, data, root_of(config, files[0].parent), files)
-
-
-def _first_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    root = root_of(config, files[0].parent)
+    return Hosted(config, load_parquet(files, config.image_column, config.caption_column), root, files)
 
 
 def _open_dataset(config: SourceConfig) -> Hosted:
-    path = Path(check_spec(config.path))
-    root = root_of(config, path) if config.image_root or path.is_dir() else None
-    try:
-        if path.is_dir():
-            data = datasets.load_from_disk(str(path))
-        else:
-            data = datasets.load_dataset(config.path, split=config.split)
-    except Exception as error:
-        raise DataError(
-            f"source {config.path} is neither a folder written by save_to_disk nor a data set that the hub gives: "
-            f"{_first_cause(error)}"
-        ) from None
-    if isinstance(data, dict):
-        names = ", ".join(data)
-        if config.split not in data:
-            raise DataError(f"source {config.path}: set split to one of {names}, got {config.split!r}")
-        data = data[config.split]
-    elif config.split and path.is_dir():
-        raise DataError(f"source {config.path} has no splits, and split {config.split!r} was asked for: leave it out")
-    return Hosted(config, data, root)
+    path = check_spec(config.path)
+    root = root_of(config, Path(path)) if config.image_root or os.path.isdir(path) else None
+    return Hosted(config, open_dataset(path, config.split), root)
 
 
 # Tar shards -----------------------------------------------------------------------------------------------------------
@@ -386,23 +362,21 @@ def tar_record(shard: Path, key: str, image: Member, caption: tuple[Member, bool
 
 
 def expand(path: str, endings: Sequence[str] = ("tar", "parquet", "jsonl")) -> list[Path]:
-    """The files that a path, a glob, a range like {000..012} or a folder (of files with such endings) means, sorted."""
-    path = check_spec(path)
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", path)
-    if match:
-        low, high = match.groups()
-        numbers = range(int(low), int(high) + 1)
-        names = [path[: match.start()] + str(n).zfill(len(low)) + path[match.end() :] for n in numbers]
-        return [f for name in names for f in expand(name, endings)]
-    if os.path.isdir(path):
-        files = [f for ending in endings for f in sorted(Path(path).glob(f"*.{ending}"))]
-    elif os.path.exists(path):
-        files = [Path(path)]
-    else:
-        files = [Path(f) for f in sorted(glob.glob(path, recursive=True))]
+    """The files that a path, a glob, a range {000..012}, a list {a,b} or a::b, a file URL or a folder means.
+
+    A folder means its files of such endings, sorted; a name that exists as it is written is no pattern.
+    """
+    found = [Path(file) for name in alternatives(path) for file in present(check_spec(name), "source")]
+    return [file for one in found for file in _in(one, endings)]
+
+
+def _in(path: Path, endings: Sequence[str]) -> list[Path]:
+    """A file, or the files of a folder. Raises DataError for a folder without any."""
+    files = [f for ending in endings for f in sorted(path.glob(f"*.{ending}"))] if path.is_dir() else [path]
     if not files:
-        folder = "a folder without .tar, .parquet or .jsonl shards, metadata.jsonl or metadata.csv"
-        raise DataError(f"source {path}: {folder if os.path.isdir(path) else 'no such file'}")
+        raise DataError(
+            f"source {path}: a folder without .tar, .parquet or .jsonl shards, metadata.jsonl or metadata.csv"
+        )
     return files
 
 
@@ -421,7 +395,7 @@ def format_of(config: SourceConfig) -> str:
             return "dataset"
         if _metadata(path):
             return "imagefolder"
-    files = expand(config.path) if path.exists() or path.suffix or "*" in config.path else []
+    files = expand(config.path) if path.exists() or path.suffix or is_pattern(config.path) else []
     formats = {_ENDINGS.get(f.suffix) for f in files}
     if len(formats) != 1 or None in formats:
         raise DataError(
@@ -444,22 +418,14 @@ def open_source(config: SourceConfig) -> Source:
         return _open_dataset(config)
     if kind == "imagefolder":
         return _open_imagefolder(config)
-    refuse_split(config, kind)
+    if kind != "json":
+        refuse_split(config.split, f"source {config.path}", f"{kind} files")
     files = shard_files(config.path, kind)
     if kind == "parquet":
         return _open_parquet(config, files)
     if kind == "tar":
         return Tars(config, files)
     return Table(config, files, root_of(config, together(files)), (config.image_column, config.caption_column))
-
-
-def refuse_split(config: SourceConfig, kind: str) -> None:
-    """DataError for a split of a format that has none, where all rows would be taken."""
-    if config.split and kind in ("parquet", "tar"):
-        raise DataError(
-            f"source {config.path}: {kind} files have no splits, so split {config.split!r} would not be heeded: leave "
-            "it out, and give only the files to use as path"
-        )
 
 
 def open_sources(configs: Sequence[SourceConfig]) -> list[Source]:

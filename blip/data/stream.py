@@ -9,11 +9,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 from torch.utils.data import IterableDataset, get_worker_info
 
 from blip.config import DataConfig, SourceConfig
@@ -23,20 +23,20 @@ from blip.data.json_rows import read_rows
 from blip.data.keyed import mix, permutation
 from blip.data.loader import Failure, Loader, Progress, guarded
 from blip.data.pairs import ATTEMPTS, Sample, check_captions, check_prompt, make_batch, make_sample
-from blip.data.parquet import parquet_file
+from blip.data.parquet import check_columns, parquet_file, rows_of
 from blip.data.sources import (
     Record,
     annotated,
     digest,
     format_of,
     record,
-    refuse_split,
     root_of,
     shard_files,
     tar_record,
     tell,
     together,
 )
+from blip.data.splits import check_split, parts_of, refuse_split
 from blip.data.tars import Shard, check_whole
 from blip.data.text import clean_caption
 from blip.tokenizer import Tokenizer
@@ -53,20 +53,30 @@ class Shards:
         self.config, self.format = config, format_of(config)
         if self.format not in ("tar", "parquet", "json"):
             raise DataError(f"source {config.path}: streaming reads tar, parquet and jsonl shards, not {self.format}")
-        refuse_split(config, self.format)
+        if self.format != "json":
+            refuse_split(config.split, f"source {config.path}", f"{self.format} files")
         self.files = shard_files(config.path, self.format)
         self.root = root_of(config, together(self.files))
         self.rows = self._estimate()
         if not self.rows:
-            split = f" of split {config.split!r}" if config.split else ""
-            raise DataError(f"source {config.path}: no rows{split} in {self.files[0]}")
+            raise DataError(f"source {config.path}: no rows in {self.files[0]}")
 
     def _estimate(self) -> int:
-        """Rows of all shards: exact for parquet, from the first shard and the sizes for the others."""
+        """Rows of all shards: exact for parquet, from the first shard and the sizes for the others.
+
+        Of parquet the columns of all shards are checked, of lists whether they have the splits asked for.
+        """
+        c = self.config
         if self.format == "parquet":
-            return sum(parquet_file(f).metadata.num_rows for f in self.files)
-        first = self._first_tar() if self.format == "tar" else self._lines(self.files[0])
+            files = [parquet_file(f) for f in self.files]
+            for path, file in zip(self.files, files, strict=True):
+                check_columns(file.schema_arrow, path, c.image_column, c.caption_column)
+            return sum(file.metadata.num_rows for file in files)
         sizes = [f.stat().st_size for f in self.files]
+        if self.format == "json" and c.split:
+            rows, read = self._of_split()
+            return round(rows * sum(sizes) / max(1, sum(sizes[:read])))
+        first = self._first_tar() if self.format == "tar" else self._lines(self.files[0])
         return round(first * sum(sizes) / max(1, sizes[0]))
 
     def _first_tar(self) -> int:
@@ -75,6 +85,24 @@ class Shards:
         check_whole(f"source {self.config.path}", [shard.summary])
         tell([shard.summary])
         return len(shard)
+
+    def _of_split(self) -> tuple[int, int]:
+        """(rows of the split asked for, files that they were counted in: as few as have all of its names)."""
+        split = self.config.split
+        seen: Counter[str] = Counter()
+        rows = 0
+        read = 0
+        for file in self.files:
+            read += 1
+            columns = self.config.image_column, self.config.caption_column
+            rows += sum(1 for _ in annotated(self.config, file, file.parent, columns, seen))
+            if rows and seen.keys() >= set(parts_of(split)):
+                break
+        check_split(split, f"source {self.config.path}", seen)
+        for file in self.files[read:]:
+            if not any("split" in row for _, row in itertools.islice(read_rows(file), _PROBES)):
+                refuse_split(split, file, "its rows")
+        return rows, read
 
     def _shard(self, file: Path) -> Shard:
         return Shard(file, self.config.caption_column, allow_truncated=self.config.allow_truncated)
@@ -103,15 +131,13 @@ class Shards:
             rows = annotated(self.config, file, root, (image, caption))
         else:
             root = root_of(self.config, file.parent)
-            rows = ((*values, number) for number, values in enumerate(_parquet_rows(file, image, caption)))
+            read = rows_of(parquet_file(file), file, (image, caption))
+            rows = ((values[image], values[caption], number) for number, values in enumerate(read))
         for image_value, captions, number in itertools.islice(rows, part, None, parts):
             key = f"{file.name}:{number}"
             yield key, lambda k=key, v=image_value, c=captions: record(k, v, c, root)
 
     def _lines(self, file: Path) -> int:
-        if self.config.split:
-            columns = self.config.image_column, self.config.caption_column
-            return sum(1 for _ in annotated(self.config, file, file.parent, columns))
         if file.suffix == ".json":
             return sum(1 for _ in read_rows(file))
         with file.open("rb") as lines:
@@ -121,20 +147,6 @@ class Shards:
         c = self.config
         columns = (c.image_column, c.caption_column, c.weight)
         return json.dumps([columns, [(f.name, f.stat().st_size) for f in self.files]])
-
-
-def _parquet_rows(file: Path, image: str, caption: str) -> Iterator[tuple]:
-    table = parquet_file(file)
-    for column, option in ((image, "image_column"), (caption, "caption_column")):
-        if column not in table.schema_arrow.names:
-            raise DataError(
-                f"{file} has no column {column!r} (it has: {', '.join(table.schema_arrow.names)}); set {option}"
-            )
-    try:
-        for batch in table.iter_batches(batch_size=64, columns=[image, caption]):
-            yield from zip(batch.column(image).to_pylist(), batch.column(caption).to_pylist(), strict=True)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file} is damaged: {str(error).splitlines()[0]}") from None
 
 
 class Stream:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pyarrow as pa
 
 from blip.data.errors import DataError
 from blip.data.json_rows import read_rows
+from blip.data.splits import of_split
 from blip.data.tars import IMAGES
 from capfilt.readers.parquet import columns_of, open_parquet
 from capfilt.readers.rows import (
@@ -36,13 +38,16 @@ INDEX = pa.schema(
 _BLOCK = 1 << 16
 
 
-def index_json(path: str, config: ReadConfig) -> tuple[pa.Table, str | None, list[str]]:
-    """The rows of a JSON list, JSON lines or metadata.csv -> (rows, None, notes). DataError names file and row."""
+def index_json(
+    path: str, config: ReadConfig, seen: Counter[str] | None = None
+) -> tuple[pa.Table, str | None, list[str]]:
+    """The rows of a JSON list, JSON lines or metadata.csv -> (rows, None, notes). DataError names file and row.
+
+    Of the split asked for; `seen` counts the splits there are.
+    """
     blocks, block = [], []
     image = caption = None
-    for number, row in read_rows(Path(path)):
-        if config.split and row.get("split") not in (None, *config.split.split("+")):
-            continue
+    for number, row in of_split(read_rows(Path(path)), config.split, Path(path), Counter() if seen is None else seen):
         if image is None:
             image, caption = columns_of(list(row), config, f"{path}: row {number}")
         block.append(_entry(str(row.get("key", number)), row.get(image), row, image, caption))

@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from blip.data.errors import BadSample
 from blip.data.images import MAX_BYTES
-from blip.data.parquet import parquet_file
+from blip.data.parquet import check_columns, parquet_file
 from capfilt.readers.rows import (
     Row,
     RowGroups,
@@ -38,12 +40,19 @@ def columns_of(names: list[str], config: ReadConfig, where: str) -> tuple[str, s
     return image, choose_column(names, config, "caption_column", CAPTION_NAMES, where)
 
 
+def checked_columns(schema: pa.Schema, config: ReadConfig, where: str) -> tuple[str, str | None]:
+    """`columns_of`, where each is there once and of a type that holds images or texts. DataError if not."""
+    image, caption = columns_of(schema.names, config, where)
+    check_columns(schema, where, image, caption, ("--image-column", "--caption-column"))
+    return image, caption
+
+
 class ParquetReader:
     """Rows of a parquet file."""
 
     def __init__(self, source: Source, config: ReadConfig) -> None:
         file = open_parquet(source.path)
-        self.image, self.caption = columns_of(file.schema_arrow.names, config, source.path)
+        self.image, self.caption = checked_columns(file.schema_arrow, config, source.path)
         self.groups = RowGroups(open_file(source.path) if is_remote(source.path) else source.path)
         self.root = config.image_root or os.path.dirname(source.path)
 
@@ -54,9 +63,13 @@ class ParquetReader:
 
 def row_of_values(number: int, values: dict[str, Any], image: str, caption: str | None, root: str) -> Row:
     """A row of column values: image bytes, a path, or {bytes, path}; a text or a list of texts."""
-    row = Row(number, _key(values, number), texts=texts_of(values.get(caption)) if caption else [])
+    texts, content = values.get(caption) if caption else None, values.get(image)
+    row = Row(number, _key(values, number), texts=texts_of(texts))
     row.extra = extra_of(values, image, *([caption] if caption else []))
-    content = values.get(image)
+    for value in (content, texts):
+        if isinstance(value, BadSample):
+            row.problem = ("source_error", "unreadable", value.reason)
+            return row
     if isinstance(content, dict):
         content = content.get("bytes") or content.get("path")
     if isinstance(content, str):

@@ -15,8 +15,9 @@ from typing import IO, Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from blip.data.errors import BadSample, DataError
+from blip.data.errors import BadSample, DataError, shown
 from blip.data.images import MAX_BYTES
+from blip.data.parquet import values_of
 from blip.data.paths import contained
 from capfilt.settings import NO_COLUMN, ReadConfig
 
@@ -155,14 +156,14 @@ def read_image(name: str, root: str) -> tuple[bytes | None, tuple[str, str, str]
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a named pipe must not block
             info = os.fstat(file.fileno())
             if not stat.S_ISREG(info.st_mode):
-                return None, ("no_image", "unreadable", f"{name!r} is not a regular file")
+                return None, ("no_image", "unreadable", f"{shown(name)} is not a regular file")
             if info.st_size > MAX_BYTES:
                 return None, ("too_large", "too_many_bytes", f"{info.st_size:,} bytes")
             return file.read(), None
     except (FileNotFoundError, NotADirectoryError):
-        return None, ("no_image", "missing_file", f"no such file: {name!r}")
+        return None, ("no_image", "missing_file", f"no such file: {shown(name)}")
     except OSError as error:
-        return None, ("source_error", "unreadable", f"{name!r} cannot be read: {error.strerror}")
+        return None, ("source_error", "unreadable", f"{shown(name)} cannot be read: {error.strerror}")
 
 
 def plain(text: str) -> str:
@@ -178,13 +179,17 @@ def texts_of(value: Any) -> list[str]:
 
 
 def extra_of(row: dict[str, Any], *taken: str) -> dict[str, Any]:
-    """The other columns of a row, as far as JSON can hold them."""
+    """The other columns of a row, as far as JSON can hold them: no bytes, and null for a number that is none."""
     found = {}
     for name, value in row.items():
-        if name not in taken and not isinstance(value, bytes):
-            with contextlib.suppress(TypeError, ValueError):
-                found[name] = json.loads(json.dumps(value, default=str))
+        if name not in taken and not isinstance(value, bytes | BadSample):
+            with contextlib.suppress(TypeError, ValueError, RecursionError):
+                found[name] = json.loads(json.dumps(value, default=_as_text), parse_constant=lambda _: None)
     return found
+
+
+def _as_text(value: Any) -> str | None:
+    return None if isinstance(value, bytes) else str(value)
 
 
 class RowGroups:
@@ -202,13 +207,13 @@ class RowGroups:
         return self._ends[-1] if self._ends else 0
 
     def rows(self, lo: int, hi: int) -> Iterator[dict[str, Any]]:
-        """Rows lo to hi as dictionaries."""
+        """Rows lo to hi as dictionaries, by `values_of`."""
         start = 0
         for g, end in enumerate(self._ends):
             if lo < end and hi > start:
                 table = self._group(g).slice(max(lo - start, 0), min(hi, end) - max(lo, start))
                 for at in range(0, len(table), 64):  # so that only some rows are Python objects at once
-                    yield from table.slice(at, 64).to_pylist()
+                    yield from values_of(table.slice(at, 64))
             start = end
 
     def _group(self, g: int) -> pa.Table:
