@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from blip.data.errors import DataError, counted
+from blip.data.errors import DataError, counted, shown
 from blip.data.json_rows import read_rows
 
 Id = int | str
@@ -108,7 +108,7 @@ def matching(references: Mapping[Any, Sequence[str]], results: Mapping[Any, str]
 def image_id(value: Any, where: str) -> Id:
     """An id as it is written in JSON. DataError if it is neither a whole number nor a text."""
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
-        raise DataError(f"{where} has {value!r} for an image id; expected a whole number or a text")
+        raise DataError(f"{where} has {shown(value)} for an image id; expected a whole number or a text")
     if isinstance(value, str) and re.fullmatch(r"0|-?[1-9][0-9]{0,17}", value):
         return int(value)
     return value

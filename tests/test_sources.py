@@ -14,6 +14,7 @@ from blip.config import SourceConfig
 from blip.data.errors import BadSample, DataError
 from blip.data.images import decode
 from blip.data.json_rows import read_rows
+from blip.data.paths import alternatives, check_name, contained, matching
 from blip.data.sources import open_source, open_sources
 from blip.data.tars import Shard
 from capfilt.readers.tar import index
@@ -522,3 +523,146 @@ def test_real_photographs_and_emoji(real_data):
     assert len(emoji) == 3530
     assert emoji[2].captions == ["asterisk"]
     assert decode(emoji[2].image, 10**6).size == (128, 128)
+
+
+# What a user's path means ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "names"),
+    [
+        ("{a,b}/{00..02}.tar", "a/00.tar a/01.tar a/02.tar b/00.tar b/01.tar b/02.tar"),
+        ("x{08..11}", "x08 x09 x10 x11"),
+        ("{0..6..3}{b..a}", "0b 0a 3b 3a 6b 6a"),
+        ("{2..0}", "2 1 0"),
+        ("{a,{b,c}}x{{0..1},7}", "ax0 ax1 ax7 bx0 bx1 bx7 cx0 cx1 cx7"),
+        ("{a}{}{", "{a}{}{"),
+        ("a.tar::b{1,2}.tar", "a.tar b1.tar b2.tar"),
+        ("file:///d/{a,b}.tar::file://localhost/e::file:/f", "/d/a.tar /d/b.tar /e /f"),
+        ("s3://b/{1,2}.tar", "s3://b/1.tar s3://b/2.tar"),
+    ],
+)
+def test_ranges_lists_and_file_urls(tmp_path, monkeypatch, spec, names):
+    """As a shell spells braces out, and webdataset joins names by ::."""
+    monkeypatch.chdir(tmp_path)
+    assert alternatives(spec) == names.split()
+
+
+def test_a_name_that_exists_is_no_pattern(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("[2024] {a,b}/c*/1.tar", "[2024] {a,b}/c*/2.tar", "c/3.tar", "2/3.tar", "{x,y}.tar", "a::b.tar"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "a%20b.tar").touch()
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b" / "1.tar").touch()
+
+    def found(spec):
+        return [path for name in alternatives(spec) for path in matching(name)]
+
+    both = ["[2024] {a,b}/c*/1.tar", "[2024] {a,b}/c*/2.tar"]
+    assert found("[2024] {a,b}/*/*.tar") == found("[2024] {a,b}/c*/{1,2}.tar") == both
+    assert found("{x,y}.tar") == ["{x,y}.tar"]
+    assert found("a::b.tar") == ["a::b.tar"]
+    assert found("[2]/*.tar") == ["2/3.tar"]  # what is no folder is a pattern
+    assert found(f"file://{tmp_path}/a%20b/*.tar") == [f"{tmp_path}/a b/1.tar"]
+    assert found(f"file://{tmp_path}/a%20b.tar") == [f"{tmp_path}/a%20b.tar"]
+    assert found("no\0/*") == found("no") == []
+
+
+@pytest.mark.parametrize(
+    "spec", ["file://host/x.tar", "file:x.tar", "a.tar::http://x/b.tar", "{pipe:cat,a}.tar", "{0..9999999}"]
+)
+def test_what_no_file_can_be_is_refused_by_name(tmp_path, monkeypatch, spec):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.tar").touch()
+    with pytest.raises(DataError, match=r"not a file of this machine|only local files|more than 1,000,000 names"):
+        open_source(SourceConfig(spec, format="tar"))
+
+
+@pytest.mark.parametrize("place", ["[2024] {set}", "set"])
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_sources_by_lists_urls_and_globs(tmp_path, place, kind):
+    folder = tmp_path / place
+    folder.mkdir()
+    for name, numbers in (("a", [0, 1]), ("b", [2, 3, 4])):
+        if kind == "tar":
+            write_tar(folder / f"{name}.tar", numbers)
+        else:
+            columns = {"image": [png(i * 10) for i in numbers], "caption": [f"picture {i}" for i in numbers]}
+            pq.write_table(pa.table(columns), folder / f"{name}.parquet")
+    specs = [f"{folder}/*.{kind}", f"{folder}/{{a,b}}.{kind}", f"{folder}/a.{kind}::{folder}/b.{kind}"]
+    for spec in (*specs, f"file://{folder}/*.{kind}".replace(" ", "%20"), str(folder)):
+        source = open_source(SourceConfig(spec))
+        assert [red(source[i]) for i in range(len(source))] == [0, 10, 20, 30, 40]
+    with pytest.raises(DataError, match=rf"c\.{kind}: no such file"):
+        open_source(SourceConfig(f"{folder}/{{a,c}}.{kind}"))
+    (folder / f"c.{kind}").symlink_to(folder / "gone")
+    with pytest.raises(DataError, match=rf"c\.{kind}: no such file; it is a link to .*gone"):
+        open_source(SourceConfig(f"{folder}/*.{kind}"))
+
+
+# Image names that data gives ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("n" * 300 + ".png", "a name may have 255 bytes"),
+        ("\u00fc" * 200, "a name may have 255 bytes"),
+        ("d(1)/" * 1000, "more than 4,095 bytes"),
+        ("a\0b", "is not a path"),
+        ("\ud800.png", "is not a path"),
+        ("data:image/png;base64," + "iVBORw0KGgo" * 1000, "looks like base64"),
+        ("/9j/4AAQSkZJRg" * 9000, "looks like base64"),
+        ("b'" + "iVBORw0KGgo" * 100 + "'", "looks like base64"),
+        ("QUJD" * 1000, "looks like base64"),
+        ("../" * 500 + "x.png", "is outside"),
+        ("http://x/" + "y" * 5000, "is an address"),
+    ],
+)
+def test_no_text_is_too_odd_for_a_reason(folder, name, why):
+    reason = check_name(name, folder)
+    assert why in reason
+    assert len(reason) < 200 + len(str(folder))
+    for place in (folder, "/") if why != "is outside" else (folder,):
+        with pytest.raises(BadSample, match=why):
+            contained(name, place)
+    if why != "is outside":  # Arrow refuses half a character by itself
+        pq.write_table(pa.table({"image": [name.replace("\ud800", "\0")], "caption": ["x"]}), folder / "a.parquet")
+        with pytest.raises(BadSample, match=why):
+            open_source(SourceConfig(str(folder / "a.parquet")))[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["a" * 251 + ".png", "\u00fc" * 120, "9j/iVBORw0KGgo/R0lGOD.jpg", "x" * 200 + "/" + "y" * 200]
+)
+def test_long_names_are_names(folder, name):
+    assert contained(name, folder) == folder / name
+
+
+# Parquet --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cache_that_cannot_be_written_is_called_so(folder, monkeypatch):
+    pq.write_table(pa.table({"image": [png(0)], "caption": ["x"]}), folder / "a.parquet")
+    (folder / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "file" / "cache")  # fails for root, too
+    with pytest.raises(
+        DataError, match=r"a\.parquet: the cache of .*file/cache, cannot be written .*HF_DATASETS_CACHE"
+    ):
+        open_source(SourceConfig(str(folder / "a.parquet")))
+
+
+def test_parquet_files_whose_columns_differ(folder):
+    """Nulls and other columns do not matter; bytes beside paths are not read as one another."""
+    one = {"image": [png(0)], "caption": pa.array([None], pa.null()), "n": [1]}
+    pq.write_table(pa.table(one), folder / "a.parquet")
+    pq.write_table(pa.table({"caption": ["x"], "image": pa.array([png(10)], pa.large_binary())}), folder / "b.parquet")
+    source = open_source(SourceConfig(str(folder / "*.parquet")))
+    assert red(source[1]) == 10
+    with pytest.raises(BadSample, match="no caption"):
+        source[0]
+    pq.write_table(pa.table({"image": ["images/1.png"], "caption": ["x"]}), folder / "c.parquet")
+    with pytest.raises(DataError, match=r"c\.parquet: column 'image' holds string, but binary in .*a\.parquet"):
+        open_source(SourceConfig(str(folder / "*.parquet")))

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from blip.config import DataConfig, Dialogues
 from blip.data.batch import Bad, Movable
-from blip.data.errors import BadSample, DataError
+from blip.data.errors import BadSample, DataError, shown
 from blip.data.images import decode
 from blip.data.keyed import mix
 from blip.data.pairs import Pairs
@@ -132,7 +132,7 @@ def _load(path: Path) -> Any:
 def _texts(path: Path, name: str, texts: list) -> list[str]:
     for number, text in enumerate(texts):
         if not isinstance(text, str):
-            raise DataError(f"{path}: {name}[{number}] is {text!r}, not a text")
+            raise DataError(f"{path}: {name}[{number}] is {shown(text)}, not a text")
     return texts
 
 
@@ -187,7 +187,7 @@ class _Reader:
 
 def _index(where: str, name: str, value: Any, size: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < size:
-        raise DataError(f"{where}: {name} has {value!r}; expected a number from 0 to {size - 1}")
+        raise DataError(f"{where}: {name} has {shown(value)}; expected a number from 0 to {size - 1}")
     return value
 
 
@@ -241,7 +241,7 @@ class _Finder:
         if image is None and not isinstance(image_id, int):
             image = f"{image_id}.jpg"
         if image is not None:
-            reason = check_name(image, self.root) if isinstance(image, str) else f"image {image!r} is not a path"
+            reason = check_name(image, self.root) if isinstance(image, str) else f"image {shown(image)} is not a path"
             if reason:
                 raise DataError(f"{where}: {reason}")
             return self.root / image

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from blip.config import DataConfig, PictureSentences
 from blip.data.batch import Bad, Movable
-from blip.data.errors import BadSample, DataError
+from blip.data.errors import BadSample, DataError, shown
 from blip.data.images import decode
 from blip.data.json_rows import read_rows
 from blip.data.keyed import mix
@@ -198,7 +198,7 @@ def _label(row: dict[str, Any], where: str) -> bool | None:
         return label
     said = str(label).lower()
     if said not in ("true", "false"):
-        raise DataError(f"{where}: the label is {label!r}; expected True or False")
+        raise DataError(f"{where}: the label is {shown(label)}; expected True or False")
     return said == "true"
 
 
@@ -218,7 +218,7 @@ class _Finder:
         if reason:
             raise DataError(f"{where}: {reason}")
         if directory is not None and not re.fullmatch(r"\d+", str(directory)):
-            raise DataError(f"{where}: the directory is {directory!r}; expected a number")
+            raise DataError(f"{where}: the directory is {shown(directory)}; expected a number")
         if self._layout is None:
             layouts = ["", "images", split, f"images/{split}"]
             layouts += [f"{layout}/DIRECTORY" for layout in layouts] if directory is not None else []

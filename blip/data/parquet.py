@@ -111,10 +111,14 @@ def _holds_images(kind: pa.DataType) -> bool:
 
 
 def _holds_captions(kind: pa.DataType) -> bool:
-    kind, t = _plain_type(kind), pa.types
+    kind = _plain_type(kind)
+    return _is_text(kind.value_type if _has_items(kind) else kind)
+
+
+def _has_items(kind: pa.DataType) -> bool:
+    t = pa.types
     lists = t.is_list(kind) or t.is_large_list(kind) or t.is_fixed_size_list(kind)
-    lists = lists or t.is_list_view(kind) or t.is_large_list_view(kind)
-    return _is_text(kind.value_type if lists else kind)
+    return lists or t.is_list_view(kind) or t.is_large_list_view(kind)
 
 
 def _feature(schema: pa.Schema, column: str) -> str | None:
@@ -127,23 +131,22 @@ def _feature(schema: pa.Schema, column: str) -> str | None:
 
 
 def common_schema(schemas: Sequence[pa.Schema], files: Sequence[Path], image: str, caption: str) -> pa.Schema:
-    """The two columns as all of some files can be read: the types of the first file that has them, unpacked.
+    """The two columns as all of some files can be read: the types of the first file, unpacked, nulls filled in.
 
     Raises DataError that names two files with columns of different kinds, such as bytes and paths.
     """
     fields = []
     for column in (image, caption):
-        first: tuple[Path, pa.DataType] | None = None
+        common, of = pa.null(), files[0]
         for file, schema in zip(files, schemas, strict=True):
-            kind = _plain_type(schema.field(column).type)
-            if pa.types.is_null(kind):
-                continue
-            first = first or (file, kind)
-            if _shape(kind) != _shape(first[1]):
-                raise DataError(
-                    f"{file}: column {column!r} holds {kind}, but {first[1]} in {first[0]}: give them as two sources"
-                )
-        fields.append(pa.field(column, _unpacked(first[1]) if first else pa.null()))
+            kind = _unpacked(schema.field(column).type)
+            if pa.types.is_null(common):
+                common, of = kind, file
+            elif not pa.types.is_null(kind) and _shape(kind) != _shape(common):
+                cure = "give them as two sources"
+                raise DataError(f"{file}: column {column!r} holds {kind}, but {common} in {of}: {cure}")
+            common = _filled(common, kind)
+        fields.append(pa.field(column, common))
     return pa.schema(fields, schemas[0].metadata)
 
 
@@ -151,6 +154,19 @@ def _shape(kind: pa.DataType) -> str:
     if pa.types.is_struct(kind):
         return "struct"
     return "bytes" if _is_bytes(kind) else "text" if _is_text(kind) else "list"
+
+
+def _filled(kind: pa.DataType, other: pa.DataType) -> pa.DataType:
+    """An unpacked type with that of another file wherever it is null, as a column is that has no value in a file."""
+    if pa.types.is_null(kind):
+        return other
+    if pa.types.is_struct(kind) and pa.types.is_struct(other):
+        found = {other.field(i).name: other.field(i).type for i in range(other.num_fields)}
+        fields = [kind.field(i) for i in range(kind.num_fields)]
+        return pa.struct([(f.name, _filled(f.type, found.get(f.name, pa.null()))) for f in fields])
+    if _has_items(kind) and _has_items(other) and pa.types.is_null(kind.value_type):
+        return other
+    return kind
 
 
 def _unpacked(kind: pa.DataType) -> pa.DataType:
@@ -162,13 +178,12 @@ def _unpacked(kind: pa.DataType) -> pa.DataType:
         return pa.large_string()
     if t.is_binary_view(kind) or t.is_fixed_size_binary(kind):
         return pa.large_binary()
-    if t.is_fixed_size_list(kind) or t.is_list_view(kind) or t.is_large_list_view(kind):
-        return pa.large_list(_unpacked(kind.value_type))
-    if t.is_list(kind) and _unpacked(kind.value_type) != kind.value_type:
-        return pa.list_(_unpacked(kind.value_type))
-    if t.is_large_list(kind) and _unpacked(kind.value_type) != kind.value_type:
-        return pa.large_list(_unpacked(kind.value_type))
-    return kind
+    if not _has_items(kind):
+        return kind
+    items = _unpacked(kind.value_type)
+    if t.is_list(kind):
+        return kind if items == kind.value_type else pa.list_(items)
+    return kind if t.is_large_list(kind) and items == kind.value_type else pa.large_list(items)
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------

@@ -85,7 +85,12 @@ def matching(name: str) -> list[str]:
     if os.path.lexists(name):
         return [name]
     head, rest = _existing(name)
-    return sorted(glob.glob(glob.escape(head) + rest, recursive=True)) if glob.has_magic(rest) else []
+    if not glob.has_magic(rest):
+        return []
+    try:
+        return sorted(glob.glob(glob.escape(head) + rest, recursive=True))
+    except ValueError:  # a zero byte or half a surrogate pair, which no file has in its name
+        return []
 
 
 def present(name: str, what: str) -> list[str]:

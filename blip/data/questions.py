@@ -21,7 +21,7 @@ import torch
 
 from blip.config import DataConfig, PictureQuestions
 from blip.data.batch import QuestionBatch
-from blip.data.errors import BadSample, DataError
+from blip.data.errors import BadSample, DataError, shown
 from blip.data.images import decode
 from blip.data.json_rows import read_rows
 from blip.data.pairs import Pairs, Sample, make_batch, picture_id
@@ -308,7 +308,7 @@ def _text(row: Any, key: str, where: str) -> str:
 def _id(row: Any, key: str, where: str) -> Id:
     value = row.get(key) if isinstance(row, dict) else None
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
-        raise DataError(f"{where} has no id in {key!r}: expected a number or a text, found {value!r}")
+        raise DataError(f"{where} has no id in {key!r}: expected a number or a text, found {shown(value)}")
     return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
 
 
@@ -318,7 +318,7 @@ def _answers(value: Any, where: str) -> list[str]:
     found = [one.get("answer") if isinstance(one, dict) else one for one in values]
     for one in found:
         if isinstance(one, bool) or not isinstance(one, str | int | float):
-            raise DataError(f"{where}: an answer is {one!r}; expected a text")
+            raise DataError(f"{where}: an answer is {shown(one)}; expected a text")
     return [str(one) for one in found]
 
 

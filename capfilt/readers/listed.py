@@ -14,8 +14,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from blip.data.errors import DataError
+from blip.data.errors import BadSample, DataError
 from blip.data.json_rows import read_rows
+from blip.data.parquet import values_of
 from blip.data.splits import of_split
 from blip.data.tars import IMAGES
 from capfilt.readers.parquet import columns_of, open_parquet
@@ -75,7 +76,7 @@ def index_files(path: str, config: ReadConfig) -> tuple[pa.Table, str | None, li
         stem, _, ending = name.rpartition(".")
         if ending.lower() in IMAGES:
             present[stem] = f"{os.path.basename(folder)}/{name}"
-    rows = open_parquet(path).read(use_threads=False).to_pylist()
+    rows = list(values_of(open_parquet(path).read(use_threads=False)))
     if rows and not {"key", "status"} <= rows[0].keys():
         raise DataError(f"{path} has no columns key and status, so it is not img2dataset's")
     done = [row for row in rows if row["status"] == "success"]
@@ -88,6 +89,9 @@ def index_files(path: str, config: ReadConfig) -> tuple[pa.Table, str | None, li
     gone = sum(str(row["key"]) not in present for row in done)
     failed = len(rows) - len(done)
     notes = [f"{failed} rows were never downloaded and are not part of the input"] if failed else []
+    unread = [row[caption] for row in done if isinstance(row.get(caption), BadSample)]
+    if unread:
+        notes.append(f"{len(unread)} texts are left out, the first as {unread[0]}")
     return table, f"{gone} images that its parquet names are gone" if gone else None, notes
 
 
