@@ -11,7 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from capfilt_crawl import annotations, crawl, jpeg, planned, sample, scored, write_tar
 
-from blip.data.errors import DataError
+from blip.config import SourceConfig
+from blip.data.batch import Bad
+from blip.data.errors import BadSample, DataError
+from blip.data.sources import open_source
+from blip.data.stream import Shards
 from capfilt.__main__ import main
 from capfilt.export import export
 from capfilt.policies import SelectConfig
@@ -19,6 +23,11 @@ from capfilt.readers import open_reader
 from capfilt.report import report
 from capfilt.run import Run
 from capfilt.select import select
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 def rows_of(run):
@@ -342,3 +351,238 @@ def test_a_parquet_file_damaged_inside_gives_rows_that_say_so(tmp_path):
     path.write_bytes(content)
     found = annotations(scored(path, tmp_path / "run"))
     assert found["status"].to_pylist() == ["ok"] * 3 + ["source_error"] * 3
+
+
+# All stacks alike -----------------------------------------------------------------------------------------------------
+
+
+def by_number(path, out, split=None):
+    """The captions of a row, or None for a bad one, as training reads them."""
+    source, found = open_source(SourceConfig(str(path), split=split)), []
+    for row in range(len(source)):
+        try:
+            found.append(source[row].captions)
+        except BadSample:
+            found.append(None)
+    return found
+
+
+def by_stream(path, out, split=None):
+    shards = Shards(SourceConfig(str(path), split=split))
+    records = [r for file in shards.files for r in shards.read(file)]
+    return [None if isinstance(r, Bad) else r.captions for r in records]
+
+
+def by_capfilt(path, out, split=None):
+    rows = rows_of(planned(path, out, reading={"split": split}))
+    return [None if row.problem else row.texts for row in rows]
+
+
+STACKS = pytest.mark.parametrize("read", [by_number, by_stream, by_capfilt])
+WITH_SAVED = [(by_number, "dataset"), (by_capfilt, "dataset")]  # saved data sets are not streamed
+
+
+def not_utf8(count, bad):
+    """Strings a, b, c, ..., one of them a byte that begins no character."""
+    data = bytes(0xFF if i == bad else ord("a") + i % 20 for i in range(count))
+    offsets = pa.array(range(count + 1), pa.int32()).buffers()[1]
+    return pa.StringArray.from_buffers(count, offsets, pa.py_buffer(data))
+
+
+@STACKS
+@pytest.mark.parametrize("column", ["caption", "list", "path", "struct", "other", "key"])
+def test_a_value_that_is_not_utf8_costs_its_own_row_only(tmp_path, read, column):
+    bad, images, letters = not_utf8(20, 7), pa.array([jpeg(i) for i in range(20)]), list("abcdefghijklmnopqrst")
+    for letter in letters:
+        (tmp_path / letter).write_bytes(jpeg(0))
+    columns = {"image": images, "caption": letters} | {
+        "caption": {"caption": bad},
+        "list": {"caption": pa.ListArray.from_arrays(pa.array(range(21), pa.int32()), bad)},
+        "path": {"image": bad},
+        "struct": {"image": pa.StructArray.from_arrays([images, bad], ["bytes", "path"])},
+        "other": {"other": bad},
+        "key": {"key": bad},
+    }[column]
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    lost = [] if column in ("other", "key") else [7]
+    wanted = [None if i in lost else [letter] for i, letter in enumerate(letters)]
+    assert read(tmp_path / "a.parquet", tmp_path / "run") == wanted
+
+
+def test_a_value_that_is_not_utf8_is_said_of_its_row(tmp_path):
+    table = pa.table({"image": [jpeg(i) for i in range(40)], "caption": not_utf8(40, 20), "n": list(range(40))})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(BadSample, match="column 'caption' is not UTF-8"):
+        open_source(SourceConfig(str(tmp_path / "a.parquet")))[20]
+    shards = Shards(SourceConfig(str(tmp_path / "a.parquet")))
+    (bad,) = (r for r in shards.read(shards.files[0]) if isinstance(r, Bad))
+    assert (bad.key, bad.reason) == ("a.parquet:20", "column 'caption' is not UTF-8 text: invalid start byte")
+    found = annotations(scored(tmp_path / "a.parquet", tmp_path / "run")).to_pylist()
+    assert [row["status"] for row in found] == ["ok"] * 20 + ["source_error"] + ["ok"] * 19
+    assert found[20]["error_detail"] == bad.reason
+    assert json.loads(found[20]["extra_json"]) == {"n": 20}
+
+
+def test_other_columns_that_nothing_can_hold(tmp_path):
+    """Dates beyond the year 9999, zones that do not exist, numbers that are none, bytes within."""
+    columns = {
+        "image": [jpeg(0), jpeg(1)],
+        "caption": ["a", "b"],
+        "late": pa.array([0, 2**62], pa.timestamp("us")),
+        "zone": pa.array([0, 0], pa.timestamp("s", "Nowhere/Land")),
+        "number": [1.5, float("nan")],
+        "within": [{"b": b"x" * 99, "f": [float("inf")]}] * 2,
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    one, two = rows_of(planned(tmp_path / "a.parquet", tmp_path / "run"))
+    within = {"b": None, "f": [None]}
+    assert one.extra == {"late": "1970-01-01 00:00:00", "number": 1.5, "within": within}
+    assert two.extra == {"number": None, "within": within}
+
+
+def typed(column, values, kind=None):
+    columns = {"image": [jpeg(i) for i in range(3)], "caption": ["a", "b", "c"], "text": ["a", "b", "c"]}
+    return pa.table(columns | {column: pa.array(values, kind)})
+
+
+REFUSED = {
+    "images in lists": (typed("image", [[jpeg(0)]] * 3), r"'image' holds list<.*expected image bytes"),
+    "numbers as images": (typed("image", [[1, 2]] * 3), "'image' holds list<.*expected image bytes"),
+    "base64 in a struct": (typed("image", [{"bytes": "/9j/"}] * 3), "'image' holds struct<bytes: string>"),
+    "addresses in a struct": (typed("image", [{"url": "http://x"}] * 3), "'image' holds struct<url: string>"),
+    "labels": (typed("caption", [0, 1, 2]), r"'caption' holds int64; expected a string .* another column \(text\)"),
+    "sentences": (
+        typed("caption", [[{"raw": "a"}]] * 3),
+        "'caption' holds list<.*struct<raw: string>>; expected a str",
+    ),
+    "languages": (typed("caption", [{"en": "a"}] * 3), "'caption' holds struct<en: string>"),
+    "bytes as captions": (typed("caption", [b"a"] * 3), "'caption' holds binary"),
+    "lists of lists": (typed("caption", [[["a"]]] * 3), "'caption' holds list<"),
+    "dates": (typed("caption", [0] * 3, pa.timestamp("s")), "'caption' holds timestamp"),
+    "wide": (
+        typed("caption", [{f"c{i}": 1 for i in range(999)}] * 3),
+        r"'caption' holds struct<.{70,80}\.\.\.; expected",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize(
+    ("read", "kind"), [(read, "parquet") for read in (by_number, by_stream, by_capfilt)] + WITH_SAVED
+)
+def test_columns_of_other_types_are_refused_at_the_start(tmp_path, read, case, kind):
+    table, message = REFUSED[case]
+    if kind == "dataset":
+        datasets.Dataset(table).save_to_disk(str(tmp_path / "a.dataset"))
+    else:
+        pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=rf"a\.{kind}: column {message}") as caught:
+        read(tmp_path / f"a.{kind}", tmp_path / "run")
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
+
+
+@STACKS
+def test_a_feature_that_is_no_image_and_a_column_that_is_there_twice(tmp_path, read):
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.ClassLabel(names=["cat", "dog"])})
+    data = datasets.Dataset.from_dict({"image": [{"bytes": jpeg(0), "path": None}], "caption": [0]}, features)
+    data.to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: column 'caption' holds ClassLabel \(int64\)"):
+        read(tmp_path / "a.parquet", tmp_path / "run")
+    names = {"info": {"features": {"image": {"_type": "Audio"}, "caption": {"_type": "Value", "dtype": "string"}}}}
+    sound = pa.table({"image": [{"bytes": b"RIFF", "path": "a.wav"}], "caption": ["a"]})
+    sound = sound.replace_schema_metadata({"huggingface": json.dumps(names)})
+    pq.write_table(sound, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: column 'image' holds Audio \(struct<"):
+        read(tmp_path / "a.parquet", tmp_path / "run")
+    twice = pa.table([[jpeg(0)], [jpeg(1)], ["a"]], ["image", "image", "caption"])
+    pq.write_table(twice, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet has 2 columns 'image': rename all but one"):
+        read(tmp_path / "a.parquet", tmp_path / "run")
+
+
+@STACKS
+@pytest.mark.parametrize("packed", ["plain", "large", "views", "dictionary", "lists", "fixed", "struct"])
+def test_all_ways_to_pack_images_and_captions(tmp_path, read, packed):
+    images, texts = pa.array([jpeg(i) for i in range(3)]), pa.array(["a", "b", "c"])
+    starts = pa.array(range(4), pa.int32())
+    columns = {
+        "plain": (images, texts),
+        "large": (images.cast(pa.large_binary()), texts.cast(pa.large_string())),
+        "views": (images.cast(pa.binary_view()), texts.cast(pa.string_view())),
+        "dictionary": (images.dictionary_encode(), texts.dictionary_encode()),
+        "lists": (images, pa.ListArray.from_arrays(starts, texts.dictionary_encode())),
+        "fixed": (images, pa.FixedSizeListArray.from_arrays(texts, 1)),
+        "struct": (pa.StructArray.from_arrays([images, texts.dictionary_encode()], ["bytes", "path"]), texts),
+    }[packed]
+    pq.write_table(pa.table(list(columns), ["image", "caption"]), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", tmp_path / "run") == [["a"], ["b"], ["c"]]
+
+
+# Splits ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("read", "kind"),
+    [(read, kind) for read in (by_number, by_stream, by_capfilt) for kind in ("parquet", "tar", "json")] + WITH_SAVED,
+)
+def test_a_split_is_refused_where_there_is_none(tmp_path, read, kind):
+    """Also where a column has that name, which would be heeded by some formats and not by others."""
+    path = tmp_path / f"a.{kind}"
+    columns = {"image": [jpeg(0)], "caption": ["a"], "split": ["train"]}
+    if kind == "tar":
+        write_tar(path, sample("a", 0, "a", {"split": "train"}))
+    elif kind == "parquet":
+        pq.write_table(pa.table(columns), path)
+    elif kind == "dataset":
+        datasets.Dataset.from_dict(columns).save_to_disk(str(path))
+    else:
+        (tmp_path / "a.jpg").write_bytes(jpeg(0))
+        path.write_text(json.dumps([{"image": "a.jpg", "caption": "a"}]))
+    assert read(path, tmp_path / "all") == [["a"]]
+    with pytest.raises(DataError, match=rf"a\.{kind}.* no splits, so split 'train' would not be heeded: leave it out"):
+        read(path, tmp_path / "run", "train")
+
+
+@STACKS
+@pytest.mark.parametrize("name", ["a.json", "*.jsonl", "a.csv"])
+def test_lists_give_the_split_asked_for_and_name_those_there_are(tmp_path, read, name):
+    splits = ["train", "val", "train", "test", "val"]
+    rows = [{"image": "a.jpg", "caption": f"{split} {i}", "split": split} for i, split in enumerate(splits)]
+    (tmp_path / "a.jpg").write_bytes(jpeg(0))
+    if name == "a.json":
+        rows.insert(0, {"image": "a.jpg", "caption": "of none"})  # a row without a split is of none
+        (tmp_path / name).write_text(json.dumps(rows))
+    elif name == "a.csv":
+        lines = ["image,caption,split", *(",".join(row.values()) for row in rows)]
+        (tmp_path / name).write_text("\n".join(lines))
+    else:
+        for shard, some in (("a", rows[:3]), ("b", rows[3:])):
+            (tmp_path / f"{shard}.jsonl").write_text("\n".join(map(json.dumps, some)))
+    path = tmp_path / name
+    assert read(path, tmp_path / "val", "val") == [["val 1"], ["val 4"]]
+    assert read(path, tmp_path / "two", "test+train") == [["train 0"], ["train 2"], ["test 3"]]
+    for asked, missing in (("valid", "'valid'"), ("train+dev", "'dev'"), ("dev+x", "'dev' or 'x'")):
+        with pytest.raises(
+            DataError, match=rf"no rows of split {missing}; there are: test \(1\), train \(2\), val \(2\)"
+        ):
+            read(path, tmp_path / "run", asked)
+
+
+@pytest.mark.parametrize("read", [by_number, by_capfilt])
+def test_splits_of_saved_data_sets_and_image_folders(tmp_path, read):
+    data = datasets.Dataset.from_dict({"image": [{"bytes": jpeg(0), "path": None}], "caption": ["a"]})
+    data.cast_column("image", datasets.Image())
+    other = datasets.Dataset.from_dict({"image": [{"bytes": jpeg(1), "path": None}], "caption": ["b"]})
+    datasets.DatasetDict({"train": data, "val": other}).save_to_disk(str(tmp_path / "saved"))
+    for split in ("train", "val"):
+        (tmp_path / "images" / split).mkdir(parents=True)
+        (tmp_path / "images" / split / "1.jpg").write_bytes(jpeg(0))
+        text = "a" if split == "train" else "b"
+        (tmp_path / "images" / split / "metadata.csv").write_text(f"file_name,text\n1.jpg,{text}\n")
+    for name in ("saved", "images"):
+        assert read(tmp_path / name, tmp_path / f"{name}-val", "val") == [["b"]]
+    assert read(tmp_path / "saved", tmp_path / "two", "val+train") == [["b"], ["a"]]
+    with pytest.raises(DataError, match=r"to one of train, val, got 'dev'"):
+        read(tmp_path / "saved", tmp_path / "run", "dev")
+    with pytest.raises(DataError, match="no splits"):
+        read(tmp_path / "images", tmp_path / "run", "dev")
