@@ -306,7 +306,7 @@ class SourceConfig:
     """One source of image-text pairs."""
 
     path: str
-    """A file, folder, glob of shards, or the name of a data set on the hub."""
+    """A file, folder, glob or list of shards ({000..127}, {a,b}, a::b), or the name of a data set on the hub."""
     format: Literal["auto", "json", "imagefolder", "parquet", "tar", "dataset"] = "auto"
     """`auto` goes by the ending; `json` also reads JSON lines and Karpathy's split files."""
     image_root: str | None = None
@@ -316,7 +316,7 @@ class SourceConfig:
     caption_column: str = "caption"
     """Column or key with the caption or list of captions."""
     split: str | None = None
-    """Split to take where the source has several."""
+    """Split to take where the source has several (`a+b`: two); refused where it has none, as parquet and tar."""
     weight: float = 1.0
     """Passes over this source in one epoch; 0.5 shows half of it, a different half each epoch."""
     kind: Literal["human", "web"] = "human"

@@ -100,7 +100,7 @@ class ReadConfig:
     """How the input is read."""
 
     inputs: list[str] = field(default_factory=list)
-    """Files, folders, globs, ranges like {000..331}.tar, or hf:NAME of a data set on the hub."""
+    """Files, folders, globs, lists like {000..331}.tar, {a,b}.tar or a.tar::b.tar, or hf:NAME on the hub."""
     image_column: str = "image"
     """Column or key with the image or its path."""
     caption_column: str = "caption"
@@ -108,7 +108,7 @@ class ReadConfig:
     image_root: str | None = None
     """Folder that image paths start from and stay in; the list's own folder when not given."""
     split: str | None = None
-    """Split of a data set that has several."""
+    """Split to take where the input has several (`a+b`: two); refused where it has none, as parquet and tar."""
 
 
 def resolve(config: ScoreConfig) -> dict[str, Any]:

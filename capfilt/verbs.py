@@ -20,7 +20,7 @@ def _plan_options(parser: ArgumentParser) -> None:
 
 
 def _input_options(parser: ArgumentParser) -> None:
-    what = "file, folder, glob, range like {0..9}.tar, or hf:NAME[@REVISION]; may be repeated"
+    what = "file, folder, glob, list like {0..9}.tar or {a,b}.tar, or hf:NAME[@REVISION]; may be repeated"
     parser.add_argument("--input", action="append", default=[], metavar="PATH", help=what)
     parser.add_argument("--out", required=True, metavar="RUN", help="folder of the run, or an object store's address")
     parser.add_argument("--part-size", type=int, metavar="INT",

@@ -239,3 +239,46 @@ def test_a_killed_plan_is_made_again(tmp_path):
     (tmp_path / "run" / "job.json").write_text("{}")
     with pytest.raises(DataError, match="was it edited"):
         Run.open(str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("place", ["[2024] {set}", "set"])
+def test_inputs_by_lists_urls_and_globs(tmp_path, tmp_path_factory, place):
+    """A folder's literal name is no pattern; lists, joined names and file URLs mean what they do in training."""
+    folder, runs = crawl(tmp_path / place, shards=3, rows=2), tmp_path_factory.mktemp("runs")
+    both = ["00000.tar", "00002.tar"]
+    for i, (spec, names) in enumerate(
+        {
+            f"{folder}/*.tar": ["00000.tar", "00001.tar", "00002.tar"],
+            f"{folder}/{{00000..00002..2}}.tar": both,
+            f"{folder}/{{00000,00002}}.tar": both,
+            f"{folder}/00000.tar::{folder}/00002.tar": both,
+            f"file://{folder}/{{00000,00002}}.tar".replace(" ", "%20"): both,
+            f"{tmp_path}/*": ["00000.tar", "00001.tar", "00002.tar"],
+        }.items()
+    ):
+        assert list(planned(spec, runs / str(i)).sources) == names, spec
+    for spec, said in (
+        (f"{folder}/{{00000,00009}}.tar", r"input .*00009\.tar: no such file"),
+        ("{http://x/a.tar,pipe:cat}", "only files of this machine"),
+        (f"{folder}/00000.tar::http://x/a.tar", "only files of this machine"),
+        ("file://elsewhere/a.tar", "not a file of this machine"),
+    ):
+        with pytest.raises(DataError, match=said):
+            planned(spec, runs / "none")
+    (folder / "00003.tar").symlink_to(folder / "gone")
+    with pytest.raises(DataError, match=r"00003\.tar: no such file; it is a link to .*gone"):
+        planned(f"{folder}/*.tar", runs / "none")
+
+
+def test_the_split_of_a_plan_is_that_of_its_extensions(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    for name, splits in (("a", ["train", "val"]), ("b", ["train"]), ("c", ["val", "val"])):
+        rows = [{"image": "a.jpg", "caption": "x", "split": split} for split in splits]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run = planned(tmp_path / "{a,b}.jsonl", tmp_path / "run", reading={"split": "val"})
+    assert [s.rows for s in run.sources.values()] == [1, 0]
+    run, new = plan.extend(str(tmp_path / "run"), [str(tmp_path / "*.jsonl")])
+    assert ([s.relpath for s in new], run.rows) == (["c.jsonl"], 3)
+    (tmp_path / "d.jsonl").write_text(json.dumps({"image": "a.jpg", "caption": "x"}))
+    with pytest.raises(DataError, match=r"d\.jsonl: its rows have no splits"):
+        plan.extend(str(tmp_path / "run"), [str(tmp_path / "d.jsonl")])

@@ -460,3 +460,15 @@ def test_real_broken_pictures(run, real_data):
     assert said == refused
     assert {line["path"] for line in lines(out)} == {str(path) for path in paths} - refused.keys()
     assert err.splitlines()[-1] == f"{len(refused)} of {len(paths)} pictures could not be used"
+
+
+def test_the_literal_name_of_a_folder_is_no_glob(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("[2024] {a,b}/1.jpg", "[2024] {a,b}/2.jpg", "2/3.jpg", "{x,y}.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    both = ["[2024] {a,b}/1.jpg", "[2024] {a,b}/2.jpg"]
+    assert pictures.find(["[2024] {a,b}/*.jpg"]).paths == pictures.find(["[2024] {a,b}/{2,1}.jpg"]).paths == both
+    assert pictures.find(["{x,y}.jpg", "[2]/*"]).paths == ["2/3.jpg", "{x,y}.jpg"]
+    url = f"file://{tmp_path}/%5B2024%5D%20%7Ba,b%7D"
+    assert pictures.find([url, f"{url}/1.jpg"]).paths == [f"{tmp_path}/{name}" for name in both]

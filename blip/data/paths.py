@@ -69,11 +69,11 @@ def alternatives(spec: str) -> list[str]:
     What exists under its literal name, a file or the folders at the beginning, is no pattern. Raises DataError for a
     pattern of more than a million names, and where `local` does.
     """
-    if os.path.lexists(os.path.expanduser(spec)):
-        return [os.path.expanduser(spec)]
+    whole = os.path.lexists(os.path.expanduser(spec))
     names: list[str] = []
-    for part in filter(None, spec.split("::")):
-        head, rest = _existing(os.path.expanduser(local(part)))
+    for part in [spec] if whole else filter(None, spec.split("::")):
+        path = os.path.expanduser(local(part))
+        head, rest = (path, "") if os.path.lexists(path) else _existing(path)
         names += (head + one for one in itertools.islice(_braces(rest), _MOST + 1 - len(names)))
         if len(names) > _MOST:
             raise DataError(f"{spec!r} stands for more than {_MOST:,} names")
