@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from blip.data.errors import DataError
-from blip.data.paths import alternatives, is_plain_path, present
+from blip.data.paths import alternatives, is_plain_path, local, present
 from blip.data.splits import check_split, refuse_split
 from capfilt import parts as part_files
 from capfilt.identity import differences, fingerprint, part_id
@@ -248,7 +248,7 @@ def anchored(reading: ReadConfig) -> ReadConfig:
     """The settings with an image root that means the same from every folder that a command is given in."""
     if reading.image_root is None:
         return reading
-    return dataclasses.replace(reading, image_root=os.path.abspath(os.path.expanduser(reading.image_root)))
+    return dataclasses.replace(reading, image_root=os.path.abspath(os.path.expanduser(local(reading.image_root))))
 
 
 def _describe_all(

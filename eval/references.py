@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from blip.data.errors import DataError, counted, shown
 from blip.data.json_rows import read_rows
+from blip.data.splits import check_split, of_split, refuse_split
 
 Id = int | str
 """A number wherever the id is written as one, so that {"139": ...} and {"image_id": 139} are the same image."""
@@ -49,7 +51,7 @@ def read_references(
         entries = _rows(path, rows, split, image_column, caption_column)
     found = list(entries)
     if not found:
-        raise DataError(f"{path}: no images" + (f" of split {split!r}" if split else ""))
+        raise DataError(f"{path}: no images")
     return found
 
 
@@ -140,7 +142,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _coco(path: Path, value: dict, split: str | None) -> Iterator[Entry]:
     """{"images": [{id, file_name, domain?}], "annotations": [{image_id, caption}]}"""
-    _no_split(path, split)
+    refuse_split(split, path, "COCO's files")
     entries: dict[Id, Entry] = {}
     for number, image in enumerate(value["images"]):
         where = f"{path}: images[{number}]"
@@ -192,7 +194,7 @@ def _karpathy(path: Path, images: list, split: str | None) -> Iterator[Entry]:
 
 def _plain(path: Path, value: dict, split: str | None) -> Iterator[Entry]:
     """{id: [captions]}"""
-    _no_split(path, split)
+    refuse_split(split, path, "objects of captions by id")
     seen: set[Id] = set()
     for key, captions in value.items():
         where = f"{path}: image {key}"
@@ -207,16 +209,10 @@ def _plain(path: Path, value: dict, split: str | None) -> Iterator[Entry]:
 
 def _rows(path: Path, rows: Iterable[Any], split: str | None, image_column: str, column: str) -> Iterator[Entry]:
     """Rows of {image, image_id, caption or captions}; those of one image are taken together."""
-    splits = set(split.split("+")) if split else None
     entries: dict[Id, Entry] = {}
-    for number, row in enumerate(rows):
+    seen: Counter[str] = Counter()
+    for number, row in of_split(_objects(path, rows), split, path, seen):
         where = f"{path}: row {number}"
-        if not isinstance(row, dict):
-            raise DataError(f"{where} is {_kind(row)}; expected an object with an image or image_id, and captions")
-        if splits is not None and "split" not in row:
-            raise DataError(f"{where} has no 'split', but split {split!r} was asked for")
-        if splits is not None and row["split"] not in splits:
-            continue
         image, domain = row.get(image_column), row.get("domain")
         name = _id_of(row, image, where)
         found = entries.setdefault(name, Entry(name, [], _text(image), domain if isinstance(domain, str) else None))
@@ -225,7 +221,16 @@ def _rows(path: Path, rows: Iterable[Any], split: str | None, image_column: str,
         captions = row.get(column, row.get("captions", []))
         for caption in captions if isinstance(captions, list) else [captions]:
             found.captions.append(_caption(caption, where))
+    check_split(split, path, seen)
     yield from entries.values()
+
+
+def _objects(path: Path, rows: Iterable[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            expected = "expected an object with an image or image_id, and captions"
+            raise DataError(f"{path}: row {number} is {_kind(row)}; {expected}")
+        yield number, row
 
 
 def _id_of(row: dict, image: Any, where: str) -> Id:
@@ -245,11 +250,6 @@ def _caption(caption: Any, where: str) -> str:
     if not isinstance(caption, str):
         raise DataError(f"{where}: a caption is {_kind(caption)}, not a text")
     return caption
-
-
-def _no_split(path: Path, split: str | None) -> None:
-    if split:
-        raise DataError(f"{path} has no splits, but split {split!r} was asked for")
 
 
 def _text(value: Any) -> str | None:

@@ -336,7 +336,7 @@ def test_formats_of_references(tmp_path, name):
     if name == "karpathy":
         assert read_references(path, "test") == WANTED[:1]
         assert read_references(path, "test+val") == WANTED
-        with pytest.raises(DataError, match="no images of split 'train'"):
+        with pytest.raises(DataError, match=r"no rows of split 'train'; there are: test \(1\), val \(1\)"):
             read_references(path, "train")
 
 

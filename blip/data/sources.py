@@ -367,7 +367,11 @@ def expand(path: str, endings: Sequence[str] = ("tar", "parquet", "jsonl")) -> l
     A folder means its files of such endings, sorted; a name that exists as it is written is no pattern.
     """
     found = [Path(file) for name in alternatives(path) for file in present(check_spec(name), "source")]
-    return [file for one in found for file in _in(one, endings)]
+    files = [file for one in found for file in _in(one, endings)]
+    twice = next((file for file, times in Counter(files).items() if times > 1), None)
+    if twice is not None:
+        raise DataError(f"source {path} means {twice} more than once")
+    return files
 
 
 def _in(path: Path, endings: Sequence[str]) -> list[Path]:
