@@ -21,7 +21,7 @@ from torch import Tensor
 from blip import checkpoint, matching
 from blip.config import DataConfig
 from blip.data.errors import BadSample, DataError
-from blip.data.images import decode
+from blip.data.images import model_input
 from blip.data.text import clean_caption
 from blip.data.transforms import EvalTransform
 from blip.model import Blip
@@ -159,7 +159,8 @@ class Features:
 
     def _decode(self, picture: Picture) -> Tensor:
         try:
-            return self.transform(decode(Path(picture) if isinstance(picture, str) else picture, DataConfig.max_pixels))
+            inside = Path(picture) if isinstance(picture, str) else picture
+            return model_input(inside, DataConfig.max_pixels, self.transform)
         except BadSample as error:
             named = picture if isinstance(picture, str | Path) else "a picture"
             raise DataError(f"{named} cannot be used: {error}") from None

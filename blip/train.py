@@ -29,6 +29,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from blip import atomic, dist, log, optim, resume
 from blip.config import TrainConfig
 from blip.data.batch import Batch
+from blip.data.errors import DataError, StuckSample
 from blip.errors import Stopped, is_out_of_memory
 from blip.resume import RunLock, RunLocked, State
 from blip.signals import Stopper
@@ -43,12 +44,17 @@ class Data(Protocol):
     def batches(self, start: int, count: int, rank: int, world: int, batch_size: int) -> Iterable[Batch]:
         """Batches `start` to `start + count` - 1 of this process, each of exactly `batch_size` pairs."""
 
+    def leave_out(self, keys: frozenset[str]) -> None:
+        """Replace some samples unread; called before `batches`, and only where the ledger has some."""
+
 
 class Ledger(Protocol):
     """Keeps account of samples that could not be read."""
 
     def add(self, bad: list[Any], seen: int) -> None:
         """Note the bad samples of a batch; this process has drawn `seen` samples since it started."""
+
+    # Optional: `left_out`, keys of samples that are not to be decoded, and `leave_out(key, reason)`, which adds one.
 
 
 @dataclass(frozen=True)
@@ -268,9 +274,23 @@ class _Run:
         # By pairs seen rather than by steps, so that a run that may change its batch size goes on in the same place.
         start = self.state.samples // (config.batch_size * self.world)
         count = (self.total - self.state.step) * config.accumulate
+        if left_out := getattr(self.ledger, "left_out", None):
+            self.data.leave_out(left_out)
+            self.progress.say(
+                f"{len(left_out)} samples are left out because decoding them took too long (left_out in the run's "
+                "bad_samples files): in that, this run is not reproducible elsewhere"
+            )
         batches = iter(self.data.batches(start, count, self.rank, self.world, config.batch_size))
         try:
             yield _enough(batches)
+        except StuckSample as error:
+            if self.ledger is None:
+                raise
+            self.ledger.leave_out(error.key, error.reason)
+            raise DataError(
+                f"{error}. It is left out from now on: the same command continues without it, and the run is not "
+                "reproducible there"
+            ) from None
         finally:
             if hasattr(batches, "close"):
                 batches.close()

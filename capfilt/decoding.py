@@ -6,19 +6,24 @@ import hashlib
 import io
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageFile
 
 from blip.data.errors import BadSample
-from blip.data.images import FORMATS, UnreadableImage, decode
+from blip.data.image_header import count_frames, screened
+from blip.data.images import FORMATS, UnreadableImage, model_input
 from blip.data.text import clean_caption
 from capfilt import rules
 from capfilt.faults import decode_fault
 from capfilt.phash import phash
 from capfilt.readers.rows import Row
 from capfilt.settings import ScoreConfig
+
+T = TypeVar("T")
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _REASONS = (
@@ -30,6 +35,9 @@ _REASONS = (
     ("not one of", "decode_error", "not_an_image"),
     ("pixels by its header", "too_large", "too_many_pixels"),
     ("more pixels than", "too_large", "too_many_pixels"),
+    ("GiB to decode", "too_large", "too_much_memory"),
+    ("too little memory", "too_large", "too_much_memory"),
+    ("too much work", "too_large", "too_much_work"),
     ("truncated", "truncated", "truncated"),
     ("broken data stream", "truncated", "truncated"),
     ("unexpected end", "truncated", "truncated"),
@@ -76,10 +84,7 @@ def prepare(row: Row, sides: tuple[int, ...], config: ScoreConfig) -> Decoded:
     facts["image_sha256"] = hashlib.sha256(row.image).hexdigest()
     if config.rules_first and _ruled_out(row.image, done, config.rules_first):
         return done
-    image = _decode(row.image, done, sides, config)
-    if image is not None:
-        done.pixels = [np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)) for side in sides]
-        facts["phash64"] = phash(image)
+    if _see(row.image, done, sides, config):
         done.flags += _seen_flags(done)
         if not any(norm):
             facts["status"] = "no_text"
@@ -98,24 +103,31 @@ def _fail(facts: dict, status: str, code: str, detail: str) -> None:
     facts |= {"status": status, "error_code": code, "error_detail": detail[:300]}
 
 
-def _decode(data: bytes, done: Decoded, sides: tuple[int, ...], config: ScoreConfig) -> Image.Image | None:
+def _see(data: bytes, done: Decoded, sides: tuple[int, ...], config: ScoreConfig) -> bool:
+    """Note what decoding gives, and what the models are shown; whether it gives anything."""
     at_least = max(sides) if config.draft and sides else None
+
+    def note(image: Image.Image) -> tuple[list[np.ndarray], str, tuple[int, int]]:
+        shown = [np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)) for side in sides]
+        return shown, phash(image), image.size
+
     try:
-        image = decode(data, config.max_pixels, at_least)
+        done.pixels, done.facts["phash64"], (width, height) = model_input(data, config.max_pixels, note, at_least)
     except UnreadableImage as error:
         status, code = next((s[1:] for s in _REASONS if s[0] in error.reason), ("decode_error", "decoder_error"))
         if status != "too_large":
             _header(data, done.facts)
-        image = _lenient(data) if status == "truncated" and config.lenient else None
-        if image is None:
+        lenient = _lenient(data, note) if status == "truncated" and config.lenient else None
+        if lenient is None:
             _fail(done.facts, status, code, error.reason)
-            return None
+            return False
+        done.pixels, done.facts["phash64"], _ = lenient
         done.flags.append("image.truncated")
-        return image
+        return True
     _header(data, done.facts)
     if not at_least:
-        done.facts |= {"width": image.width, "height": image.height}  # upright
-    return image
+        done.facts |= {"width": width, "height": height}  # upright
+    return True
 
 
 def _header(data: bytes, facts: dict) -> bool:
@@ -123,20 +135,20 @@ def _header(data: bytes, facts: dict) -> bool:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            with Image.open(io.BytesIO(screened(data)), formats=FORMATS) as image:
                 facts |= {"width": image.width, "height": image.height, "format": image.format, "n_frames": 1}
-                facts["n_frames"] = getattr(image, "n_frames", 1)
+                facts["n_frames"] = count_frames(data, image)
         return True
     except Exception:  # Pillow raises whatever its decoders raise; the decoder has said why already
         return facts["width"] is not None
 
 
-def _lenient(data: bytes) -> Image.Image | None:
-    """A truncated picture with grey in place of what is missing, as the original release trained on."""
+def _lenient(data: bytes, note: Callable[[Image.Image], T]) -> T | None:
+    """`note` of a truncated picture with grey in place of what is missing, as the original release trained on."""
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return image.convert("RGB")
+        with Image.open(io.BytesIO(screened(data)), formats=FORMATS) as image:
+            return note(image.convert("RGB"))
     except Exception:
         return None
     finally:

@@ -35,6 +35,8 @@ ERROR_CODES = (
     "truncated",
     "too_many_pixels",
     "too_many_bytes",
+    "too_much_memory",
+    "too_much_work",
     "decoder_error",
     "no_image",
     "missing_file",

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from blip.config import DataConfig
-from blip.data.clips import ENDINGS, UnreadableClip, read_frames
-from blip.data.errors import DataError
+from blip.data.clips import ENDINGS, read_frames
+from blip.data.errors import BadSample, DataError
+from blip.data.images import own_fault
 from blip.data.json_rows import read_rows
 from blip.data.paths import check_name
 from blip.data.transforms import EvalTransform
@@ -159,10 +160,10 @@ def batches(
 
     def read(row: int) -> Tensor:
         try:
-            shown = read_frames(clips[row].file, frames, DataConfig.max_pixels)
-        except UnreadableClip as error:
+            with own_fault():
+                return torch.stack([transform(f) for f in read_frames(clips[row].file, frames, DataConfig.max_pixels)])
+        except BadSample as error:
             raise DataError(f"{clips[row].file} cannot be evaluated: {error}") from None
-        return torch.stack([transform(frame) for frame in shown])
 
     coming: deque[Future[Tensor]] = deque()
     waiting = iter(rows)

@@ -58,7 +58,7 @@ def ranks_of(
             return []
         rows = Rows(source, one, tokenizer, config)
         try:
-            image = transform(read_picture(one, source.root, DataConfig.max_pixels))
+            image = read_picture(one, source.root, DataConfig.max_pixels, transform)
             caption = rows.caption()
         except BadSample as error:
             raise DataError(f"{one.where}, image {one.image_id}, cannot be evaluated: {error}") from None

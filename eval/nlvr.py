@@ -16,6 +16,7 @@ import torch
 
 from blip.config import DataConfig
 from blip.data.errors import BadSample, DataError, counted
+from blip.data.images import own_fault
 from blip.data.nlvr import Example, Sample, make_batch, read_pictures
 from blip.data.text import clean_caption
 from blip.data.transforms import EvalTransform
@@ -59,10 +60,11 @@ def answers_of(model: Nlvr, tokenizer: Tokenizer, examples: Sequence[Example], *
 def _sample(example: Example, transform: EvalTransform, tokenizer: Tokenizer, longest: int) -> Sample:
     try:
         pictures = read_pictures(example, DataConfig.max_pixels)
+        with own_fault():
+            views = torch.stack([transform(picture) for picture in pictures])
         sentence = clean_caption(example.sentence, MAX_WORDS)
     except BadSample as error:
         raise DataError(f"{example.key} cannot be evaluated: {error}") from None
-    views = torch.stack([transform(picture) for picture in pictures])
     return Sample(views, tokenizer.pieces(sentence, longest), 0, example.key)
 
 

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from blip.config import DataConfig, SourceConfig
 from blip.data.errors import BadSample, DataError
-from blip.data.images import decode
+from blip.data.images import model_input
 from blip.data.sources import format_of, open_source, record, root_of, shard_files
 from blip.data.transforms import EvalTransform
 from eval.references import Entry, Id, read_references
+
+T = TypeVar("T")
 
 
 class Pictures:
@@ -76,9 +79,12 @@ class Pictures:
 
     def picture(self, row: int) -> Image.Image:
         """The picture as it is stored, RGB."""
+        return self._made(row, lambda image: image)
+
+    def _made(self, row: int, transform: Callable[[Image.Image], T]) -> T:
         entry = self.entries[row]
         try:
-            return decode(self._load(row), DataConfig.max_pixels)
+            return model_input(self._load(row), DataConfig.max_pixels, transform)
         except BadSample as error:
             at = f" ({entry.image})" if entry.image and entry.image != entry.id else ""
             raise DataError(f"source {self.where}: image {entry.id}{at} cannot be evaluated: {error}") from None
@@ -90,7 +96,7 @@ class Pictures:
         transform = EvalTransform(image_size)
 
         def read(part: Sequence[int]) -> tuple[list[Id], Tensor]:
-            return [self.entries[row].id for row in part], torch.stack([transform(self.picture(row)) for row in part])
+            return [self.entries[row].id for row in part], torch.stack([self._made(row, transform) for row in part])
 
         coming: deque[Future] = deque()
         pool = ThreadPoolExecutor(threads, "decode")

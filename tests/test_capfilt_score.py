@@ -145,7 +145,7 @@ def test_error_details_name_no_addresses(tmp_path, monkeypatch):
     def refuse(*_):
         raise decoding.UnreadableImage("OSError: cannot identify <_io.BytesIO object at 0x7f00aa11bb22>")
 
-    monkeypatch.setattr(decoding, "decode", refuse)
+    monkeypatch.setattr(decoding, "model_input", refuse)
     (row,) = annotations(scored(write_tar(tmp_path / "a.tar", sample("a", 0)), tmp_path / "run", status=2)).to_pylist()
     assert row["error_detail"] == "OSError: cannot identify <_io.BytesIO object>"
 

@@ -14,8 +14,9 @@ from PIL import Image
 
 from blip import atomic
 from blip.config import DataConfig, SourceConfig
+from blip.data import loader
 from blip.data.batch import Bad
-from blip.data.errors import BadSample, DataError, TooManyBad
+from blip.data.errors import BadSample, DataError, StuckSample, TooManyBad
 from blip.data.ledger import Ledger
 from blip.data.loader import Feed, make_loader
 from blip.data.pairs import Pairs
@@ -340,6 +341,97 @@ def test_a_worker_that_fails_stops_the_run_with_one_clear_error(tokenizer, fault
     pickle.loads(pickle.dumps(caught.value))
 
 
+def busy():
+    while True:
+        pass
+
+
+def test_a_decoder_that_computes_for_ever_is_named_by_its_cpu_time(tokenizer, monkeypatch):
+    monkeypatch.setattr(loader, "_STUCK", 1.0)
+    p = pairs(tokenizer, Made(64, does=only_in_a_worker(busy)))
+    with pytest.raises(StuckSample, match=r"stuck at made:7: .* 1 s of CPU time") as caught:
+        list(load(p, steps=20, workers=2, worker_timeout=100.0))
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (again.key, again.reason) == ("made:7", "decoding took more than 1 s of CPU time")
+
+
+def test_a_worker_that_waits_for_its_turn_is_waited_for(tokenizer, monkeypatch, caplog):
+    """As on an overloaded machine, where it is nobody's fault that nothing comes."""
+    monkeypatch.setattr(loader._Watch, "computing", lambda self: True)
+    p = pairs(tokenizer, Made(64, does=only_in_a_worker(lambda: time.sleep(3))))
+    assert len(list(load(p, steps=16, workers=1, worker_timeout=1.0))) == 16
+    assert "the machine is overloaded" in caplog.text
+
+
+def test_work_and_waiting_for_storage_are_told_apart():
+    import multiprocessing
+
+    for does, expected in ((busy, True), (stubborn, False)):
+        process = multiprocessing.get_context("fork").Process(target=does, daemon=True)
+        process.start()
+        time.sleep(0.2)
+        watch = loader._Watch([process])
+        assert watch.computing() is expected
+        assert (watch.used() > 0) is expected
+        process.kill()
+        process.join()
+
+
+def test_what_was_left_out_is_replaced_unread(tokenizer):
+    def does(row):
+        assert row != 3
+
+    p = pairs(tokenizer, Made(10))
+    before = [key for batch in load(p, steps=5) for key in batch.keys]
+    p = pairs(tokenizer, Made(10))
+    feed = Feed(p)
+    feed.leave_out(frozenset({"made:3"}))
+    p.sources[0].does = does
+    batches = list(feed.batches(0, 5, rank=0, world=1, batch_size=4))
+    after = [key for batch in batches for key in batch.keys]
+    assert "made:3" in before
+    assert "made:3" not in after
+    assert [b for a, b in zip(before, after, strict=True) if a != "made:3"] == [k for k in before if k != "made:3"]
+    assert {bad.key for batch in batches for bad in batch.bad} == {"made:3"}
+
+
+def full(self):
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)")
+
+
+def test_a_full_dev_shm_is_said_at_once_with_the_cure(tokenizer, monkeypatch):
+    p, began = pairs(tokenizer), time.monotonic()
+    ours = loader._handed_over
+
+    def hand_over(batch):
+        monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+        return ours(batch)
+
+    monkeypatch.setattr(loader, "_handed_over", hand_over)
+    with pytest.raises(DataError, match=r"hand over a batch .*No space left.*/dev/shm.*--shm-size.*data\.workers"):
+        list(load(p, steps=4, workers=1))
+    assert time.monotonic() - began < 10
+
+
+def test_a_dev_shm_too_small_for_what_may_be_on_its_way_is_said_at_the_start(tokenizer, monkeypatch):
+    p = pairs(tokenizer)
+    size = loader._bytes(next(iter(load(p))))  # 5 batches: two for each of two workers, and the one in use
+    monkeypatch.setattr(loader, "_free_shared_memory", lambda: 5 * size - 1)
+    with pytest.raises(DataError, match=rf"/dev/shm is too small: 5 batches of {size:,} bytes"):
+        list(load(p, steps=9, workers=2))
+    monkeypatch.setattr(loader, "_free_shared_memory", lambda: 5 * size + 5000)  # texts differ in length
+    assert len(list(load(p, steps=9, workers=2))) == 9
+    monkeypatch.setattr(loader, "_free_shared_memory", lambda: 0)
+    assert len(list(load(p, steps=3, workers=0))) == 3
+
+
+def test_a_read_only_dev_shm_is_one_line(tokenizer, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(DataError, match=r"cannot keep .*/dev/shm"):
+        load(pairs(tokenizer), workers=1)
+    assert len(list(load(pairs(tokenizer), steps=2, workers=0))) == 2
+
+
 def test_a_worker_that_dies_between_steps_does_not_break_the_step(tokenizer):
     p = pairs(tokenizer, Made(64, does=only_in_a_worker(lambda: os._exit(3))))
     iterator = iter(load(p, steps=40, workers=2))
@@ -386,6 +478,17 @@ def test_leaving_early_leaves_no_worker_behind(tokenizer):
 
 
 # The ledger -----------------------------------------------------------------------------------------------------------
+
+
+def test_all_processes_leave_out_what_one_of_them_was_stuck_at(tmp_path):
+    ledger = Ledger(tmp_path / "bad_samples-1.jsonl")
+    ledger.add([Bad("torn", "cut off")], 3)
+    ledger.leave_out("slow", "took too long")
+    assert ledger.left_out == Ledger(tmp_path / "bad_samples-0.jsonl").left_out == {"slow"}
+    again = Ledger(tmp_path / "bad_samples-1.jsonl")
+    assert again.left_out == {"slow"}
+    assert len(again) == 2
+    assert len(Ledger(tmp_path / "bad_samples-0.jsonl")) == 0
 
 
 def written(path):

@@ -17,6 +17,8 @@ from torch import nn
 
 from blip.config import TrainConfig
 from blip.data.batch import Bad
+from blip.data.errors import DataError, StuckSample
+from blip.data.ledger import Ledger
 from blip.resume import Checkpoints
 from blip.train import (
     NonFinite,
@@ -245,6 +247,28 @@ def test_bad_samples_reach_the_ledger_with_the_count_of_all_seen(tmp_path):
 
     fit(Stub(), Spoiled(), quick(steps=3), out=tmp_path, ledger=Ledger())
     assert Ledger.calls == [([], 4), (["x"], 8), ([], 12)]
+
+
+def test_a_sample_that_decoding_got_stuck_at_is_left_out_by_the_next_start(tmp_path, capsys):
+    class Stuck(Numbers):
+        keys = frozenset()
+
+        def batch(self, indices):
+            if 9 in indices and "nine" not in self.keys:
+                raise StuckSample("worker 0 is stuck at nine", "nine", "60 s")
+            return super().batch(indices)
+
+        def leave_out(self, keys):
+            self.keys = keys
+
+    def ledger():
+        return Ledger(tmp_path / "bad_samples-0.jsonl")
+
+    with pytest.raises(DataError, match=r"stuck at nine\. It is left out from now on: the same command"):
+        fit(Stub(), Stuck(), quick(steps=3), out=tmp_path, ledger=ledger())
+    assert ledger().left_out == {"nine"}
+    assert fit(Stub(), Stuck(), quick(steps=3), out=tmp_path, ledger=ledger()).steps == 3
+    assert "not reproducible" in "".join(capsys.readouterr())
 
 
 # Precision, seeds, memory

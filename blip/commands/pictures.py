@@ -17,7 +17,7 @@ from PIL import Image
 
 from blip.config import DataConfig
 from blip.data.errors import DataError
-from blip.data.images import UnreadableImage, decode, read
+from blip.data.images import UnreadableImage, model_input, read
 from blip.data.paths import alternatives, matching
 from blip.data.tars import IMAGES
 
@@ -136,6 +136,7 @@ def read_ahead(paths: Sequence[str], transform: Callable[[Image.Image], Tensor],
 def _read_one(path: str, transform: Callable[[Image.Image], Tensor]) -> Picture:
     try:
         data = read(Path(path))
-        return Picture(path, hashlib.sha256(data).hexdigest(), transform(decode(data, DataConfig.max_pixels)), "")
+        pixels = model_input(data, DataConfig.max_pixels, transform)
+        return Picture(path, hashlib.sha256(data).hexdigest(), pixels, "")
     except UnreadableImage as error:
         return Picture(path, "", None, error.reason)

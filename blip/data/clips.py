@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from PIL import Image
 
-from blip.data.errors import BadSample, DataError
+from blip.data.errors import BadSample, DataError, UnreadableImage
+from blip.data.image_header import check_size
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -47,6 +48,10 @@ def read_frames(path: Path, count: int, max_pixels: int) -> list[Image.Image]:
             return _sampled(container, file, count, max_pixels)
     except UnreadableClip:
         raise
+    except UnreadableImage as error:
+        raise UnreadableClip(error.reason) from None
+    except MemoryError:
+        raise UnreadableClip("too little memory to decode it") from None
     except (FileNotFoundError, NotADirectoryError):
         raise UnreadableClip("no such file") from None
     except av.error.FFmpegError as error:
@@ -84,9 +89,7 @@ def _sampled(container: InputContainer, file: BinaryIO, count: int, max_pixels: 
         raise UnreadableClip("has no pictures: it is sound, or damaged")
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
-    width, height = stream.codec_context.width, stream.codec_context.height
-    if width * height > max_pixels:
-        raise UnreadableClip(f"{width:,} x {height:,} pixels by its header, more than the limit of {max_pixels:,}")
+    check_size(stream.codec_context.width, stream.codec_context.height, max_pixels)
     times, keys = _packets(container)
     if not times:
         raise UnreadableClip("has no frames")
@@ -95,8 +98,7 @@ def _sampled(container: InputContainer, file: BinaryIO, count: int, max_pixels: 
     numbers = wanted(len(times), count)
     found: dict[int, Image.Image] = {}
     for number, frame in _decoded(container, sorted(set(numbers)), times, keys):
-        if frame.width * frame.height > max_pixels:
-            raise UnreadableClip(f"a frame of {frame.width:,} x {frame.height:,} pixels, more than the limit")
+        check_size(frame.width, frame.height, max_pixels)  # which may not be that of the header
         found[number] = _upright(frame)
     lacking = [number for number in numbers if number not in found]
     if lacking:

@@ -24,7 +24,7 @@ from torch import Tensor
 from blip.config import DataConfig, Dialogues
 from blip.data.batch import Bad, Movable
 from blip.data.errors import BadSample, DataError, shown
-from blip.data.images import decode
+from blip.data.images import model_input
 from blip.data.keyed import mix
 from blip.data.pairs import Pairs
 from blip.data.paths import check_name, check_spec
@@ -258,10 +258,17 @@ class _Finder:
         return self.root / self._names[k].replace("NUMBER", f"{number:012d}")
 
 
-def read_picture(dialogue: Dialogue, root: Path, max_pixels: int, at_least: int | None = None) -> Image.Image:
-    """The picture, RGB; `at_least` as in `images.decode`. Raises BadSample that names the file."""
+def read_picture(
+    dialogue: Dialogue,
+    root: Path,
+    max_pixels: int,
+    transform: Callable[[Image.Image], Tensor],
+    at_least: int | None = None,
+) -> Tensor:
+    """What `transform` makes of the picture, RGB; `at_least` as in `images.decode`. Raises BadSample with the file."""
     try:
-        return decode(record(dialogue.where, str(dialogue.image), "", root).image, max_pixels, at_least)
+        inside = record(dialogue.where, str(dialogue.image), "", root).image
+        return model_input(inside, max_pixels, transform, at_least)
     except BadSample as error:
         raise BadSample(f"{dialogue.image.name}: {error.reason}") from None
 
@@ -396,9 +403,13 @@ class DialoguePairs(Pairs):
             others = [option for option in false if option not in near] or false
             others = _drawn(others, self.wrong - len(near), mix(_WRONG, n, *key))
             texts += rows.round(number, [true, *near, *others])
-        image = read_picture(dialogue, source.root, self.config.max_pixels, self.transform.at_least)
         sided = any(map(is_sided, _said(source, dialogue)))
-        return Sample(self.transform(image, _AUGMENT, *key, sided=sided), rows.caption(), texts, dialogue.where)
+
+        def augment(image: Image.Image) -> Tensor:
+            return self.transform(image, _AUGMENT, *key, sided=sided)
+
+        image = read_picture(dialogue, source.root, self.config.max_pixels, augment, self.transform.at_least)
+        return Sample(image, rows.caption(), texts, dialogue.where)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         caption_ids, caption_keep = self.tokenizer.pad([s.caption for s in samples])

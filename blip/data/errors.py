@@ -23,8 +23,23 @@ class BadSample(Exception):
         self.reason = reason
 
 
+class UnreadableImage(BadSample):
+    """An image that cannot be decoded, or that may not be."""
+
+
 class DataError(Stopped):
     """The data, or the processes that read it, cannot be used as they are."""
+
+
+class StuckSample(DataError):
+    """Decoding one sample took more than any should."""
+
+    def __init__(self, message: str, key: str, reason: str):
+        super().__init__(message)
+        self.key, self.reason = key, reason
+
+    def __reduce__(self) -> tuple:
+        return type(self), (*self.args, self.key, self.reason)
 
 
 class TooManyBad(DataError):

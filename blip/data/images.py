@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import stat
-import struct
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from blip.data.errors import BadSample
+from blip.data.errors import BadSample, UnreadableImage
+from blip.data.image_header import check_size, screened, webp_size
+from blip.errors import Stopped
+
+T = TypeVar("T")
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """What is decoded. Pillow's other decoders are rarely needed for pictures of the web and are where its holes are."""
 MAX_BYTES = 256 << 20
 """Encoded pictures larger than this are refused unread."""
+MAX_MEMORY = 1 << 30
+"""Bytes that decoding one image may take, its file not counted."""
+_WEBP = 18
+"""Bytes of a pixel that libwebp's canvases and Pillow's copies of one take at once."""
+_BAND = 4_000_000
+"""Pixels that are converted at once."""
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What sets an image upright, by its EXIF orientation."""
 
 _OTHER = {
     b"version https://git-lfs": "is a git-LFS pointer, not the picture: run `git lfs pull`",
@@ -30,29 +52,52 @@ _OTHER = {
 }
 
 
-class UnreadableImage(BadSample):
-    """A picture that cannot be decoded, or that may not be."""
-
-
 def decode(image: bytes | Path | Image.Image, max_pixels: int, at_least: int | None = None) -> Image.Image:
     """Decode to RGB: upright by its EXIF tag, transparency over white, first frame of an animation.
 
-    `max_pixels` is held against the header before any pixel is decoded. `at_least` allows a JPEG to be decoded at a
-    fraction of its size as long as both sides keep that many pixels, which is several times faster for photographs.
-    Raises UnreadableImage, whatever the decoder raised; a truncated file is refused.
+    `max_pixels`, the limits on sides and aspect ratio, and 1 GiB of memory are held against the header before any pixel
+    is decoded, and so is the work that its bytes ask for. `at_least` allows a JPEG to be decoded at a fraction of its
+    size as long as both sides keep that many pixels, which is several times faster for photographs. Raises
+    UnreadableImage, whatever the decoder raised; a truncated file is refused.
     """
-    data = read(image) if isinstance(image, Path) else image
-    foreign = None if isinstance(data, Image.Image) else _foreign(data)
-    if foreign:
-        raise UnreadableImage(foreign)
+    with own_fault():
+        if isinstance(image, Image.Image):
+            check_size(*image.size, max_pixels)
+            return _turned(_rgb(image), _turn(image))
+        data = read(image) if isinstance(image, Path) else image
+        if foreign := _foreign(data):
+            raise UnreadableImage(foreign)
+        try:
+            return _decode(data, max_pixels, at_least)
+        except Image.DecompressionBombError:
+            raise UnreadableImage(f"more pixels than the limit of {max_pixels:,}") from None
+
+
+def model_input(
+    image: bytes | Path | Image.Image,
+    max_pixels: int,
+    transform: Callable[[Image.Image], T],
+    at_least: int | None = None,
+) -> T:
+    """Decode, and what `transform` makes of the RGB image; whatever either raises is an UnreadableImage.
+
+    One image must not stop what is done to the others, and its size can be too much for a transform as well.
+    """
+    with own_fault():
+        return transform(decode(image, max_pixels, at_least))
+
+
+@contextlib.contextmanager
+def own_fault() -> Iterator[None]:
+    """Whatever is raised where one image is worked on becomes UnreadableImage: it stops nothing but this image."""
     try:
-        return _rgb(_upright(data)) if isinstance(data, Image.Image) else _decode(data, max_pixels, at_least)
-    except UnreadableImage:
+        yield
+    except (BadSample, Stopped):
         raise
     except UnidentifiedImageError:
         raise UnreadableImage(f"not one of {', '.join(FORMATS)}, or damaged in its first bytes") from None
-    except Image.DecompressionBombError:
-        raise UnreadableImage(f"more pixels than the limit of {max_pixels:,}") from None
+    except MemoryError:
+        raise UnreadableImage("too little memory to decode it") from None
     except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, struct.error, IndexError, ...
         raise UnreadableImage(f"{type(error).__name__}: {str(error)[:200]}") from None
 
@@ -92,51 +137,75 @@ def _foreign(data: bytes) -> str | None:
     return None
 
 
-def _webp_pixels(data: bytes) -> int:
-    """Pixels by a WebP header; Pillow would let the decoder allocate the canvas before it looks."""
-    kind, body = data[12:16], data[20:30]
-    if kind == b"VP8X" and len(body) == 10:
-        return (1 + int.from_bytes(body[4:7], "little")) * (1 + int.from_bytes(body[7:10], "little"))
-    if kind == b"VP8L" and len(body) >= 5:
-        bits = int.from_bytes(body[1:5], "little")
-        return (1 + (bits & 0x3FFF)) * (1 + (bits >> 14 & 0x3FFF))
-    if kind == b"VP8 " and len(body) == 10:
-        width, height = struct.unpack("<HH", body[6:10])
-        return (width & 0x3FFF) * (height & 0x3FFF)
-    return 0
-
-
-def _limit(pixels: int, max_pixels: int, what: str) -> None:
-    if pixels > max_pixels:
-        raise UnreadableImage(f"{what} pixels by its header, more than the limit of {max_pixels:,}")
-
-
 def _decode(data: bytes, max_pixels: int, at_least: int | None) -> Image.Image:
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # a library that sets it would fill half a picture with grey in silence
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        pixels = _webp_pixels(data)
-        _limit(pixels, max_pixels, f"{pixels:,}")
+    if size := webp_size(data):  # Pillow lets the decoder allocate the canvas before anybody can look
+        check_size(*size, max_pixels)
+        _check_memory(size[0] * size[1] * _WEBP)
+    rgb, turn = _as_stored(screened(data), max_pixels, at_least)
+    return _turned(rgb, turn)  # what was decoded is freed by now
+
+
+def _as_stored(data: bytes, max_pixels: int, at_least: int | None) -> tuple[Image.Image, Image.Transpose | None]:
+    """RGB, and what sets it upright."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the limit below is the one that counts
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            _limit(width * height, max_pixels, f"{width:,} x {height:,}")
+            check_size(*image.size, max_pixels)
+            buffered = _jpeg_buffer(image)
             if at_least and image.format == "JPEG":
                 image.draft(None, (at_least, at_least))
+            pixels, stored = image.width * image.height, _stored(image.mode)
+            _check_memory(max(buffered + pixels * stored, pixels * (stored + 4)))
             image.load()
-            return _rgb(_upright(image))
+            return _rgb(image), _turn(image)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:  # asked first, as exif_transpose copies what is upright
-        return ImageOps.exif_transpose(image) if image.getexif().get(ExifTags.Base.Orientation, 1) != 1 else image
+def _check_memory(size: float) -> None:
+    if size > MAX_MEMORY:
+        raise UnreadableImage(f"needs {size / 2**30:.1f} GiB to decode by its header, more than the limit of 1 GiB")
+
+
+def _stored(mode: str) -> int:
+    """Bytes of a pixel as Pillow holds it."""
+    return 1 if mode in ("1", "L", "P") else 2 if mode.startswith("I;16") else 4
+
+
+def _jpeg_buffer(image: Image.Image) -> float:
+    """Bytes of coefficients that libjpeg holds of a progressive image, whatever the fraction that is decoded."""
+    if not image.info.get("progressive"):
+        return 0
+    layers = [(h, v) for _, h, v, _ in image.layer]
+    whole = max(h for h, _ in layers) * max(v for _, v in layers)
+    return 2 * image.width * image.height * sum(h * v for h, v in layers) / max(1, whole)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # a damaged EXIF block says nothing about the pixels
-        return image
+        return None
+
+
+def _turned(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+    return image if turn is None else image.transpose(turn)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    """In bands if it is large, so that the copies that are made on the way are small."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy()
+    rows = max(1, _BAND // image.width)
+    if rows >= image.height:
+        return _band_to_rgb(image)
+    made = Image.new("RGB", image.size)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        made.paste(_band_to_rgb(band), (0, top))
+    return made
+
+
+def _band_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         return _from_deep(image).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:

@@ -1,9 +1,12 @@
-"""The list of unreadable samples of a run: each once, with its reason, and a limit on how many there may be."""
+"""The list of unreadable samples of a run: each once, with its reason, and a limit on how many there may be.
+
+A sample at which decoding got stuck is in it, too, and is left out when the run goes on.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from blip import atomic
@@ -17,7 +20,7 @@ _MINIMUM = 200
 class Ledger:
     """Appends to a JSON-lines file of {key, reason}; a run that continues reads what it has already written.
 
-    Each process of a run keeps its own file.
+    Each process of a run keeps its own file, `bad_samples-RANK.jsonl`, and reads in all of them what is left out.
     """
 
     def __init__(self, path: str | Path, max_bad_fraction: float = 0.05):
@@ -25,18 +28,17 @@ class Ledger:
         self._reasons: dict[str, str] = {}
         self._bad_draws = 0
         self._torn = False  # whether the last line was cut off
+        self.left_out: frozenset[str] = frozenset()
+        """Keys of samples that are not to be decoded."""
         if self.path.exists():
-            self._read()
-
-    def _read(self) -> None:
-        text = self.path.read_text(encoding="utf-8", errors="replace")
-        self._torn = bool(text) and not text.endswith("\n")
-        for line in text.split("\n"):
-            try:
-                entry = json.loads(line)
-            except ValueError:  # empty, or the last line of a run that was killed while it wrote
+            text = self.path.read_text(encoding="utf-8", errors="replace")
+            self._torn = bool(text) and not text.endswith("\n")
+            self._reasons = {entry["key"]: entry["reason"] for entry in _entries(text)}
+        for path in {self.path, *self.path.parent.glob("bad_samples-*.jsonl")}:
+            if not path.exists():
                 continue
-            self._reasons[entry["key"]] = entry["reason"]
+            entries = _entries(path.read_text(encoding="utf-8", errors="replace"))
+            self.left_out |= {entry["key"] for entry in entries if entry.get("left_out")}
 
     def __len__(self) -> int:
         """Different bad samples so far."""
@@ -61,8 +63,14 @@ class Ledger:
         if draws >= _MINIMUM and self._bad_draws > self.max_bad_fraction * draws:
             raise TooManyBad(self._message(draws))
 
-    def _append(self, new: dict[str, str]) -> None:
-        text = "\n" * self._torn + "".join(json.dumps({"key": k, "reason": r}) + "\n" for k, r in new.items())
+    def leave_out(self, key: str, reason: str) -> None:
+        """Note a sample that is left out whenever the run goes on."""
+        self._append({key: reason}, left_out=True)
+        self._reasons[key] = reason
+        self.left_out |= {key}
+
+    def _append(self, new: dict[str, str], **more: bool) -> None:
+        text = "\n" * self._torn + "".join(json.dumps({"key": k, "reason": r, **more}) + "\n" for k, r in new.items())
         with atomic.explain_write(self.path, len(text)):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
@@ -76,3 +84,12 @@ class Ledger:
             f"more than data.max_bad_fraction = {self.max_bad_fraction:.1%}; the first: {first}. "
             f"All {len(self)} are in {self.path}. Repair them, or raise data.max_bad_fraction"
         )
+
+
+def _entries(text: str) -> Iterator[dict]:
+    for line in text.split("\n"):
+        try:
+            entry = json.loads(line)
+        except ValueError:  # empty, or the last line of a run that was killed while it wrote
+            continue
+        yield entry

@@ -7,23 +7,43 @@ worker and which sample.
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
+import psutil
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from blip.config import DataConfig
 from blip.data.batch import Batch
-from blip.data.errors import DataError
-from blip.data.pairs import Pairs, Sample
+from blip.data.errors import DataError, StuckSample
+from blip.data.pairs import Pairs
+
+logger = logging.getLogger(__name__)
 
 _POLL = 2.0
 """Seconds between looks at whether the workers still live."""
+_LOOKS, _LOOKING = 10, 0.5
+"""Looks at the workers in how many seconds, when a batch is overdue."""
+_STUCK = 60.0
+"""Seconds of CPU time after which a sample is given up. What can be counted before decoding is bounded in
+blip.data.image_header; this is for the rest."""
+_AHEAD = 2
+"""Batches that torch lets a worker prepare."""
+_SHM = "/dev/shm"
+_SHM_CURE = (
+    f"They hand over batches through {_SHM}: give the container more of it (docker run --shm-size=8g, or --ipc=host), "
+    "or set fewer data.workers; data.workers 0 needs none"
+)
 
 
 class Failure:
@@ -36,7 +56,7 @@ class Failure:
 def guarded(make: Callable[[], Batch], where: Callable[[], str]) -> Batch | Failure:
     """Make a batch; whatever is raised becomes a Failure that names the sample."""
     try:
-        return make()
+        return _handed_over(make())
     except KeyboardInterrupt:
         raise
     except DataError as error:
@@ -45,18 +65,70 @@ def guarded(make: Callable[[], Batch], where: Callable[[], str]) -> Batch | Fail
         return Failure(f"{where()}: {type(error).__name__}: {error}")
 
 
+def _handed_over(batch: Batch) -> Batch:
+    """A worker's batch in shared memory; where that has no room, torch's own thread would tell nobody but stderr."""
+    if get_worker_info() is not None:
+        with _shared_memory(f"hand over a batch of {_bytes(batch):,} bytes"):
+            for value in vars(batch).values():
+                if isinstance(value, Tensor):
+                    value.share_memory_()
+    return batch
+
+
+def _bytes(batch: Batch) -> int:
+    return sum(value.nbytes for value in vars(batch).values() if isinstance(value, Tensor))
+
+
+@contextlib.contextmanager
+def _shared_memory(purpose: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"data workers cannot {purpose}: {str(error).splitlines()[0]}. {_SHM_CURE}") from None
+
+
+def _free_shared_memory() -> int | None:
+    """Bytes that are left in /dev/shm; None where there is no such thing."""
+    try:
+        return shutil.disk_usage(_SHM).free
+    except OSError:
+        return None
+
+
+class Noted(NamedTuple):
+    """What a worker was last reading."""
+
+    step: int
+    """-1 where the sample says it all."""
+    key: str
+    """The sample's; empty before one."""
+    cpu: float
+    """Seconds of CPU time that the worker had used when it began."""
+
+
 class Progress:
     """What each worker is reading, in shared memory, so that it is known after the worker's death."""
 
-    def __init__(self, workers: int, fields: int = 2):
-        self._at = torch.full((max(1, workers), fields), -1, dtype=torch.int64).share_memory_()
+    def __init__(self, workers: int):
+        self._numbers = torch.full((max(1, workers), 2), -1, dtype=torch.int64)
+        self._keys = torch.zeros((max(1, workers), 256), dtype=torch.uint8)
+        if workers:
+            with _shared_memory("keep what they are reading in shared memory"):
+                self._numbers.share_memory_(), self._keys.share_memory_()
 
-    def note(self, *values: int) -> None:
+    def note(self, key: str, step: int | None = None) -> None:
         info = get_worker_info()
-        self._at[info.id if info else 0] = torch.tensor(values)
+        worker = info.id if info else 0
+        text = key.encode("utf-8", "replace")[:255] + b"\0"
+        self._numbers[worker, 0] = time.process_time_ns()  # first, or the sample would be charged for the one before
+        if step is not None:
+            self._numbers[worker, 1] = step
+        self._keys[worker, : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
-    def of(self, worker: int) -> list[int]:
-        return self._at[worker].tolist()
+    def of(self, worker: int) -> Noted:
+        nanoseconds, step = self._numbers[worker].tolist()
+        key = bytes(self._keys[worker].tolist()).split(b"\0", 1)[0].decode("utf-8", "ignore")
+        return Noted(step, key, nanoseconds / 1e9)
 
 
 class _Batches(Dataset):
@@ -67,19 +139,14 @@ class _Batches(Dataset):
 
     def __getitems__(self, draws: list[tuple[int, int]]) -> Batch | Failure:
         p = self.pairs
-        return guarded(lambda: p.collate([self._read(d) for d in draws]), self._where)
-
-    def _read(self, draw: tuple[int, int]) -> Sample:
-        self.progress.note(*draw)
-        return self.pairs[draw]
+        return guarded(lambda: p.collate([p.read(draw, self.progress.note) for draw in draws]), self._where)
 
     def _where(self) -> str:
         info = get_worker_info()
         return self.name(info.id if info else 0)
 
     def name(self, worker: int) -> str:
-        epoch, index = self.progress.of(worker)
-        return self.pairs.key(index) if epoch >= 0 else "its first sample"
+        return self.progress.of(worker).key or "its first sample"
 
 
 def _as_it_is(batch: Batch | Failure) -> Batch | Failure:
@@ -113,22 +180,34 @@ class Steps:
 class Loader:
     """Iterates over Batch, from the same first step each time. Raises DataError."""
 
-    def __init__(self, data: Dataset, name: Callable[[int], str], length: int, config: DataConfig, sampler=None):
+    def __init__(
+        self,
+        data: Dataset,
+        name: Callable[[int], str],
+        length: int,
+        config: DataConfig,
+        progress: Progress,
+        sampler: Steps | None = None,
+    ):
         self._data, self._name, self._length = data, name, length
-        self._config, self._sampler = config, sampler
+        self._config, self._progress, self._sampler = config, progress, sampler
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
-        iterator = self._start()
+        room = _free_shared_memory()
+        with _shared_memory("be started"):
+            iterator = self._start()
         workers = getattr(iterator, "_workers", [])
         finished = False
         try:
-            for _ in range(self._length):
+            for number in range(self._length):
                 batch = self._next(iterator, workers)
                 if isinstance(batch, Failure):
                     raise DataError(batch.message)
+                if number == 0 and workers and room is not None:
+                    self._check_room(batch, room)
                 yield batch
             finished = True
         finally:
@@ -143,6 +222,7 @@ class Loader:
             batch_sampler=self._sampler,
             **({} if self._sampler is not None else {"batch_size": None}),
             num_workers=workers,
+            prefetch_factor=_AHEAD if workers else None,
             collate_fn=_as_it_is,
             timeout=min(_POLL, c.worker_timeout) if workers else 0,
             worker_init_fn=_quiet,
@@ -153,8 +233,17 @@ class Loader:
         with _own_sigchld():
             return iter(loader)
 
+    def _check_room(self, batch: Batch, room: int) -> None:
+        """Say at the start what would happen whenever the model takes longer than the workers, at night."""
+        held = min(self._length, _AHEAD * self._config.workers + 1)
+        if held * _bytes(batch) > room:
+            raise DataError(
+                f"{_SHM} is too small: {held} batches of {_bytes(batch):,} bytes may be on their way at once, and "
+                f"{room:,} bytes were free. {_SHM_CURE}"
+            )
+
     def _next(self, iterator, workers: list) -> Batch | Failure:
-        began = time.monotonic()
+        began, watch = time.monotonic(), _Watch(workers)
         while True:
             try:
                 return next(iterator)
@@ -167,8 +256,33 @@ class Loader:
                     raise DataError(self._died(*dead)) from None
                 if not timed_out:
                     raise DataError(f"reading failed: {type(error).__name__}: {error}") from error
-                if time.monotonic() - began >= self._config.worker_timeout:
-                    raise DataError(self._hangs(workers)) from None
+                watch.look()
+                self._refuse_stuck(watch)
+                waited = time.monotonic() - began
+                if waited >= self._config.worker_timeout:
+                    if not watch.computing():
+                        raise DataError(self._hangs(workers)) from None
+                    logger.warning(
+                        "no batch for %.0f s, in which the data workers got %.1f s of CPU time: the machine is "
+                        "overloaded, and they wait for their turn behind everything else; waiting on",
+                        waited,
+                        watch.used(),
+                    )
+                    began, watch = time.monotonic(), _Watch(workers)
+
+    def _refuse_stuck(self, watch: _Watch) -> None:
+        """A sample that has had enough CPU time, however long that took on this machine."""
+        for number, spent in watch.cpu().items():
+            noted = self._progress.of(number)
+            if noted.cpu < 0 or spent - noted.cpu < _STUCK or noted != self._progress.of(number):
+                continue
+            if not noted.key:
+                raise DataError(
+                    f"data worker {number} has spent {spent - noted.cpu:.0f} s of CPU time at {self._name(number)} "
+                    "without coming to a sample"
+                )
+            reason = f"decoding took more than {_STUCK:.0f} s of CPU time"
+            raise StuckSample(f"data worker {number} is stuck at {noted.key}: {reason}", noted.key, reason)
 
     def _died(self, worker: int, code: int) -> str:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
@@ -183,6 +297,44 @@ class Loader:
             f"no batch for {self._config.worker_timeout:g} s ({at}); if the storage is slow, "
             "raise data.worker_timeout or data.workers"
         )
+
+
+class _Watch:
+    """What workers do while a batch is waited for: a decoder at work, a busy machine and slow storage differ in it."""
+
+    def __init__(self, workers: list):
+        self._processes: dict[int, psutil.Process] = {}
+        for number, worker in enumerate(workers):
+            with contextlib.suppress(psutil.Error):
+                self._processes[number] = psutil.Process(worker.pid)
+        self._began, self._looks, self._runnable = self.cpu(), 0, Counter[int]()
+
+    def cpu(self) -> dict[int, float]:
+        """Seconds of CPU time that each worker has used in all."""
+        found = {}
+        for number, process in self._processes.items():
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                found[number] = times.user + times.system
+        return found
+
+    def used(self) -> float:
+        """Seconds of CPU time of all workers since this object was made."""
+        return sum(spent - self._began.get(number, spent) for number, spent in self.cpu().items())
+
+    def look(self) -> None:
+        """Note which workers compute, or would if it were their turn."""
+        self._looks += 1
+        for number, process in self._processes.items():
+            with contextlib.suppress(psutil.Error):
+                self._runnable[number] += process.status() == psutil.STATUS_RUNNING
+
+    def computing(self) -> bool:
+        """Whether a worker did at most of the looks, rather than wait for storage or for its peers."""
+        for _ in range(_LOOKS):
+            self.look()
+            time.sleep(_LOOKING / _LOOKS)
+        return 2 * max(self._runnable.values(), default=0) > self._looks
 
 
 def _quiet(worker: int) -> None:
@@ -244,7 +396,7 @@ def make_loader(
     progress = Progress(config.workers)
     data = _Batches(pairs, progress)
     sampler = Steps(pairs, batch_size=batch_size, rank=rank, world=world, start=start, steps=steps)
-    return Loader(data, data.name, len(sampler), config, sampler)
+    return Loader(data, data.name, len(sampler), config, progress, sampler)
 
 
 class Feed:
@@ -255,6 +407,10 @@ class Feed:
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    def leave_out(self, keys: frozenset[str]) -> None:
+        """Replace some samples unread."""
+        self.pairs.left_out = keys
 
     def batches(self, start: int, count: int, rank: int, world: int, batch_size: int) -> Loader:
         """Batches `start` to `start + count` - 1 of one process."""

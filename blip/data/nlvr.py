@@ -21,7 +21,7 @@ from torch import Tensor
 from blip.config import DataConfig, PictureSentences
 from blip.data.batch import Bad, Movable
 from blip.data.errors import BadSample, DataError, shown
-from blip.data.images import decode
+from blip.data.images import decode, own_fault
 from blip.data.json_rows import read_rows
 from blip.data.keyed import mix
 from blip.data.pairs import Pairs
@@ -241,7 +241,8 @@ def read_pictures(example: Example, max_pixels: int, at_least: int | None = None
     for path in example.images:
         try:
             inside = record(example.id, str(path), example.sentence, example.root).image
-            found += cut(decode(inside, max_pixels, at_least if example.boxes == 1 else None), example.boxes)
+            with own_fault():
+                found += cut(decode(inside, max_pixels, at_least if example.boxes == 1 else None), example.boxes)
         except BadSample as error:
             raise BadSample(f"{path.name}: {error.reason}") from None
     return found
@@ -313,7 +314,8 @@ class PictureSentencePairs(Pairs):
         if not sided and not _PLACES.search(sentence):
             pictures = _shuffled(pictures, mix(_ORDER, *key))
         # Each picture is augmented by itself, and none is mirrored where the sentence says left or right.
-        views = [self.transform(picture, _AUGMENT + 10 * k, *key, sided=sided) for k, picture in enumerate(pictures)]
+        with own_fault():
+            views = [self.transform(p, _AUGMENT + 10 * k, *key, sided=sided) for k, p in enumerate(pictures)]
         pieces = self.tokenizer.pieces(sentence, self.config.max_tokens)
         return Sample(torch.stack(views), pieces, int(bool(record.label)), record.key)
 

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from blip.config import DataConfig
 from blip.data.batch import Bad, Batch
 from blip.data.errors import BadSample, DataError
-from blip.data.images import decode
+from blip.data.images import model_input
 from blip.data.keyed import mix, permutation
 from blip.data.sources import Record, Source, digest
 from blip.data.text import clean_caption, is_sided
@@ -27,6 +27,7 @@ from blip.tokenizer import Tokenizer
 
 ATTEMPTS = 16
 """Samples tried in place of an unreadable one before the run stops."""
+LEFT_OUT = "left out: decoding it took too long before"
 _PROBES = 200
 """Captions that are tried on the tokenizer at the start."""
 _ORDER, _SHUFFLE, _CAPTION, _REPLACE, _AUGMENT = range(5)
@@ -54,8 +55,10 @@ def make_sample(
     """Choose a caption, decode, augment and tokenize, all keyed. Raises BadSample."""
     raw = record.captions[mix(_CAPTION, *key) % len(record.captions)]
     caption = clean_caption(raw, config.max_words)
-    image = decode(record.image, config.max_pixels, transform.at_least)
-    pixels = transform(image, _AUGMENT, *key, sided=is_sided(caption))
+    sided = is_sided(caption)
+    pixels = model_input(
+        record.image, config.max_pixels, lambda image: transform(image, _AUGMENT, *key, sided=sided), transform.at_least
+    )
     pieces = tokenizer.pieces(f"{config.prompt} {caption}", config.max_tokens)
     return Sample(pixels, pieces, record.key, image_id=picture_id(record))
 
@@ -92,6 +95,8 @@ class Pairs(Dataset):
             raise DataError("no data: every source must have at least one row")
         self.sources, self.transform, self.tokenizer = list(sources), transform, tokenizer
         self.config, self.seed = config, seed
+        self.left_out: frozenset[str] = frozenset()
+        """Keys of samples that are replaced unread."""
         self._starts = np.cumsum([0, *(len(s) for s in sources)])
         self._shown = [max(1, round(s.weight * len(s))) for s in sources]
         self._order = functools.lru_cache(maxsize=2)(self._make_order)
@@ -146,17 +151,24 @@ class Pairs(Dataset):
 
         Raises DataError when `ATTEMPTS` samples in a row are unreadable.
         """
+        return self.read(draw, lambda key: None)
+
+    def read(self, draw: tuple[int, int], note: Callable[[str], None]) -> Sample:
+        """As `self[draw]`; `note` is told the key of each sample before it is read."""
         epoch, index = (int(v) for v in draw)
         s, row = self._locate(index)
         source, bad = self.sources[s], []
         for attempt in range(ATTEMPTS):
-            key = (self.seed, epoch, index, attempt)
+            key, name = (self.seed, epoch, index, attempt), source.key(row)
             try:
+                if name in self.left_out:
+                    raise BadSample(LEFT_OUT)
+                note(name)
                 sample = self.make(source[row], key)
                 sample.bad = bad
                 return sample
             except BadSample as error:
-                bad.append(Bad(source.key(row), error.reason))
+                bad.append(Bad(name, error.reason))
             row = mix(_REPLACE, *key) % len(source)
         listed = "; ".join(f"{b.key}: {b.reason}" for b in bad[:3])
         raise DataError(f"{ATTEMPTS} samples in a row are unreadable, the first: {listed}")

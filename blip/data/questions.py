@@ -22,7 +22,7 @@ import torch
 from blip.config import DataConfig, PictureQuestions
 from blip.data.batch import QuestionBatch
 from blip.data.errors import BadSample, DataError, shown
-from blip.data.images import decode
+from blip.data.images import model_input
 from blip.data.json_rows import read_rows
 from blip.data.pairs import Pairs, Sample, make_batch, picture_id
 from blip.data.paths import check_name, check_spec
@@ -371,9 +371,13 @@ class QuestionPairs(Pairs):
         question = clean_question(record.question, self.config.max_words)
         if not question:
             raise BadSample(f"the question has no words: {record.question[:40]!r}")
-        image = decode(record.image, self.config.max_pixels, self.transform.at_least)
         sided = is_sided(question) or any(is_sided(answer) for answer in record.captions)
-        pixels = self.transform(image, _AUGMENT, *key, sided=sided)
+        pixels = model_input(
+            record.image,
+            self.config.max_pixels,
+            lambda image: self.transform(image, _AUGMENT, *key, sided=sided),
+            self.transform.at_least,
+        )
         pieces = self.tokenizer.pieces(question, self.config.max_tokens)
         answers = weighed(record.captions, record.weight, self.tokenizer)
         if not answers:

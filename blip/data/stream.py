@@ -22,7 +22,7 @@ from blip.data.errors import BadSample, DataError
 from blip.data.json_rows import read_rows
 from blip.data.keyed import mix, permutation
 from blip.data.loader import Failure, Loader, Progress, guarded
-from blip.data.pairs import ATTEMPTS, Sample, check_captions, check_prompt, make_batch, make_sample
+from blip.data.pairs import ATTEMPTS, LEFT_OUT, Sample, check_captions, check_prompt, make_batch, make_sample
 from blip.data.parquet import check_columns, parquet_file, rows_of
 from blip.data.sources import (
     Record,
@@ -160,6 +160,8 @@ class Stream:
             raise DataError("no data: give at least one source")
         self.shards = [Shards(s) for s in sources]
         self.transform, self.tokenizer, self.config, self.seed = transform, tokenizer, config, seed
+        self.left_out: frozenset[str] = frozenset()
+        """Keys of samples that are replaced undecoded."""
         self.prompt = check_prompt(tokenizer, config)
         check_captions(tokenizer, self._probe(), config.max_unknown)
 
@@ -247,7 +249,7 @@ class _Steps(IterableDataset):
         s, size = self.stream, self.batch_size
         samples = self._samples(s.records(consumer, consumers, self.start, self.world), consumer)
         for step in range(self.start + worker, self.steps, workers):
-            self.progress.note(step)
+            self.progress.note("", step)
             yield guarded(
                 lambda: make_batch(list(itertools.islice(samples, size)), s.tokenizer, s.prompt),
                 lambda step=step: f"step {step}",
@@ -259,8 +261,12 @@ class _Steps(IterableDataset):
             try:
                 if isinstance(r, Bad):
                     bad.append(r)
+                elif r.key in s.left_out:
+                    bad.append(Bad(r.key, LEFT_OUT))
                 else:
+                    self.progress.note(r.key)
                     sample = make_sample(r, s.transform, s.tokenizer, s.config, (s.seed, self.start, consumer, n))
+                    self.progress.note("")  # what follows is reading, and not this sample's
                     sample.bad, bad = bad, []
                     yield sample
             except BadSample as error:
@@ -270,7 +276,8 @@ class _Steps(IterableDataset):
                 raise DataError(f"{len(bad)} samples in a row are unreadable, the first: {listed}")
 
     def name(self, worker: int) -> str:
-        return f"step {self.progress.of(worker)[0]}"
+        noted = self.progress.of(worker)
+        return f"step {noted.step}" + f", {noted.key}" * bool(noted.key)
 
 
 def make_stream_loader(
@@ -281,9 +288,9 @@ def make_stream_loader(
         raise ValueError(f"rank {rank} is not one of {world} processes")
     if seed != stream.seed:
         raise ValueError(f"the loader's seed {seed} is not the stream's seed {stream.seed}")
-    progress = Progress(config.workers, fields=1)
+    progress = Progress(config.workers)
     data = _Steps(stream, progress, batch_size, rank, world, (start, steps))
-    return Loader(data, data.name, max(0, steps - start), config)
+    return Loader(data, data.name, max(0, steps - start), config, progress)
 
 
 class StreamFeed:
@@ -294,6 +301,10 @@ class StreamFeed:
 
     def __len__(self) -> int:
         return self.stream.samples_per_epoch
+
+    def leave_out(self, keys: frozenset[str]) -> None:
+        """Replace some samples unread."""
+        self.stream.left_out = keys
 
     def batches(self, start: int, count: int, rank: int, world: int, batch_size: int) -> Loader:
         """Batches `start` to `start + count` - 1 of one process."""
