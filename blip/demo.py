@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from PIL import Image
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from blip.generate import Text
     from blip.index import Index
     from blip.tasks.answering import Answer, Candidates
+
+T = TypeVar("T")
 
 MAX_BYTES, MAX_PIXELS = 5 << 20, 20_000_000
 """Of a picture that is given to the page."""
@@ -105,7 +107,8 @@ class Demo:
         prompt: str | None = None,
     ) -> list[Text]:
         """Captions of a picture, as `blip caption --method beam|nucleus --num N` writes them of the same file."""
-        picture, digest = read_picture(path)
+        one = self.captioner
+        pixels, digest = read_picture(path, EvalTransform(one.model.config.vision.image_size))
         if not 1 <= num <= MOST_CAPTIONS:
             raise ValueError(f"ask for 1 to {MOST_CAPTIONS} captions, not {num}")
         begin = self.prompt if prompt is None else _short(prompt)
@@ -113,10 +116,8 @@ class Demo:
         left = {"beams": None, "min_length": None, "max_length": None}
         asked = argparse.Namespace(preset="caption_2022", method=method, num=num, top_p=top_p, seed=seed, **left)
         config = caption_command.decoding(asked)
-        one = self.captioner
-        pixels = EvalTransform(one.model.config.vision.image_size)(picture)[None].to(one.device)
         with self._lock, one.computing():
-            return write(one.model, one.tokenizer, pixels, config, prompt=begin, keys=[digest])[0]
+            return write(one.model, one.tokenizer, pixels[None].to(one.device), config, prompt=begin, keys=[digest])[0]
 
     def _check_prompt(self, prompt: str) -> None:
         if self.captioner.tokenizer.unknown_rate([prompt]):
@@ -126,19 +127,18 @@ class Demo:
         """The likeliest answers to a question about a picture, as `blip vqa --top N` gives them."""
         if self.vqa is None:
             raise ValueError("there is no model for questions: start the page with --vqa DIR, as recipes.vqa writes it")
-        picture, _ = read_picture(path)
+        one = self.vqa
+        pixels, _ = read_picture(path, EvalTransform(one.model.config.vision.image_size))
         cleaned = clean_question(_short(question))
         if not cleaned:
             raise ValueError("type a question first")
-        one = self.vqa
-        pixels = EvalTransform(one.model.config.vision.image_size)(picture)[None].to(one.device)
         with self._lock, one.computing(), torch.no_grad():
-            context = ask(one.model, one.tokenizer, one.model.vision(pixels), [cleaned], [0])
+            context = ask(one.model, one.tokenizer, one.model.vision(pixels[None].to(one.device)), [cleaned], [0])
             return answers(one.model, one.tokenizer, context, AnswerConfig(), self.candidates, top)[0]
 
     def match(self, path: str | None, texts: str) -> list[tuple[str, float, float]]:
         """Texts, one a line -> each with its cosine (ITC) and the probability that it fits (ITM), as they came."""
-        picture, _ = read_picture(path)
+        picture, _ = read_picture(path, lambda image: image)
         lines = list(dict.fromkeys(line.strip() for line in _short(texts).splitlines() if line.strip()))
         if not lines:
             raise ValueError("type a text first, or several, one a line")
@@ -150,10 +150,9 @@ class Demo:
 
     def look(self, path: str | None, text: str) -> tuple[float, list[tuple[str, Image.Image]]]:
         """The probability that a text fits, and the picture under the map of the whole text and of each word."""
-        picture, _ = read_picture(path)
+        picture, _ = read_picture(path, _small)
         if not text.strip():
             raise ValueError("type a text first")
-        picture.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
         with self._lock, self.matcher.computing():
             found = explain(self.features, picture, _short(text))
         return found.probability, explain_command.pictures(picture, found)
@@ -196,10 +195,9 @@ class Demo:
         found = []
         for hit in hits:
             try:
-                picture = images.decode(hit.path, DataConfig.max_pixels, _SIDE)
+                picture = images.model_input(hit.path, DataConfig.max_pixels, _small, _SIDE)
             except UnreadableImage:  # it went away since it was indexed
                 continue
-            picture.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
             found.append(Found(str(hit.path.relative_to(index.folder)), picture, hit.itc, hit.itm))
         return found
 
@@ -233,17 +231,24 @@ def probability(answer: Answer | Text) -> float:
     return math.exp(answer.logprob)
 
 
-def read_picture(path: str | None) -> tuple[Image.Image, str]:
-    """A file that somebody gave the page -> the picture and the SHA-256 of its bytes; ValueError if it will not do."""
+def read_picture(path: str | None, transform: Callable[[Image.Image], T]) -> tuple[T, str]:
+    """A file that somebody gave the page -> what `transform` makes of the picture, and the SHA-256 of its bytes.
+
+    ValueError if it will not do.
+    """
     if not path:
         raise ValueError("choose a picture first")
     try:
         data = images.read(Path(path))
         if len(data) > MAX_BYTES:
             raise UnreadableImage(f"{len(data):,} bytes, more than the limit of {MAX_BYTES:,}")
-        return images.decode(data, MAX_PIXELS), hashlib.sha256(data).hexdigest()
+        return images.model_input(data, MAX_PIXELS, transform), hashlib.sha256(data).hexdigest()
     except UnreadableImage as error:
         raise ValueError(f"this picture cannot be used: {error.reason}") from None
+
+
+def _small(image: Image.Image) -> Image.Image:
+    return images.small(image, _SIDE)
 
 
 def _short(text: str) -> str:

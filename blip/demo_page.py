@@ -37,6 +37,8 @@ _WAITING = 64
 """Questions that may wait for the model; later ones are told so."""
 _KEPT = 3600
 """Seconds that an uploaded picture stays."""
+_MOST_BYTES = MAX_BYTES + (64 << 10)
+"""Of a request's body: a picture and what is around it in a form."""
 _LOCAL = ("127.0.0.1", "localhost", "[::1]")
 _POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
@@ -81,6 +83,10 @@ def upload() -> gr.Image:
     return made
 
 
+class _TooLargeError(Exception):
+    """A body has grown beyond what the page takes; no more of it is read."""
+
+
 class Guard:
     """ASGI middleware: refuses other hosts' names, large requests and whatever would fetch from elsewhere."""
 
@@ -93,8 +99,21 @@ class Guard:
             await self.app(scope, receive, send)
             return
         refusal = self._refusal(scope)
+        received, started = 0, False
+
+        async def counted() -> dict[str, Any]:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > _MOST_BYTES:  # of a body that came without its length, or with a wrong one
+                raise _TooLargeError
+            return message
 
         async def with_policy(message: dict[str, Any]) -> None:
+            nonlocal started
+            if received > _MOST_BYTES and not started:
+                return  # whatever the application made of the error
+            started = True
             if message["type"] == "http.response.start":
                 message["headers"] = [
                     *message.get("headers", []),
@@ -104,7 +123,14 @@ class Guard:
                 ]
             await send(message)
 
-        await (refusal or self.app)(scope, receive, with_policy)
+        try:
+            await (refusal or self.app)(scope, counted, with_policy)
+        except Exception:
+            if received <= _MOST_BYTES or started:
+                raise
+        if received > _MOST_BYTES and not started:
+            received = 0
+            await _too_large()(scope, receive, with_policy)
 
     def _refusal(self, scope: dict[str, Any]) -> PlainTextResponse | None:
         headers = dict(scope["headers"])
@@ -114,9 +140,11 @@ class Guard:
         if "proxy=" in path or ("file" in path and ":/" in path) or "/vibe-" in path:
             return PlainTextResponse("Not allowed.", 403)
         size = headers.get(b"content-length", b"0")
-        if not size.isdigit() or int(size) > MAX_BYTES + (64 << 10):
-            return PlainTextResponse(f"More than {MAX_BYTES >> 20} MB.", 413)
-        return None
+        return _too_large() if not size.isdigit() or int(size) > _MOST_BYTES else None
+
+
+def _too_large() -> PlainTextResponse:
+    return PlainTextResponse(f"More than {MAX_BYTES >> 20} MB.", 413, {"connection": "close"})
 
 
 def _name(host: str) -> str:

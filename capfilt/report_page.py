@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image
 
-from blip.data.images import decode
+from blip.data.images import model_input, small
 from blip.page import STYLE
 from capfilt import __version__
 from capfilt.policies import SelectConfig
@@ -298,10 +297,11 @@ class Cards:
         try:
             reader = open_reader(source, self.run.reading, self.run.storage)
             found = next(reader.read(note["source_row"], note["source_row"] + 1))
-            image = decode(found.image or b"", self.run.config.max_pixels, _SIDE)
+            image = model_input(
+                found.image or b"", self.run.config.max_pixels, lambda image: small(image, _SIDE), _SIDE
+            )
         except Exception:  # whatever a file that was changed meanwhile makes its library raise
             return '<p class="no">the picture is not there any more</p>'
-        image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=60)
         inside = base64.b64encode(buffer.getvalue()).decode()

@@ -1,5 +1,6 @@
 """The page of `blip demo` in a real browser, and what must not be had from it; skipped without Gradio."""
 
+import contextlib
 import json
 import os
 import re
@@ -173,6 +174,36 @@ def test_a_large_upload_is_refused(address):
 
     headers = {"content-type": "multipart/form-data; boundary=x"}
     assert httpx.post(f"{address}/gradio_api/upload", content=dribble(), headers=headers).status_code == 413
+
+
+@pytest.mark.parametrize("route", ["upload", "queue/join", "component_server", "run/caption", "call/caption"])
+def test_a_body_without_a_length_is_counted_as_it_comes(address, route):
+    form = "multipart/form-data; boundary=XX" if route == "upload" else "application/json"
+    sent = 0
+
+    def dribble():
+        nonlocal sent
+        yield (
+            b'--XX\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+            if route == "upload"
+            else b'{"fn_index":0,"session_hash":"x","data":["'
+        )
+        for _ in range(400):
+            sent += 1 << 20
+            yield b"a" * (1 << 20)
+
+    with socket.create_connection(("127.0.0.1", httpx.URL(address).port), timeout=30) as connection:
+        head = f"POST /gradio_api/{route} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {form}\r\n"
+        connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+        with contextlib.suppress(ConnectionError):
+            for part in dribble():
+                connection.sendall(b"%x\r\n%b\r\n" % (len(part), part))
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            answer = connection.recv(100)
+    assert answer.startswith(b"HTTP/1.1 413")
+    assert sent < 100 << 20  # the other end stopped reading
+    assert httpx.get(address).status_code == 200
 
 
 def test_what_is_uploaded_lies_in_a_folder_of_its_own(address):

@@ -19,6 +19,9 @@ EXAMPLE = """examples:
 A page with the picture once for each word and once for the whole text, red where the cross-attention finds what speaks
 for a match. A line tells the probability of a match. Exit status: 0, or 2 for wrong use."""
 
+_SIDE = 2048
+"""Longer side of the pictures that are shown, pixels: there is one for each word."""
+
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Add `explain` to the sub-commands."""
@@ -45,7 +48,7 @@ def run(chosen: argparse.Namespace) -> int:
 
     from blip.config import DataConfig
     from blip.data.errors import DataError
-    from blip.data.images import UnreadableImage, decode
+    from blip.data.images import UnreadableImage, decode, small
 
     try:
         picture = decode(Path(chosen.image), DataConfig.max_pixels)
@@ -62,7 +65,7 @@ def run(chosen: argparse.Namespace) -> int:
     loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
     with loaded.computing():
         found = explain(Features(loaded.model, loaded.tokenizer), picture, chosen.text, chosen.layer)
-    panels = pictures(picture, found)
+    panels = pictures(small(picture, _SIDE), found)
     if chosen.out.endswith((".html", ".htm")):
         total = max(float(found.maps.sum()), 1e-12)
         shares = [100.0, *(100 * float(heat.sum()) / total for heat in found.maps)]

@@ -157,11 +157,11 @@ def sheet(answered: list[tuple[str, list[Hit]]], folder: str, pictures: int) -> 
     """A page with the pictures that were found, which needs nothing else."""
     from blip import page
     from blip.config import DataConfig
-    from blip.data.images import UnreadableImage, decode
+    from blip.data.images import UnreadableImage, model_input, small
 
     def card(rank: int, hit: Hit) -> page.Captioned:
         try:
-            picture = decode(hit.path, DataConfig.max_pixels)
+            picture = model_input(hit.path, DataConfig.max_pixels, lambda image: small(image, 2048))
         except UnreadableImage:  # it went away since it was found
             picture = None
         said = f"{rank}. cosine {hit.itc:.3f}" + ("" if hit.itm is None else f", match {100 * hit.itm:.1f}%")

@@ -87,6 +87,12 @@ def model_input(
         return transform(decode(image, max_pixels, at_least))
 
 
+def small(image: Image.Image, side: int) -> Image.Image:
+    """The image itself where no side is longer than `side` pixels, or made smaller to be so: for looking at."""
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return image
+
+
 @contextlib.contextmanager
 def own_fault() -> Iterator[None]:
     """Whatever is raised where one image is worked on becomes UnreadableImage: it stops nothing but this image."""
