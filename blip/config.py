@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 
 def _require(condition: bool, message: str) -> None:
@@ -523,6 +523,10 @@ class TrainConfig:
         _require(self.clip is None or self.clip > 0, f"clip must be positive or null, got {self.clip}")
 
 
+LengthRule = Literal["generated", "2022"]
+"""What counts as the length of a text when beams are compared; one answer for all that searches."""
+
+
 @dataclass(frozen=True)
 class DecodeConfig:
     """How a text is written. Lengths count tokens: [DEC], the prompt and [SEP] included."""
@@ -538,7 +542,10 @@ class DecodeConfig:
     min_length: int = 5
     """Shortest text to which [SEP] may be added."""
     length_penalty: float = 1.0
-    """Texts are compared by the sum of their words' log-probabilities over their number to this power."""
+    """Texts are compared by the sum of their words' log-probabilities over their length to this power."""
+    length_rule: LengthRule = "generated"
+    """What counts as length: `generated` words with [SEP], as in today's transformers; `2022` also the prompt, and not
+    [SEP], as in that of the original."""
     repetition_penalty: float = 1.0
     """Above 1 makes words that stand there already less likely."""
     top_p: float = 0.9
@@ -559,6 +566,9 @@ class DecodeConfig:
         _require(self.min_length >= 0, f"min_length must be 0 or more, got {self.min_length}")
         ordered = self.min_length <= self.max_length
         _require(ordered, f"min_length {self.min_length} is more than max_length {self.max_length}")
+        rules = get_args(LengthRule)
+        known = self.length_rule in rules
+        _require(known, f"length_rule must be one of {', '.join(rules)}, got {self.length_rule!r}")
         _require(self.repetition_penalty > 0, f"repetition_penalty must be positive, got {self.repetition_penalty}")
         _require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
         _require(self.top_k >= 0, f"top_k must be 0 or more, got {self.top_k}")
@@ -567,7 +577,7 @@ class DecodeConfig:
 
 DECODE_PRESETS: dict[str, DecodeConfig] = {
     "greedy": DecodeConfig(beams=1),
-    "caption_2022": DecodeConfig(beams=3, max_length=20, min_length=5),
+    "caption_2022": DecodeConfig(beams=3, max_length=20, min_length=5, length_rule="2022"),
     "nucleus": DecodeConfig(method="nucleus", top_p=0.9),
     # The paper says nucleus sampling with p 0.9; the release's library and code added the other two.
     "capfilt_2022": DecodeConfig(method="nucleus", top_p=0.9, top_k=50, repetition_penalty=1.1),
@@ -590,6 +600,8 @@ class AnswerConfig:
     """Beginnings kept where words are searched, not chosen."""
     max_length: int = 10
     """Longest answer that is searched; tokens, [DEC] and [SEP] included."""
+    length_rule: LengthRule = "generated"
+    """What counts as an answer's length where words are searched: `generated` words with [SEP]; `2022` [DEC], not [SEP]."""
 
     def __post_init__(self) -> None:
         _require(self.k >= 1, f"k must be 1 or more, got {self.k}")
@@ -598,4 +610,4 @@ class AnswerConfig:
 
     def decode(self) -> DecodeConfig:
         """How words are searched."""
-        return DecodeConfig(beams=self.beams, max_length=self.max_length, min_length=0)
+        return DecodeConfig(beams=self.beams, max_length=self.max_length, min_length=0, length_rule=self.length_rule)

@@ -35,7 +35,8 @@ class Written(NamedTuple):
     logprobs: Tensor
     """(R, num, T) float32 log-probability of each written token under the model; 0 at prompt and pads."""
     scores: Tensor
-    """(R, num) float32: sum of log-probabilities / written tokens ** length_penalty, by which beams are ordered."""
+    """(R, num) float32: sum of log-probabilities / length ** length_penalty, by which beams are ordered; what counts as
+    length is `length_rule`."""
     finished: Tensor
     """(R, num) bool, ended by [SEP] rather than by max_length."""
 
@@ -303,18 +304,28 @@ class _Samples(_Search):
         words[..., step] = chosen.where(going, self.text.pad_id)
         logprobs[..., step] = sure.where(going, 0.0)
         count, ended = count + going, ended | (going & (chosen == self.text.sep_id))
-        self.found = _Found(words, logprobs, count, logprobs.sum(2) / count**self.config.length_penalty, ended)
+        length = count if self.config.length_rule == "generated" else self.rows.lengths[:, None] + count - ended.long()
+        self.found = _Found(words, logprobs, count, logprobs.sum(2) / length**self.config.length_penalty, ended)
         self.going = (~ended & self.room(step + 1)).any(1)
         return words[..., step], torch.arange(self.fan, device=words.device).expand_as(count)
 
 
 class _Beams(_Search):
-    """Beam search as in transformers: a row is over when its best beginning scores below the worst text found."""
+    """Beam search as in transformers: a row is over when its best beginning scores below the worst text found.
+
+    Of today's, or of 4.15 by the length rule `2022`, which differs in three things. A text's length counts the prompt
+    and not [SEP]. Whether a row is over is asked of the best candidate, be it one that ends. At the last step the texts
+    that end come first, and only then, if the row is not over, all K beginnings.
+    """
 
     def __init__(self, rows: _Rows, steps: int, fan: int, config: DecodeConfig, text: TextConfig) -> None:
         super().__init__(rows, steps, fan, config, text)
         self.words, self.logprobs = self.found.words.clone(), self.found.logprobs.clone()
         self.totals = self.logprobs[:, :1, 0]  # (R, 1, then K) sums of ruled log-probabilities, best first
+        self.norms: Tensor | None = None  # (R, S + 1) length ** length_penalty of a prompt and so many words
+        if config.length_rule == "2022":
+            lengths = rows.lengths[:, None] + torch.arange(steps + 1, device=rows.lengths.device)
+            self.norms = (lengths.double() ** config.length_penalty).float()
 
     def step(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Extend the beginnings by logits (R, 1 or K, V): the words (R, K), and which beginning each continues."""
@@ -326,30 +337,40 @@ class _Beams(_Search):
         words, logprobs = _pick(self.words, parents), _pick(self.logprobs, parents)
         words[..., step], logprobs[..., step] = chosen, sure.flatten(1).gather(1, place)
         ended = chosen == self.text.sep_id
-        over = ended | ~self.room(step + 1)
-        length = (step + 1) ** self.config.length_penalty
+        if self.norms is None:
+            over, norm = ended | ~self.room(step + 1), (step + 1) ** self.config.length_penalty
+        else:
+            over, norm = ended, self.norms[:, step : step + 1]
 
         new = slice(self.fan)
-        allowed = over[:, new] & self.going[:, None]
-        found = _Found(
-            words[:, new],
-            logprobs[:, new],
-            torch.full_like(chosen[:, new], step + 1),
-            (totals[:, new] / length).where(allowed, float("-inf")),
-            ended[:, new],
-        )
-        both = _Found(*(torch.cat(pair, dim=1) for pair in zip(self.found, found, strict=True)))
-        best = both.scores.topk(self.fan).indices
-        self.found = _Found(*(_pick(part, best) for part in both))
-
+        self._keep(words[:, new], logprobs[:, new], totals[:, new] / norm, over[:, new], ended[:, new], step)
+        best = totals[:, 0]
         self.totals, on = totals.masked_fill(over, float("-inf")).topk(self.fan)
         self.words, self.logprobs = _pick(words, on), _pick(logprobs, on)
-        self.going = self.going & (self.totals[:, 0] / length > self.found.scores.amin(1))
+        if self.norms is None:
+            best = self.totals[:, 0]
+        self.going = self.going & (best[:, None] / norm > self.found.scores.amin(1, keepdim=True)).squeeze(1)
+        if self.norms is not None and self.rows.prompts.shape[1] + step + 1 >= self.config.max_length:
+            last = ~self.room(step + 1)
+            scores = self.totals / self.norms[:, step + 1 : step + 2]
+            self._keep(self.words, self.logprobs, scores, last.expand_as(on), torch.zeros_like(on).bool(), step)
+            self.going = self.going & ~last.squeeze(1)
         return _pick(chosen, on), _pick(parents, on)
+
+    def _keep(
+        self, words: Tensor, logprobs: Tensor, scores: Tensor, over: Tensor, ended: Tensor, step: int
+    ) -> None:
+        """Keep the best K (by scores) of what was found and of new texts (R, K, S), those that are `over` (R, K)."""
+        scores = scores.where(over & self.going[:, None], float("-inf"))
+        new = _Found(words, logprobs, torch.full_like(self.found.count, step + 1), scores, ended)
+        both = _Found(*(torch.cat(pair, dim=1) for pair in zip(self.found, new, strict=True)))
+        best = both.scores.topk(self.fan).indices
+        self.found = _Found(*(_pick(part, best) for part in both))
 
     def take(self, index: Tensor) -> None:
         super().take(index)
         self.words, self.logprobs, self.totals = self.words[index], self.logprobs[index], self.totals[index]
+        self.norms = None if self.norms is None else self.norms[index]
 
 
 def _draw(scores: Tensor, noise: Tensor, config: DecodeConfig) -> Tensor:

@@ -12,10 +12,11 @@ from transformers import BlipForConditionalGeneration, TemperatureLogitsWarper, 
 
 from blip import convert
 from blip import generate as module
-from blip.config import DECODE_PRESETS, DecodeConfig
+from blip.config import DECODE_PRESETS, AnswerConfig, DecodeConfig
 from blip.generate import generate, queries, write
 from blip.med import Absorbed, Cache, Context
 from blip.model import Blip
+from blip.tasks.vqa import Vqa
 
 TEXT = goldens.CONFIG.text
 ROWS = 12
@@ -122,6 +123,72 @@ def test_the_cases_above_end_early_and_late(model, context, prompts):
     finished = generate(model, context, *prompts, DecodeConfig(beams=3)).finished
     assert finished.any()
     assert not finished.all()
+
+
+# The original ---------------------------------------------------------------------------------------------------------
+
+CAPTION = {"beams": 3, "max_length": 20, "min_length": 5}
+OTHER = {"beams": 5, "max_length": 16, "min_length": 6, "length_penalty": 1.2, "repetition_penalty": 1.1}
+ASKED = torch.tensor([[98, 5 + i, 5 + 7 * i % 92, 5 + (3 * i + 5) % 92, 3] for i in range(60)])
+
+
+@pytest.fixture(scope="module")
+def original():
+    """A `Blip` and a `Vqa` with the weights that the goldens' searches were recorded with."""
+    checkpoint = goldens.checkpoint()
+    state = {name: checkpoint[name] for name in checkpoint if name.startswith(("visual_encoder.", "text_decoder."))}
+    captioner = Blip(goldens.CONFIG).eval()
+    state = convert.from_theirs(convert.original_captioning(captioner), state, captioner.state_dict(), "goldens")
+    captioner.load_state_dict(state, strict=False)
+    asked = Vqa(goldens.CONFIG).eval()
+    state, g = convert.to_theirs(convert.original_vqa(asked), asked.state_dict()), torch.Generator().manual_seed(3)
+    tied = "text_decoder.cls.predictions.decoder"
+    for name in sorted(state):
+        if not name.startswith("text_decoder."):
+            state[name] = checkpoint[name]
+        elif not name.startswith(tied):
+            state[name] = 0.15 * torch.randn(state[name].shape, generator=g) + name.endswith("LayerNorm.weight")
+    state[f"{tied}.weight"] = state["text_decoder.bert.embeddings.word_embeddings.weight"]
+    state[f"{tied}.bias"] = state["text_decoder.cls.predictions.bias"]
+    asked.load_state_dict(convert.from_theirs(convert.original_vqa(asked), state, asked.state_dict(), "goldens"))
+    with torch.no_grad():
+        captioner.med.head_bias[TEXT.sep_id] += 2.5
+        asked.answer.head_bias[TEXT.sep_id] += 1.8
+    return captioner, asked
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "options"),
+    [
+        ("prompt", [97, 45, 12, 38], CAPTION),
+        ("no prompt", [97], CAPTION),
+        ("five beams", [97, 45, 12, 38], OTHER),
+        ("answers", [97], None),
+    ],
+)
+@torch.no_grad()
+def test_searching_by_the_rule_of_2022_equals_the_original(original, name, prompt, options):
+    """Its unmodified code on transformers 4.15.0; by today's rule many texts are others."""
+    captioner, asked = original
+    images = torch.randn(60, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    ids = torch.tensor([prompt]).expand(60, -1)
+    keep = torch.ones_like(ids, dtype=torch.bool)
+    if options is None:
+        reads, context = asked, asked.question.context(asked.vision(images))
+        context = asked.ask(ASKED, torch.ones_like(ASKED, dtype=torch.bool), context)
+        configs = [AnswerConfig(length_rule=rule).decode() for rule in ("2022", "generated")]
+    else:
+        reads, context = captioner, captioner.context(captioner.vision(images))
+        configs = [DecodeConfig(**options, length_rule=rule) for rule in ("2022", "generated")]
+    found = []
+    for config in configs:
+        found.append([up_to_end(row[len(prompt) :]) for row in generate(reads, context, ids, keep, config).ids[:, 0]])
+    expected = goldens.searched(name)
+    assert found[0] == expected
+    assert sum(ours != theirs for ours, theirs in zip(found[1], expected, strict=True)) > 8
+    ended = [row[-1] == TEXT.sep_id for row in expected]
+    assert any(ended)
+    assert not all(ended)
 
 
 # Sampling ---------------------------------------------------------------------------------------------------------
@@ -237,10 +304,11 @@ def test_more_samples_leave_the_first_as_they_were(model, context, prompts):
     [
         DecodeConfig(beams=1),
         DecodeConfig(beams=3, num=2),
+        DecodeConfig(beams=3, num=2, length_rule="2022"),
         dataclasses.replace(NUCLEUS, num=2),
         DECODE_PRESETS["capfilt_2022"],
     ],
-    ids=["greedy", "beam", "nucleus", "capfilt"],
+    ids=["greedy", "beam", "beam by 2022", "nucleus", "capfilt"],
 )
 @torch.no_grad()
 def test_no_text_changes_with_the_batch_or_its_order(model, config):
@@ -292,8 +360,14 @@ def test_a_context_is_projected_where_a_gradient_is_wanted(model, images):
 
 @pytest.mark.parametrize(
     "config",
-    [DecodeConfig(beams=1, min_length=9), DecodeConfig(beams=4, num=3, length_penalty=0.7), NUCLEUS],
-    ids=["greedy", "beam", "nucleus"],
+    [
+        DecodeConfig(beams=1, min_length=9),
+        DecodeConfig(beams=1, length_rule="2022"),
+        DecodeConfig(beams=4, num=3, length_penalty=0.7),
+        DecodeConfig(beams=4, num=3, length_penalty=0.7, length_rule="2022"),
+        NUCLEUS,
+    ],
+    ids=["greedy", "greedy by 2022", "beam", "beam by 2022", "nucleus"],
 )
 @pytest.mark.parametrize("absorbed", [False, True])
 @torch.no_grad()
@@ -315,7 +389,8 @@ def test_what_is_said_of_a_text_equals_reading_it_without_a_cache(model, images,
             torch.testing.assert_close(found.logprobs[row, n, length:end], expected[length - 1 :], **close)
             assert found.logprobs[row, n, :length].eq(0).all()
             assert found.logprobs[row, n, end:].eq(0).all()
-            score = expected[length - 1 :].sum() / (end - length) ** config.length_penalty
+            counted = end - (int(found.finished[row, n]) if config.length_rule == "2022" else length)
+            score = expected[length - 1 :].sum() / counted**config.length_penalty
             torch.testing.assert_close(found.scores[row, n], score, **close)
     if config.method == "beam":
         assert (found.scores.diff(dim=1) <= 0).all()
@@ -371,6 +446,8 @@ def test_half_precision(model, images, prompts):
         ({"top_k": -1}, "top_k"),
         ({"temperature": 0.0}, "temperature"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"length_rule": "2021"}, "length_rule must be one of generated, 2022, got '2021'"),
+        ({"length_rule": 2022}, "length_rule must be one of generated, 2022, got 2022"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(options, message):
@@ -382,7 +459,7 @@ def test_presets():
     assert DECODE_PRESETS["capfilt_2022"] == DecodeConfig(
         method="nucleus", top_p=0.9, top_k=50, repetition_penalty=1.1, max_length=20, min_length=5
     )
-    assert DECODE_PRESETS["caption_2022"] == DecodeConfig(method="beam", beams=3, max_length=20, min_length=5)
+    assert DECODE_PRESETS["caption_2022"] == DecodeConfig(beams=3, max_length=20, min_length=5, length_rule="2022")
     assert DECODE_PRESETS["greedy"].beams == 1
     assert DECODE_PRESETS["nucleus"].top_k == 0
 

@@ -48,6 +48,11 @@ def results() -> dict[str, torch.Tensor]:
     return load_file(HERE / "results.safetensors")
 
 
+def searched(name: str) -> list[list[int]]:
+    """60 texts that the original's beam search found, ids behind the prompt; settings in README.md."""
+    return json.loads((HERE / "search_2022.json").read_text())[name]
+
+
 def keys(layout: str) -> dict[str, list[int]]:
     """Names and shapes in the state dict of the original's class for pretraining, captioning, retrieval or vqa."""
     return json.loads((HERE / "keys.json").read_text())[layout]
