@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -24,6 +25,14 @@ from blip.errors import Stopped
 MANIFEST = "MANIFEST.json"
 _ALIAS = "same_as:"
 _ADVICE = "lower train.keep_checkpoints"
+_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+"""safetensors' names of types -> torch's."""
+_HEADER_BYTES, _MOST_TENSORS = 1 << 21, 1 << 14
+"""What a header may have; a ViT-L with its teacher has 200 KB and 1,500 tensors."""
 
 
 class WriteError(Stopped):
@@ -152,9 +161,47 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file(stored, path, metadata)
 
 
+def read_outline(path: Path) -> dict[str, Tensor]:
+    """Names, shapes and types of what `read_tensors` reads, as tensors without content; the header alone is read.
+
+    ValueError as in `read_tensors`, or if the header is longer, or names more tensors, than any model has.
+    """
+    _refuse_other_than_safetensors(path)
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        if size > _HEADER_BYTES:
+            raise ValueError(
+                f"{path} has a header of {size:,} bytes, at most {_HEADER_BYTES:,} are read; save it again"
+            )
+        header = file.read(size)
+    try:
+        said = json.loads(header)
+        metadata = said.pop("__metadata__", None) or {}
+        if len(said) + len(metadata) > _MOST_TENSORS:
+            raise ValueError(f"it names {len(said) + len(metadata):,} tensors, at most {_MOST_TENSORS:,} are read")
+        found = {name: _outline(name, one) for name, one in said.items()}
+        told, there = max((one["data_offsets"][1] for one in said.values()), default=0), path.stat().st_size - 8 - size
+        if told != there:
+            raise ValueError(f"its header tells of {told:,} bytes and {there:,} are there")
+        found |= {k.removeprefix(_ALIAS): found[v] for k, v in metadata.items() if k.startswith(_ALIAS) and v in found}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}); fetch or save it again") from None
+    return found
+
+
+def _outline(name: str, said: dict[str, Any]) -> Tensor:
+    shape, (start, end) = said["shape"], said["data_offsets"]
+    if said["dtype"] not in _TYPES:
+        raise ValueError(f"{name[:80]} is of type {str(said['dtype'])[:20]}, which is not read")
+    dtype = _TYPES[said["dtype"]]
+    if math.prod(shape) * dtype.itemsize != end - start or not all(0 <= side < 1 << 48 for side in shape):
+        raise ValueError(f"{name[:80]} of {str(shape)[:80]} does not have {end - start:,} bytes")
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """What `write_tensors` wrote. ValueError says what the file is instead, where it is something else."""
-    _refuse_other_than_safetensors(path)
+    read_outline(path)
     try:
         with safe_open(path, framework="pt", device=device) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -177,7 +224,7 @@ def refuse_impostor(path: Path) -> bytes:
         raise ValueError(f"{path} is cut short to nothing, an empty file: fetch or save it again")
     if head.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a Git LFS pointer, not weights: run `git lfs pull`, or download the file itself")
-    if head.lstrip()[:1] == b"<":
+    if head.lstrip()[:1] == b"<" and 0 not in head[:8]:  # a length may begin with the same bytes
         raise ValueError(f"{path} is a web page, not weights: the download went wrong; fetch it again")
     return head
 

@@ -26,6 +26,7 @@ from blip.config import BlipConfig
 from blip.convert import foreign
 from blip.convert.files import ENDINGS, read_json
 from blip.convert.foreign import Foreign
+from blip.convert.table import NUMBERS, refuse_unsound, type_in_words
 from blip.model import Blip
 from blip.tasks import TASKS
 from blip.tokenizer import Tokenizer
@@ -33,6 +34,7 @@ from blip.vision import fit_positions
 
 FORMAT, VERSION = "openblip", 1
 _CONFIG, WEIGHTS, _POSITIONS = "config.json", "model.safetensors", "vision.vit.pos_embed"
+_TEMPERATURE = "temperature"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 Model = TypeVar("Model")
 """One of the classes of `blip.tasks.TASKS`."""
@@ -135,12 +137,33 @@ class Own:
         return own
 
     def config(self, tokenizer: Tokenizer) -> BlipConfig:
-        """The model's, as it was saved."""
+        """The model's, as it was saved. ValueError if it has more layers than the weights, which is soon told."""
+        names = self._outline()
+        for field, said, stack in (
+            ("vision.depth", self.model_config.vision.depth, r"vision\.vit\."),
+            ("text.layers", self.model_config.text.layers, r"(?:med|question|answer)\."),
+        ):
+            layers = {match[1] for name in names if (match := re.match(stack + r"blocks\.(\d+)\.", name))}
+            if said is not None and said > len(layers):
+                raise ValueError(
+                    f"{self.config_path}: {field} is {said}, {self.weights_path.name} has {len(layers)} layers"
+                )
         return self.model_config
 
+    def _outline(self) -> dict[str, Tensor]:
+        return atomic.read_outline(self.weights_path)
+
+    def fits(self, outline: nn.Module) -> None:
+        """ValueError, naming what differs, unless a model of `config` takes the weights; it needs no content."""
+        _refuse_misfit(self.source, self._outline(), outline.state_dict())
+
     def state(self, model: nn.Module) -> dict[str, Tensor]:
-        """The weights; errors as in `atomic.read_tensors`."""
-        return atomic.read_tensors(self.weights_path)
+        """The weights. ValueError as in `atomic.read_tensors`, and where a number is none."""
+        state = atomic.read_tensors(self.weights_path)
+        refuse_unsound(state, self.source)
+        if _TEMPERATURE in state and state[_TEMPERATURE].item() <= 0:
+            raise ValueError(f"{self.source}: {_TEMPERATURE} is {state[_TEMPERATURE].item():g}, it must be above 0")
+        return state
 
     def account(self, model: nn.Module) -> None:
         """Nothing is renamed or left out."""
@@ -169,6 +192,9 @@ def built(
     """The model and tokenizer of what was opened, in evaluation mode; arguments and errors as in `from_pretrained`."""
     words = found.tokenizer(tokenizer)
     config = found.config(words)
+    words.check(config.text)
+    # Before anything is allocated, so that no configuration can ask for more memory than there are weights.
+    found.fits(_outline(found, config))
     if image_size is not None and image_size != config.vision.image_size:
         config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=image_size))
     model = TASKS[found.task].model(config)
@@ -177,8 +203,19 @@ def built(
         state[_POSITIONS] = fit_positions(model.vision.vit, state[_POSITIONS], config.vision.image_size)
     _refuse_misfit(found.source, state, model.state_dict())
     model.load_state_dict(state)
-    words.check(config.text)
     return model.to(device).eval(), words
+
+
+def _outline(found: Own | Foreign, config: BlipConfig) -> nn.Module:
+    """A model's names, shapes and types without content. ValueError, naming the file, for one that cannot be."""
+    # What does not change a shape may need content to be made.
+    plain = dataclasses.replace(config, vision=dataclasses.replace(config.vision, drop_path=0.0, init_gain=None))
+    try:
+        with torch.device("meta"):
+            return TASKS[found.task].model(plain)
+    except ValueError as error:
+        named = found.config_path if isinstance(found, Own) else found.source
+        raise ValueError(f"{named}: {error}") from error
 
 
 @overload
@@ -298,13 +335,16 @@ def _read_config(path: Path, said: dict[str, Any]) -> tuple[str, BlipConfig]:
 
 def _refuse_misfit(source: str, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     """One error for all that is missing, unexpected or of another shape."""
-    both = state.keys() & wanted.keys()
-    shapes = [f"{k} {tuple(state[k].shape)} for {tuple(wanted[k].shape)}" for k in sorted(both)
+    both = sorted(state.keys() & wanted.keys())
+    shapes = [f"{k} {tuple(state[k].shape)} for {tuple(wanted[k].shape)}" for k in both
               if state[k].shape != wanted[k].shape]  # fmt: skip
+    types = [f"{k} {type_in_words(state[k].dtype)} for {type_in_words(wanted[k].dtype)}" for k in both
+             if state[k].dtype not in NUMBERS]  # fmt: skip
     found = {
         "missing": sorted(wanted.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - wanted.keys()),
+        "unexpected": sorted(name[:100] for name in state.keys() - wanted.keys()),
         "of another shape": shapes,
+        "of another type": types,
     }
     lines = [f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}" for kind, names in found.items()
              if names]  # fmt: skip

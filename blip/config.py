@@ -7,8 +7,11 @@ Units are said beside each field. "2022" marks what the original release did whe
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
+import reprlib
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 def _require(condition: bool, message: str) -> None:
@@ -27,79 +30,124 @@ _LATER = {"later": True}
 """Of a field that model directories may lack: those written before there was one mean its default."""
 
 
+def _range(low: float, high: float) -> dict[str, float]:
+    """Metadata of a field: least and largest value, both allowed; wider than any model, narrower than memory."""
+    return {"low": low, "high": high}
+
+
+_SIDE, _WIDTH, _DEPTH, _HEADS = _range(1, 1 << 13), _range(1, 1 << 14), _range(1, 128), _range(1, 1 << 10)
+_SHARE, _ID = _range(0, 1), _range(0, 1 << 24)
+_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+_types = functools.cache(get_type_hints)
+
+
+def _check_fields(settings: Any, where: str = "") -> None:
+    """ValueError, naming `where` and the field, for a value that is not of its field's type or out of its range."""
+    for one in dataclasses.fields(settings):
+        kind, value = _types(type(settings))[one.name], getattr(settings, one.name)
+        kinds = get_args(kind) or (kind,)
+        low, high = one.metadata.get("low"), one.metadata.get("high")
+        if get_origin(kind) is Literal:
+            fits, wanted = value in kinds if isinstance(value, str) else False, f"one of {', '.join(kinds)}"
+        elif (plain := kinds[0]) in _KINDS:
+            numeric = isinstance(value, int if plain is int else (int, float)) and not isinstance(value, bool)
+            fits = numeric if plain in (int, float) else isinstance(value, plain)
+            wanted = _KINDS[plain]
+            if low is not None:
+                fits = fits and low <= value <= high
+                wanted += f" from {low:g} to {high:,}"
+            elif plain is float:
+                fits = fits and abs(value) < float("inf")
+        else:  # a part with a configuration of its own
+            fits, wanted = isinstance(value, plain), f"a {getattr(plain, '__name__', plain)}"
+        nothing = value is None and type(None) in kinds
+        _require(fits or nothing, f"{where}{one.name} must be {wanted}, got {reprlib.repr(value)}")
+
+
 @dataclass(frozen=True)
 class VisionConfig:
     """The image encoder: any timm ViT by name; `None` keeps the value that the name implies."""
 
     model: str = "vit_base_patch16_224"
-    """timm model name."""
-    image_size: int = 224
+    """Name of an architecture of timm, without the name of weights."""
+    image_size: int = field(default=224, metadata=_SIDE)
     """Side of the square input, pixels."""
-    patch_size: int | None = None
+    patch_size: int | None = field(default=None, metadata=_SIDE)
     """Side of a patch, pixels."""
-    width: int | None = None
+    width: int | None = field(default=None, metadata=_WIDTH)
     """Width of a token."""
-    depth: int | None = None
+    depth: int | None = field(default=None, metadata=_DEPTH)
     """Number of blocks."""
-    heads: int | None = None
+    heads: int | None = field(default=None, metadata=_HEADS)
     """Number of attention heads."""
-    drop_path: float = 0.0
+    drop_path: float = field(default=0.0, metadata=_SHARE)
     """Stochastic depth, probability at the last block."""
-    patch_drop: float = 0.0
+    patch_drop: float = field(default=0.0, metadata=_SHARE)
     """Share of patches left out in training (FLIP); an approximation that trades accuracy for speed."""
     checkpoint: bool = False
     """Recompute blocks in the backward pass to save memory."""
-    init_gain: float | None = None
+    init_gain: float | None = field(default=None, metadata=_range(0, 1000))
     """Deviation of first weights times sqrt(inputs), and positions as waves; `None` is timm's way, slow if narrow."""
-    norm_eps: float | None = field(default=None, metadata=_LATER)
+    norm_eps: float | None = field(default=None, metadata=_LATER | _SHARE)
     """Epsilon of layer normalisation; 1e-6 in the ViTs of the 2022 release."""
+    hidden: int | None = field(default=None, metadata=_LATER | _range(1, 1 << 17))
+    """Width inside the feed-forward."""
 
     def __post_init__(self) -> None:
-        _require(self.image_size > 0, f"image_size must be positive, got {self.image_size}")
-        _require(0 <= self.drop_path < 1, f"drop_path must be in [0, 1), got {self.drop_path}")
-        _require(0 <= self.patch_drop < 1, f"patch_drop must be in [0, 1), got {self.patch_drop}")
+        _check_fields(self, "vision.")
+        # timm would fetch what a name with a place in it says, and a model directory must not send anyone anywhere.
+        _require(
+            re.fullmatch(r"[A-Za-z0-9_]{1,100}", self.model) is not None,
+            f"vision.model must be the name of an architecture of timm, such as vit_base_patch16_224, got "
+            f"{reprlib.repr(self.model)}: a repository, an address, a path or the name of weights is not taken",
+        )
+        _require(self.drop_path < 1, f"drop_path must be in [0, 1), got {self.drop_path}")
+        _require(self.patch_drop < 1, f"patch_drop must be in [0, 1), got {self.patch_drop}")
+        whole = None in (self.width, self.heads) or self.width % self.heads == 0
+        _require(whole, f"vision.width {self.width} is not a multiple of vision.heads {self.heads}")
 
 
 @dataclass(frozen=True)
 class TextConfig:
     """The text transformer (MED), BERT-shaped, and the ids of the special tokens that its weights were trained with."""
 
-    vocab_size: int = 30524
+    vocab_size: int = field(default=30524, metadata=_range(1, 1 << 24))
     """Word pieces, [DEC] and [ENC] included."""
-    width: int = 768
+    width: int = field(default=768, metadata=_WIDTH)
     """Width of a token."""
-    layers: int = 12
+    layers: int = field(default=12, metadata=_DEPTH)
     """Number of blocks."""
-    heads: int = 12
+    heads: int = field(default=12, metadata=_HEADS)
     """Number of attention heads."""
-    hidden: int = 3072
+    hidden: int = field(default=3072, metadata=_range(1, 1 << 17))
     """Width inside the feed-forward."""
-    max_positions: int = 512
+    max_positions: int = field(default=512, metadata=_range(2, 1 << 20))
     """Longest text, tokens."""
-    dropout: float = 0.1
+    dropout: float = field(default=0.1, metadata=_SHARE)
     """Dropout of embeddings and block outputs."""
-    attention_dropout: float = 0.1
+    attention_dropout: float = field(default=0.1, metadata=_SHARE)
     """Dropout of attention probabilities."""
-    norm_eps: float = 1e-12
+    norm_eps: float = field(default=1e-12, metadata=_SHARE)
     """Epsilon of layer normalisation."""
-    init_std: float = 0.02
+    init_std: float = field(default=0.02, metadata=_range(0, 1000))
     """Standard deviation of initial weights."""
-    pad_id: int = 0
+    pad_id: int = field(default=0, metadata=_ID)
     """[PAD]."""
-    cls_id: int = 101
+    cls_id: int = field(default=101, metadata=_ID)
     """[CLS], first token of a text on its own."""
-    sep_id: int = 102
+    sep_id: int = field(default=102, metadata=_ID)
     """[SEP], last token of every text."""
-    dec_id: int = 30522
+    dec_id: int = field(default=30522, metadata=_ID)
     """[DEC], first token of a text to be written."""
-    enc_id: int = 30523
+    enc_id: int = field(default=30523, metadata=_ID)
     """[ENC], first token of a text to be matched with an image."""
 
     def __post_init__(self) -> None:
+        _check_fields(self, "text.")
         _require(self.width % self.heads == 0, f"text width {self.width} is not a multiple of {self.heads} heads")
         for name in ("pad_id", "cls_id", "sep_id", "dec_id", "enc_id"):
             value = getattr(self, name)
-            _require(0 <= value < self.vocab_size, f"{name} {value} is outside the vocabulary of {self.vocab_size}")
+            _require(value < self.vocab_size, f"text.{name} {value} is outside the vocabulary of {self.vocab_size}")
 
 
 @dataclass(frozen=True)
@@ -108,12 +156,15 @@ class BlipConfig:
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
-    embed_dim: int = 256
+    embed_dim: int = field(default=256, metadata=_WIDTH)
     """Width of the joint embedding of images and texts."""
-    temperature: float = 0.07
+    temperature: float = field(default=0.07, metadata=_range(1e-4, 100))
     """Initial temperature of the contrastive softmax; learned."""
     parts: Literal["all", "writing", "matching"] = field(default="all", metadata=_LATER)
     """What a `Blip` has: all, or what a checkpoint of a captioner alone or of a matching model alone has."""
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
 
     @property
     def encodes(self) -> bool:
@@ -154,11 +205,8 @@ class BlipConfig:
 class NlvrModelConfig(BlipConfig):
     """A model that reasons over several images (paper, section 5.4)."""
 
-    images: int = 2
+    images: int = field(default=2, metadata=_range(2, 64))
     """Images of an example."""
-
-    def __post_init__(self) -> None:
-        _require(self.images >= 2, f"images must be 2 or more, got {self.images}")
 
     @classmethod
     def of(cls, config: BlipConfig, images: int) -> NlvrModelConfig:
@@ -183,9 +231,9 @@ class DialogueModelConfig(BlipConfig):
 def _known(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
     _require(isinstance(values, dict), f"{where} must be a mapping, got {type(values).__name__}")
     names = {f.name: "later" in f.metadata for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - set(names))
+    unknown = sorted(reprlib.repr(name) for name in set(values) - set(names))
     missing = sorted(name for name, later in names.items() if name not in values and not later)
-    _require(not unknown, f"{where} has unknown keys: {', '.join(unknown)}")
+    _require(not unknown, f"{where} has unknown keys: {', '.join(unknown[:3])}{', ...' * (len(unknown) > 3)}")
     _require(not missing, f"{where} lacks keys: {', '.join(missing)}")
     return dict(values)
 
@@ -211,6 +259,10 @@ SMALL = BlipConfig(
 BASE = BlipConfig()
 LARGE = BlipConfig(vision=VisionConfig("vit_large_patch16_224"))
 PRESETS: dict[str, BlipConfig] = {"tiny": TINY, "small": SMALL, "base": BASE, "large": LARGE}
+
+
+_MOST_QUEUED = 1 << 22
+"""Features in a queue; beyond that it is memory that is queued."""
 
 
 @dataclass(frozen=True)
@@ -240,6 +292,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         _require(self.queue_size >= 0, f"queue_size must be 0 or more, got {self.queue_size}")
+        _require(self.queue_size <= _MOST_QUEUED, f"queue_size must be at most {_MOST_QUEUED:,}, got {self.queue_size}")
         _require(0 <= self.momentum <= 1, f"momentum must be in [0, 1], got {self.momentum}")
         _require(0 <= self.alpha <= 1, f"alpha must be in [0, 1], got {self.alpha}")
         _require(0 <= self.label_smoothing < 1, f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
@@ -270,6 +323,7 @@ class RetrievalConfig:
 
     def __post_init__(self) -> None:
         _require(self.queue_size >= 0, f"queue_size must be 0 or more, got {self.queue_size}")
+        _require(self.queue_size <= _MOST_QUEUED, f"queue_size must be at most {_MOST_QUEUED:,}, got {self.queue_size}")
         _require(0 <= self.momentum <= 1, f"momentum must be in [0, 1], got {self.momentum}")
         _require(0 <= self.alpha <= 1, f"alpha must be in [0, 1], got {self.alpha}")
         _require(self.negative_floor >= 0, f"negative_floor must be 0 or more, got {self.negative_floor}")

@@ -10,9 +10,9 @@ import copy
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tokenizers
 import torch
@@ -29,6 +29,16 @@ _WORLD = Path(__file__).parent / "data" / "world_tokenizer"
 _CONTRACTION = re.compile(r" ' (s|t|re|ve|ll|d|m)\b")
 _FEWEST_PIECES = 32
 """A vocabulary with fewer pieces beside the special ones is taken for a failed load."""
+_FILE_BYTES, _MOST_PARTS, _LONGEST_PIECE = 1 << 25, 32, 1000
+"""Of a vocabulary's file, of a step of its pipeline, and in characters."""
+_STEPS = {
+    "normalizer": {"BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "StripAccents", "Strip", "Sequence"},
+    "pre_tokenizer": {"BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Punctuation", "Digits", "Sequence"},
+    "post_processor": {"BertProcessing", "TemplateProcessing"},
+    "decoder": {"WordPiece"},
+}
+"""What the steps of a pipeline may be. Others can blow up a text (Replace), search for hours (regular expressions), or
+make the library panic (Precompiled), and no vocabulary of BERT's kind has them."""
 
 
 class Tokenizer:
@@ -38,6 +48,9 @@ class Tokenizer:
         """Take a WordPiece tokenizer; [DEC] and then [ENC] are added unless it has them. Raises ValueError."""
         self.where = where
         self._check_vocabulary(pieces)
+        # Lengths are an argument of every call; what a file says of them could be contradictory.
+        pieces.no_truncation()
+        pieces.no_padding()
         _begin_with_cls(pieces)
         pieces.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (DEC, ENC)])
         self._fast = PreTrainedTokenizerFast(
@@ -73,7 +86,15 @@ class Tokenizer:
         if missing:
             raise ValueError(f"{self.where}: the vocabulary lacks {', '.join(missing)}; is it one of BERT's kind?")
         special = {PAD, UNK, CLS, SEP, MASK, DEC, ENC}
-        n = sum(t not in special for t in pieces.get_vocab(with_added_tokens=True))
+        vocab = pieces.get_vocab(with_added_tokens=True)
+        if pieces.model.unk_token != UNK or UNK not in pieces.get_vocab(with_added_tokens=False):
+            raise ValueError(f"{self.where}: its unknown piece must be {UNK}, got {pieces.model.unk_token[:40]!r}")
+        if len(set(vocab.values())) != len(vocab) or max(vocab.values()) != len(vocab) - 1:
+            raise ValueError(
+                f"{self.where}: the ids of its {len(vocab):,} pieces must be 0 to {len(vocab) - 1:,}, each once, "
+                f"and the largest is {max(vocab.values()):,}; is the file edited?"
+            )
+        n = sum(t not in special for t in vocab)
         if n < _FEWEST_PIECES:
             raise ValueError(f"{self.where}: only {n} word pieces; the vocabulary is missing or was not read")
 
@@ -193,12 +214,83 @@ def _read(path: Path) -> tokenizers.Tokenizer:
             if (path / name).is_file():
                 return _read(path / name)
         raise FileNotFoundError(f"tokenizer: {path} holds neither tokenizer.json nor vocab.txt")
+    if (size := path.stat().st_size) > _FILE_BYTES:
+        raise ValueError(f"tokenizer {path} has {size:,} bytes, more than any vocabulary of word pieces")
     if path.suffix == ".json":
         try:
-            return tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
+            return _parsed(path.read_text(encoding="utf-8"), str(path))
+        except UnicodeDecodeError as error:
             raise ValueError(f"tokenizer {path} is not a tokenizer.json: {error}") from None
     return _from_vocab(path)
+
+
+def _parsed(text: str, where: str) -> tokenizers.Tokenizer:
+    """The tokenizer in a tokenizer.json. ValueError for what is none, or has steps that BERT's kind has not."""
+    try:
+        said = json.loads(text)
+        _check_steps(said, where)
+        _check_model(said, where)
+    except (TypeError, KeyError, AttributeError, RecursionError, json.JSONDecodeError) as error:
+        reason = f"{type(error).__name__} {error}" if not isinstance(error, json.JSONDecodeError) else error
+        raise ValueError(f"tokenizer {where} is not a tokenizer.json: {reason}") from None
+    return _guarded(lambda: tokenizers.Tokenizer.from_str(text), f"tokenizer {where} is not a tokenizer.json")
+
+
+def _guarded(make: Callable[[], tokenizers.Tokenizer], complaint: str) -> tokenizers.Tokenizer:
+    """What `make` makes; ValueError with the complaint if the library refuses or panics."""
+    try:
+        return make()
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(f"{complaint}: {str(error)[:200]}") from None
+    except BaseException as error:
+        # A panic of Rust code is no Exception, and its class cannot be imported.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{complaint}: {str(error)[:200]}") from None
+
+
+def _check_steps(said: dict[str, Any], where: str) -> None:
+    for step, known in _STEPS.items():
+        parts = list(_parts(said.get(step)))
+        if len(parts) > _MOST_PARTS:
+            raise ValueError(f"tokenizer {where}: its {step} has {len(parts):,} parts, more than BERT's kind has")
+        for part in parts:
+            if part["type"] not in known:
+                raise ValueError(
+                    f"tokenizer {where}: its {step} has a part of type {str(part['type'])[:40]!r}, which a vocabulary "
+                    f"of BERT's kind has not; known are {', '.join(sorted(known))}"
+                )
+            for pieces in (part.get("single", []), part.get("pair", []), part.get("special_tokens", [])):
+                if len(pieces) > _MOST_PARTS:
+                    raise ValueError(f"tokenizer {where}: its {step} adds {len(pieces):,} pieces to a text")
+
+
+def _parts(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """A step of a pipeline and the parts that it is a sequence of."""
+    if step is None:
+        return
+    yield step
+    for name in ("normalizers", "pretokenizers"):
+        for part in step.get(name, []):
+            yield from _parts(part)
+
+
+def _check_model(said: dict[str, Any], where: str) -> None:
+    model, added = said["model"], said.get("added_tokens") or []
+    if model.get("type", "WordPiece") != "WordPiece":  # which the oldest files leave out
+        raise ValueError(f"{where}: holds a {str(model.get('type'))[:40]} model, BLIP's text is WordPiece")
+    vocab, longest = model["vocab"], model.get("max_input_chars_per_word", 100)
+    ids = [*vocab.values(), *(token["id"] for token in added)]
+    wrong = [i for i in ids if type(i) is not int or not 0 <= i < len(ids)]
+    if wrong:
+        raise ValueError(f"tokenizer {where}: {len(ids):,} pieces cannot have the id {str(wrong[0])[:40]}")
+    if type(longest) is not int or not 1 <= longest <= _LONGEST_PIECE:
+        raise ValueError(
+            f"tokenizer {where}: max_input_chars_per_word must be 1 to {_LONGEST_PIECE}, got {str(longest)[:40]}"
+        )
+    bad = [token["content"] for token in added if not 1 <= len(token["content"]) <= _LONGEST_PIECE]
+    if bad:
+        raise ValueError(f"tokenizer {where}: {bad[0][:40]!r} among its added_tokens has {len(bad[0]):,} characters")
 
 
 def _from_vocab(path: Path) -> tokenizers.Tokenizer:
@@ -247,4 +339,4 @@ def _from_hub(name: str) -> tokenizers.Tokenizer:
 
 def _auto(name: str, *, local_files_only: bool) -> tokenizers.Tokenizer:
     fast = AutoTokenizer.from_pretrained(name, local_files_only=local_files_only, trust_remote_code=False)
-    return tokenizers.Tokenizer.from_str(fast.backend_tokenizer.to_str())
+    return _parsed(fast.backend_tokenizer.to_str(), name)

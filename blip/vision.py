@@ -28,6 +28,8 @@ class VisionEncoder(nn.Module):
         shape = {"patch_size": config.patch_size, "embed_dim": config.width, "depth": config.depth}
         shape["num_heads"] = config.heads
         options = {name: value for name, value in shape.items() if value is not None}
+        if config.hidden is not None:
+            options["mlp_ratio"] = _ratio(config)
         if config.patch_drop:
             options["patch_drop_rate"] = config.patch_drop
         if config.norm_eps is not None:
@@ -53,13 +55,24 @@ class VisionEncoder(nn.Module):
         return self.vit.forward_features(image)
 
 
+def _ratio(config: VisionConfig) -> float:
+    """What timm multiplies a width by, and rounds down, to get `hidden`. ValueError without a width."""
+    if config.width is None:
+        raise ValueError(f"vision.hidden {config.hidden} needs vision.width beside it")
+    return (config.hidden + 0.5) / config.width
+
+
 def _build(config: VisionConfig, options: dict[str, Any]) -> nn.Module:
     """The timm model. ValueError for one that does not give a class token and one token for each patch."""
+    if not timm.is_model(config.model):
+        reason = f"timm {timm.__version__} has no such architecture"
+        raise ValueError(f"vision.model {config.model} cannot be an image encoder here ({reason}): {_TAKEN}")
     fixed = {"img_size": config.image_size, "num_classes": 0, "global_pool": "", "drop_path_rate": config.drop_path}
     try:
         vit = timm.create_model(config.model, **fixed, **options)
-    except (RuntimeError, TypeError, AssertionError) as error:  # which depends on what kind of model it is instead
-        raise ValueError(f"vision.model {config.model} cannot be an image encoder here ({error}): {_TAKEN}") from None
+    except Exception as error:  # which depends on what kind of model it is instead
+        reason = str(error).split("\n")[0][:200] or type(error).__name__
+        raise ValueError(f"vision.model {config.model} cannot be an image encoder here ({reason}): {_TAKEN}") from None
     plain = isinstance(vit, VisionTransformer | Beit | Eva) and not hasattr(vit.patch_embed, "backbone")
     if not plain or getattr(vit, "cls_token", None) is None:
         lacks = "has no class token" if plain else f"is a {type(vit).__name__}, not a plain ViT"

@@ -14,6 +14,7 @@ from blip.convert.table import State, Table, from_theirs
 
 ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
 """Of weight files."""
+_JSON_BYTES = 1 << 24
 
 
 def is_local(where: str | Path) -> bool:
@@ -42,9 +43,11 @@ def read_file(path: str | Path) -> Any:
 
 def read_json(path: Path) -> dict[str, Any]:
     """What a model's config.json says, nothing where it is not an object. ValueError, naming it, if it is not JSON."""
+    if (size := path.stat().st_size) > _JSON_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes, more than any configuration; fetch or save the model again")
     try:
         said = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); fetch or save the model again") from error
     return said if isinstance(said, dict) else {}
 
@@ -57,8 +60,11 @@ def unwrapped(found: object, path: Path) -> State:
     if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(f"{path} holds no state dict: expected names of tensors, alone or under 'model'")
     for name, tensor in found.items():
-        if not isinstance(name, str) or tensor.layout != torch.strided:
-            raise ValueError(f"{path}: {name} is not a named tensor of numbers; is it the weights of a BLIP?")
+        plain = isinstance(name, str) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not plain or tensor.is_quantized or tensor.is_nested:
+            raise ValueError(
+                f"{path}: {str(name)[:100]} is not a named tensor of numbers; is it the weights of a BLIP?"
+            )
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError(f"{path}: {name} claims more numbers than the file holds; get the file again")
     return found

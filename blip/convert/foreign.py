@@ -22,7 +22,7 @@ from torch import Tensor
 from blip.config import BASE, LARGE, BlipConfig, NlvrModelConfig, TextConfig, VisionConfig
 from blip.convert import layouts
 from blip.convert.files import read_file, unwrapped
-from blip.convert.table import State, Table, from_theirs, some_of
+from blip.convert.table import State, Table, from_theirs, in_words, refuse_misfit, some_of
 from blip.tokenizer import Tokenizer
 
 TOKENIZER_VARIABLE = "OPENBLIP_TOKENIZER"
@@ -181,7 +181,7 @@ class Foreign:
         The image size is that of the position embeddings.
         """
         text = tokenizer.text_config(self._text())
-        words = len(self._theirs(self.layout.stacks[0] + "embeddings.word_embeddings.weight"))
+        words = len(self._theirs(self.layout.stacks[0] + "embeddings.word_embeddings.weight", 2))
         ids = {name: getattr(text, name) for name in self.settings.ids}
         if words != text.vocab_size or ids != self.settings.ids:
             said = "".join(f", {name} {value}" for name, value in self.settings.ids.items())
@@ -190,19 +190,24 @@ class Foreign:
                 f"{''.join(f', {name} {value}' for name, value in ids.items())}: give the one that it was trained with "
                 f"as --tokenizer (in Python: tokenizer=); that of the released ones is {RELEASED_TOKENIZER}"
             )
-        projection = self.theirs.get("vision_proj.weight")
-        embed_dim = BlipConfig.embed_dim if projection is None else len(projection)
-        config = BlipConfig(self._vision(), text, embed_dim, parts=self.layout.parts)
+        named = "vision_proj.weight"
+        embed_dim = len(self._theirs(named, 2)) if named in self.theirs else BlipConfig.embed_dim
+        config = self._sized(BlipConfig, self._vision(), text, embed_dim, parts=self.layout.parts)
         return NlvrModelConfig.of(config, images=2) if self.layout.name == "nlvr" else config
+
+    def fits(self, outline: Any) -> None:
+        """ValueError, as in `refuse_misfit`, unless a model of `config` takes the weights; it needs no content."""
+        refuse_misfit(self.layout.table(outline), self.theirs, self._like(outline), self.source)
+
+    def _like(self, model: Any) -> State:
+        return model.state_dict() | {_POSITIONS: self._theirs(self._vision_name("pos_embed"))}
 
     def state(self, model: Any) -> State:
         """The weights in our names, for a model of `config`; positions may be of another image size than the model.
 
         What the file does not have has the model's values. ValueError as in `from_theirs`.
         """
-        like = dict(model.state_dict())
-        like[_POSITIONS] = self._theirs(self._vision_name("pos_embed"))
-        table = self.layout.table(model)
+        like, table = self._like(model), self.layout.table(model)
         return from_theirs(table, self.theirs, like, self.source) | {n: like[n] for n in table.fresh if n in like}
 
     def account(self, model: Any) -> Account:
@@ -216,38 +221,51 @@ class Foreign:
         fresh = {name: why for name, why in table.fresh.items() if name in ours}
         return Account(len(carried), len(set(self.theirs) & set(table.copies)), dropped, fresh)
 
-    def _theirs(self, name: str) -> Tensor:
+    def _theirs(self, name: str, dimensions: int | None = None) -> Tensor:
         if name not in self.theirs:
             raise ValueError(f"{self.source}: {self.layout.name} needs {name}: is the file complete?")
-        return self.theirs[name]
+        found = self.theirs[name]
+        if dimensions not in (None, found.ndim):
+            raise ValueError(f"{self.source}: {name} is {in_words(found.shape)}, not of {dimensions} dimensions")
+        return found
+
+    def _sized(self, kind: Callable[..., Any], *sizes: Any, **more: Any) -> Any:
+        """A configuration by what was found. ValueError, naming the file, for sizes that no model has."""
+        try:
+            return kind(*sizes, **more)
+        except ValueError as error:
+            raise ValueError(f"{self.source}: {error}") from None
 
     def _vision_name(self, ours: str) -> str:
         if self.layout.program == "original":
             return f"visual_encoder.{ours}"
-        return f"vision_model.{layouts.VIT[ours]}"
+        block, _, rest = ours.removeprefix("blocks.").partition(".")
+        return f"vision_model.{layouts.VIT.get(ours) or f'encoder.layers.{block}.{rest}'}"
 
     def _vision(self) -> VisionConfig:
         patches, kernel = self._theirs(self._vision_name("pos_embed")), self._theirs(self._vision_name(_KERNEL))
-        side = isqrt(patches.shape[1] - 1) if patches.ndim == 3 and kernel.ndim == 4 else 0
-        if patches.ndim != 3 or kernel.ndim != 4 or side * side != patches.shape[1] - 1:
+        count = patches.shape[1] - 1 if patches.ndim == 3 and kernel.ndim == 4 else 0
+        side = isqrt(max(count, 0))
+        if count < 1 or side * side != count:
             raise ValueError(f"{self.source}: {self._vision_name('pos_embed')} is not of a square picture")
         width, patch = kernel.shape[0], kernel.shape[2]
         blocks = "visual_encoder.blocks." if self.layout.program == "original" else "vision_model.encoder.layers."
         depth = self._count(blocks)
         heads = self.settings.vision_heads or self._heads(width, "image encoder")
+        hidden = self._theirs(self._vision_name("blocks.0.mlp.fc1.weight"), 2).shape[0]
+        more = {"norm_eps": self.settings.vision_eps, "hidden": None if hidden == 4 * width else hidden}
         for preset, shape in _RELEASED.items():
-            if shape == (width, depth, heads, patch):
-                return VisionConfig(preset, image_size=side * patch, norm_eps=self.settings.vision_eps)
-        return VisionConfig(
-            BASE.vision.model, side * patch, patch, width, depth, heads, norm_eps=self.settings.vision_eps
-        )
+            if shape == (width, depth, heads, patch) and hidden == 4 * width:
+                return self._sized(VisionConfig, preset, image_size=side * patch, **more)
+        return self._sized(VisionConfig, BASE.vision.model, side * patch, patch, width, depth, heads, **more)
 
     def _text(self) -> TextConfig:
         bert = self.layout.stacks[0]
-        positions = self._theirs(f"{bert}embeddings.position_embeddings.weight")
-        hidden = self._theirs(f"{bert}encoder.layer.0.intermediate.dense.weight").shape[0]
+        positions = self._theirs(f"{bert}embeddings.position_embeddings.weight", 2)
+        hidden = self._theirs(f"{bert}encoder.layer.0.intermediate.dense.weight", 2).shape[0]
         width = positions.shape[-1]
-        return replace(
+        return self._sized(
+            replace,
             TextConfig(),
             width=width,
             layers=self._count(f"{bert}encoder.layer."),

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
+NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""Types that weights are taken in; others would be cast in silence."""
 
 
 @dataclass(frozen=True)
@@ -54,36 +56,76 @@ class Table:
 def from_theirs(table: Table, theirs: Mapping[str, Tensor], like: Mapping[str, Tensor], source: str) -> State:
     """Tensors of a foreign layout -> ours, with the shapes of `like` (our state dict).
 
-    `source` names the file in messages. ValueError for an unknown key, a missing key, a second name that holds another
-    tensor, a shape that differs, or a key of `like` that the table does not account for.
+    `source` names the file in messages. ValueError as in `refuse_misfit` and `refuse_unsound`, or for a second name
+    that holds another tensor.
     """
-    known = {name for row in table.rows for name in row.theirs} | set(table.copies) | set(table.dropped)
-    _refuse(source, "does not know", sorted(set(theirs) - known), table, "is it a checkpoint of another task?")
-    needed = list(dict.fromkeys(name for row in table.rows for name in row.theirs))
-    _refuse(source, "needs", [name for name in needed if name not in theirs], table, "is the file complete?")
+    refuse_misfit(table, theirs, like, source)
     for second, first in table.copies.items():
         if second in theirs and not torch.equal(theirs[second], theirs[first]):
             raise ValueError(
                 f"{source}: {second} differs from {first}, but {table.layout} shares them: is it of another layout?"
             )
+    refuse_unsound({name: theirs[name] for row in table.rows for name in row.theirs}, source)
+    return {row.ours: _read(row, theirs) for row in table.rows}
+
+
+def refuse_misfit(table: Table, theirs: Mapping[str, Tensor], like: Mapping[str, Tensor], source: str) -> None:
+    """Raise ValueError for an unknown or missing key, a shape or type that differs, or a key of `like` without a source.
+
+    Only names, shapes and types are looked at, so that `like` may be of the meta device.
+    """
+    known = {name for row in table.rows for name in row.theirs} | set(table.copies) | set(table.dropped)
+    _refuse(source, "does not know", sorted(set(theirs) - known), table, "is it a checkpoint of another task?")
+    needed = list(dict.fromkeys(name for row in table.rows for name in row.theirs))
+    _refuse(source, "needs", [name for name in needed if name not in theirs], table, "is the file complete?")
     unfilled = sorted(set(like) - {row.ours for row in table.rows} - set(table.fresh))
     if unfilled:
         raise ValueError(f"{table.layout} has nothing for the model's {some_of(unfilled)}: build a model of its shape")
-    return {row.ours: _read(row, theirs, like, source) for row in table.rows}
+    for row in table.rows:
+        _refuse_row(row, theirs, like, source)
 
 
-def _read(row: Row, theirs: Mapping[str, Tensor], like: Mapping[str, Tensor], source: str) -> Tensor:
+def refuse_type(name: str, found: Tensor, like: Tensor, source: str) -> None:
+    """ValueError for a tensor whose type would have to be cast to that of `like` otherwise than number to number."""
+    numbers = like.dtype in NUMBERS
+    if found.dtype not in NUMBERS if numbers else found.dtype != like.dtype:
+        wanted = "numbers of 16, 32 or 64 bits" if numbers else type_in_words(like.dtype)
+        raise ValueError(f"{source}: {name} is {type_in_words(found.dtype)}, the model takes {wanted}")
+
+
+def refuse_unsound(state: Mapping[str, Tensor], source: str) -> None:
+    """ValueError, naming the first, where a tensor holds NaN or infinity; every number is read once."""
+    for name, tensor in state.items():
+        # Least and largest, which NaN makes NaN: 15 times as fast as a mask of what is finite.
+        counts = tensor.is_floating_point() and tensor.numel() and not tensor.is_meta
+        if counts and not torch.stack(torch.aminmax(tensor)).isfinite().all():
+            raise ValueError(
+                f"{source}: {name} holds NaN or infinity, so that the model would say nothing: its training went "
+                "wrong, take an earlier checkpoint"
+            )
+
+
+def type_in_words(dtype: torch.dtype) -> str:
+    """A type, for people."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _refuse_row(row: Row, theirs: Mapping[str, Tensor], like: Mapping[str, Tensor], source: str) -> None:
     if row.ours not in like:
         raise ValueError(f"{source}: {row.theirs[0]} has no place {row.ours} in the model: build a model of its shape")
-    parts = [theirs[name] for name in row.theirs]
     shape = list(_their_form(row, like[row.ours]).shape)
     if len(row.theirs) > 1:
         shape[0] //= len(row.theirs)
-    for name, part in zip(row.theirs, parts, strict=True):
-        if list(part.shape) != shape:
+    for name in row.theirs:
+        if list(theirs[name].shape) != shape:
             raise ValueError(
-                f"{source}: {name} is {in_words(part.shape)}, the model takes {in_words(shape)}: {_why(name)}"
+                f"{source}: {name} is {in_words(theirs[name].shape)}, the model takes {in_words(shape)}: {_why(name)}"
             )
+        refuse_type(name, theirs[name], like[row.ours], source)
+
+
+def _read(row: Row, theirs: Mapping[str, Tensor]) -> Tensor:
+    parts = [theirs[name] for name in row.theirs]
     whole = torch.cat(parts) if len(parts) > 1 else parts[0]
     if row.change == "transpose":
         return whole.t().contiguous()
@@ -122,7 +164,7 @@ def _refuse(source: str, verb: str, names: list[str], table: Table, remedy: str)
 
 def some_of(names: list[str]) -> str:
     """The first of some names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(name[:100] for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def in_words(shape: Iterable[int]) -> str:
