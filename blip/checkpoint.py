@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from blip import atomic, hub
 from blip.config import BlipConfig
 from blip.convert import foreign
-from blip.convert.files import ENDINGS, read_json
+from blip.convert.files import ENDINGS, Weights, read_json
 from blip.convert.foreign import Foreign
 from blip.convert.table import NUMBERS, refuse_unsound, type_in_words
 from blip.model import Blip
@@ -107,7 +107,7 @@ class Own:
     """A model directory of ours, opened."""
 
     config_path: Path
-    weights_path: Path
+    weights: Weights
     tokenizer_at: Path
     """Its folder."""
     task: str
@@ -119,7 +119,7 @@ class Own:
     @property
     def source(self) -> str:
         """The weights' file, for messages."""
-        return str(self.weights_path)
+        return str(self.weights.path)
 
     @property
     def licence(self) -> str | None:
@@ -146,12 +146,12 @@ class Own:
             layers = {match[1] for name in names if (match := re.match(stack + r"blocks\.(\d+)\.", name))}
             if said is not None and said > len(layers):
                 raise ValueError(
-                    f"{self.config_path}: {field} is {said}, {self.weights_path.name} has {len(layers)} layers"
+                    f"{self.config_path}: {field} is {said}, {self.weights.path.name} has {len(layers)} layers"
                 )
         return self.model_config
 
     def _outline(self) -> dict[str, Tensor]:
-        return atomic.read_outline(self.weights_path)
+        return self.weights.read(atomic.read_outline)
 
     def fits(self, outline: nn.Module) -> None:
         """ValueError, naming what differs, unless a model of `config` takes the weights; it needs no content."""
@@ -159,7 +159,7 @@ class Own:
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         """The weights. ValueError as in `atomic.read_tensors`, and where a number is none."""
-        state = atomic.read_tensors(self.weights_path)
+        state = self.weights.read(atomic.read_tensors)
         refuse_unsound(state, self.source)
         if _TEMPERATURE in state and state[_TEMPERATURE].item() <= 0:
             raise ValueError(f"{self.source}: {_TEMPERATURE} is {state[_TEMPERATURE].item():g}, it must be above 0")
@@ -177,9 +177,9 @@ def opened(where: str | Path) -> Own | Foreign:
     config_path, part, tokenizer_at = _find(where)
     said = read_json(config_path)
     if said.get("format") != FORMAT and "model_type" in said:
-        return foreign.open_directory(config_path, _first(part, *_FOREIGN_WEIGHTS), tokenizer_at())
+        return foreign.open_directory(config_path, Weights.find(part, *_FOREIGN_WEIGHTS), tokenizer_at())
     task, config = _read_config(config_path, said)
-    return Own(config_path, part(WEIGHTS), tokenizer_at(), task, config)
+    return Own(config_path, Weights.find(part, WEIGHTS), tokenizer_at(), task, config)
 
 
 def built(

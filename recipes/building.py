@@ -173,7 +173,7 @@ def _refuse_contradiction(choice: ModelChoice, config: BlipConfig) -> None:
 def _shape(config: BlipConfig) -> tuple:
     """What a size says of a model: all that its weights depend on but vocabulary, input and patches."""
     vision, text = config.vision, config.text
-    eye = (vision.model, vision.width, vision.depth, vision.heads)
+    eye = (vision.model, vision.width, vision.depth, vision.heads, vision.hidden)
     return *eye, text.width, text.layers, text.heads, text.hidden, text.max_positions, config.embed_dim
 
 

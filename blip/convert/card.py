@@ -85,7 +85,8 @@ def card(layout: Layout, origin: Origin, model: Any) -> str:
     else:
         body += [
             f"`{WEIGHTS['original']}` holds `{{'model': ...}}` as that code's `load_checkpoint` reads it, the second "
-            "names of shared tensors included. Momentum teacher and queues are not in it. Sizes other than ViT-B and "
+            "names of shared tensors included. The momentum teacher, where its class has one, is the student; queues "
+            "are not in it. Sizes other than ViT-B and "
             f"ViT-L need its config files changed; `{HEADS_KEY}` beside the weights tells openblip the heads.",
         ]
     return "\n".join([*front, "", *body, "", "## Licence", "", licence_note(origin), ""])

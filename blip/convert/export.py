@@ -13,6 +13,7 @@ from torch import Tensor
 from blip import atomic
 from blip.convert.card import WEIGHTS, Origin, card
 from blip.convert.foreign import HEADS_KEY, LAYOUTS, Layout
+from blip.convert.layouts import teacher_copies
 from blip.convert.table import State, to_theirs
 from blip.model import Blip
 from blip.tasks.nlvr import Nlvr
@@ -79,6 +80,13 @@ def write(
             f"{model.config.text.layers}: use --to openblip"
         )
     state = to_theirs(layout.table(model), model.state_dict())
+    if to == "original" and layout.name in ("pretraining", "matching"):
+        state |= {second: state[first] for second, first in teacher_copies(model).items()}
+    if to == "original" and model.config.vision.hidden is not None:
+        raise ValueError(
+            f"the image encoder's feed-forward is {model.config.vision.hidden} wide, and the code of 2022 has 4 times "
+            f"its width ({4 * model.vision.width}) and no setting for it: use --to transformers or openblip"
+        )
     if to == "original" and model.vision.vit.norm.eps != 1e-6:
         raise ValueError(
             f"the image encoder's norms have epsilon {model.vision.vit.norm.eps}, and the code of 2022 has 1e-6 and no "
@@ -116,7 +124,7 @@ def _write_pth(path: Path, state: State, model: Any, layout: Layout) -> None:
     """As torch.save of the original's class, its buffers that count positions included, and the heads beside it."""
     counted: dict[str, Tensor] = {}
     for name in layout.table(model).dropped:
-        if name.endswith("position_ids") and "_m." not in name:
+        if name.endswith("position_ids"):
             counted[name] = torch.arange(model.config.text.max_positions)[None]
     heads = {"vision": model.vision.vit.blocks[0].attn.num_heads, "text": model.config.text.heads}
     torch.save({"model": state | counted, HEADS_KEY: heads}, path)

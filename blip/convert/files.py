@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from blip import atomic
-from blip.convert.table import State, Table, from_theirs
+from blip.convert.table import State, Table, from_theirs, some_of
 
 ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
 """Of weight files."""
 _JSON_BYTES = 1 << 24
+_INDEX, _MOST_PARTS = ".index.json", 1000
 
 
 def is_local(where: str | Path) -> bool:
@@ -39,6 +43,55 @@ def read_file(path: str | Path) -> Any:
         raise FileNotFoundError(f"no weights at {path}: give the path of a .safetensors or .pth file")
     read = atomic.read_tensors if path.suffix == ".safetensors" else atomic.read_pickled_tensors
     return read(path)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a model folder: one file, or the parts that an index beside them lists."""
+
+    path: Path
+    """The file, or the index; for messages."""
+    parts: tuple[Path, ...]
+
+    @classmethod
+    def find(cls, part: Callable[[str], Path], *names: str) -> Self:
+        """The first of some names that `part` finds, alone or as an index of parts. FileNotFoundError if none is there.
+
+        ValueError for an index that names anything but files beside it.
+        """
+        missing: FileNotFoundError | None = None
+        for name in (*names, *(f"{name}{_INDEX}" for name in names)):
+            try:
+                path = part(name)
+            except FileNotFoundError as error:
+                missing = missing or error
+                continue
+            return cls(path, _listed(path, part) if name.endswith(_INDEX) else (path,))
+        raise missing
+
+    def read(self, read: Callable[[Path], State]) -> State:
+        """What `read` gives of each part, together. ValueError if two have a name in common."""
+        whole: State = {}
+        for path in self.parts:
+            found = read(path)
+            if twice := whole.keys() & found.keys():
+                raise ValueError(f"{path}: {some_of(sorted(twice))} is in another part of {self.path.name}, too")
+            whole |= found
+        return whole
+
+
+def _listed(index: Path, part: Callable[[str], Path]) -> tuple[Path, ...]:
+    """The files that an index of parts names."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise ValueError(f"{index} is no index of weights: it has no weight_map from tensors to files")
+    names = sorted(set(places.values()))
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}", name) or not name.endswith(ENDINGS):
+            raise ValueError(f"{index} names {name[:100]!r}, which is no file of weights beside it")
+    if len(names) > _MOST_PARTS:
+        raise ValueError(f"{index} names {len(names):,} files, at most {_MOST_PARTS} are read")
+    return tuple(part(name) for name in names)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from blip.config import BASE, LARGE, BlipConfig, NlvrModelConfig, TextConfig, VisionConfig
 from blip.convert import layouts
-from blip.convert.files import read_file, unwrapped
+from blip.convert.files import Weights, read_file, read_weights, unwrapped
 from blip.convert.table import State, Table, from_theirs, in_words, refuse_misfit, some_of
 from blip.tokenizer import Tokenizer
 
@@ -101,6 +101,12 @@ def recognise(keys: set[str], source: str) -> Layout:
         name = "pretraining" if matches else "vqa"
     else:
         name = "captioning" if decoder else "matching"
+    if name == "matching" and not matches:
+        raise ValueError(
+            f"{source} has an image and a text encoder and lacks the head that matches (itm_head): it is a feature "
+            "extractor, of LAVIS or the original's blip_feature_extractor; give the pre-training or retrieval "
+            "checkpoint that it was taken from, whose embed_image and embed_text give the same features"
+        )
     if name == "matching" and program == "original" and "temp" not in keys:
         return _BARE
     found = [layout for layout in LAYOUTS if (layout.name, layout.program) == (name, program)]
@@ -120,6 +126,8 @@ class Settings:
     """Fields of `TextConfig`."""
     ids: Mapping[str, int] = field(default_factory=dict)
     """Special ids that the configuration says, to be those of the tokenizer."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Fields of transformers' configuration that shapes tell, too, and that must agree with them."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +201,31 @@ class Foreign:
         named = "vision_proj.weight"
         embed_dim = len(self._theirs(named, 2)) if named in self.theirs else BlipConfig.embed_dim
         config = self._sized(BlipConfig, self._vision(), text, embed_dim, parts=self.layout.parts)
+        self._refuse_other_sizes(text)
         return NlvrModelConfig.of(config, images=2) if self.layout.name == "nlvr" else config
+
+    def _refuse_other_sizes(self, text: TextConfig) -> None:
+        """ValueError for a configuration that says other sizes than the weights have."""
+        if not self.settings.sizes:
+            return
+        kernel, hidden = (self._theirs(self._vision_name(name)) for name in (_KERNEL, "blocks.0.mlp.fc1.weight"))
+        side = isqrt(self._theirs(self._vision_name("pos_embed")).shape[1] - 1) * kernel.shape[2]
+        has = {
+            "vision_config.hidden_size": len(kernel),
+            "vision_config.num_hidden_layers": self._count("vision_model.encoder.layers."),
+            "vision_config.intermediate_size": len(hidden),
+            "vision_config.image_size": side,
+            "vision_config.patch_size": kernel.shape[2],
+            "text_config.hidden_size": text.width,
+            "text_config.num_hidden_layers": text.layers,
+            "text_config.intermediate_size": text.hidden,
+            "text_config.max_position_embeddings": text.max_positions,
+        }
+        for name, said in self.settings.sizes.items():
+            if said != has[name]:
+                raise ValueError(
+                    f"{self.source} does not fit its config.json: {name} is {said}, the weights have {has[name]}"
+                )
 
     def fits(self, outline: Any) -> None:
         """ValueError, as in `refuse_misfit`, unless a model of `config` takes the weights; it needs no content."""
@@ -313,16 +345,18 @@ HEADS_KEY = "attention_heads"
 """Beside "model" in a `.pth` that was exported here: {"vision": heads, "text": heads}."""
 
 
-def open_directory(config: Path, weights: Path, tokenizer_at: Path) -> Foreign:
+def open_directory(config: Path, weights: Weights, tokenizer_at: Path) -> Foreign:
     """A model of transformers by its config.json, its weights and the folder with its tokenizer; errors likewise."""
     from blip.convert.hugging_face import read_settings  # here, because transformers is slow to import
 
     settings = read_settings(config)
-    theirs = unwrapped(read_file(weights), weights)
-    layout = recognise(set(theirs), str(weights))
+    theirs = weights.read(read_weights)
+    layout = recognise(set(theirs), str(weights.path))
     if layout.program != "transformers":
-        raise ValueError(f"{weights} is not of a model of transformers, though {config} says so: give the file itself")
-    return Foreign(str(weights), layout, theirs, settings, _beside(tokenizer_at))
+        raise ValueError(
+            f"{weights.path} is not of a model of transformers, though {config} says so: give the file itself"
+        )
+    return Foreign(str(weights.path), layout, theirs, settings, _beside(tokenizer_at))
 
 
 def _beside(folder: Path) -> str | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from transformers import BlipConfig as TheirConfig
 from transformers import BlipImageProcessor, BlipProcessor, GenerationConfig
@@ -29,33 +30,77 @@ VISION_EPS = 1e-6
 def read_settings(path: Path) -> Settings:
     """What a config.json says that shapes do not; what it leaves out is transformers' default, as it is for them.
 
-    ValueError if it is not of a BLIP, or of one that computes otherwise.
+    Only the fields that are used are looked at: others may ask for anything, such as a billion names of classes.
+    ValueError if it is not of a BLIP, of one that computes otherwise, or if a field is of another type.
     """
     said = read_json(path)
     if said.get("model_type") != "blip":
+        kind = str(said.get("model_type"))[:60]
         raise ValueError(
-            f"{path} is of a {said.get('model_type')} model, not of a BLIP (model_type blip); BLIP-2 and InstructBLIP "
-            "are other models"
+            f"{path} is of a {kind} model, not of a BLIP (model_type blip); BLIP-2 and InstructBLIP are other models"
         )
-    try:
-        found = TheirConfig.from_dict(said)
-    except Exception as error:  # transformers checks types with errors of its own
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
-    text, vision = found.text_config, found.vision_config
-    for part, values in (("text_config", text), ("vision_config", vision)):
-        if values.hidden_act != "gelu":
-            raise ValueError(f"{path}: {part}.hidden_act is {values.hidden_act}, this program computes gelu")
+    default = TheirConfig()
+    text = _Part(path, said, "text_config", default.text_config)
+    vision = _Part(path, said, "vision_config", default.vision_config)
+    for part in (text, vision):
+        if (act := part.get("hidden_act")) != "gelu":
+            raise ValueError(f"{path}: {part.name}.hidden_act is {str(act)[:60]}, this program computes gelu")
+    eps = vision.share("layer_norm_eps")
     return Settings(
-        vision.num_attention_heads,
-        text.num_attention_heads,
-        None if vision.layer_norm_eps == VISION_EPS else vision.layer_norm_eps,
+        vision.whole("num_attention_heads", least=1),
+        text.whole("num_attention_heads", least=1),
+        None if eps == VISION_EPS else eps,
         {
-            "norm_eps": text.layer_norm_eps,
-            "dropout": float(text.hidden_dropout_prob),
-            "attention_dropout": float(text.attention_probs_dropout_prob),
+            "norm_eps": text.share("layer_norm_eps"),
+            "dropout": text.share("hidden_dropout_prob"),
+            "attention_dropout": text.share("attention_probs_dropout_prob"),
         },
-        {"dec_id": text.bos_token_id, "sep_id": text.sep_token_id, "pad_id": text.pad_token_id},
+        {name: text.whole(theirs) for name, theirs in _IDS.items()},
+        {
+            f"{part.name}.{field}": part.whole(field, least=1)
+            for part in (vision, text)
+            for field in _SIZES[part.name]
+            if field in part.said
+        },
     )
+
+
+_IDS = {"dec_id": "bos_token_id", "sep_id": "sep_token_id", "pad_id": "pad_token_id"}
+
+
+class _Part:
+    """A part of their config.json, field by field; what it leaves out is transformers' default."""
+
+    def __init__(self, path: Path, said: dict[str, Any], name: str, default: Any) -> None:
+        found = said.get(name)
+        if not isinstance(found, dict | None):
+            raise ValueError(f"{path}: {name} must be an object, got {reprlib.repr(found)}")
+        self.path, self.name, self.said, self.default = path, name, found or {}, default
+
+    def get(self, field: str) -> Any:
+        return self.said.get(field, getattr(self.default, field))
+
+    def whole(self, field: str, least: int = 0) -> int:
+        value = self.get(field)
+        if type(value) is not int or not least <= value < 1 << 24:
+            self._refuse(field, f"an integer from {least} to {(1 << 24) - 1:,}", value)
+        return value
+
+    def share(self, field: str) -> float:
+        value = self.get(field)
+        if type(value) not in (int, float) or not 0 <= value <= 1:
+            self._refuse(field, "a number from 0 to 1", value)
+        return float(value)
+
+    def _refuse(self, field: str, wanted: str, value: Any) -> NoReturn:
+        raise ValueError(f"{self.path}: {self.name}.{field} must be {wanted}, got {reprlib.repr(value)}")
+
+
+_SIZES = {
+    "vision_config": ("hidden_size", "num_hidden_layers", "intermediate_size", "image_size", "patch_size"),
+    "text_config": ("hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings"),
+}
+"""Fields that the shapes of the weights tell, too."""
 
 
 def write(folder: Path, model: Any, tokenizer: Tokenizer, name: Literal["captioning", "matching", "vqa"]) -> None:

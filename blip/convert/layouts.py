@@ -284,9 +284,20 @@ def _teacher_cross(model: Blip) -> list[Row]:
     return cross_attention("text_encoder_m.", len(model.med.blocks))
 
 
+def teacher_copies(model: Blip) -> dict[str, str]:
+    """The original's names of the momentum teacher's tensors -> the student's, which a teacher begins with.
+
+    Its classes for pre-training and retrieval ask for the first of them when they read a file.
+    """
+    return {name: name.replace("_m.", ".", 1) for name in _teacher_names(model)}
+
+
 _QUEUES = ("image_queue", "text_queue", "queue_ptr", "ptr_queue", "idx_queue")
 
 
+def _teacher_names(model: Blip) -> list[str]:
+    return [name for row in _teacher_rows(model) + _teacher_cross(model) for name in row.theirs]
+
+
 def _training_names(model: Blip) -> list[str]:
-    names = [name for row in _teacher_rows(model) + _teacher_cross(model) for name in row.theirs]
-    return [*names, *position_ids("text_encoder_m."), *_QUEUES]
+    return [*_teacher_names(model), *position_ids("text_encoder_m."), *_QUEUES]

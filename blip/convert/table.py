@@ -70,7 +70,7 @@ def from_theirs(table: Table, theirs: Mapping[str, Tensor], like: Mapping[str, T
 
 
 def refuse_misfit(table: Table, theirs: Mapping[str, Tensor], like: Mapping[str, Tensor], source: str) -> None:
-    """Raise ValueError for an unknown or missing key, a shape or type that differs, or a key of `like` without a source.
+    """Raise ValueError for an unknown or missing key, a shape or type that differs, or a key of `like` not filled.
 
     Only names, shapes and types are looked at, so that `like` may be of the meta device.
     """

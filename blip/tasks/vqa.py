@@ -43,8 +43,8 @@ class Vqa(nn.Module):
     def origin(self) -> Origin:
         """Where first weights come from: both stacks from the pre-trained one, as in the 2022 release.
 
-        The decoder's cross-attention was trained to read image tokens; it starts from that all the same, but for keys
-        and values where images and texts differ in width (ViT-L).
+        The decoder's cross-attention was trained to read image tokens; it starts from that all the same, but for the
+        matrices of keys and values where images and texts differ in width (ViT-L), whose biases fit and are kept.
         """
         copied = start.under("vision", self.vision.state_dict(), "vision")
         copied |= start.under("question", self.question.state_dict(), "med")
@@ -52,7 +52,7 @@ class Vqa(nn.Module):
         fresh = {}
         if self.vision.width != self.config.text.width:
             why = f"reads questions {self.config.text.width} wide, not images {self.vision.width} wide"
-            fresh = {name: why for name in copied if name.startswith("answer.") and ".cross.kv." in name}
+            fresh = {name: why for name in copied if name.startswith("answer.") and name.endswith(".cross.kv.weight")}
         for name in fresh:
             del copied[name]
         left = dict.fromkeys(("temperature", *_head("image_proj"), *_head("text_proj")), "nothing is contrasted")
