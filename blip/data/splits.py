@@ -32,17 +32,21 @@ def parts_of(split: str) -> list[str]:
 
 
 def of_split(
-    rows: Iterable[tuple[int, dict[str, Any]]], split: str | None, file: Path, seen: Counter[str]
-) -> Iterator[tuple[int, dict[str, Any]]]:
+    rows: Iterable[tuple[int, Any]], split: str | None, file: Path, seen: Counter[str]
+) -> Iterator[tuple[int, Any]]:
     """The (number, row) of a file that are of a split, all of them if it is None; `seen` counts the splits there are.
 
-    A row without a split is of none. Raises DataError at the end of a file of which no row has one.
+    A row without a split is of none; what stands in place of an unreadable row is passed on. Raises DataError at the
+    end of a file of which no row has a split.
     """
     if not split:
         yield from rows
         return
     wanted, known, any_row = set(parts_of(split)), False, False
     for number, row in rows:
+        if not isinstance(row, dict):
+            yield number, row
+            continue
         any_row = True
         known = known or "split" in row
         name = row.get("split")
