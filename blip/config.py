@@ -477,13 +477,13 @@ class DataConfig:
     workers: int = 2
     """Decoding processes per training process."""
     worker_timeout: float = 120.0
-    """Seconds without a batch after which a stuck worker stops the run."""
+    """Seconds without a batch, and without a worker that computes, after which the run stops."""
     streaming: bool = False
     """Read shards in sequence with a shuffle buffer instead of by index; for sets larger than memory."""
     shuffle_buffer: int = 10000
     """Samples in the shuffle buffer of a streaming run."""
     max_pixels: int = 100_000_000
-    """Pictures with more pixels than this are refused from their header."""
+    """Pictures with more pixels than this are refused from their header, as are sides above 65,535 and 1,000 to 1."""
     max_bad_fraction: float = 0.05
     """Share of unreadable samples above which the run stops."""
     max_unknown: float = 0.01

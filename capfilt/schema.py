@@ -64,7 +64,7 @@ ANNOTATIONS = pa.schema(
         ("width", pa.int32()),  # pixels, upright
         ("height", pa.int32()),
         ("format", pa.string()),
-        ("n_frames", pa.int32()),
+        ("n_frames", pa.int32()),  # of a GIF up to 10,000
         ("bytes", pa.int64()),
         ("status", pa.string()),  # one of STATUSES
         ("error_code", pa.string()),  # one of ERROR_CODES

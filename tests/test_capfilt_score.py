@@ -55,6 +55,14 @@ def animation(form):
     return buffer.getvalue()
 
 
+def scans(count):
+    """A progressive JPEG, its last scan again and again."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), (9, 90, 9)).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * count + data[-2:]
+
+
 def rotated():
     image, buffer = Image.new("RGB", (30, 10)), io.BytesIO()
     exif = image.getexif()
@@ -78,6 +86,12 @@ ODD = {
     "tiff": (b"II*\0" + b"\0" * 50, "decode_error", "other_format"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\n", "decode_error", "git_lfs_pointer"),
     "bomb": (with_crc(BOMB), "too_large", "too_many_pixels"),
+    "thin": (
+        with_crc(BOMB[:16] + (1).to_bytes(4, "big") + (2000).to_bytes(4, "big") + BOMB[24:]),
+        "too_large",
+        "too_many_pixels",
+    ),
+    "scans": (scans(120), "too_large", "too_much_work"),
     "cmyk": (jpeg(3, mode="CMYK"), "ok", None),
     "deep": (deep(), "ok", None),
     "palette": (jpeg(4, form="PNG", mode="P"), "ok", None),
@@ -148,6 +162,24 @@ def test_error_details_name_no_addresses(tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "model_input", refuse)
     (row,) = annotations(scored(write_tar(tmp_path / "a.tar", sample("a", 0)), tmp_path / "run", status=2)).to_pylist()
     assert row["error_detail"] == "OSError: cannot identify <_io.BytesIO object>"
+
+
+@pytest.mark.parametrize("lenient", [False, True])
+def test_what_fails_after_decoding_is_the_row_s_fault_as_well(tmp_path, monkeypatch, lenient):
+    from capfilt import decoding
+
+    ours = decoding.phash
+
+    def hash_of(image):
+        if image.size == (33, 33):
+            raise MemoryError
+        return ours(image)
+
+    monkeypatch.setattr(decoding, "phash", hash_of)
+    members = [m for i in range(4) for m in sample(f"good{i}", i)] + [("x.jpg", jpeg(1, (33, 33))), ("x.txt", b"an x")]
+    run = scored(write_tar(tmp_path / "a.tar", members), tmp_path / "run", lenient=lenient)
+    found = {row["key"]: (row["status"], row["error_code"]) for row in annotations(run).to_pylist()}
+    assert found == {**{f"good{i}": ("ok", None) for i in range(4)}, "x": ("too_large", "too_much_memory")}
 
 
 TEXTS = {

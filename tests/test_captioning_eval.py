@@ -516,6 +516,15 @@ def test_pictures_of_other_formats(tmp_path):
     assert pictures.picture(2).size == (22, 30)
 
 
+def test_a_picture_that_is_too_much_for_the_transform_is_named(tmp_path, monkeypatch):
+    def fail(self, image, *key):
+        raise MemoryError
+
+    monkeypatch.setattr("blip.data.transforms.EvalTransform.__call__", fail)
+    with pytest.raises(DataError, match=r"image 100 .*cannot be evaluated: too little memory"):
+        list(Pictures.open(draw(tmp_path)).batches(range(3), 2, 16))
+
+
 def test_pictures_that_cannot_be_used_are_named(tmp_path):
     pictures = Pictures.open(draw(tmp_path, broken=(4,)))
     with pytest.raises(DataError, match=r"image 104 \(4.png\) cannot be evaluated: is an HTML page"):

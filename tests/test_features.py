@@ -154,3 +154,16 @@ def test_chosen_texts_are_those_that_are_matched(model, features, pictures):  # 
             close(found[i], everything[i, rows])
     with pytest.raises(ValueError, match="for 2 images, but there are 3"):
         matching.match(model, tokens, ids, keep, chosen[:2])
+
+
+def test_a_picture_that_is_too_much_for_the_transform_is_named(model, tokenizer, tmp_path, monkeypatch):  # noqa: F811
+    path = tmp_path / "a.png"
+    Image.new("RGB", (40, 30)).save(path)
+    made = Features(model, tokenizer)
+
+    def fail(image):
+        raise MemoryError
+
+    monkeypatch.setattr(made, "transform", fail)
+    with pytest.raises(DataError, match=r"a\.png cannot be used: too little memory"):
+        made.embed_image([path])

@@ -341,6 +341,19 @@ def test_a_worker_that_fails_stops_the_run_with_one_clear_error(tokenizer, fault
     pickle.loads(pickle.dumps(caught.value))
 
 
+def test_what_a_transform_cannot_do_is_one_bad_sample(tokenizer):
+    class Breaking(EvalTransform):
+        def __call__(self, image, *key, sided=False):
+            if image.getpixel((0, 23)) == (3, 3, 3):
+                raise MemoryError
+            return super().__call__(image)
+
+    p = Pairs([Made(10)], Breaking(SIZE), tokenizer, config(), 0)
+    batches = list(load(p, steps=5))
+    assert {(bad.key, bad.reason) for b in batches for bad in b.bad} == {("made:3", "too little memory to decode it")}
+    assert all(len(b.keys) == 4 and "made:3" not in b.keys for b in batches)
+
+
 def busy():
     while True:
         pass

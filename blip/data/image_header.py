@@ -29,11 +29,13 @@ _METADATA_PARTS = 1_000
 _RUN_LENGTH_PIXELS = 10_000_000
 """Of a compressed bitmap, which Pillow decodes in Python at about a microsecond a byte."""
 
+_SCAN = re.compile(rb"\xff\xda")
 _NEXT = re.compile(rb"\xff+[\x01-\xcf\xd8-\xfe]")
 """What ends entropy-coded data of a JPEG: a marker that is neither stuffing nor a restart."""
 _NOT_FILL = re.compile(rb"[^\xff]")
 _SOI, _EOI, _SOS, _COM = 0xD8, 0xD9, 0xDA, 0xFE
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 _ALONE = frozenset({0x01, *range(0xD0, 0xDA)})
 """Markers without a length."""
 _PNG_KIND = re.compile(rb"\w{4}")
@@ -94,40 +96,45 @@ def _too_many(what: str, most: int) -> UnreadableImage:
 
 
 def _jpeg(data: bytes) -> bytes:
-    kept, width, height, scan, left_out = _jpeg_header(data)
+    kept, (width, height, several), scan, left_out = _jpeg_header(data)
     if scan is None:  # no pixels: the decoder says so
         return data
     most = max(1, min(MAX_SCANS, _SCANNED // max(1, width * height)))
-    if data.count(b"\xff\xda") > most and _jpeg_scans(data, scan, most) > most:
+    if several and len(_SCAN.findall(data)) > most and _jpeg_scans(data, scan, most) > most:
         raise _too_many(f"scans of {width:,} x {height:,} pixels", most)
     return b"".join([b"\xff\xd8", *(data[a:b] for a, b in kept), data[scan:]]) if left_out else data
 
 
-def _jpeg_header(data: bytes) -> tuple[list[tuple[int, int]], int, int, int | None, bool]:
-    """Where the segments that count are, the size, where the first scan begins, and whether there is much else."""
-    at, width, height, parts, junk, exif = 2, 0, 0, 0, 0, 0
+def _jpeg_header(data: bytes) -> tuple[list[tuple[int, int]], tuple[int, int, bool], int | None, bool]:
+    """Where the segments that count are; width, height and whether several scans are taken; where the first one begins,
+    None if there is none; and whether there is much else.
+    """
+    at, parts, junk, exif, frame = 2, 0, 0, 0, (0, 0, False)
+    channels = 0
     kept: list[tuple[int, int]] = []
     while at + 4 <= len(data):
         start = data.find(b"\xff", at)
         mark = _NOT_FILL.search(data, start) if start >= 0 else None
         if mark is None:
-            return kept, width, height, None, False
+            return kept, frame, None, False
         junk, parts, begin, kind = junk + mark.start() - at, parts + 1, mark.start() - 1, data[mark.start()]
         if parts > _MOST_PARTS:
             raise _too_many("segments", _MOST_PARTS)
         at = mark.end()
         if kind == _SOS:
-            return kept, width, height, begin, parts > _METADATA_PARTS or junk > _METADATA_PARTS + parts or exif > 8
+            frame = (*frame[:2], frame[2] or data[at + 2] < channels)
+            return kept, frame, begin, parts > _METADATA_PARTS or junk > _METADATA_PARTS + parts or exif > 8
         if kind == 0 or kind in _ALONE:
             continue
         at += int.from_bytes(data[at : at + 2], "big")
         if kind in _FRAMES:
-            height, width = struct.unpack(">HH", data[begin + 5 : begin + 9].ljust(4, b"\0"))
+            height, width, channels = struct.unpack(">HHB", data[begin + 5 : begin + 10].ljust(5, b"\0"))
+            frame = width, height, kind in _PROGRESSIVE
         upright = kind == 0xE1 and data.startswith(b"Exif\0\0", begin + 4)
         exif += upright
         if not (kind == _COM or 0xE0 <= kind <= 0xEF) or kind in (0xE0, 0xEE) or (upright and exif == 1):
             kept.append((begin, at))
-    return kept, width, height, None, False
+    return kept, frame, None, False
 
 
 def _jpeg_scans(data: bytes, at: int, most: int) -> int:
