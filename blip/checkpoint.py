@@ -161,8 +161,6 @@ class Own:
         """The weights. ValueError as in `atomic.read_tensors`, and where a number is none."""
         state = self.weights.read(atomic.read_tensors)
         refuse_unsound(state, self.source)
-        if _TEMPERATURE in state and state[_TEMPERATURE].item() <= 0:
-            raise ValueError(f"{self.source}: {_TEMPERATURE} is {state[_TEMPERATURE].item():g}, it must be above 0")
         return state
 
     def account(self, model: nn.Module) -> None:
@@ -202,6 +200,8 @@ def built(
     if _POSITIONS in state and state[_POSITIONS].ndim == 3:
         state[_POSITIONS] = fit_positions(model.vision.vit, state[_POSITIONS], config.vision.image_size)
     _refuse_misfit(found.source, state, model.state_dict())
+    if _TEMPERATURE in state and (temperature := state[_TEMPERATURE].item()) <= 0:
+        raise ValueError(f"{found.source}: {_TEMPERATURE} is {temperature:g}, it must be above 0")
     model.load_state_dict(state)
     return model.to(device).eval(), words
 

@@ -364,6 +364,11 @@ def test_models_that_a_program_cannot_hold(words, tmp_path):
     for to in ("original", "transformers"):
         with pytest.raises(ValueError, match="no model like Dialogue"):
             export.write(Dialogue.from_blip(Blip(goldens.CONFIG)), words, tmp_path / "a", to, FROM)
+    flat = dataclasses.replace(goldens.CONFIG, vision=dataclasses.replace(goldens.CONFIG.vision, hidden=48))
+    with pytest.raises(
+        ValueError, match=r"feed-forward is 48 wide, and the code of 2022 has 4 times its width \(128\)"
+    ):
+        export.write(Blip(flat), words, tmp_path / "a", "original", FROM)
     for name, told in (
         ("vit_base_patch16_clip_224", "needs vision.vit.patch_embed.proj.bias, which the model does not have"),
         ("vit_base_patch16_clip_quickgelu_224", "is not the plain ViT of BLIP"),

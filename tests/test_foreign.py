@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +15,7 @@ import pytest
 import released
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_parity import transformers_config
 from transformers import (
     BertConfig,
@@ -318,12 +320,100 @@ def test_a_folder_with_a_pickle_and_a_name_on_the_hub(tmp_path, monkeypatch):
     assert asked == ["config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json", "vocab.txt"]
 
 
+@torch.no_grad()
+def test_a_feed_forward_of_another_width(tmp_path):
+    """As config.json says; 28 over 32 is a ratio that rounds to less."""
+    for hidden in (28, 48, 131):
+        theirs = hugging(tmp_path / str(hidden), CAPTIONER, vision_config={"intermediate_size": hidden})
+        model, words = blip.from_pretrained(tmp_path / str(hidden))
+        assert model.config.vision.hidden == hidden
+        assert model.vision.vit.blocks[1].mlp.fc1.out_features == hidden
+        image = goldens.batch(0).image
+        close(model.vision(image), theirs.vision_model(image).last_hidden_state)
+        checkpoint.save_pretrained(model, words, tmp_path / f"ours{hidden}")
+        again, _ = blip.from_pretrained(tmp_path / f"ours{hidden}")
+        assert torch.equal(again.vision(image), model.vision(image))
+
+
+def in_parts(folder, count=3):
+    """The weights as `save_pretrained` of transformers writes large ones."""
+    whole = load_file(folder / "model.safetensors")
+    names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    places = {key: names[i % count] for i, key in enumerate(whole)}
+    for name in names:
+        save_file({key: whole[key] for key in whole if places[key] == name}, folder / name, {"format": "pt"})
+    index = {"metadata": {"total_size": sum(t.nbytes for t in whole.values())}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+    return index, names
+
+
+@pytest.mark.parametrize("whose", ["transformers", "openblip"])
+def test_weights_in_parts(tmp_path, whose):
+    theirs = hugging(tmp_path / "transformers", CAPTIONER)
+    whole, words = blip.from_pretrained(tmp_path / "transformers")
+    checkpoint.save_pretrained(whole, words, tmp_path / "openblip")
+    folder = tmp_path / whose
+    index, names = in_parts(folder)
+    model, _ = blip.from_pretrained(folder)
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in model.state_dict().items())
+    assert torch.equal(model.med.head_bias, theirs.text_decoder.cls.predictions.bias)
+
+    for place in (
+        "../elsewhere.safetensors",
+        "/etc/passwd",
+        "https://x/a.safetensors",
+        "a.py",
+        ".safetensors",
+        7,
+        "a/b.bin",
+    ):
+        changed = {**index, "weight_map": {**index["weight_map"], "x": place}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=r"index\.json (names|is no index)"):
+            blip.from_pretrained(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    shutil.copy(folder / names[0], folder / names[1])
+    with pytest.raises(ValueError, match=f"{names[1]}: .* is in another part of model.safetensors.index.json"):
+        blip.from_pretrained(folder)
+    (folder / names[1]).unlink()
+    with pytest.raises(FileNotFoundError, match=f"has no {names[1]}"):
+        blip.from_pretrained(folder)
+
+
+def test_a_feature_extractor_is_named_as_one(tmp_path):
+    """LAVIS's has the projections and a temperature, the original's has none of them."""
+    whole = released.state("retrieval")
+    lavis = {k: v for k, v in whole.items() if not any(part in k for part in ("_m.", "queue", "itm_head"))}
+    base = {k: v for k, v in lavis.items() if k.startswith(("visual_encoder.", "text_encoder."))}
+    for state in (lavis, base):
+        torch.save({"model": state}, tmp_path / "a.pth")
+        with pytest.raises(
+            ValueError, match=r"a\.pth .*lacks the head that matches \(itm_head\): it is a feature extractor"
+        ):
+            blip.from_pretrained(tmp_path / "a.pth")
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
         ({"model_type": "blip-2"}, "is of a blip-2 model, not of a BLIP"),
         ({"vision_config": {"hidden_act": "relu"}}, "vision_config.hidden_act is relu"),
-        ({"text_config": {"num_attention_heads": "many"}}, "num_attention_heads"),
+        ({"text_config": {"num_attention_heads": "many"}}, r"config\.json: text_config\.num_attention_heads must be"),
+        ({"text_config": {"num_attention_heads": 10**30}}, r"config\.json: text_config\.num_attention_heads must be"),
+        ({"vision_config": {"num_attention_heads": 0}}, r"config\.json: vision_config\.num_attention_heads must be"),
+        ({"vision_config": {"num_attention_heads": True}}, r"config\.json: vision_config\.num_attention_heads must be"),
+        ({"vision_config": {"num_attention_heads": 5}}, r"vision\.width 32 is not a multiple of vision\.heads 5"),
+        ({"vision_config": {"layer_norm_eps": float("nan")}}, r"config\.json: vision_config\.layer_norm_eps must be"),
+        ({"text_config": {"hidden_dropout_prob": 5}}, r"config\.json: text_config\.hidden_dropout_prob must be"),
+        ({"text_config": {"bos_token_id": None}}, r"config\.json: text_config\.bos_token_id must be"),
+        ({"text_config": {"num_hidden_layers": 10**9}}, r"config\.json: text_config\.num_hidden_layers must be"),
+        ({"text_config": {"num_hidden_layers": 99}}, r"text_config\.num_hidden_layers is 99, the weights have 2"),
+        ({"vision_config": {"hidden_size": 1024}}, r"vision_config\.hidden_size is 1024, the weights have 32"),
+        ({"vision_config": {"intermediate_size": 64}}, r"vision_config\.intermediate_size is 64, the weights have 128"),
+        ({"vision_config": {"image_size": 384}}, r"vision_config\.image_size is 384, the weights have 32"),
+        ({"vision_config": {"hidden_act": ["gelu"] * 10**4}}, r"vision_config\.hidden_act is \['gelu'"),
+        ({"text_config": []}, r"config\.json: text_config must be an object"),
         ({"text_config": {"bos_token_id": 5}}, "dec_id 5.*give the one that it was trained with"),
         ({"text_config": {"num_attention_heads": 5}}, "text width 24 is not a multiple of 5 heads"),
     ],
@@ -337,6 +427,28 @@ def test_configurations_of_transformers_that_do_not_fit(tmp_path, change, told):
     with pytest.raises(ValueError, match=told) as error:
         blip.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_fields_that_are_not_used_are_not_carried_out(tmp_path, monkeypatch):
+    """A billion classes would be named one by one; a class in a repository would be looked for."""
+    hugging(tmp_path, CAPTIONER)
+    said = json.loads((tmp_path / "config.json").read_text())
+    said |= {"num_labels": 10**9, "auto_map": {"AutoModel": "evil/repo--x.Y"}, "_name_or_path": "evil/repo"}
+    said["vision_config"] |= {"num_labels": 10**9}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    mapped = {
+        "tokenizer_class": "Evil",
+        "auto_map": {"AutoTokenizer": ["evil/repo--x.Y", None]},
+        "name_or_path": "evil/x",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(mapped))
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("asked the network"))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("asked the network"))
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    start = time.perf_counter()
+    assert blip.from_pretrained(tmp_path)[0].config.text.heads == 2
+    assert time.perf_counter() - start < 5
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
@@ -369,6 +481,14 @@ def test_what_is_no_checkpoint_of_blip_is_named(tmp_path):
             recognise(set(state), "some.pth")
         assert str(error.value).startswith("some.pth")
         assert "\n" not in str(error.value)
+
+
+WORDS_OF_CAPTIONS = "text_decoder.bert.embeddings.word_embeddings.weight"
+POSITIONS_OF_CAPTIONS = "text_decoder.bert.embeddings.position_embeddings.weight"
+
+
+def put(name, change):
+    return lambda state: state.update({name: change(state[name].clone())})
 
 
 def damaged(name, change):
@@ -404,10 +524,62 @@ def damaged(name, change):
             lambda s: s.update({"visual_encoder.pos_embed": torch.zeros(1).expand(1, 10**12 + 1, 32)}),
             "claims more numbers than the file holds",
         ),
+        ("captioning", put(WORDS_OF_CAPTIONS, lambda t: t.mul(float("nan"))), "word_embeddings.weight holds NaN"),
+        (
+            "vqa",
+            put("text_encoder.embeddings.LayerNorm.bias", lambda t: t.fill_(float("inf"))),
+            "LayerNorm.bias holds NaN",
+        ),
+        ("retrieval", put("temp", lambda t: t * 0 - 1), "a.pth: temperature is -1"),
+        (
+            "pretraining",
+            put("itm_head.weight", lambda t: t.long()),
+            "itm_head.weight is int64, the model takes numbers",
+        ),
+        ("pretraining", put("itm_head.weight", lambda t: t.bool()), "itm_head.weight is bool"),
+        ("pretraining", put("itm_head.weight", lambda t: t.to(torch.complex64)), "itm_head.weight is complex64"),
+        (
+            "pretraining",
+            put("itm_head.weight", lambda t: t.to(torch.float8_e4m3fn)),
+            "itm_head.weight is float8_e4m3fn",
+        ),
+        (
+            "pretraining",
+            put("itm_head.weight", lambda t: t.to("meta")),
+            "itm_head.weight is not a named tensor of numbers",
+        ),
+        ("pretraining", put("itm_head.weight", lambda t: t.to_sparse()), "itm_head.weight is not a named tensor"),
+        (
+            "pretraining",
+            put("vision_proj.weight", lambda t: t[0, 0]),
+            "vision_proj.weight is a scalar, not of 2 dimensions",
+        ),
+        ("captioning", put(WORDS_OF_CAPTIONS, lambda t: t[0, 0]), "word_embeddings.weight is a scalar"),
+        ("captioning", put(POSITIONS_OF_CAPTIONS, lambda t: torch.zeros(0, 10**12)), "a.pth: its text transformer is 1000000000000 wide"),
+        ("captioning", put(POSITIONS_OF_CAPTIONS, lambda t: torch.zeros(10**12, 0)), "a.pth: "),
+        ("captioning", put(POSITIONS_OF_CAPTIONS, lambda t: torch.zeros(0, 24)), "a.pth: text.max_positions must be"),
+        ("captioning", put("visual_encoder.pos_embed", lambda t: t[:, :1]), "not of a square picture"),
+        ("captioning", put("visual_encoder.pos_embed", lambda t: t[:, :0]), "not of a square picture"),
+        ("captioning", put("visual_encoder.patch_embed.proj.weight", lambda t: torch.zeros(0, 3, 8, 8)), "a.pth: "),
+        (
+            "captioning",
+            put("text_decoder.bert.encoder.layer.0.intermediate.dense.weight", lambda t: torch.zeros(1 << 17, 0)),
+            "the model takes 131072 x 24",
+        ),
+        (
+            "captioning",
+            lambda s: s.update({f"visual_encoder.blocks.{i}.x": torch.zeros(0) for i in range(2, 300)}),
+            "a.pth: vision.depth must be an integer from 1 to 128, got 300",
+        ),
+        (
+            "captioning",
+            lambda s: s.update({f"text_decoder.bert.encoder.layer.{i}.x": torch.zeros(0) for i in range(2, 100)}),
+            "does not know text_decoder.bert.encoder.layer.10.x",
+        ),
     ],
 )
 def test_a_checkpoint_that_is_not_whole(tmp_path, name, change, told):
-    path = tmp_path / "some.pth"
+    path = tmp_path / "a.pth"
     torch.save({"model": damaged(name, change)}, path)
     released.vocabulary(tmp_path)
     with pytest.raises(ValueError, match=told) as error:

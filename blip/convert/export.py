@@ -82,9 +82,10 @@ def write(
     state = to_theirs(layout.table(model), model.state_dict())
     if to == "original" and layout.name in ("pretraining", "matching"):
         state |= {second: state[first] for second, first in teacher_copies(model).items()}
-    if to == "original" and model.config.vision.hidden is not None:
+    hidden = model.vision.vit.blocks[0].mlp.fc1.out_features
+    if to == "original" and hidden != 4 * model.vision.width:
         raise ValueError(
-            f"the image encoder's feed-forward is {model.config.vision.hidden} wide, and the code of 2022 has 4 times "
+            f"the image encoder's feed-forward is {hidden} wide, and the code of 2022 has 4 times "
             f"its width ({4 * model.vision.width}) and no setting for it: use --to transformers or openblip"
         )
     if to == "original" and model.vision.vit.norm.eps != 1e-6:

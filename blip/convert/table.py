@@ -60,12 +60,12 @@ def from_theirs(table: Table, theirs: Mapping[str, Tensor], like: Mapping[str, T
     that holds another tensor.
     """
     refuse_misfit(table, theirs, like, source)
+    refuse_unsound({name: theirs[name] for row in table.rows for name in row.theirs}, source)
     for second, first in table.copies.items():
         if second in theirs and not torch.equal(theirs[second], theirs[first]):
             raise ValueError(
                 f"{source}: {second} differs from {first}, but {table.layout} shares them: is it of another layout?"
             )
-    refuse_unsound({name: theirs[name] for row in table.rows for name in row.theirs}, source)
     return {row.ours: _read(row, theirs) for row in table.rows}
 
 
