@@ -357,9 +357,7 @@ class _Beams(_Search):
             self.going = self.going & ~last.squeeze(1)
         return _pick(chosen, on), _pick(parents, on)
 
-    def _keep(
-        self, words: Tensor, logprobs: Tensor, scores: Tensor, over: Tensor, ended: Tensor, step: int
-    ) -> None:
+    def _keep(self, words: Tensor, logprobs: Tensor, scores: Tensor, over: Tensor, ended: Tensor, step: int) -> None:
         """Keep the best K (by scores) of what was found and of new texts (R, K, S), those that are `over` (R, K)."""
         scores = scores.where(over & self.going[:, None], float("-inf"))
         new = _Found(words, logprobs, torch.full_like(self.found.count, step + 1), scores, ended)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from blip.data.csv_rows import csv_rows
 from capfilt.copies import Copies
 from capfilt.run import Run
 from capfilt.select import Whole, scored_parts
@@ -54,8 +55,8 @@ def write(run: Run, count: int) -> list[str]:
 
 
 def _harmless(text: str) -> str:
-    """Text that a spreadsheet will not take for a formula."""
-    text = " ".join(text.split())
+    """Text that a spreadsheet will not take for a formula, and that a CSV file may hold."""
+    text = " ".join(text.replace("\0", " ").split())
     return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
 
 
@@ -144,26 +145,21 @@ def _advice(labels: Sequence[Label], target: float) -> str:
 
 
 def read_labels(path: Path) -> list[Label]:
-    """The filled-in rows of a sheet. ValueError names the row that is wrong."""
+    """The filled-in rows of a sheet. ValueError names the row that is wrong, DataError the line that is no CSV."""
     found = []
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        if not set(_COLUMNS) <= set(reader.fieldnames or ()):
+    for number, row in csv_rows(path):
+        if not set(_COLUMNS) <= row.keys():
             raise ValueError(f"{path} has not the columns {', '.join(_COLUMNS)}: is it the sheet that audit wrote?")
-        for number, row in enumerate(reader, 2):
-            said = (row["match"] or "").strip().lower()
-            if not said:
-                continue
-            if said not in ("y", "yes", "1", "n", "no", "0"):
-                raise ValueError(f"{path}, line {number}: match must be y or n, got {row['match']!r}")
-            try:
-                found.append(
-                    Label(
-                        row["id"], row["source"], float(row["score"]), float(row["weight"]), said in ("y", "yes", "1")
-                    )
-                )
-            except ValueError:
-                raise ValueError(f"{path}, line {number}: score and weight must be numbers") from None
+        said = row["match"].strip().lower()
+        if not said:
+            continue
+        if said not in ("y", "yes", "1", "n", "no", "0"):
+            raise ValueError(f"{path}, line {number}: match must be y or n, got {row['match']!r}")
+        try:
+            score, weight = float(row["score"]), float(row["weight"])
+        except ValueError:
+            raise ValueError(f"{path}, line {number}: score and weight must be numbers") from None
+        found.append(Label(row["id"], row["source"], score, weight, said in ("y", "yes", "1")))
     if not found:
         raise ValueError(f"{path}: no row has y or n in the column match")
     return found

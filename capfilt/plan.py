@@ -26,7 +26,7 @@ from capfilt.settings import ReadConfig, ScoreConfig, at_least, decided, has_gpu
 from capfilt.storage import Local, Storage, open_storage
 
 _ENDINGS = {".tar": "tar", ".parquet": "parquet", ".json": "listed", ".jsonl": "listed", ".ndjson": "listed",
-            ".csv": "listed"}  # fmt: skip
+            ".csv": "listed", ".tsv": "listed"}  # fmt: skip
 _METADATA = ("metadata.jsonl", "metadata.csv", "*/metadata.jsonl", "*/metadata.csv")
 _GROUP = 1024
 """Rows of an index that are read together."""

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from blip.config import DataConfig
+from blip.data.csv_rows import csv_records
 from blip.data.errors import BadSample, DataError, counted
 from blip.data.images import own_fault
 from blip.data.nlvr import Example, Sample, make_batch, read_pictures
@@ -137,21 +138,13 @@ def read_results(path: Path) -> dict[str, bool]:
     """Answers by id of a file such as `results_csv` writes. DataError names the line of what does not fit."""
     found: dict[str, bool] = {}
     lines: dict[str, int] = {}
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            for number, row in enumerate(csv.reader(file), start=1):
-                if not row:
-                    continue
-                if len(row) != 2 or row[1].strip().lower() not in ("true", "false"):
-                    raise DataError(f"{path}: line {number} is {','.join(row)[:60]!r}; expected ID,True or ID,False")
-                name = row[0].strip()
-                if name in found:
-                    raise DataError(f"{path}: {name} is there twice, in lines {lines[name]} and {number}")
-                found[name], lines[name] = row[1].strip().lower() == "true", number
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} is not a CSV file: {error}") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    for number, row in csv_records(path):
+        if len(row) != 2 or row[1].strip().lower() not in ("true", "false"):
+            raise DataError(f"{path}: line {number} is {','.join(row)[:60]!r}; expected ID,True or ID,False")
+        name = row[0].strip()
+        if name in found:
+            raise DataError(f"{path}: {name} is there twice, in lines {lines[name]} and {number}")
+        found[name], lines[name] = row[1].strip().lower() == "true", number
     if not found:
         raise DataError(f"{path} is empty; expected lines of ID,True or ID,False")
     return found

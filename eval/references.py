@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from blip.data.errors import DataError, counted, shown
-from blip.data.json_rows import read_rows
+from blip.data.json_rows import CSV, read_rows, same_id
 from blip.data.splits import check_split, of_split, refuse_split
+from blip.data.values import kind_of
 
 Id = int | str
 """A number wherever the id is written as one, so that {"139": ...} and {"image_id": 139} are the same image."""
 _COCO_NAME = re.compile(r"COCO_[a-z]+20\d\d_0*(\d+)\.jpg$")
-_SHOWN = 5
-"""Ids that an error names."""
 
 
 class Entry(NamedTuple):
@@ -60,15 +59,15 @@ def read_results(path: Path) -> dict[Id, str]:
     rows = _load(path)
     expected = 'expected [{"image_id": ..., "caption": ...}, ...]'
     if not isinstance(rows, list) or not rows:
-        raise DataError(f"{path} holds {_kind(rows)}; {expected}")
+        raise DataError(f"{path} holds {kind_of(rows)}; {expected}")
     results: dict[Id, str] = {}
     repeated: list[Id] = []
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or not {"image_id", "caption"} <= row.keys():
-            raise DataError(f"{path}: row {number} is {_kind(row)}; {expected}")
+            raise DataError(f"{path}: row {number} is {kind_of(row)}; {expected}")
         name = image_id(row["image_id"], f"{path}: row {number}")
         if not isinstance(row["caption"], str):
-            raise DataError(f"{path}: row {number}, image {name}: the caption is {_kind(row['caption'])}, not a text")
+            raise DataError(f"{path}: row {number}, image {name}: the caption is {kind_of(row['caption'])}, not a text")
         if name in results:
             repeated.append(name)
         results[name] = row["caption"]
@@ -87,7 +86,7 @@ def matching(references: Mapping[Any, Sequence[str]], results: Mapping[Any, str]
         raise DataError("there are no results to score")
     for name, caption in results.items():
         if not isinstance(caption, str):
-            raise DataError(f"the result of image {name} is {_kind(caption)}, not a text")
+            raise DataError(f"the result of image {name} is {kind_of(caption)}, not a text")
     unknown = [name for name in results if name not in references]
     if unknown:
         these = counted(unknown, "image")
@@ -111,13 +110,13 @@ def image_id(value: Any, where: str) -> Id:
     """An id as it is written in JSON. DataError if it is neither a whole number nor a text."""
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
         raise DataError(f"{where} has {shown(value)} for an image id; expected a whole number or a text")
-    if isinstance(value, str) and re.fullmatch(r"0|-?[1-9][0-9]{0,17}", value):
-        return int(value)
-    return value
+    return same_id(value)
 
 
 def _load(path: Path) -> Any:
-    """The JSON of a file, or the rows of JSON lines."""
+    """The JSON of a file, or the rows of JSON lines or of a CSV file."""
+    if path.suffix.lower() in CSV:
+        return [row for _, row in read_rows(path)]
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
     except _Repeated as error:
@@ -147,7 +146,7 @@ def _coco(path: Path, value: dict, split: str | None) -> Iterator[Entry]:
     for number, image in enumerate(value["images"]):
         where = f"{path}: images[{number}]"
         if not isinstance(image, dict) or "id" not in image:
-            raise DataError(f"{where} is {_kind(image)}; expected an object with an id")
+            raise DataError(f"{where} is {kind_of(image)}; expected an object with an id")
         name = image_id(image["id"], where)
         if name in entries:
             raise DataError(f"{where}: image {name} is there twice")
@@ -155,11 +154,11 @@ def _coco(path: Path, value: dict, split: str | None) -> Iterator[Entry]:
         entries[name] = Entry(name, [], _text(image.get("file_name")), domain if isinstance(domain, str) else None)
     annotations = value.get("annotations") or []
     if not isinstance(annotations, list):
-        raise DataError(f"{path}: annotations is {_kind(annotations)}; expected a list")
+        raise DataError(f"{path}: annotations is {kind_of(annotations)}; expected a list")
     for number, annotation in enumerate(annotations):
         where = f"{path}: annotations[{number}]"
         if not isinstance(annotation, dict) or not {"image_id", "caption"} <= annotation.keys():
-            raise DataError(f"{where} is {_kind(annotation)}; expected an object with image_id and caption")
+            raise DataError(f"{where} is {kind_of(annotation)}; expected an object with image_id and caption")
         name = image_id(annotation["image_id"], where)
         if name not in entries:
             raise DataError(f"{where} is about image {name}, which is not among images")
@@ -200,7 +199,7 @@ def _plain(path: Path, value: dict, split: str | None) -> Iterator[Entry]:
         where = f"{path}: image {key}"
         name = image_id(key, where)
         if not isinstance(captions, list):
-            raise DataError(f"{where} has {_kind(captions)}; expected a list of captions")
+            raise DataError(f"{where} has {kind_of(captions)}; expected a list of captions")
         if name in seen:
             raise DataError(f"{where} is there twice")
         seen.add(name)
@@ -229,7 +228,7 @@ def _objects(path: Path, rows: Iterable[Any]) -> Iterator[tuple[int, dict[str, A
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             expected = "expected an object with an image or image_id, and captions"
-            raise DataError(f"{path}: row {number} is {_kind(row)}; {expected}")
+            raise DataError(f"{path}: row {number} is {kind_of(row)}; {expected}")
         yield number, row
 
 
@@ -248,18 +247,9 @@ def _id_of(row: dict, image: Any, where: str) -> Id:
 
 def _caption(caption: Any, where: str) -> str:
     if not isinstance(caption, str):
-        raise DataError(f"{where}: a caption is {_kind(caption)}, not a text")
+        raise DataError(f"{where}: a caption is {kind_of(caption)}, not a text")
     return caption
 
 
 def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
-
-
-def _kind(value: Any) -> str:
-    """What a JSON value is, in a few words."""
-    if isinstance(value, dict):
-        return f"an object with {', '.join(map(str, list(value)[:_SHOWN])) or 'nothing'}"
-    if isinstance(value, list):
-        return f"a list of {len(value)}"
-    return "nothing (null)" if value is None else f"{value!r}"[:60]

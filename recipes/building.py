@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -182,9 +183,18 @@ def build_feed(config: DataConfig, image_size: int, tokenizer: Tokenizer, seed: 
     transform = TrainTransform(image_size, config)
     if config.streaming:
         stream = Stream(config.sources, transform, tokenizer, config, seed)
+        _say_notes(stream.shards)
         return StreamFeed(stream), stream.fingerprint()
     pairs = Pairs(open_sources(config.sources), transform, tokenizer, config, seed)
+    _say_notes(pairs.sources)
     return Feed(pairs), pairs.fingerprint()
+
+
+def _say_notes(sources: Sequence[Any]) -> None:
+    """Say on stderr, once a run, what sources leave out."""
+    if dist.is_main():
+        for note in (note for source in sources for note in getattr(source, "notes", ())):
+            print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 def draw_world(choice: WorldChoice) -> None:

@@ -555,7 +555,11 @@ def damaged(name, change):
             "vision_proj.weight is a scalar, not of 2 dimensions",
         ),
         ("captioning", put(WORDS_OF_CAPTIONS, lambda t: t[0, 0]), "word_embeddings.weight is a scalar"),
-        ("captioning", put(POSITIONS_OF_CAPTIONS, lambda t: torch.zeros(0, 10**12)), "a.pth: its text transformer is 1000000000000 wide"),
+        (
+            "captioning",
+            put(POSITIONS_OF_CAPTIONS, lambda t: torch.zeros(0, 10**12)),
+            "a.pth: its text transformer is 1000000000000 wide",
+        ),
         ("captioning", put(POSITIONS_OF_CAPTIONS, lambda t: torch.zeros(10**12, 0)), "a.pth: "),
         ("captioning", put(POSITIONS_OF_CAPTIONS, lambda t: torch.zeros(0, 24)), "a.pth: text.max_positions must be"),
         ("captioning", put("visual_encoder.pos_embed", lambda t: t[:, :1]), "not of a square picture"),

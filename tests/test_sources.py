@@ -371,7 +371,12 @@ HOSTILE_PATHS = ["../outside.png", "images/../../outside.png", "/etc/passwd", "p
 def test_image_paths_stay_in_their_folder(folder, name):
     (folder.parent / "outside.png").write_bytes(png(0))
     (folder / "a.json").write_text(json.dumps([*rows(1), {"image": name, "caption": "x"}]))
-    with pytest.raises(DataError, match=r"a\.json: row 1: image .*(outside|address|not a path)"):
+    source = open_source(SourceConfig(str(folder / "a.json")))
+    assert red(source[0]) == 0
+    with pytest.raises(BadSample, match=r"image .*(outside|address|not a path)"):
+        source[1]
+    (folder / "a.json").write_text(json.dumps([{"image": name, "caption": "x"}] * 2))
+    with pytest.raises(DataError, match=r"a\.json: row 0: image .*(outside|address|not a path).*no other row"):
         open_source(SourceConfig(str(folder / "a.json")))
 
 
@@ -414,18 +419,15 @@ STRUCTURE = {
     "cut off": (json.dumps(rows())[:-20], r"row 4 is not valid JSON.*cut off"),
     "not closed": (json.dumps(rows())[:-1], r"not closed after row 4"),
     "garbage": ("hello", r"row 0 is not an object"),
-    "numbers": ("[1, 2]", r"row 0 is not an object"),
-    "after the end": (json.dumps(rows()) + " {}", r"row 5 is not an object"),
+    "numbers": ("[1, 2]", r"row 0: the row is not an object but 1, and no other"),
+    "after the end": (json.dumps(rows()) + " {}", r"row 5 is behind the end of the list"),
     "empty list": ("[]", r"no rows"),
-    "no image": (
-        json.dumps([*rows(2), {"caption": "x", "url": "y"}]),
-        r"row 2 has no image path in 'image' \(it has: ca",
-    ),
-    "no caption": (json.dumps([{"image": "images/0.png"}]), r"row 0 has no caption .*set caption_column"),
+    "no image": (json.dumps([{"caption": "x", "url": "y"}]), r"row 0: .*no 'image' \(it has: caption, url\)"),
+    "no caption": (json.dumps([{"image": "images/0.png"}]), r"row 0: .*no 'caption' .*set .*caption_column"),
     "empty captions": (json.dumps([{"image": "images/0.png", "caption": []}]), r"no rows"),
-    "number as caption": (json.dumps([{"image": "images/0.png", "caption": 3}]), r"row 0 has no caption"),
-    "null image": (json.dumps([{"image": None, "caption": "x"}]), r"row 0 has no image"),
-    "all pictures missing": (json.dumps([{"image": "no/0.png", "caption": "x"}]), r"none of its pictures.*image_root"),
+    "number as caption": (json.dumps([{"image": "images/0.png", "caption": 3}]), r"row 0: .*no caption.*found 3"),
+    "null image": (json.dumps([{"image": None, "caption": "x"}]), r"row 0: the row has no image"),
+    "all pictures missing": (json.dumps([{"image": "no/0.png", "caption": "x"}]), r"none of its images.*image_root"),
     "nested": ('[{"image": ' + "[" * 100_000, r"row 0 is not valid JSON"),
     "endless number": ('[{"image": ' + "1" * 10_000 + "}]", r"row 0 is not valid JSON"),
     "latin-1": (json.dumps(rows()).encode() + b'{"image": "\xe9"}', r"not UTF-8"),

@@ -152,13 +152,58 @@ def test_nothing_but_bad_samples_stops(tmp_path, tokenizer):
         keys(load(s))
 
 
-def test_a_shard_that_is_cut_off_is_named(tmp_path, tokenizer):
+def link(path):
+    with tarfile.open(path, "w") as tar:
+        member = tarfile.TarInfo("a.jpg")
+        member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(member)
+
+
+FAULTS = {
+    "cut off": (lambda path: path.write_bytes(path.read_bytes()[:9000]), "is not a whole tar file"),
+    "empty": (lambda path: path.write_bytes(b""), "is not a whole tar file"),
+    "no tar": (lambda path: path.write_bytes(b"<html>" * 1000), "is not a whole tar file"),
+    "linked": (link, "is a link or device"),
+    "gone": (lambda path: path.unlink(), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_found_broken_on_the_way_is_left_out_and_the_run_goes_on(tmp_path, tokenizer, fault, workers):
+    source = write(tmp_path, "tar", shards=3, each=10)
+    s = stream(tokenizer, source, workers=workers)
+    FAULTS[fault][0](tmp_path / "s-001.tar")
+    for start in (0, 7):  # and when it is started again
+        batches = list(load(s, start=start, steps=start + 20))
+        assert [len(b) for b in batches] == [4] * 20
+        assert {key.split("/")[0] for b in batches for key in b.keys} == {"s-000.tar", "s-002.tar"}
+        (bad,) = {(x.key, x.reason) for b in batches for x in b.bad}
+        assert bad[0] == "s-001.tar"
+        assert "the shard, or the rest of it, is left out" in bad[1]
+        assert FAULTS[fault][1] in bad[1]
+
+
+def test_the_first_shard_is_looked_at_before_the_run(tmp_path, tokenizer):
+    source = write(tmp_path, "tar", shards=3, each=10)
+    path = tmp_path / "s-000.tar"
+    path.write_bytes(path.read_bytes()[:9000])
+    with pytest.raises(DataError, match=r"s-000\.tar is not a whole tar file"):
+        stream(tokenizer, source)
+
+
+def test_when_no_shard_can_be_read_any_more_the_run_stops(tmp_path, tokenizer):
+    s = stream(tokenizer, write(tmp_path, "tar", shards=3, each=10))
+    for path in tmp_path.glob("*.tar"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"no shard can be read; .*s-00\d\.tar cannot be read"):
+        keys(load(s))
+
+
+def test_the_readable_part_of_a_shard_that_is_cut_off_may_be_used(tmp_path, tokenizer):
     source = write(tmp_path, "tar", shards=3, each=10)
     path = tmp_path / "s-001.tar"
     path.write_bytes(path.read_bytes()[:9000])
-    s = stream(tokenizer, source, workers=1)
-    with pytest.raises(DataError, match=r"s-001\.tar is not a whole tar file"):
-        keys(load(s, steps=20))
     allowed = stream(tokenizer, SourceConfig(source.path, allow_truncated=True))
     assert len(keys(load(allowed, steps=20))) == 80
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -27,18 +28,23 @@ from blip.config import SourceConfig
 from blip.data.errors import BadSample, DataError, shown
 from blip.data.hosted import in_cache, load_parquet, open_dataset, rows_at
 from blip.data.images import MAX_BYTES
-from blip.data.json_rows import read_rows
+from blip.data.json_rows import Note, Row, rows_or_faults
 from blip.data.parquet import check_columns, parquet_file
 from blip.data.paths import alternatives, check_name, check_spec, contained, is_pattern, present
 from blip.data.splits import check_split, of_split, refuse_split
 from blip.data.tars import Member, Shard, Summary, check_whole, read_member
+from blip.data.values import captions_of, encodable, image_of
 
 logger = logging.getLogger(__name__)
 
-_ENDINGS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "json", ".parquet": "parquet", ".tar": "tar"}
+_ENDINGS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "json", ".tsv": "json", ".parquet": "parquet"}
+_ENDINGS |= {".tar": "tar"}
 _BLOCK = 1 << 16
 _TOLD = 10
 """Notes on shards that are logged."""
+FIRST_ROWS = 64
+"""Rows of a file of which one must be usable; where none is, the columns or the root are wrong."""
+CURE = "set image_column, caption_column or image_root, or repair the file"
 
 
 @dataclass(frozen=True)
@@ -94,47 +100,62 @@ def root_of(config: SourceConfig, default: Path) -> Path:
 
 
 def annotated(
-    config: SourceConfig, file: Path, root: Path, columns: tuple[str, str], seen: Counter[str] | None = None
-) -> Iterator[tuple]:
+    config: SourceConfig,
+    file: Path,
+    root: Path,
+    columns: tuple[str, str],
+    note: Note | None = None,
+    seen: Counter[str] | None = None,
+) -> Iterator[tuple[str | BadSample, list[str], int]]:
     """(image path from `root` on, captions, row number) of a file's rows of the split asked for that have captions.
 
-    `seen` counts the splits there are. Raises DataError that names the row.
+    In place of the path, what is wrong with a row that cannot be used. An empty list of captions is an image without
+    pairs, which is left out. `seen` counts the splits there are.
     """
     folder = "." if config.image_root else os.path.relpath(os.path.abspath(file.parent), root)
-    for number, row in of_split(read_rows(file), config.split, file, Counter() if seen is None else seen):
-        where = f"{file}: row {number}"
-        image, captions = pair(row, *columns, where)
-        if captions:
-            yield image if folder == "." or os.path.isabs(image) else f"{folder}/{image}", captions, number
+    seen = Counter() if seen is None else seen
+    for number, row in of_split(rows_or_faults(file, note), config.split, file, seen):
+        try:
+            if isinstance(row, BadSample):
+                raise BadSample(f"the row {row.reason}")
+            image, captions = pair(row, *columns)
+            image = image if folder == "." or os.path.isabs(image) else f"{folder}/{image}"
+            if captions:
+                yield image, captions, number
+        except BadSample as error:
+            yield error, [], number
 
 
-def pair(row: dict[str, Any], image_column: str, caption_column: str, where: str) -> tuple[str, list[str]]:
-    """(image path, captions) of an annotation row; an empty list of captions is a picture without pairs.
-
-    Raises DataError that names the row and the columns there are.
-    """
-    image, captions = row.get(image_column), row.get(caption_column)
-    if not isinstance(image, str):
-        raise DataError(f"{where} has no image path in {image_column!r} ({_columns(row)}); set image_column")
-    if isinstance(captions, str):
-        return image, [captions]
-    if isinstance(captions, list) and all(isinstance(c, str) for c in captions):
-        return image, captions
-    raise DataError(
-        f"{where} has no caption or list of captions in {caption_column!r} ({_columns(row)}); set caption_column"
-    )
+def pair(row: Row, image_column: str, caption_column: str) -> tuple[str, list[str]]:
+    """(image path, captions) of an annotation row. Raises BadSample; an empty list of captions is none."""
+    image, captions = image_of(_value(row, image_column)), _value(row, caption_column)
+    return str(image), [] if captions == [] else captions_of(captions)
 
 
-def _columns(row: dict[str, Any]) -> str:
-    return f"it has: {', '.join(sorted(map(str, row)))[:200] or 'nothing'}"
+def _value(row: Row, column: str) -> Any:
+    """What a row has in a column; BadSample that lists those it has if it has no such column."""
+    if column not in row:
+        raise BadSample(f"the row has no {column!r} (it has: {', '.join(sorted(map(str, row)))[:200] or 'nothing'})")
+    return row[column]
+
+
+def columns_of(file: Path) -> set[str]:
+    """The columns that any of a file's first rows has."""
+    first = itertools.islice(rows_or_faults(file), FIRST_ROWS)
+    return {str(name) for _, row in first if isinstance(row, dict) for name in row}
 
 
 class Table:
-    """Annotation rows as two Arrow columns: some 100 bytes a row, shared with the workers instead of copied."""
+    """Annotation rows as two Arrow columns: some 100 bytes a row, shared with the workers instead of copied.
+
+    A row that cannot be used has the reason in place of its image, and no captions.
+    """
 
     def __init__(self, config: SourceConfig, files: Sequence[Path], root: Path, columns: tuple[str, str]):
         self.weight, self.kind = config.weight, config.kind
         self.root, self.files, self._config, self._columns = root, list(files), config, columns
+        self.notes: list[str] = []
+        """What is to be said about the source at the start."""
         seen: Counter[str] = Counter()
         blocks = list(_blocks(self._rows(seen), _BLOCK))
         check_split(config.split, f"source {config.path}", seen)
@@ -146,22 +167,44 @@ class Table:
         self._file_of = np.concatenate([b[3] for b in blocks])
         self._check_some_exist()
 
-    def _rows(self, seen: Counter[str]) -> Iterator[tuple[str, list[str], int, int]]:
+    def _rows(self, seen: Counter[str]) -> Iterator[tuple[str, list[str] | None, int, int]]:
+        """(image path, captions, row number, number of the file); (reason, None, ...) for a row that cannot be used.
+
+        DataError if none of a file's first rows can be used, or none at all.
+        """
+        first, faults, usable = "", 0, 0
         for f, file in enumerate(self.files):
-            for name, captions, number in annotated(self._config, file, self.root, self._columns, seen):
-                reason = check_name(name, self.root)
-                if reason:
-                    raise DataError(f"{file}: row {number}: {reason}")
-                yield name, captions, number, f
+            before, leading = usable, 0
+            rows = annotated(self._config, file, self.root, self._columns, self.notes.append, seen)
+            for image, captions, number in rows:
+                reason = image.reason if isinstance(image, BadSample) else check_name(image, self.root)
+                if reason is None:
+                    usable += 1
+                    yield image, captions, number, f
+                    continue
+                first = first or f"{file}: row {number}: {reason}"
+                faults, leading = faults + 1, leading + (usable == before)
+                if leading == FIRST_ROWS:
+                    raise DataError(
+                        f"{file}: row {number}: {reason}, and no other of the first {FIRST_ROWS} rows can be used "
+                        f"either; {CURE}"
+                    )
+                yield reason, None, number, f
+        if faults and not usable:
+            raise DataError(f"{first}, and no other row can be used either; {CURE}")
+        if faults:
+            of = f"{faults:,} of {faults + usable:,} rows"
+            self.notes.append(f"source {self._config.path}: {of} cannot be used; the first is {first}")
 
     def _check_some_exist(self) -> None:
         """A wrong image_root is found at the start instead of after an epoch of replaced samples."""
-        rows = np.linspace(0, len(self) - 1, min(16, len(self)), dtype=np.int64)
+        usable = np.flatnonzero(self._captions.is_valid().to_numpy(zero_copy_only=False))
+        rows = usable[np.linspace(0, len(usable) - 1, min(16, len(usable)), dtype=np.int64)]
         names = [self._images[int(r)].as_py() for r in rows]
-        if not any((self.root / n).exists() for n in names):
+        if not any(os.path.exists(self.root / name) for name in names):
             raise DataError(
-                f"source {self._config.path}: none of its pictures is there; looked for {self.root / names[0]}. "
-                "Set image_root to the folder that the paths in the file start from"
+                f"source {self._config.path}: none of its images is there; {self.key(int(rows[0]))} is looked for at "
+                f"{str(self.root / names[0])[:300]}. Set image_root to the folder that the paths in the file start from"
             )
 
     def __len__(self) -> int:
@@ -171,23 +214,24 @@ class Table:
         return f"{self.files[self._file_of[row]].name}:{self._numbers[row]}"
 
     def __getitem__(self, row: int) -> Record:
-        image = contained(self._images[row].as_py(), self.root)
-        return Record(self.key(row), image, self._captions[row].as_py())
+        image, captions = self._images[row].as_py(), self._captions[row].as_py()
+        if captions is None:
+            raise BadSample(image)
+        return Record(self.key(row), contained(image, self.root), captions)
 
     def identity(self) -> str:
         return _identity(self.files, len(self), self._config)
 
 
-def _blocks(rows: Iterable[tuple[str, list[str], int, int]], size: int) -> Iterator[tuple]:
+def _blocks(rows: Iterable[tuple[str, list[str] | None, int, int]], size: int) -> Iterator[tuple]:
     """Rows in Arrow arrays of at most `size`, so that Python objects for only that many exist at once."""
-    block: list[tuple[str, list[str], int, int]] = []
+    block: list[tuple[str, list[str] | None, int, int]] = []
 
     def built() -> tuple:
         images, captions, numbers, files = zip(*block, strict=True)
-        texts = [[c if c.isascii() else c.encode("utf-8", "ignore").decode() for c in cs] for cs in captions]
         return (
-            pa.array([i if i.isascii() else i.encode("utf-8", "replace").decode() for i in images], pa.large_string()),
-            pa.array(texts, pa.large_list(pa.large_string())),
+            pa.array(map(encodable, images), pa.large_string()),
+            pa.array(captions, pa.large_list(pa.large_string())),
             np.array(numbers, np.int64),
             np.array(files, np.int32),
         )
@@ -252,24 +296,9 @@ class Hosted:
 
 
 def record(key: str, image: Any, captions: Any, root: Path | None) -> Record:
-    """A Record of column values: image bytes, a path, or {bytes, path}; a caption or a list. Raises BadSample.
-
-    A value may also be the BadSample that reading it has given.
-    """
-    for value in (image, captions):
-        if isinstance(value, BadSample):
-            raise value
-    if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path")
-    if isinstance(image, str):
-        image = _contained_in_any(image, root)
-    if not isinstance(image, bytes | Path):
-        raise BadSample("the row has no image")
-    texts = [captions] if isinstance(captions, str) else captions
-    texts = [c for c in texts if isinstance(c, str)] if isinstance(texts, list) else []
-    if not texts:
-        raise BadSample("the row has no caption")
-    return Record(key, image, texts)
+    """A Record of column values: image bytes, a path, or {bytes, path}; a caption or a list. Raises BadSample."""
+    image, texts = image_of(image), captions_of(captions)
+    return Record(key, _contained_in_any(image, root) if isinstance(image, str) else image, texts)
 
 
 def _contained_in_any(name: str, root: Path | None) -> Path:
@@ -403,8 +432,8 @@ def format_of(config: SourceConfig) -> str:
     formats = {_ENDINGS.get(f.suffix) for f in files}
     if len(formats) != 1 or None in formats:
         raise DataError(
-            f"source {config.path}: cannot tell its format ({_what(path, files)}); expected .json, .jsonl, .parquet or "
-            ".tar files, a folder with metadata.jsonl, or set format (dataset for a name on the hub)"
+            f"source {config.path}: cannot tell its format ({_what(path, files)}); expected .json, .jsonl, .csv, .tsv, "
+            ".parquet or .tar files, a folder with metadata.jsonl, or set format (dataset for a name on the hub)"
         )
     return formats.pop()
 
@@ -451,9 +480,9 @@ def _open_imagefolder(config: SourceConfig) -> Table:
     files = _metadata(folder)
     if not files:
         raise DataError(f"source {config.path}: no metadata.jsonl or metadata.csv with file_name and a caption column")
-    _, first = next(read_rows(files[0]), (0, {}))
-    image = config.image_column if config.image_column in first else "file_name"
-    caption = "text" if config.caption_column not in first and "text" in first else config.caption_column
+    there = columns_of(files[0])
+    image = config.image_column if config.image_column in there else "file_name"
+    caption = "text" if config.caption_column not in there and "text" in there else config.caption_column
     return Table(_without_split(config, folder), files, root_of(config, folder), (image, caption))
 
 

@@ -6,6 +6,8 @@ reshuffles with a key of (seed, first step), so samples of the interrupted epoch
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import itertools
 import json
 import math
@@ -19,12 +21,14 @@ from torch.utils.data import IterableDataset, get_worker_info
 from blip.config import DataConfig, SourceConfig
 from blip.data.batch import Bad, Batch
 from blip.data.errors import BadSample, DataError
-from blip.data.json_rows import read_rows
+from blip.data.json_rows import CSV, Note, rows_or_faults
 from blip.data.keyed import mix, permutation
 from blip.data.loader import Failure, Loader, Progress, guarded
 from blip.data.pairs import ATTEMPTS, LEFT_OUT, Sample, check_captions, check_prompt, make_batch, make_sample
 from blip.data.parquet import check_columns, parquet_file, rows_of
 from blip.data.sources import (
+    CURE,
+    FIRST_ROWS,
     Record,
     annotated,
     digest,
@@ -57,6 +61,8 @@ class Shards:
             refuse_split(config.split, f"source {config.path}", f"{self.format} files")
         self.files = shard_files(config.path, self.format)
         self.root = root_of(config, together(self.files))
+        self.notes: list[str] = []
+        """What is to be said about the source at the start."""
         self.rows = self._estimate()
         if not self.rows:
             raise DataError(f"source {config.path}: no rows in {self.files[0]}")
@@ -72,6 +78,9 @@ class Shards:
             for path, file in zip(self.files, files, strict=True):
                 check_columns(file.schema_arrow, path, c.image_column, c.caption_column)
             return sum(file.metadata.num_rows for file in files)
+        if self.format == "json":  # one mark in a CSV file may swallow many rows
+            for file in (f for f in self.files[1:] if f.suffix.lower() in CSV):
+                collections.deque(rows_or_faults(file), maxlen=0)
         sizes = [f.stat().st_size for f in self.files]
         if self.format == "json" and c.split:
             rows, read = self._of_split()
@@ -94,15 +103,21 @@ class Shards:
         read = 0
         for file in self.files:
             read += 1
-            columns = self.config.image_column, self.config.caption_column
-            rows += sum(1 for _ in annotated(self.config, file, file.parent, columns, seen))
+            rows += sum(1 for _ in self._annotated(file, self.notes.append, seen))
             if rows and seen.keys() >= set(parts_of(split)):
                 break
         check_split(split, f"source {self.config.path}", seen)
         for file in self.files[read:]:
-            if not any("split" in row for _, row in itertools.islice(read_rows(file), _PROBES)):
+            first = itertools.islice(rows_or_faults(file), _PROBES)
+            if not any(isinstance(row, dict) and "split" in row for _, row in first):
                 refuse_split(split, file, "its rows")
         return rows, read
+
+    def _annotated(
+        self, file: Path, note: Note | None = None, seen: Counter[str] | None = None
+    ) -> Iterator[tuple[str | BadSample, list[str], int]]:
+        columns = self.config.image_column, self.config.caption_column
+        return annotated(self.config, file, self.root, columns, note, seen)
 
     def _shard(self, file: Path) -> Shard:
         return Shard(file, self.config.caption_column, allow_truncated=self.config.allow_truncated)
@@ -128,7 +143,7 @@ class Shards:
             return
         root = self.root
         if self.format == "json":
-            rows = annotated(self.config, file, root, (image, caption))
+            rows = self._annotated(file)
         else:
             root = root_of(self.config, file.parent)
             read = rows_of(parquet_file(file), file, (image, caption))
@@ -138,8 +153,8 @@ class Shards:
             yield key, lambda k=key, v=image_value, c=captions: record(k, v, c, root)
 
     def _lines(self, file: Path) -> int:
-        if file.suffix == ".json":
-            return sum(1 for _ in read_rows(file))
+        if file.suffix == ".json" or file.suffix.lower() in CSV:
+            return sum(1 for _ in self._annotated(file, self.notes.append))
         with file.open("rb") as lines:
             return sum(1 for line in lines if line.strip())
 
@@ -177,16 +192,18 @@ class Stream:
         return digest(self.shards, "stream", *settings, self.transform.describe(), self.seed, self.tokenizer.digest())
 
     def _probe(self) -> list[str]:
-        captions = []
+        """Some captions of each source. DataError if none of its first rows can be used: that is no row's fault."""
+        captions, each = [], max(1, _PROBES // len(self.shards))
         for shards in self.shards:
-            for r in itertools.islice(shards.read(shards.files[0]), max(1, _PROBES // len(self.shards))):
-                try:
-                    captions.append(
-                        clean_caption(r.captions[0], self.config.max_words) if isinstance(r, Record) else ""
-                    )
-                except BadSample:
-                    continue
-        return [c for c in captions if c]
+            found = list(itertools.islice(shards.read(shards.files[0]), max(each, FIRST_ROWS)))
+            if found and all(isinstance(one, Bad) for one in found):
+                first = f"{shards.files[0]}: {found[0].key}: {found[0].reason}"
+                raise DataError(f"{first}, and no other of the first {len(found)} rows can be used either; {CURE}")
+            for r in found[:each]:
+                if isinstance(r, Record):
+                    with contextlib.suppress(BadSample):
+                        captions.append(clean_caption(r.captions[0], self.config.max_words))
+        return captions
 
     def records(self, consumer: int, consumers: int, start: int, world: int) -> Iterator[Record | Bad]:
         """The shuffled, endless records of one of the workers of all `world` processes."""
@@ -211,11 +228,17 @@ class Stream:
     def _endless(self, s: int, consumer: int, consumers: int, start: int) -> Iterator[Record | Bad]:
         shards = self.shards[s]
         for epoch in itertools.count():
-            read = 0
+            read, broken = 0, []
             for file, part, parts in self._share(s, epoch, consumer, consumers, start):
-                for r in shards.read(file, part, parts):
-                    read += 1
-                    yield r
+                try:
+                    for r in shards.read(file, part, parts):
+                        read += 1
+                        yield r
+                except (DataError, OSError) as error:  # of one shard, met in the middle of a run
+                    broken.append(Bad(file.name, f"the shard, or the rest of it, is left out: {error}"))
+                    yield broken[-1]
+            if not read and broken:
+                raise DataError(f"source {shards.config.path}: no shard can be read; {broken[0].reason}")
             if not read:
                 raise DataError(
                     f"source {shards.config.path}: reader {consumer} of {consumers} has nothing to read in "

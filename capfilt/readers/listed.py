@@ -5,6 +5,7 @@ A list has no rows by number, so the plan keeps a copy of it as parquet, which h
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections import Counter
@@ -15,10 +16,11 @@ from typing import Any
 import pyarrow as pa
 
 from blip.data.errors import BadSample, DataError
-from blip.data.json_rows import read_rows
+from blip.data.json_rows import rows_or_faults
 from blip.data.parquet import values_of
 from blip.data.splits import of_split
 from blip.data.tars import IMAGES
+from blip.data.values import image_of
 from capfilt.readers.parquet import columns_of, open_parquet
 from capfilt.readers.rows import (
     Row,
@@ -34,37 +36,58 @@ from capfilt.settings import ReadConfig
 from capfilt.storage import Storage
 
 INDEX = pa.schema(
-    [("key", pa.string()), ("image", pa.string()), ("texts", pa.list_(pa.string())), ("extra", pa.string())]
-)
+    [("key", pa.string()), ("image", pa.string()), ("texts", pa.list_(pa.string())), ("extra", pa.string()),
+     ("fault", pa.string())]
+)  # fmt: skip
+"""`fault` is why a row has no image; None in the indexes of older plans."""
 _BLOCK = 1 << 16
+_FIRST = 64
+"""Rows that are looked at for the columns there are."""
 
 
 def index_json(
     path: str, config: ReadConfig, seen: Counter[str] | None = None
 ) -> tuple[pa.Table, str | None, list[str]]:
-    """The rows of a JSON list, JSON lines or metadata.csv -> (rows, None, notes). DataError names file and row.
+    """The rows of a JSON list, JSON lines or a CSV file -> (rows, None, notes). DataError names file and row.
 
-    Of the split asked for; `seen` counts the splits there are.
+    Of the split asked for; `seen` counts the splits there are. A row that cannot be used is a row all the same, and has
+    its `fault` in place of an image.
     """
+    notes: list[str] = []
+    seen = Counter() if seen is None else seen
+    rows = of_split(rows_or_faults(Path(path), notes.append), config.split, Path(path), seen)
+    first = list(itertools.islice(rows, _FIRST))
+    names = {str(name): None for _, row in first if isinstance(row, dict) for name in row}
+    if first and not names:
+        number, fault = first[0]
+        raise DataError(f"{path}: row {number} {fault.reason}, and no other of its first {len(first)} rows is better")
+    image, caption = columns_of(list(names), config, path) if first else ("", None)
     blocks, block = [], []
-    image = caption = None
-    for number, row in of_split(read_rows(Path(path)), config.split, Path(path), Counter() if seen is None else seen):
-        if image is None:
-            image, caption = columns_of(list(row), config, f"{path}: row {number}")
-        block.append(_entry(str(row.get("key", number)), row.get(image), row, image, caption))
+    for number, row in itertools.chain(first, rows):
+        if isinstance(row, dict):
+            block.append(_entry(str(row.get("key", number)), row.get(image), row, image, caption))
+        else:
+            fault = f"the row {row.reason}"
+            block.append({"key": str(number), "image": None, "texts": [], "extra": "{}", "fault": fault})
         if len(block) == _BLOCK:
             blocks.append(pa.Table.from_pylist(block, INDEX))
             block = []
-    return pa.concat_tables([*blocks, pa.Table.from_pylist(block, INDEX)]), None, []
+    return pa.concat_tables([*blocks, pa.Table.from_pylist(block, INDEX)]), None, notes
 
 
 def _entry(key: str, image: Any, row: dict[str, Any], *taken: str | None) -> dict[str, Any]:
     columns = [name for name in taken if name]
+    name, fault = None, None
+    try:
+        name = str(image_of(image))
+    except BadSample as error:
+        fault = error.reason
     return {
         "key": plain(key),
-        "image": plain(image) if isinstance(image, str) else None,
+        "image": name,
         "texts": texts_of(row.get(columns[1])) if len(columns) > 1 else [],
-        "extra": json.dumps(extra_of(row, *columns)),
+        "extra": plain(json.dumps(extra_of(row, *columns))),
+        "fault": fault,
     }
 
 
@@ -108,7 +131,7 @@ class ListedReader:
         for number, entry in zip(range(lo, hi), self.index.rows(lo, hi), strict=True):
             row = Row(number, entry["key"], texts=entry["texts"] or [], extra=json.loads(entry["extra"]))
             if entry["image"] is None:
-                row.problem = ("no_image", "no_image", "no image path in the row")
+                row.problem = ("no_image", "no_image", entry.get("fault") or "no image path in the row")
             else:
                 row.image, row.problem = read_image(entry["image"], self.root)
             yield row

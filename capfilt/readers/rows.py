@@ -19,6 +19,7 @@ from blip.data.errors import BadSample, DataError, shown
 from blip.data.images import MAX_BYTES
 from blip.data.parquet import values_of
 from blip.data.paths import contained
+from blip.data.values import captions_of, encodable
 from capfilt.settings import NO_COLUMN, ReadConfig
 
 REMOTE = ("s3://", "gs://", "gcs://", "az://", "abfs://", "abfss://", "hf://", "memory://")
@@ -166,16 +167,16 @@ def read_image(name: str, root: str) -> tuple[bytes | None, tuple[str, str, str]
         return None, ("source_error", "unreadable", f"{shown(name)} cannot be read: {error.strerror}")
 
 
-def plain(text: str) -> str:
-    """Text without the half characters that JSON may hold and nothing can store."""
-    return text if text.isascii() else text.encode("utf-8", "ignore").decode("utf-8")
+plain = encodable
+"""Text without the half characters that JSON may hold and nothing can store."""
 
 
 def texts_of(value: Any) -> list[str]:
-    """The texts of a column's value: a string or a list of strings."""
-    if isinstance(value, str):
-        return [plain(value)]
-    return [plain(v) for v in value if isinstance(v, str)] if isinstance(value, list) else []
+    """The texts of a column's value: a string or the strings of a list; none of anything else."""
+    try:
+        return captions_of(value)
+    except BadSample:
+        return []
 
 
 def extra_of(row: dict[str, Any], *taken: str) -> dict[str, Any]:

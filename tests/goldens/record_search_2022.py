@@ -106,7 +106,10 @@ def main(out):
     found["answers"] = searched(model, partial(model, images, questions, train=False, inference="generate"), 1)
     lines = ",\n".join(f' "{name}": {json.dumps(rows, separators=(",", ":"))}' for name, rows in found.items())
     Path(out).write_text(f"{{\n{lines}\n}}\n")
-    print(transformers.__version__, {name: [len(set(map(tuple, rows))), sum(map(len, rows))] for name, rows in found.items()})
+    print(
+        transformers.__version__,
+        {name: [len(set(map(tuple, rows))), sum(map(len, rows))] for name, rows in found.items()},
+    )
 
 
 if __name__ == "__main__":
