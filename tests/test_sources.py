@@ -2,20 +2,25 @@ import csv
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from capfilt_crawl import planned
 from PIL import Image
 
 from blip.config import SourceConfig
+from blip.data import json_rows
 from blip.data.errors import BadSample, DataError
 from blip.data.images import decode
 from blip.data.json_rows import read_rows
 from blip.data.paths import alternatives, check_name, contained, matching
 from blip.data.sources import open_source, open_sources
+from blip.data.stream import Shards
 from blip.data.tars import Shard
 from capfilt.readers.tar import index
 
@@ -105,6 +110,81 @@ def test_cocos_captions(folder):
     }
     (folder / "c.json").write_text(json.dumps(coco))
     check(open_source(SourceConfig(str(folder / "c.json"))), lambda i: f"c.json:{i}", lambda i: [f"a {i}", f"b {i}"])
+
+
+def coco(folder, images=range(5), annotations=range(5), name=lambda i: 100 + i, name_there=lambda i: 100 + i):
+    value = {
+        "images": [{"id": name(i), "file_name": f"images/{i}.png"} for i in images],
+        "annotations": [{"image_id": name_there(i), "caption": f"picture {i}"} for i in annotations],
+    }
+    (folder / "c.json").write_text(json.dumps(value))
+    return SourceConfig(str(folder / "c.json"))
+
+
+@pytest.mark.parametrize(("name", "name_there"), [(str, int), (int, str), (str, str), ("{:03}".format, "{:03}".format)])
+def test_cocos_ids_may_be_numbers_or_texts(folder, name, name_there):
+    check(open_source(coco(folder, name=name, name_there=name_there)), lambda i: f"c.json:{i}")
+
+
+def test_ids_that_are_written_otherwise_are_others(folder):
+    source = open_source(coco(folder, annotations=[0, 10], name=int, name_there=lambda i: "007" if i else "0"))
+    assert (len(source), source[0].captions) == (1, ["picture 0"])
+    assert "1 of 2 annotations are of no image in the file, such as image_id '007'" in source.notes[0]
+
+
+def test_annotations_of_images_that_were_taken_out_are_counted(folder):
+    source = open_source(coco(folder, images=range(3)))
+    check(source, lambda i: f"c.json:{i}", n=3)
+    note = f"{folder}/c.json: 2 of 5 annotations are of no image in the file, such as image_id 104; left out"
+    assert source.notes == [note]
+    (planned_source,) = planned(folder / "c.json", folder.parent / "run").sources.values()
+    assert planned_source.notes == (note,)
+    assert Shards(SourceConfig(str(folder / "c.json"))).notes == [note]
+
+
+def test_images_of_coco_that_lack_something_are_bad_rows(folder):
+    value = json.loads((folder / "c.json").read_text()) if coco(folder) else None
+    del value["images"][0]["file_name"], value["images"][1]["id"]
+    value["images"][2], value["annotations"][3]["caption"] = None, None
+    (folder / "c.json").write_text(json.dumps(value))
+    source, reasons = open_source(SourceConfig(str(folder / "c.json"))), []
+    for row in range(4):
+        with pytest.raises(BadSample) as caught:
+            source[row]
+        reasons.append(caught.value.reason)
+    assert reasons[:3] == ["the row has no image", "the row has no id", "the row is not an object but nothing (null)"]
+    assert reasons[3].startswith("the row has no caption")
+    assert source[4].captions == ["picture 4"]
+
+
+OTHER_COCO = {
+    "of other images": ({"image_id": 7, "caption": "x"}, "none of its 1 annotations is of one of its images"),
+    "boxes": ({"image_id": 100, "bbox": [1, 2, 3, 4]}, "none of its 1 annotations has a caption.*image_id, bbox"),
+    "numbers": (3, "none of its 1 annotations is of one of its images; the first is 3"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_COCO)
+def test_coco_files_that_hold_no_captions_are_refused(folder, case):
+    annotation, message = OTHER_COCO[case]
+    value = {"images": [{"id": 100, "file_name": "images/0.png"}], "annotations": [annotation]}
+    (folder / "c.json").write_text(json.dumps(value))
+    with pytest.raises(DataError, match=rf"c\.json is not COCO's caption format: {message}"):
+        open_source(SourceConfig(str(folder / "c.json")))
+
+
+@pytest.mark.parametrize("sentences", [None, 3, "text", [None, 3], [{"tokens": ["a"]}], [{"raw": None}]])
+def test_an_image_of_karpathy_without_sentences_is_a_bad_row(folder, sentences):
+    value = karpathy()
+    value["images"][1]["sentences"], value["images"][2]["sentences"] = sentences, []
+    (folder / "k.json").write_text(json.dumps(value))
+    source = open_source(SourceConfig(str(folder / "k.json")))
+    assert [source.key(row) for row in range(len(source))] == [f"k.json:{i}" for i in (0, 1, 3, 4)]
+    if sentences == "text":
+        assert source[1].captions == ["text"]
+        return
+    with pytest.raises(BadSample, match="the row has no caption"):
+        source[1]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
@@ -479,6 +559,100 @@ def test_rows_that_cross_the_reading_blocks(tmp_path):
     for indent, name in ((None, "a.json"), (1, "b.json")):
         (tmp_path / name).write_text(json.dumps(data, indent=indent, ensure_ascii=False))
         assert [row for _, row in read_rows(tmp_path / name)] == data
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("kind", ["karpathy", "coco"])
+def test_a_file_of_one_object_may_be_longer_than_a_row(folder, monkeypatch, indent, kind):
+    monkeypatch.setattr(json_rows, "_LONGEST", 200)
+    monkeypatch.setattr(json_rows, "_CHUNK", 64)
+    if kind == "coco":
+        coco(folder)
+        value = json.loads((folder / "c.json").read_text())
+    else:
+        value = karpathy()
+    (folder / "c.json").write_text(json.dumps(value, indent=indent, ensure_ascii=False), encoding="utf-8-sig")
+    assert len(open_source(SourceConfig(str(folder / "c.json")))) == 5
+    monkeypatch.setattr(json_rows, "_WHOLE", 300)
+    with pytest.raises(DataError, match=r"c\.json: one object may have 300 bytes, the file has [0-9,]+: write one row"):
+        open_source(SourceConfig(str(folder / "c.json")))
+
+
+def test_a_row_that_is_too_long_is_said_to_be(folder, monkeypatch):
+    data = [{**row, "more": "x" * (1000 * (i == 2))} for i, row in enumerate(rows())]
+    monkeypatch.setattr(json_rows, "_LONGEST", 500)
+    monkeypatch.setattr(json_rows, "_CHUNK", 64)
+    (folder / "a.json").write_text(json.dumps(data))
+    with pytest.raises(DataError, match=r"a\.json: row 2 is longer than 500 characters$"):
+        open_source(SourceConfig(str(folder / "a.json")))
+    for at in (2, 0):
+        data.insert(at, data.pop(2))
+        (folder / "a.jsonl").write_text("\n".join(map(json.dumps, data)))
+        source = open_source(SourceConfig(str(folder / "a.jsonl")))
+        with pytest.raises(BadSample, match="the row is longer than 500 characters"):
+            source[at]
+        assert sorted(source[row].captions[0] for row in range(5) if row != at) == [
+            f"picture {i}" for i in (0, 1, 3, 4)
+        ]
+
+
+@pytest.mark.parametrize("text", [lambda d: "".join(json.dumps(r, indent=1) for r in d),
+                                  lambda d: " ".join(map(json.dumps, d)),
+                                  lambda d: "\r".join(map(json.dumps, d))])  # fmt: skip
+def test_objects_one_after_another_are_rows(folder, text):
+    (folder / "a.json").write_text(text(rows()), newline="")
+    check(open_source(SourceConfig(str(folder / "a.json"))), lambda i: f"a.json:{i}")
+
+
+def test_a_syntax_error_is_found_where_it_is(folder):
+    """And not at the end of a file that was read in the hope that it goes on."""
+    for text in (
+        '[{"image": "a" "caption": "b"}, ' + " " * 3_000_000 + "]",
+        '[{"image": nul}, ' + " " * 3_000_000 + "]",
+    ):
+        (folder / "a.json").write_text(text)
+        with pytest.raises(DataError, match=r"row 0 is not valid JSON \(.*line 1 column 1\d.*\)$"):
+            open_source(SourceConfig(str(folder / "a.json")))
+
+
+def cocos_own(images=118_287, captions=591_753):
+    """As captions_train2017.json is written, of 92 MB."""
+    more = {"license": 3, "coco_url": "http://images.example.org/train2017/0.jpg", "height": 480, "width": 640}
+    there = [{"file_name": f"{i:012d}.jpg", "id": i, **more, "date_captured": "2013-11-14"} for i in range(images)]
+    said = [{"image_id": k % images, "id": k, "caption": f"A clock as the wheel {k}. " * 3} for k in range(captions)]
+    return {"info": {}, "images": there, "annotations": said}
+
+
+def karpathys_own(images=123_287):
+    """As dataset_coco.json is written, of 139 MB."""
+    tokens = ["a", "clock", "as", "a", "wheel"] * 2
+    said = [
+        [{"tokens": tokens, "raw": f"A clock as a wheel {i} {k}." * 4, "imgid": i, "sentid": k} for k in range(5)]
+        for i in range(images)
+    ]
+    named = [{"filepath": "val2014", "filename": f"{i:012d}.jpg", "cocoid": i, "split": "train"} for i in range(images)]
+    return {"images": [{**image, "sentences": s} for image, s in zip(named, said, strict=True)], "dataset": "coco"}
+
+
+READ = """
+import resource, sys
+from pathlib import Path
+from blip.data.json_rows import read_rows
+rows = list(read_rows(Path(sys.argv[1])))
+print(len(rows), len(rows[-1][1]["caption"]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("make", "images", "size"), [(cocos_own, 118_287, 92), (karpathys_own, 123_287, 139)])
+def test_files_of_the_size_of_cocos_are_read(tmp_path, make, images, size):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(make()))
+    assert path.stat().st_size > size * 10**6
+    done = subprocess.run([sys.executable, "-c", READ, path], capture_output=True, text=True, check=True)
+    count, captions, mebibytes = map(int, done.stdout.split())
+    assert (count, captions) == (images, 5)
+    assert mebibytes < 2048
 
 
 def test_half_surrogates_do_not_stop_a_file(folder):

@@ -142,28 +142,27 @@ def _whole(path: Path, file: IO[bytes], line: bytes) -> Iterator[Row | BadSample
     None if the file has JSON lines after all, of which the first is broken. Raises DataError if it is neither.
     """
     after, size = file.tell(), os.fstat(file.fileno()).st_size
-    window = line if len(line) > _LONGEST else line + file.read(_CHUNK)
-    text = window.decode("utf-8", "ignore" if file.tell() < size else "strict")
+    goes_on, text = len(line) > _LONGEST, ""
     reason: ValueError | RecursionError | None = None
-    try:
-        _, end = _decoder.raw_decode(text, _skip(text, 0))
-        if len(text[:end].encode()) <= len(line):  # and something else behind it
-            file.seek(after)
-            return None
-        file.seek(after - len(line))
-        return _listed(path, _text(file), is_list=False)
-    except (ValueError, RecursionError) as error:
-        reason, goes_on = error, file.tell() < size and _incomplete(error, text)
+    if not goes_on:
+        text = (line + file.read(_CHUNK)).decode("utf-8", "replace")  # it may end in the middle of a character
+        try:
+            _, end = _decoder.raw_decode(text, _skip(text, 0))
+            in_lines = "\n" not in text[:end]  # and something else behind it
+            file.seek(after if in_lines else after - len(line))
+            return None if in_lines else _listed(path, _text(file), is_list=False)
+        except (ValueError, RecursionError) as error:
+            reason, goes_on = error, file.tell() < size and _incomplete(error, text)
     if goes_on and size <= _WHOLE:
         file.seek(after)
         text = (line + file.read()).decode()
-        del window
         try:
             value, end = _without_pauses(lambda: _decoder.raw_decode(text, _skip(text, 0)))
             if _skip(text, end) == len(text):
                 return iter([_row(value)])
-            file.seek(after if text.find("\n", 0, end) < 0 else after - len(line))
-            return None if file.tell() == after else _listed(path, _text(file), is_list=False)
+            in_lines = text.find("\n", 0, end) < 0
+            file.seek(after if in_lines else after - len(line))
+            return None if in_lines else _listed(path, _text(file), is_list=False)
         except (ValueError, RecursionError) as error:
             reason, goes_on = error, False
     file.seek(after)
@@ -171,11 +170,12 @@ def _whole(path: Path, file: IO[bytes], line: bytes) -> Iterator[Row | BadSample
     file.seek(after)
     if second and not any(isinstance(row, BadSample) for row in _parsed(second)):
         return None
+    if goes_on:
+        raise DataError(f"{path}: one object may have {_WHOLE:,} bytes, the file has {size:,}: write one row a line")
+    line.decode()  # or say that it is not UTF-8
     text = text.lstrip()
     if not text.startswith("{"):
         raise DataError(f"{path}: row 0 is not an object but starts with {text[:20]!r}; {_EXPECTED}")
-    if goes_on:
-        raise DataError(f"{path}: one object may have {_WHOLE:,} bytes, the file has {size:,}: write one row a line")
     raise DataError(f"{path}: row 0 is not valid JSON ({reason}){_cut_off(reason, text)}")
 
 
