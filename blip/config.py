@@ -362,7 +362,7 @@ class SourceConfig:
     path: str
     """A file, folder, glob or list of shards ({000..127}, {a,b}, a::b), or the name of a data set on the hub."""
     format: Literal["auto", "json", "imagefolder", "parquet", "tar", "dataset"] = "auto"
-    """`auto` goes by the ending; `json` also reads JSON lines and Karpathy's split files."""
+    """`auto` goes by the ending; `json` also reads JSON lines, CSV, and Karpathy's and COCO's files."""
     image_root: str | None = None
     """Folder that relative image paths start from; the annotation file's own folder when not given."""
     image_column: str = "image"

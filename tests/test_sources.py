@@ -135,11 +135,11 @@ def test_ids_that_are_written_otherwise_are_others(folder):
 def test_annotations_of_images_that_were_taken_out_are_counted(folder):
     source = open_source(coco(folder, images=range(3)))
     check(source, lambda i: f"c.json:{i}", n=3)
-    note = f"{folder}/c.json: 2 of 5 annotations are of no image in the file, such as image_id 104; left out"
-    assert source.notes == [note]
+    note = "2 of 5 annotations are of no image in the file, such as image_id 104; left out"
+    assert source.notes == [f"{folder}/c.json: {note}"]
     (planned_source,) = planned(folder / "c.json", folder.parent / "run").sources.values()
     assert planned_source.notes == (note,)
-    assert Shards(SourceConfig(str(folder / "c.json"))).notes == [note]
+    assert Shards(SourceConfig(str(folder / "c.json"))).notes == source.notes
 
 
 def test_images_of_coco_that_lack_something_are_bad_rows(folder):

@@ -55,7 +55,8 @@ def index_json(
     """
     notes: list[str] = []
     seen = Counter() if seen is None else seen
-    rows = of_split(rows_or_faults(Path(path), notes.append), config.split, Path(path), seen)
+    found = rows_or_faults(Path(path), lambda note: notes.append(note.removeprefix(f"{path}: ")))
+    rows = of_split(found, config.split, Path(path), seen)
     first = list(itertools.islice(rows, _FIRST))
     names = {str(name): None for _, row in first if isinstance(row, dict) for name in row}
     if first and not names:
