@@ -20,10 +20,12 @@ def leave_current_folder() -> None:
 
     A checkout that is not installed is found all the same: where it is the current folder it goes to the path's end.
     """
-    if not sys.flags.safe_path and sys.path and _is_here(sys.path[0]):
+    done = os.environ.get("PYTHONSAFEPATH") and not sys.flags.ignore_environment  # by Python, or here before
+    if not done and not sys.flags.safe_path and sys.path and _is_here(sys.path[0]):
         del sys.path[0]
-    named = {one for path in _given() if _is_here(path) for one in (path, os.path.abspath(path))}
-    sys.path[:] = [path for path in sys.path if path not in named]
+    kept = _kept()
+    left = {one for path in {*_given()} - {*kept} for one in (path, os.path.abspath(path))} - {*kept}
+    sys.path[:] = [path for path in sys.path if path not in left]
     os.environ.update(environment())
     from importlib.util import module_from_spec  # which imports others
 
@@ -38,8 +40,8 @@ def leave_current_folder() -> None:
 
 def environment() -> dict[str, str]:
     """The environment for a Python that imports nothing from the current folder."""
-    kept = [path for path in _given() if not _is_here(path) or (path and _same(path, HOME))]
-    return {**os.environ, "PYTHONSAFEPATH": "1", **({"PYTHONPATH": os.pathsep.join(kept)} if _given() else {})}
+    paths = {"PYTHONPATH": os.pathsep.join(_kept())} if _given() else {}
+    return {**os.environ, "PYTHONSAFEPATH": "1", **paths}
 
 
 def python(module: str, *args: str) -> list[str]:
@@ -59,6 +61,11 @@ def _given() -> list[str]:
     """The entries of PYTHONPATH, an empty one being the current folder."""
     given = os.environ.get("PYTHONPATH")
     return given.split(os.pathsep) if given else []
+
+
+def _kept() -> list[str]:
+    """Those of them that do not mean whatever the current folder is; who names it in full wants it."""
+    return [path for path in _given() if os.path.isabs(path) or not _is_here(path)]
 
 
 def _is_here(path: str) -> bool:
