@@ -577,8 +577,16 @@ class TrainConfig:
         _require(self.clip is None or self.clip > 0, f"clip must be positive or null, got {self.clip}")
 
 
-LengthRule = Literal["generated", "2022"]
-"""What counts as the length of a text when beams are compared; one answer for all that searches."""
+LENGTH_RULES = ("generated", "2022")
+"""What counts as the length of a text where beams are compared; `DecodeConfig` says which is which."""
+LengthRule = Literal["generated", "2022", 2022]
+"""One of these, or the number that YAML makes of a 2022 without quotes; settings have the text."""
+
+
+def _check_length_rule(settings: Any) -> None:
+    rule, rules = str(settings.length_rule), ", ".join(LENGTH_RULES)
+    _require(rule in LENGTH_RULES, f"length_rule must be one of {rules}, got {settings.length_rule!r}")
+    object.__setattr__(settings, "length_rule", rule)
 
 
 @dataclass(frozen=True)
@@ -620,9 +628,7 @@ class DecodeConfig:
         _require(self.min_length >= 0, f"min_length must be 0 or more, got {self.min_length}")
         ordered = self.min_length <= self.max_length
         _require(ordered, f"min_length {self.min_length} is more than max_length {self.max_length}")
-        rules = get_args(LengthRule)
-        known = self.length_rule in rules
-        _require(known, f"length_rule must be one of {', '.join(rules)}, got {self.length_rule!r}")
+        _check_length_rule(self)
         _require(self.repetition_penalty > 0, f"repetition_penalty must be positive, got {self.repetition_penalty}")
         _require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
         _require(self.top_k >= 0, f"top_k must be 0 or more, got {self.top_k}")
@@ -655,11 +661,13 @@ class AnswerConfig:
     max_length: int = 10
     """Longest answer that is searched; tokens, [DEC] and [SEP] included."""
     length_rule: LengthRule = "generated"
-    """What counts as an answer's length where words are searched: `generated` words with [SEP]; `2022` [DEC], not [SEP]."""
+    """What counts as an answer's length where words are searched: `generated` words with [SEP]; `2022` [DEC] but not
+    [SEP]."""
 
     def __post_init__(self) -> None:
         _require(self.k >= 1, f"k must be 1 or more, got {self.k}")
         _require(0 <= self.smoothing < 1, f"smoothing must be in [0, 1), got {self.smoothing}")
+        _check_length_rule(self)
         self.decode()
 
     def decode(self) -> DecodeConfig:

@@ -113,7 +113,7 @@ class Demo:
             raise ValueError(f"ask for 1 to {MOST_CAPTIONS} captions, not {num}")
         begin = self.prompt if prompt is None else _short(prompt)
         self._check_prompt(begin)
-        left = {"beams": None, "min_length": None, "max_length": None}
+        left = dict.fromkeys(("beams", "min_length", "max_length", "length_rule"))
         asked = argparse.Namespace(preset="caption_2022", method=method, num=num, top_p=top_p, seed=seed, **left)
         config = caption_command.decoding(asked)
         with self._lock, one.computing():

@@ -41,6 +41,8 @@ FREE_TO_CHANGE = frozenset(
     | {"workers", "worker_timeout", "max_bad_fraction", "timeout", "out"}
 )
 """Settings that do not touch what is computed; all others must stay the same when a run continues."""
+YOUNGER = {"length_rule": "generated"}
+"""Settings that checkpoints of before do not name -> what was done then."""
 
 _BEATS, _STALE = 10.0, 60.0
 """Seconds between signs of life in the lock, and without one after which another machine's lock is void."""
@@ -197,6 +199,10 @@ def flatten(settings: dict, prefix: str = "") -> dict[str, Any]:
 def drift(before: dict, now: dict) -> list[str]:
     """Lines `name: before -> now` for settings that differ and are not free to."""
     old, new = flatten(plain(before)), flatten(plain(now))
+    for name in new.keys() - old.keys():
+        last = name.rpartition(".")[2]
+        if last in YOUNGER:
+            old[name] = YOUNGER[last]
     gone = "(not set)"
     return [
         f"{name}: {old.get(name, gone)} -> {new.get(name, gone)}"

@@ -5,7 +5,6 @@ Two towers with equal weights are one: then the image is seen once by both. B im
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -25,7 +24,7 @@ from blip.med import Context
 from blip.model import Blip, starting_with
 from blip.tokenizer import Tokenizer
 from capfilt.scorer import Item, Matched, OutOfMemory, Scores, Written
-from capfilt.settings import ScoreConfig, decided, decode_settings, resolve
+from capfilt.settings import ScoreConfig, decided, decode_record, decode_settings, resolve
 
 T = TypeVar("T")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,7 +75,7 @@ class BlipScorer:
         self._mean, self._std = (torch.tensor(v, device=self._device).view(3, 1, 1) for v in (MEAN, STD))
         self.facts = {
             "scorer": "blip",
-            "decode": json.dumps(dataclasses.asdict(self.decode)),
+            "decode": json.dumps(decode_record(config)),
             "shared_vision": str(self.shared).lower(),
             "torch": torch.__version__,
             "transformers": version("transformers"),

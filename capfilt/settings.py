@@ -126,7 +126,7 @@ def resolve(config: ScoreConfig) -> dict[str, Any]:
             if values[role]:
                 check_kind(values[role])
             values[role] = model_identity(values[role]) if values[role] else None
-        values["decode"] = {"preset": config.decode, **dataclasses.asdict(decode_settings(config))}
+        values["decode"] = {"preset": config.decode, **decode_record(config)}
     return values
 
 
@@ -140,6 +140,17 @@ def decode_settings(config: ScoreConfig) -> DecodeConfig:
     if config.max_length is not None:
         said["max_length"] = config.max_length
     return dataclasses.replace(DECODE_PRESETS[config.decode], **said)
+
+
+def decode_record(config: ScoreConfig) -> dict[str, Any]:
+    """The decoding as plans and parts say it; the length rule only where it is not `generated`.
+
+    There was no other before it could be chosen: so a job that was planned then goes on with the same fingerprint.
+    """
+    values = dataclasses.asdict(decode_settings(config))
+    if values["length_rule"] == "generated":
+        del values["length_rule"]
+    return values
 
 
 def has_gpu() -> bool:

@@ -26,7 +26,7 @@ from capfilt.models import BlipScorer, same_vision
 from capfilt.run import Run
 from capfilt.score import score
 from capfilt.scorer import Item, OutOfMemory
-from capfilt.settings import ScoreConfig
+from capfilt.settings import ScoreConfig, decode_record
 
 
 def tiny(seed, image_size=32):
@@ -418,3 +418,16 @@ def test_a_killed_real_run_is_that_of_an_unbroken_one(models, tmp_path):
     starter.close()
     assert main(command) == 0
     check_complete(str(tmp_path / "run"), Run.open(str(tmp_path / "base")))
+
+
+def test_a_plan_says_the_length_rule_only_where_it_is_not_generated():
+    """Else a job that was planned before there was a choice would not go on."""
+    before = {
+        "method", "beams", "num", "max_length", "min_length", "length_penalty", "repetition_penalty", "top_p", "top_k",
+        "temperature", "seed",
+    }  # fmt: skip
+    for preset in ("capfilt_2022", "nucleus", "greedy"):
+        assert set(decode_record(ScoreConfig(decode=preset))) == before
+    found = decode_record(ScoreConfig(decode="caption_2022"))
+    assert found["length_rule"] == "2022"
+    assert set(found) == before | {"length_rule"}

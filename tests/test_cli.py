@@ -1,6 +1,7 @@
 """The `blip` command: what it answers, and what it says when something is off."""
 
 import argparse
+import dataclasses
 import io
 import json
 import os
@@ -139,13 +140,16 @@ def test_what_is_drawn_is_a_function_of_bytes_and_seed(run, photos):
 
 
 def chosen(**given):
-    names = dict.fromkeys(("method", "num", "beams", "top_p", "min_length", "max_length"))
+    names = dict.fromkeys(("method", "num", "beams", "top_p", "min_length", "max_length", "length_rule"))
     return caption.decoding(argparse.Namespace(**{**names, "preset": "caption_2022", "seed": 0, **given}))
 
 
 def test_options_change_the_preset():
     assert chosen() == DECODE_PRESETS["caption_2022"]
     assert chosen(preset="capfilt_2022", seed=5, num=2).top_k == 50
+    assert chosen(length_rule="generated") == dataclasses.replace(
+        DECODE_PRESETS["caption_2022"], length_rule="generated"
+    )
     greedy = chosen(method="greedy", min_length=0)
     assert (greedy.method, greedy.beams, greedy.num, greedy.min_length) == ("beam", 1, 1, 0)
     assert (chosen(num=5).beams, chosen(num=2).beams, chosen(num=2, beams=7).beams) == (5, 3, 7)

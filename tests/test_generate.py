@@ -447,12 +447,23 @@ def test_half_precision(model, images, prompts):
         ({"temperature": 0.0}, "temperature"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"length_rule": "2021"}, "length_rule must be one of generated, 2022, got '2021'"),
-        ({"length_rule": 2022}, "length_rule must be one of generated, 2022, got 2022"),
+        ({"length_rule": None}, "length_rule must be one of generated, 2022, got None"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         DecodeConfig(**options)
+
+
+def test_a_length_rule_without_quotes_is_a_number_in_yaml():
+    for config in (
+        DecodeConfig(length_rule=2022),
+        AnswerConfig(length_rule=2022),
+        AnswerConfig(length_rule=2022).decode(),
+    ):
+        assert config.length_rule == "2022"
+    with pytest.raises(ValueError, match="length_rule must be one of generated, 2022, got 2023"):
+        AnswerConfig(length_rule=2023)
 
 
 def test_presets():

@@ -465,6 +465,11 @@ def test_settings_that_touch_no_number_may_change(tmp_path):
     # As a run that had too many unreadable samples advises.
     assert resume.drift({"data": {"max_bad_fraction": 0.05}}, {"data": {"max_bad_fraction": 0.5}}) == []
     assert resume.drift({"data": {"flip": 0.5, "crop": 1}}, {"data": {"crop": 1}}) == ["data.flip: 0.5 -> (not set)"]
+    old, kept, other = (
+        {"decode": {"beams": 3, **rule}} for rule in ({}, {"length_rule": "generated"}, {"length_rule": "2022"})
+    )
+    assert resume.drift(old, kept) == []
+    assert resume.drift(old, other) == ["decode.length_rule: generated -> 2022"]
 
 
 def test_a_larger_batch_goes_on_where_the_data_was(tmp_path):

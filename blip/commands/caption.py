@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from blip.commands import options
 from blip.commands.ending import SOME_FAILED
-from blip.config import CAPTION_PROMPT, DECODE_PRESETS, DecodeConfig
+from blip.config import CAPTION_PROMPT, DECODE_PRESETS, LENGTH_RULES, DecodeConfig
 
 if TYPE_CHECKING:
     from blip.commands.answers import Answers
@@ -38,6 +38,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--num", type=int, metavar="N", help="captions of each picture (default: 1)")
     parser.add_argument("--beams", type=int, metavar="N", help="texts that a search keeps in view")
+    parser.add_argument(
+        "--length-rule",
+        choices=LENGTH_RULES,
+        help="what counts as length where beams are compared: generated words with [SEP], as in today's transformers, "
+        "or 2022: the prompt too and not [SEP], as in the original (default: the preset's; caption_2022 has 2022)",
+    )
     parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest words of this share")
     parser.add_argument("--min-length", type=int, metavar="N", help="tokens, prompt included")
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens, prompt included")
@@ -98,7 +104,7 @@ def _answer(answers: Answers, path: str, texts: list[Text], as_json: bool) -> No
 
 def decoding(chosen: argparse.Namespace) -> DecodeConfig:
     """How captions are written, by the options. ValueError if they do not go together."""
-    names = ("num", "beams", "top_p", "min_length", "max_length", "seed")
+    names = ("num", "beams", "top_p", "min_length", "max_length", "length_rule", "seed")
     values = {name: getattr(chosen, name) for name in names if getattr(chosen, name) is not None}
     preset = DECODE_PRESETS[chosen.preset]
     if chosen.method == "greedy":

@@ -41,6 +41,9 @@ print(processor.decode(ids[0], skip_special_tokens=True))""",
 _DIFFERENT = {
     "captioning": """\
 - `generate` takes beams and lengths from its arguments alone; generation_config.json is loaded and not used.
+- `generate` compares beams by what was generated, the end token included, and has no other rule; the preset
+  `caption_2022` of openblip compares them as the original did, so that some captions differ. `--length-rule generated`
+  of `blip caption` gives what `generate` gives.
 - In a batch of prompts of different lengths the last column is cut off, so that shorter prompts keep their end token
   and captions go wrong: give prompts of one length.""",
     "matching": """\

@@ -1,7 +1,7 @@
 """Record what the original's own search says: `python record_search_2022.py OUT` (README.md, "240 searches").
 
-On the path stand the original's folder at 056a169, transformers 4.15.0, timm 0.4.12, and an empty `checkpoint_wrapper` as
-`fairscale.nn.checkpoint.checkpoint_activations`. Nothing of this project is imported.
+On the path stand the original's folder at 056a169, transformers 4.15.0, timm 0.4.12, and an empty
+`checkpoint_wrapper` as `fairscale.nn.checkpoint.checkpoint_activations`. Nothing of this project is imported.
 """
 
 import json
@@ -31,7 +31,7 @@ def small_vit(*_args, **_options):
 def built(kind, tokenizer, settings, **options):
     with (
         mock.patch.object(sys.modules[kind.__module__], "create_vit", small_vit),
-        mock.patch.object(transformers.BertTokenizer, "from_pretrained", lambda _name: tokenizer()),
+        mock.patch.object(transformers.BertTokenizer, "from_pretrained", return_value=tokenizer()),
     ):
         return kind(med_config=settings, **options).eval()
 
