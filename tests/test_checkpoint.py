@@ -64,6 +64,17 @@ def test_another_image_size_resizes_positions_only(saved):
         from_pretrained(where, image_size=50)
 
 
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "eva02_tiny_patch14_224", "deit_tiny_patch16_224"])
+def test_towers_with_other_parts_come_back(tmp_path, name):
+    """Rotary positions and register tokens, too, have shapes that are known without content."""
+    side = 28 if "patch14" in name else 32
+    vision = VisionConfig(name, image_size=side, depth=1, drop_path=0.1)
+    model = Blip(dataclasses.replace(SMALLEST, vision=vision))
+    save_pretrained(model, TOKENIZER, tmp_path / "model")
+    loaded, _ = from_pretrained(tmp_path / "model")
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+
+
 def test_saving_again_replaces_the_model_and_keeps_other_files(saved):
     _, where = saved
     (where / "notes.txt").write_text("keep me")
