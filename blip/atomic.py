@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blip.durable import TEMPORARY, not_written, sha256, sync, write_bytes
+from blip.durable import TEMPORARY, not_written, ordinary_mode, partial, sha256, sync, write_bytes
 from blip.errors import Stopped
 
 MANIFEST = "MANIFEST.json"
@@ -54,37 +54,37 @@ def write_directory(
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     _require_space(target, sum(size for _, size in writers.values()))
-    partial = target.parent / f"{TEMPORARY}{target.name}-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    unfinished = partial(target)
+    unfinished.mkdir()
     try:
-        files = {name: _write_one(partial / name, write, size) for name, (write, size) in writers.items()}
+        files = {name: _write_one(unfinished / name, write, size) for name, (write, size) in writers.items()}
         if facts is not None:
             manifest = json.dumps({**facts, "files": files}, indent=1).encode()
-            _write_one(partial / MANIFEST, lambda path: write_bytes(path, manifest), len(manifest))
-        sync(partial)
+            _write_one(unfinished / MANIFEST, lambda path: write_bytes(path, manifest), len(manifest))
+        sync(unfinished)
         checkpoint_event("before rename", target)
-        os.rename(partial, target)
+        os.rename(unfinished, target)
         sync(target.parent)
         checkpoint_event("after rename", target)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
 
 
 def clear_unfinished(parent: Path) -> None:
     """Remove what a killed process left half written; only where nobody else writes."""
-    for partial in parent.glob(f"{TEMPORARY}*"):
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
+    for unfinished in parent.glob(f"{TEMPORARY}*"):
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished, ignore_errors=True)
         else:
-            partial.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
 
 
 def _write_one(path: Path, write: Callable[[Path], None], size: int) -> dict[str, str | int]:
     checkpoint_event("before write", path)
     with explain_write(path, size):
-        write(path)
+        with ordinary_mode(path):
+            write(path)
         checkpoint_event("after write", path)
         sync(path)
     return {"sha256": sha256(path), "bytes": path.stat().st_size}
@@ -92,13 +92,14 @@ def _write_one(path: Path, write: Callable[[Path], None], size: int) -> dict[str
 
 def replace_file(path: Path, content: bytes) -> None:
     """Give a file new content in one rename, so that a reader sees the old or the new."""
-    partial = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+    unfinished = partial(path)
     try:
         with explain_write(path, len(content)):
-            write_bytes(partial, content)
-            os.replace(partial, path)
+            write_bytes(unfinished, content)
+            checkpoint_event("before replace", path)
+            os.replace(unfinished, path)
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -117,11 +118,16 @@ def _require_space(target: Path, size: int) -> None:
 
 
 def check_manifest(directory: Path) -> dict:
-    """The manifest of a directory whose files are all as they were written; ValueError names the first that is not."""
+    """The manifest of a directory whose files are all as they were written; ValueError names the first that is not.
+
+    PermissionError for one that may not be read, which says nothing about what it holds.
+    """
     path = directory / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
         files = manifest["files"].items()
+    except PermissionError:
+        raise
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error})") from error
     for name, said in files:

@@ -5,14 +5,29 @@ Imports nothing heavy: `blip.atomic` builds checkpoints on it, and CapFilt its r
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import hashlib
+import math
 import os
+import re
 import shutil
+import socket
+import stat
+import time
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 TEMPORARY = ".tmp-"
 """Beginning of the name of what is being written."""
+_WRITER = re.compile(re.escape(TEMPORARY) + r".+-([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{8}")
+"""A temporary's name: of what, by which machine and process, begun when."""
+_STALE = 3600.0
+"""Seconds after which what another machine left half written, and has not touched since, is taken for abandoned."""
+_CLOCK = 60.0
+"""Seconds by which two readings of when a process began may differ."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -23,6 +38,91 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def partial(path: Path) -> Path:
+    """The name under which a file or folder is written before it gets the name `path`.
+
+    What dead writers left beside it is swept first, once in a process.
+    """
+    _sweep_once(str(path.parent.absolute()), os.getpid())
+    # A long name has to leave room for who writes; what tells two temporaries apart is their end.
+    return path.with_name(
+        f"{TEMPORARY}{path.name.encode()[:120].decode(errors='ignore')}-{_me()}-{uuid.uuid4().hex[:8]}"
+    )
+
+
+@functools.lru_cache(1024)
+def _sweep_once(folder: str, process: int) -> None:
+    sweep(Path(folder))
+
+
+def sweep(folder: Path, *, inside: bool = False) -> None:
+    """Remove the temporaries in a folder, and `inside` its folders, whose writers are dead.
+
+    A writer of this machine is asked for; one of another is taken for dead when an hour went by without a change. A
+    live writer's, and whatever was not named by `partial`, is left alone.
+    """
+    for path in folder.glob(f"**/{TEMPORARY}*" if inside else f"{TEMPORARY}*"):
+        with contextlib.suppress(OSError):
+            if _abandoned(path):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
+
+
+def _abandoned(path: Path) -> bool:
+    written_by = _WRITER.fullmatch(path.name)
+    if written_by is None:
+        return False
+    machine, process, began = written_by.groups()
+    if machine != _machine():
+        changed = [path.lstat().st_mtime, *(inner.lstat().st_mtime for inner in path.rglob("*"))]
+        return max(changed) < time.time() - _STALE
+    alive = _began(int(process))
+    return alive is None or abs(alive - int(began)) > _CLOCK
+
+
+def _me() -> str:
+    return f"{_machine()}-{os.getpid()}-{_began(os.getpid()) or 0:.0f}"
+
+
+@functools.cache
+def _machine() -> str:
+    """What tells apart places whose process numbers mean different processes: machines, and containers on one."""
+    try:
+        numbers = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        numbers = ""
+    return hashlib.sha256(f"{socket.gethostname()} {numbers}".encode()).hexdigest()[:8]
+
+
+def _began(process: int) -> float | None:
+    """When a process began, in seconds of the clock; None if there is none."""
+    import psutil
+
+    try:
+        found = psutil.Process(process)
+        return None if found.status() == psutil.STATUS_ZOMBIE else found.create_time()
+    except psutil.NoSuchProcess:
+        return None
+    except psutil.AccessDenied:  # there is one, and nothing says that it is another
+        return math.nan
+
+
+@contextlib.contextmanager
+def ordinary_mode(path: Path) -> Iterator[None]:
+    """Around whatever writes a file: it has the permissions of any new file here, also where a library chose others.
+
+    safetensors 0.8 gives a file to its writer alone, so that nobody else could load a model.
+    """
+    with path.open("ab"):  # made as files are made here, by the umask or what the folder hands down
+        pass
+    mode = stat.S_IMODE(path.stat().st_mode)
+    yield
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        path.chmod(mode)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -37,6 +137,29 @@ def sha256(path: Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def not_permitted(error: PermissionError) -> str:
+    """What to say of a file that this user may not use: which, whose it is, and what its owner can do."""
+    if error.filename is None:
+        return str(error)
+    path = Path(os.fsdecode(error.filename))
+    said = f"{path}: permission denied"
+    with contextlib.suppress(OSError, KeyError):
+        closed = next((part for part in reversed(path.parents) if not os.access(part, os.X_OK)), path)
+        info = closed.stat()
+        whose = f"{closed} belongs to {_user(info.st_uid)} and has mode {stat.S_IMODE(info.st_mode):03o}"
+        said += f" ({whose}; this is {_user(os.geteuid())}): its owner can open it with chmod, or run this as its owner"
+    return said
+
+
+def _user(number: int) -> str:
+    try:
+        import pwd
+
+        return pwd.getpwuid(number).pw_name
+    except (ImportError, KeyError):
+        return f"user {number}"
 
 
 def not_written(path: Path, advice: str, error: BaseException | None = None, needs: int | None = None) -> str:

@@ -10,10 +10,12 @@ rename, so a reader sees the old or the new index. N pictures, E embedding width
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip import atomic
+from blip import atomic, durable
 from blip.commands.pictures import Picture, read_ahead
 from blip.data.errors import DataError
 from blip.features import Features
@@ -33,6 +35,8 @@ _LIST = "index.json"
 _NAME = re.compile(r"embeddings-[0-9a-f]{16}\.safetensors")
 _SAVE_SECONDS = 60.0
 """Between two saves while an index is built, so that a stopped build goes on."""
+_UNLISTED_SECONDS = 60.0
+"""After which embeddings that no list names are a killed process's."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +116,17 @@ class Index:
 
     @classmethod
     def read(cls, folder: Path, where: Path) -> Index | None:
-        """The index at `where`, None if there is none. DataError if it is damaged or of another version."""
+        """The index at `where`, None if there is none.
+
+        DataError if it is damaged or of another version, PermissionError if it may not be read.
+        """
         remedy = "delete the folder, or build it anew with --rebuild"
         try:
             said = json.loads((where / _LIST).read_bytes())
         except FileNotFoundError:
             return None
+        except PermissionError:
+            raise
         except (OSError, ValueError) as error:
             raise DataError(f"{where / _LIST} cannot be read ({error}); {remedy}") from None
         try:
@@ -126,6 +135,8 @@ class Index:
             entries = [Entry(*values) for values in said["files"]]
             embeddings = atomic.read_tensors(where / _plain_name(said["embeddings"]))["embeddings"]
             return cls(folder, where, Origin(**said["model"]), entries, embeddings)
+        except PermissionError:
+            raise
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise DataError(f"{where} is damaged ({type(error).__name__}: {error}); {remedy}") from None
 
@@ -136,18 +147,30 @@ class Index:
         said: dict[str, Any] = {"format": FORMAT, "version": VERSION, "model": asdict(self.origin)}
         files = [list(asdict(entry).values()) for entry in self.entries]
         name = f"embeddings-{hashlib.sha256(json.dumps([said, files]).encode()).hexdigest()[:16]}.safetensors"
-        partial = self.where / f".tmp-{name}-{os.getpid()}"
+        # A folder of its own, as safetensors has a temporary beside the file that it writes.
+        unfinished = durable.partial(self.where / name)
         try:
-            with atomic.explain_write(partial, self.embeddings.numel() * 4):
-                atomic.write_tensors(partial, {"embeddings": self.embeddings})
-                os.replace(partial, self.where / name)
+            with atomic.explain_write(self.where / name, self.embeddings.numel() * 4):
+                unfinished.mkdir()
+                with durable.ordinary_mode(unfinished / name):
+                    atomic.write_tensors(unfinished / name, {"embeddings": self.embeddings})
+                atomic.checkpoint_event("before rename", self.where / name)
+                os.replace(unfinished / name, self.where / name)
         finally:
-            partial.unlink(missing_ok=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
+        atomic.checkpoint_event("after rename", self.where / name)
         rows = ",\n".join(map(json.dumps, files))
         head = json.dumps(said | {"embeddings": name})[:-1]
         atomic.replace_file(self.where / _LIST, f'{head}, "files": [\n{rows}\n]}}\n'.encode())
-        if old not in (None, name):
-            (self.where / old).unlink(missing_ok=True)
+        self._sweep({old} - {name}, name)
+
+    def _sweep(self, old: set[str | None], kept: str) -> None:
+        """Remove embeddings that no list names any more; others' that are new may be about to get one."""
+        for path in self.where.glob("embeddings-*.safetensors"):
+            with contextlib.suppress(OSError):
+                abandoned = path.name != kept and path.stat().st_mtime < time.time() - _UNLISTED_SECONDS
+                if _NAME.fullmatch(path.name) and (abandoned or path.name in old):
+                    path.unlink()
 
     # Building -----------------------------------------------------------------------------------------------------
 
@@ -217,6 +240,8 @@ def _embeddings_of(where: Path) -> str | None:
     """The file that the index on disk names."""
     try:
         return _plain_name(json.loads((where / _LIST).read_bytes())["embeddings"])
+    except PermissionError:
+        raise
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -76,7 +76,8 @@ def page(title: str, sections: Sequence[tuple[str, str, str]]) -> str:
     """Sections of (heading, introduction, HTML) -> the page; headings and introductions are plain text."""
     body = "".join(f"<h2>{_safe(heading)}</h2><p>{_safe(intro)}</p>{content}" for heading, intro, content in sections)
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_safe(title)}</title>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8">'
+        f'<meta name="generator" content="openblip"><title>{_safe(title)}</title>'
         f"<style>{STYLE}</style><h1>{_safe(title)}</h1>{body}</html>\n"
     )
 

@@ -275,6 +275,8 @@ class Checkpoints:
             try:
                 atomic.check_manifest(path)
                 return path, json.loads((path / "state.json").read_bytes())
+            except PermissionError:  # whole for who may read it: to pass it over would throw work away
+                raise
             except (OSError, ValueError) as error:
                 logger.warning("checkpoint %s is damaged and was passed over: %s", path.name, error)
         return None
@@ -371,6 +373,8 @@ def describe_run(out: Path, settings: dict, layout: dict[str, int], device: str)
     path = out / "run.json"
     try:
         starts = json.loads(path.read_bytes())["starts"]
+    except PermissionError:
+        raise
     except (OSError, ValueError, KeyError, TypeError):
         starts = []
     atomic.replace_file(path, json.dumps({"starts": [*starts, start]}, indent=1).encode())

@@ -133,6 +133,10 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _one_line(error: Exception) -> str:
+    if isinstance(error, PermissionError):
+        from blip.durable import not_permitted
+
+        return not_permitted(error)
     return re.sub(r":?\s*\n\s*", ": ", str(error).strip()) or type(error).__name__
 
 

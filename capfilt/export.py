@@ -139,6 +139,7 @@ def _begin(storage: Storage, about: dict[str, Any], replace: bool) -> None:
             )
         if found:
             _remove_export(storage)
+    storage.sweep()
     storage.write(BEGUN, (json.dumps(about) + "\n").encode())
     storage.remove("_SUCCESS")
 

@@ -106,6 +106,8 @@ class Parts:
         def look(pid: str) -> None:
             try:
                 check(self.storage.read(name_of(pid)))
+            except PermissionError:  # whole for who may read it, and not to be scored again
+                raise
             except (DamagedPart, OSError) as error:
                 damaged[pid] = str(error)
 

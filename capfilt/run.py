@@ -69,6 +69,8 @@ class Run:
                 if self.plans:
                     self._add(json.loads(self.storage.read(name.removesuffix(".parquet") + ".json")))
                 table = part_files.decode(self.storage.read(name))
+            except PermissionError:
+                raise
             except (ValueError, OSError) as error:
                 raise DataError(f"{self.where}/{name} cannot be read ({error}): was it edited?") from None
             columns = (table[c].to_pylist() for c in ("pid", "source", "lo", "hi"))

@@ -9,17 +9,14 @@ import shutil
 import socket
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from blip.durable import TEMPORARY, not_written, sha256, sync
+from blip.durable import TEMPORARY, not_written, partial, sha256, sweep, sync
 from capfilt.faults import fault_point
 
 _ADVICE = "write elsewhere, then give the same command again"
-_STALE = 3600.0
-"""Seconds after which what a killed process left half written is swept away."""
 _TRIES = 5
 T = TypeVar("T")
 
@@ -65,7 +62,7 @@ class Storage:
         self.write(name, content)
 
     def sweep(self) -> None:
-        """Remove temporaries of processes that died long ago."""
+        """Remove temporaries of processes that are dead."""
 
     def sha256(self, name: str) -> str:
         return hashlib.sha256(self.read(name)).hexdigest()
@@ -114,16 +111,16 @@ class Local(Storage):
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[IO[bytes]]:
         path = self.path(name)
-        partial = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+        unfinished = partial(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
+            with unfinished.open("wb") as file:
                 yield file
                 file.flush()
                 fault_point("commit.before_fsync")
                 os.fsync(file.fileno())
             fault_point("commit.after_tmp")
-            os.replace(partial, path)
+            os.replace(unfinished, path)
             fault_point("commit.after_replace")
             sync(path.parent)
             fault_point("commit.after_dir_fsync")
@@ -131,7 +128,7 @@ class Local(Storage):
             raise _explained(path, error) from error
         finally:
             with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
+                unfinished.unlink(missing_ok=True)
 
     def note(self, name: str, content: bytes) -> None:
         path = self.path(name)
@@ -142,11 +139,7 @@ class Local(Storage):
             raise _explained(path, error) from error
 
     def sweep(self) -> None:
-        before = time.time() - _STALE
-        for partial in Path(self.root).glob(f"**/{TEMPORARY}*"):
-            with contextlib.suppress(OSError):
-                if partial.is_file() and partial.stat().st_mtime < before:
-                    partial.unlink()
+        sweep(Path(self.root), inside=True)
 
     def sha256(self, name: str) -> str:
         return sha256(self.path(name))

@@ -54,6 +54,8 @@ class ClassFolder:
                 f"{root / unknown[0]} is not among the names of the classes ({len(unknown)} folders are not)"
             )
         found = [find([str(folder)]) for folder in folders]
+        for path, reason in (bad for one in found for bad in one.walk.unreadable):
+            raise DataError(f"{path} cannot be evaluated: it {reason}")
         called = [names[f.name] if names is not None else f.name.replace("_", " ") for f in folders]
         labels = [label for label, one in enumerate(found) for _ in one.paths]
         left_out = sum((one.left_out for one in found), Counter())

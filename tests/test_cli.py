@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -159,10 +160,141 @@ def test_options_change_the_preset():
 
 def test_answers_go_into_a_file(run, photos, tmp_path):
     _, expected, _ = run("photos")
-    (tmp_path / "old.txt").write_text("old")
-    status, out, _ = run("photos", "--out", tmp_path / "old.txt")
+    status, out, _ = run("photos", "--out", tmp_path / "new.txt")
     assert (status, out) == (0, "")
-    assert (tmp_path / "old.txt").read_text() == expected
+    assert (tmp_path / "new.txt").read_text() == expected
+
+
+FORMS = {"text": ["--num", "2"], "json": ["--num", "2", "--json"]}
+"""Two lines or one about an image."""
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cut", ["between images", "within a line", "within an image", "zeros"])
+def test_a_killed_run_goes_on_and_leaves_the_file_of_one_that_was_not(run, photos, monkeypatch, form, cut):
+    run("photos", "--out", "whole", *FORMS[form])
+    whole = Path("whole").read_bytes()
+    ends = [at + 1 for at, byte in enumerate(whole) if byte == 10]
+    each = len(ends) // 11
+    at = {"between images": ends[4 * each - 1], "within a line": ends[4 * each] - 3, "within an image": ends[4 * each]}
+    Path("whole").write_bytes(whole[: at.get(cut, ends[4 * each] - 3)] + bytes(4096) * (cut == "zeros"))
+    seen = []
+    monkeypatch.setattr(pictures, "_read_one", watching(seen, pictures._read_one))
+    status, out, err = run("photos", "--out", "whole", "--batch", 3, *FORMS[form])
+    assert (status, out) == (0, "")
+    done = 5 if (form, cut) == ("json", "within an image") else 4
+    assert f"the answers about {done} pictures already: going on with {11 - done}" in err
+    assert len(seen) == 11 - done
+    assert Path("whole").read_bytes() == whole
+    # Once more, and there is nothing to do.
+    status, out, err = run("photos", "--out", "whole", *FORMS[form])
+    assert (status, out) == (0, "")
+    assert "nothing to do" in err
+    assert len(seen) == 11 - done
+    assert Path("whole").read_bytes() == whole
+
+
+def watching(seen: list, function):
+    def watched(path, *args):
+        seen.append(path)
+        return function(path, *args)
+
+    return watched
+
+
+def test_new_images_are_added_and_what_failed_is_tried_again(run, photos):
+    (photos / "p12.png").write_bytes(b"")
+    assert run("photos", "--out", "out")[0] == 1
+    before = Path("out").read_text()
+    (photos / "p12.png").write_bytes(png(12))
+    (photos / "p13.png").write_bytes(png(13))
+    status, _, err = run("photos", "--out", "out")
+    assert status == 0
+    assert "going on with 2" in err
+    after = Path("out").read_text()
+    assert after.startswith(before)
+    assert [line.split("\t")[0] for line in after.splitlines()] == [f"photos/p{i}.png" for i in range(1, 14)]
+
+
+OTHERS = {
+    "a photograph": (png(1), "is not what"),
+    "a program": (b"import os\n\nprint(os.sep)\n", "is not what"),
+    "a line without an end": (b"remember the milk", "is not what"),
+    "a table": (b"name\tcaption\nphotos/p1.png\ta dog\n", "--out"),
+    "answers without a record": (b"photos/p1.png\ta dog\n", "options.json"),
+    "JSON lines of another": (b'{"image": "photos/p1.png", "caption": "a dog"}\n', "is not what"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+@pytest.mark.parametrize("more", [[], ["--json"]], ids=["text", "json"])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_what_is_not_ours_is_never_written_over(run, photos, what, more, recorded):
+    content, told = OTHERS[what]
+    if recorded:  # answers were here once, and something else is now
+        run("photos", "--out", "mine", *more)
+        if what in ("a table", "answers without a record") and not more:
+            return
+    Path("mine").write_bytes(content)
+    status, out, err = run("photos", "--out", "mine", *more)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ")
+    assert "--out" in err
+    assert recorded or more or told in err
+    assert Path("mine").read_bytes() == content
+
+
+def test_an_out_that_a_glob_made_an_image_is_refused(run, photos):
+    before = (photos / "p1.png").read_bytes()
+    status, _, err = run("--out", "photos/p1.png", "photos/p2.png", "photos/p3.png")
+    assert status == 2
+    assert "named like an image" in err
+    assert (photos / "p1.png").read_bytes() == before
+    assert run("photos/p2.png", "--out", "photos/new.JPG")[0] == 2
+    assert not (photos / "new.JPG").exists()
+
+
+@pytest.mark.parametrize("more", [["--num", "2"], ["--json"], ["--prompt", ""], ["--model", "other"], ["--seed", "1"]])
+def test_answers_of_other_options_are_refused_by_name(run, photos, model, more):
+    if more[0] == "--model":
+        other, tokenizer = blip.from_pretrained(model)
+        with torch.no_grad():
+            next(other.parameters()).add_(1)
+        blip.save_pretrained(other, tokenizer, "other")
+    run("photos", "--out", "out")
+    before = Path("out").read_bytes()
+    status, _, err = run("photos", "--out", "out", *more)
+    assert status == 2
+    assert "give another --out" in err
+    assert more[0] == "--json" or {"--model": "weights"}.get(more[0], more[0][2:]) in err
+    assert Path("out").read_bytes() == before
+    Path("out").unlink()
+    assert run("photos", "--out", "out", *more)[0] == 0
+
+
+def test_answers_go_into_pipes_and_devices(run, photos):
+    for _ in range(2):
+        assert run("photos", "--out", "/dev/null")[:2] == (0, "")
+
+
+def test_a_kill_loses_the_last_batch_at_most(photos, model):
+    """A real one, in the middle of the work."""
+    command = [sys.executable, "-m", "blip", "caption", "photos", "--model", model, "--out", "out", "--batch", "1"]
+    slow = "import time, blip.generate as g, blip.cli, sys; w = g.write\n"
+    slow += "g.write = lambda *a, **k: (time.sleep(0.2), w(*a, **k))[1]\n"
+    slow += f"sys.exit(blip.cli.main({command[3:]!r}))"
+    started = subprocess.Popen([sys.executable, "-c", slow], stderr=subprocess.DEVNULL)
+    while not Path("out").exists() or Path("out").read_text().count("\n") < 3:
+        assert started.poll() is None
+        time.sleep(0.02)
+    started.kill()
+    started.wait()
+    kept = Path("out").read_text()
+    assert 3 <= kept.count("\n") < 11
+    assert cli.main(command[3:]) == 0
+    torn = kept[: kept.rfind("\n") + 1]
+    assert Path("out").read_text().startswith(torn)
+    assert Path("out").read_text().count("\n") == 11
 
 
 def test_answers_appear_as_they_are_made(run, photos, tmp_path, monkeypatch):

@@ -67,11 +67,12 @@ def run(chosen: argparse.Namespace) -> int:
     # After the checks that need no torch, so that their errors come at once.
     import torch
 
-    from blip.commands.answers import Answers
+    from blip.commands.answers import Answers, Form, refuse_out
     from blip.commands.loading import load
     from blip.data.transforms import EvalTransform
     from blip.generate import write
 
+    refuse_out(chosen.out)
     loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
     model, tokenizer, side = loaded.model, loaded.tokenizer, loaded.model.config.vision.image_size
     if tokenizer.unknown_rate([chosen.prompt]):
@@ -82,9 +83,11 @@ def run(chosen: argparse.Namespace) -> int:
             return write(model, tokenizer, images.to(loaded.device), config, prompt=chosen.prompt, keys=keys)
 
     describe(torch.zeros(1, 3, side, side), [""])  # what does not fit is found before a file is opened
-    with Answers(chosen.out, len(found.paths)) as answers:
-        answers.left_out(found.left_out)
-        for pictures in read_ahead(found.paths, EvalTransform(side), chosen.batch):
+    keys = ("path", "captions", "logprob", "finished")
+    ways = {**dataclasses.asdict(config), "prompt": chosen.prompt, **loaded.options(chosen.model)} if chosen.out else {}
+    form = Form("caption", chosen.json, keys, "tt", ways, config.num)
+    with Answers(chosen.out, found, form=form) as answers:
+        for pictures in read_ahead(answers.to_do, EvalTransform(side), chosen.batch):
             if read := answers.readable(pictures):
                 images = torch.stack([picture.pixels for picture in read])
                 for picture, texts in zip(read, describe(images, [picture.digest for picture in read]), strict=True):

@@ -47,18 +47,22 @@ def run(chosen: argparse.Namespace) -> int:
     # After the checks that need no torch, so that their errors come at once.
     import torch
 
-    from blip.commands.answers import Answers, shown
+    from blip.commands.answers import Answers, Form, refuse_out, shown
     from blip.commands.loading import load
     from blip.features import Features
     from blip.zero_shot import TEMPLATES, class_embeddings, probabilities
 
+    refuse_out(chosen.out)
     loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
     features = Features(loaded.model, loaded.tokenizer, batch=chosen.batch)
     with loaded.computing():
         classes = class_embeddings(features, names, chosen.template or TEMPLATES)
-    with Answers(chosen.out, len(found.paths)) as answers:
-        answers.left_out(found.left_out)
-        for pictures in read_ahead(found.paths, features.transform, chosen.batch):
+    keys = ("path", "classes", "probability")
+    ways = {"classes": names, "template": chosen.template, "top": chosen.top}
+    form = Form("classify", chosen.json, keys, "ttn", ways | loaded.options(chosen.model) if chosen.out else {},
+                min(chosen.top, len(names)))  # fmt: skip
+    with Answers(chosen.out, found, form=form) as answers:
+        for pictures in read_ahead(answers.to_do, features.transform, chosen.batch):
             if read := answers.readable(pictures):
                 with loaded.computing():
                     embeds = features.embed_image(torch.stack([picture.pixels for picture in read]))

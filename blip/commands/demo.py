@@ -80,7 +80,7 @@ def run(chosen: argparse.Namespace) -> int:
     )  # fmt: skip
     if found:
         with matcher.computing():
-            demo.index, _ = up_to_date(chosen, found.paths, found.left_out, demo.features)
+            demo.index, _ = up_to_date(chosen, found, demo.features)
     if not is_local(chosen.host):
         _tell(f"anyone who reaches {chosen.host} can use the page: it has no password and no encryption")
     serve(demo, chosen.host, chosen.port, lambda line: print(line, flush=True))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 from blip.data.errors import DataError
+from blip.durable import not_permitted
 from blip.errors import Stopped
 
 SOME_FAILED, WRONG_USE = 1, 2
@@ -32,7 +33,9 @@ def fail(message: str, status: int) -> NoReturn:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, without its line breaks."""
+    """What an error says, without its line breaks; of a file that may not be used, whose it is."""
+    if isinstance(error, PermissionError):
+        return not_permitted(error)
     return re.sub(r":?\s*\n\s*", ": ", str(error).strip()) or type(error).__name__
 
 

@@ -46,6 +46,8 @@ def run(chosen: argparse.Namespace) -> int:
         raise ValueError(f"--out {chosen.out}: give a name that ends in .html, .png or .jpg")
     from pathlib import Path
 
+    from PIL.PngImagePlugin import PngInfo
+
     from blip.config import DataConfig
     from blip.data.errors import DataError
     from blip.data.images import UnreadableImage, decode, small
@@ -57,11 +59,12 @@ def run(chosen: argparse.Namespace) -> int:
 
     # After the checks that need no torch, so that their errors come at once.
     from blip import atomic, page
-    from blip.commands.answers import Answers, shown
+    from blip.commands.answers import Answers, refuse_page, shown
     from blip.commands.loading import load
     from blip.explain import explain
     from blip.features import Features
 
+    refuse_page("--out", chosen.out)
     loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
     with loaded.computing():
         found = explain(Features(loaded.model, loaded.tokenizer), picture, chosen.text, chosen.layer)
@@ -77,7 +80,12 @@ def run(chosen: argparse.Namespace) -> int:
         made = page.page(chosen.text, [("Where it looks", said, page.captioned(cards))]).encode("utf-8", "replace")
     else:
         buffer = io.BytesIO()
-        strip(panels).save(buffer, "PNG" if chosen.out.endswith(".png") else "JPEG")
+        if chosen.out.endswith(".png"):
+            mark = PngInfo()
+            mark.add_text("Software", "openblip")
+            strip(panels).save(buffer, "PNG", pnginfo=mark)
+        else:
+            strip(panels).save(buffer, "JPEG", comment=b"openblip explain")
         made = buffer.getvalue()
     atomic.replace_file(Path(chosen.out), made)
     with Answers(None, 1) as answers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,16 @@ class Loaded:
     tokenizer: Tokenizer
     device: torch.device
     dtype: torch.dtype
+
+    def options(self, where: str | None) -> dict[str, str]:
+        """What answers depend on: the model by its name, by the SHA-256 of its weights, and how it computes."""
+        digest = hashlib.sha256(type(self.model).__name__.encode())
+        for key, value in sorted(self.model.state_dict().items()):
+            digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
+        precision = str(self.dtype).removeprefix("torch.")
+        name = where or os.environ.get(MODEL_VARIABLE, "")
+        return {"model": name, "weights": digest.hexdigest()[:16], "precision": precision}
 
     @contextmanager
     def computing(self) -> Iterator[None]:

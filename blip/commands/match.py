@@ -35,17 +35,19 @@ def run(chosen: argparse.Namespace) -> int:
     # After the checks that need no torch, so that their errors come at once.
     import torch
 
-    from blip.commands.answers import Answers, shown
+    from blip.commands.answers import Answers, Form, refuse_out, shown
     from blip.commands.loading import load
     from blip.features import Features
 
+    refuse_out(chosen.out)
     loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
     features = Features(loaded.model, loaded.tokenizer, batch=chosen.batch)
     with loaded.computing():
         features.embed_text(chosen.texts)  # a text that will not do is found before a file is opened
-    with Answers(chosen.out, len(found.paths)) as answers:
-        answers.left_out(found.left_out)
-        for pictures in read_ahead(found.paths, features.transform, chosen.batch):
+    ways = {"texts": chosen.texts, **loaded.options(chosen.model)} if chosen.out else {}
+    form = Form("match", chosen.json, ("path", "texts", "itc", "itm"), "tnnt", ways, len(chosen.texts))
+    with Answers(chosen.out, found, form=form) as answers:
+        for pictures in read_ahead(answers.to_do, features.transform, chosen.batch):
             if read := answers.readable(pictures):
                 with loaded.computing():
                     matches = features.match(torch.stack([picture.pixels for picture in read]), chosen.texts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import itertools
@@ -17,6 +18,7 @@ from PIL import Image
 
 from blip.config import DataConfig
 from blip.data.errors import DataError
+from blip.data.folders import Walk, files
 from blip.data.images import UnreadableImage, model_input, read
 from blip.data.paths import alternatives, matching
 from blip.data.tars import IMAGES
@@ -48,6 +50,13 @@ class Found(NamedTuple):
     """Pictures, each once, in natural order (2 before 10)."""
     left_out: Counter[str]
     """How many files of folders are not named like pictures, by how their names end."""
+    walk: Walk
+    """What could not be listed, and what was not."""
+
+    @property
+    def total(self) -> int:
+        """Pictures, and what stood in their place and could not be listed."""
+        return len(self.paths) + len(self.walk.unreadable)
 
 
 def not_pictures(endings: Counter[str]) -> str:
@@ -59,52 +68,56 @@ def not_pictures(endings: Counter[str]) -> str:
 def find(given: Sequence[str]) -> Found:
     """The pictures that files, folders and globs mean.
 
-    A file is taken whatever its name; of a folder, and the folders in it, what is named like a picture and not hidden.
-    DataError for a name that means nothing.
+    A file is taken whatever its name; of a folder, and the folders in it, linked ones included, what is named like a
+    picture and not hidden. DataError for a name that means nothing.
     """
-    paths: dict[str, str] = {}  # by where it is, so that a file that was named twice is taken once
+    paths: dict[tuple[str, str], str] = {}  # by where it is, so that a file that was named twice is taken once
     left_out: Counter[str] = Counter()
+    walk, real = Walk(), functools.cache(os.path.realpath)
     for name in given:
-        for path in (path for one in alternatives(name) for path in _files(one, left_out)):
-            paths.setdefault(os.path.abspath(path), path)
+        for path in (path for one in alternatives(name) for path in _files(one, left_out, walk)):
+            folder, file = os.path.split(path)
+            paths.setdefault((real(folder), file), path)
     if not paths:
-        raise DataError(f"no pictures in {', '.join(given)}: {_LOOKED}")
-    return Found(sorted(paths.values(), key=_natural), left_out)
+        raise DataError(f"no pictures in {', '.join(given)}: {_LOOKED}{_unreadable(walk)}")
+    return Found(sorted(paths.values(), key=_natural), left_out, walk)
 
 
-def _files(name: str, left_out: Counter[str]) -> Iterator[str]:
+def _files(name: str, left_out: Counter[str], walk: Walk) -> Iterator[str]:
     if os.path.isdir(name):
-        within = list(_in_folder(name, left_out))
+        within = list(_in_folder(name, left_out, walk))
         if not within:
-            raise DataError(f"no pictures in {name}: {_LOOKED}")
+            raise DataError(f"no pictures in {name}: {_LOOKED}{_unreadable(walk)}")
         yield from within
     elif os.path.lexists(name):
         yield name
     elif glob.has_magic(name):
-        matches = matching(name)
+        matches = matching(name, walk)
         if not matches:
-            raise DataError(f"nothing matches {name}")
+            raise DataError(f"nothing matches {name}{_unreadable(walk)}")
         for match in matches:
-            yield from _in_folder(match, left_out) if os.path.isdir(match) else (match,)
+            yield from _in_folder(match, left_out, walk) if os.path.isdir(match) else (match,)
     else:
         remedy = ": pictures are not fetched, download them first" if "://" in name else ""
         raise DataError(f"no such file or folder: {name}{remedy}")
 
 
-def _in_folder(folder: str, left_out: Counter[str]) -> Iterator[str]:
-    def stop(error: OSError) -> None:
-        raise DataError(f"{error.filename} cannot be read: {error.strerror}")
-
-    for at, folders, names in os.walk(folder, onerror=stop):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            ending = os.path.splitext(name)[1].lower()
-            if name.startswith("."):
-                continue
+def _in_folder(folder: str, left_out: Counter[str], walk: Walk) -> Iterator[str]:
+    try:
+        for path in files(folder, walk):
+            ending = os.path.splitext(path)[1].lower()
             if ending[1:] in IMAGES:
-                yield os.path.join(at, name)
+                yield path
+            elif os.path.islink(path) and not os.path.exists(path):  # to a folder of pictures, it may be
+                walk.unreadable.append((path, f"is a link to {os.readlink(path)}, where nothing can be found"))
             else:
                 left_out[ending or "no ending"] += 1
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+
+def _unreadable(walk: Walk) -> str:
+    return "; " + " ".join(walk.unreadable[0]) if walk.unreadable else ""
 
 
 def _natural(path: str) -> tuple:

@@ -12,6 +12,7 @@ from blip.commands.ending import SOME_FAILED
 
 if TYPE_CHECKING:
     from blip.commands.loading import Loaded
+    from blip.commands.pictures import Found
     from blip.features import Features
     from blip.index import Index
 
@@ -71,17 +72,24 @@ def run(chosen: argparse.Namespace) -> int:
 
     # After the checks that need no torch, so that their errors come at once.
     from blip import atomic
-    from blip.commands.answers import Answers, shown
+    from blip.commands.answers import Answers, Form, refuse_out, refuse_page, shown
     from blip.commands.loading import load
     from blip.features import Features
 
+    refuse_out(chosen.out)
+    if chosen.sheet:
+        refuse_page("--sheet", chosen.sheet)
     loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
     features = Features(loaded.model, loaded.tokenizer, batch=chosen.batch)
     with loaded.computing():
         embeds = features.embed_text(chosen.queries)
-        index, failed = up_to_date(chosen, found.paths, found.left_out, features)
+        index, failed = up_to_date(chosen, found, features)
     answered: list[tuple[str, list[Hit]]] = []
-    with Answers(chosen.out, len(chosen.queries), "texts") as answers:
+    keys = ("text", "path", "score", "itc", "itm")
+    ways = {"folder": chosen.folder, "texts": chosen.queries, "top": chosen.top, "rerank": chosen.rerank}
+    form = Form("search", chosen.json, keys, "ttnnn", ways | loaded.options(chosen.model) if chosen.out else {})
+    # Not gone on with, as the folder may have changed.
+    with Answers(chosen.out, chosen.queries, "texts", form, whole=True) as answers:
         for number, query in enumerate(chosen.queries):
             embed = embeds[number : number + 1]
             hits = find_one(index, features, loaded, query, embed, chosen.top, chosen.rerank)
@@ -117,7 +125,7 @@ def find_one(
     return (sorted(first, key=lambda hit: -hit.score) + hits[rerank:])[:top]
 
 
-def up_to_date(chosen: argparse.Namespace, paths: list[str], left_out: object, features: Features) -> tuple[Index, int]:
+def up_to_date(chosen: argparse.Namespace, found: Found, features: Features) -> tuple[Index, int]:
     """The index of the folder as it is now, and how many pictures could not be used; progress is told on stderr."""
     from blip import atomic
     from blip.commands.answers import Answers
@@ -134,16 +142,15 @@ def up_to_date(chosen: argparse.Namespace, paths: list[str], left_out: object, f
             "another --index DIR, or --rebuild"
         )
     index = index or Index(folder, where, origin)
-    stale = index.stale(paths)
-    with Answers(None, len(stale)) as answers:
-        answers.left_out(left_out)
+    stale = index.stale(found.paths)
+    with Answers(None, found._replace(paths=stale)) as answers:
 
         def tell(pictures: list) -> None:
             answers.readable(pictures)
             answers.advance(len(pictures))
 
         try:
-            index = index.updated(paths, stale, features, tell)
+            index = index.updated(found.paths, stale, features, tell)
         except atomic.WriteError as error:
             raise OSError(f"{error}; --index DIR keeps the index elsewhere") from None
     return index, answers.failed

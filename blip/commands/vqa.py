@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import math
 import os
 from typing import TYPE_CHECKING
@@ -12,7 +14,8 @@ from blip.commands.ending import SOME_FAILED
 
 if TYPE_CHECKING:
     from blip.commands.answers import Answers
-    from blip.tasks.answering import Answer
+    from blip.commands.loading import Loaded
+    from blip.tasks.answering import Answer, Candidates
 
 EXAMPLE = """examples:
   blip vqa photo.jpg "what is on the table?" --model runs/vqa/model
@@ -57,13 +60,14 @@ def run(chosen: argparse.Namespace) -> int:
     # After the checks that need no torch, so that their errors come at once.
     import torch
 
-    from blip.commands.answers import Answers
+    from blip.commands.answers import Answers, Form, refuse_out
     from blip.commands.loading import load
     from blip.config import AnswerConfig
     from blip.data.transforms import EvalTransform
     from blip.tasks.answering import answers, ask, load_candidates
     from blip.tasks.vqa import Vqa
 
+    refuse_out(chosen.out)
     loaded = load(chosen.model, chosen.device, chosen.precision, Vqa, tokenizer=chosen.tokenizer)
     model, tokenizer, side = loaded.model, loaded.tokenizer, loaded.model.config.vision.image_size
     where = chosen.model or os.environ[options.MODEL_VARIABLE]
@@ -78,15 +82,23 @@ def run(chosen: argparse.Namespace) -> int:
             return answers(model, tokenizer, context, AnswerConfig(), candidates, chosen.top)
 
     reply(torch.zeros(1, 3, side, side))  # what does not fit is found before a file is opened
-    with Answers(chosen.out, len(found.paths)) as out:
-        out.left_out(found.left_out)
-        for pictures in read_ahead(found.paths, EvalTransform(side), chosen.batch):
+    keys = ("path", "question", "answers", "probability")
+    form = Form("vqa", chosen.json, keys, "ttn", _ways(chosen, loaded, candidates) if chosen.out else {},
+                min(chosen.top, len(candidates)) if candidates else 1)  # fmt: skip
+    with Answers(chosen.out, found, form=form) as out:
+        for pictures in read_ahead(out.to_do, EvalTransform(side), chosen.batch):
             if read := out.readable(pictures):
                 said = reply(torch.stack([picture.pixels for picture in read]))
                 for picture, best in zip(read, said, strict=True):
                     _give(out, picture.path, chosen.question, best, chosen.json)
             out.advance(len(pictures))
     return SOME_FAILED if out.failed else 0
+
+
+def _ways(chosen: argparse.Namespace, loaded: Loaded, candidates: Candidates | None) -> dict[str, object]:
+    """What answers depend on beside the image."""
+    among = hashlib.sha256(json.dumps(candidates.texts).encode()).hexdigest()[:16] if candidates else None
+    return {"question": chosen.question, "top": chosen.top, "candidates": among, **loaded.options(chosen.model)}
 
 
 def _give(out: Answers, path: str, question: str, best: list[Answer], as_json: bool) -> None:

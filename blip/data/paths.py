@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
+from blip.data import folders
 from blip.data.errors import BadSample, DataError, shown
+from blip.data.folders import Walk
 
 _ADDRESS = re.compile(r"^(?:[a-z][a-z0-9+.\-]*:/|(?:pipe|data|file|ssh|s3|gs|hf):)", re.IGNORECASE)
 _PLAIN = re.compile(r"^[\w\-][\w\-./ ]*\Z")
@@ -80,15 +82,18 @@ def alternatives(spec: str) -> list[str]:
     return list(dict.fromkeys(names)) or [spec]
 
 
-def matching(name: str) -> list[str]:
-    """The files and folders that one path or glob of `alternatives` means, sorted; none if nothing is there."""
+def matching(name: str, walk: Walk | None = None) -> list[str]:
+    """The files and folders that one path or glob of `alternatives` means, sorted; none if nothing is there.
+
+    `**` passes through folders as `folders.files` does, and `walk` is told what it met.
+    """
     if os.path.lexists(name):
         return [name]
     head, rest = _existing(name)
     if not glob.has_magic(rest):
         return []
     try:
-        return sorted(glob.glob(glob.escape(head) + rest, recursive=True))
+        return folders.matching(glob.escape(head) + rest, walk)
     except ValueError:  # a zero byte or half a surrogate pair, which no file has in its name
         return []
 
