@@ -150,7 +150,7 @@ class Answers:
         refuse_out(path)
         if self.form is None or (os.path.lexists(path) and os.path.exists(path) and not os.path.isfile(path)):
             self.whole = False
-            self._out = Path(path).open("w", **ways)  # a pipe or a device, which keeps nothing
+            self._out = Path(path).open("w", **ways)  # a pipe or a device, which keeps nothing  # noqa: SIM115
             return
         kept, about = _kept(path, self.form, self.names)
         record = json.dumps(self.form.record(), indent=1).encode() + b"\n"
@@ -159,7 +159,7 @@ class Answers:
             return
         answered = set(about)
         self.to_do = [name for name in self.names if self.form.named(name) not in answered]
-        self._out = Path(path).open("a", **ways)
+        self._out = Path(path).open("a", **ways)  # noqa: SIM115
         if os.path.getsize(path) > kept:
             os.truncate(path, kept)
         if not kept:

@@ -11,7 +11,10 @@ MODEL_VARIABLE = "OPENBLIP_MODEL"
 def add_images(parser: argparse.ArgumentParser) -> None:
     """The pictures, how many go through the model at once, and where the answers go."""
     parser.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="picture, folder of pictures (with its folders) or quoted glob"
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="picture, folder of pictures (with its folders, linked ones too) or quoted glob",
     )
     add_answers(parser)
 
@@ -19,7 +22,7 @@ def add_images(parser: argparse.ArgumentParser) -> None:
 def add_answers(parser: argparse.ArgumentParser) -> None:
     """How and where the answers go, and how many pictures go through the model at once."""
     parser.add_argument("--json", action="store_true", help="answer in JSON lines")
-    parser.add_argument("--out", metavar="FILE", help="answer into a file (default: standard output)")
+    parser.add_argument("--out", metavar="FILE", help="answer into a file, or go on with it (default: standard output)")
     parser.add_argument("--batch", type=positive, default=16, metavar="N", help="pictures at once (default: 16)")
 
 

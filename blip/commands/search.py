@@ -143,6 +143,8 @@ def up_to_date(chosen: argparse.Namespace, found: Found, features: Features) -> 
         )
     index = index or Index(folder, where, origin)
     stale = index.stale(found.paths)
+    if stale and not _writable(where):  # found before all images are looked at
+        raise ValueError(f"the index {where} cannot be written: give --index DIR to keep it elsewhere")
     with Answers(None, found._replace(paths=stale)) as answers:
 
         def tell(pictures: list) -> None:
@@ -154,6 +156,12 @@ def up_to_date(chosen: argparse.Namespace, found: Found, features: Features) -> 
         except atomic.WriteError as error:
             raise OSError(f"{error}; --index DIR keeps the index elsewhere") from None
     return index, answers.failed
+
+
+def _writable(folder: Path) -> bool:
+    while not folder.exists():
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
 def _precision(name: str) -> str:

@@ -1,0 +1,158 @@
+"""Writing files: who may read them, and what becomes of what a killed writer left."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from blip import atomic, durable
+from blip.commands.ending import one_line
+from blip.index import Index, Origin
+from blip.resume import Checkpoints, State
+from capfilt.storage import Local
+
+
+@pytest.fixture
+def umask(request):
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def modes(folder: Path) -> set[int]:
+    return {stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o002], indirect=True)
+def test_all_that_is_written_follows_the_umask(umask, tmp_path):
+    folder = tmp_path / "made"
+    folder.mkdir()
+    tensors = {"a": torch.ones(3)}
+    atomic.write_directory(
+        folder / "model", {"w.safetensors": (lambda path: atomic.write_tensors(path, tensors), 9)}, {}
+    )
+    atomic.replace_file(folder / "page.html", b"page")
+    Local(folder / "run").write("parts/00/a.parquet", b"part")
+    Index(folder, folder / "index", Origin("m", "w", "float32"), [], torch.empty(0, 4)).write()
+    Checkpoints(folder / "run", 1).save(torch.nn.Linear(2, 2), {}, State(), {})
+    assert len(list(folder.rglob("*.safetensors"))) == 3
+    assert modes(folder) == {0o666 & ~umask}
+    assert {stat.S_IMODE(p.stat().st_mode) for p in folder.rglob("*") if p.is_dir()} == {0o777 & ~umask}
+
+
+def denied(name: str):
+    def refuse(path, *args, **options):
+        if Path(path).name.startswith(name):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **options)
+
+    real = Path.open
+    return refuse
+
+
+@pytest.mark.parametrize("name", ["index.json", "embeddings"])
+def test_an_index_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch, name):
+    Index(tmp_path, tmp_path / "index", Origin("m", "w", "float32"), [], torch.empty(0, 4)).write()
+    monkeypatch.setattr(Path, "open", denied(name))
+    with pytest.raises(PermissionError) as error:
+        Index.read(tmp_path, tmp_path / "index")
+    monkeypatch.undo()
+    said = one_line(error.value)
+    assert f"{tmp_path}/index/{name}" in said
+    assert "permission denied" in said
+    assert "belongs to" in said
+    assert "damaged" not in said
+    assert "delete" not in said
+
+
+@pytest.mark.parametrize("name", ["MANIFEST", "optimizer", "state"])
+def test_a_checkpoint_that_may_not_be_read_is_not_passed_over(tmp_path, monkeypatch, name):
+    checkpoints = Checkpoints(tmp_path, 2)
+    path = checkpoints.save(torch.nn.Linear(2, 2), {}, State(), {})
+    monkeypatch.setattr(Path, "open", denied(name))
+    with pytest.raises(PermissionError):
+        checkpoints.newest()
+    monkeypatch.undo()
+    assert checkpoints.newest()[0] == path
+
+
+WRITER = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from blip import atomic
+from blip.index import Index, Origin
+where, how, moment = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+def event(name, path):
+    if name == moment:
+        if sys.argv[4] == "sleep":
+            print("here", flush=True)
+            signal.pause()
+        os.kill(os.getpid(), signal.SIGKILL)
+atomic.checkpoint_event = event
+if how == "directory":
+    atomic.write_directory(where / "made", {"a": (lambda p: atomic.write_bytes(p, b"a"), 1)})
+elif how == "file":
+    atomic.replace_file(where / "made", b"a")
+else:
+    Index(where, where / "made", Origin("m", "w", "float32"), [], torch.empty(0, 4)).write()
+"""
+MOMENTS = [("directory", "before write"), ("directory", "after write"), ("directory", "before rename"),
+           ("file", "before replace"), ("index", "before rename"), ("index", "before replace")]  # fmt: skip
+
+
+def left(where: Path) -> list[Path]:
+    return [path for path in where.rglob("*") if path.name.startswith(".tmp")]
+
+
+def start(*args: object) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", WRITER, *map(str, args)], stdout=subprocess.PIPE)
+
+
+def test_what_killed_writers_left_is_swept_by_the_next_start(tmp_path):
+    jobs = [(tmp_path / f"{n}", *job) for n, job in enumerate(MOMENTS)]
+    for where, how, moment in jobs:
+        where.mkdir()
+        killed = start(where, how, moment, "kill")
+        assert killed.wait() == -signal.SIGKILL
+        assert left(where), (how, moment)
+        assert start(where, how, "", "").wait() == 0
+        assert not left(where), (how, moment)
+        assert (where / "made").exists()
+
+
+def test_a_live_writers_temporaries_are_left_alone(tmp_path):
+    alive = start(tmp_path, "directory", "before rename", "sleep")
+    assert alive.stdout.readline() == b"here\n"
+    (there,) = tmp_path.iterdir()
+    durable.sweep(tmp_path)
+    assert there.exists()
+    alive.kill()
+    alive.wait()
+    durable.sweep(tmp_path)
+    assert not there.exists()
+
+
+def test_another_machines_temporaries_and_others_files(tmp_path):
+    name = durable.partial(tmp_path / "a").name
+    _, machine, process, began, end = name.rsplit("-", 4)
+    foreign = tmp_path / name.replace(machine, "0" * 8)
+    reused = tmp_path / f".tmp-a-{machine}-{process}-{int(began) - 1000}-{end}"
+    mine = [tmp_path / other for other in (".tmp-notes", ".tmp-a-123", "a-" + name)]
+    for path in (foreign, reused, *mine):
+        path.write_bytes(b"x")
+    durable.sweep(tmp_path)
+    assert foreign.exists()  # written a moment ago: its writer may live
+    assert not reused.exists()  # the process with this number is another one
+    old = time.time() - 7200
+    for path in (foreign, *mine):
+        os.utime(path, (old, old))
+    durable.sweep(tmp_path)
+    assert not foreign.exists()
+    assert all(path.exists() for path in mine)
