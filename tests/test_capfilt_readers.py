@@ -322,6 +322,9 @@ def test_img2dataset_files(tmp_path):
     rows = check(run)
     assert rows[3].extra["url"] == "http://x/3"
     assert "1 rows were never downloaded" in run.sources["00000.parquet"].notes[0]
+    folder.rename(tmp_path / "elsewhere")  # on another disk, say
+    folder.symlink_to(tmp_path / "elsewhere")
+    assert all(row.image for row in check(planned(tmp_path / "set", tmp_path / "linked")))
     alt = {"caption_column": "url"}
     assert rows_of(planned(tmp_path / "set", tmp_path / "alt", reading=alt))[3].texts == ["http://x/3"]
     assert rows_of(planned(tmp_path / "set", tmp_path / "none", reading={"caption_column": "none"}))[3].texts == []

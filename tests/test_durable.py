@@ -3,8 +3,6 @@
 import os
 import signal
 import stat
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -82,27 +80,35 @@ def test_a_checkpoint_that_may_not_be_read_is_not_passed_over(tmp_path, monkeypa
     assert checkpoints.newest()[0] == path
 
 
-WRITER = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from blip import atomic
-from blip.index import Index, Origin
-where, how, moment = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-def event(name, path):
-    if name == moment:
-        if sys.argv[4] == "sleep":
-            print("here", flush=True)
-            signal.pause()
-        os.kill(os.getpid(), signal.SIGKILL)
-atomic.checkpoint_event = event
-if how == "directory":
-    atomic.write_directory(where / "made", {"a": (lambda p: atomic.write_bytes(p, b"a"), 1)})
-elif how == "file":
-    atomic.replace_file(where / "made", b"a")
-else:
-    Index(where, where / "made", Origin("m", "w", "float32"), [], torch.empty(0, 4)).write()
-"""
+def write(where: Path, how: str) -> None:
+    if how == "directory":
+        atomic.write_directory(where / "made", {"a": (lambda path: atomic.write_bytes(path, b"a"), 1)})
+    elif how == "file":
+        atomic.replace_file(where / "made", b"a")
+    else:
+        Index(where, where / "made", Origin("m", "w", "float32"), [], torch.empty(0, 4)).write()
+
+
+def start(where: Path, how: str, moment: str, strike) -> int:
+    """A process of its own that writes and is struck at a moment; its number."""
+
+    def event(name, path):
+        if name == moment:
+            strike()
+
+    if child := os.fork():
+        return child
+    try:
+        atomic.checkpoint_event = event
+        write(where, how)
+    finally:
+        os._exit(3)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 MOMENTS = [("directory", "before write"), ("directory", "after write"), ("directory", "before rename"),
            ("file", "before replace"), ("index", "before rename"), ("index", "before replace")]  # fmt: skip
 
@@ -111,32 +117,27 @@ def left(where: Path) -> list[Path]:
     return [path for path in where.rglob("*") if path.name.startswith(".tmp")]
 
 
-def start(*args: object) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", WRITER, *map(str, args)], stdout=subprocess.PIPE)
-
-
-def test_what_killed_writers_left_is_swept_by_the_next_start(tmp_path):
-    jobs = [(tmp_path / f"{n}", *job) for n, job in enumerate(MOMENTS)]
-    for where, how, moment in jobs:
-        where.mkdir()
-        killed = start(where, how, moment, "kill")
-        assert killed.wait() == -signal.SIGKILL
-        assert left(where), (how, moment)
-        assert start(where, how, "", "").wait() == 0
-        assert not left(where), (how, moment)
-        assert (where / "made").exists()
+@pytest.mark.parametrize(("how", "moment"), MOMENTS)
+def test_what_a_killed_writer_left_is_swept_by_the_next_start(tmp_path, how, moment):
+    killed = start(tmp_path, how, moment, die)
+    assert os.waitstatus_to_exitcode(os.waitpid(killed, 0)[1]) == -signal.SIGKILL
+    assert left(tmp_path)
+    durable._sweep_once.cache_clear()  # as a new process
+    write(tmp_path, how)
+    assert not left(tmp_path)
+    assert (tmp_path / "made").exists()
 
 
 def test_a_live_writers_temporaries_are_left_alone(tmp_path):
-    alive = start(tmp_path, "directory", "before rename", "sleep")
-    assert alive.stdout.readline() == b"here\n"
-    (there,) = tmp_path.iterdir()
+    alive = start(tmp_path, "directory", "before rename", signal.pause)
+    while not (there := left(tmp_path)):
+        time.sleep(0.01)
     durable.sweep(tmp_path)
-    assert there.exists()
-    alive.kill()
-    alive.wait()
+    assert there[0].exists()
+    os.kill(alive, signal.SIGKILL)
+    os.waitpid(alive, 0)
     durable.sweep(tmp_path)
-    assert not there.exists()
+    assert not left(tmp_path)
 
 
 def test_another_machines_temporaries_and_others_files(tmp_path):

@@ -126,6 +126,9 @@ class ListedReader:
         from capfilt.plan import open_index
 
         self.root = config.image_root or os.path.dirname(source.path)
+        # img2dataset's folder was listed by us, so that it may be a link; what the images in it are may not lead out.
+        listed = source.path.endswith(".parquet") and not config.image_root
+        self.folder = source.path.removesuffix(".parquet") if listed else None
         self.index: RowGroups = open_index(storage, source)
 
     def read(self, lo: int, hi: int) -> Iterator[Row]:
@@ -134,5 +137,8 @@ class ListedReader:
             if entry["image"] is None:
                 row.problem = ("no_image", "no_image", entry.get("fault") or "no image path in the row")
             else:
-                row.image, row.problem = read_image(entry["image"], self.root)
+                name, root = entry["image"], self.root
+                if self.folder:
+                    name, root = os.path.basename(name), self.folder
+                row.image, row.problem = read_image(name, root)
             yield row
