@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from blip.commands import caption, classify, convert, demo, doctor, explain, match, search, vqa
-from blip.commands.ending import WRONG_USE, fail, one_line, unknown_option
+from blip.commands.ending import WRONG_USE, fail, leave, one_line, unknown_option
 from blip.data.errors import DataError
 from blip.errors import Stopped
 
@@ -53,5 +53,10 @@ def main(args: Sequence[str] | None = None) -> int:
         fail(one_line(error), WRONG_USE)
 
 
+def command() -> NoReturn:
+    """The program `blip`."""
+    leave(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -8,6 +8,8 @@ import re
 import sys
 from typing import NoReturn
 
+from blip.commands.ending import leave
+
 ABOUT = """\
 Clean a noisy crawl of images and texts: a captioner writes, a filter reads, and what matches is kept.
 
@@ -140,5 +142,10 @@ def _one_line(error: Exception) -> str:
     return re.sub(r":?\s*\n\s*", ": ", str(error).strip()) or type(error).__name__
 
 
+def command() -> NoReturn:
+    """The program `capfilt`."""
+    leave(main)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command()

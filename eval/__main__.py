@@ -28,9 +28,9 @@ import re
 import sys
 from collections.abc import Iterator
 from importlib import import_module
-from typing import Any, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
-from blip.commands.ending import WRONG_USE, fail, one_line, run, unknown_option
+from blip.commands.ending import WRONG_USE, fail, leave, one_line, run, unknown_option
 
 COMMANDS = {
     "captioning": ("Captioning", "eval.captioning_command"),
@@ -111,5 +111,10 @@ def _short(said: str) -> str:
     return f"--{found[1]}: {found[2]}" if found else said
 
 
+def command() -> NoReturn:
+    """The program `blip-eval`."""
+    leave(main)
+
+
 if __name__ == "__main__":
-    main()
+    command()

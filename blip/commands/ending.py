@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import difflib
+import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
@@ -24,6 +28,30 @@ def run(main: Callable[[], None]) -> None:
         fail(one_line(error), WRONG_USE)
     except Stopped as error:
         fail(one_line(error), SOME_FAILED)
+
+
+def leave(main: Callable[[], int | None]) -> NoReturn:
+    """Run a program and end the process with its status, and nothing that libraries do afterwards can change that.
+
+    What Python does at its end is done: threads are waited for, and what is registered with `atexit` is called. What
+    C++ libraries do when they are unloaded is not: under load one of them has aborted after all was said.
+    """
+    try:
+        status = main() or 0
+    except SystemExit as stop:
+        status = stop.code
+        if status is not None and not isinstance(status, int):
+            sys.stderr.write(f"{status}\n")
+            status = 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or nobody reads on
+            stream.flush()
+    os._exit(status or 0)
 
 
 def fail(message: str, status: int) -> NoReturn:

@@ -99,8 +99,7 @@ class Shards:
         """(rows of the split asked for, files that they were counted in: as few as have all of its names)."""
         split = self.config.split
         seen: Counter[str] = Counter()
-        rows = 0
-        read = 0
+        rows = read = 0
         for file in self.files:
             read += 1
             rows += sum(1 for _ in self._annotated(file, self.notes.append, seen))
@@ -108,8 +107,8 @@ class Shards:
                 break
         check_split(split, f"source {self.config.path}", seen)
         for file in self.files[read:]:
-            first = itertools.islice(rows_or_faults(file), _PROBES)
-            if not any(isinstance(row, dict) and "split" in row for _, row in first):
+            first = [row for _, row in itertools.islice(rows_or_faults(file), _PROBES) if isinstance(row, dict)]
+            if first and not any("split" in row for row in first):
                 refuse_split(split, file, "its rows")
         return rows, read
 
