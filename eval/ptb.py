@@ -11,7 +11,6 @@ import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from blip.data.text import LONGEST
 from eval.java import NoJava, run_java, shipped
 
 Choice = Literal["auto", "java", "python"]
@@ -87,8 +86,7 @@ def tokenize(captions: Sequence[str], choice: Choice = "auto", seconds: float = 
 
 
 def clean(caption: str) -> str:
-    """A caption as one line, without half surrogates, of at most LONGEST characters."""
-    caption = caption[:LONGEST]
+    """A caption as one line, without half surrogates."""
     if not caption.isascii():
         caption = caption.encode("utf-8", "ignore").decode()
     return _BREAKS.sub(" ", caption)
