@@ -174,7 +174,7 @@ class _Run:
         self.dtype = precision(config, self.device)
         objective.to(self.device).train()
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
-        self.optimizer = optim.build(objective, config)
+        self.optimizer = optim.build(objective, config, bfloat16=all_multiply_bfloat16(self.device))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
         layout = {"world": self.world, "batch_size": config.batch_size, "accumulate": config.accumulate}
@@ -524,19 +524,25 @@ def seed_of(*numbers: int) -> int:
 def precision(config: TrainConfig, device: torch.device) -> torch.dtype:
     """The type of matrix products: as asked, or for `auto` bfloat16 where every process's hardware multiplies it."""
     if config.precision == "auto":
-        lacking = dist.any_process(not multiplies_bfloat16(device))
-        return torch.float32 if lacking else torch.bfloat16
+        return torch.bfloat16 if all_multiply_bfloat16(device) else torch.float32
     if config.precision == "float16" and device.type != "cuda":
         raise ValueError(f"train.precision float16 needs a CUDA device, not {device}; use bfloat16 or float32")
     return getattr(torch, config.precision)
 
 
+def all_multiply_bfloat16(device: torch.device) -> bool:
+    """Whether every process's hardware multiplies bfloat16: replicas must compute in one number format."""
+    return not dist.any_process(not multiplies_bfloat16(device))
+
+
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware has bfloat16 matrix products (not an emulation)."""
+    """Whether the hardware has bfloat16 matrix products (not an emulation), and oneDNN is allowed to use them."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
+    if hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False  # ONEDNN_MAX_CPU_ISA hides from it what the processor has
     if hasattr(torch.cpu, "get_capabilities"):
         found = torch.cpu.get_capabilities()
         return any(found.get(name, False) for name in ("amx_bf16", "avx512_bf16", "sve_bf16", "bf16"))

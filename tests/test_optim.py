@@ -8,7 +8,7 @@ from torch import nn
 
 from blip.config import TINY, TrainConfig
 from blip.model import Blip
-from blip.optim import build, learning_rate, parameter_groups
+from blip.optim import Float32Muon, build, learning_rate, orthogonal, parameter_groups
 
 PRETRAIN = TrainConfig(schedule="epoch_decay")  # 1e-6 -> 3e-4 over 3000 steps, then 0.9 per epoch
 CAPTION = TrainConfig(schedule="epoch_cosine", epochs=5, lr=1e-5, min_lr=0.0, warmup_steps=0)
@@ -146,6 +146,63 @@ def test_muon_gives_the_matrices_of_blocks_updates_of_equal_singular_values():
     assert ((values > 0.6) & (values < 1.3)).all(), values
     # What is not a matrix in a block gets the first step of AdamW: lr times the gradient's sign.
     assert all(torch.allclose(change.abs(), torch.full_like(change, 0.1), atol=1e-4) for change in rest)
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (64, 16), (24, 24), (1, 9)])
+def test_muon_in_float32_is_pytorchs_up_to_bfloat16(shape):
+    generator = torch.Generator().manual_seed(4)
+    start = torch.randn(shape, generator=generator)
+    ours, theirs = (nn.Parameter(start.clone()) for _ in range(2))
+    options = {"lr": 0.1, "weight_decay": 0.3, "momentum": 0.9, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = [Float32Muon([ours], **options), torch.optim.Muon([theirs], **options)]
+    for _ in range(4):
+        gradient = torch.randn(shape, generator=generator)
+        for p, optimizer in zip((ours, theirs), optimizers, strict=True):
+            p.grad = gradient.clone()
+            optimizer.step()
+    change = (ours - theirs).norm() / (theirs - start).norm()
+    assert 0 < change < 0.03
+    close = {"rtol": 1e-6, "atol": 1e-7}
+    torch.testing.assert_close(
+        *(o.state[p]["momentum_buffer"] for o, p in zip(optimizers, (ours, theirs), strict=True)), **close
+    )
+    optimizers[0].load_state_dict(optimizers[1].state_dict())  # a run may go on elsewhere
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (64, 16), (24, 24)])
+def test_float32_orthogonalises_as_exact_arithmetic_does(shape):
+    """By the singular vectors and the iteration's polynomial of each singular value, in float64."""
+    a, b, c = coefficients = (3.4445, -4.775, 2.0315)
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(6))
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    values = values / values.norm()
+    for _ in range(5):
+        values = a * values + b * values**3 + c * values**5
+    expected = left @ values.diag() @ right
+    found = orthogonal(matrix, coefficients, 5, 1e-7)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=2e-5)
+    # Half way from the matrix to its polar factor, at least: all directions nearly of one length.
+    assert (found.double() - left @ right).norm() / (left @ right).norm() < 0.3
+    assert orthogonal(torch.zeros(shape), coefficients, 5, 1e-7).eq(0).all()
+
+
+def test_muon_without_a_matrix_or_with_nothing_else():
+    """As where heads alone are trained, or blocks alone."""
+    for frozen, names in (("blocks", ["AdamW"]), ("head", ["AdamW", "Muon"])):
+        module = Stack()
+        getattr(module, frozen).requires_grad_(False)
+        optimizer = build(module, MUON)
+        assert [type(part).__name__ for part in optimizer.parts] == names
+        before = [p.detach().clone() for p in module.parameters()]
+        module.step(optimizer, seed=1)
+        changed = [not torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True)]
+        assert changed == [p.requires_grad for p in module.parameters()]
+        again = build(module, MUON)
+        again.load_state_dict(optimizer.state_dict())
+    bare = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(4, 4, bias=False)])})
+    (part,) = build(bare, MUON, bfloat16=False).parts
+    assert type(part) is Float32Muon
 
 
 def test_muon_continues_to_the_bit():

@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from stub_run import Fault, Numbers, Stub, curve, quick, the_zygote
 from torch import nn
 
+from blip import optim
 from blip.config import TrainConfig
 from blip.data.batch import Bad
 from blip.data.errors import DataError, StuckSample
@@ -282,6 +283,16 @@ def test_precision():
     assert precision(quick(precision="auto"), cpu) == wanted
     with pytest.raises(ValueError, match="float16 needs a CUDA device"):
         precision(quick(precision="float16"), cpu)
+
+
+def test_bfloat16_that_onednn_may_not_use_is_not_there(tmp_path, monkeypatch):
+    """As with ONEDNN_MAX_CPU_ISA, where it is emulated; Muon then takes float32, too, in all processes."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert not multiplies_bfloat16(torch.device("cpu"))
+    built, build = [], optim.build
+    monkeypatch.setattr(optim, "build", lambda *args, **options: built.append(options) or build(*args, **options))
+    fit(Plain(), Numbers(), quick(steps=1), out=tmp_path)
+    assert built == [{"bfloat16": False}]
 
 
 def test_bfloat16_trains_and_differs_from_float32(tmp_path):
