@@ -26,6 +26,24 @@ def check_rates(settings: Any, *names: str) -> None:
         _require(value is None or 0 <= value < float("inf"), f"{name} must be a number of 0 or more, got {value}")
 
 
+def _check_weight(value: float, name: str) -> None:
+    _require(0 < value < float("inf"), f"{name} must be a positive number, got {value}")
+
+
+def _check_contrast(settings: PretrainConfig | RetrievalConfig) -> None:
+    """What the contrastive parts of two objectives share."""
+    _require(settings.queue_size >= 0, f"queue_size must be 0 or more, got {settings.queue_size}")
+    _require(
+        settings.queue_size <= _MOST_QUEUED, f"queue_size must be at most {_MOST_QUEUED:,}, got {settings.queue_size}"
+    )
+    _require(0 <= settings.momentum <= 1, f"momentum must be in [0, 1], got {settings.momentum}")
+    _require(0 <= settings.alpha <= 1, f"alpha must be in [0, 1], got {settings.alpha}")
+    check_rates(settings, "alpha_ramp_epochs", "negative_floor")
+    low, high = settings.temperature_min, settings.temperature_max
+    ordered = 0 < low <= high < float("inf")
+    _require(ordered, f"temperature_min {low} and temperature_max {high} must be positive, the first not the larger")
+
+
 _LATER = {"later": True}
 """Of a field that model directories may lack: those written before there was one mean its default."""
 
@@ -291,10 +309,7 @@ class PretrainConfig:
     """Leave dropout on in the teacher (2022: true)."""
 
     def __post_init__(self) -> None:
-        _require(self.queue_size >= 0, f"queue_size must be 0 or more, got {self.queue_size}")
-        _require(self.queue_size <= _MOST_QUEUED, f"queue_size must be at most {_MOST_QUEUED:,}, got {self.queue_size}")
-        _require(0 <= self.momentum <= 1, f"momentum must be in [0, 1], got {self.momentum}")
-        _require(0 <= self.alpha <= 1, f"alpha must be in [0, 1], got {self.alpha}")
+        _check_contrast(self)
         _require(0 <= self.label_smoothing < 1, f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
 
 
@@ -322,11 +337,7 @@ class RetrievalConfig:
     """Leave dropout on in the teacher (2022: true)."""
 
     def __post_init__(self) -> None:
-        _require(self.queue_size >= 0, f"queue_size must be 0 or more, got {self.queue_size}")
-        _require(self.queue_size <= _MOST_QUEUED, f"queue_size must be at most {_MOST_QUEUED:,}, got {self.queue_size}")
-        _require(0 <= self.momentum <= 1, f"momentum must be in [0, 1], got {self.momentum}")
-        _require(0 <= self.alpha <= 1, f"alpha must be in [0, 1], got {self.alpha}")
-        _require(self.negative_floor >= 0, f"negative_floor must be 0 or more, got {self.negative_floor}")
+        _check_contrast(self)
 
 
 @dataclass(frozen=True)
@@ -379,7 +390,7 @@ class SourceConfig:
     """Use the samples of a tar shard before the byte where it is cut off or damaged, instead of stopping."""
 
     def __post_init__(self) -> None:
-        _require(self.weight > 0, f"weight of source {self.path} must be positive, got {self.weight}")
+        _check_weight(self.weight, f"weight of source {self.path}")
 
 
 @dataclass(frozen=True)
@@ -410,9 +421,9 @@ class PictureQuestions:
     (Visual Genome)."""
 
     def __post_init__(self) -> None:
-        _require(self.weight > 0, f"weight of source {self.path} must be positive, got {self.weight}")
-        counts = self.answer_weight is None or self.answer_weight > 0
-        _require(counts, f"answer_weight of source {self.path} must be positive, got {self.answer_weight}")
+        _check_weight(self.weight, f"weight of source {self.path}")
+        if self.answer_weight is not None:
+            _check_weight(self.answer_weight, f"answer_weight of source {self.path}")
 
 
 @dataclass(frozen=True)
@@ -431,7 +442,7 @@ class PictureSentences:
     """Passes over this source in one epoch."""
 
     def __post_init__(self) -> None:
-        _require(self.weight > 0, f"weight of source {self.path} must be positive, got {self.weight}")
+        _check_weight(self.weight, f"weight of source {self.path}")
         _require(0 < self.held_out < 1, f"held_out of source {self.path} must be in (0, 1), got {self.held_out}")
 
 
@@ -449,7 +460,7 @@ class Dialogues:
     """Passes over this source in one epoch."""
 
     def __post_init__(self) -> None:
-        _require(self.weight > 0, f"weight of source {self.path} must be positive, got {self.weight}")
+        _check_weight(self.weight, f"weight of source {self.path}")
 
 
 @dataclass(frozen=True)
@@ -498,6 +509,7 @@ class DataConfig:
         _require(0 <= self.augment_magnitude <= 10, f"augment_magnitude must be 0 to 10, got {self.augment_magnitude}")
         _require(0 <= self.max_bad_fraction <= 1, f"max_bad_fraction must be in [0, 1], got {self.max_bad_fraction}")
         _require(self.workers >= 0, f"workers must be 0 or more, got {self.workers}")
+        _require(0 <= self.max_unknown <= 1, f"max_unknown must be in [0, 1], got {self.max_unknown}")
         _require(self.worker_timeout > 0, f"worker_timeout must be positive, got {self.worker_timeout}")
         _require(self.shuffle_buffer >= 1, f"shuffle_buffer must be 1 or more, got {self.shuffle_buffer}")
 
@@ -567,13 +579,16 @@ class TrainConfig:
         _require(self.batch_size >= 1, f"batch_size must be 1 or more, got {self.batch_size}")
         _require(self.accumulate >= 1, f"accumulate must be 1 or more, got {self.accumulate}")
         _require(self.steps is None or self.steps >= 1, f"steps must be 1 or more, got {self.steps}")
-        _require(self.epochs > 0, f"epochs must be positive, got {self.epochs}")
+        _check_weight(self.epochs, "epochs")
         _require(self.save_every >= 1, f"save_every must be 1 or more, got {self.save_every}")
         _require(self.keep_checkpoints >= 1, f"keep_checkpoints must be 1 or more, got {self.keep_checkpoints}")
         _require(self.log_every >= 1, f"log_every must be 1 or more, got {self.log_every}")
         _require(self.eval_every >= 0, f"eval_every must be 0 or more, got {self.eval_every}")
         _require(self.warmup_steps >= 0, f"warmup_steps must be 0 or more, got {self.warmup_steps}")
         check_rates(self, "lr", "min_lr", "warmup_lr", "weight_decay", "eps")
+        _require(0 < self.decay <= 1, f"decay must be in (0, 1], got {self.decay}")
+        _require(all(0 <= beta < 1 for beta in self.betas), f"betas must be in [0, 1), got {self.betas}")
+        _check_weight(self.timeout, "timeout")
         _require(self.clip is None or self.clip > 0, f"clip must be positive or null, got {self.clip}")
 
 
@@ -629,10 +644,12 @@ class DecodeConfig:
         ordered = self.min_length <= self.max_length
         _require(ordered, f"min_length {self.min_length} is more than max_length {self.max_length}")
         _check_length_rule(self)
-        _require(self.repetition_penalty > 0, f"repetition_penalty must be positive, got {self.repetition_penalty}")
+        _check_weight(self.repetition_penalty, "repetition_penalty")
+        finite = abs(self.length_penalty) < float("inf")
+        _require(finite, f"length_penalty must be a number, got {self.length_penalty}")
         _require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
         _require(self.top_k >= 0, f"top_k must be 0 or more, got {self.top_k}")
-        _require(self.temperature > 0, f"temperature must be positive, got {self.temperature}")
+        _check_weight(self.temperature, "temperature")
 
 
 DECODE_PRESETS: dict[str, DecodeConfig] = {

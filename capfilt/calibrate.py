@@ -48,6 +48,8 @@ class CalibrateOptions:
 
     def __post_init__(self) -> None:
         at_least(10, count=self.count)
+        if not 0 <= self.target <= 1:
+            raise ValueError(f"target is a precision, 0 to 1, got {self.target}")
         if self.method == "reference" and not self.reference:
             raise ValueError("method reference needs --reference with clean pairs")
 

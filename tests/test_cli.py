@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -608,3 +609,38 @@ def test_the_literal_name_of_a_folder_is_no_glob(tmp_path, monkeypatch):
     assert pictures.find(["{x,y}.jpg", "[2]/*"]).paths == ["2/3.jpg", "{x,y}.jpg"]
     url = f"file://{tmp_path}/%5B2024%5D%20%7Ba,b%7D"
     assert pictures.find([url, f"{url}/1.jpg"]).paths == [f"{tmp_path}/{name}" for name in both]
+
+
+LEAVING = """
+import atexit, ctypes, threading, time
+from blip.commands.ending import leave
+libc = ctypes.CDLL(None)
+libc.__cxa_atexit(libc.abort, None, None)  # as a library of C++ does whose thread still runs when it is unloaded
+atexit.register(print, "done at the end")
+threading.Thread(target=lambda: (time.sleep(0.2), print("a thread was waited for"))).start()
+def main():
+    {body}
+leave(main)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the C library by its name")
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        ("return 4", 4, ""),
+        ("return None", 0, ""),
+        ("raise SystemExit(3)", 3, ""),
+        ("raise SystemExit('why')", 1, "why"),
+        ("raise KeyError('key')", 1, "KeyError: 'key'"),
+    ],
+)
+def test_a_library_that_aborts_at_the_end_changes_no_status(body, status, said):
+    done = subprocess.run([sys.executable, "-c", LEAVING.format(body=body)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (status, "a thread was waited for\ndone at the end\n")
+    assert said in done.stderr
+
+
+def test_the_programs_end_so():
+    scripts = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]["scripts"]
+    assert {name for name, target in scripts.items() if target.endswith(":command")} == {"blip", "capfilt", "blip-eval"}
