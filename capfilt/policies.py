@@ -38,6 +38,8 @@ class SelectConfig:
     """Texts that rank-k keeps of a row."""
     fraction: float = 0.3
     """Share that fraction keeps, of the texts that have a score."""
+    only: Literal["web", "syn"] | None = None
+    """Keep texts of one source only: the crawl's own that pass, or the synthetic ones."""
     rules: str | None = None
     """Preset of rules that also drop: align, datacomp-basic, laion or junk."""
     duplicates: Literal["sha256", "phash64"] | None = None

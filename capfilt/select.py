@@ -52,7 +52,8 @@ def select(
     listed = copies.read_list(config.contamination).digest() if config.contamination else None
     if run.storage.exists(success(name)):
         before = read_account(run, name)
-        same = (before["settings"], before.get("contamination_digest")) == (settings, listed)
+        planned = {**dataclasses.asdict(SelectConfig()), **before["settings"]}  # there may be more to choose from now
+        same = (planned, before.get("contamination_digest")) == (settings, listed)
         if not same and not replace:
             raise ValueError(f"selection {name} is there with other settings; take another --name, or --replace")
         if same and before["parts_digest"] == digest and is_whole(run, before):
@@ -207,6 +208,8 @@ def _rules(part: Part, table: pa.Table, flat: dict[str, Any], config: SelectConf
         mine = flat["source"] == WEB
         mine[mine] = found.shared[part.pid]
         yield f"rule shared>{config.shared}", mine
+    if config.only:
+        yield f"only {config.only} texts", flat["source"] == (SYN if config.only == "web" else WEB)
     if config.rules:
         flags = table["rule_flags"].combine_chunks()
         row_of, flag_of = np.asarray(pc.list_parent_indices(flags)), pc.list_flatten(flags).dictionary_encode()

@@ -309,8 +309,8 @@ class _Seed:
         cleaning.carry_out("score", job, "--batch-size", BATCH)
         found: dict[str, Any] = {}
         for keep in dict.fromkeys(row.keep for row in ROWS.values() if row.cleaner == name):
-            cleaning.carry_out("select", job, "--name", keep, "--replace", *CLEANERS[keep](threshold))
-            cleaning.carry_out("export", job, "--select", keep, "--to", folder / "clean" / keep)
+            cleaning.carry_out("select", job, "--name", keep, "--replace", "--allow-empty", *CLEANERS[keep](threshold))
+            cleaning.carry_out("export", job, "--select", keep, "--to", folder / "clean" / keep, "--allow-empty")
             found[keep] = _kept_truth(Job.open(str(job)), keep, folder / "clean" / keep)
         cleaning.carry_out("report", job, "--select", "both", "--no-blur")
         cleaning.carry_out("verify", job)

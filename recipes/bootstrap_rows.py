@@ -41,11 +41,11 @@ ROWS = {
 
 
 CLEANERS: dict[str, Callable[[float], list[str]]] = {
-    "filter": lambda least: ["--policy", "threshold-table", "--itm-web", str(least), "--itm-syn", "2"],
+    "filter": lambda least: ["--policy", "blip", "--itm", str(least), "--only", "web"],
     "captioner": lambda least: ["--policy", "blip", "--itm", "0"],
     "both": lambda least: ["--policy", "blip", "--itm", str(least)],
 }
 """Options of `capfilt select` that keep the web texts that pass, all texts of both kinds, or those that pass.
 
-No score reaches 2, and all reach 0.
+All scores reach 0.
 """

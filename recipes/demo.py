@@ -158,7 +158,7 @@ def clean(run: Run, writer: Path, filtering: Path, out: Path) -> Job:
     """
     inputs = [word for source in run.data.sources if source.kind == "web" for word in ("--input", source.path)]
     args = ["run", *inputs, "--out", out / "capfilt", "--to", out / "clean", "--no-blur"]
-    args += ["--name", SELECTION, "--itm", str(THRESHOLD), "--policy", POLICY]
+    args += ["--name", SELECTION, "--itm", str(THRESHOLD), "--policy", POLICY, "--allow-empty"]
     args += cleaning.models(writer, filtering, DECODE, run.data.max_tokens)
     cleaning.carry_out(*args, "--part-size", "1024", "--batch-size", "128")
     return Job.open(str(out / "capfilt"))

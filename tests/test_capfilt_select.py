@@ -256,6 +256,27 @@ def test_a_share_out_of_range_is_refused_by_the_command(tmp_path, capsys, comman
     assert "0 to 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("only", "other"), [("web", "syn"), ("syn", "web")])
+def test_texts_of_one_source_only(run, only, other):
+    """What is kept of the one source is what is kept of it where both may be."""
+    select(run, "both", SelectConfig())
+    account = select(run, f"only-{only}", SelectConfig(only=only))
+    assert set(account["kept"]) == {only}
+    wanted = [(t["sample_id"], t["text"]) for t in texts_of(run, "both") if t["kept"] and t["text_source"] == only]
+    found = texts_of(run, f"only-{only}")
+    assert [(t["sample_id"], t["text"]) for t in found if t["kept"]] == wanted != []
+    assert {t["reason"] for t in found if t["text_source"] == other and t["score"] is not None} == {f"only {only} texts"}
+
+
+def test_a_selection_of_before_there_was_more_to_choose_is_the_same(run):
+    select(run, "old", SelectConfig())
+    account = run.storage.path("selections/old/_SUCCESS")
+    said = json.loads(account.read_bytes())
+    del said["settings"]["only"]
+    account.write_text(json.dumps(said))
+    assert select(run, "old", SelectConfig()) == said
+
+
 def test_nothing_kept_is_an_error_unless_allowed(tmp_path, capsys):
     run = scored(crawl(tmp_path / "in", shards=1, rows=4), tmp_path / "run")
     args = [run.where, "--name", "none", "--itm", "1"]

@@ -564,7 +564,7 @@ def test_the_script_is_installed():
     from importlib.metadata import entry_points
 
     (found,) = entry_points(group="console_scripts", name="blip")
-    assert found.load() is cli.main
+    assert found.load() is cli.command
 
 
 # Real pictures
