@@ -427,7 +427,7 @@ def test_a_plan_says_the_length_rule_only_where_it_is_not_generated():
         "temperature", "seed",
     }  # fmt: skip
     for preset in ("capfilt_2022", "nucleus", "greedy"):
-        assert set(decode_record(ScoreConfig(filter="x", decode=preset))) == before
-    found = decode_record(ScoreConfig(filter="x", decode="caption_2022"))
+        assert set(decode_record(ScoreConfig(filter="f", decode=preset))) == before
+    found = decode_record(ScoreConfig(filter="f", decode="caption_2022"))
     assert found["length_rule"] == "2022"
     assert set(found) == before | {"length_rule"}

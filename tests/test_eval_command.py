@@ -93,6 +93,12 @@ def test_a_preset_and_what_changes_it(capsys, tmp_path):
         assert decode("--preset", name) == decode(f"--preset={name}") == preset
     changed = decode("--decode.top_k", "7", "--preset", "capfilt_2022")
     assert (changed.method, changed.top_k, changed.repetition_penalty) == ("nucleus", 7, 1.1)
+    assert decode("--decode.length_rule", "generated").length_rule == "generated"
+    for quoted in ("2022", "'2022'"):
+        (tmp_path / "c.yaml").write_text(f"decode:\n  length_rule: {quoted}\n")
+        given = decode("--preset", "greedy", "--config", str(tmp_path / "c.yaml"))
+        assert given == decode("--preset", "greedy", "--decode.length_rule", "2022")
+        assert given.length_rule == "2022"
     (tmp_path / "c.yaml").write_text("preset: nucleus\n")
     assert "--preset NAME" in refused(capsys, ["captioning", "--config", str(tmp_path / "c.yaml"), *SCORE])
 
