@@ -265,7 +265,9 @@ def test_texts_of_one_source_only(run, only, other):
     wanted = [(t["sample_id"], t["text"]) for t in texts_of(run, "both") if t["kept"] and t["text_source"] == only]
     found = texts_of(run, f"only-{only}")
     assert [(t["sample_id"], t["text"]) for t in found if t["kept"]] == wanted != []
-    assert {t["reason"] for t in found if t["text_source"] == other and t["score"] is not None} == {f"only {only} texts"}
+    assert {t["reason"] for t in found if t["text_source"] == other and t["score"] is not None} == {
+        f"only {only} texts"
+    }
 
 
 def test_a_selection_of_before_there_was_more_to_choose_is_the_same(run):
