@@ -842,3 +842,25 @@ def test_parquet_files_whose_columns_differ(folder):
     pq.write_table(pa.table({"image": ["images/1.png"], "caption": ["x"]}), folder / "c.parquet")
     with pytest.raises(DataError, match=r"c\.parquet: column 'image' holds string, but binary in .*a\.parquet"):
         open_source(SourceConfig(str(folder / "*.parquet")))
+
+
+def test_an_image_folder_with_a_link_to_another(tmp_path):
+    """Metadata of a linked folder is found, so its images are used; what they may not do is lead further out."""
+    for name in ("photos/own", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
+        rows = [{"file_name": file, "caption": f"in {name}"} for file in ("a.png", "out.png")]
+        (tmp_path / name / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / name / "out.png").symlink_to(tmp_path / "secret.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    (tmp_path / "photos" / "more").symlink_to(tmp_path / "elsewhere")
+    source = open_source(SourceConfig(str(tmp_path / "photos")))
+    assert len(source) == 4
+    found = {source[row].captions[0]: source[row].image for row in (0, 2)}
+    assert found == {
+        "in photos/own": tmp_path / "photos" / "own" / "a.png",
+        "in elsewhere": tmp_path / "elsewhere" / "a.png",
+    }
+    for row in (1, 3):
+        with pytest.raises(BadSample, match="leads outside"):
+            source[row]

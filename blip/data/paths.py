@@ -6,7 +6,7 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
@@ -204,12 +204,15 @@ def under(path: str, root: str) -> bool:
     return path == root or path.startswith(root.rstrip("/") + "/")
 
 
-def contained(name: str, root: str | Path) -> Path:
-    """The file that a name in data means, links followed. Raises BadSample if that is not under `root`."""
+def contained(name: str, root: str | Path, linked: Sequence[str] = ()) -> Path:
+    """The file that a name in data means, links followed. Raises BadSample if that is not under `root`.
+
+    Folders that a user's own folder links to may be `linked`, by their real paths.
+    """
     reason = check_name(name, root)
     if reason:
         raise BadSample(reason)
     path = os.path.realpath(os.path.join(root, name))
-    if not under(path, os.path.realpath(root)):
+    if not any(under(path, top) for top in (os.path.realpath(root), *linked)):
         raise BadSample(f"image {shown(name)} is a link that leads outside {root}: set image_root to / to allow it")
     return Path(path)

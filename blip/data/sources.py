@@ -156,6 +156,8 @@ class Table:
         self.root, self.files, self._config, self._columns = root, list(files), config, columns
         self.notes: list[str] = []
         """What is to be said about the source at the start."""
+        self.linked: list[str] = []
+        """Real paths of folders outside the root whose images may be opened as well."""
         seen: Counter[str] = Counter()
         blocks = list(_blocks(self._rows(seen), _BLOCK))
         check_split(config.split, f"source {config.path}", seen)
@@ -217,7 +219,7 @@ class Table:
         image, captions = self._images[row].as_py(), self._captions[row].as_py()
         if captions is None:
             raise BadSample(image)
-        return Record(self.key(row), contained(image, self.root), captions)
+        return Record(self.key(row), contained(image, self.root, self.linked), captions)
 
     def identity(self) -> str:
         return _identity(self.files, len(self), self._config)
@@ -483,7 +485,10 @@ def _open_imagefolder(config: SourceConfig) -> Table:
     there = columns_of(files[0])
     image = config.image_column if config.image_column in there else "file_name"
     caption = "text" if config.caption_column not in there and "text" in there else config.caption_column
-    return Table(_without_split(config, folder), files, root_of(config, folder), (image, caption))
+    table = Table(_without_split(config, folder), files, root_of(config, folder), (image, caption))
+    if config.image_root is None:  # metadata was found by listing the folder, which follows links
+        table.linked = sorted({os.path.realpath(file.parent) for file in files} - {os.path.realpath(folder)})
+    return table
 
 
 def _without_split(config: SourceConfig, folder: Path) -> SourceConfig:
