@@ -145,7 +145,7 @@ def not_permitted(error: PermissionError) -> str:
         return str(error)
     path = Path(os.fsdecode(error.filename))
     said = f"{path}: permission denied"
-    with contextlib.suppress(OSError, KeyError):
+    with contextlib.suppress(OSError, KeyError, AttributeError, ImportError):  # Windows has no owners
         closed = next((part for part in reversed(path.parents) if not os.access(part, os.X_OK)), path)
         info = closed.stat()
         whose = f"{closed} belongs to {_user(info.st_uid)} and has mode {stat.S_IMODE(info.st_mode):03o}"

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from blip.durable import not_permitted
 from capfilt import parts as part_files
 from capfilt.export import exported_to
 from capfilt.exported import COUNTED, MARKERS, OURS, DamagedExport, count
@@ -92,6 +93,9 @@ def _check_part(run: Run, part: Part, found: Findings) -> None:
         content = run.storage.read(name)
         table = part_files.decode(content, _COLUMNS)
         facts = part_files.facts_of(content)
+    except PermissionError as error:
+        found.wrong.append(f"{name}: {not_permitted(error)}")
+        return
     except (DamagedPart, OSError) as error:
         found.wrong.append(f"{name}: {error}; `score` does it again")
         return

@@ -8,18 +8,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from blip import atomic
+from blip.data.errors import DataError
+
+_SCORES = "scores.json"
+_BESIDE = ("results.json", "results.csv", "ranks.json", "captions.html")
+"""What evaluations write beside the scores."""
 
 
 class ResultsFolder:
     """The folder that `--out` names, made at once: hours of work come before what is written there. None is no folder.
 
-    OSError if it cannot be made.
+    OSError if it cannot be made; DataError if files of such names are in it and no scores, as then they are somebody's.
     """
 
     def __init__(self, where: str | Path | None) -> None:
         self.where = Path(where) if where else None
         if self.where:
             self.where.mkdir(parents=True, exist_ok=True)
+            others = [name for name in _BESIDE if (self.where / name).exists()]
+            if others and not (self.where / _SCORES).exists():
+                raise DataError(
+                    f"{self.where / others[0]} would be written over, and no {_SCORES} beside it says that an "
+                    "evaluation made it: give another --out, or move it away"
+                )
 
     def __truediv__(self, name: str) -> Path:
         if not self.where:
@@ -34,7 +45,7 @@ class ResultsFolder:
     def write_scores(self, *parts: Mapping[str, object]) -> None:
         """Leave scores.json: scores, counts, and the settings they depend on."""
         record = {name: value for part in parts for name, value in part.items()}
-        self.write("scores.json", json.dumps(record, indent=1) + "\n")
+        self.write(_SCORES, json.dumps(record, indent=1) + "\n")
 
 
 def settings_of(options: object, *names: str) -> dict[str, object]:

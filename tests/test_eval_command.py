@@ -10,9 +10,11 @@ from test_ptb import needs_java, no_java
 
 from blip import checkpoint
 from blip.config import DECODE_PRESETS
+from blip.data.errors import DataError
 from eval.__main__ import COMMANDS, main, read
 from eval.options import Captioning
 from eval.references import read_results
+from eval.results_folder import ResultsFolder
 
 
 def alone(program: str) -> str:
@@ -266,3 +268,14 @@ def test_retrieval(tmp_path, model, capsys):
     assert (first["text"], sorted(first["images"])) == ("a red square", list(range(100, 107)))
     assert first["scores"] == sorted(first["scores"], reverse=True)
     assert all(len(row["texts"]) == 10 for row in written["texts_of_image"])
+
+
+def test_results_that_no_evaluation_wrote_are_not_written_over(tmp_path):
+    mine = tmp_path / "results.json"
+    mine.write_text("[]")
+    with pytest.raises(DataError, match=r"results\.json would be written over"):
+        ResultsFolder(tmp_path)
+    assert mine.read_text() == "[]"
+    (tmp_path / "scores.json").write_text("{}")  # an older evaluation, which the new one replaces
+    ResultsFolder(tmp_path).write("results.json", "[1]")
+    assert mine.read_text() == "[1]"
