@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 PROJECT = "openblip"
-TESTED = {"torch": ("2.11", "2.15"), "transformers": ("5.17", "5.23")}
+TESTED = {"torch": ("2.11", "2.15"), "transformers": ("5.17", "5.24")}
 """Oldest and newest series that the test-suite passes on; others may do as well."""
 
 
