@@ -26,7 +26,7 @@ def check_rates(settings: Any, *names: str) -> None:
         _require(value is None or 0 <= value < float("inf"), f"{name} must be a number of 0 or more, got {value}")
 
 
-def _check_weight(value: float, name: str) -> None:
+def _check_positive(value: float, name: str) -> None:
     _require(0 < value < float("inf"), f"{name} must be a positive number, got {value}")
 
 
@@ -390,7 +390,7 @@ class SourceConfig:
     """Use the samples of a tar shard before the byte where it is cut off or damaged, instead of stopping."""
 
     def __post_init__(self) -> None:
-        _check_weight(self.weight, f"weight of source {self.path}")
+        _check_positive(self.weight, f"weight of source {self.path}")
 
 
 @dataclass(frozen=True)
@@ -421,9 +421,9 @@ class PictureQuestions:
     (Visual Genome)."""
 
     def __post_init__(self) -> None:
-        _check_weight(self.weight, f"weight of source {self.path}")
+        _check_positive(self.weight, f"weight of source {self.path}")
         if self.answer_weight is not None:
-            _check_weight(self.answer_weight, f"answer_weight of source {self.path}")
+            _check_positive(self.answer_weight, f"answer_weight of source {self.path}")
 
 
 @dataclass(frozen=True)
@@ -442,7 +442,7 @@ class PictureSentences:
     """Passes over this source in one epoch."""
 
     def __post_init__(self) -> None:
-        _check_weight(self.weight, f"weight of source {self.path}")
+        _check_positive(self.weight, f"weight of source {self.path}")
         _require(0 < self.held_out < 1, f"held_out of source {self.path} must be in (0, 1), got {self.held_out}")
 
 
@@ -460,7 +460,7 @@ class Dialogues:
     """Passes over this source in one epoch."""
 
     def __post_init__(self) -> None:
-        _check_weight(self.weight, f"weight of source {self.path}")
+        _check_positive(self.weight, f"weight of source {self.path}")
 
 
 @dataclass(frozen=True)
@@ -579,7 +579,7 @@ class TrainConfig:
         _require(self.batch_size >= 1, f"batch_size must be 1 or more, got {self.batch_size}")
         _require(self.accumulate >= 1, f"accumulate must be 1 or more, got {self.accumulate}")
         _require(self.steps is None or self.steps >= 1, f"steps must be 1 or more, got {self.steps}")
-        _check_weight(self.epochs, "epochs")
+        _check_positive(self.epochs, "epochs")
         _require(self.save_every >= 1, f"save_every must be 1 or more, got {self.save_every}")
         _require(self.keep_checkpoints >= 1, f"keep_checkpoints must be 1 or more, got {self.keep_checkpoints}")
         _require(self.log_every >= 1, f"log_every must be 1 or more, got {self.log_every}")
@@ -588,7 +588,7 @@ class TrainConfig:
         check_rates(self, "lr", "min_lr", "warmup_lr", "weight_decay", "eps")
         _require(0 < self.decay <= 1, f"decay must be in (0, 1], got {self.decay}")
         _require(all(0 <= beta < 1 for beta in self.betas), f"betas must be in [0, 1), got {self.betas}")
-        _check_weight(self.timeout, "timeout")
+        _check_positive(self.timeout, "timeout")
         _require(self.clip is None or self.clip > 0, f"clip must be positive or null, got {self.clip}")
 
 
@@ -644,12 +644,12 @@ class DecodeConfig:
         ordered = self.min_length <= self.max_length
         _require(ordered, f"min_length {self.min_length} is more than max_length {self.max_length}")
         _check_length_rule(self)
-        _check_weight(self.repetition_penalty, "repetition_penalty")
+        _check_positive(self.repetition_penalty, "repetition_penalty")
         finite = abs(self.length_penalty) < float("inf")
         _require(finite, f"length_penalty must be a number, got {self.length_penalty}")
         _require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
         _require(self.top_k >= 0, f"top_k must be 0 or more, got {self.top_k}")
-        _check_weight(self.temperature, "temperature")
+        _check_positive(self.temperature, "temperature")
 
 
 DECODE_PRESETS: dict[str, DecodeConfig] = {

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from typing import NoReturn
 
-from blip.commands.ending import leave
+from blip.commands.ending import leave, one_line
 
 ABOUT = """\
 Clean a noisy crawl of images and texts: a captioner writes, a filter reads, and what matches is kept.
@@ -130,16 +129,8 @@ def main(args: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("CAPFILT_TRACEBACK"):
             raise
-        sys.stderr.write(f"error: {_one_line(error)}\n")
+        sys.stderr.write(f"error: {one_line(error)}\n")
         return WRONG
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, PermissionError):
-        from blip.durable import not_permitted
-
-        return not_permitted(error)
-    return re.sub(r":?\s*\n\s*", ": ", str(error).strip()) or type(error).__name__
 
 
 def command() -> NoReturn:
