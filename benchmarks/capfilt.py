@@ -29,14 +29,16 @@ from torch import Tensor
 from benchmarks import report
 from benchmarks.caption import LENGTH, SHARPNESS
 from benchmarks.pretrain_step import COCO_LENGTHS
-from blip import convert
-from blip.config import BASE, BlipConfig
-from blip.data.transforms import MEAN, STD
-from blip.model import Blip
+from blip.checkpoints.layouts import transformers_captioning, transformers_matching
+from blip.checkpoints.table import to_theirs
+from blip.models.blip import Blip
+from blip.models.presets import BASE
+from blip.models.settings import BlipConfig
+from blip.nn.pixels import MEAN, STD
 from blip.tokenizer import Tokenizer
-from blip.train import keep_freed_memory
-from capfilt.models import BlipScorer
-from capfilt.scorer import Item, Scores
+from blip.train.loop import keep_freed_memory
+from capfilt.score.models import BlipScorer
+from capfilt.score.scorer import Item, Scores
 from capfilt.settings import ScoreConfig
 
 PROMPT = "a picture of"
@@ -92,11 +94,11 @@ class Theirs:
         self.words = words
         config = transformers_config(captioner.config)
         self.captioner = transformers.BlipForConditionalGeneration(config).eval()
-        table = convert.transformers_captioning(captioner)
-        self.captioner.load_state_dict(convert.to_theirs(table, captioner.state_dict()), strict=True)
+        table = transformers_captioning(captioner)
+        self.captioner.load_state_dict(to_theirs(table, captioner.state_dict()), strict=True)
         self.filter = transformers.BlipForImageTextRetrieval(config).eval()
-        table = convert.transformers_matching(filter)
-        self.filter.load_state_dict(convert.to_theirs(table, filter.state_dict()), strict=True)
+        table = transformers_matching(filter)
+        self.filter.load_state_dict(to_theirs(table, filter.state_dict()), strict=True)
 
     def to(self, dtype: torch.dtype) -> Theirs:
         self.captioner.to(dtype), self.filter.to(dtype)

@@ -27,14 +27,15 @@ import pyarrow as pa
 from PIL import Image
 
 from benchmarks import report as figures
-from capfilt import parts, plan
-from capfilt.identity import sample_id
+from capfilt import plan
 from capfilt.readers import tar
 from capfilt.run import Run
 from capfilt.schema import ANNOTATIONS
-from capfilt.score import ScoreOptions, score
-from capfilt.scorer import FakeScorer
+from capfilt.score.loop import ScoreOptions, score
+from capfilt.score.scorer import FakeScorer
 from capfilt.settings import ReadConfig, ScoreConfig
+from capfilt.store import parts
+from capfilt.store.identity import sample_id
 
 
 def crawl(folder: Path, rows: int, side: int) -> Path:

@@ -18,12 +18,14 @@ import transformers
 from torch import Tensor
 
 from benchmarks import report
-from blip import convert
-from blip.config import BASE, DecodeConfig
-from blip.generate import generate, queries
-from blip.med import Context
-from blip.model import Blip
-from blip.train import keep_freed_memory
+from blip.checkpoints.layouts import transformers_captioning
+from blip.checkpoints.table import to_theirs
+from blip.inference.generate import generate, queries
+from blip.inference.settings import DecodeConfig
+from blip.models.blip import Blip
+from blip.models.presets import BASE
+from blip.nn.stack import Context
+from blip.train.loop import keep_freed_memory
 
 CONFIG = dataclasses.replace(BASE, vision=dataclasses.replace(BASE.vision, image_size=384))
 PROMPT = [BASE.text.dec_id, 1037, 3861, 1997]
@@ -52,8 +54,8 @@ def theirs(model: Blip) -> transformers.BlipForConditionalGeneration:
     vision = {"image_size": 384, "layer_norm_eps": 1e-6, "initializer_range": 0.02}
     config = transformers.BlipConfig(text_config=text, vision_config=vision)
     other = transformers.BlipForConditionalGeneration(config).eval()
-    table = convert.transformers_captioning(model)
-    other.load_state_dict(convert.to_theirs(table, model.state_dict()), strict=True)
+    table = transformers_captioning(model)
+    other.load_state_dict(to_theirs(table, model.state_dict()), strict=True)
     return other
 
 

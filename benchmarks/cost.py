@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import timm
 import torch
 
-from blip.config import BASE, LARGE, BlipConfig
+from blip.models.presets import BASE, LARGE
+from blip.models.settings import BlipConfig
 
 CAPTION_TOKENS = 13
 """Mean of COCO's captions in BERT's pieces, [CLS] and [SEP] included (13.07 over 20,009 captions of val2014)."""

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 from benchmarks import report
-from blip.config import BASE, PretrainConfig
-from blip.data.batch import Batch
-from blip.model import Blip
-from blip.objectives import Pretrain
-from blip.train import keep_freed_memory
+from blip.models.blip import Blip
+from blip.models.presets import BASE
+from blip.objectives.batch import Batch
+from blip.objectives.pretrain import Pretrain, PretrainConfig
+from blip.train.loop import keep_freed_memory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import oracle

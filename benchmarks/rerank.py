@@ -22,11 +22,13 @@ from torch import Tensor
 
 from benchmarks import report
 from benchmarks.pretrain_step import COCO_LENGTHS
-from blip import convert
-from blip.config import BASE, BlipConfig
-from blip.matching import match
-from blip.model import Blip, starting_with
-from blip.train import keep_freed_memory
+from blip.checkpoints.layouts import transformers_matching
+from blip.checkpoints.table import to_theirs
+from blip.inference.matching import match
+from blip.models.blip import Blip, starting_with
+from blip.models.presets import BASE
+from blip.models.settings import BlipConfig
+from blip.train.loop import keep_freed_memory
 from eval.retrieval import candidates
 
 CONFIG = dataclasses.replace(BASE, vision=dataclasses.replace(BASE.vision, image_size=384))
@@ -65,8 +67,8 @@ def theirs(model: Blip) -> transformers.BlipForImageTextRetrieval:
         text_config=text, vision_config=vision, image_text_hidden_size=model.config.embed_dim
     )
     other = transformers.BlipForImageTextRetrieval(both).eval()
-    table = convert.transformers_matching(model)
-    other.load_state_dict(convert.to_theirs(table, model.state_dict()), strict=True)
+    table = transformers_matching(model)
+    other.load_state_dict(to_theirs(table, model.state_dict()), strict=True)
     return other
 
 

@@ -22,11 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import report
-from blip.config import BASE, AnswerConfig
-from blip.med import Context
-from blip.tasks.answering import Candidates, rank
-from blip.tasks.vqa import Vqa
-from blip.train import keep_freed_memory
+from blip.inference.answering import Candidates, rank
+from blip.inference.settings import AnswerConfig
+from blip.models.presets import BASE
+from blip.models.vqa import Vqa
+from blip.nn.stack import Context
+from blip.train.loop import keep_freed_memory
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import oracle

@@ -17,30 +17,32 @@ from importlib import import_module  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
 if TYPE_CHECKING:
-    from blip.checkpoint import from_pretrained, push_to_hub, save_pretrained
-    from blip.config import BASE, DECODE_PRESETS, LARGE, SMALL, TINY, BlipConfig, DecodeConfig
-    from blip.features import Features, Matches, load
-    from blip.generate import write
-    from blip.model import Blip
+    from blip.checkpoints.checkpoint import from_pretrained, push_to_hub, save_pretrained
+    from blip.inference.features import Features, Matches, load
+    from blip.inference.generate import write
+    from blip.inference.settings import DECODE_PRESETS, DecodeConfig
+    from blip.models.blip import Blip
+    from blip.models.presets import BASE, LARGE, SMALL, TINY
+    from blip.models.settings import BlipConfig
     from blip.tokenizer import Tokenizer
 
 _WHERE = {
-    "Blip": "blip.model",
-    "BlipConfig": "blip.config",
-    "TINY": "blip.config",
-    "SMALL": "blip.config",
-    "BASE": "blip.config",
-    "LARGE": "blip.config",
-    "DecodeConfig": "blip.config",
-    "DECODE_PRESETS": "blip.config",
-    "Features": "blip.features",
-    "Matches": "blip.features",
-    "load": "blip.features",
-    "write": "blip.generate",
+    "Blip": "blip.models.blip",
+    "BlipConfig": "blip.models.settings",
+    "TINY": "blip.models.presets",
+    "SMALL": "blip.models.presets",
+    "BASE": "blip.models.presets",
+    "LARGE": "blip.models.presets",
+    "DecodeConfig": "blip.inference.settings",
+    "DECODE_PRESETS": "blip.inference.settings",
+    "Features": "blip.inference.features",
+    "Matches": "blip.inference.features",
+    "load": "blip.app.load",
+    "write": "blip.inference.generate",
     "Tokenizer": "blip.tokenizer",
-    "from_pretrained": "blip.checkpoint",
-    "save_pretrained": "blip.checkpoint",
-    "push_to_hub": "blip.checkpoint",
+    "from_pretrained": "blip.checkpoints.checkpoint",
+    "save_pretrained": "blip.checkpoints.checkpoint",
+    "push_to_hub": "blip.checkpoints.checkpoint",
 }
 __all__ = [
     "BASE",

@@ -1,4 +1,8 @@
-"""What ends a program with one line instead of a traceback."""
+"""What can go wrong: a bad sample is replaced and counted, everything else ends the program with one line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class Stopped(RuntimeError):
@@ -14,3 +18,58 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, RuntimeError) and not isinstance(error, Stopped):
         return type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in _FULL)
     return isinstance(error, MemoryError)
+
+
+_SHOWN = 5
+"""Things that an error names."""
+_QUOTED = 60
+"""Characters of a value that an error quotes."""
+_LONGEST = 1000
+"""Characters of a reason: each bad sample's is kept in memory, and written to the ledger."""
+
+
+class BadSample(Exception):
+    """One sample cannot be used; it is replaced by another and written to the ledger."""
+
+    def __init__(self, reason: str):
+        reason = reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]}..."
+        super().__init__(reason)
+        self.reason = reason
+
+
+class UnreadableImage(BadSample):
+    """An image that cannot be decoded, or that may not be."""
+
+
+class DataError(Stopped):
+    """The data, or the processes that read it, cannot be used as they are."""
+
+
+class StuckSample(DataError):
+    """Decoding one sample took more than any should."""
+
+    def __init__(self, message: str, key: str, reason: str):
+        super().__init__(message)
+        self.key, self.reason = key, reason
+
+    def __reduce__(self) -> tuple:
+        return type(self), (*self.args, self.key, self.reason)
+
+
+class TooManyBad(DataError):
+    """More samples are unreadable than `DataConfig.max_bad_fraction` allows."""
+
+
+def counted(names: Sequence[object], unit: str) -> str:
+    """`8 images (12, 15, 18, 21, 24, ...)`: how many there are, the first few by name."""
+    some = ", ".join(map(str, names[:_SHOWN])) + ", ..." * (len(names) > _SHOWN)
+    return f"{len(names)} {unit}{'s' * (len(names) > 1)} ({some})"
+
+
+def shown(value: object) -> str:
+    """A value that data holds, quoted in one line of bounded length: what is too long says how long it is."""
+    if not isinstance(value, str | bytes):
+        text = repr(value)
+        return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
+    unit = "characters" if isinstance(value, str) else "bytes"
+    return repr(value) if len(value) <= _QUOTED else f"{value[:_QUOTED]!r}... ({len(value):,} {unit})"

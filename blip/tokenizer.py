@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from blip import hub
-from blip.config import TextConfig
-from blip.data.text import LONGEST
+from blip.nn.settings import TextConfig
+from blip.text import LONGEST
 
 PAD, UNK, CLS, SEP, MASK, DEC, ENC = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"
-_WORLD = Path(__file__).parent / "data" / "world_tokenizer"
+_WORLD = Path(__file__).parent / "world" / "tokenizer"
 _CONTRACTION = re.compile(r" ' (s|t|re|ve|ll|d|m)\b")
 _FEWEST_PIECES = 32
 """A vocabulary with fewer pieces beside the special ones is taken for a failed load."""

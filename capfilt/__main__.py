@@ -7,7 +7,7 @@ import os
 import sys
 from typing import NoReturn
 
-from blip.commands.ending import leave, one_line
+from blip.app.exit import leave, one_line
 
 ABOUT = """\
 Clean a noisy crawl of images and texts: a captioner writes, a filter reads, and what matches is kept.

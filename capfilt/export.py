@@ -20,16 +20,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from blip.data.errors import DataError
+from blip.errors import DataError
 from capfilt.exported import BEGUN, COUNTED, MARKERS, OURS, count
-from capfilt.faults import fault_point
-from capfilt.identity import differences
 from capfilt.readers import open_reader
 from capfilt.readers.rows import changed
 from capfilt.run import Part, Run
-from capfilt.select import kept_of, nothing_kept, read_account
+from capfilt.select.choose import kept_of, nothing_kept, read_account
 from capfilt.settings import at_least
-from capfilt.storage import Storage, open_storage
+from capfilt.store.faults import fault_point
+from capfilt.store.identity import differences
+from capfilt.store.storage import Storage, open_storage
 
 FORMATS = ("wds", "parquet", "json", "uids")
 _GROUP = 256

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from blip.data.errors import DataError
-from blip.data.tars import Member, read_headers
-from capfilt.storage import Local, Storage
+from blip.data.formats.tars import Member, read_headers
+from blip.errors import DataError
+from capfilt.store.storage import Local, Storage
 
 BEGUN = "_BEGUN"
 """What export this is, while it is not whole."""

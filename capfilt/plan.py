@@ -14,16 +14,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from blip.data.errors import DataError
+from blip.data.formats.splits import check_split, refuse_split
 from blip.data.paths import alternatives, is_plain_path, local, present
-from blip.data.splits import check_split, refuse_split
-from capfilt import parts as part_files
-from capfilt.identity import differences, fingerprint, part_id
+from blip.errors import DataError
 from capfilt.readers import hosted, listed, parquet, tar
 from capfilt.readers.rows import RowGroups, Source, content_of, is_remote, stat_of
 from capfilt.run import PLAN, Part, Run
 from capfilt.settings import ReadConfig, ScoreConfig, at_least, decided, has_gpu, resolve
-from capfilt.storage import Local, Storage, open_storage
+from capfilt.store import parts as part_files
+from capfilt.store.identity import differences, fingerprint, part_id
+from capfilt.store.storage import Local, Storage, open_storage
 
 _ENDINGS = {".tar": "tar", ".parquet": "parquet", ".json": "listed", ".jsonl": "listed", ".ndjson": "listed",
             ".csv": "listed", ".tsv": "listed"}  # fmt: skip

@@ -8,12 +8,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from blip.data.errors import DataError
-from capfilt import parts as part_files
-from capfilt.parts import Parts
+from blip.errors import DataError
 from capfilt.readers.rows import Source
 from capfilt.settings import ReadConfig, ScoreConfig
-from capfilt.storage import Storage, open_storage
+from capfilt.store import parts as part_files
+from capfilt.store.parts import Parts
+from capfilt.store.storage import Storage, open_storage
 
 PLAN = pa.schema(
     [("pid", pa.string()), ("source", pa.string()), ("lo", pa.int64()), ("hi", pa.int64()), ("rows", pa.int64())]

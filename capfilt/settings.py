@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from capfilt import schema
-from capfilt.rules import IMAGE_RULES, PRESETS
+from capfilt.select.rules import IMAGE_RULES, PRESETS
 
 if TYPE_CHECKING:
-    from blip.config import DecodeConfig
+    from blip.inference.settings import DecodeConfig
 
 DONE, WRONG, FAILED_PARTS, MISMATCH, INTERRUPTED = 0, 2, 3, 4, 130
 """Exit statuses; WRONG is also for damaged sources that were not allowed."""
@@ -40,7 +40,7 @@ class ScoreConfig:
     """Number format of the models. auto is decided when the job is planned: bfloat16 on a GPU that has it, else
     float32. In bfloat16 a text or score may depend on what else is in the batch."""
     decode: str = "capfilt_2022"
-    """Preset of blip.config.DECODE_PRESETS by which captions are written."""
+    """Preset of blip.inference.settings.DECODE_PRESETS by which captions are written."""
     captions: int = 1
     """Synthetic texts per image."""
     max_length: int | None = None
@@ -84,7 +84,7 @@ def decided(config: ScoreConfig, planned: ScoreConfig | None = None, device: Any
     found = planned.dtype if planned else "float32"
     if planned is None and config.scorer == "blip":
         from blip.dist import own_device
-        from blip.train import multiplies_bfloat16
+        from blip.train.loop import multiplies_bfloat16
 
         device = device or own_device()
         found = "bfloat16" if device.type == "cuda" and multiplies_bfloat16(device) else "float32"
@@ -119,8 +119,8 @@ def resolve(config: ScoreConfig) -> dict[str, Any]:
     values = dataclasses.asdict(config)
     values["schema"] = schema.VERSION
     if config.scorer == "blip":
-        from blip.checkpoint import check_kind
-        from capfilt.identity import model_identity
+        from blip.checkpoints.checkpoint import check_kind
+        from capfilt.store.identity import model_identity
 
         for role in ("captioner", "filter"):
             if values[role]:
@@ -132,7 +132,7 @@ def resolve(config: ScoreConfig) -> dict[str, Any]:
 
 def decode_settings(config: ScoreConfig) -> DecodeConfig:
     """The decoding preset with the number of captions, their length and the seed. ValueError if they do not fit."""
-    from blip.config import DECODE_PRESETS
+    from blip.inference.settings import DECODE_PRESETS
 
     if config.decode not in DECODE_PRESETS:
         raise ValueError(f"decode {config.decode!r} is not one of {', '.join(DECODE_PRESETS)}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from capfilt.parts import failures, read_failure
-from capfilt.progress import clock
 from capfilt.run import Run
+from capfilt.score.progress import clock
+from capfilt.store.parts import failures, read_failure
 
 _WINDOW = 600.0
 

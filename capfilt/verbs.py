@@ -10,6 +10,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 
 from capfilt import options
+from capfilt.score.make import scorer_maker
 from capfilt.settings import DONE, FAILED_PARTS, WRONG, ReadConfig, ScoreConfig
 
 
@@ -73,7 +74,7 @@ def _describe(run) -> None:
 
 
 def _score_options(parser: ArgumentParser) -> None:
-    from capfilt.score import ScoreOptions
+    from capfilt.score.loop import ScoreOptions
 
     parser.add_argument("run", metavar="RUN")
     _engine_options(parser)
@@ -95,7 +96,7 @@ def _engine_options(parser: ArgumentParser) -> None:
 
 def _score(given: Namespace) -> int:
     from capfilt.run import Run
-    from capfilt.score import ScoreOptions, score
+    from capfilt.score.loop import ScoreOptions, score
 
     run = Run.open(given.run)
     _refuse_drift(run, given)
@@ -103,11 +104,11 @@ def _score(given: Namespace) -> int:
     how = options.build(ScoreOptions, given, rank=rank, world=world)
     maker = scorer_maker(given.device)
     if given.dry_run:
-        from capfilt.dry_run import dry_run
+        from capfilt.score.dry_run import dry_run
 
         return dry_run(run, maker, how)
     if given.engine == "ray":
-        from capfilt.ray_engine import score_with_ray
+        from capfilt.score.ray_engine import score_with_ray
 
         return score_with_ray(run, given.device, how, given.workers)
     return score(run, maker, how)
@@ -134,25 +135,8 @@ def _refuse_drift(run, given: Namespace) -> None:
         )
 
 
-def scorer_maker(device: str | None) -> Callable:
-    """A function that loads the models of a run."""
-
-    def make(run):
-        config = run.config
-        if config.scorer == "fake":
-            from capfilt.scorer import FakeScorer
-
-            seconds = float(os.environ.get("CAPFILT_FAKE_SECONDS", 0))
-            return FakeScorer(config.seed, config.captions, config.itm_token, seconds)
-        from capfilt.models import BlipScorer
-
-        return BlipScorer.load(config, device)
-
-    return make
-
-
 def _select_options(parser: ArgumentParser) -> None:
-    from capfilt.policies import SelectConfig
+    from capfilt.select.policies import SelectConfig
 
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--name", required=True, help="of the selection, e.g. half")
@@ -166,9 +150,9 @@ def _empty_option(parser: ArgumentParser) -> None:
 
 
 def _select(given: Namespace) -> int:
-    from capfilt.policies import SelectConfig
     from capfilt.run import Run
-    from capfilt.select import account_lines, select
+    from capfilt.select.choose import account_lines, select
+    from capfilt.select.policies import SelectConfig
 
     account = select(Run.open(given.run), given.name, options.build(SelectConfig, given), replace=given.replace,
                      allow_empty=given.allow_empty)  # fmt: skip
@@ -204,14 +188,15 @@ def _export(given: Namespace) -> int:
 
 
 def _report_options(parser: ArgumentParser) -> None:
-    from capfilt.report import ReportOptions
+    from capfilt.report.counts import ReportOptions
 
     parser.add_argument("run", metavar="RUN")
     options.add(parser, ReportOptions, title="the page")
 
 
 def _report(given: Namespace) -> int:
-    from capfilt.report import ReportOptions, report
+    from capfilt.report.counts import ReportOptions
+    from capfilt.report.write import report
     from capfilt.run import Run
 
     print(report(Run.open(given.run), options.build(ReportOptions, given)))
@@ -253,14 +238,14 @@ def _retry_failed(given: Namespace) -> int:
 
 
 def _calibrate_options(parser: ArgumentParser) -> None:
-    from capfilt.calibrate import CalibrateOptions
+    from capfilt.calibrate.threshold import CalibrateOptions
 
     parser.add_argument("run", metavar="RUN")
     options.add(parser, CalibrateOptions, title="how the threshold is looked for")
 
 
 def _calibrate(given: Namespace) -> int:
-    from capfilt.calibrate import CalibrateOptions, calibrate
+    from capfilt.calibrate.threshold import CalibrateOptions, calibrate
     from capfilt.run import Run
 
     how = options.build(CalibrateOptions, given)
@@ -269,9 +254,9 @@ def _calibrate(given: Namespace) -> int:
 
 
 def _all_options(parser: ArgumentParser) -> None:
-    from capfilt.policies import SelectConfig
-    from capfilt.report import ReportOptions
-    from capfilt.score import ScoreOptions
+    from capfilt.report.counts import ReportOptions
+    from capfilt.score.loop import ScoreOptions
+    from capfilt.select.policies import SelectConfig
 
     _input_options(parser)
     _engine_options(parser)

@@ -13,17 +13,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from blip.durable import not_permitted
-from capfilt import parts as part_files
+from blip.files import not_permitted
 from capfilt.export import exported_to
 from capfilt.exported import COUNTED, MARKERS, OURS, DamagedExport, count
-from capfilt.identity import differences, sample_id
-from capfilt.parts import DamagedPart, name_of
 from capfilt.run import Part, Run
 from capfilt.schema import STATUSES
-from capfilt.select import is_whole, selections, table_name, tables_of
+from capfilt.select.choose import is_whole, selections, table_name, tables_of
 from capfilt.settings import DONE, FAILED_PARTS, MISMATCH
-from capfilt.storage import Storage, open_storage
+from capfilt.store import parts as part_files
+from capfilt.store.identity import differences, sample_id
+from capfilt.store.parts import DamagedPart, name_of
+from capfilt.store.storage import Storage, open_storage
 
 _COLUMNS = ["sample_id", "source_uri", "source_row", "key", "status", "web_text", "syn_text", "part_id"]
 

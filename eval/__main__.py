@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Any, NoReturn, get_args, get_type_hints
 
-from blip.commands.ending import WRONG_USE, fail, leave, one_line, run, unknown_option
+from blip.app.exit import WRONG_USE, fail, leave, one_line, run, unknown_option
 
 COMMANDS = {
     "captioning": ("Captioning", "eval.captioning_command"),
@@ -85,7 +85,7 @@ def read(name: str, args: list[str]) -> Any:
 
 def _preset(kind: type, args: list[str]) -> tuple[str | None, dict[str, Any]]:
     """The preset that is asked for, and what it makes of the `--decode.` options that are not given."""
-    from blip.config import DECODE_PRESETS
+    from blip.inference.settings import DECODE_PRESETS
 
     if not hasattr(kind, "preset"):
         return None, {}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from blip import page
-from blip.data.errors import DataError
+from blip.app import page
+from blip.errors import DataError
 from eval.pictures import Pictures
 from eval.references import Id
 

@@ -17,16 +17,16 @@ import numpy as np
 import torch
 
 from blip import dist
-from blip.config import DecodeConfig
-from blip.data.errors import DataError
-from blip.generate import write
-from blip.log import bar
-from blip.model import Blip
+from blip.errors import DataError
+from blip.inference.generate import write
+from blip.inference.settings import DecodeConfig
+from blip.models.blip import Blip
 from blip.tokenizer import Tokenizer
-from eval.caption_metrics import Metric, bleu, cider, mean, rouge_l, summary
-from eval.java import NoJava, meteor_of, meteor_statistics, meteor_summable, spice_scores
+from blip.train.log import bar
+from eval.metrics.captions import Metric, bleu, cider, mean, rouge_l, summary
+from eval.metrics.java import NoJava, meteor_of, meteor_statistics, meteor_summable, spice_scores
+from eval.metrics.ptb import Choice, tokenize
 from eval.pictures import Pictures
-from eval.ptb import Choice, tokenize
 from eval.references import Id, matching
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from blip import dist
-from blip.commands.loading import load
+from blip.app.loaded import load
 from eval.caption_page import report
 from eval.captioning import Scores, captions_of, coco_results, score
 from eval.options import Captioning

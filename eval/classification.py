@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from blip.commands.pictures import find, read_ahead
-from blip.data.errors import DataError
-from blip.features import Features
-from blip.zero_shot import TEMPLATES, class_embeddings, probabilities
+from blip.data.image_files import find, read_ahead
+from blip.data.transforms import EvalTransform
+from blip.errors import DataError
+from blip.inference.features import Features
+from blip.inference.zero_shot import TEMPLATES, class_embeddings, probabilities
 from eval.parallel import spread
 
 RANKS = (1, 5)
@@ -95,7 +96,7 @@ def classify(features: Features, data: ClassFolder, templates: Sequence[str] = T
 
     def work(paths: Sequence[str]) -> list[Tensor]:
         found = []
-        for pictures in read_ahead(paths, features.transform, features.batch):
+        for pictures in read_ahead(paths, EvalTransform(features.image_size), features.batch):
             for picture in pictures:
                 if picture.reason:
                     raise DataError(f"{picture.path} cannot be evaluated: {picture.reason}")

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 from blip import dist
-from blip.commands.loading import load
-from blip.commands.pictures import not_pictures
-from blip.features import Features
-from blip.zero_shot import TEMPLATES
+from blip.app.loaded import load
+from blip.data.image_files import not_pictures
+from blip.inference.features import Features
+from blip.inference.zero_shot import TEMPLATES
 from eval.classification import ClassFolder, accuracy, classify, read_names, read_templates
 from eval.options import Classification
 from eval.results_folder import ResultsFolder, listed, settings_of, show

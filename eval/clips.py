@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from blip.config import DataConfig
 from blip.data.clips import ENDINGS, read_frames
-from blip.data.errors import BadSample, DataError
+from blip.data.formats.json_rows import read_rows
 from blip.data.images import own_fault
-from blip.data.json_rows import read_rows
 from blip.data.paths import check_name
+from blip.data.settings import DataConfig
 from blip.data.transforms import EvalTransform
+from blip.errors import BadSample, DataError
 
 _CAPTIONS = ("caption", "captions", "sentence", "sentences", "text")
 _NAMES = ("clip_name", "video", "video_id", "image")

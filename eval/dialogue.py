@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from blip.config import DataConfig
-from blip.data.dialogue import Conversations, Dialogue, Rows, read_picture
-from blip.data.errors import BadSample, DataError, counted
+from blip.data.prepare.dialogues import Conversations, Dialogue, Rows, read_picture
+from blip.data.settings import DataConfig
 from blip.data.transforms import EvalTransform
-from blip.tasks import dialogue as task
+from blip.errors import BadSample, DataError, counted
+from blip.models import dialogue as task
 from blip.tokenizer import Tokenizer
 from eval.parallel import spread
 from eval.results_folder import listed

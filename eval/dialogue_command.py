@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from blip import dist
-from blip.commands.loading import load
-from blip.data.dialogue import Conversations
-from blip.tasks.dialogue import Dialogue
+from blip.app.loaded import load
+from blip.data.prepare.dialogues import Conversations
+from blip.models.dialogue import Dialogue
 from eval.dialogue import evalai_json, ranks_of, read_ranks, score
 from eval.options import Visdial
 from eval.results_folder import ResultsFolder, settings_of

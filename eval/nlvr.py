@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from blip.config import DataConfig
-from blip.data.csv_rows import csv_records
-from blip.data.errors import BadSample, DataError, counted
+from blip.data.formats.csv_rows import csv_records
 from blip.data.images import own_fault
-from blip.data.nlvr import Example, Sample, make_batch, read_pictures
-from blip.data.text import clean_caption
+from blip.data.prepare.sentences import Example, Sample, make_batch, read_pictures
+from blip.data.settings import DataConfig
 from blip.data.transforms import EvalTransform
-from blip.model import starting_with
-from blip.tasks.nlvr import Nlvr
+from blip.errors import BadSample, DataError, counted
+from blip.models.blip import starting_with
+from blip.models.nlvr import Nlvr
+from blip.text import clean_caption
 from blip.tokenizer import Tokenizer
 from eval.parallel import spread
 

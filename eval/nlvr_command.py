@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from blip import dist
-from blip.commands.loading import load
-from blip.data.nlvr import Sentences
-from blip.tasks.nlvr import Nlvr
+from blip.app.loaded import load
+from blip.data.prepare.sentences import Sentences
+from blip.models.nlvr import Nlvr
 from eval.nlvr import answers_of, read_results, results_csv, score
 from eval.options import Nlvr as Options
 from eval.results_folder import ResultsFolder, interval, settings_of

@@ -5,16 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from blip.config import (
-    CAPTION_PROMPT,
-    DECODE_PRESETS,
-    AnswerConfig,
-    DecodeConfig,
-    Dialogues,
-    PictureQuestions,
-    PictureSentences,
-    SourceConfig,
-)
+from blip.data.settings import Dialogues, PictureQuestions, PictureSentences, SourceConfig
+from blip.inference.settings import CAPTION_PROMPT, DECODE_PRESETS, AnswerConfig, DecodeConfig
 
 
 def _positive(**values: float | None) -> None:

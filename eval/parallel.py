@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from blip import dist
-from blip.data.errors import DataError
-from blip.log import bar
+from blip.errors import DataError
+from blip.train.log import bar
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from blip.config import DataConfig, SourceConfig
-from blip.data.errors import BadSample, DataError
+from blip.data.formats.sources import format_of, open_source, record, root_of, shard_files
 from blip.data.images import model_input
-from blip.data.sources import format_of, open_source, record, root_of, shard_files
+from blip.data.settings import DataConfig, SourceConfig
 from blip.data.transforms import EvalTransform
+from blip.errors import BadSample, DataError
 from eval.references import Entry, Id, read_references
 
 T = TypeVar("T")

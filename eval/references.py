@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from blip.data.errors import DataError, counted, shown
-from blip.data.json_rows import CSV, read_rows, same_id
-from blip.data.splits import check_split, of_split, refuse_split
-from blip.data.values import kind_of
+from blip.data.formats.json_rows import CSV, read_rows, same_id
+from blip.data.formats.splits import check_split, of_split, refuse_split
+from blip.data.formats.values import kind_of
+from blip.errors import DataError, counted, shown
 
 Id = int | str
 """A number wherever the id is written as one, so that {"139": ...} and {"image_id": 139} are the same image."""

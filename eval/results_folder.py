@@ -7,8 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from blip import atomic
-from blip.data.errors import DataError
+from blip import files
+from blip.errors import DataError
 
 _SCORES = "scores.json"
 _BESIDE = ("results.json", "results.csv", "ranks.json", "captions.html")
@@ -40,7 +40,7 @@ class ResultsFolder:
     def write(self, name: str, content: str) -> None:
         """Leave a file, whole or not at all."""
         if self.where:
-            atomic.replace_file(self.where / name, content.encode("utf-8", "replace"))
+            files.replace_file(self.where / name, content.encode("utf-8", "replace"))
 
     def write_scores(self, *parts: Mapping[str, object]) -> None:
         """Leave scores.json: scores, counts, and the settings they depend on."""

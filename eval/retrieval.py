@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from blip import dist
-from blip.config import DataConfig, SourceConfig
-from blip.data.errors import BadSample, DataError
-from blip.data.sources import format_of
-from blip.data.text import clean_caption
-from blip.features import cosines
-from blip.log import bar
-from blip.matching import match
-from blip.model import Blip
+from blip.data.formats.sources import format_of
+from blip.data.settings import DataConfig, SourceConfig
+from blip.errors import BadSample, DataError
+from blip.inference.features import cosines
+from blip.inference.matching import match
+from blip.models.blip import Blip
+from blip.text import clean_caption
 from blip.tokenizer import Tokenizer
+from blip.train.log import bar
 from eval.pictures import Pictures
 from eval.references import Id
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from blip import dist
-from blip.commands.loading import load
+from blip.app.loaded import load
 from eval.options import Retrieval
 from eval.results_folder import ResultsFolder, listed, settings_of, show
 from eval.retrieval import RANKS, Gallery, Ranking, rank

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 import torch
 
-from blip.config import QUESTION_WORDS, AnswerConfig
-from blip.data.errors import DataError
-from blip.data.text import clean_question
-from blip.tasks.answering import Answer, Candidates, answers, ask
-from blip.tasks.vqa import Vqa
+from blip.errors import DataError
+from blip.inference.answering import Answer, Candidates, answers, ask
+from blip.inference.settings import QUESTION_WORDS, AnswerConfig
+from blip.models.video import FRAMES, clip_tokens
+from blip.models.vqa import Vqa
+from blip.text import clean_question
 from blip.tokenizer import Tokenizer
-from blip.video import FRAMES, clip_tokens
 from eval.clips import Clip, Question, batches
+from eval.metrics.vqa import normalise
 from eval.parallel import spread
-from eval.vqa_accuracy import normalise
 
 _AT_ONCE = 64
 """Questions answered together."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from blip import dist
-from blip.commands.loading import load
-from blip.tasks.answering import load_candidates
-from blip.tasks.vqa import Vqa
+from blip.app.candidates import load_candidates
+from blip.app.loaded import load
+from blip.models.vqa import Vqa
 from eval.clips import read_questions
 from eval.options import VideoQuestions
 from eval.results_folder import ResultsFolder, listed, settings_of, show

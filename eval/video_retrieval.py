@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from blip.data.errors import BadSample, DataError
-from blip.data.text import clean_caption
-from blip.model import Blip
+from blip.errors import BadSample, DataError
+from blip.models.blip import Blip
+from blip.models.video import FRAMES, clip_tokens, embed_clip
+from blip.text import clean_caption
 from blip.tokenizer import Tokenizer
-from blip.video import FRAMES, clip_tokens, embed_clip
 from eval.clips import Clip, batches
 from eval.retrieval import Ranking, Views, compare
 

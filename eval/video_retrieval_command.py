@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from blip import dist
-from blip.commands.loading import load
+from blip.app.loaded import load
 from eval.clips import read_clips
 from eval.options import VideoRetrieval
 from eval.results_folder import ResultsFolder, settings_of, show

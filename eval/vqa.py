@@ -1,7 +1,7 @@
 """Visual question answering: what a model answers, and how right that is by the official measure (paper, section 5.3).
 
-`answers_of(model, tokenizer, source, config, candidates)` answers each question of a `blip.data.questions.Questions`,
-`score(source, answers).accuracy` says how right the answers are. Q questions.
+`answers_of(model, tokenizer, source, config, candidates)` answers each question of a
+`blip.data.prepare.questions.Questions`, `score(source, answers).accuracy` says how right the answers are. Q questions.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from blip.config import QUESTION_WORDS, AnswerConfig
-from blip.data.errors import BadSample, DataError, counted
-from blip.data.questions import Id, Question, Questions, load
-from blip.data.text import clean_question
-from blip.tasks.answering import Answer, Candidates, answers, ask
-from blip.tasks.vqa import Vqa
+from blip.data.prepare.questions import Id, Question, Questions, load
+from blip.errors import BadSample, DataError, counted
+from blip.inference.answering import Answer, Candidates, answers, ask
+from blip.inference.settings import QUESTION_WORDS, AnswerConfig
+from blip.models.vqa import Vqa
+from blip.text import clean_question
 from blip.tokenizer import Tokenizer
+from eval.metrics.vqa import accuracy
 from eval.parallel import spread
 from eval.pictures import Pictures
 from eval.references import Entry
-from eval.vqa_accuracy import accuracy
 
 _AT_ONCE = 64
 """Questions answered together."""

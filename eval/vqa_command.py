@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from blip import dist
-from blip.commands.loading import load
-from blip.data.questions import Id, Questions
-from blip.tasks.answering import load_candidates
-from blip.tasks.vqa import Vqa
+from blip.app.candidates import load_candidates
+from blip.app.loaded import load
+from blip.data.prepare.questions import Id, Questions
+from blip.models.vqa import Vqa
 from eval.options import Vqa as Options
 from eval.results_folder import ResultsFolder, settings_of
 from eval.vqa import QuestionSet, Scores, answers_of, evalai_results, read_results, score

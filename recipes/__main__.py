@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from blip.commands.ending import WRONG_USE, fail
+from blip.app.exit import WRONG_USE, fail, run
 
 RECIPES = ("pretrain", "caption", "retrieval", "vqa", "nlvr", "dialogue", "bootstrap", "demo")
 """Modules of this package with a `main` that reads the command line."""
@@ -29,7 +29,7 @@ def main(args: list[str] | None = None) -> None:
         fail(f"{said}; give one of {', '.join(RECIPES)} (blip-recipe --help explains)", WRONG_USE)
     recipe = import_module(f"recipes.{args[0]}")
     sys.argv = [f"blip-recipe {args[0]}", *args[1:]]
-    recipe.command.run(recipe.main)
+    run(recipe.main)
 
 
 if __name__ == "__main__":

@@ -11,21 +11,26 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from blip import checkpoint, convert, dist
-from blip.config import PRESETS, BlipConfig, DataConfig, VisionConfig
-from blip.convert.foreign import Foreign
-from blip.data import world_files
+from blip import dist
+from blip.checkpoints import checkpoint
+from blip.checkpoints.foreign import Foreign
+from blip.checkpoints.initial import architecture, initial_text, initial_vision
+from blip.data.formats.sources import open_sources
 from blip.data.loader import Feed
-from blip.data.pairs import Pairs
-from blip.data.sources import open_sources
+from blip.data.prepare.captions import Pairs
+from blip.data.settings import DataConfig
 from blip.data.stream import Stream, StreamFeed
 from blip.data.transforms import TrainTransform
-from blip.model import Blip
-from blip.tasks import TASKS
+from blip.models.blip import Blip
+from blip.models.families import TASKS
+from blip.models.presets import PRESETS
+from blip.models.settings import BlipConfig
+from blip.nn.settings import VisionConfig
 from blip.tokenizer import Tokenizer
+from blip.world import files
 
 Model = TypeVar("Model")
-"""`Blip` or a task model of `blip.tasks`."""
+"""`Blip` or a task model of `blip.models.families`."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class ModelChoice:
     """Which model to train and what it starts from."""
 
     size: Literal["tiny", "small", "base", "large"] | None = None
-    """Preset of `blip.config`; base when not given."""
+    """Preset of `blip.models.presets`; base when not given."""
     image_size: int | None = None
     """Side of the input, pixels; the model's when not given."""
     patch_size: int | None = None
@@ -71,7 +76,7 @@ class WorldChoice:
     """Side, pixels."""
     web: bool = False
     """Noisy web texts on the training pictures instead of five true captions each."""
-    noise: float = world_files.NOISE
+    noise: float = files.NOISE
     """Share of web texts that are not right."""
     workers: int = 1
     """Processes that draw."""
@@ -91,9 +96,9 @@ def build_model(choice: ModelChoice, seed: int) -> tuple[Blip, Tokenizer]:
         dataclasses.replace(preset, vision=_vision(choice, preset.vision), text=tokenizer.text_config(preset.text))
     )
     if choice.vision_weights:
-        convert.initial_vision(model, choice.vision_weights, option="--model.vision_weights")
+        initial_vision(model, choice.vision_weights, option="--model.vision_weights")
     if choice.text_weights:
-        convert.initial_text(model, choice.text_weights, tokenizer, option="--model.text_weights")
+        initial_text(model, choice.text_weights, tokenizer, option="--model.text_weights")
     return model, tokenizer
 
 
@@ -136,7 +141,7 @@ def _continued(kind: type[Model], choice: ModelChoice, found: checkpoint.Own | F
 
 def _vision(choice: ModelChoice, config: VisionConfig) -> VisionConfig:
     """An image encoder's configuration with what a choice says of its weights, its input and its training."""
-    named = convert.architecture(choice.vision_weights) if choice.vision_weights else None
+    named = architecture(choice.vision_weights) if choice.vision_weights else None
     if named not in (None, config.model):
         config = VisionConfig(named, image_size=config.image_size)
     names = ("image_size", "patch_size", "drop_path")
@@ -203,7 +208,7 @@ def draw_world(choice: WorldChoice) -> None:
     def write(split: str, count: int) -> None:
         noise = {"web": choice.web, "noise": choice.noise} if split == "train" else {}
         size = {"size": choice.image_size, "workers": choice.workers}
-        world_files.write(choice.folder, "json", split, count, **size, **noise)
+        files.write(choice.folder, "json", split, count, **size, **noise)
 
     draw_splits(choice, write)
 

@@ -15,15 +15,17 @@ from pathlib import Path
 import torch
 
 from blip import dist
-from blip.config import CaptionConfig, DataConfig, DecodeConfig, SourceConfig, TrainConfig
-from blip.data.errors import DataError, counted
-from blip.data.world import scene_of
-from blip.data.world_judge import grade, judge
-from blip.generate import write
-from blip.model import Blip
-from blip.objectives import Caption
+from blip.data.settings import DataConfig, SourceConfig
+from blip.errors import DataError, counted
+from blip.inference.generate import write
+from blip.inference.settings import DecodeConfig
+from blip.models.blip import Blip
+from blip.objectives.pretrain import Caption, CaptionConfig
 from blip.tokenizer import Tokenizer
-from blip.train import Result
+from blip.train.loop import Result
+from blip.train.settings import TrainConfig
+from blip.world.judge import grade, judge
+from blip.world.scene import scene_of
 from eval.captioning import captions_of, coco_results, score
 from eval.pictures import Pictures
 from eval.references import Id

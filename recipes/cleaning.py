@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from blip.config import SourceConfig
-from blip.data import world_files
-from blip.data.world import scene_of
-from blip.data.world_judge import Verdict, judge
+from blip.data.settings import SourceConfig
 from blip.errors import Stopped
+from blip.world import files
+from blip.world.judge import Verdict, judge
+from blip.world.scene import scene_of
 from capfilt.__main__ import main as capfilt
-from capfilt.grade import Kind
+from capfilt.calibrate.grade import Kind
 from capfilt.run import Run as Job
-from capfilt.select import kept_of, scored_parts
+from capfilt.select.choose import kept_of, scored_parts
 from recipes import caption, command, retrieval
 from recipes.building import ModelChoice
 
@@ -48,13 +48,13 @@ def draw_crawl(folder: Path, count: int, noise: float, seed: int, size: int, wor
     """Web texts with their truth beside them, in tar shards, and a few broken files; left alone where it is there."""
     if not folder.exists():
         salted = {"web": True, "noise": noise, "broken": round(BROKEN * count)}
-        world_files.write(folder, "tar", count=count, seed=seed, size=size, workers=workers, **salted)
+        files.write(folder, "tar", count=count, seed=seed, size=size, workers=workers, **salted)
 
 
 def draw_people(folder: Path, split: str, count: int, seed: int, size: int, workers: int) -> None:
     """Pictures with captions by people, as a JSON list; left alone where it is there."""
     if not (folder / f"{split}.json").exists():
-        world_files.write(folder, "json", split, count, seed, size, workers=workers)
+        files.write(folder, "json", split, count, seed, size, workers=workers)
 
 
 # The captioner and the filter -----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import TypeVar, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse import auto_cli, set_parsing_settings
 
-from blip.commands.ending import WRONG_USE, fail, one_line, run, unknown_option
+from blip.app.exit import WRONG_USE, fail, one_line, run, unknown_option
 
 __all__ = ["WRONG_USE", "fail", "read", "run"]
 

@@ -22,12 +22,14 @@ from typing import Any
 
 from PIL import Image
 
-from blip import atomic, checkpoint, page
-from blip.config import SourceConfig
-from blip.data.world import scene_of
-from blip.data.world_judge import grade as grade_captions
-from blip.data.world_judge import judge
-from capfilt.grade import Kind, grade
+from blip import files
+from blip.app import page
+from blip.checkpoints import checkpoint
+from blip.data.settings import SourceConfig
+from blip.world.judge import grade as grade_captions
+from blip.world.judge import judge
+from blip.world.scene import scene_of
+from capfilt.calibrate.grade import Kind, grade
 from capfilt.run import Run as Job
 from eval.retrieval import Gallery, rank
 from recipes import caption, cleaning, command, retrieval
@@ -92,7 +94,7 @@ def demo(run: Run) -> dict[str, Any]:
         cards = _cards(run, {one["image_id"]: one["caption"] for one in said}, gallery, ranked)
     scores |= {f"seconds_{name}": seconds for name, seconds in clock.seconds.items()} | {"seconds": clock.total()}
     page.write(out / "report.html", _page(out, scores, kinds, cards, run))
-    atomic.write_bytes(out / "results.json", (json.dumps(scores, indent=1) + "\n").encode())
+    files.write_bytes(out / "results.json", (json.dumps(scores, indent=1) + "\n").encode())
     return scores
 
 

@@ -13,16 +13,17 @@ from functools import partial
 from pathlib import Path
 
 from blip import dist
-from blip.config import DataConfig, Dialogues, TrainConfig
-from blip.data import world_dialogue
-from blip.data.dialogue import Conversations, DialoguePairs
-from blip.data.errors import DataError
 from blip.data.loader import Feed
+from blip.data.prepare.dialogues import Conversations, DialoguePairs
+from blip.data.settings import DataConfig, Dialogues
 from blip.data.transforms import TrainTransform
-from blip.objectives import Dialogue as Objective
-from blip.tasks.dialogue import Dialogue
+from blip.errors import DataError
+from blip.models.dialogue import Dialogue
+from blip.objectives.pretrain import Dialogue as Objective
 from blip.tokenizer import Tokenizer
-from blip.train import Result
+from blip.train.loop import Result
+from blip.train.settings import TrainConfig
+from blip.world import dialogues
 from eval.dialogue import MAX_WORDS, Ranks, evalai_json, ranks_of, score
 from recipes import command, keeping
 from recipes.building import ModelChoice, build_task, draw_splits
@@ -119,7 +120,7 @@ def converse(run: Run) -> tuple[Result, Path]:
     if max(run.data.max_tokens, run.data.max_words + 2) > longest:
         raise ValueError(f"data.max_tokens {run.data.max_tokens} is more than the {longest} positions of the model")
     if run.world:
-        draw_splits(run.world, partial(world_dialogue.write, run.world.folder, size=run.world.image_size))
+        draw_splits(run.world, partial(dialogues.write, run.world.folder, size=run.world.image_size))
     sources = [Conversations(source) for source in run.data.sources]
     if not sources:
         raise DataError("no data: give at least one source")

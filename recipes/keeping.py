@@ -11,14 +11,17 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from blip import atomic, checkpoint, dist, log
-from blip.config import SourceConfig
+from blip import dist, files
+from blip.checkpoints import checkpoint
 from blip.data.ledger import Ledger
 from blip.data.loader import Feed
+from blip.data.settings import SourceConfig
 from blip.data.stream import StreamFeed
-from blip.model import Blip
+from blip.models.blip import Blip
+from blip.tensors import read_tensors
 from blip.tokenizer import Tokenizer
-from blip.train import Result, fit
+from blip.train import log
+from blip.train.loop import Result, fit
 
 Scores = dict[str, float]
 RESULTS = "results.json"
@@ -98,7 +101,7 @@ class Kept:
 
     def _is_published(self, model: Blip) -> bool:
         try:
-            there = atomic.read_tensors(self.folder / checkpoint.WEIGHTS)
+            there = read_tensors(self.folder / checkpoint.WEIGHTS)
         except (OSError, ValueError):  # not there yet, or not whole
             return False
         return all(name in there and torch.equal(v.cpu(), there[name]) for name, v in model.state_dict().items())
@@ -184,12 +187,12 @@ def _in_main(action: Callable[[], None]) -> None:
     if dist.is_main():
         try:
             action()
-        except atomic.WriteError as error:
+        except files.WriteError as error:
             failure = str(error)
     failure = dist.from_main(failure)
     if failure:
-        raise atomic.WriteError(failure)
+        raise files.WriteError(failure)
 
 
 def _replace(path: Path, content: str) -> None:
-    atomic.replace_file(path, content.encode("utf-8", "replace"))
+    files.replace_file(path, content.encode("utf-8", "replace"))

@@ -13,16 +13,17 @@ from functools import partial
 from pathlib import Path
 
 from blip import dist
-from blip.config import DataConfig, PictureSentences, TrainConfig
-from blip.data import world_pairs
-from blip.data.errors import DataError
 from blip.data.loader import Feed
-from blip.data.nlvr import PictureSentencePairs, Sentences
+from blip.data.prepare.sentences import PictureSentencePairs, Sentences
+from blip.data.settings import DataConfig, PictureSentences
 from blip.data.transforms import TrainTransform
-from blip.objectives import Nlvr as Objective
-from blip.tasks.nlvr import Nlvr
+from blip.errors import DataError
+from blip.models.nlvr import Nlvr
+from blip.objectives.pretrain import Nlvr as Objective
 from blip.tokenizer import Tokenizer
-from blip.train import Result
+from blip.train.loop import Result
+from blip.train.settings import TrainConfig
+from blip.world import pairs as world_pairs
 from eval.nlvr import MAX_WORDS, answers_of, results_csv, score
 from recipes import command, keeping
 from recipes.building import ModelChoice, build_task, draw_splits

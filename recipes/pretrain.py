@@ -14,12 +14,14 @@ from pathlib import Path
 
 from torch import nn
 
-from blip import checkpoint, dist
-from blip.config import DataConfig, PretrainConfig, SourceConfig, TrainConfig
-from blip.data.errors import DataError
+from blip import dist
+from blip.checkpoints import checkpoint
 from blip.data.ledger import Ledger
-from blip.objectives import Pretrain
-from blip.train import Result, fit
+from blip.data.settings import DataConfig, SourceConfig
+from blip.errors import DataError
+from blip.objectives.pretrain import Pretrain, PretrainConfig
+from blip.train.loop import Result, fit
+from blip.train.settings import TrainConfig
 from eval.retrieval import Gallery, retrieval
 from recipes import command
 from recipes.building import ModelChoice, WorldChoice, build_feed, build_model, draw_world

@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 
 from blip import dist
-from blip.config import DataConfig, RetrievalConfig, TrainConfig
-from blip.model import Blip
-from blip.objectives import Retrieval
+from blip.data.settings import DataConfig
+from blip.models.blip import Blip
+from blip.objectives.pretrain import Retrieval, RetrievalConfig
 from blip.tokenizer import Tokenizer
-from blip.train import Result
+from blip.train.loop import Result
+from blip.train.settings import TrainConfig
 from eval.retrieval import Ranking, rank
 from recipes import command, keeping
 from recipes.building import ModelChoice, WorldChoice, build_feed, build_model, draw_world

@@ -18,25 +18,20 @@ from pathlib import Path
 import torch
 
 from blip import dist
-from blip.config import (
-    QUESTION_TOKENS,
-    QUESTION_WORDS,
-    AnswerConfig,
-    DataConfig,
-    PictureQuestions,
-    TrainConfig,
-    VqaConfig,
-)
-from blip.data import world_questions
-from blip.data.errors import DataError, counted
 from blip.data.loader import Feed
-from blip.data.questions import Id, QuestionPairs, Questions, read_answers
+from blip.data.prepare.questions import Id, QuestionPairs, Questions, read_answers
+from blip.data.settings import DataConfig, PictureQuestions
 from blip.data.transforms import TrainTransform
-from blip.objectives import Vqa as Objective
-from blip.tasks.answering import ANSWERS, Candidates, answers, ask
-from blip.tasks.vqa import Vqa
+from blip.errors import DataError, counted
+from blip.inference.answering import ANSWERS, Candidates, answers, ask
+from blip.inference.settings import QUESTION_TOKENS, QUESTION_WORDS, AnswerConfig
+from blip.models.vqa import Vqa
+from blip.objectives.pretrain import Vqa as Objective
+from blip.objectives.pretrain import VqaConfig
 from blip.tokenizer import Tokenizer
-from blip.train import Result
+from blip.train.loop import Result
+from blip.train.settings import TrainConfig
+from blip.world import questions
 from eval.vqa import QuestionSet, answers_of, evalai_results, score
 from recipes import command, keeping
 from recipes.building import ModelChoice, WorldChoice, build_task, draw_splits
@@ -136,8 +131,8 @@ def answer(run: Run) -> tuple[Result, Path]:
 
 def draw(world: WorldChoice) -> None:
     """Write the questions, and the pictures, that are not there yet."""
-    write = partial(world_questions.write, world.folder, size=world.image_size, workers=world.workers)
-    draw_splits(world, write, file=lambda split: world_questions.files(split)[1])
+    write = partial(questions.write, world.folder, size=world.image_size, workers=world.workers)
+    draw_splits(world, write, file=lambda split: questions.files(split)[1])
 
 
 def chosen(run: Run, sources: Sequence[Questions], tokenizer: Tokenizer) -> list[str]:

@@ -19,8 +19,8 @@ from PIL import Image
 from capfilt import plan
 from capfilt.run import Run
 from capfilt.schema import RUN_COLUMNS
-from capfilt.score import ScoreOptions, score
-from capfilt.scorer import FakeScorer
+from capfilt.score.loop import ScoreOptions, score
+from capfilt.score.scorer import FakeScorer
 from capfilt.settings import ReadConfig, ScoreConfig
 
 HERE = ScoreOptions(decode_workers=0)

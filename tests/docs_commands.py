@@ -259,7 +259,7 @@ def _module(name: str, args: list[str], is_module: bool) -> Reading:
 
 
 def _blip(args: list[str]) -> Reading:
-    from blip import cli
+    from blip.app import cli
 
     def stops(chosen: argparse.Namespace) -> None:
         raise _Read(chosen)

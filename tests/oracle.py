@@ -1,4 +1,4 @@
-"""BLIP's pre-training step written the straightforward way, on the weights of a `blip.objectives.Pretrain`.
+"""BLIP's pre-training step written the straightforward way, on the weights of a `blip.objectives.pretrain.Pretrain`.
 
 This is what the fast path is held against, in numbers (tests) and in time (benchmarks/pretrain_step.py). It does what
 the original release does: eager attention, images projected again for every text pass and every layer, every text

@@ -6,7 +6,8 @@ import goldens
 import torch
 from safetensors.torch import load_file
 
-from blip.config import NlvrModelConfig, TextConfig, VisionConfig
+from blip.models.settings import NlvrModelConfig
+from blip.nn.settings import TextConfig, VisionConfig
 
 NAMES = ("pretraining", "captioning", "retrieval", "matching", "vqa", "nlvr")
 HEADS = {32: 2, 24: 2, 16: 2}

@@ -24,11 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip import dist
-from blip.config import TrainConfig
-from blip.data.batch import Batch
-from blip.train import NonFinite, fit
+from blip.objectives.batch import Batch
+from blip.train.loop import NonFinite, fit
+from blip.train.settings import TrainConfig
 
 HERE = Path(__file__).parent
+SEARCHED = os.pathsep.join(map(str, [HERE.parent, HERE, *sorted(path for path in HERE.iterdir() if path.is_dir())]))
+"""PYTHONPATH of a child that imports the project and test modules."""
 
 WIDTH = 8
 QUICK = {"batch_size": 4, "lr": 1e-2, "warmup_steps": 3, "log_every": 1, "precision": "float32", "timeout": 60.0}
@@ -174,7 +176,7 @@ class Zygote:
 
     def __init__(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent)])
+        environment["PYTHONPATH"] = SEARCHED
         self.process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )

@@ -7,11 +7,16 @@ import typing
 
 import pytest
 
-import blip.config
-import capfilt.calibrate
-import capfilt.policies
-import capfilt.score
+import capfilt.calibrate.threshold
+import capfilt.score.loop
+import capfilt.select.policies
 import capfilt.settings
+from blip.data import settings as data
+from blip.inference import settings as inference
+from blip.models import settings as models
+from blip.nn import settings as nn
+from blip.objectives import pretrain
+from blip.train import settings as train
 
 GIVEN = {"path": "x", "policy": "fraction"}
 """Values without which a class cannot be made, or a field means nothing."""
@@ -19,7 +24,9 @@ GIVEN = {"path": "x", "policy": "fraction"}
 
 def numbers():
     """Each field of a settings class that holds fractional numbers."""
-    for module in (blip.config, capfilt.calibrate, capfilt.policies, capfilt.score, capfilt.settings):
+    calibrate, score, select = capfilt.calibrate.threshold, capfilt.score.loop, capfilt.select.policies
+    ours = (nn, models, pretrain, data, train, inference)
+    for module in (*ours, calibrate, select, score, capfilt.settings):
         for name, kind in inspect.getmembers(module, inspect.isclass):
             if dataclasses.is_dataclass(kind) and kind.__module__ == module.__name__:
                 for field, hint in typing.get_type_hints(kind).items():
@@ -38,16 +45,16 @@ def test_nan_is_refused_by_name(kind, field, pair):
 @pytest.mark.parametrize(
     ("kind", "values"),
     [
-        (blip.config.PretrainConfig, {"temperature_min": 0.0}),
-        (blip.config.RetrievalConfig, {"temperature_min": 0.6}),
-        (blip.config.PretrainConfig, {"alpha_ramp_epochs": -1.0}),
-        (blip.config.DataConfig, {"max_unknown": 50.0}),
-        (blip.config.TrainConfig, {"betas": (0.9, 1.0)}),
-        (blip.config.TrainConfig, {"decay": 1.5}),
-        (blip.config.TrainConfig, {"epochs": math.inf}),
-        (blip.config.DecodeConfig, {"length_penalty": math.inf}),
-        (capfilt.calibrate.CalibrateOptions, {"target": 90.0}),
-        (capfilt.score.ScoreOptions, {"max_error_rate": 20.0}),
+        (pretrain.PretrainConfig, {"temperature_min": 0.0}),
+        (pretrain.RetrievalConfig, {"temperature_min": 0.6}),
+        (pretrain.PretrainConfig, {"alpha_ramp_epochs": -1.0}),
+        (data.DataConfig, {"max_unknown": 50.0}),
+        (train.TrainConfig, {"betas": (0.9, 1.0)}),
+        (train.TrainConfig, {"decay": 1.5}),
+        (train.TrainConfig, {"epochs": math.inf}),
+        (inference.DecodeConfig, {"length_penalty": math.inf}),
+        (capfilt.calibrate.threshold.CalibrateOptions, {"target": 90.0}),
+        (capfilt.score.loop.ScoreOptions, {"max_error_rate": 20.0}),
     ],
 )
 def test_numbers_out_of_range_are_refused_by_name(kind, values):

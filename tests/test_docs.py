@@ -19,14 +19,15 @@ import pytest
 import torch
 from docs_commands import PAGES, ROOT, Command, Unreadable, blocks, commands, commands_of, not_there, read, simple
 from PIL import Image
-from stub_run import HERE, Zygote
+from stub_run import HERE, SEARCHED, Zygote
 from torch.utils.flop_counter import FlopCounterMode
 
 import blip
 from benchmarks import cost
-from blip.config import BASE, LARGE, TINY, BlipConfig
-from blip.data import world_files
-from blip.model import Blip
+from blip.models.blip import Blip
+from blip.models.presets import BASE, LARGE, TINY
+from blip.models.settings import BlipConfig
+from blip.world import files as world_files
 
 DOCS = ROOT / "docs"
 SITE = [*PAGES, *sorted((DOCS / "api").glob("*"))]
@@ -87,7 +88,7 @@ def test_enough_commands_are_found():
         "python -m capfilt select runs/x --policy blop --name a",
         "blip caption photo.jpg --modle runs/x",
         "blip paint photo.jpg",
-        "python -m blip.data.world_files --outt runs/x",
+        "python -m blip.world.files --outt runs/x",
         "python -m benchmarks.caption --rounds many",
         "make coffee",
         "pip install 'openblip[coffee]'",
@@ -157,7 +158,7 @@ def test_every_page_is_reached_from_the_map():
 
 def test_tests_that_the_map_names_are_there():
     """What is often asked for has a path that a test walks."""
-    files = {path.stem: path.read_text() for path in HERE.glob("*.py")}
+    files = {path.stem: path.read_text() for path in HERE.rglob("*.py")}
     for name in re.findall(r"\btest_\w+", (DOCS / "index.md").read_text()):
         assert name in files or any(f"def {name}(" in text for text in files.values()), name
     asked = (DOCS / "index.md").read_text().split("## Often asked")[1]
@@ -269,7 +270,7 @@ class Walker(Zygote):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
-        environment |= {"PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT)]), "HF_HUB_OFFLINE": "1"}
+        environment |= {"PYTHONPATH": SEARCHED, "HF_HUB_OFFLINE": "1"}
         run = [sys.executable, "-c", "import stub_run, test_docs; test_docs.import_all(); stub_run.serve()"]
         self.process = subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
@@ -288,15 +289,17 @@ class Walker(Zygote):
 
 
 def import_all() -> None:
-    from blip import checkpoint, cli  # noqa: F401
-    from capfilt import models, report  # noqa: F401
+    from blip.app import cli  # noqa: F401
+    from blip.checkpoints import checkpoint  # noqa: F401
+    from capfilt.report import write  # noqa: F401
+    from capfilt.score import models  # noqa: F401
     from recipes import caption, dialogue, nlvr, pretrain, retrieval, vqa  # noqa: F401
 
 
 def module_of(words: list[str]) -> tuple[str, list[str]] | None:
     """The module that a command runs and its options, made short; None for what is not walked: make, git, servers."""
     if words[0] == "blip":
-        return None if words[1] in ("demo", "doctor") else ("blip.cli", words[1:])
+        return None if words[1] in ("demo", "doctor") else ("blip.app.cli", words[1:])
     if words[0] == "blip-eval":
         words = ["python", "-m", "eval", *words[1:]]
     if words[0] == "blip-recipe":
@@ -396,7 +399,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     done = subprocess.run(run, capture_output=True, text=True, timeout=600, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-5000:]
     page = (tmp_path / "api/model.html").read_text()
-    assert 'id="blip.model.Blip.context"' in page
+    assert 'id="blip.models.blip.Blip.context"' in page
     for path in DOCS.glob("*.md"):
         title = re.search(r"^# (.+)$", path.read_text(), re.M)[1]
         assert f">{title}<a" in (tmp_path / f"{path.stem}.html").read_text(), (

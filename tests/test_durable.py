@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from blip import atomic, durable
-from blip.commands.ending import one_line
-from blip.index import Index, Origin
-from blip.resume import Checkpoints, State
-from capfilt.storage import Local
+from blip import files
+from blip.app.exit import one_line
+from blip.app.index import Index, Origin
+from blip.tensors import write_tensors
+from blip.train.resume import Checkpoints, State
+from capfilt.store.storage import Local
 
 
 @pytest.fixture
@@ -32,10 +33,8 @@ def test_all_that_is_written_follows_the_umask(umask, tmp_path):
     folder = tmp_path / "made"
     folder.mkdir()
     tensors = {"a": torch.ones(3)}
-    atomic.write_directory(
-        folder / "model", {"w.safetensors": (lambda path: atomic.write_tensors(path, tensors), 9)}, {}
-    )
-    atomic.replace_file(folder / "page.html", b"page")
+    files.write_directory(folder / "model", {"w.safetensors": (lambda path: write_tensors(path, tensors), 9)}, {})
+    files.replace_file(folder / "page.html", b"page")
     Local(folder / "run").write("parts/00/a.parquet", b"part")
     Index(folder, folder / "index", Origin("m", "w", "float32"), [], torch.empty(0, 4)).write()
     Checkpoints(folder / "run", 1).save(torch.nn.Linear(2, 2), {}, State(), {})
@@ -82,9 +81,9 @@ def test_a_checkpoint_that_may_not_be_read_is_not_passed_over(tmp_path, monkeypa
 
 def write(where: Path, how: str) -> None:
     if how == "directory":
-        atomic.write_directory(where / "made", {"a": (lambda path: atomic.write_bytes(path, b"a"), 1)})
+        files.write_directory(where / "made", {"a": (lambda path: files.write_bytes(path, b"a"), 1)})
     elif how == "file":
-        atomic.replace_file(where / "made", b"a")
+        files.replace_file(where / "made", b"a")
     else:
         Index(where, where / "made", Origin("m", "w", "float32"), [], torch.empty(0, 4)).write()
 
@@ -99,7 +98,7 @@ def start(where: Path, how: str, moment: str, strike) -> int:
     if child := os.fork():
         return child
     try:
-        atomic.checkpoint_event = event
+        files.checkpoint_event = event
         write(where, how)
     finally:
         os._exit(3)
@@ -122,7 +121,7 @@ def test_what_a_killed_writer_left_is_swept_by_the_next_start(tmp_path, how, mom
     killed = start(tmp_path, how, moment, die)
     assert os.waitstatus_to_exitcode(os.waitpid(killed, 0)[1]) == -signal.SIGKILL
     assert left(tmp_path)
-    durable._sweep_once.cache_clear()  # as a new process
+    files._sweep_once.cache_clear()  # as a new process
     write(tmp_path, how)
     assert not left(tmp_path)
     assert (tmp_path / "made").exists()
@@ -132,28 +131,28 @@ def test_a_live_writers_temporaries_are_left_alone(tmp_path):
     alive = start(tmp_path, "directory", "before rename", signal.pause)
     while not (there := left(tmp_path)):
         time.sleep(0.01)
-    durable.sweep(tmp_path)
+    files.sweep(tmp_path)
     assert there[0].exists()
     os.kill(alive, signal.SIGKILL)
     os.waitpid(alive, 0)
-    durable.sweep(tmp_path)
+    files.sweep(tmp_path)
     assert not left(tmp_path)
 
 
 def test_another_machines_temporaries_and_others_files(tmp_path):
-    name = durable.partial(tmp_path / "a").name
+    name = files.partial(tmp_path / "a").name
     _, machine, process, began, end = name.rsplit("-", 4)
     foreign = tmp_path / name.replace(machine, "0" * 8)
     reused = tmp_path / f".tmp-a-{machine}-{process}-{int(began) - 1000}-{end}"
     mine = [tmp_path / other for other in (".tmp-notes", ".tmp-a-123", "a-" + name)]
     for path in (foreign, reused, *mine):
         path.write_bytes(b"x")
-    durable.sweep(tmp_path)
+    files.sweep(tmp_path)
     assert foreign.exists()  # written a moment ago: its writer may live
     assert not reused.exists()  # the process with this number is another one
     old = time.time() - 7200
     for path in (foreign, *mine):
         os.utime(path, (old, old))
-    durable.sweep(tmp_path)
+    files.sweep(tmp_path)
     assert not foreign.exists()
     assert all(path.exists() for path in mine)

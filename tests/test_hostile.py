@@ -21,19 +21,24 @@ import torch
 from PIL import Image
 
 import blip
-from blip import atomic, convert, resume, startup
-from blip.config import TINY, SourceConfig
-from blip.data.errors import BadSample, DataError
+from blip import files, startup
+from blip.checkpoints.initial import initial_text, initial_vision
+from blip.checkpoints.weights import read_weights
+from blip.data.formats.sources import expand, open_source
+from blip.data.formats.tars import Shard
 from blip.data.images import decode
-from blip.data.sources import expand, open_source
+from blip.data.settings import SourceConfig
 from blip.data.stream import Shards
-from blip.data.tars import Shard
-from blip.model import Blip
-from blip.objectives import Pretrain
-from blip.resume import Checkpoints, State, restore
+from blip.errors import BadSample, DataError
+from blip.models.blip import Blip
+from blip.models.presets import TINY
+from blip.objectives.pretrain import Pretrain
+from blip.tensors import read_tensors
 from blip.tokenizer import Tokenizer
+from blip.train import resume
+from blip.train.resume import Checkpoints, State, restore
 from capfilt.readers.tar import index
-from eval.java import NoJava, run_java
+from eval.metrics.java import NoJava, run_java
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -100,13 +105,14 @@ def test_a_crawls_own_modules_are_not_run(crawl, how):
 
 
 @pytest.mark.parametrize(
-    "module", [["-m", "blip.cli"], ["-m", "eval"], ["-mrecipes"], ["-u", "-m", "recipes.caption"], ["-um", "recipes"]]
+    "module",
+    [["-m", "blip.app.cli"], ["-m", "eval"], ["-mrecipes"], ["-u", "-m", "recipes.caption"], ["-um", "recipes"]],
 )
 def test_entry_points_import_nothing_from_the_current_folder(crawl, module):
     """Not even an eval.py, where the recipe that is asked for imports the package eval."""
     if "eval" in module:
         (crawl / "eval.py").unlink()  # this one Python itself would take for the program
-    if "blip.cli" in module:
+    if "blip.app.cli" in module:
         (crawl / "blip.py").unlink()
     assert stand_in(crawl, sys.executable, *module, "--help")
     assert not (crawl.parent / "sang").exists()
@@ -162,12 +168,17 @@ def test_every_child_is_started_by_its_absolute_path():
                 if isinstance(node, ast.Call) and ast.unparse(node.func) in STARTS:
                     found[str(path.relative_to(ROOT))] = ast.unparse(node.args[0])
     assert found == {
-        "blip/doctor.py": "[where, '-version']",
-        "blip/resume.py": "command",
-        "capfilt/pool.py": "startup.python('capfilt.pool', str(theirs.fileno()), str(errors.fileno()))",
-        "eval/java.py": "command",
+        "blip/app/doctor.py": "[where, '-version']",
+        "blip/train/resume.py": "command",
+        "capfilt/score/pool.py": "startup.python('capfilt.score.pool', str(theirs.fileno()), str(errors.fileno()))",
+        "eval/metrics/java.py": "command",
     }
-    assert startup.python("capfilt.pool", "7")[1:] == ["-P", str(ROOT / "blip" / "startup.py"), "capfilt.pool", "7"]
+    assert startup.python("capfilt.score.pool", "7")[1:] == [
+        "-P",
+        str(ROOT / "blip" / "startup.py"),
+        "capfilt.score.pool",
+        "7",
+    ]
 
 
 # Nothing that is loaded is executed
@@ -196,12 +207,12 @@ def model():
 
 def pth(folder: Path, model, name: str = "a.pth", **options) -> None:
     torch.save({"model": {"weight": torch.zeros(1), "x": Canary()}}, folder / name, **options)
-    convert.read_weights(folder / name)
+    read_weights(folder / name)
 
 
 def bare_pickle(folder: Path, model, name: str = "a.bin") -> None:
     (folder / name).write_bytes(pickle.dumps(Canary(), protocol=2))
-    convert.read_weights(folder / name)
+    read_weights(folder / name)
 
 
 def a_models_weights(folder: Path, model) -> None:
@@ -212,23 +223,23 @@ def a_models_weights(folder: Path, model) -> None:
 
 def first_weights_of_vision(folder: Path, model) -> None:
     torch.save({"state_dict": Canary()}, folder / "vit.pth")
-    convert.initial_vision(model[0], folder / "vit.pth")
+    initial_vision(model[0], folder / "vit.pth")
 
 
 def first_weights_of_text(folder: Path, model) -> None:
     torch.save({"bert.x": Canary()}, folder / "pytorch_model.bin")
-    convert.initial_text(model[0], folder, model[1])
+    initial_text(model[0], folder, model[1])
 
 
 def checkpoint(folder: Path, model, name: str) -> None:
     """A whole training checkpoint, its manifest included, in which one file is not what it was."""
-    objective = Pretrain(model[0], blip.config.PretrainConfig(queue_size=0))
+    objective = Pretrain(model[0], blip.objectives.pretrain.PretrainConfig(queue_size=0))
     path = Checkpoints(folder, 1).save(objective, {"optimizer": {"state": {}}}, State(), {})
     torch.save({"optimizer": Canary()}, path / name)
-    manifest = json.loads((path / atomic.MANIFEST).read_text())
+    manifest = json.loads((path / files.MANIFEST).read_text())
     content = (path / name).read_bytes()
     manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    (path / atomic.MANIFEST).write_text(json.dumps(manifest))
+    (path / files.MANIFEST).write_text(json.dumps(manifest))
     found, _ = Checkpoints(folder, 1).newest()
     assert found == path, "the forged manifest must pass"
     restore(path, objective)
@@ -348,7 +359,7 @@ def test_a_second_name_for_a_tensor_that_is_not_there(tmp_path):
 
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", {"same_as:b": "c"})
     with pytest.raises(ValueError, match=r"a\.safetensors names c a second time"):
-        atomic.read_tensors(tmp_path / "a.safetensors")
+        read_tensors(tmp_path / "a.safetensors")
 
 
 # Names that a user gives
@@ -577,7 +588,7 @@ def connect(self, address):
     return real(self, address) if self.family == socket.AF_UNIX else refuse()
 socket.socket.connect = socket.socket.connect_ex = connect
 socket.create_connection = socket.getaddrinfo = socket.gethostbyname = refuse
-import blip.cli, blip.data.world_files, recipes.demo, blip.commands.loading  # once, for all the children below
+import blip.app.cli, blip.world.files, recipes.demo, blip.app.loaded  # once, for all the children below
 found = []
 for args in json.loads(sys.argv[1]):
     child = os.fork()
@@ -604,30 +615,30 @@ print(json.dumps(found))
 
 SMALL = ["--world.train", "24", "--world.held_out", "6", "--world.image_size", "32", "--model.image_size", "32"]
 SMALL += ["--held_out.k", "2", "--train.steps", "2", "--train.batch_size", "8", "--train.warmup_steps", "1"]
-WORLD = ["blip.data.world_files", "--out", "written", "--split", "test", "--count", "8", "--size", "32"]
+WORLD = ["blip.world.files", "--out", "written", "--split", "test", "--count", "8", "--size", "32"]
 WORKS = [
     [*WORLD, "--format", "json"],
     [*WORLD, "--format", "tar"],
     [*WORLD, "--format", "parquet"],
-    ["blip.data.world_files", "--help"],
+    ["blip.world.files", "--help"],
     ["recipes.pretrain", "--config", "recipes/configs/pretrain_world.yaml", *SMALL],
     ["recipes.pretrain", "--help"],
     ["recipes.pretrain", "--config", "recipes/configs/pretrain_base.yaml", "--print_config"],
     ["recipes.demo", *SMALL],
     ["recipes.retrieval", "--help"],
     ["recipes.retrieval", "--config", "recipes/configs/retrieval_coco.yaml", "--print_config"],
-    ["blip.data.world_questions", "--out", "written", "--split", "test", "--count", "8"],
+    ["blip.world.questions", "--out", "written", "--split", "test", "--count", "8"],
     ["recipes.vqa", "--config", "recipes/configs/vqa_v2.yaml", "--print_config"],
-    ["blip.data.world_pairs", "--out", "written_pairs", "--split", "test", "--sets", "2", "--size", "32"],
-    ["blip.data.world_dialogue", "--out", "written_dialogue", "--split", "test", "--count", "2", "--size", "32"],
+    ["blip.world.pairs", "--out", "written_pairs", "--split", "test", "--sets", "2", "--size", "32"],
+    ["blip.world.dialogues", "--out", "written_dialogue", "--split", "test", "--count", "2", "--size", "32"],
     ["recipes.nlvr", "--config", "recipes/configs/nlvr2.yaml", "--print_config"],
     ["recipes.dialogue", "--config", "recipes/configs/visdial.yaml", "--print_config"],
     ["recipes.bootstrap", "--config", "recipes/configs/bootstrap_world.yaml", "--print_config"],
-    ["blip.cli", "--help"],
-    ["blip.cli", "doctor"],
-    ["blip.cli", "match", "written/images/test", "a red star", "--model", "runs/demo/model"],
-    ["blip.cli", "search", "written/images/test", "a red star", "--model", "runs/demo/model", "--index", "index"],
-    ["blip.cli", "caption", "written/images/test", "--model", "runs/demo/model", "--prompt", ""],
+    ["blip.app.cli", "--help"],
+    ["blip.app.cli", "doctor"],
+    ["blip.app.cli", "match", "written/images/test", "a red star", "--model", "runs/demo/model"],
+    ["blip.app.cli", "search", "written/images/test", "a red star", "--model", "runs/demo/model", "--index", "index"],
+    ["blip.app.cli", "caption", "written/images/test", "--model", "runs/demo/model", "--prompt", ""],
 ]
 PRETRAIN = ["recipes.pretrain", "--out", "out", "--model.size", "tiny"]
 PRETRAIN += ["--data.sources", '[{"path": "written/test.json"}]']
@@ -643,7 +654,7 @@ LACKS = {
     "someone/start": ["recipes.retrieval", "--out", "out", "--model.start_from", "someone/start"],
     "someone/talker": ["recipes.dialogue", "--out", "out", "--model.start_from", "someone/talker"],
     "someone/answers": ["recipes.vqa", "--out", "out", "--model.start_from", "someone/answers"],
-    "someone/captioner": ["blip.cli", "caption", "written/images/test", "--model", "someone/captioner"],
+    "someone/captioner": ["blip.app.cli", "caption", "written/images/test", "--model", "someone/captioner"],
 }
 
 

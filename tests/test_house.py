@@ -38,6 +38,103 @@ def test_arrows_point_one_way(folder):
         assert ours <= MAY_IMPORT[folder], f"{path} imports {ours - MAY_IMPORT[folder]}"
 
 
+CHAPTERS = ("nn", "models", "objectives", "train", "inference", "checkpoints", "data", "world", "app")
+"""Chapters of the library in the order of reading: each imports itself and those before it."""
+FOUNDATION = {
+    *("startup", "errors", "settings", "processes", "files", "tensors", "dist", "hub", "keyed", "text", "tokenizer"),
+}
+"""Files beside the chapters, which import no chapter; `tokenizer` may import the first."""
+CIRCLES = {
+    frozenset({"capfilt.readers.hosted", "capfilt.readers.parquet", "capfilt.readers.rows"}),
+    frozenset({"capfilt.plan", "capfilt.readers.listed", "capfilt.readers.tar"}),
+}
+"""Files that still import each other. This list only gets shorter."""
+
+
+def name_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def graph():
+    """Each of our modules -> those that it imports, anywhere in the file and for type checkers, too."""
+    paths = {name_of(path): path for folder in MAY_IMPORT for path in modules(folder)}
+    found = {}
+    for name, path in paths.items():
+        tree = ast.parse(path.read_text())
+        targets = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                targets |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                inside = {f"{node.module}.{alias.name}" for alias in node.names}
+                targets |= inside & set(paths) or {node.module}
+                if not inside <= set(paths):
+                    targets.add(node.module)
+        found[name] = (targets & set(paths)) - {name}
+    return found
+
+
+def chapter_of(name):
+    """Place of a module of the library in the order, 0 for the foundation."""
+    parts = name.split(".")
+    if len(parts) == 1:
+        return len(CHAPTERS)  # the public names
+    if parts[1] in CHAPTERS:
+        return 1 + CHAPTERS.index(parts[1])
+    assert parts[1] in FOUNDATION, f"{name} is in no chapter"
+    return 1 if parts[1] == "tokenizer" else 0
+
+
+def test_chapters_import_only_what_comes_before():
+    found = graph()
+    ours = [name for name in found if name.split(".")[0] == "blip"]
+    assert {name.split(".")[1] for name in ours if "." in name} == {*CHAPTERS, *FOUNDATION}
+    wrong = [
+        f"{name} imports {other}"
+        for name in ours
+        for other in found[name]
+        if chapter_of(other) > chapter_of(name) or (chapter_of(name) == 0 and other == "blip.tokenizer")
+    ]
+    assert wrong == []
+
+
+def circles(found):
+    """Groups of modules each of which reaches all the others (Tarjan's strongly connected components)."""
+    index, low, stack, groups = {}, {}, [], []
+
+    def visit(name):
+        index[name] = low[name] = len(index)
+        stack.append(name)
+        for other in found[name]:
+            if other not in index:
+                visit(other)
+                low[name] = min(low[name], low[other])
+            elif other in stack:
+                low[name] = min(low[name], index[other])
+        if low[name] == index[name]:
+            group = set()
+            while name not in group:
+                group.add(stack.pop())
+            groups.append(frozenset(group))
+
+    for name in found:
+        if name not in index:
+            visit(name)
+    return {group for group in groups if len(group) > 1}
+
+
+def test_no_files_import_each_other():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == {frozenset("abc")}
+    assert circles(graph()) == CIRCLES
+
+
+def test_tests_mirror_the_chapters():
+    """A folder of tests for each chapter and package, and nothing else but what several of them share."""
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert folders - {"numbers"} == {*CHAPTERS, *MAY_IMPORT} - {"blip"}
+
+
 @pytest.mark.parametrize("package", ROOMS)
 def test_a_large_dependency_is_named_in_few_files(package):
     users = [path for path in modules("blip") if package in {name.split(".")[0] for name in imports(path)}]

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from blip.config import TextConfig
+from blip.nn.settings import TextConfig
 from blip.tokenizer import Tokenizer
 
 LETTERS = [*"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz"), *".,'-[]"]

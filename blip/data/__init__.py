@@ -1,1 +1,1 @@
-"""Pairs of images and texts: sources -> Batch, in one process or many."""
+"""From files to batches."""

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from PIL import Image
 
-from blip.data.errors import BadSample, DataError, UnreadableImage
 from blip.data.image_header import check_size
+from blip.errors import BadSample, DataError, UnreadableImage
 
 if TYPE_CHECKING:
     from av.container import InputContainer

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from PIL import Image
 
-from blip.data.errors import UnreadableImage
+from blip.errors import UnreadableImage
 
 MAX_SIDE, MAX_ASPECT = 65_535, 1_000
 """Pixels of a side, and how many times it may be as long as the other."""

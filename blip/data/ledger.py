@@ -9,9 +9,9 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from blip import atomic
-from blip.data.batch import Bad
-from blip.data.errors import TooManyBad
+from blip import files
+from blip.errors import TooManyBad
+from blip.objectives.batch import Bad
 
 _MINIMUM = 200
 """Samples that must have been seen before the share of bad ones is judged."""
@@ -71,7 +71,7 @@ class Ledger:
 
     def _append(self, new: dict[str, str], **more: bool) -> None:
         text = "\n" * self._torn + "".join(json.dumps({"key": k, "reason": r, **more}) + "\n" for k, r in new.items())
-        with atomic.explain_write(self.path, len(text)):
+        with files.explain_write(self.path, len(text)):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(text)

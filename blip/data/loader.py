@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from blip.config import DataConfig
-from blip.data.batch import Batch
-from blip.data.errors import DataError, StuckSample
-from blip.data.pairs import Pairs
+from blip.data.prepare.captions import Pairs
+from blip.data.settings import DataConfig
+from blip.errors import DataError, StuckSample
+from blip.objectives.batch import Batch
 
 logger = logging.getLogger(__name__)
 

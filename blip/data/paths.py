@@ -11,8 +11,8 @@ from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
 from blip.data import folders
-from blip.data.errors import BadSample, DataError, shown
 from blip.data.folders import Walk
+from blip.errors import BadSample, DataError, shown
 
 _ADDRESS = re.compile(r"^(?:[a-z][a-z0-9+.\-]*:/|(?:pipe|data|file|ssh|s3|gs|hf):)", re.IGNORECASE)
 _PLAIN = re.compile(r"^[\w\-][\w\-./ ]*\Z")

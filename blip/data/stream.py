@@ -18,15 +18,9 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from blip.config import DataConfig, SourceConfig
-from blip.data.batch import Bad, Batch
-from blip.data.errors import BadSample, DataError
-from blip.data.json_rows import CSV, Note, rows_or_faults
-from blip.data.keyed import mix, permutation
-from blip.data.loader import Failure, Loader, Progress, guarded
-from blip.data.pairs import ATTEMPTS, LEFT_OUT, Sample, check_captions, check_prompt, make_batch, make_sample
-from blip.data.parquet import check_columns, parquet_file, rows_of
-from blip.data.sources import (
+from blip.data.formats.json_rows import CSV, Note, rows_or_faults
+from blip.data.formats.parquet import check_columns, parquet_file, rows_of
+from blip.data.formats.sources import (
     CURE,
     FIRST_ROWS,
     Record,
@@ -40,9 +34,15 @@ from blip.data.sources import (
     tell,
     together,
 )
-from blip.data.splits import check_split, parts_of, refuse_split
-from blip.data.tars import Shard, check_whole
-from blip.data.text import clean_caption
+from blip.data.formats.splits import check_split, parts_of, refuse_split
+from blip.data.formats.tars import Shard, check_whole
+from blip.data.loader import Failure, Loader, Progress, guarded
+from blip.data.prepare.captions import ATTEMPTS, LEFT_OUT, Sample, check_captions, check_prompt, make_batch, make_sample
+from blip.data.settings import DataConfig, SourceConfig
+from blip.errors import BadSample, DataError
+from blip.keyed import mix, permutation
+from blip.objectives.batch import Bad, Batch
+from blip.text import clean_caption
 from blip.tokenizer import Tokenizer
 
 _SHARDS, _BUFFER, _SOURCE = range(10, 13)

@@ -11,12 +11,10 @@ from timm.data.auto_augment import rand_augment_ops
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
-from blip.config import DataConfig
-from blip.data.keyed import scoped
+from blip.data.settings import DataConfig
+from blip.keyed import scoped
+from blip.nn.pixels import MEAN, STD
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of CLIP's training images; every released BLIP expects them."""
 AUGMENTATIONS = (
     "AutoContrast",
     "Brightness",

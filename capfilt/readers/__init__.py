@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from capfilt.readers.rows import Reader, Source
 from capfilt.settings import ReadConfig
-from capfilt.storage import Storage
+from capfilt.store.storage import Storage
 
 
 def open_reader(source: Source, config: ReadConfig, storage: Storage) -> Reader:

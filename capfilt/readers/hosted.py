@@ -19,7 +19,7 @@ HUB = "hf:"
 @functools.lru_cache(maxsize=4)
 def open_dataset(path: str, split: str | None) -> Any:
     """A `datasets.Dataset`. DataError says what it is instead, or which splits there are."""
-    from blip.data import hosted
+    from blip.data.formats import hosted
 
     name, _, revision = path.removeprefix(HUB).partition("@") if path.startswith(HUB) else (path, "", "")
     return hosted.open_dataset(name, split, revision or None, "--split")
@@ -56,14 +56,14 @@ class HostedReader:
         self.root = config.image_root or (source.path if not source.path.startswith(HUB) else "")
 
     def read(self, lo: int, hi: int) -> Iterator[Row]:
-        from blip.data.hosted import rows_at
+        from blip.data.formats.hosted import rows_at
 
         for number, values in zip(range(lo, hi), rows_at(self.data, lo, hi), strict=True):
             yield row_of_values(number, values, self.image, self.caption, self._root(values))
 
     def _root(self, values: dict[str, Any]) -> str:
         """Files in the cache that the hub fills itself may be opened; others only under the image root."""
-        from blip.data.hosted import CACHE, in_cache
+        from blip.data.formats.hosted import CACHE, in_cache
 
         content = values.get(self.image)
         path = content.get("path") if isinstance(content, dict) else content

@@ -15,12 +15,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from blip.data.errors import BadSample, DataError
-from blip.data.json_rows import rows_or_faults
-from blip.data.parquet import values_of
-from blip.data.splits import of_split
-from blip.data.tars import IMAGES
-from blip.data.values import image_of
+from blip.data.formats.json_rows import rows_or_faults
+from blip.data.formats.parquet import values_of
+from blip.data.formats.splits import of_split
+from blip.data.formats.tars import IMAGES
+from blip.data.formats.values import image_of
+from blip.errors import BadSample, DataError
 from capfilt.readers.parquet import columns_of, open_parquet
 from capfilt.readers.rows import (
     Row,
@@ -33,7 +33,7 @@ from capfilt.readers.rows import (
     texts_of,
 )
 from capfilt.settings import ReadConfig
-from capfilt.storage import Storage
+from capfilt.store.storage import Storage
 
 INDEX = pa.schema(
     [("key", pa.string()), ("image", pa.string()), ("texts", pa.list_(pa.string())), ("extra", pa.string()),

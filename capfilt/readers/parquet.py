@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from blip.data.errors import BadSample
+from blip.data.formats.parquet import check_columns, parquet_file
 from blip.data.images import MAX_BYTES
-from blip.data.parquet import check_columns, parquet_file
+from blip.errors import BadSample
 from capfilt.readers.rows import (
     Row,
     RowGroups,

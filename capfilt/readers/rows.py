@@ -15,11 +15,11 @@ from typing import IO, Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from blip.data.errors import BadSample, DataError, shown
+from blip.data.formats.parquet import values_of
+from blip.data.formats.values import captions_of, encodable
 from blip.data.images import MAX_BYTES
-from blip.data.parquet import values_of
 from blip.data.paths import contained
-from blip.data.values import captions_of, encodable
+from blip.errors import BadSample, DataError, shown
 from capfilt.settings import NO_COLUMN, ReadConfig
 
 REMOTE = ("s3://", "gs://", "gcs://", "az://", "abfs://", "abfss://", "hf://", "memory://")

@@ -11,8 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from blip.data.formats.tars import TEXT_COLUMN, Member, read_headers
 from blip.data.images import MAX_BYTES
-from blip.data.tars import TEXT_COLUMN, Member, read_headers
 from capfilt.readers.rows import (
     Row,
     RowGroups,
@@ -25,7 +25,7 @@ from capfilt.readers.rows import (
     texts_of,
 )
 from capfilt.settings import NO_COLUMN, ReadConfig
-from capfilt.storage import Storage
+from capfilt.store.storage import Storage
 
 _SPAN = pa.struct([("at", pa.int64()), ("size", pa.int64())])
 _PROBES = 64

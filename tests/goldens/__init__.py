@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from blip.config import BlipConfig, PretrainConfig, TextConfig, VisionConfig
-from blip.data.batch import Batch
+from blip.models.settings import BlipConfig
+from blip.nn.settings import TextConfig, VisionConfig
+from blip.objectives.batch import Batch
+from blip.objectives.pretrain import PretrainConfig
 
 HERE = Path(__file__).parent
 STEPS = 3

@@ -1,0 +1,335 @@
+"""What a sub-command says: answers on standard output or into a file as they are made, progress on stderr.
+
+A file of answers is gone on with, image by image, and nothing but answers of the same command with the same options is
+ever written over: `FILE.options.json` beside it keeps the options.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TextIO
+
+from tqdm import tqdm
+
+from blip import files
+from blip.data.formats.tars import IMAGES
+from blip.data.image_files import not_pictures
+from blip.train.log import clock
+
+if TYPE_CHECKING:
+    from blip.data.image_files import Found, Picture
+
+_FEW = 5
+"""So many pictures are answered without talk of progress."""
+_SECONDS = 10.0
+"""Between two lines of progress where there is no terminal."""
+
+
+_SYNC_SECONDS = 5.0
+"""Between two times that a file of answers is made to survive a power cut; a killed process loses nothing written."""
+_OPTIONS = ".options.json"
+_FORMAT = "openblip answers"
+_MARKS = (b'<meta name="generator" content="openblip">', b"tEXtSoftware\0openblip", b"openblip explain")
+"""By which a page, a PNG and a JPEG of ours are known."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the lines of a command's answers look like, and what they depend on beside the image."""
+
+    command: str
+    as_json: bool
+    keys: tuple[str, ...]
+    """Of a JSON line; the first names what is answered about."""
+    fields: str
+    """Of a line of text, the first as of `keys`: t for text, n for a number."""
+    options: dict[str, Any] = field(default_factory=dict)
+    lines: int = 1
+    """Of text that are written about one image, at most."""
+
+    def named(self, name: str) -> str:
+        """What stands in the file for what is answered about."""
+        return name if self.as_json else shown(name)
+
+    def key(self, line: bytes) -> str | None:
+        """What a whole line is about; None if it is no answer of this command."""
+        if re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", line):
+            return None
+        said = line.decode("utf-8", "surrogateescape")
+        if self.as_json:
+            try:
+                values = json.loads(said)
+            except (ValueError, RecursionError):
+                return None
+            ours = isinstance(values, dict) and tuple(values) == self.keys and isinstance(values[self.keys[0]], str)
+            return values[self.keys[0]] if ours else None
+        values = said.split("\t")
+        ours = len(values) == len(self.fields) and all(map(_is, values, self.fields))
+        return values[0] if ours else None
+
+    def begins(self, torn: bytes, names: Sequence[str]) -> bool:
+        """Whether a line without its end can be the beginning of an answer about one of `names`."""
+        said = torn.decode("utf-8", "surrogateescape")
+        if self.as_json:
+            start = f'{{"{self.keys[0]}": "'
+            return start.startswith(said) or said.startswith(start)
+        about, tab, _ = said.partition("\t")
+        return any(name == about if tab else name.startswith(about) for name in map(shown, names))
+
+    def record(self) -> dict[str, Any]:
+        """As it is kept beside the answers."""
+        form = "JSON lines" if self.as_json else "text"
+        said = {"format": _FORMAT, "version": 1, "command": self.command, "form": form, **self.options}
+        return json.loads(json.dumps(said))
+
+
+def _is(value: str, kind: str) -> bool:
+    return kind == "t" or re.fullmatch(r"-|-?\d+\.\d+|nan|-?inf", value) is not None
+
+
+class Answers:
+    """A context in which lines are given out, flushed one by one, and progress is told.
+
+    `path` None is standard output. With `form` a file is gone on with: see `to_do`. With `whole` it gets all its lines
+    at once, at the end. OSError, naming the file, when it cannot be written; ValueError when it holds anything but
+    answers of this form with these options.
+    """
+
+    def __init__(
+        self,
+        path: str | None,
+        about: Found | Sequence[str] | int,
+        unit: str = "pictures",
+        form: Form | None = None,
+        *,
+        whole: bool = False,
+    ) -> None:
+        self.path, self.unit, self.form, self.whole = path, unit, form, whole
+        self._about = about
+        self.names: Sequence[str] = [] if isinstance(about, int) else getattr(about, "paths", about)
+        self.total = about if isinstance(about, int) else getattr(about, "total", len(self.names))
+        self.done = self.failed = 0
+        self.to_do: list[str] = list(self.names)
+        """Those of the names that the file has no answer about."""
+        self._out: TextIO = sys.stdout
+        self._lines: list[str] = []
+        self._told = self.total > _FEW
+        self._started, self._said = time.monotonic(), float("-inf")
+        self._synced = self._started
+
+    def __enter__(self) -> Self:
+        # A file name may be any bytes and a caption any text, whatever the terminal's encoding.
+        if self.path is None:
+            self._out.reconfigure(encoding="utf-8", errors="surrogateescape")
+        else:
+            self._open(self.path)
+        before = len(self.names) - len(self.to_do)
+        self.total -= before
+        self._told = self.total > _FEW
+        bar = self._told and sys.stderr.isatty()
+        self._bar = tqdm(total=self.total, unit=f" {self.unit}", file=sys.stderr, dynamic_ncols=True, disable=not bar)
+        if before and not self.to_do:
+            self._say(f"{self.path} has the answers about all {before} {self.unit} already: nothing to do")
+        elif before:
+            self._say(f"{self.path} has the answers about {before} {self.unit} already: going on with {self.total}")
+        if not isinstance(self._about, int) and hasattr(self._about, "walk"):
+            self._tell_of(self._about)
+        return self
+
+    def _open(self, path: str) -> None:
+        ways = {"encoding": "utf-8", "errors": "surrogateescape"}
+        refuse_out(path)
+        if self.form is None or (os.path.lexists(path) and os.path.exists(path) and not os.path.isfile(path)):
+            self.whole = False
+            self._out = Path(path).open("w", **ways)  # a pipe or a device, which keeps nothing  # noqa: SIM115
+            return
+        kept, about = _kept(path, self.form, self.names)
+        record = json.dumps(self.form.record(), indent=1).encode() + b"\n"
+        if self.whole:
+            files.replace_file(Path(path + _OPTIONS), record)
+            return
+        answered = set(about)
+        self.to_do = [name for name in self.names if self.form.named(name) not in answered]
+        self._out = Path(path).open("a", **ways)  # noqa: SIM115
+        if os.path.getsize(path) > kept:
+            os.truncate(path, kept)
+        if not kept:
+            files.replace_file(Path(path + _OPTIONS), record)
+
+    def _tell_of(self, found: Found) -> None:
+        for line in (not_pictures(found.left_out), *map(shown, found.walk.notes)):
+            if line:
+                self._say(line)
+        for path, reason in found.walk.unreadable:
+            self.failure(path, reason)
+        if found.walk.unreadable:
+            self.advance(len(found.walk.unreadable))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._bar.close()
+        if self.path is not None and self.whole:
+            if error is None:
+                content = "".join(line + "\n" for line in self._lines)
+                files.replace_file(Path(self.path), content.encode("utf-8", "surrogateescape"))
+        elif self.path is not None:
+            self._sync(0.0)
+            with contextlib.suppress(OSError):  # every line has been flushed, or its error is on its way
+                self._out.close()
+        if isinstance(error, KeyboardInterrupt):
+            self._say(f"stopped after {self.done} of {self.total} {self.unit}")
+        elif self.failed and error is None:
+            self._say(f"{self.failed} of {self.total} {self.unit} could not be used")
+
+    def _sync(self, seconds: float) -> None:
+        if self.path is not None and not self.whole and time.monotonic() - self._synced >= seconds:
+            with contextlib.suppress(OSError):  # a pipe or a device has nothing to keep
+                os.fsync(self._out.fileno())
+            self._synced = time.monotonic()
+
+    def text(self, name: str, *fields: str) -> None:
+        """One line of fields with tabs between them, the first a file's name."""
+        self._give("\t".join((shown(name), *fields)))
+
+    def json(self, values: dict[str, Any]) -> None:
+        """One line of JSON."""
+        self._give(json.dumps(values))
+
+    def _give(self, line: str) -> None:
+        if self.path is not None and self.whole:
+            self._lines.append(line)
+            return
+        try:
+            tqdm.write(line, file=self._out)
+            self._out.flush()
+        except OSError as error:
+            if self.path is None:
+                raise
+            written = f"{self.path} could not be written on after {self.done} {self.unit}: {error.strerror}"
+            raise OSError(written) from None
+
+    def failure(self, name: str, reason: str) -> None:
+        """One line on stderr about what could not be used."""
+        self.failed += 1
+        self._say(f"{shown(name)}: {reason}")
+
+    def readable(self, pictures: Iterable[Picture]) -> list[Picture]:
+        """Those that could be read; a failure is told of each other."""
+        read = []
+        for picture in pictures:
+            if picture.reason:
+                self.failure(picture.path, picture.reason)
+            else:
+                read.append(picture)
+        return read
+
+    def advance(self, count: int) -> None:
+        """So many more are done, failed ones included."""
+        self.done += count
+        self._bar.update(count)
+        self._sync(_SYNC_SECONDS)
+        now = time.monotonic()
+        if self._told and self._bar.disable and (now - self._said >= _SECONDS or self.done == self.total):
+            rate = self.done / max(now - self._started, 1e-9)
+            left = clock((self.total - self.done) / rate)
+            self._say(f"{self.done}/{self.total} {self.unit}  {rate:.1f} a second  {left} left")
+            self._said = now
+
+    def _say(self, line: str) -> None:
+        tqdm.write(line, file=sys.stderr)
+
+
+def refuse_out(path: str | None) -> None:
+    """ValueError for a name that answers cannot have: a folder's, or an image's, as a shell makes of --out *.jpg."""
+    if path is None:
+        return
+    if os.path.isdir(path):
+        raise ValueError(f"--out {path!r} is a folder; give the name of a file")
+    if os.path.splitext(path)[1].lower()[1:] in IMAGES:
+        raise ValueError(
+            f"--out {path} is named like an image, and answers are text: give a name such as answers.txt "
+            "(a glob behind --out names the first image that it matches)"
+        )
+
+
+def refuse_page(option: str, path: str) -> None:
+    """ValueError for a page or strip that would be written over something that none of ours wrote."""
+    if os.path.isdir(path):
+        raise ValueError(f"{option} {path} is a folder; give the name of a file")
+    if not os.path.isfile(path) or not os.path.getsize(path):
+        return
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    if not any(mark in head for mark in _MARKS):
+        raise ValueError(
+            f"{option} {path} is there and was not written by this program, so it is not written over: give another "
+            "name, or move it away"
+        )
+
+
+def _kept(path: str, form: Form, names: Sequence[str]) -> tuple[int, list[str]]:
+    """How many bytes of a file are whole answers, and what they are about; what is torn is answered again."""
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        content = b""
+    record = _recorded(Path(path + _OPTIONS))
+    another = "give another --out, or delete it to start anew"
+    *lines, torn = content.split(b"\n")
+    torn = torn.rstrip(b"\0")  # what a power cut leaves of a line that was not on the disk yet
+    keys = [form.key(line) for line in lines]
+    if not torn and keys and keys[-1] is None:
+        torn = lines[-1]
+        keys.pop(), lines.pop()
+    foreign = next((number for number, key in enumerate(keys, 1) if key is None), None)
+    if foreign is None and torn and form.key(torn) is None and not form.begins(torn, names):
+        foreign = len(keys) + 1
+    if foreign is not None:
+        raise ValueError(
+            f"{path} is not what `blip {form.command}` writes with these options (line {foreign} is no such answer), "
+            "so it is not written over: give another --out"
+        )
+    if content and record is None:
+        raise ValueError(f"{path} has no {path}{_OPTIONS} beside it that says how its answers were made: {another}")
+    if content and record is not None:
+        # A model may have moved; what its weights are is compared.
+        there, now = ({k: v for k, v in said.items() if k != "model"} for said in (record, form.record()))
+        other = [
+            f"{k} {there.get(k)!r} there and {now.get(k)!r} now" for k in there | now if there.get(k) != now.get(k)
+        ]
+        if other:
+            raise ValueError(f"{path} holds answers that were made with other options ({'; '.join(other)}): {another}")
+    if not form.as_json and keys and 0 < (count := _last_group(keys)) < form.lines:
+        keys, lines = keys[:-count], lines[:-count]
+    return sum(len(line) + 1 for line in lines), keys
+
+
+def _last_group(keys: Sequence[str]) -> int:
+    """How many lines at the end are about the same."""
+    return next((n for n, key in enumerate(reversed(keys)) if key != keys[-1]), len(keys))
+
+
+def _recorded(path: Path) -> dict[str, Any] | None:
+    """The options that are kept beside answers. ValueError for a file that is something else."""
+    try:
+        said = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError):
+        said = None
+    if not isinstance(said, dict) or said.get("format") != _FORMAT:
+        raise ValueError(f"{path} is there and is no record of options, so it is not written over: give another --out")
+    return said
+
+
+def shown(name: str) -> str:
+    """A file's name as one line: control characters, which could end a line or command a terminal, are escaped."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found.group())[1:-1], name)

@@ -1,0 +1,1 @@
+"""Sub-commands of `blip`, one file each."""

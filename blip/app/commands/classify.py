@@ -1,0 +1,96 @@
+"""`blip classify`: which of some classes a picture shows, by their names alone."""
+
+from __future__ import annotations
+
+import argparse
+
+from blip.app import options
+from blip.app.exit import SOME_FAILED
+from blip.errors import DataError
+
+EXAMPLE = """examples:
+  blip classify photo.jpg --classes "dog,cat,polar bear" --model runs/retrieval/model
+  blip classify photos/ --classes-file imagenet.txt --top 5 --template "a photo of a {}." --json
+
+One line for each picture and class, the likeliest --top of them: path, class, probability. The probabilities of all
+classes add up to 1, so they say nothing about a picture that shows none of them: see blip match. Exit status: 0, or 1
+if some pictures could not be used, or 2 for wrong use."""
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add `classify` to the sub-commands."""
+    parser = commands.add_parser(
+        "classify", help="choose among classes by their names", description=__doc__, epilog=EXAMPLE
+    )
+    options.add_images(parser)
+    options.add_model(parser)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--classes", metavar="A,B,...", help="names of the classes, with commas between them")
+    which.add_argument("--classes-file", metavar="FILE", help="names of the classes, one a line")
+    parser.add_argument(
+        "--template",
+        action="append",
+        metavar="TEXT",
+        help="how a caption speaks of a class, {} in place of its name; several are averaged (default: seven of them)",
+    )
+    parser.add_argument("--top", type=options.positive, default=1, metavar="N", help="classes to name (default: 1)")
+    parser.set_defaults(run=run)
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Classify the pictures that the options name; returns the exit status."""
+    names = _names(chosen)
+    from blip.data.image_files import find, read_ahead
+
+    found = find(chosen.images)
+
+    # After the checks that need no torch, so that their errors come at once.
+    import torch
+
+    from blip.app.answers import Answers, Form, refuse_out, shown
+    from blip.app.loaded import load
+    from blip.data.transforms import EvalTransform
+    from blip.inference.features import Features
+    from blip.inference.zero_shot import TEMPLATES, class_embeddings, probabilities
+
+    refuse_out(chosen.out)
+    loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
+    features = Features(loaded.model, loaded.tokenizer, batch=chosen.batch)
+    with loaded.computing():
+        classes = class_embeddings(features, names, chosen.template or TEMPLATES)
+    keys = ("path", "classes", "probability")
+    ways = {"classes": names, "template": chosen.template, "top": chosen.top}
+    form = Form("classify", chosen.json, keys, "ttn", ways | loaded.options(chosen.model) if chosen.out else {},
+                min(chosen.top, len(names)))  # fmt: skip
+    with Answers(chosen.out, found, form=form) as answers:
+        for pictures in read_ahead(answers.to_do, EvalTransform(features.image_size), chosen.batch):
+            if read := answers.readable(pictures):
+                with loaded.computing():
+                    embeds = features.embed_image(torch.stack([picture.pixels for picture in read]))
+                best = probabilities(features, embeds, classes).topk(min(chosen.top, len(names)), dim=1)
+                for picture, chances, numbers in zip(read, best.values.tolist(), best.indices.tolist(), strict=True):
+                    likeliest = [names[number] for number in numbers]
+                    if chosen.json:
+                        values = {"classes": likeliest, "probability": [round(chance, 5) for chance in chances]}
+                        answers.json({"path": picture.path, **values})
+                    else:
+                        for name, chance in zip(likeliest, chances, strict=True):
+                            answers.text(picture.path, shown(name), f"{chance:.4f}")
+            answers.advance(len(pictures))
+    return SOME_FAILED if answers.failed else 0
+
+
+def _names(chosen: argparse.Namespace) -> list[str]:
+    if chosen.classes is not None:
+        names, where = chosen.classes.split(","), f"--classes {chosen.classes!r}"
+    else:
+        where = chosen.classes_file
+        try:
+            with open(where, encoding="utf-8-sig") as file:
+                names = file.read().splitlines()
+        except UnicodeDecodeError:
+            raise DataError(f"{where} is not UTF-8 text; expected the names of classes, one a line") from None
+    names = [name.strip() for name in names if name.strip()]
+    if not names:
+        raise ValueError(f"{where} names no class")
+    return names

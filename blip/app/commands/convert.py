@@ -1,0 +1,97 @@
+"""`blip convert`: released weights into a model folder, and a model folder into what other programs load."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from blip.app import options
+
+if TYPE_CHECKING:
+    from blip.checkpoints.foreign import Account
+
+EXAMPLE = """examples:
+  blip convert model_base_caption_capfilt_large.pth models/captioner --tokenizer vocab.txt
+  blip convert Salesforce/blip-itm-base-coco models/matcher --to openblip --image-size 224
+  blip convert runs/pretrain/model exported --to transformers --use captioning
+  blip convert runs/vqa/model exported-2022 --to original
+
+SRC is a model folder, a .pth of the 2022 release or LAVIS, a folder of transformers, or a name on the hub. DST must not
+be there yet, or be empty. Every tensor is carried over, or named with the reason why it is not.
+Exit status: 0, 1 if the disk refused, or 2 for wrong use."""
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add `convert` to the sub-commands."""
+    parser = commands.add_parser(
+        "convert", help="bring weights in or take them out", description=__doc__, epilog=EXAMPLE
+    )
+    parser.add_argument(
+        "source", metavar="SRC", help="model folder, .pth file, folder of transformers or name on the hub"
+    )
+    parser.add_argument("folder", metavar="DST", help="new folder")
+    parser.add_argument(
+        "--to",
+        default="openblip",
+        choices=("openblip", "transformers", "original"),
+        help="whose layout to write (default: openblip)",
+    )
+    parser.add_argument(
+        "--use",
+        choices=("pretraining", "captioning", "matching", "vqa", "nlvr"),
+        help="which of their models, where a model serves several uses (default: the only one, or pretraining)",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=options.positive,
+        metavar="PIXELS",
+        help="resize the position embeddings (default: as it is)",
+    )
+    options.add_tokenizer(parser)
+    parser.set_defaults(run=run)
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Convert what the options name; returns the exit status."""
+    target = Path(chosen.folder).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} is there already: give a new or an empty folder")
+    if chosen.to == "openblip" and chosen.use:
+        raise ValueError("--use chooses among other programs' models: leave it out with --to openblip")
+
+    # After the checks that need no torch, so that their errors come at once.
+    from blip.app.exit import SOME_FAILED, fail, one_line
+    from blip.checkpoints import card, checkpoint, export
+    from blip.errors import Stopped
+
+    found = checkpoint.opened(chosen.source)
+    model, tokenizer = checkpoint.built(found, image_size=chosen.image_size, tokenizer=chosen.tokenizer)
+    path = Path(chosen.source).expanduser()
+    name = path.resolve().name if path.exists() else chosen.source
+    licence = "bsd-3-clause" if name.startswith("Salesforce/") else found.licence
+    origin = card.Origin(name, found.said, licence)
+    print(f"read {name}: {found.said}, {sum(tensor.numel() for tensor in model.state_dict().values()):,} numbers")
+    if account := found.account(model):
+        _tell(account)
+    try:
+        if chosen.to == "openblip":
+            body = card.plain_card(origin)
+            checkpoint.save_pretrained(model, tokenizer, target, card=body, licence=origin.licence)
+        else:
+            layout = export.write(model, tokenizer, target, chosen.to, origin, chosen.use)
+            print(f"written for {layout.name}")
+    except Stopped as error:
+        fail(one_line(error), SOME_FAILED)
+    for path in sorted(target.iterdir()):
+        print(f"wrote {path}  {path.stat().st_size:,} bytes")
+    return 0
+
+
+def _tell(account: Account) -> None:
+    """What became of every tensor."""
+    print(f"  {account.carried} tensors carried over, {account.copies} more are second names of these")
+    for why, names in account.dropped.items():
+        print(f"  {len(names)} left out ({names[0]}{', ...' * (len(names) > 1)}): {why}")
+    for name, why in account.fresh.items():
+        print(f"  {name} keeps its first value: {why}")

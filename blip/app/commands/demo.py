@@ -1,0 +1,104 @@
+"""`blip demo`: a page on which the model can be tried out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from blip.app import options
+from blip.inference.settings import CAPTION_PROMPT
+
+EXAMPLE = """examples:
+  blip demo --model runs/demo/model
+  blip demo --model runs/retrieval/model --captioner runs/caption/model --vqa runs/vqa/model \\
+            --folder photos --capfilt run
+
+Describe a picture, ask about it, match texts with it and see where the model looks; search a folder; look into a
+CapFilt run. The page is for this machine alone, unless --host lets others in, and asks no other machine for anything.
+It needs Gradio: pip install 'openblip[demo]'. Exit status: 2 for wrong use, 130 when a key press ended it."""
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add `demo` to the sub-commands."""
+    parser = commands.add_parser("demo", help="try the model out in a browser", description=__doc__, epilog=EXAMPLE)
+    options.add_model(parser)
+    parser.add_argument("--captioner", metavar="DIR", help="another model that writes the captions")
+    parser.add_argument("--vqa", metavar="DIR", help="model of recipes.vqa that answers questions")
+    parser.add_argument("--folder", metavar="DIR", help="folder of pictures to search")
+    parser.add_argument("--index", metavar="DIR", help="where its index is kept (default: FOLDER/.blip-index)")
+    parser.add_argument("--capfilt", metavar="RUN", help="folder of a CapFilt run to look into")
+    parser.add_argument(
+        "--prompt",
+        default=CAPTION_PROMPT,
+        help=f"what captions go on from (default: {CAPTION_PROMPT!r}; '' for a model that was trained without)",
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen at (default: 127.0.0.1, which only this machine reaches)",
+    )
+    parser.add_argument(
+        "--port", type=options.positive, metavar="N", help="port (default: the first free one from 7860 on)"
+    )
+    parser.set_defaults(run=run, rebuild=False)
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Load the models, bring the index up to date and show the page until it is ended."""
+    from blip.app.installed import require
+
+    require("demo", "the page")
+    if chosen.port is not None:
+        _check_port(chosen.host, chosen.port)
+    if chosen.folder and not os.path.isdir(chosen.folder):
+        raise ValueError(f"{chosen.folder} is not a folder of pictures")
+    from blip.data.image_files import find
+
+    found = find([chosen.folder]) if chosen.folder else None
+
+    # After the checks that need no torch, so that their errors come at once.
+    from blip.app.candidates import load_candidates
+    from blip.app.commands.search import up_to_date
+    from blip.app.demo import Demo
+    from blip.app.demo_page import is_local, serve
+    from blip.app.loaded import load
+    from blip.models.vqa import Vqa
+
+    ways = {"device": chosen.device, "precision": chosen.precision, "tokenizer": chosen.tokenizer}
+    matcher = load(chosen.model, **ways)
+    captioner = load(chosen.captioner, **ways) if chosen.captioner else None
+    vqa = candidates = None
+    if chosen.vqa:
+        vqa = load(chosen.vqa, kind=Vqa, **ways)
+        candidates = load_candidates(None, chosen.vqa, "auto", vqa.tokenizer)
+        if candidates:
+            candidates.check(vqa.model.config.text)
+            candidates.to(vqa.device)
+    demo = Demo(
+        matcher, captioner=captioner, vqa=vqa, candidates=candidates, prompt=chosen.prompt, run=chosen.capfilt
+    )  # fmt: skip
+    if found:
+        with matcher.computing():
+            demo.index, _ = up_to_date(chosen, found, demo.features)
+    if not is_local(chosen.host):
+        _tell(f"anyone who reaches {chosen.host} can use the page: it has no password and no encryption")
+    serve(demo, chosen.host, chosen.port, lambda line: print(line, flush=True))
+    return 0
+
+
+def _check_port(host: str, port: int) -> None:
+    import socket
+
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as one:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            one.bind(address)
+    except (OSError, OverflowError) as error:
+        said = getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"cannot listen at {host} port {port} ({said}): give another --port or --host") from None
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,117 @@
+"""`blip explain`: where the model looks when it says that a text fits a picture."""
+
+from __future__ import annotations
+
+import argparse
+import io
+from typing import TYPE_CHECKING
+
+from blip.app import options
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from blip.inference.explain import Explanation
+
+EXAMPLE = """examples:
+  blip explain photo.jpg "a dog next to a red bicycle" --out explained.html --model runs/retrieval/model
+
+A page with the picture once for each word and once for the whole text, red where the cross-attention finds what speaks
+for a match. A line tells the probability of a match. Exit status: 0, or 2 for wrong use."""
+
+_SIDE = 2048
+"""Longer side of the pictures that are shown, pixels: there is one for each word."""
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add `explain` to the sub-commands."""
+    parser = commands.add_parser(
+        "explain", help="show where a text is found in a picture", description=__doc__, epilog=EXAMPLE
+    )
+    parser.add_argument("image", metavar="IMAGE", help="picture")
+    parser.add_argument("text", metavar="TEXT", help="what may be seen in it")
+    parser.add_argument(
+        "--out", metavar="FILE", required=True, help="page (.html), or a strip of pictures (.png, .jpg) to write"
+    )
+    options.add_model(parser)
+    parser.add_argument(
+        "--layer", type=int, metavar="N", help="cross-attention to ask, from 0 (default: 7 of 12, as the authors show)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Write the page or strip; returns the exit status."""
+    if not chosen.out.endswith((".html", ".htm", ".png", ".jpg", ".jpeg")):
+        raise ValueError(f"--out {chosen.out}: give a name that ends in .html, .png or .jpg")
+    from pathlib import Path
+
+    from PIL.PngImagePlugin import PngInfo
+
+    from blip.data.images import UnreadableImage, decode, small
+    from blip.data.settings import DataConfig
+    from blip.errors import DataError
+
+    try:
+        picture = decode(Path(chosen.image), DataConfig.max_pixels)
+    except UnreadableImage as error:
+        raise DataError(f"{chosen.image}: {error.reason}") from None
+
+    # After the checks that need no torch, so that their errors come at once.
+    from blip import files
+    from blip.app import page
+    from blip.app.answers import Answers, refuse_page, shown
+    from blip.app.loaded import load
+    from blip.data.images import ImageReader
+    from blip.inference.explain import explain
+    from blip.inference.features import Features
+
+    refuse_page("--out", chosen.out)
+    loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
+    with loaded.computing():
+        reader = ImageReader(loaded.model.config.vision.image_size)
+        found = explain(Features(loaded.model, loaded.tokenizer, reader), picture, chosen.text, chosen.layer)
+    panels = pictures(small(picture, _SIDE), found)
+    if chosen.out.endswith((".html", ".htm")):
+        total = max(float(found.maps.sum()), 1e-12)
+        shares = [100.0, *(100 * float(heat.sum()) / total for heat in found.maps)]
+        cards = [
+            page.Captioned("share of the evidence", image, name, share, [])
+            for (name, image), share in zip(panels, shares, strict=True)
+        ]
+        said = f"The model gives the text {100 * found.probability:.1f}% to fit. Red speaks for it, blue does not."
+        made = page.page(chosen.text, [("Where it looks", said, page.captioned(cards))]).encode("utf-8", "replace")
+    else:
+        buffer = io.BytesIO()
+        if chosen.out.endswith(".png"):
+            mark = PngInfo()
+            mark.add_text("Software", "openblip")
+            strip(panels).save(buffer, "PNG", pnginfo=mark)
+        else:
+            strip(panels).save(buffer, "JPEG", comment=b"openblip explain")
+        made = buffer.getvalue()
+    files.replace_file(Path(chosen.out), made)
+    with Answers(None, 1) as answers:
+        answers.text(chosen.image, f"{found.probability:.4f}", shown(chosen.out))
+    return 0
+
+
+def pictures(picture: Image.Image, found: Explanation) -> list[tuple[str, Image.Image]]:
+    """The picture under the whole text's map and under each word's, which share a scale."""
+    from blip.inference.explain import overlay
+
+    strongest = float(found.maps.max())
+    words = [(word, overlay(picture, heat, strongest)) for word, heat in zip(found.words, found.maps, strict=True)]
+    return [("the whole text", overlay(picture, found.whole, float(found.whole.max()))), *words]
+
+
+def strip(shown: list[tuple[str, Image.Image]], side: int = 224) -> Image.Image:
+    """Pictures side by side with their names below."""
+    from PIL import Image, ImageDraw
+
+    made = Image.new("RGB", (side * len(shown), side + 20), "white")
+    pen = ImageDraw.Draw(made)
+    for i, (name, image) in enumerate(shown):
+        made.paste(image.resize((side, side), Image.Resampling.LANCZOS), (i * side, 0))
+        pen.text((i * side + 6, side + 4), name.encode("latin1", "replace").decode("latin1"), fill="black")
+    return made

@@ -1,0 +1,64 @@
+"""`blip match`: how well texts fit pictures, by ITC and by ITM."""
+
+from __future__ import annotations
+
+import argparse
+
+from blip.app import options
+from blip.app.exit import SOME_FAILED
+
+EXAMPLE = """examples:
+  blip match photo.jpg "a dog on the beach" "a cat" --model runs/retrieval/model
+  blip match photos/ "a dog" --json
+
+One line for each picture and text: path, ITC (cosine, -1 to 1), ITM (probability that the text fits), text. ITM looks
+closely; ITC is what a search begins with.
+Exit status: 0, or 1 if some pictures could not be used, or 2 for wrong use."""
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add `match` to the sub-commands."""
+    parser = commands.add_parser("match", help="say how well texts fit pictures", description=__doc__, epilog=EXAMPLE)
+    parser.add_argument("image", metavar="IMAGE", help="picture, folder of pictures or quoted glob")
+    parser.add_argument("texts", nargs="+", metavar="TEXT", help="text that may fit")
+    options.add_answers(parser)
+    options.add_model(parser)
+    parser.set_defaults(run=run)
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Match the picture or pictures with the texts; returns the exit status."""
+    from blip.data.image_files import find, read_ahead
+
+    found = find([chosen.image])
+
+    # After the checks that need no torch, so that their errors come at once.
+    import torch
+
+    from blip.app.answers import Answers, Form, refuse_out, shown
+    from blip.app.loaded import load
+    from blip.data.transforms import EvalTransform
+    from blip.inference.features import Features
+
+    refuse_out(chosen.out)
+    loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
+    features = Features(loaded.model, loaded.tokenizer, batch=chosen.batch)
+    with loaded.computing():
+        features.embed_text(chosen.texts)  # a text that will not do is found before a file is opened
+    ways = {"texts": chosen.texts, **loaded.options(chosen.model)} if chosen.out else {}
+    form = Form("match", chosen.json, ("path", "texts", "itc", "itm"), "tnnt", ways, len(chosen.texts))
+    with Answers(chosen.out, found, form=form) as answers:
+        for pictures in read_ahead(answers.to_do, EvalTransform(features.image_size), chosen.batch):
+            if read := answers.readable(pictures):
+                with loaded.computing():
+                    matches = features.match(torch.stack([picture.pixels for picture in read]), chosen.texts)
+                itc, itm = matches.itc.tolist(), matches.probability.tolist()
+                for picture, cosines, chances in zip(read, itc, itm, strict=True):
+                    if chosen.json:
+                        values = {"itc": [round(v, 5) for v in cosines], "itm": [round(v, 5) for v in chances]}
+                        answers.json({"path": picture.path, "texts": chosen.texts, **values})
+                    else:
+                        for text, cosine, chance in zip(chosen.texts, cosines, chances, strict=True):
+                            answers.text(picture.path, f"{cosine:.4f}", f"{chance:.4f}", shown(text))
+            answers.advance(len(pictures))
+    return SOME_FAILED if answers.failed else 0

@@ -1,0 +1,193 @@
+"""`blip search`: the pictures of a folder that fit a text best."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from blip.app import options
+from blip.app.exit import SOME_FAILED
+
+if TYPE_CHECKING:
+    from blip.app.index import Index
+    from blip.app.loaded import Loaded
+    from blip.data.image_files import Found
+    from blip.inference.features import Features
+
+EXAMPLE = """examples:
+  blip search photos/ "a dog on the beach" --model runs/retrieval/model
+  blip search photos/ "a red bicycle" "a market" --top 20 --sheet found.html
+
+The first search looks at every picture and keeps their embeddings in FOLDER/.blip-index; later ones look at new and
+changed files only. The --rerank nearest by ITC are compared closely with the text, by ITM. One line for each text and
+picture, the best first: text, path, score, ITC (cosine), ITM (probability). Without a TEXT the index is brought up to
+date. Exit status: 0, or 1 if some of the pictures looked at could not be used, or 2 for wrong use."""
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add `search` to the sub-commands."""
+    parser = commands.add_parser("search", help="find pictures by a text", description=__doc__, epilog=EXAMPLE)
+    parser.add_argument("folder", metavar="FOLDER", help="folder of pictures (with its folders)")
+    parser.add_argument("queries", nargs="*", metavar="TEXT", help="what to look for")
+    options.add_answers(parser)
+    options.add_model(parser)
+    parser.add_argument("--top", type=options.positive, default=10, metavar="N", help="pictures to name (default: 10)")
+    parser.add_argument(
+        "--rerank",
+        type=_count,
+        default=16,
+        metavar="N",
+        help="pictures nearest by ITC that are compared by ITM too (default: 16; 0 for a quick search)",
+    )
+    parser.add_argument("--sheet", metavar="FILE.html", help="write a page that shows the pictures found")
+    parser.add_argument("--index", metavar="DIR", help="where the index is kept (default: FOLDER/.blip-index)")
+    parser.add_argument("--rebuild", action="store_true", help="forget the index and look at all pictures again")
+    parser.set_defaults(run=run)
+
+
+class Hit(NamedTuple):
+    """A picture that was found."""
+
+    path: Path
+    score: float
+    """Match logit plus cosine, or the cosine where it was not re-ranked."""
+    itc: float
+    itm: float | None
+    """Probability that the text fits; None where it was not asked."""
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Bring the index up to date and look for the texts; returns the exit status."""
+    if not os.path.isdir(chosen.folder):
+        raise ValueError(f"{chosen.folder} is not a folder of pictures")
+    if chosen.sheet and not chosen.queries:
+        raise ValueError("--sheet needs a TEXT to look for")
+    if chosen.sheet and not chosen.sheet.endswith((".html", ".htm")):
+        raise ValueError(f"--sheet {chosen.sheet}: give a name that ends in .html")
+    from blip.data.image_files import find
+
+    found = find([chosen.folder])
+
+    # After the checks that need no torch, so that their errors come at once.
+    from blip import files
+    from blip.app.answers import Answers, Form, refuse_out, refuse_page, shown
+    from blip.app.loaded import load
+    from blip.inference.features import Features
+
+    refuse_out(chosen.out)
+    if chosen.sheet:
+        refuse_page("--sheet", chosen.sheet)
+    loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
+    features = Features(loaded.model, loaded.tokenizer, batch=chosen.batch)
+    with loaded.computing():
+        embeds = features.embed_text(chosen.queries)
+        index, failed = up_to_date(chosen, found, features)
+    answered: list[tuple[str, list[Hit]]] = []
+    keys = ("text", "path", "score", "itc", "itm")
+    ways = {"folder": chosen.folder, "texts": chosen.queries, "top": chosen.top, "rerank": chosen.rerank}
+    form = Form("search", chosen.json, keys, "ttnnn", ways | loaded.options(chosen.model) if chosen.out else {})
+    # Not gone on with, as the folder may have changed.
+    with Answers(chosen.out, chosen.queries, "texts", form, whole=True) as answers:
+        for number, query in enumerate(chosen.queries):
+            embed = embeds[number : number + 1]
+            hits = find_one(index, features, loaded, query, embed, chosen.top, chosen.rerank)
+            answered.append((query, hits))
+            for hit in hits:
+                values = {"score": round(hit.score, 5), "itc": round(hit.itc, 5)}
+                if chosen.json:
+                    itm = None if hit.itm is None else round(hit.itm, 5)
+                    answers.json({"text": query, "path": str(hit.path), **values, "itm": itm})
+                else:
+                    chance = "-" if hit.itm is None else f"{hit.itm:.4f}"
+                    answers.text(query, shown(str(hit.path)), f"{hit.score:.4f}", f"{hit.itc:.4f}", chance)
+            answers.advance(1)
+    if chosen.sheet:
+        content = sheet(answered, chosen.folder, len(index.readable))
+        files.replace_file(Path(chosen.sheet), content.encode("utf-8", "replace"))
+    return SOME_FAILED if failed else 0
+
+
+def find_one(
+    index: Index, features: Features, loaded: Loaded, query: str, embed: object, top: int, rerank: int
+) -> list[Hit]:
+    """The `top` pictures by score, the `rerank` nearest by ITC first; as many as are indexed."""
+    cosines, rows = (part[0].tolist() for part in index.nearest(embed, max(top, rerank)))
+    paths = index.paths(rows)
+    hits = [Hit(path, cosine, cosine, None) for path, cosine in zip(paths, cosines, strict=True)]
+    if not rerank or not hits:
+        return hits[:top]
+    with loaded.computing():
+        matches = features.match(paths[:rerank], [query])
+    closely = zip(hits, matches.score[:, 0].tolist(), matches.probability[:, 0].tolist(), strict=False)
+    first = [hit._replace(score=score, itm=chance) for hit, score, chance in closely]
+    return (sorted(first, key=lambda hit: -hit.score) + hits[rerank:])[:top]
+
+
+def up_to_date(chosen: argparse.Namespace, found: Found, features: Features) -> tuple[Index, int]:
+    """The index of the folder as it is now, and how many pictures could not be used; progress is told on stderr."""
+    from blip import files
+    from blip.app.answers import Answers
+    from blip.app.index import Index, Origin
+    from blip.app.options import MODEL_VARIABLE
+
+    folder = Path(chosen.folder)
+    where = Path(chosen.index) if chosen.index else folder / ".blip-index"
+    origin = Origin.of(features, chosen.model or os.environ[MODEL_VARIABLE], _precision(chosen.precision))
+    index = None if chosen.rebuild else Index.read(folder, where)
+    if index and not index.origin.same(origin):
+        raise ValueError(
+            f"{where} was built by {index.origin}, this is {origin}: search with that model and precision, give "
+            "another --index DIR, or --rebuild"
+        )
+    index = index or Index(folder, where, origin)
+    stale = index.stale(found.paths)
+    if stale and not _writable(where):  # found before all images are looked at
+        raise ValueError(f"the index {where} cannot be written: give --index DIR to keep it elsewhere")
+    with Answers(None, found._replace(paths=stale)) as answers:
+
+        def tell(pictures: list) -> None:
+            answers.readable(pictures)
+            answers.advance(len(pictures))
+
+        try:
+            index = index.updated(found.paths, stale, features, tell)
+        except files.WriteError as error:
+            raise OSError(f"{error}; --index DIR keeps the index elsewhere") from None
+    return index, answers.failed
+
+
+def _writable(folder: Path) -> bool:
+    while not folder.exists():
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+def _precision(name: str) -> str:
+    return "float32" if name == "auto" else name
+
+
+def sheet(answered: list[tuple[str, list[Hit]]], folder: str, pictures: int) -> str:
+    """A page with the pictures that were found, which needs nothing else."""
+    from blip.app import page
+    from blip.data.images import UnreadableImage, model_input, small
+    from blip.data.settings import DataConfig
+
+    def card(rank: int, hit: Hit) -> page.Captioned:
+        try:
+            picture = model_input(hit.path, DataConfig.max_pixels, lambda image: small(image, 2048))
+        except UnreadableImage:  # it went away since it was found
+            picture = None
+        said = f"{rank}. cosine {hit.itc:.3f}" + ("" if hit.itm is None else f", match {100 * hit.itm:.1f}%")
+        return page.Captioned(str(hit.path), picture, said, hit.score, [])
+
+    sections = [
+        (query, f"The best of {pictures} pictures.", page.captioned([card(n, hit) for n, hit in enumerate(hits, 1)]))
+        for query, hits in answered
+    ]
+    return page.page(f"Pictures of {folder}", sections)
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else options.positive(text)

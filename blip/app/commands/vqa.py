@@ -1,0 +1,112 @@
+"""`blip vqa`: answers to a question about pictures."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+from typing import TYPE_CHECKING
+
+from blip.app import options
+from blip.app.exit import SOME_FAILED
+
+if TYPE_CHECKING:
+    from blip.app.answers import Answers
+    from blip.app.loaded import Loaded
+    from blip.inference.answering import Answer, Candidates
+
+EXAMPLE = """examples:
+  blip vqa photo.jpg "what is on the table?" --model runs/vqa/model
+  blip vqa photos/ "how many people are there?" --top 3 --json
+  blip vqa photo.jpg "is it raining?" --candidates answers.txt
+
+One line for each picture and answer: path, answer, probability. Answers are chosen among the candidates that the model
+was trained with, among those of --candidates, or written freely (--method generate). A probability is that of these
+very words. Exit status: 0, or 1 if some pictures could not be used, or 2 for wrong use."""
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add `vqa` to the sub-commands."""
+    parser = commands.add_parser("vqa", help="answer a question about pictures", description=__doc__, epilog=EXAMPLE)
+    options.add_images(parser)
+    parser.add_argument("question", metavar="QUESTION", help="what is asked, in quotes")
+    options.add_model(parser)
+    parser.add_argument("--top", type=options.positive, default=1, metavar="N", help="answers to give (default: 1)")
+    parser.add_argument(
+        "--method",
+        default="auto",
+        choices=("auto", "rank", "generate"),
+        help="choose among candidates or write freely (default: auto, which chooses where there are candidates)",
+    )
+    parser.add_argument(
+        "--candidates", metavar="FILE", help="answers to choose from: a JSON list, or one a line (default: the model's)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Answer the question about the pictures that the options name; returns the exit status."""
+    from blip.text import clean_question
+
+    question = clean_question(chosen.question)
+    if not question:
+        raise ValueError(f"the question {chosen.question!r} has no words")
+    from blip.data.image_files import find, read_ahead
+
+    found = find(chosen.images)
+
+    # After the checks that need no torch, so that their errors come at once.
+    import torch
+
+    from blip.app.answers import Answers, Form, refuse_out
+    from blip.app.candidates import load_candidates
+    from blip.app.loaded import load
+    from blip.data.transforms import EvalTransform
+    from blip.inference.answering import answers, ask
+    from blip.inference.settings import AnswerConfig
+    from blip.models.vqa import Vqa
+
+    refuse_out(chosen.out)
+    loaded = load(chosen.model, chosen.device, chosen.precision, Vqa, tokenizer=chosen.tokenizer)
+    model, tokenizer, side = loaded.model, loaded.tokenizer, loaded.model.config.vision.image_size
+    where = chosen.model or os.environ[options.MODEL_VARIABLE]
+    candidates = load_candidates(chosen.candidates, where, chosen.method, tokenizer)
+    if candidates:
+        candidates.to(loaded.device)
+
+    def reply(images: torch.Tensor) -> list[list[Answer]]:
+        with loaded.computing(), torch.no_grad():
+            tokens = model.vision(images.to(loaded.device))
+            context = ask(model, tokenizer, tokens, [question] * len(images), list(range(len(images))))
+            return answers(model, tokenizer, context, AnswerConfig(), candidates, chosen.top)
+
+    reply(torch.zeros(1, 3, side, side))  # what does not fit is found before a file is opened
+    keys = ("path", "question", "answers", "probability")
+    form = Form("vqa", chosen.json, keys, "ttn", _ways(chosen, loaded, candidates) if chosen.out else {},
+                min(chosen.top, len(candidates)) if candidates else 1)  # fmt: skip
+    with Answers(chosen.out, found, form=form) as out:
+        for pictures in read_ahead(out.to_do, EvalTransform(side), chosen.batch):
+            if read := out.readable(pictures):
+                said = reply(torch.stack([picture.pixels for picture in read]))
+                for picture, best in zip(read, said, strict=True):
+                    _give(out, picture.path, chosen.question, best, chosen.json)
+            out.advance(len(pictures))
+    return SOME_FAILED if out.failed else 0
+
+
+def _ways(chosen: argparse.Namespace, loaded: Loaded, candidates: Candidates | None) -> dict[str, object]:
+    """What answers depend on beside the image."""
+    among = hashlib.sha256(json.dumps(candidates.texts).encode()).hexdigest()[:16] if candidates else None
+    return {"question": chosen.question, "top": chosen.top, "candidates": among, **loaded.options(chosen.model)}
+
+
+def _give(out: Answers, path: str, question: str, best: list[Answer], as_json: bool) -> None:
+    chances = [math.exp(answer.logprob) for answer in best]
+    if as_json:
+        values = {"answers": [answer.words for answer in best], "probability": [round(chance, 5) for chance in chances]}
+        out.json({"path": path, "question": question, **values})
+    else:
+        for answer, chance in zip(best, chances, strict=True):
+            out.text(path, answer.words, f"{chance:.4f}")

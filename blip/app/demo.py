@@ -1,0 +1,259 @@
+"""What the page of `blip demo` can do, without the page: plain functions that take and return Python values.
+
+A `Demo` holds the models and answers one question at a time, whoever asks. What is off about a question is a ValueError
+or DataError with one line for the person who asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from PIL import Image
+
+from blip.app.commands import caption as caption_command
+from blip.app.commands import explain as explain_command
+from blip.app.commands import search as search_command
+from blip.data import images
+from blip.data.image_files import find
+from blip.data.images import ImageReader, UnreadableImage
+from blip.data.settings import DataConfig
+from blip.data.transforms import EvalTransform
+from blip.inference.answering import answers, ask
+from blip.inference.explain import explain
+from blip.inference.features import Features
+from blip.inference.generate import write
+from blip.inference.settings import CAPTION_PROMPT, AnswerConfig
+from blip.text import clean_question
+
+if TYPE_CHECKING:
+    from blip.app.index import Index
+    from blip.app.loaded import Loaded
+    from blip.data.image_files import Picture
+    from blip.inference.answering import Answer, Candidates
+    from blip.inference.generate import Text
+
+T = TypeVar("T")
+
+MAX_BYTES, MAX_PIXELS = 5 << 20, 20_000_000
+"""Of a picture that is given to the page."""
+MOST_CAPTIONS, MOST_TEXTS, MOST_FOUND, MOST_LETTERS = 10, 20, 60, 2000
+"""Asked for at once; letters are those of one text field."""
+_BATCH = 16
+_SIDE = 640
+"""Longer side of the pictures that are shown, pixels."""
+_REPORT_BYTES = 20 << 20
+
+
+@dataclass(frozen=True)
+class Found:
+    """A picture of the folder that fits a text."""
+
+    name: str
+    """From the folder."""
+    picture: Image.Image
+    """Small."""
+    itc: float
+    itm: float | None
+    """Probability that the text fits; None where it was not asked."""
+
+
+class Demo:
+    """Models, an index of pictures and a CapFilt run, ready to answer; safe to call from several threads.
+
+    What lies on this machine is chosen by whoever starts the page and by nobody who uses it.
+    """
+
+    def __init__(
+        self,
+        matcher: Loaded,
+        *,
+        captioner: Loaded | None = None,
+        vqa: Loaded | None = None,
+        candidates: Candidates | None = None,
+        prompt: str = CAPTION_PROMPT,
+        index: Index | None = None,
+        run: str | None = None,
+    ) -> None:
+        """`captioner` writes the captions, `matcher` unless given; `candidates` are on the device of `vqa`.
+
+        ValueError for a prompt that the captioner cannot read, or a run that is none.
+        """
+        self.matcher, self.captioner, self.vqa = matcher, captioner or matcher, vqa
+        self.candidates, self.prompt, self.index = candidates, prompt, index
+        reader = ImageReader(matcher.model.config.vision.image_size)
+        self.features = Features(matcher.model, matcher.tokenizer, reader, batch=_BATCH)
+        self.run = Path(run) if run else None
+        self._lock = Lock()
+        self._check_prompt(prompt)
+        if self.run and not (self.run / "job.json").is_file():
+            raise ValueError(f"{run} is not the folder of a CapFilt run: it has no job.json")
+
+    # One picture --------------------------------------------------------------------------------------------------
+
+    def caption(
+        self,
+        path: str | None,
+        method: str = "beam",
+        num: int = 3,
+        *,
+        top_p: float | None = None,
+        seed: int = 0,
+        prompt: str | None = None,
+    ) -> list[Text]:
+        """Captions of a picture, as `blip caption --method beam|nucleus --num N` writes them of the same file."""
+        one = self.captioner
+        pixels, digest = read_picture(path, EvalTransform(one.model.config.vision.image_size))
+        if not 1 <= num <= MOST_CAPTIONS:
+            raise ValueError(f"ask for 1 to {MOST_CAPTIONS} captions, not {num}")
+        begin = self.prompt if prompt is None else _short(prompt)
+        self._check_prompt(begin)
+        left = dict.fromkeys(("beams", "min_length", "max_length", "length_rule"))
+        asked = argparse.Namespace(preset="caption_2022", method=method, num=num, top_p=top_p, seed=seed, **left)
+        config = caption_command.decoding(asked)
+        with self._lock, one.computing():
+            return write(one.model, one.tokenizer, pixels[None].to(one.device), config, prompt=begin, keys=[digest])[0]
+
+    def _check_prompt(self, prompt: str) -> None:
+        if self.captioner.tokenizer.unknown_rate([prompt]):
+            raise ValueError(f"the beginning {prompt!r} has words that the model does not know; leave it empty")
+
+    def ask(self, path: str | None, question: str, top: int = 3) -> list[Answer]:
+        """The likeliest answers to a question about a picture, as `blip vqa --top N` gives them."""
+        if self.vqa is None:
+            raise ValueError("there is no model for questions: start the page with --vqa DIR, as recipes.vqa writes it")
+        one = self.vqa
+        pixels, _ = read_picture(path, EvalTransform(one.model.config.vision.image_size))
+        cleaned = clean_question(_short(question))
+        if not cleaned:
+            raise ValueError("type a question first")
+        with self._lock, one.computing(), torch.no_grad():
+            context = ask(one.model, one.tokenizer, one.model.vision(pixels[None].to(one.device)), [cleaned], [0])
+            return answers(one.model, one.tokenizer, context, AnswerConfig(), self.candidates, top)[0]
+
+    def match(self, path: str | None, texts: str) -> list[tuple[str, float, float]]:
+        """Texts, one a line -> each with its cosine (ITC) and the probability that it fits (ITM), as they came."""
+        picture, _ = read_picture(path, lambda image: image)
+        lines = list(dict.fromkeys(line.strip() for line in _short(texts).splitlines() if line.strip()))
+        if not lines:
+            raise ValueError("type a text first, or several, one a line")
+        if len(lines) > MOST_TEXTS:
+            raise ValueError(f"give at most {MOST_TEXTS} texts at once, not {len(lines)}")
+        with self._lock, self.matcher.computing():
+            found = self.features.match([picture], lines)
+        return list(zip(lines, found.itc[0].tolist(), found.probability[0].tolist(), strict=True))
+
+    def look(self, path: str | None, text: str) -> tuple[float, list[tuple[str, Image.Image]]]:
+        """The probability that a text fits, and the picture under the map of the whole text and of each word."""
+        picture, _ = read_picture(path, _small)
+        if not text.strip():
+            raise ValueError("type a text first")
+        with self._lock, self.matcher.computing():
+            found = explain(self.features, picture, _short(text))
+        return found.probability, explain_command.pictures(picture, found)
+
+    # A folder -----------------------------------------------------------------------------------------------------
+
+    def refresh(self, tell: Callable[[int, int], None] = lambda done, total: None) -> tuple[int, int]:
+        """Bring the index up to date -> pictures that can be searched, and that cannot be used.
+
+        `tell` is called with how many of the new ones are done, and how many there are.
+        """
+        index = self._searched()
+        paths = find([str(index.folder)]).paths
+        with self._lock, self.matcher.computing():
+            stale, done = index.stale(paths), 0
+
+            def count(pictures: list[Picture]) -> None:
+                nonlocal done
+                done += len(pictures)
+                tell(done, len(stale))
+
+            self.index = index.updated(paths, stale, self.features, count)
+        return self.counts()
+
+    def counts(self) -> tuple[int, int]:
+        """How many pictures of the folder can be searched, and how many cannot be used."""
+        index = self._searched()
+        return len(index.readable), len(index.entries) - len(index.readable)
+
+    def search(self, text: str, top: int = 12, rerank: int = 16) -> list[Found]:
+        """The pictures of the folder that fit a text best, as `blip search --top N` finds them."""
+        index = self._searched()
+        if not text.strip():
+            raise ValueError("type what to look for first")
+        if not 1 <= top <= MOST_FOUND:
+            raise ValueError(f"ask for 1 to {MOST_FOUND} pictures, not {top}")
+        with self._lock, self.matcher.computing():
+            embed = self.features.embed_text([_short(text)])
+            hits = search_command.find_one(index, self.features, self.matcher, _short(text), embed, top, rerank)
+        found = []
+        for hit in hits:
+            try:
+                picture = images.model_input(hit.path, DataConfig.max_pixels, _small, _SIDE)
+            except UnreadableImage:  # it went away since it was indexed
+                continue
+            found.append(Found(str(hit.path.relative_to(index.folder)), picture, hit.itc, hit.itm))
+        return found
+
+    def _searched(self) -> Index:
+        if self.index is None:
+            raise ValueError("there is no folder to search: start the page with --folder DIR")
+        return self.index
+
+    # A CapFilt run ------------------------------------------------------------------------------------------------
+
+    def reports(self) -> list[str]:
+        """Names of the run's reports, the newest first."""
+        if self.run is None:
+            return []
+        pages = [path for path in self.run.glob("report/*/report.html") if path.is_file()]
+        return [path.parent.name for path in sorted(pages, key=lambda path: (-path.stat().st_mtime, path))]
+
+    def report(self, name: str | None) -> str:
+        """The page of a report of the run, as HTML that nobody vouches for: its account, and texts kept and dropped."""
+        if self.run is None:
+            raise ValueError("there is no CapFilt run: start the page with --capfilt RUN")
+        if name not in self.reports():
+            raise ValueError(f"the run has no such report; `python -m capfilt report {self.run}` writes one")
+        path = self.run / "report" / name / "report.html"
+        if path.stat().st_size > _REPORT_BYTES:
+            raise ValueError(f"the report {name} is too large for this page; open {path} itself")
+        return path.read_text("utf-8", "replace")
+
+
+def probability(answer: Answer | Text) -> float:
+    return math.exp(answer.logprob)
+
+
+def read_picture(path: str | None, transform: Callable[[Image.Image], T]) -> tuple[T, str]:
+    """A file that somebody gave the page -> what `transform` makes of the picture, and the SHA-256 of its bytes.
+
+    ValueError if it will not do.
+    """
+    if not path:
+        raise ValueError("choose a picture first")
+    try:
+        data = images.read(Path(path))
+        if len(data) > MAX_BYTES:
+            raise UnreadableImage(f"{len(data):,} bytes, more than the limit of {MAX_BYTES:,}")
+        return images.model_input(data, MAX_PIXELS, transform), hashlib.sha256(data).hexdigest()
+    except UnreadableImage as error:
+        raise ValueError(f"this picture cannot be used: {error.reason}") from None
+
+
+def _small(image: Image.Image) -> Image.Image:
+    return images.small(image, _SIDE)
+
+
+def _short(text: str) -> str:
+    if len(text) > MOST_LETTERS:
+        raise ValueError(f"a text may have {MOST_LETTERS:,} letters, this has {len(text):,}")
+    return text

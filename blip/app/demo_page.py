@@ -1,0 +1,434 @@
+"""The page of `blip demo`: where things stand on it, and what keeps it shut. What it can do is in `blip.app.demo`.
+
+Only those who sit at this machine are let in unless its owner says otherwise, files are served from one private folder,
+and neither the page nor the server asks another machine for anything.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+import ipaddress
+import os
+import signal
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+
+from blip.app.demo import MAX_BYTES, MAX_PIXELS, MOST_CAPTIONS, MOST_FOUND, Demo, probability
+from blip.app.exit import one_line
+from blip.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from blip.inference.generate import Text
+
+_WAITING = 64
+"""Questions that may wait for the model; later ones are told so."""
+_KEPT = 3600
+"""Seconds that an uploaded picture stays."""
+_MOST_BYTES = MAX_BYTES + (64 << 10)
+"""Of a request's body: a picture and what is around it in a form."""
+_LOCAL = ("127.0.0.1", "localhost", "[::1]")
+_POLICY = (
+    "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
+    "style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
+)
+"""What a browser may load for the page: nothing from elsewhere."""
+_CSS = """
+.answer{font-size:15px}.answer p{margin:2px 0}.answer table{width:100%;border-collapse:collapse}
+.answer table,.answer table tr{border:0!important}
+.answer table td,.answer table th{padding:7px 14px 7px 0!important;border:0!important;text-align:left;
+border-bottom:1px solid var(--border-color-primary)!important;color:var(--body-text-color)}
+.answer table .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.answer .track{width:34%;min-width:90px}.answer .track>div{background:var(--border-color-primary);border-radius:4px}
+.answer .bar{display:block;height:8px;border-radius:4px;background:#059669;min-width:2px}
+.answer ol{margin:0;padding-left:24px;list-style:decimal}.answer li{padding:6px 0}
+.answer small{color:var(--body-text-color-subdued);margin-left:8px;white-space:nowrap}
+.answer iframe{width:100%;height:80vh;border:1px solid var(--border-color-primary);border-radius:8px;background:#fff}
+footer{display:none!important}
+"""
+
+
+# What keeps it shut --------------------------------------------------------------------------------------------------
+
+
+def upload() -> gr.Image:
+    """A field that hands on the file as it came; what opens it is `blip.data.images`, with its limits.
+
+    The methods are put on the field itself, as Gradio writes a file beside the code of any class made from its own.
+    """
+    made = gr.Image(
+        label="Picture", sources=["upload", "clipboard"], type="filepath", height=360, buttons=["fullscreen"]
+    )
+    keep = made.async_move_resource_to_block_cache
+
+    async def keep_own(path: str | Path | None) -> str | None:
+        if "://" in str(path or ""):
+            raise gr.Error("Pictures are not fetched; upload the file.", print_exception=False)
+        return await keep(path)
+
+    made.async_move_resource_to_block_cache = keep_own
+    made.preprocess = lambda payload: payload.path if payload else None
+    return made
+
+
+class _TooLargeError(Exception):
+    """A body has grown beyond what the page takes; no more of it is read."""
+
+
+class Guard:
+    """ASGI middleware: refuses other hosts' names, large requests and whatever would fetch from elsewhere."""
+
+    def __init__(self, app: Any, hosts: tuple[str, ...] | None) -> None:
+        """`hosts` are names by which the page may be asked for, all if None: a page elsewhere cannot pose as ours."""
+        self.app, self.hosts = app, hosts
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        refusal = self._refusal(scope)
+        received, started = 0, False
+
+        async def counted() -> dict[str, Any]:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > _MOST_BYTES:  # of a body that came without its length, or with a wrong one
+                raise _TooLargeError
+            return message
+
+        async def with_policy(message: dict[str, Any]) -> None:
+            nonlocal started
+            if received > _MOST_BYTES and not started:
+                return  # whatever the application made of the error
+            started = True
+            if message["type"] == "http.response.start":
+                message["headers"] = [
+                    *message.get("headers", []),
+                    (b"content-security-policy", _POLICY.encode()),
+                    (b"x-content-type-options", b"nosniff"),
+                    (b"referrer-policy", b"no-referrer"),
+                ]
+            await send(message)
+
+        try:
+            await (refusal or self.app)(scope, counted, with_policy)
+        except Exception:
+            if received <= _MOST_BYTES or started:
+                raise
+        if received > _MOST_BYTES and not started:
+            received = 0
+            await _too_large()(scope, receive, with_policy)
+
+    def _refusal(self, scope: dict[str, Any]) -> PlainTextResponse | None:
+        headers = dict(scope["headers"])
+        if self.hosts is not None and _name(headers.get(b"host", b"").decode("latin1")) not in self.hosts:
+            return PlainTextResponse("This page is for its own machine only.", 403)
+        path = scope["path"].lower()
+        if "proxy=" in path or ("file" in path and ":/" in path) or "/vibe-" in path:
+            return PlainTextResponse("Not allowed.", 403)
+        size = headers.get(b"content-length", b"0")
+        return _too_large() if not size.isdigit() or int(size) > _MOST_BYTES else None
+
+
+def _too_large() -> PlainTextResponse:
+    return PlainTextResponse(f"More than {MAX_BYTES >> 20} MB.", 413, {"connection": "close"})
+
+
+def _name(host: str) -> str:
+    """A Host header without its port."""
+    return host[: host.rindex(":")] if ":" in host and not host.endswith("]") else host
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine can reach a server that listens at `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _friendly(function: Callable) -> Callable:
+    """What a person can put right is told on the page; of anything else the page says that the terminal knows."""
+
+    @functools.wraps(function)
+    def answer(*values: Any, **named: Any) -> Any:
+        try:
+            return function(*values, **named)
+        except (DataError, ValueError) as error:
+            raise gr.Error(html.escape(one_line(error)), title="Please check", print_exception=False) from None
+        except Exception:
+            traceback.print_exc()
+            told = "Something went wrong. The terminal in which blip demo runs says what."
+            raise gr.Error(told, print_exception=False) from None
+
+    return answer
+
+
+@contextmanager
+def serving(demo: Demo, host: str = "127.0.0.1", port: int | None = None) -> Iterator[str]:
+    """The page's address, which answers as long as the context is open; a free port from 7860 on unless given one.
+
+    OSError if it cannot listen there.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="openblip-demo-", ignore_cleanup_errors=True) as folder,
+        _environment(folder),
+    ):
+        made = layout(demo)
+        hosts = _LOCAL if is_local(host) else None
+        try:
+            _, address, _ = made.queue(max_size=_WAITING, default_concurrency_limit=1, api_open=False).launch(
+                server_name=host,
+                server_port=port,
+                share=False,
+                inbrowser=False,
+                prevent_thread_lock=True,
+                quiet=True,
+                show_error=False,
+                max_file_size=MAX_BYTES,
+                allowed_paths=[],
+                strict_cors=True,
+                ssr_mode=False,
+                mcp_server=False,
+                pwa=False,
+                enable_monitoring=False,
+                run_history=False,
+                footer_links=[],
+                app_kwargs={"middleware": [Middleware(Guard, hosts=hosts)], "docs_url": None, "redoc_url": None},
+                theme=gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+                css=_CSS,
+            )
+            yield address
+        finally:
+            made.close(verbose=False)
+
+
+@contextmanager
+def _environment(folder: str) -> Iterator[None]:
+    """What Gradio takes from the environment alone, as long as the page is shown."""
+    before = dict(os.environ)
+    os.environ.pop("GRADIO_ALLOWED_PATHS", None)  # it would open folders that nobody here asked for
+    os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_EXAMPLES_CACHE": str(Path(folder, "examples"))}
+    near = os.environ.get("NO_PROXY", os.environ.get("no_proxy", ""))  # Gradio asks itself once whether it is there
+    os.environ |= {
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "NO_PROXY": ",".join(filter(None, (near, "127.0.0.1", "localhost"))),
+    }
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def serve(demo: Demo, host: str, port: int | None, say: Callable[[str], None]) -> None:
+    """Show the page until a key press or SIGTERM ends it; the pictures that were given to it go with it."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    with serving(demo, host, port) as address:
+        say(f"{address} shows the page; Ctrl-C ends it")
+        threading.Event().wait()
+
+
+# What stands on it ----------------------------------------------------------------------------------------------------
+
+
+def layout(demo: Demo) -> gr.Blocks:
+    """The page; nothing listens yet."""
+    model = {"concurrency_limit": 1, "concurrency_id": "model"}  # one question at a time is with the model
+    with gr.Blocks(title="BLIP", analytics_enabled=False, delete_cache=(600, _KEPT), fill_width=False) as made:
+        gr.Markdown("# BLIP\nA model that describes pictures, answers questions about them and finds them by words.")
+        with gr.Tab("A picture"), gr.Row():
+            with gr.Column(scale=2):
+                picture = upload()
+                megapixels = MAX_PIXELS // 1_000_000
+                gr.Markdown(f"JPEG, PNG, WEBP, GIF or BMP; up to {MAX_BYTES >> 20} MB and {megapixels} million pixels.")
+            with gr.Column(scale=3):
+                _caption(demo, picture, model)
+                _ask(demo, picture, model)
+                _match(demo, picture, model)
+                _look(demo, picture, model)
+        with gr.Tab("A folder"):
+            _search(demo, model)
+        with gr.Tab("A CapFilt run"):
+            _capfilt(demo, made)
+    return made
+
+
+def _caption(demo: Demo, picture: gr.Image, model: dict[str, Any]) -> None:
+    with gr.Tab("Describe"):
+        ways = [("search for the likeliest (beam)", "beam"), ("draw by chance (nucleus)", "nucleus")]
+        method = gr.Radio(ways, value="beam", label="How")
+        num = gr.Slider(1, MOST_CAPTIONS, value=3, step=1, label="Captions")
+        with gr.Accordion("More", open=False):
+            prompt = gr.Textbox(demo.prompt, label="Captions go on from", max_length=200)
+            with gr.Row():
+                top_p = gr.Slider(0.1, 1.0, value=0.9, step=0.05, label="Draw from this share (top-p)")
+                seed = gr.Number(0, label="Seed of what is drawn", precision=0)
+        button = gr.Button("Describe it", variant="primary")
+        said = gr.HTML(elem_id="captions", elem_classes="answer", min_height=40)
+
+        def show(path: str | None, way: str, count: float, share: float, of: float, begin: str) -> str:
+            found = demo.caption(path, way, int(count), top_p=float(share), seed=int(of or 0), prompt=begin)
+            return captions(found)
+
+        inputs = [picture, method, num, top_p, seed, prompt]
+        button.click(_friendly(show), inputs, said, api_name="caption", **model)
+
+
+def captions(found: list[Text]) -> str:
+    """Captions as an HTML list."""
+    rows = [
+        f"<li>{html.escape(text.words) or '(nothing)'} <small>log-probability {text.logprob:.2f}"
+        f"{'' if text.finished else ', cut at the longest length'}</small></li>"
+        for text in found
+    ]
+    return f"<ol>{''.join(rows)}</ol>"
+
+
+def _ask(demo: Demo, picture: gr.Image, model: dict[str, Any]) -> None:
+    with gr.Tab("Ask"):
+        if demo.vqa is None:
+            gr.Markdown(
+                "There is no model for questions. Start the page with one that `recipes.vqa` has trained:\n\n"
+                "```\nblip demo --model ... --vqa runs/vqa/model\n```"
+            )
+            return
+        question = gr.Textbox(label="Question", placeholder="what is on the table?", max_length=300)
+        button = gr.Button("Ask it", variant="primary")
+        said = gr.HTML(elem_id="answers", elem_classes="answer", min_height=40)
+
+        def show(path: str | None, asked: str) -> str:
+            found = [(answer.words, probability(answer), "") for answer in demo.ask(path, asked, 5)]
+            return bars(("answer", "probability", ""), found)
+
+        for start in (button.click, question.submit):
+            start(_friendly(show), [picture, question], said, api_name="ask", **model)
+
+
+def _match(demo: Demo, picture: gr.Image, model: dict[str, Any]) -> None:
+    with gr.Tab("Match"):
+        texts = gr.Textbox(
+            label="Texts that may fit, one a line", lines=4, placeholder="a dog on the beach\na cat", max_length=2000
+        )
+        button = gr.Button("Compare", variant="primary")
+        said = gr.HTML(elem_id="matches", elem_classes="answer", min_height=40)
+
+        def show(path: str | None, lines: str) -> str:
+            return matches(demo.match(path, lines))
+
+        button.click(_friendly(show), [picture, texts], said, api_name="match", **model)
+
+
+def matches(found: list[tuple[str, float, float]]) -> str:
+    """Texts as an HTML table, the best match first."""
+    rows = [(text, itm, f"{itc:.3f}") for text, itc, itm in sorted(found, key=lambda one: -one[2])]
+    return bars(("text", "fits (ITM)", "cosine (ITC)"), rows)
+
+
+def bars(head: tuple[str, str, str], rows: list[tuple[str, float, str]]) -> str:
+    """Texts with a share, which is drawn too, and one more figure -> an HTML table."""
+    cells = "".join(
+        f'<tr><td>{html.escape(text)}</td><td class="track"><div><span class="bar" style="width:{100 * share:.1f}%">'
+        f'</span></div></td><td class="n">{100 * share:.1f}%</td><td class="n">{more}</td></tr>'
+        for text, share, more in rows
+    )
+    text, share, more = head
+    return f'<table><tr><th>{text}</th><th colspan="2">{share}</th><th class="n">{more}</th></tr>{cells}</table>'
+
+
+def _look(demo: Demo, picture: gr.Image, model: dict[str, Any]) -> None:
+    with gr.Tab("Where it looks"):
+        text = gr.Textbox(label="What may be seen in it", placeholder="a dog next to a red bicycle", max_length=300)
+        button = gr.Button("Show where", variant="primary")
+        said = gr.HTML(elem_id="looks", elem_classes="answer")
+        maps = gr.Gallery(
+            show_label=False, columns=3, object_fit="contain", height=420, elem_id="maps", buttons=["fullscreen"],
+            format="jpeg", interactive=False,
+        )  # fmt: skip
+
+        def show(path: str | None, words: str) -> tuple[str, list[tuple[Image.Image, str]]]:
+            chance, shown = demo.look(path, words)
+            told = f"<p>The text fits with {100 * chance:.1f}%. Red speaks for it, blue does not.</p>"
+            return told, [(image, word) for word, image in shown]
+
+        for start in (button.click, text.submit):
+            start(_friendly(show), [picture, text], [said, maps], api_name="look", **model)
+
+
+def _search(demo: Demo, model: dict[str, Any]) -> None:
+    if demo.index is None:
+        gr.Markdown(
+            "There is no folder to search. Start the page with one:\n\n```\nblip demo --model ... --folder photos\n```"
+        )
+        return
+    with gr.Row():
+        text = gr.Textbox(label="What to look for", placeholder="a red bicycle", max_length=300, scale=3)
+        top = gr.Slider(1, MOST_FOUND, value=12, step=1, label="Pictures", scale=2)
+    button = gr.Button("Search", variant="primary")
+    state = gr.HTML(_counted(*demo.counts()), elem_id="indexed", elem_classes="answer")
+    found = gr.Gallery(
+        show_label=False, columns=4, object_fit="contain", height=560, elem_id="found", buttons=["fullscreen"],
+        format="jpeg", interactive=False,
+    )  # fmt: skip
+    again = gr.Button("Look for new and changed pictures", size="sm")
+
+    def show(words: str, count: float) -> list[tuple[Image.Image, str]]:
+        hits = demo.search(words, int(count))
+        return [(hit.picture, _hit(n, hit.name, hit.itc, hit.itm)) for n, hit in enumerate(hits, 1)]
+
+    def refresh(progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
+        def tell(done: int, total: int) -> None:
+            progress((done, total), desc="Looking at pictures", unit="pictures")
+
+        return _counted(*demo.refresh(tell))
+
+    for start in (button.click, text.submit):
+        start(_friendly(show), [text, top], found, api_name="search", **model)
+    again.click(_friendly(refresh), None, state, api_name="refresh", **model)
+
+
+def _counted(readable: int, unreadable: int) -> str:
+    left = f"; {unreadable:,} files cannot be used" if unreadable else ""
+    told = "Below each that is found: how well the text fits (ITM), the cosine (ITC) and its name."
+    return f"<p>{readable:,} pictures can be searched{left}. {told}</p>"
+
+
+def _hit(rank: int, name: str, itc: float, itm: float | None) -> str:
+    fits = f"{100 * itm:.1f}% " if itm is not None else ""
+    return f"{rank}. {fits}({itc:.3f}) {name}"
+
+
+def _capfilt(demo: Demo, made: gr.Blocks) -> None:
+    if demo.run is None:
+        gr.Markdown(
+            "There is no CapFilt run to look into. Start the page with one:\n\n"
+            "```\nblip demo --model ... --capfilt run\n```"
+        )
+        return
+    names = demo.reports()
+    choice = gr.Dropdown(names, value=names[0] if names else None, label="Report", elem_id="report")
+    button = gr.Button("Show", variant="primary")
+    said = gr.HTML(elem_id="capfilt", elem_classes="answer")
+
+    def show(name: str | None) -> str:
+        # The report is of a crawl: it stands in a frame in which nothing runs and which is nobody's origin.
+        content = html.escape(demo.report(name), quote=True)
+        return f'<iframe sandbox="" title="CapFilt report" srcdoc="{content}"></iframe>'
+
+    button.click(_friendly(show), choice, said, api_name="capfilt")
+    made.load(lambda: gr.update(choices=demo.reports()), None, choice, api_visibility="private")

@@ -1,0 +1,328 @@
+"""What this machine has of what the project can use: a list of findings, each with what to do about it.
+
+Nothing here waits long, raises, or needs more than Python itself to start: it is asked when something is wrong.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from blip import processes, startup
+from blip.app import installed
+
+OK, MISSING, WRONG = "ok", "missing", "wrong"
+_EXTRAS = {
+    "demo": "the page of `blip demo`",
+    "ray": "CapFilt on several machines",
+    "video": "clips",
+    "tensorboard": "a tracker of training",
+    "wandb": "a tracker of training",
+    "trackio": "a tracker of training",
+}
+TOKENIZERS = ("google-bert/bert-base-uncased", "bert-base-uncased")
+"""The vocabulary of the released models, as the hub calls it; the embedded world brings its own."""
+_TARFILE_MENDED = {(3, 11): (3, 11, 10), (3, 12): (3, 12, 6)}
+"""First releases of two series without CVE-2024-6232; later series never had it, but for candidates of 3.13.0."""
+LITTLE_DISK = 5 << 30
+"""Bytes; less is told. A checkpoint of a base model with its optimizer is about 4 GB, and two are kept."""
+_SECONDS = 10.0
+"""For a program that is asked for its version."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    name: str
+    status: str
+    """OK, MISSING (something that not everybody needs) or WRONG (the core does not work)."""
+    said: str
+    remedy: str = ""
+    """What to do; empty if nothing has to be done."""
+
+
+def examine(folder: Path) -> Iterator[Finding]:
+    """Look at everything, the quick things first; `folder` is where runs are written."""
+    checks: list[Callable[[], list[Finding]]] = [
+        python, core, extras, hardware, cores, memory, lambda: [disk(folder)], lambda: [cache()], hub, java, video,
+    ]  # fmt: skip
+    for check in checks:
+        try:
+            yield from check()
+        except Exception as error:  # a doctor who falls ill says so and goes on
+            name = getattr(check, "__name__", "disk").strip("<>")
+            yield Finding(name, WRONG, f"could not be looked at: {type(error).__name__}: {_line(error)}")
+
+
+def works(findings: list[Finding]) -> bool:
+    """Whether nothing is wrong; what is missing is somebody else's need."""
+    return all(finding.status != WRONG for finding in findings)
+
+
+# What is installed ----------------------------------------------------------------------------------------------------
+
+
+def python() -> list[Finding]:
+    wanted = importlib.metadata.metadata(installed.PROJECT).get("Requires-Python") or ">=3.11"
+    floor = tuple(map(int, re.findall(r"\d+", wanted)))
+    said = f"{platform.python_version()} at {sys.executable}; openblip {importlib.metadata.version(installed.PROJECT)}"
+    if sys.version_info[: len(floor)] < floor:
+        return [Finding("python", WRONG, said, f"Python {wanted} is needed")]
+    return [Finding("python", OK, said), *tar_reader()]
+
+
+def tar_reader() -> list[Finding]:
+    """Whether an archive can keep this Python's tarfile busy for hours; our own reader does not use that part."""
+    if sys.version_info >= _TARFILE_MENDED.get(sys.version_info[:2], (3, 13, 0, "candidate", 2)):
+        return []
+    said = f"an archive can hold up the tarfile of Python {platform.python_version()} for hours (CVE-2024-6232); "
+    said += "training and CapFilt read shards without that part of it"
+    return [Finding("tarfile", OK, said, "use Python 3.11.10, 3.12.6 or newer for programs that open foreign archives")]
+
+
+def core() -> list[Finding]:
+    """What the project cannot do without, and whether its largest parts can be imported."""
+    packages = installed.packages()
+    faults = [
+        Finding(
+            one.name, WRONG, f"{one.version or 'not installed'}, {one.wanted or 'any version'} is needed", one.remedy
+        )
+        for one in packages
+        if not one.fits
+    ]
+    here = {one.name: one.version for one in packages if one.fits}
+    for name in ("torch", "torchvision", "transformers", "timm"):
+        if name in here:
+            try:
+                importlib.import_module(name)
+            except Exception as error:
+                said = f"{here[name]} is there and cannot be imported: {_line(error)}"
+                faults.append(Finding(name, WRONG, said, f"install it again: pip install --force-reinstall {name}"))
+    listed = Finding("packages", OK, ", ".join(f"{name} {version}" for name, version in here.items()))
+    return [*faults, listed, *(tested(name, here[name]) for name in installed.TESTED if name in here)]
+
+
+def tested(name: str, version: str) -> Finding:
+    """Whether the test-suite passes on this series of a package."""
+    oldest, newest = installed.TESTED[name]
+    if _series(oldest) <= _series(version) <= _series(newest):
+        return Finding(name, OK, f"{version}, of the series that are tested ({oldest} to {newest})")
+    said = f"{version} is not of the series that are tested ({oldest} to {newest}); it may do as well"
+    return Finding(name, OK, said)
+
+
+def _series(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
+
+
+def extras() -> list[Finding]:
+    """What only some need."""
+    found = []
+    for extra, what in _EXTRAS.items():
+        for one in installed.packages(extra):
+            if one.fits:
+                found.append(Finding(extra, OK, f"{one.name} {one.version}, for {what}"))
+            else:
+                said = f"{one.name} {one.version + ' is too old' if one.version else 'is not installed'}, for {what}"
+                found.append(Finding(extra, MISSING, said, f"pip install '{installed.PROJECT}[{extra}]'"))
+    return found
+
+
+def video() -> list[Finding]:
+    """What reads clips: PyAV with the FFmpeg inside it. A program called ffmpeg is not used."""
+    if importlib.util.find_spec("av") is None:
+        return []  # `extras` has said so
+    import av
+
+    parts = ", ".join(f"{name} {'.'.join(map(str, version))}" for name, version in av.library_versions.items()
+                      if name in ("libavcodec", "libavformat"))  # fmt: skip
+    return [Finding("ffmpeg", OK, f"inside PyAV: {parts}")]
+
+
+def java(seconds: float = _SECONDS) -> list[Finding]:
+    """The Java that METEOR, SPICE and Stanford's tokenizer run in."""
+    need = "METEOR, SPICE and Stanford's tokenizer"
+    remedy = "install one (Debian: apt-get install default-jre-headless); scores without it say so"
+    where = startup.program("java")
+    if where is None:
+        return [Finding("java", MISSING, f"there is no java on PATH, for {need}", remedy)]
+    try:
+        ran = subprocess.run(
+            [where, "-version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, text=True,
+            errors="replace", start_new_session=True,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [Finding("java", MISSING, f"{where} does not answer ({_line(error)})", remedy)]
+    said = (ran.stderr or ran.stdout).strip().splitlines()
+    if ran.returncode or not said:
+        return [Finding("java", MISSING, f"{where} ends with status {ran.returncode}", remedy)]
+    return [Finding("java", OK, f"{said[0]}, for {need}")]
+
+
+# What computes --------------------------------------------------------------------------------------------------------
+
+
+def hardware() -> list[Finding]:
+    """The device that commands and training choose by themselves, and the precision that they compute in."""
+    import torch
+
+    from blip.nn import linear
+    from blip.train.loop import multiplies_bfloat16
+
+    if torch.cuda.is_available():
+        found = []
+        for i in range(torch.cuda.device_count()):
+            card = torch.cuda.get_device_properties(i)
+            kind = "bfloat16" if multiplies_bfloat16(torch.device("cuda", i)) else "no bfloat16: use float16"
+            found.append(Finding("device", OK, f"cuda:{i} {card.name}, {_size(card.total_memory)}, {kind}"))
+        return [*found, _precision("cuda")]
+    said = f"cpu {_processor()}; kernels: {torch.backends.cpu.get_cpu_capability()}"
+    fast = [name for name, flag in (("AMX", "amx_bf16"), ("AVX512-BF16", "avx512_bf16")) if flag in _flags()]
+    usual = "yes" if multiplies_bfloat16(torch.device("cpu")) else "no, so it would be slow"
+    said += f"; bfloat16 in hardware: {', '.join(fast) or usual}"
+    said += f"; float32 products by {'oneDNN' if linear.ONEDNN else 'MKL or what PyTorch has'}"
+    return [Finding("device", OK, said), _precision("cpu")]
+
+
+def _precision(device: str) -> Finding:
+    import torch
+
+    from blip.train.loop import precision
+    from blip.train.settings import TrainConfig
+
+    training = str(precision(TrainConfig(precision="auto"), torch.device(device))).removeprefix("torch.")
+    return Finding("precision", OK, f"commands compute in float32, training in {training}, unless told otherwise")
+
+
+def cores() -> list[Finding]:
+    """How many cores there are, may be used, and are used."""
+    import torch
+
+    there = os.cpu_count() or 1
+    mine = processes.cores()
+    said = f"{torch.get_num_threads()} threads compute; {mine} of {there} cores are this process's"
+    share = _share()
+    if share:
+        said += f", of which it gets {share:g} by the container's limit"
+    if os.environ.get("OMP_NUM_THREADS"):
+        said += f"; OMP_NUM_THREADS is {os.environ['OMP_NUM_THREADS']}"
+    if share and torch.get_num_threads() > share + 1:
+        return [Finding("cores", OK, said, f"set OMP_NUM_THREADS={max(1, int(share))}: more threads only wait")]
+    return [Finding("cores", OK, said)]
+
+
+def memory() -> list[Finding]:
+    """Main memory, and what a container may have of it."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    said = f"{_size(there)} of main memory"
+    limit = _read("/sys/fs/cgroup/memory.max")
+    if limit.isdigit() and int(limit) < there:
+        said += f", of which the container gets {_size(int(limit))}"
+    return [Finding("memory", OK, said)]
+
+
+def _share() -> float | None:
+    """Cores' worth of time that a container may use."""
+    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
+    return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
+
+
+def _processor() -> str:
+    named = re.search(r"model name\s*: (.*)", _read("/proc/cpuinfo"))
+    return named.group(1) if named else platform.processor() or platform.machine()
+
+
+def _flags() -> list[str]:
+    listed = re.search(r"^(?:flags|Features)\s*: (.*)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    return listed.group(1).split() if listed else []
+
+
+# What is written and fetched ------------------------------------------------------------------------------------------
+
+
+def disk(folder: Path) -> Finding:
+    """Whether runs can be written, and how much."""
+    at = folder.absolute()
+    while not at.exists():
+        at = at.parent
+    free = shutil.disk_usage(at).free
+    said = f"{_size(free)} free for {folder}"
+    remedy = "give a folder that is yours: blip doctor --out DIR, and out=DIR to the recipes"
+    try:
+        if not at.is_dir():
+            raise NotADirectoryError(0, "it is a file")
+        with tempfile.TemporaryFile(dir=at) as file:
+            file.write(b"0")
+    except OSError as error:
+        return Finding("disk", WRONG, f"{at} cannot be written ({error.strerror})", remedy)
+    if free < LITTLE_DISK:
+        return Finding("disk", OK, said, "checkpoints of a base model take about 3 GB each")
+    return Finding("disk", OK, said)
+
+
+def cache() -> Finding:
+    """Where files of the hub are kept."""
+    from huggingface_hub import constants
+
+    where = Path(constants.HF_HUB_CACHE)
+    at = where
+    while not at.exists():
+        at = at.parent
+    said = f"files of the hub are kept in {where}, {_size(shutil.disk_usage(at).free)} free"
+    if not os.access(at, os.W_OK):
+        return Finding("cache", MISSING, f"{said}; it cannot be written", "set HF_HOME to a folder that is yours")
+    return Finding("cache", OK, said)
+
+
+def hub() -> list[Finding]:
+    """Whether the hub answers, and whether the tokenizers are at hand."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    from blip import hub as ours
+    from blip.tokenizer import Tokenizer
+
+    reached = ours.in_reach()
+    if reached:
+        first = Finding("hub", OK, f"{constants.ENDPOINT} can be reached")
+    elif constants.HF_HUB_OFFLINE:
+        first = Finding(
+            "hub", MISSING, "HF_HUB_OFFLINE is set, so nothing is fetched", "unset it to fetch models by name"
+        )
+    else:
+        remedy = "give models and tokenizers as local paths, or set HTTPS_PROXY"
+        first = Finding("hub", MISSING, f"{constants.ENDPOINT} cannot be reached", remedy)
+    world = Finding("tokenizer", OK, f"of the embedded world, {len(Tokenizer.load('world')):,} pieces")
+    for name in TOKENIZERS:
+        if isinstance(try_to_load_from_cache(name, "tokenizer.json"), str):
+            return [first, world, Finding("tokenizer", OK, f"{name} is in the local cache")]
+    if reached:
+        return [first, world, Finding("tokenizer", OK, f"{TOKENIZERS[0]} is fetched when it is first needed")]
+    remedy = f"run `hf download {TOKENIZERS[0]} tokenizer.json` where there is a network, or give a local vocab.txt"
+    return [first, world, Finding("tokenizer", MISSING, f"{TOKENIZERS[0]} is not in the local cache", remedy)]
+
+
+def _size(number: int) -> str:
+    return f"{number / (1 << 30):,.1f} GB"
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

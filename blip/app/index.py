@@ -1,0 +1,267 @@
+"""An index of a folder's pictures: their joint embeddings on disk, brought up to date when files change.
+
+    index = Index.read(folder, where) or Index(folder, where, Origin.of(features, "runs/base/model", "float32"))
+    index = index.updated(paths, index.stale(paths), features)
+    values, rows = index.nearest(features.embed_text(["a red bicycle"]), 10)
+
+`index.json` lists the files and names the safetensors file with their embeddings; it is replaced last and in one
+rename, so a reader sees the old or the new index. N pictures, E embedding width, Q queries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip import files
+from blip.data.image_files import Picture, read_ahead
+from blip.data.transforms import EvalTransform
+from blip.errors import DataError
+from blip.inference.features import Features
+from blip.tensors import read_tensors, write_tensors
+
+FORMAT, VERSION = "openblip-index", 1
+_LIST = "index.json"
+_NAME = re.compile(r"embeddings-[0-9a-f]{16}\.safetensors")
+_SAVE_SECONDS = 60.0
+"""Between two saves while an index is built, so that a stopped build goes on."""
+_UNLISTED_SECONDS = 60.0
+"""After which embeddings that no list names are a killed process's."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What made the embeddings of an index."""
+
+    name: str
+    """The model, as it was named."""
+    weights: str
+    """Start of the SHA-256 of the image encoder and its projection."""
+    precision: str
+    """Of matrix products."""
+
+    def __str__(self) -> str:
+        return f"{self.name} (image encoder {self.weights}, {self.precision})"
+
+    def same(self, other: Origin) -> bool:
+        """Whether embeddings of the two can be compared; names do not count."""
+        return (self.weights, self.precision) == (other.weights, other.precision)
+
+    @classmethod
+    def of(cls, features: Features, name: str, precision: str) -> Origin:
+        digest = hashlib.sha256(EvalTransform(features.image_size).describe().encode())
+        for part in ("vision", "image_proj"):
+            for key, value in sorted(getattr(features.model, part).state_dict().items()):
+                digest.update(f"{part}.{key} {tuple(value.shape)} {value.dtype}".encode())
+                digest.update(value.detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
+        return cls(name, digest.hexdigest()[:12], precision)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file as it was when it was looked at."""
+
+    path: str
+    """From the indexed folder."""
+    size: int
+    mtime_ns: int
+    sha256: str
+    """Of its bytes, hexadecimal; empty if it could not be read."""
+    reason: str = ""
+    """Why it has no embedding; empty if it has one."""
+
+
+@dataclass
+class Index:
+    """Pictures of a folder with their embeddings."""
+
+    folder: Path
+    where: Path
+    """The index's own folder."""
+    origin: Origin
+    entries: list[Entry] = field(default_factory=list)
+    """Readable and unreadable files, in natural order of their names."""
+    embeddings: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    """(N, E) float32, of the readable ones in order."""
+
+    def __post_init__(self) -> None:
+        self.readable = [entry for entry in self.entries if not entry.reason]
+        if len(self.readable) != len(self.embeddings):
+            raise ValueError(f"{len(self.readable)} pictures have {len(self.embeddings)} embeddings")
+
+    def paths(self, rows: Sequence[int]) -> list[Path]:
+        """Where the pictures of some rows of `embeddings` are."""
+        return [self.folder / self.readable[row].path for row in rows]
+
+    def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Embeddings (Q, E) -> the k largest cosines and their rows, (Q, K) each, best first; K <= k is what there is.
+
+        A plain product, 14 ms a query among 100,000 pictures and 0.14 s among a million (one core, E = 256): about what
+        encoding the text takes, so an approximate search would gain little.
+        """
+        cosines = queries.float().cpu() @ self.embeddings.T
+        return cosines.topk(min(k, cosines.shape[1]), dim=1)
+
+    # Files --------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def read(cls, folder: Path, where: Path) -> Index | None:
+        """The index at `where`, None if there is none.
+
+        DataError if it is damaged or of another version, PermissionError if it may not be read.
+        """
+        remedy = "delete the folder, or build it anew with --rebuild"
+        try:
+            said = json.loads((where / _LIST).read_bytes())
+        except FileNotFoundError:
+            return None
+        except PermissionError:
+            raise
+        except (OSError, ValueError) as error:
+            raise DataError(f"{where / _LIST} cannot be read ({error}); {remedy}") from None
+        try:
+            if (said["format"], said["version"]) != (FORMAT, VERSION):
+                raise ValueError(f"{said['format']} version {said['version']} instead of {FORMAT} {VERSION}")
+            entries = [Entry(*values) for values in said["files"]]
+            embeddings = read_tensors(where / _plain_name(said["embeddings"]))["embeddings"]
+            return cls(folder, where, Origin(**said["model"]), entries, embeddings)
+        except PermissionError:
+            raise
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise DataError(f"{where} is damaged ({type(error).__name__}: {error}); {remedy}") from None
+
+    def write(self) -> None:
+        """Put the index on disk; what stood there stays until it is whole. files.WriteError if the disk is full."""
+        self.where.mkdir(parents=True, exist_ok=True)
+        old = _embeddings_of(self.where)
+        said: dict[str, Any] = {"format": FORMAT, "version": VERSION, "model": asdict(self.origin)}
+        listed = [list(asdict(entry).values()) for entry in self.entries]
+        name = f"embeddings-{hashlib.sha256(json.dumps([said, listed]).encode()).hexdigest()[:16]}.safetensors"
+        # A folder of its own, as safetensors has a temporary beside the file that it writes.
+        unfinished = files.partial(self.where / name)
+        try:
+            with files.explain_write(self.where / name, self.embeddings.numel() * 4):
+                unfinished.mkdir()
+                with files.ordinary_mode(unfinished / name):
+                    write_tensors(unfinished / name, {"embeddings": self.embeddings})
+                files.checkpoint_event("before rename", self.where / name)
+                os.replace(unfinished / name, self.where / name)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        files.checkpoint_event("after rename", self.where / name)
+        rows = ",\n".join(map(json.dumps, listed))
+        head = json.dumps(said | {"embeddings": name})[:-1]
+        files.replace_file(self.where / _LIST, f'{head}, "files": [\n{rows}\n]}}\n'.encode())
+        self._sweep({old} - {name}, name)
+
+    def _sweep(self, old: set[str | None], kept: str) -> None:
+        """Remove embeddings that no list names any more; others' that are new may be about to get one."""
+        for path in self.where.glob("embeddings-*.safetensors"):
+            with contextlib.suppress(OSError):
+                abandoned = path.name != kept and path.stat().st_mtime < time.time() - _UNLISTED_SECONDS
+                if _NAME.fullmatch(path.name) and (abandoned or path.name in old):
+                    path.unlink()
+
+    # Building -----------------------------------------------------------------------------------------------------
+
+    def stale(self, paths: Sequence[str]) -> list[str]:
+        """Which of some pictures are not here as they are on disk, by size and time of change."""
+        known = {entry.path: (entry.size, entry.mtime_ns) for entry in self.entries}
+        return [path for path in paths if known.get(_within(path, self.folder)) != _stat(path)]
+
+    def updated(
+        self,
+        paths: Sequence[str],
+        stale: Sequence[str],
+        features: Features,
+        tell: Callable[[list[Picture]], None] = lambda pictures: None,
+    ) -> Index:
+        """The index of exactly `paths`, of which `stale` are looked at again; it is on disk when this returns.
+
+        A file whose bytes the index knows, under whatever name, is not embedded again. `tell` is called with each batch
+        that was looked at.
+        """
+        vectors = dict(zip((entry.path for entry in self.readable), self.embeddings, strict=True))
+        by_bytes = {entry.sha256: vectors[entry.path] for entry in self.readable}
+        again = {_within(path, self.folder) for path in stale}
+        entries = {entry.path: entry for entry in self.entries if entry.path not in again}
+        saved = time.monotonic()
+        try:
+            for before, pictures in _looked_at(stale, features):
+                fresh = {p.digest: p for p in pictures if not p.reason and p.digest not in by_bytes}
+                if fresh:
+                    images = torch.stack([picture.pixels for picture in fresh.values()])
+                    by_bytes |= zip(fresh, features.embed_image(images).cpu(), strict=True)
+                for picture in pictures:
+                    name = _within(picture.path, self.folder)
+                    entries[name] = Entry(name, *(before[picture.path] or (0, 0)), picture.digest, picture.reason)
+                    if not picture.reason:
+                        vectors[name] = by_bytes[picture.digest]
+                tell(pictures)
+                if time.monotonic() - saved > _SAVE_SECONDS:
+                    self._of(paths, entries, vectors, features).write()
+                    saved = time.monotonic()
+        finally:
+            found = self._of(paths, entries, vectors, features)
+            if found.entries != self.entries or not (self.where / _LIST).exists():
+                found.write()
+        return found
+
+    def _of(self, paths: Sequence[str], entries: dict[str, Entry], vectors: dict[str, Tensor], like: Features) -> Index:
+        listed = [entries[name] for path in paths if (name := _within(path, self.folder)) in entries]
+        rows = [vectors[entry.path] for entry in listed if not entry.reason]
+        embeddings = torch.stack(rows) if rows else torch.empty(0, like.model.config.embed_dim)
+        return Index(self.folder, self.where, self.origin, listed, embeddings)
+
+
+def _looked_at(
+    paths: Sequence[str], features: Features
+) -> Iterator[tuple[dict[str, tuple[int, int] | None], list[Picture]]]:
+    """Batches of pictures with the files' sizes and times from before they were read."""
+    size = 64 * features.batch
+    for start in range(0, len(paths), size):
+        part = paths[start : start + size]
+        before = {path: _stat(path) for path in part}
+        for pictures in read_ahead(part, EvalTransform(features.image_size), features.batch):
+            yield before, pictures
+
+
+def _embeddings_of(where: Path) -> str | None:
+    """The file that the index on disk names."""
+    try:
+        return _plain_name(json.loads((where / _LIST).read_bytes())["embeddings"])
+    except PermissionError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _plain_name(name: str) -> str:
+    """A name that leads nowhere else, as an index may come with somebody's pictures."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no file of an index")
+    return name
+
+
+def _within(path: str, folder: Path) -> str:
+    return os.path.relpath(path, folder)
+
+
+def _stat(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns

@@ -1,0 +1,29 @@
+"""`blip.load`: a model that is asked for features of files and texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from blip.checkpoints import checkpoint
+from blip.data.images import ImageReader
+from blip.inference.features import Features
+
+
+def load(
+    where: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    image_size: int | None = None,
+    tokenizer: str | Path | None = None,
+    batch: int = 32,
+) -> Features:
+    """Read a model for its features; `where`, `tokenizer` and what is raised as in `checkpoint.from_pretrained`.
+
+    Weights are turned into `dtype` on `device`; with another `image_size` (pixels) the positions are resized.
+    ValueError also for a captioner's checkpoint, which cannot compare texts with pictures.
+    """
+    model, words = checkpoint.from_pretrained(where, image_size=image_size, tokenizer=tokenizer)
+    return Features(model.to(device, dtype), words, ImageReader(model.config.vision.image_size), batch=batch)

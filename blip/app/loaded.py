@@ -1,0 +1,78 @@
+"""The model that a sub-command uses, ready to answer."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from blip.app.options import MODEL_VARIABLE
+from blip.checkpoints import checkpoint
+from blip.errors import is_out_of_memory
+from blip.models.blip import Blip
+from blip.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model where and how it computes."""
+
+    model: Blip
+    tokenizer: Tokenizer
+    device: torch.device
+    dtype: torch.dtype
+
+    def options(self, where: str | None) -> dict[str, str]:
+        """What answers depend on: the model by its name, by the SHA-256 of its weights, and how it computes."""
+        digest = hashlib.sha256(type(self.model).__name__.encode())
+        for key, value in sorted(self.model.state_dict().items()):
+            digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
+        precision = str(self.dtype).removeprefix("torch.")
+        name = where or os.environ.get(MODEL_VARIABLE, "")
+        return {"model": name, "weights": digest.hexdigest()[:16], "precision": precision}
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Around every use of the model: its precision, and a line if memory runs out."""
+        try:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ValueError(f"out of memory on {self.device}: give a smaller --batch, or --device cpu") from None
+
+
+def load(where: str | None, device: str, precision: str, kind: type = Blip, *, tokenizer: str | None = None) -> Loaded:
+    """The model that --model, --device, --precision and --tokenizer name; `kind` is the class that is expected there.
+
+    ValueError or OSError, in a line, for a model, device or precision that is not there.
+    """
+    where = where or os.environ.get(MODEL_VARIABLE)
+    if not where:
+        raise ValueError(
+            "no model: give --model DIR, a folder that training wrote (such as runs/demo/model) or a name on the hub, "
+            f"or set the environment variable {MODEL_VARIABLE} to one"
+        )
+    place = _device(device)
+    if precision == "float16" and place.type == "cpu":
+        raise ValueError("--precision float16 needs a GPU; use float32 or bfloat16")
+    model, words = checkpoint.from_pretrained(where, kind, device=place, tokenizer=tokenizer)
+    return Loaded(model, words, place, torch.float32 if precision == "auto" else getattr(torch, precision))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # torch raises RuntimeError, AssertionError, NotImplementedError, ...
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"--device {name} cannot be used here ({reason}); try cpu") from None
+    return device

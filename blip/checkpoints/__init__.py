@@ -1,0 +1,1 @@
+"""Models on disk: this project's folders, and the formats of others."""

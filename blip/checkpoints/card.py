@@ -1,0 +1,113 @@
+"""The card of converted weights: what they are, how to load them, what the other program does differently, licence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from blip.checkpoints.foreign import HEADS_KEY, Layout
+
+WEIGHTS = {"transformers": "model.safetensors", "original": "model.pth"}
+"""Name of the weights' file."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where weights come from, for the card."""
+
+    name: str
+    """Without the folders of this machine."""
+    layout: str
+    licence: str | None = None
+    """As the hub names it; None where it is not known."""
+
+
+_TWO_LINES = {
+    "captioning": """from transformers import AutoProcessor, BlipForConditionalGeneration
+
+model, processor = BlipForConditionalGeneration.from_pretrained(FOLDER), AutoProcessor.from_pretrained(FOLDER)
+ids = model.generate(**processor(image, "a picture of", return_tensors="pt"), num_beams=3, max_length=20, min_length=5)
+print(processor.decode(ids[0], skip_special_tokens=True))""",
+    "matching": """from transformers import AutoProcessor, BlipForImageTextRetrieval
+
+model, processor = BlipForImageTextRetrieval.from_pretrained(FOLDER), AutoProcessor.from_pretrained(FOLDER)
+print(model(**processor(image, "a dog", return_tensors="pt")).itm_score.softmax(-1)[:, 1])  # that the text fits""",
+    "vqa": """from transformers import AutoProcessor, BlipForQuestionAnswering
+
+model, processor = BlipForQuestionAnswering.from_pretrained(FOLDER), AutoProcessor.from_pretrained(FOLDER)
+ids = model.generate(**processor(image, "what is it?", return_tensors="pt"), num_beams=3, max_length=10)
+print(processor.decode(ids[0], skip_special_tokens=True))""",
+}
+_DIFFERENT = {
+    "captioning": """\
+- `generate` takes beams and lengths from its arguments alone; generation_config.json is loaded and not used.
+- `generate` compares beams by what was generated, the end token included, and has no other rule; the preset
+  `caption_2022` of openblip compares them as the original did, so that some captions differ. `--length-rule generated`
+  of `blip caption` gives what `generate` gives.
+- In a batch of prompts of different lengths the last column is cut off, so that shorter prompts keep their end token
+  and captions go wrong: give prompts of one length.""",
+    "matching": """\
+- The head that matches was trained with [ENC] as a text's first token, and transformers takes what the tokenizer
+  gives. So the tokenizer in this folder begins texts with [ENC], and `itm_score` is what openblip computes.
+- Cosines (`use_itm_head=False`) were trained with [CLS]: for them set
+  `inputs.input_ids[:, 0] = processor.tokenizer.cls_token_id`.""",
+    "vqa": """\
+- Questions were trained with [ENC] as their first token; the tokenizer in this folder sees to it.
+- The mask of padded questions is ignored where answers look at them, so that answers depend on the padding: ask one
+  question at a time, or questions of one length.
+- transformers writes an answer freely; choosing among candidates, as the paper does, is not in it.""",
+}
+_ALL_DIFFERENT = """\
+- Its default image processor resizes with torchvision, which differs from what models are trained with by up to 0.015;
+  the one that uses PIL is exact.
+- Dropout, heads and epsilons are those that the model was trained with, as config.json says; transformers' own defaults
+  are others.
+- Temperature, momentum teacher and queues have no place in it."""
+
+
+def card(layout: Layout, origin: Origin, model: Any) -> str:
+    """README.md of an exported model."""
+    program = {"transformers": "transformers", "original": "the code of salesforce/BLIP (2022)"}[layout.program]
+    front = ["---", f"library_name: {'transformers' if layout.program == 'transformers' else 'pytorch'}"]
+    if origin.licence:
+        front.append(f"license: {origin.licence}")
+    else:
+        front += ["license: other", "license_name: as-the-source", "license_link: README.md"]
+    front += ["tags:", "- blip", "---"]
+    side = model.config.vision.image_size
+    body = [
+        f"# A BLIP for {layout.name}, in the layout of {program}",
+        "",
+        f"Converted by openblip from {origin.name} ({origin.layout}). Pictures of {side} x {side} pixels, "
+        f"a vocabulary of {model.config.text.vocab_size} word pieces.",
+        "",
+    ]
+    if layout.program == "transformers":
+        body += ["```python", _TWO_LINES[layout.name], "```", "", "## What transformers does differently", ""]
+        body += [_DIFFERENT[layout.name], _ALL_DIFFERENT]
+    else:
+        body += [
+            f"`{WEIGHTS['original']}` holds `{{'model': ...}}` as that code's `load_checkpoint` reads it, the second "
+            "names of shared tensors included. The momentum teacher, where its class has one, is the student; queues "
+            "are not in it. Sizes other than ViT-B and "
+            f"ViT-L need its config files changed; `{HEADS_KEY}` beside the weights tells openblip the heads.",
+        ]
+    return "\n".join([*front, "", *body, "", "## Licence", "", licence_note(origin), ""])
+
+
+def licence_note(origin: Origin) -> str:
+    """What is known of the weights' licence."""
+    if origin.licence:
+        return (
+            f"The weights have the licence of {origin.name}: {origin.licence}. Converting them changes nothing in it."
+        )
+    return (
+        f"The weights have the licence of {origin.name}, which a file of weights does not tell. The checkpoints that "
+        "Salesforce released with BLIP and LAVIS are under the BSD 3-Clause licence, whose notice has to go with them; "
+        "what others trained is under theirs. Put it here before you pass this on."
+    )
+
+
+def plain_card(origin: Origin) -> str:
+    """The body of README.md of a model folder of ours that was converted."""
+    return f"# {origin.name}\n\nConverted from {origin.layout}.\n\n## Licence\n\n{licence_note(origin)}\n"

@@ -1,0 +1,371 @@
+"""A model as a directory: config.json, model.safetensors, the tokenizer and a card. Loading is strict.
+
+A directory holds one of `blip.models.families.TASKS`; config.json says which, and nothing where it is a `Blip`. What
+other programs wrote (`blip.checkpoints.foreign`) is loaded here too: this is where every command and recipe obtains
+its models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import torch
+from huggingface_hub import HfApi
+from torch import Tensor, nn
+
+from blip import files, hub
+from blip.checkpoints import foreign
+from blip.checkpoints.foreign import Foreign
+from blip.checkpoints.table import NUMBERS, refuse_unsound, type_in_words
+from blip.checkpoints.weights import ENDINGS, Weights, read_json
+from blip.models.blip import Blip
+from blip.models.families import TASKS
+from blip.models.settings import BlipConfig
+from blip.nn.vision import fit_positions
+from blip.tensors import read_outline, read_tensors, tensor_bytes, write_tensors
+from blip.tokenizer import Tokenizer
+
+FORMAT, VERSION = "openblip", 1
+_CONFIG, WEIGHTS, _POSITIONS = "config.json", "model.safetensors", "vision.vit.pos_embed"
+_TEMPERATURE = "temperature"
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+Model = TypeVar("Model")
+"""One of the classes of `blip.models.families.TASKS`."""
+
+
+def save_pretrained(
+    model: Model,
+    tokenizer: Tokenizer,
+    directory: str | Path,
+    card: str = "",
+    licence: str | None = "apache-2.0",
+) -> None:
+    """Write a model directory that `from_pretrained` reads; one that is there already is replaced as a whole.
+
+    `card` is the body of README.md (Markdown), `licence` as the hub names it, None where it is not known. Files in the
+    directory that are not the model's stay. ValueError if the tokenizer does not fit the model, atomic.WriteError if
+    the disk is full, when the old directory is left as it was.
+    """
+    tokenizer.check(model.config.text)
+    target = Path(directory)
+    state = model.state_dict()
+    task = _name(type(model))
+    said = {"format": FORMAT, "version": VERSION} | ({} if task == "blip" else {"task": task})
+    config = json.dumps({**said, "model": model.config.to_dict()}, indent=1).encode()
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save(scratch)
+        texts = {path.name: path.read_bytes() for path in Path(scratch).iterdir()}
+    texts |= {_CONFIG: config, "README.md": _card(card, task, licence).encode()}
+    writers: dict[str, tuple[Callable[[Path], None], int]] = {
+        name: (lambda path, content=content: files.write_bytes(path, content), len(content))
+        for name, content in texts.items()
+    }
+    writers[WEIGHTS] = (lambda path: write_tensors(path, state), tensor_bytes(state))
+    fresh = target.with_name(f".new-{target.name}")
+    shutil.rmtree(fresh, ignore_errors=True)
+    files.write_directory(fresh, writers)
+    _swap(fresh, target)
+
+
+def _swap(fresh: Path, target: Path) -> None:
+    """Put a new directory in an old one's place, and the old one's other files into the new one."""
+    if not target.exists():
+        fresh.rename(target)
+        return
+    if not target.is_dir():
+        shutil.rmtree(fresh)
+        raise ValueError(f"{target} is a file; give the name of a directory")
+    old = target.with_name(f".old-{target.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    target.rename(old)
+    fresh.rename(target)
+    for path in old.iterdir():
+        if not (target / path.name).exists():
+            path.rename(target / path.name)
+    shutil.rmtree(old)
+
+
+def _card(body: str, task: str, licence: str | None) -> str:
+    tags = "".join(f"- {tag}\n" for tag in TASKS[task].tags)
+    front = f"---\nlibrary_name: openblip\nlicense: {licence or 'other'}\ntags:\n{tags}---\n\n"
+    return front + (body or "# A BLIP model\n\nLoad it with `blip.checkpoints.checkpoint.from_pretrained`.\n")
+
+
+def _name(kind: type) -> str:
+    return next(name for name, task in TASKS.items() if task.model is kind)
+
+
+@dataclass(frozen=True)
+class Own:
+    """A model directory of ours, opened."""
+
+    config_path: Path
+    weights: Weights
+    tokenizer_at: Path
+    """Its folder."""
+    task: str
+    """Of `TASKS`."""
+    model_config: BlipConfig
+    said = "a model folder of openblip"
+    """What it is, for people."""
+
+    @property
+    def source(self) -> str:
+        """The weights' file, for messages."""
+        return str(self.weights.path)
+
+    @property
+    def licence(self) -> str | None:
+        """As its card names it."""
+        card = self.config_path.with_name("README.md")
+        lines = card.read_text(encoding="utf-8", errors="replace").splitlines()[:20] if card.is_file() else []
+        found = [line.partition(":")[2].strip() for line in lines if line.startswith("license:")]
+        return found[0] if found and found[0] != "other" else None
+
+    def tokenizer(self, given: str | Path | None = None) -> Tokenizer:
+        """The one that it was saved with. ValueError if another one is given."""
+        own = Tokenizer.load(self.tokenizer_at)
+        if given and Tokenizer.load(given).digest() != own.digest():
+            raise ValueError(f"{self.source} was trained with another tokenizer than {given}: leave that out")
+        return own
+
+    def config(self, tokenizer: Tokenizer) -> BlipConfig:
+        """The model's, as it was saved. ValueError if it has more layers than the weights, which is soon told."""
+        names = self._outline()
+        for field, said, stack in (
+            ("vision.depth", self.model_config.vision.depth, r"vision\.vit\."),
+            ("text.layers", self.model_config.text.layers, r"(?:med|question|answer)\."),
+        ):
+            layers = {match[1] for name in names if (match := re.match(stack + r"blocks\.(\d+)\.", name))}
+            if said is not None and said > len(layers):
+                raise ValueError(
+                    f"{self.config_path}: {field} is {said}, {self.weights.path.name} has {len(layers)} layers"
+                )
+        return self.model_config
+
+    def _outline(self) -> dict[str, Tensor]:
+        return self.weights.read(read_outline)
+
+    def fits(self, outline: nn.Module) -> None:
+        """ValueError, naming what differs, unless a model of `config` takes the weights; it needs no content."""
+        _refuse_misfit(self.source, self._outline(), outline.state_dict())
+
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        """The weights. ValueError as in `read_tensors`, and where a number is none."""
+        state = self.weights.read(read_tensors)
+        refuse_unsound(state, self.source)
+        return state
+
+    def account(self, model: nn.Module) -> None:
+        """Nothing is renamed or left out."""
+
+
+def opened(where: str | Path) -> Own | Foreign:
+    """What is at a path, or on the hub under a name, by its files and keys; errors as in `from_pretrained`."""
+    folder = Path(where).expanduser()
+    if str(where).endswith(ENDINGS) and "://" not in str(where) and not folder.is_dir():
+        return foreign.open_file(folder)
+    config_path, part, tokenizer_at = _find(where)
+    said = read_json(config_path)
+    if said.get("format") != FORMAT and "model_type" in said:
+        return foreign.open_directory(config_path, Weights.find(part, *_FOREIGN_WEIGHTS), tokenizer_at())
+    task, config = _read_config(config_path, said)
+    return Own(config_path, Weights.find(part, WEIGHTS), tokenizer_at(), task, config)
+
+
+def built(
+    found: Own | Foreign,
+    *,
+    image_size: int | None = None,
+    device: str | torch.device = "cpu",
+    tokenizer: str | Path | None = None,
+) -> tuple[Any, Tokenizer]:
+    """The model and tokenizer of what was opened, in evaluation mode; arguments and errors as in `from_pretrained`."""
+    words = found.tokenizer(tokenizer)
+    config = found.config(words)
+    words.check(config.text)
+    # Before anything is allocated, so that no configuration can ask for more memory than there are weights.
+    found.fits(_outline(found, config))
+    if image_size is not None and image_size != config.vision.image_size:
+        config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=image_size))
+    model = TASKS[found.task].model(config)
+    state = found.state(model)
+    if _POSITIONS in state and state[_POSITIONS].ndim == 3:
+        state[_POSITIONS] = fit_positions(model.vision.vit, state[_POSITIONS], config.vision.image_size)
+    _refuse_misfit(found.source, state, model.state_dict())
+    if _TEMPERATURE in state and (temperature := state[_TEMPERATURE].item()) <= 0:
+        raise ValueError(f"{found.source}: {_TEMPERATURE} is {temperature:g}, it must be above 0")
+    model.load_state_dict(state)
+    return model.to(device).eval(), words
+
+
+def _outline(found: Own | Foreign, config: BlipConfig) -> nn.Module:
+    """A model's names, shapes and types without content. ValueError, naming the file, for one that cannot be."""
+    # What does not change a shape may need content to be made.
+    plain = dataclasses.replace(config, vision=dataclasses.replace(config.vision, drop_path=0.0, init_gain=None))
+    try:
+        with torch.device("meta"):
+            return TASKS[found.task].model(plain)
+    except ValueError as error:
+        named = found.config_path if isinstance(found, Own) else found.source
+        raise ValueError(f"{named}: {error}") from error
+
+
+@overload
+def from_pretrained(
+    where: str | Path | Own | Foreign,
+    *,
+    image_size: int | None = None,
+    device: str | torch.device = "cpu",
+    tokenizer: str | Path | None = None,
+) -> tuple[Blip, Tokenizer]: ...
+@overload
+def from_pretrained(
+    where: str | Path | Own | Foreign,
+    kind: type[Model],
+    *,
+    image_size: int | None = None,
+    device: str | torch.device = "cpu",
+    tokenizer: str | Path | None = None,
+) -> tuple[Model, Tokenizer]: ...
+def from_pretrained(where, kind=Blip, *, image_size=None, device="cpu", tokenizer=None):
+    """Read a model; it is in evaluation mode.
+
+    `where` is a model directory, a `.pth` of the 2022 release or LAVIS, a directory of transformers, the name of a
+    repository with one on the hub, or what `opened` found there. `kind` is the class that is expected, `Blip` or a task
+    model. With another `image_size` (pixels) the position embeddings are resized. `tokenizer` is for what brings none,
+    as a `.pth`: what `Tokenizer.load` takes. FileNotFoundError if it is not there, ValueError, naming the file and what
+    is wrong with it, if it is not whole, of another format or kind, or if weights, configuration and tokenizer do not
+    fit each other.
+    """
+    found = where if isinstance(where, Own | Foreign) else opened(where)
+    _refuse_kind(found, kind)
+    return built(found, image_size=image_size, device=device, tokenizer=tokenizer)
+
+
+def check_kind(where: str | Path, kind: type[Any] = Blip) -> None:
+    """Without building it, refuse a model that `from_pretrained` would refuse for what it is."""
+    _refuse_kind(opened(where), kind)
+
+
+def _refuse_kind(found: Own | Foreign, kind: type[Any]) -> None:
+    if TASKS[found.task].model is not kind:
+        named = found.config_path if isinstance(found, Own) else found.source
+        model = TASKS[found.task].model.__name__
+        raise ValueError(f"{named} is of a {model} model, {_remedy(found.task, _name(kind))}")
+
+
+def _remedy(found: str, wanted: str) -> str:
+    kind = TASKS[wanted].model.__name__
+    if found == "blip":
+        return f"{kind} is expected: fine-tune it first with recipes.{wanted}, or give a model that this wrote"
+    use = f"which is for {TASKS[found].used_by} (in Python: from_pretrained(folder, {TASKS[found].model.__name__}))"
+    return f"{use}; {kind} is expected here"
+
+
+_FOREIGN_WEIGHTS = (WEIGHTS, "pytorch_model.bin")
+
+
+def _find(where: str | Path) -> tuple[Path, Callable[[str], Path], Callable[[], Path]]:
+    """config.json, what finds another file beside it or raises FileNotFoundError, and the tokenizer's folder."""
+    folder, name = Path(where).expanduser(), str(where)
+    if folder.is_dir():
+        return _in_folder(folder, _CONFIG), lambda part: _in_folder(folder, part), lambda: folder
+    if "://" in name:
+        raise FileNotFoundError(f"{where} is an address: download the file first and give its path")
+    if folder.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise FileNotFoundError(
+            f"{where} is not a model directory (one with {_CONFIG} and {WEIGHTS}), a .pth file or a name on the hub"
+        )
+
+    def fetch(part: str) -> Path:
+        return hub.file(name, part, "the model's path")
+
+    def tokenizer() -> Path:
+        found = _first(fetch, _TOKENIZER[0], "vocab.txt").parent
+        if found.joinpath(_TOKENIZER[0]).is_file():
+            with suppress(FileNotFoundError):
+                fetch(_TOKENIZER[1])
+        return found
+
+    return fetch(_CONFIG), fetch, tokenizer
+
+
+def _in_folder(folder: Path, part: str) -> Path:
+    if not (folder / part).is_file():
+        weights = [path.name for path in sorted(folder.iterdir()) if path.name.endswith(ENDINGS)]
+        there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        give = f"; give the file itself, {folder / weights[0]}" if weights and part == _CONFIG else ""
+        raise FileNotFoundError(f"{folder} has no {part}, so it is not a model directory; it holds {there}{give}")
+    return folder / part
+
+
+def _first(find: Callable[[str], Path], *names: str) -> Path:
+    """The first file that there is; FileNotFoundError of the first if there is none."""
+    missing = None
+    for name in names:
+        try:
+            return find(name)
+        except FileNotFoundError as error:
+            missing = missing or error
+    raise missing
+
+
+def _read_config(path: Path, said: dict[str, Any]) -> tuple[str, BlipConfig]:
+    """Which of `TASKS` it is, and its configuration, by what config.json says."""
+    if said.get("format") != FORMAT:
+        raise ValueError(f"{path} does not say format {FORMAT!r}, nor transformers' model_type: is it another model's?")
+    if said.get("version") != VERSION:
+        raise ValueError(f"{path} is version {said.get('version')!r}, this program reads {VERSION}: update openblip")
+    task = said.get("task", "blip")
+    if not isinstance(task, str) or task not in TASKS:
+        raise ValueError(f"{path} is of task {task!r}, this program knows {', '.join(TASKS)}: update openblip")
+    try:
+        return task, TASKS[task].config.from_dict(said.get("model"))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _refuse_misfit(source: str, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """One error for all that is missing, unexpected or of another shape."""
+    both = sorted(state.keys() & wanted.keys())
+    shapes = [f"{k} {tuple(state[k].shape)} for {tuple(wanted[k].shape)}" for k in both
+              if state[k].shape != wanted[k].shape]  # fmt: skip
+    types = [f"{k} {type_in_words(state[k].dtype)} for {type_in_words(wanted[k].dtype)}" for k in both
+             if state[k].dtype not in NUMBERS]  # fmt: skip
+    found = {
+        "missing": sorted(wanted.keys() - state.keys()),
+        "unexpected": sorted(name[:100] for name in state.keys() - wanted.keys()),
+        "of another shape": shapes,
+        "of another type": types,
+    }
+    lines = [f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}" for kind, names in found.items()
+             if names]  # fmt: skip
+    if lines:
+        raise ValueError(
+            f"{source} does not fit its {_CONFIG}: {'; '.join(lines)}. Weights and configuration must come from the "
+            "same model"
+        )
+
+
+def push_to_hub(model: Model, tokenizer: Tokenizer, repo_id: str, *, card: str = "", **options: Any) -> str:
+    """Upload a model directory to the hub and return its address.
+
+    `options`: `private`, `token`, and what huggingface_hub's `upload_folder` takes (`commit_message`, `revision`...).
+    """
+    token, private = options.pop("token", None), options.pop("private", None)
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        save_pretrained(model, tokenizer, folder, card)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))

@@ -1,0 +1,132 @@
+"""A model of ours for other programs: the folder that transformers or the code of 2022 loads, with a card."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from blip import files
+from blip.checkpoints.card import WEIGHTS, Origin, card
+from blip.checkpoints.foreign import HEADS_KEY, LAYOUTS, Layout
+from blip.checkpoints.layouts import teacher_copies
+from blip.checkpoints.table import State, to_theirs
+from blip.models.blip import Blip
+from blip.models.nlvr import Nlvr
+from blip.models.vqa import Vqa
+from blip.tensors import tensor_bytes, write_tensors
+from blip.tokenizer import Tokenizer
+
+Use = Literal["pretraining", "captioning", "matching", "vqa", "nlvr"]
+_USES: dict[type, tuple[str, ...]] = {Blip: ("pretraining", "captioning", "matching"), Vqa: ("vqa",), Nlvr: ("nlvr",)}
+
+
+def layout_for(model: Any, to: Literal["transformers", "original"], use: Use | None = None) -> Layout:
+    """The layout that a model is written in. ValueError, saying what there is, where it has none or must be chosen."""
+    kind = type(model)
+    there = {layout.name: layout for layout in LAYOUTS if layout.program == to and layout.name in _USES.get(kind, ())}
+    if isinstance(model, Blip):
+        lacking = {"all": (), "writing": ("pretraining", "matching"), "matching": ("pretraining", "captioning")}
+        there = {name: layout for name, layout in there.items() if name not in lacking[model.config.parts]}
+    if not there:
+        raise ValueError(f"{to} has no model like {kind.__name__}: use --to openblip")
+    if use is not None and use not in there:
+        raise ValueError(f"this model cannot be written for {use} in {to}: it can be for {', '.join(there)}")
+    if use is None and len(there) > 1 and "pretraining" not in there:
+        raise ValueError(f"{to} has a model for each use: say --use {' or --use '.join(there)}")
+    return there[use or next(iter(there))]
+
+
+def _refuse_other_vit(model: Any, to: str) -> None:
+    """Names and shapes do not tell all that a tower computes; the original's and transformers' is the plain ViT."""
+    vit = model.vision.vit
+    block = vit.blocks[0]
+    act = getattr(block.mlp, "act", None)
+    exact = type(act).__name__ == "GELU" and getattr(act, "approximate", "none") == "none"
+    if not exact or getattr(vit, "pos_embed", None) is None or vit.num_prefix_tokens != 1:
+        raise ValueError(
+            f"the image encoder {model.config.vision.model} is not the plain ViT of BLIP, the only one that {to} has: "
+            "use --to openblip"
+        )
+
+
+def write(
+    model: Any,
+    tokenizer: Tokenizer,
+    target: Path,
+    to: Literal["transformers", "original"],
+    origin: Origin,
+    use: Use | None = None,
+) -> Layout:
+    """Write a model for another program into a new folder, all or nothing; returns the layout that it was written in.
+
+    ValueError for a model that the program cannot hold or a tokenizer that is another's, atomic.WriteError if the disk
+    refuses.
+    """
+    layout = layout_for(model, to, use)
+    tokenizer.check(model.config.text)
+    _refuse_other_vit(model, to)
+    if to == "transformers" and layout.name == "vqa" and model.vision.width != model.config.text.width:
+        raise ValueError(
+            "transformers cannot hold this model: its decoder would have to read questions as wide as images "
+            f"({model.vision.width}), and they are {model.config.text.width} wide; use --to original or openblip"
+        )
+    if isinstance(model, Nlvr) and (model.config.images, model.config.text.layers) != (2, 12):
+        raise ValueError(
+            f"the code of 2022 reasons over 2 images with 12 layers, this model over {model.config.images} with "
+            f"{model.config.text.layers}: use --to openblip"
+        )
+    state = to_theirs(layout.table(model), model.state_dict())
+    if to == "original" and layout.name in ("pretraining", "matching"):
+        state |= {second: state[first] for second, first in teacher_copies(model).items()}
+    hidden = model.vision.vit.blocks[0].mlp.fc1.out_features
+    if to == "original" and hidden != 4 * model.vision.width:
+        raise ValueError(
+            f"the image encoder's feed-forward is {hidden} wide, and the code of 2022 has 4 times "
+            f"its width ({4 * model.vision.width}) and no setting for it: use --to transformers or openblip"
+        )
+    if to == "original" and model.vision.vit.norm.eps != 1e-6:
+        raise ValueError(
+            f"the image encoder's norms have epsilon {model.vision.vit.norm.eps}, and the code of 2022 has 1e-6 and no "
+            "setting for it: use --to transformers or openblip"
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        texts = _beside(Path(scratch), model, tokenizer, layout)
+    texts["README.md"] = card(layout, origin, model).encode()
+    writers: dict[str, tuple[Callable[[Path], None], int]] = {
+        name: (lambda path, content=content: files.write_bytes(path, content), len(content))
+        for name, content in texts.items()
+    }
+    size = tensor_bytes(state)
+    if to == "transformers":
+        kept = {name: state[name] for name in state if name not in layout.table(model).copies}
+        writers[WEIGHTS[to]] = (lambda path: write_tensors(path, kept), size)
+    else:
+        writers[WEIGHTS[to]] = (lambda path: _write_pth(path, state, model, layout), size)
+    files.write_directory(target, writers)
+    return layout
+
+
+def _beside(scratch: Path, model: Any, tokenizer: Tokenizer, layout: Layout) -> dict[str, bytes]:
+    """Names and contents of the files beside weights and card."""
+    if layout.program == "transformers":
+        from blip.checkpoints import hugging_face
+
+        hugging_face.write(scratch, model, tokenizer, layout.name)
+    else:
+        tokenizer.save(scratch)
+    return {path.name: path.read_bytes() for path in scratch.iterdir()}
+
+
+def _write_pth(path: Path, state: State, model: Any, layout: Layout) -> None:
+    """As torch.save of the original's class, its buffers that count positions included, and the heads beside it."""
+    counted: dict[str, Tensor] = {}
+    for name in layout.table(model).dropped:
+        if name.endswith("position_ids"):
+            counted[name] = torch.arange(model.config.text.max_positions)[None]
+    heads = {"vision": model.vision.vit.blocks[0].attn.num_heads, "text": model.config.text.heads}
+    torch.save({"model": state | counted, HEADS_KEY: heads}, path)

@@ -1,0 +1,168 @@
+"""transformers' side of a BLIP: its config.json read, and the files beside the weights written."""
+
+from __future__ import annotations
+
+import reprlib
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from transformers import BlipConfig as TheirConfig
+from transformers import BlipImageProcessor, BlipProcessor, GenerationConfig
+
+from blip.checkpoints.settings import Settings
+from blip.checkpoints.weights import read_json
+from blip.inference.settings import DECODE_PRESETS, AnswerConfig
+from blip.nn.pixels import MEAN, STD
+from blip.tokenizer import Tokenizer
+
+CLASSES = {
+    "captioning": "BlipForConditionalGeneration",
+    "matching": "BlipForImageTextRetrieval",
+    "vqa": "BlipForQuestionAnswering",
+}
+"""What a model is for -> transformers' class."""
+DECODE = {"captioning": DECODE_PRESETS["caption_2022"], "vqa": AnswerConfig().decode()}
+"""What a model is for -> how it writes."""
+VISION_EPS = 1e-6
+"""Epsilon of the image encoder's norms in the 2022 release, and in timm; transformers' own default is 1e-5."""
+
+
+def read_settings(path: Path) -> Settings:
+    """What a config.json says that shapes do not; what it leaves out is transformers' default, as it is for them.
+
+    Only the fields that are used are looked at: others may ask for anything, such as a billion names of classes.
+    ValueError if it is not of a BLIP, of one that computes otherwise, or if a field is of another type.
+    """
+    said = read_json(path)
+    if said.get("model_type") != "blip":
+        kind = str(said.get("model_type"))[:60]
+        raise ValueError(
+            f"{path} is of a {kind} model, not of a BLIP (model_type blip); BLIP-2 and InstructBLIP are other models"
+        )
+    default = TheirConfig()
+    text = _Part(path, said, "text_config", default.text_config)
+    vision = _Part(path, said, "vision_config", default.vision_config)
+    for part in (text, vision):
+        if (act := part.get("hidden_act")) != "gelu":
+            raise ValueError(f"{path}: {part.name}.hidden_act is {str(act)[:60]}, this program computes gelu")
+    eps = vision.share("layer_norm_eps")
+    return Settings(
+        vision.whole("num_attention_heads", least=1),
+        text.whole("num_attention_heads", least=1),
+        None if eps == VISION_EPS else eps,
+        {
+            "norm_eps": text.share("layer_norm_eps"),
+            "dropout": text.share("hidden_dropout_prob"),
+            "attention_dropout": text.share("attention_probs_dropout_prob"),
+        },
+        {name: text.whole(theirs) for name, theirs in _IDS.items()},
+        {
+            f"{part.name}.{field}": part.whole(field, least=1)
+            for part in (vision, text)
+            for field in _SIZES[part.name]
+            if field in part.said
+        },
+    )
+
+
+_IDS = {"dec_id": "bos_token_id", "sep_id": "sep_token_id", "pad_id": "pad_token_id"}
+
+
+class _Part:
+    """A part of their config.json, field by field; what it leaves out is transformers' default."""
+
+    def __init__(self, path: Path, said: dict[str, Any], name: str, default: Any) -> None:
+        found = said.get(name)
+        if not isinstance(found, dict | None):
+            raise ValueError(f"{path}: {name} must be an object, got {reprlib.repr(found)}")
+        self.path, self.name, self.said, self.default = path, name, found or {}, default
+
+    def get(self, field: str) -> Any:
+        return self.said.get(field, getattr(self.default, field))
+
+    def whole(self, field: str, least: int = 0) -> int:
+        value = self.get(field)
+        if type(value) is not int or not least <= value < 1 << 24:
+            self._refuse(field, f"an integer from {least} to {(1 << 24) - 1:,}", value)
+        return value
+
+    def share(self, field: str) -> float:
+        value = self.get(field)
+        if type(value) not in (int, float) or not 0 <= value <= 1:
+            self._refuse(field, "a number from 0 to 1", value)
+        return float(value)
+
+    def _refuse(self, field: str, wanted: str, value: Any) -> NoReturn:
+        raise ValueError(f"{self.path}: {self.name}.{field} must be {wanted}, got {reprlib.repr(value)}")
+
+
+_SIZES = {
+    "vision_config": ("hidden_size", "num_hidden_layers", "intermediate_size", "image_size", "patch_size"),
+    "text_config": ("hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings"),
+}
+"""Fields that the shapes of the weights tell, too."""
+
+
+def write(folder: Path, model: Any, tokenizer: Tokenizer, name: Literal["captioning", "matching", "vqa"]) -> None:
+    """Write what stands beside the weights: config.json, generation_config.json, image processor and tokenizer.
+
+    Texts that are matched, and questions, begin with [ENC] as in training: the tokenizer that is written sees to it.
+    """
+    config = their_config(model)
+    config.architectures = [CLASSES[name]]
+    config.dtype = "float32"
+    config.save_pretrained(folder)
+    side = model.config.vision.image_size
+    images = BlipImageProcessor(
+        size={"height": side, "width": side}, image_mean=list(MEAN), image_std=list(STD), resample=3
+    )
+    BlipProcessor(images, tokenizer.for_transformers("cls" if name == "captioning" else "enc")).save_pretrained(folder)
+    if name != "matching":
+        decode, text = DECODE[name], model.config.text
+        found = GenerationConfig(
+            num_beams=decode.beams,
+            max_length=decode.max_length,
+            min_length=decode.min_length,
+            bos_token_id=text.dec_id,
+            eos_token_id=text.sep_id,
+            pad_token_id=text.pad_id,
+        )
+        found.save_pretrained(folder)
+
+
+def their_config(model: Any) -> TheirConfig:
+    """transformers' configuration of a model of ours. ValueError for a model that it cannot say."""
+    text, vision, vit = model.config.text, model.config.vision, model.vision.vit
+    shared = {"hidden_act": "gelu"}
+    return TheirConfig(
+        text_config=shared
+        | {
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.width,
+            "encoder_hidden_size": model.vision.width,
+            "intermediate_size": text.hidden,
+            "num_hidden_layers": text.layers,
+            "num_attention_heads": text.heads,
+            "max_position_embeddings": text.max_positions,
+            "layer_norm_eps": text.norm_eps,
+            "hidden_dropout_prob": text.dropout,
+            "attention_probs_dropout_prob": text.attention_dropout,
+            "initializer_range": text.init_std,
+            "bos_token_id": text.dec_id,
+            "eos_token_id": text.sep_id,
+            "sep_token_id": text.sep_id,
+            "pad_token_id": text.pad_id,
+        },
+        vision_config=shared
+        | {
+            "hidden_size": model.vision.width,
+            "intermediate_size": vit.blocks[0].mlp.fc1.out_features,
+            "num_hidden_layers": len(vit.blocks),
+            "num_attention_heads": vit.blocks[0].attn.num_heads,
+            "image_size": vision.image_size,
+            "patch_size": vit.patch_embed.patch_size[0],
+            "layer_norm_eps": vit.norm.eps,
+            "initializer_range": 0.02,
+        },
+        image_text_hidden_size=model.config.embed_dim,
+    )

@@ -1,0 +1,22 @@
+"""What the configuration beside foreign weights says, where shapes do not tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What shapes do not tell; None where nothing says it."""
+
+    vision_heads: int | None = None
+    text_heads: int | None = None
+    vision_eps: float | None = None
+    text: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `TextConfig`."""
+    ids: Mapping[str, int] = field(default_factory=dict)
+    """Special ids that the configuration says, to be those of the tokenizer."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Fields of transformers' configuration that shapes tell, too, and that must agree with them."""

@@ -1,1 +1,0 @@
-"""The sub-commands of `blip`: one file each, and what they share."""

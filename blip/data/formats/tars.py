@@ -1,0 +1,512 @@
+"""Tar shards by index: the headers are read once, the members never extracted, and only regular files looked at."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, NamedTuple
+
+import numpy as np
+
+from blip.errors import BadSample, DataError
+
+IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
+TEXTS = frozenset({"txt", "caption"})
+TEXT_COLUMN = "caption"
+"""The column that a text member stands for; others are of the JSON member."""
+EXPECTED = "NAME.jpg (or .png, .webp, .gif, .bmp) with NAME.txt, NAME.caption or NAME.json"
+"""How the members of a sample are named, for messages."""
+MAX_EXTENDED = 64 << 10
+"""Bytes of extended headers that one member may have: names and times take some hundred."""
+MAX_PADDING = 1 << 20
+"""Bytes of zeros that may follow the last member."""
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+_BLOCK = tarfile.BLOCKSIZE
+_RECORD = tarfile.RECORDSIZE
+"""tar fills its files up to multiples of this, 10,240 bytes."""
+_PAX = frozenset({tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE})
+_EXTENDED = _PAX | {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
+_TAIL, _NO_TAIL = 8, (IMAGES - {"bmp"}) | TEXTS | {"json"}
+"""Zeros at its end that no member of these endings has; a black BMP and foreign files may."""
+_DIGITS = len(f"{MAX_EXTENDED} ")
+_FEW = 20
+"""Fewer whole samples than one in so many are worth a word."""
+_ENDINGS, _TOLD, _SHOWN = 32, 5, 80
+"""Endings that are told apart, those of them that are said, and characters of a name that are shown."""
+_MAC = "__MACOSX"
+
+
+class Member(NamedTuple):
+    """Where the bytes of a member are in its shard; size -1 says that there is none."""
+
+    offset: int
+    size: int
+
+
+_NONE = Member(0, -1)
+
+
+@dataclass(slots=True)
+class Sample:
+    """The members of one key: the name up to the ending, a second sample of the same name being KEY#2."""
+
+    key: str
+    image: Member = _NONE
+    text: Member = _NONE
+    """Of txt or caption."""
+    json: Member = _NONE
+
+    def caption(self, column: str) -> Member:
+        """Where a caption is looked for: the text, or the JSON where there is none or another column is asked for."""
+        return self.json if self.text is _NONE or column != TEXT_COLUMN else self.text
+
+    @property
+    def whole(self) -> bool:
+        """Whether there is an image and something that may hold a caption."""
+        return self.image is not _NONE and not (self.text is _NONE and self.json is _NONE)
+
+    @property
+    def owner(self) -> str:
+        """The key up to the first dot: what this may belong to, if it is not a sample by itself."""
+        name = PurePosixPath(self.key)
+        return str(name.parent / name.name.split(".")[0])
+
+
+@dataclass(frozen=True)
+class Headers:
+    """What the headers of a shard say."""
+
+    samples: list[Sample]
+    """In the order of their first member, wherever in the file the others are."""
+    twice: list[str]
+    """Keys that occur more than once."""
+    damage: str | None
+    """What is wrong with the file and at which byte; the samples are then those before that."""
+    notes: list[str]
+    """What a user should know of a shard that is read: members left out, names that occur twice, joined archives."""
+    members: str
+    """How the members are named, for messages."""
+
+
+# Headers --------------------------------------------------------------------------------------------------------------
+
+
+class _Damage(Exception):
+    """What is wrong with a tar file, and where."""
+
+
+def read_headers(file: IO[bytes], path: str | Path) -> Headers:
+    """Read all headers of an open shard, of all archives that are joined in it; `path` names it in errors.
+
+    DataError for what may not be used at all: compressed files, links, devices, names that lead outside.
+    """
+    start, size = file.read(8), file.seek(0, os.SEEK_END)
+    if start.startswith(_COMPRESSED):
+        raise DataError(f"{path} is compressed, which leaves no way to a single sample: unpack it to a plain .tar")
+    if size == 0:
+        return Headers([], [], "the file is empty (0 bytes)", [], "")
+    walk, grouped, damage = _Walk(file, size), _Grouped(), None
+    try:
+        for member in walk.members():
+            _check(member, path)
+            grouped.add(member)
+    except _Damage as error:
+        damage = str(error)
+    grouped.finish()
+    return Headers(grouped.samples, grouped.twice(), damage, [*walk.notes(), *grouped.notes()], grouped.members())
+
+
+def _check(member: tarfile.TarInfo, path: str | Path) -> None:
+    if member.name.startswith("/") or (".." in member.name and ".." in PurePosixPath(member.name).parts):
+        raise DataError(f"{path}: member {member.name!r} points outside the archive; such a file is not used")
+    if not member.isreg() or member.type == tarfile.GNUTYPE_SPARSE:
+        raise DataError(f"{path}: member {member.name!r} is a link or device, or has holes; only plain files are read")
+
+
+def _blocks(size: int) -> int:
+    """A size rounded up to whole blocks."""
+    return -(-size // _BLOCK) * _BLOCK
+
+
+class _Walk:
+    """From header to header through all archives of a file; contents are passed over.
+
+    tarfile decodes single headers. It does not walk, because it takes the first block of zeros for the end of the
+    file, calls itself for each extended header, and before Python 3.11.10 and 3.12.6 may take hours to parse one
+    (CVE-2024-6232).
+    """
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self._file, self._size = file, size
+        self._archives, self._padding = 1, 0
+
+    def members(self) -> Iterator[tarfile.TarInfo]:
+        """All members but folders. Raises _Damage where the file is damaged."""
+        at, began, last = 0, 0, None
+        shared: dict[str, bytes] = {}  # what global headers say of all members after them
+        while True:
+            member = self._member(at, shared)
+            if member is None:
+                following = self._after(at, began, last)
+                if following is None:
+                    return
+                at, began, last, shared = following, following, None, {}
+                self._archives += 1
+                continue
+            at, last = member.offset_data, member
+            if member.isreg() or member.type not in tarfile.SUPPORTED_TYPES:
+                if at + member.size > self._size:
+                    raise _Damage(
+                        f"the file is cut off: member {_short(member.name)} of {member.size:,} bytes begins at byte "
+                        f"{at:,}, and the file ends at byte {self._size:,}"
+                    )
+                at += _blocks(member.size)
+            if not member.isdir():
+                yield member
+
+    def notes(self) -> list[str]:
+        notes = [f"{self._archives} archives are joined in it, and all are read"] if self._archives > 1 else []
+        if self._padding:
+            notes.append(f"{self._padding:,} bytes of zeros follow the last member, more than most programs write: "
+                         "if it was downloaded, compare its checksum")  # fmt: skip
+        return notes
+
+    def _member(self, begin: int, shared: dict[str, bytes]) -> tarfile.TarInfo | None:
+        """The member whose header, or first extended header, is at a byte; None if there are zeros."""
+        at, own = begin, {}
+        while True:
+            header = self._header(at)
+            if header is None and at > begin:
+                raise _Damage(f"the extended header at byte {begin:,} is followed by zeros instead of a member")
+            if header is None:
+                return None
+            if header.size < 0:
+                raise _Damage(f"the member at byte {at:,} has a negative size")
+            at += _BLOCK
+            if header.type not in _EXTENDED:
+                return _applied(header, at, {**shared, **own})
+            after = at + _blocks(header.size)
+            if after - begin > MAX_EXTENDED:
+                raise _Damage(
+                    f"more than {MAX_EXTENDED >> 10} KB of extended headers before one member, at byte {begin:,}"
+                )
+            self._file.seek(at)
+            content = self._file.read(header.size)
+            if len(content) < header.size:
+                raise _Damage(f"the file is cut off in the extended header at byte {at:,}")
+            values = dict(_records(content, at)) if header.type in _PAX else {"path": content.split(b"\0", 1)[0]}
+            if header.type == tarfile.XGLTYPE:
+                shared.update(values)
+            elif header.type != tarfile.GNUTYPE_LONGLINK:  # links are refused whatever they lead to
+                own = {**values, **own}  # of several of one kind the first counts, as tarfile has it
+            at = after
+
+    def _header(self, at: int) -> tarfile.TarInfo | None:
+        """The header at a byte, None for a block of zeros."""
+        self._file.seek(at)
+        block = self._file.read(_BLOCK)
+        if not block:
+            raise _Damage(f"the file ends at byte {self._size:,} without an end marker: it is cut off")
+        if len(block) < _BLOCK:
+            raise _Damage(f"the file is cut off in the header at byte {at:,}")
+        if not block.strip(b"\0"):
+            return None
+        try:
+            return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except (tarfile.TarError, ValueError, OverflowError):
+            raise _Damage(f"what is at byte {at:,} is no tar header") from None
+
+    def _after(self, at: int, began: int, last: tarfile.TarInfo | None) -> int | None:
+        """Where the archive after the zeros at a byte begins; None if the file ends with them.
+
+        One block of zeros where a header belongs is a header that was lost; two or more end an archive. They are
+        believed unless there are more than any program writes, or they begin inside the last member.
+        """
+        end = self._end_of_zeros(at)
+        zeros = f"zeros from byte {at:,} to {end:,}"
+        if end - at > MAX_PADDING:
+            raise _Damage(f"more than 1 MiB of zeros from byte {at:,} on: the file was not filled to its end")
+        if end < self._size:
+            try:
+                self._header(end)
+            except _Damage:
+                raise _Damage(f"{zeros}, and then bytes that are no tar header") from None
+            if end - at < 2 * _BLOCK:
+                raise _Damage(f"{zeros} stand where a header belongs")
+        # What tar writes: two blocks, or up to a whole record of the archive that ends.
+        if end <= began + -(-(at + 2 * _BLOCK - began) // _RECORD) * _RECORD:
+            return end if end < self._size else None
+        if at == 0:
+            raise _Damage(f"{zeros}, before any member")
+        if last and last.isreg() and last.size and last.name.rpartition(".")[2].lower() in _NO_TAIL:
+            tail = min(last.size, _TAIL)
+            self._file.seek(last.offset_data + last.size - tail)
+            if not self._file.read(tail).strip(b"\0"):
+                raise _Damage(f"{zeros}, which begin inside the last member: the file was not filled to its end")
+        if end == self._size:
+            self._padding = end - at
+        return end if end < self._size else None
+
+    def _end_of_zeros(self, at: int) -> int:
+        """The first block after zeros, the end of the file, or some byte too far away for padding."""
+        step = _RECORD
+        self._file.seek(at)
+        end = at
+        while end - at <= MAX_PADDING:
+            chunk = self._file.read(step)
+            rest = len(chunk.lstrip(b"\0"))
+            if rest:
+                return end + (len(chunk) - rest) // _BLOCK * _BLOCK
+            end += len(chunk)
+            if len(chunk) < step:
+                break
+            step = min(2 * step, MAX_PADDING)
+        return end
+
+
+def _applied(header: tarfile.TarInfo, at: int, extended: dict[str, bytes]) -> tarfile.TarInfo:
+    """A member with what its extended headers say of it, whose content begins at a byte."""
+    header.offset_data = at
+    if name := extended.get("path"):
+        header.name = name.decode("utf-8", "surrogateescape")
+    if size := extended.get("size"):
+        if not size.isdigit() or len(size) > 20:
+            raise _Damage(
+                f"member {_short(header.name)} before byte {at:,} has the size {_short(size.decode('latin-1'))}"
+            )
+        header.size = int(size)
+    if "holes" in extended:
+        header.type = tarfile.GNUTYPE_SPARSE
+    return header
+
+
+def _records(content: bytes, at: int) -> Iterator[tuple[str, bytes]]:
+    """The records `LENGTH KEYWORD=VALUE\\n` of a PAX header that change what is read: path, size, holes."""
+    start = 0
+    while start < len(content):
+        digits, space, _ = content[start : start + _DIGITS].partition(b" ")
+        end = start + (int(digits) if space and digits.isdigit() else 0)
+        keyword, equals, value = content[start + len(digits) + 1 : end].partition(b"=")
+        if end > len(content) or not equals or value[-1:] != b"\n":
+            raise _Damage(f"the extended header at byte {at:,} is damaged")
+        if keyword in (b"path", b"size"):
+            yield keyword.decode(), value[:-1]
+        elif keyword.startswith(b"GNU.sparse."):
+            yield "holes", b""
+        start = end
+
+
+# Samples --------------------------------------------------------------------------------------------------------------
+
+
+def _short(name: str) -> str:
+    """A name for a message, however long it is."""
+    return repr(name if len(name) <= _SHOWN else f"{name[:_SHOWN]}...")
+
+
+def _field(stem: str) -> tuple[str, str]:
+    """`a/b.input` -> (`a/b`, `input`): what stands before and behind the last dot, if that is a word."""
+    owner, _, word = stem.rpartition(".")
+    return (owner, word) if owner and word.replace("-", "_").isidentifier() and not owner.endswith("/") else (stem, "")
+
+
+class _Grouped:
+    """Samples by key. The ending is what follows the last dot, as names of pictures have dots of their own."""
+
+    def __init__(self) -> None:
+        self.samples: list[Sample] = []
+        self._stems: list[str] = []  # of the samples: their keys without a copy's number
+        self._copies: dict[str, int] = {}
+        self._latest: dict[str, Sample] = {}
+        self._endings: dict[str, tuple[str, int]] = {}  # the first name of each, and how many there are
+        self._hidden, self._fields = ("", 0), False
+
+    def add(self, member: tarfile.TarInfo) -> None:
+        name = member.name
+        if "/" in name or name.startswith(".") or name == _MAC:
+            path = PurePosixPath(name)
+            if any(part.startswith(".") or part == _MAC for part in path.parts):  # as in folders
+                self._hidden = self._hidden[0] or name, self._hidden[1] + 1
+                return
+            name = str(path)
+        stem, dot, ending = name.rpartition(".")
+        if not dot or "/" in ending:
+            return
+        ending = ending.lower()
+        if ending in self._endings or len(self._endings) < _ENDINGS:
+            first, count = self._endings.get(ending, (name, 0))
+            self._endings[ending] = first, count + 1
+        slot = "image" if ending in IMAGES else "text" if ending in TEXTS else "json" if ending == "json" else None
+        if slot is not None:
+            stem = stem.encode("utf-8", "backslashreplace").decode()
+            self._put(stem, slot, Member(member.offset_data, member.size))
+
+    def _put(self, stem: str, slot: str, member: Member) -> None:
+        sample = self._latest.get(stem)
+        if sample is None or getattr(sample, slot) is not _NONE:
+            copy = self._copies[stem] = self._copies.get(stem, 0) + 1
+            sample = self._latest[stem] = Sample(stem if copy == 1 else f"{stem}#{copy}")
+            self.samples.append(sample)
+            self._stems.append(stem)
+        setattr(sample, slot, member)
+
+    def _halves(self) -> Iterator[tuple[str, str, Member]]:
+        """The (stem, slot, member) of all samples."""
+        for sample, stem in zip(self.samples, self._stems, strict=True):
+            for slot in ("image", "text", "json"):
+                if (member := getattr(sample, slot)) is not _NONE:
+                    yield stem, slot, member
+
+    def finish(self) -> None:
+        """Put fields that have names of their own together where there is one way to do it.
+
+        That is, where no sample is whole, and all images of the shard have one field name or none, and so all texts
+        and all JSON (`1.input.jpg` and `1.output.txt`); or where texts are named after the file of their image
+        (`1.jpg` and `1.jpg.txt`).
+        """
+        if any(sample.whole for sample in self.samples):
+            return
+        words: dict[str, set[str]] = {"image": set()}
+        for stem, slot, _ in self._halves():
+            words.setdefault(slot, set()).add(_field(stem)[1])
+        if len(words) < 2:
+            return
+        files = {slot for slot, of_slot in words.items() if {word.lower() for word in of_slot} <= IMAGES} - {"image"}
+        if files:
+            words.pop("image")
+        if not all(len(of_slot) == 1 for slot, of_slot in words.items() if slot not in files):
+            return
+        joined = _Grouped()
+        for stem, slot, member in self._halves():
+            joined._put(_field(stem)[0] if slot in words else stem, slot, member)
+        if any(sample.whole for sample in joined.samples):
+            self.samples, self._copies, self._fields = joined.samples, joined._copies, True
+
+    def twice(self) -> list[str]:
+        """Keys that occur more than once."""
+        return [key for key, n in self._copies.items() if n > 1]
+
+    def notes(self) -> list[str]:
+        notes, copies = [], self.twice()
+        images = sum(sample.image is not _NONE for sample in self.samples)
+        whole = sum(sample.whole for sample in self.samples)
+        others = sum(count for ending, (_, count) in self._endings.items() if ending not in IMAGES)
+        if whole * _FEW < min(images, others):
+            notes.append(f"{whole} of {len(self.samples)} samples have an image and a text: {self.members()}")
+        if self._fields:
+            first = [
+                next(n for e, (n, _) in self._endings.items() if (e in IMAGES) == image) for image in (True, False)
+            ]
+            notes.append(
+                f"fields with names of their own are taken as one sample, as {' and '.join(map(_short, first))}"
+            )
+        if copies:
+            notes.append(f"{len(copies)} {'keys occur' if len(copies) > 1 else 'key occurs'} more than once, "
+                         f"e.g. {_short(copies[0])}; the later ones are called KEY#2 and so on")  # fmt: skip
+        if self._hidden[1]:
+            name, count = self._hidden
+            are = "members" if count > 1 else "member"
+            notes.append(f"left out {count} hidden {are} (._NAME, .NAME, __MACOSX/), e.g. {_short(name)}")
+        return notes
+
+    def members(self) -> str:
+        """How members are named, and how they should be."""
+        ranked = sorted(self._endings.items(), key=lambda one: -one[1][1])
+        named = [f"{count} like {_short(first)}" for _, (first, count) in ranked[:_TOLD]]
+        if self._hidden[1]:
+            named.append(f"{self._hidden[1]} hidden ones like {_short(self._hidden[0])}")
+        return f"its members are {', '.join(named)}; expected {EXPECTED}" if named else "it has no members"
+
+
+class Shard:
+    """The samples of one tar file that training can use: a picture with a caption, or what lacks one of them.
+
+    A half sample beside a whole one (`7.seg.png` beside `7.jpg` and `7.txt`) is something else about that: left out.
+    """
+
+    def __init__(self, path: Path, column: str = TEXT_COLUMN, *, allow_truncated: bool = False):
+        """Read all headers; captions are of `column`.
+
+        Raises DataError for what is no tar, is compressed, cut off, or has links or odd names.
+        """
+        self.path = path
+        self.names: list[str] = []
+        self._spans = array("q")  # image offset, size, caption offset, size
+        self._json = bytearray()
+        try:
+            with path.open("rb") as file:
+                found = read_headers(file, path)
+        except OSError as e:
+            raise DataError(f"{self.path} cannot be read: {e.strerror}") from None
+        if found.damage and (not found.samples or not allow_truncated):
+            raise DataError(
+                f"{self.path} is not a whole tar file ({found.damage}) after {len(found.samples)} samples: "
+                "copy it again, or set allow_truncated to use the readable part"
+            )
+        whole = {sample.key for sample in found.samples if _NONE not in (sample.image, sample.caption(column))}
+        for sample in found.samples:
+            if sample.key in whole or sample.owner not in whole:
+                caption = sample.caption(column)
+                self.names.append(sample.key)
+                self._spans.extend((*sample.image, *caption))
+                self._json.append(caption is not sample.text)
+        notes = [f"not whole ({found.damage}): its first {len(self)} samples are used"] if found.damage else []
+        images, captions = (int((self.spans()[:, column] >= 0).sum()) for column in (1, 3))
+        self.summary = Summary(path, len(whole), images, captions, found.members, notes + found.notes)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def image(self, i: int) -> Member:
+        return Member(self._spans[4 * i], self._spans[4 * i + 1])
+
+    def caption(self, i: int) -> tuple[Member, bool]:
+        """Where the caption is, and whether it is in a JSON member."""
+        return Member(self._spans[4 * i + 2], self._spans[4 * i + 3]), bool(self._json[i])
+
+    def spans(self) -> np.ndarray:
+        """(samples, 4) int64: image offset and size, caption offset and size."""
+        return np.array(self._spans, dtype=np.int64).reshape(-1, 4)
+
+    def is_json(self) -> np.ndarray:
+        """(samples,) bool: whether the caption is in a JSON member."""
+        return np.array(self._json, dtype=bool)
+
+
+class Summary(NamedTuple):
+    """What a user is told of a shard that has been opened."""
+
+    path: Path
+    whole: int
+    """Samples that have both an image and a member for the caption."""
+    images: int
+    captions: int
+    members: str
+    """How the members are named, for messages."""
+    notes: list[str]
+
+
+def check_whole(where: str, shards: Sequence[Summary]) -> None:
+    """DataError if no sample of some shards has both an image and a caption; it names the members there are."""
+    if any(shard.whole for shard in shards):
+        return
+    counts = {"an image": sum(s.images for s in shards), "a caption": sum(s.captions for s in shards)}
+    lacks = " or ".join(what for what, count in counts.items() if not count)
+    members = next((f": {s.path.name}: {s.members}" for s in shards if s.members), "")
+    raise DataError(f"{where}: no sample has {f'{lacks} member' if lacks else 'both an image and a caption'}{members}")
+
+
+def read_member(shard: Path, member: Member) -> bytes:
+    """The bytes of a member. Raises BadSample if the file has become shorter than its headers say."""
+    fd = os.open(shard, os.O_RDONLY)
+    try:
+        content = os.pread(fd, member.size, member.offset)
+    finally:
+        os.close(fd)
+    if len(content) != member.size:
+        raise BadSample(f"{shard} ends before byte {sum(member):,}: it has become shorter")
+    return content

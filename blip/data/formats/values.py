@@ -1,0 +1,64 @@
+"""What the columns of a row hold, whatever file the row is of: an image and captions, or why they cannot be used.
+
+Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from blip.errors import BadSample
+
+
+def image_of(value: Any) -> bytes | str:
+    """The encoded image, or its path, of an image column's value: bytes, a path, or {bytes, path}. Raises BadSample.
+
+    A value may also be the BadSample that reading it has given.
+    """
+    if isinstance(value, BadSample):
+        raise value
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, str):
+        if encodable(value) != value:
+            raise BadSample(f"image {value[:60]!r} is not a path: it holds half a character")
+        return value
+    if value is None:
+        raise BadSample("the row has no image")
+    raise BadSample(f"the row has no image: expected bytes, a path or {{bytes, path}}, found {kind_of(value)}")
+
+
+def captions_of(value: Any) -> list[str]:
+    """The captions of a caption column's value: a text, or the texts of a list. Raises BadSample if there is none.
+
+    A value may also be the BadSample that reading it has given.
+    """
+    if isinstance(value, BadSample):
+        raise value
+    if isinstance(value, str):
+        return [encodable(value)]
+    if isinstance(value, list):
+        texts = [encodable(text) for text in value if isinstance(text, str)]
+        if texts:
+            return texts
+    if value is None:
+        raise BadSample("the row has no caption")
+    raise BadSample(f"the row has no caption: expected a text or a list of texts, found {kind_of(value)}")
+
+
+def encodable(text: str) -> str:
+    """A text without the half characters that JSON may hold and nothing can store."""
+    return text if text.isascii() else text.encode("utf-8", "ignore").decode("utf-8")
+
+
+def kind_of(value: Any) -> str:
+    """What a value of JSON or of a table is, in a few words."""
+    if isinstance(value, dict):
+        return f"an object with {', '.join(map(str, list(value)[:5]))[:60] or 'nothing'}"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if value is None:
+        return "nothing (null)"
+    return f"{str(value)[:60]!r}" if isinstance(value, str | bytes) else f"{value!r}"[:60]

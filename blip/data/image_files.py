@@ -1,0 +1,155 @@
+"""The pictures that a sub-command is given: which files they are, and reading them ahead of the model."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import hashlib
+import itertools
+import os
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from PIL import Image
+
+from blip.data.folders import Walk, files
+from blip.data.formats.tars import IMAGES
+from blip.data.images import UnreadableImage, model_input, read
+from blip.data.paths import alternatives, matching
+from blip.data.settings import DataConfig
+from blip.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_MOST_THREADS = 8
+_LOOKED = f"looked for names ending in {', '.join(sorted(IMAGES))}"
+
+
+class Picture(NamedTuple):
+    """One file, read or not."""
+
+    path: str
+    """As it was given, or the given folder joined with what is in it."""
+    digest: str
+    """SHA-256 of its bytes, hexadecimal: what it is, wherever it lies. Empty if it could not be read."""
+    pixels: Tensor | None
+    """What the transform made of it, (3, S, S)."""
+    reason: str
+    """Why it cannot be used; empty if it can."""
+
+
+class Found(NamedTuple):
+    """What names given on a command line mean."""
+
+    paths: list[str]
+    """Pictures, each once, in natural order (2 before 10)."""
+    left_out: Counter[str]
+    """How many files of folders are not named like pictures, by how their names end."""
+    walk: Walk
+    """What could not be listed, and what was not."""
+
+    @property
+    def total(self) -> int:
+        """Pictures, and what stood in their place and could not be listed."""
+        return len(self.paths) + len(self.walk.unreadable)
+
+
+def not_pictures(endings: Counter[str]) -> str:
+    """What to say of files that were left out, if there are any."""
+    common = ", ".join(ending for ending, _ in endings.most_common(5)) + ", ..." * (len(endings) > 5)
+    return f"left out {endings.total()} files that are not named like pictures ({common})" if endings else ""
+
+
+def find(given: Sequence[str]) -> Found:
+    """The pictures that files, folders and globs mean.
+
+    A file is taken whatever its name; of a folder, and the folders in it, linked ones included, what is named like a
+    picture and not hidden. DataError for a name that means nothing.
+    """
+    paths: dict[tuple[str, str], str] = {}  # by where it is, so that a file that was named twice is taken once
+    left_out: Counter[str] = Counter()
+    walk, real = Walk(), functools.cache(os.path.realpath)
+    for name in given:
+        for path in (path for one in alternatives(name) for path in _files(one, left_out, walk)):
+            folder, file = os.path.split(path)
+            paths.setdefault((real(folder), file), path)
+    if not paths:
+        raise DataError(f"no pictures in {', '.join(given)}: {_LOOKED}{_unreadable(walk)}")
+    return Found(sorted(paths.values(), key=_natural), left_out, walk)
+
+
+def _files(name: str, left_out: Counter[str], walk: Walk) -> Iterator[str]:
+    if os.path.isdir(name):
+        within = list(_in_folder(name, left_out, walk))
+        if not within:
+            raise DataError(f"no pictures in {name}: {_LOOKED}{_unreadable(walk)}")
+        yield from within
+    elif os.path.lexists(name):
+        yield name
+    elif glob.has_magic(name):
+        matches = matching(name, walk)
+        if not matches:
+            raise DataError(f"nothing matches {name}{_unreadable(walk)}")
+        for match in matches:
+            yield from _in_folder(match, left_out, walk) if os.path.isdir(match) else (match,)
+    else:
+        remedy = ": pictures are not fetched, download them first" if "://" in name else ""
+        raise DataError(f"no such file or folder: {name}{remedy}")
+
+
+def _in_folder(folder: str, left_out: Counter[str], walk: Walk) -> Iterator[str]:
+    try:
+        for path in files(folder, walk):
+            ending = os.path.splitext(path)[1].lower()
+            if ending[1:] in IMAGES:
+                yield path
+            elif os.path.islink(path) and not os.path.exists(path):  # to a folder of pictures, it may be
+                walk.unreadable.append((path, f"is a link to {os.readlink(path)}, where nothing can be found"))
+            else:
+                left_out[ending or "no ending"] += 1
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+
+def _unreadable(walk: Walk) -> str:
+    return "; " + " ".join(walk.unreadable[0]) if walk.unreadable else ""
+
+
+def _natural(path: str) -> tuple:
+    """A sorting key by which a2 comes before A10, and what differs in capitals only has an order, too."""
+    parts = path.casefold().split("/")
+    return [[(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", part)] for part in parts], path
+
+
+def read_ahead(paths: Sequence[str], transform: Callable[[Image.Image], Tensor], batch: int) -> Iterator[list[Picture]]:
+    """Yield the pictures at `paths` in order, `batch` at a time; threads decode as many ahead, and no more."""
+    threads = min(_MOST_THREADS, os.cpu_count() or 1)
+    pool = ThreadPoolExecutor(threads, "decode")
+    coming: deque[Future[Picture]] = deque()
+    waiting = iter(paths)
+
+    def order(count: int) -> None:
+        coming.extend(pool.submit(_read_one, path, transform) for path in itertools.islice(waiting, count))
+
+    try:
+        order(batch + threads)
+        while coming:
+            pictures = [coming.popleft().result() for _ in range(min(batch, len(coming)))]
+            order(len(pictures))
+            yield pictures
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _read_one(path: str, transform: Callable[[Image.Image], Tensor]) -> Picture:
+    try:
+        data = read(Path(path))
+        pixels = model_input(data, DataConfig.max_pixels, transform)
+        return Picture(path, hashlib.sha256(data).hexdigest(), pixels, "")
+    except UnreadableImage as error:
+        return Picture(path, "", None, error.reason)

@@ -1,0 +1,1 @@
+"""From records to samples and batches, one file a kind of sample."""

@@ -1,0 +1,446 @@
+"""Dialogues about pictures in the format of VisDial v1.0, and the rows of text that a model reads of them.
+
+A row is [ENC] question [SEP] answer [SEP], then what was said before, the latest round first, each ending in [SEP]; the
+oldest rounds are left out where there is no room. B dialogues, K rows of each, T text tokens, S image side in pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from blip.data.formats.sources import record
+from blip.data.images import model_input
+from blip.data.paths import check_name, check_spec
+from blip.data.prepare.captions import Pairs
+from blip.data.settings import DataConfig, Dialogues
+from blip.errors import BadSample, DataError, shown
+from blip.keyed import mix
+from blip.objectives.batch import Bad, DialogueBatch
+from blip.text import clean_caption, clean_question, is_sided
+from blip.tokenizer import Tokenizer
+
+_ROUND, _WRONG, _AUGMENT, _ALIKE = range(200, 204)
+"""What a key is for; `Pairs` uses the small numbers."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """A question with the answers to choose from, all as numbers of texts."""
+
+    question: int
+    answer: int | None
+    """What was answered; None where it is to be found out."""
+    options: np.ndarray
+    """Candidate answers, int32; none where only what was said matters."""
+    true: int | None
+    """Which of the candidates is right."""
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """What was said about a picture."""
+
+    image_id: int | str
+    image: Path
+    caption: str
+    rounds: tuple[Round, ...]
+    where: str
+    """`file:dialogue`, for people."""
+    relevance: tuple[int, tuple[float, ...]] | None = None
+    """A round's number, from 0, and how right each of its candidates is, 0 to 1."""
+
+
+class Conversations:
+    """The dialogues of one file, by number; a source of `blip.data.prepare.captions.Pairs`."""
+
+    kind = "human"
+
+    def __init__(self, config: Dialogues) -> None:
+        """Reads the files. DataError names file, dialogue and round of what does not fit, and what was expected."""
+        self.config, self.weight = config, config.weight
+        self.path = Path(check_spec(config.path))
+        self.root = Path(os.path.abspath(check_spec(config.image_root) if config.image_root else self.path.parent))
+        if not self.root.is_dir():
+            raise DataError(f"source {config.path}: image_root {self.root} is not a folder")
+        value = _load(self.path)
+        data = value.get("data") if isinstance(value, dict) else None
+        if not isinstance(data, dict) or not all(isinstance(data.get(k), list) for k in _LISTS):
+            raise DataError(f"{self.path}: expected VisDial v1.0, an object with data.questions, .answers and .dialogs")
+        self.split = str(value.get("split", ""))
+        self.questions, self.answers = (_texts(self.path, name, data[name]) for name in ("questions", "answers"))
+        find = _Finder(self.root, self.split)
+        read = _Reader(self.path, len(self.questions), len(self.answers), find)
+        self.dialogues = [read(number, row) for number, row in enumerate(data["dialogs"])]
+        if not self.dialogues:
+            raise DataError(f"{self.path}: no dialogues")
+        _refuse_repeated(self.path, self.dialogues)
+        if config.relevance:
+            self.dialogues = _with_relevance(Path(check_spec(config.relevance)), self.dialogues)
+
+    @cached_property
+    def wording(self) -> Wording:
+        """How alike its answers are worded."""
+        return Wording(self.answers)
+
+    def check_some_exist(self) -> None:
+        """DataError if none of some pictures, evenly spread, is there: a wrong image_root is found at the start."""
+        step = max(1, len(self) // 16)
+        if not any(dialogue.image.exists() for dialogue in self.dialogues[::step]):
+            raise DataError(
+                f"source {self.config.path}: none of its pictures is there; looked for {self.dialogues[0].image}. "
+                "Set image_root to the folder that holds them"
+            )
+
+    def __len__(self) -> int:
+        return len(self.dialogues)
+
+    def __getitem__(self, row: int) -> tuple[Conversations, Dialogue]:
+        return self, self.dialogues[row]
+
+    def key(self, row: int) -> str:
+        return self.dialogues[row].where
+
+    def identity(self) -> str:
+        return json.dumps([self.path.name, self.path.stat().st_size, self.config.weight, len(self)])
+
+
+_LISTS = ("questions", "answers", "dialogs")
+
+
+def _load(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON ({error}); is the file cut off?") from None
+
+
+def _texts(path: Path, name: str, texts: list) -> list[str]:
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError(f"{path}: {name}[{number}] is {shown(text)}, not a text")
+    return texts
+
+
+def _refuse_repeated(path: Path, dialogues: Sequence[Dialogue]) -> None:
+    first: dict[Any, str] = {}
+    for dialogue in dialogues:
+        if dialogue.image_id in first:
+            raise DataError(
+                f"{path}: image {dialogue.image_id} is there twice, in {first[dialogue.image_id]} and "
+                f"{dialogue.where}; expected one dialogue an image"
+            )
+        first[dialogue.image_id] = dialogue.where
+
+
+class _Reader:
+    """One dialogue of the file -> Dialogue."""
+
+    def __init__(self, path: Path, questions: int, answers: int, find: _Finder) -> None:
+        self.path, self.questions, self.answers, self.find = path, questions, answers, find
+
+    def __call__(self, number: int, row: Any) -> Dialogue:
+        where = f"{self.path}: dialogs[{number}]"
+        needed = ("image_id", "caption", "dialog")
+        if not isinstance(row, dict) or not all(name in row for name in needed):
+            raise DataError(f"{where} lacks one of {', '.join(needed)}")
+        image_id, caption, rounds = (row[name] for name in needed)
+        if isinstance(image_id, bool) or not isinstance(image_id, int | str) or not isinstance(caption, str):
+            raise DataError(f"{where}: expected a number for image_id and a text for caption")
+        if not isinstance(rounds, list) or not rounds:
+            raise DataError(f"{where}, image {image_id}: expected a list of rounds in 'dialog'")
+        image = self.find(where, image_id, row.get("image"))
+        parts = tuple(self._round(f"{where}, image {image_id}, round {n + 1}", r) for n, r in enumerate(rounds))
+        return Dialogue(image_id, image, caption, parts, f"{self.path.name}:{number}")
+
+    def _round(self, where: str, row: Any) -> Round:
+        if not isinstance(row, dict) or "question" not in row:
+            raise DataError(f"{where} has no question")
+        question = _index(where, "question", row["question"], self.questions)
+        answer = None if row.get("answer") is None else _index(where, "answer", row["answer"], self.answers)
+        options = row.get("answer_options", [])
+        if not isinstance(options, list):
+            raise DataError(f"{where}: answer_options is {str(options)[:40]!r}; expected a list of numbers")
+        for option in options:
+            _index(where, "answer_options", option, self.answers)
+        true = row.get("gt_index")
+        if true is not None:
+            true = _index(where, "gt_index", true, len(options))
+        elif answer is not None and answer in options:
+            true = options.index(answer)
+        return Round(question, answer, np.array(options, np.int32), true)
+
+
+def _index(where: str, name: str, value: Any, size: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < size:
+        raise DataError(f"{where}: {name} has {shown(value)}; expected a number from 0 to {size - 1}")
+    return value
+
+
+def _with_relevance(path: Path, dialogues: Sequence[Dialogue]) -> list[Dialogue]:
+    """Dense annotations: [{image_id, round_id, gt_relevance}], rounds from 1; `relevance` in the training sample."""
+    rows = _load(path)
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: expected a list of {{image_id, round_id, gt_relevance}}")
+    at = {dialogue.image_id: number for number, dialogue in enumerate(dialogues)}
+    found, left = list(dialogues), 0
+    for number, row in enumerate(rows):
+        where = f"{path}: row {number}"
+        values = row.get("gt_relevance", row.get("relevance")) if isinstance(row, dict) else None
+        named = isinstance(row, dict) and isinstance(row.get("image_id"), int | str)
+        if not named or not isinstance(values, list) or not isinstance(row.get("round_id"), int):
+            raise DataError(f"{where}: expected image_id, round_id and gt_relevance")
+        if row["image_id"] not in at:
+            left += 1
+            continue
+        dialogue, index = found[at[row["image_id"]]], row["round_id"] - 1
+        if not 0 <= index < len(dialogue.rounds) or len(values) != len(dialogue.rounds[index].options):
+            raise DataError(
+                f"{where}: {len(values)} values for round {row['round_id']} of image {row['image_id']}; expected one "
+                "for each of its candidates"
+            )
+        if not all(isinstance(v, int | float) and 0 <= v <= 1 for v in values):
+            raise DataError(f"{where}: expected numbers from 0 to 1 in gt_relevance")
+        found[at[row["image_id"]]] = replace(dialogue, relevance=(index, tuple(map(float, values))))
+    if left == len(rows):
+        raise DataError(f"{path}: none of its images is in the dialogues; is it of another split?")
+    return found
+
+
+class _Finder:
+    """A picture by its number, as VisDial's folders and COCO's name it, or by the path that a dialogue gives."""
+
+    def __init__(self, root: Path, split: str) -> None:
+        visdial = f"VisualDialog_{split}"
+        self.root = root
+        self._names = [
+            *(f"{folder}{visdial}_NUMBER.jpg" for folder in ("", f"{visdial}/", f"images/{visdial}/")),
+            *(
+                f"{folder}COCO_{part}_NUMBER.jpg"
+                for part in ("train2014", "val2014")
+                for folder in ("", f"{part}/", f"images/{part}/")
+            ),
+        ]
+        self._at = 0
+
+    def __call__(self, where: str, image_id: int | str, image: Any) -> Path:
+        if image is None and not isinstance(image_id, int):
+            image = f"{image_id}.jpg"
+        if image is not None:
+            reason = check_name(image, self.root) if isinstance(image, str) else f"image {shown(image)} is not a path"
+            if reason:
+                raise DataError(f"{where}: {reason}")
+            return self.root / image
+        # Where the last one was, and then wherever else one may be: the training set is COCO's train and val.
+        order = [self._at, *(k for k in range(len(self._names)) if k != self._at)]
+        for k in order:
+            path = self._path(k, image_id)
+            if path.exists():
+                self._at = k
+                return path
+        return self._path(self._at, image_id)
+
+    def _path(self, k: int, number: int) -> Path:
+        return self.root / self._names[k].replace("NUMBER", f"{number:012d}")
+
+
+def read_picture(
+    dialogue: Dialogue,
+    root: Path,
+    max_pixels: int,
+    transform: Callable[[Image.Image], Tensor],
+    at_least: int | None = None,
+) -> Tensor:
+    """What `transform` makes of the picture, RGB; `at_least` as in `images.decode`. Raises BadSample with the file."""
+    try:
+        inside = record(dialogue.where, str(dialogue.image), "", root).image
+        return model_input(inside, max_pixels, transform, at_least)
+    except BadSample as error:
+        raise BadSample(f"{dialogue.image.name}: {error.reason}") from None
+
+
+# Text -----------------------------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """What a model reads of a dialogue: word pieces of each text once, put together as often as asked for."""
+
+    def __init__(self, source: Conversations, dialogue: Dialogue, tokenizer: Tokenizer, config: DataConfig) -> None:
+        self.source, self.dialogue, self.tokenizer, self.config = source, dialogue, tokenizer, config
+        self._known: dict[str, list[int]] = {}
+
+    def caption(self) -> list[int]:
+        """[CLS] caption [SEP]. Raises BadSample if it has no words."""
+        words = clean_caption(self.dialogue.caption, self.config.max_words)
+        return self.tokenizer.pieces(words, self.config.max_words + 2)
+
+    def round(self, number: int, answers: Sequence[int]) -> list[list[int]]:
+        """One row for each of some answers to the question of a round."""
+        rounds, source = self.dialogue.rounds, self.source
+        question = self._pieces(source.questions[rounds[number].question])
+        before = self._said(number)
+        return [self._row(question, self._pieces(source.answers[a]), before) for a in answers]
+
+    def _said(self, number: int) -> list[list[int]]:
+        """The earlier rounds, the latest first; one whose answer is not known says its question only."""
+        said = []
+        for one in reversed(self.dialogue.rounds[:number]):
+            answer = [] if one.answer is None else self._pieces(self.source.answers[one.answer])
+            said.append([*self._pieces(self.source.questions[one.question]), *answer, self.tokenizer.sep_id])
+        return said
+
+    def _row(self, question: list[int], answer: list[int], before: Sequence[list[int]]) -> list[int]:
+        sep, room = self.tokenizer.sep_id, self.config.max_tokens
+        answer = answer[: room - 3]
+        row = [self.tokenizer.enc_id, *question[: room - 3 - len(answer)], sep, *answer, sep]
+        for said in before:
+            if len(row) + len(said) > room:
+                break
+            row += said
+        return row
+
+    def _pieces(self, text: str) -> list[int]:
+        if text not in self._known:
+            words = clean_question(text, self.config.max_words)
+            self._known[text] = self.tokenizer.pieces(words, self.config.max_tokens)[1:-1]
+        return self._known[text]
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sample:
+    """Rows of one dialogue, ready to be put in a batch."""
+
+    image: Tensor
+    """(3, S, S) float32."""
+    caption: list[int]
+    rows: list[list[int]]
+    """Of each round the true answer, then false ones."""
+    key: str
+    bad: list[Bad] = field(default_factory=list)
+    """Samples that were tried before this one."""
+
+
+class DialoguePairs(Pairs):
+    """Training dialogues by draw: some rounds of each, with the true answer and some of the false ones."""
+
+    def __init__(
+        self,
+        sources: Sequence[Conversations],
+        transform: Callable,
+        tokenizer: Tokenizer,
+        config: DataConfig,
+        seed: int,
+        rounds: int,
+        wrong: int,
+        alike: int = 0,
+    ) -> None:
+        """`alike` of the `wrong` answers are among the 2 x `alike` that are worded most like the true one.
+
+        Raises DataError when there is nothing to draw from, a dialogue teaches nothing, or no picture is there.
+        """
+        self.rounds, self.wrong, self.alike = rounds, wrong, alike
+        for source in sources:
+            source.check_some_exist()
+            for dialogue in source.dialogues:
+                if not _teaching(dialogue):
+                    raise DataError(f"{source.path}: image {dialogue.image_id}: no round has its right answer marked")
+        super().__init__(sources, transform, tokenizer, config, seed)
+
+    def make(self, record: tuple[Conversations, Dialogue], key: tuple[int, ...]) -> Sample:
+        """Choose rounds and false answers, decode, augment and tokenize, all keyed. Raises BadSample."""
+        source, dialogue = record
+        rows, texts = Rows(source, dialogue, self.tokenizer, self.config), []
+        for n, number in enumerate(_drawn(_teaching(dialogue), self.rounds, mix(_ROUND, *key))):
+            one = dialogue.rounds[number]
+            said = source.answers[one.options[one.true]]
+            false = [option for option in one.options if source.answers[option] != said]
+            if not false:
+                raise BadSample(f"round {number + 1} has no false answer")
+            true, near = one.options[one.true], []
+            if self.alike:
+                near = source.wording.most_like(true, false, 2 * self.alike)
+                near = _drawn(near, min(self.alike, len(near)), mix(_ALIKE, n, *key))
+            others = [option for option in false if option not in near] or false
+            others = _drawn(others, self.wrong - len(near), mix(_WRONG, n, *key))
+            texts += rows.round(number, [true, *near, *others])
+        sided = any(map(is_sided, _said(source, dialogue)))
+
+        def augment(image: Image.Image) -> Tensor:
+            return self.transform(image, _AUGMENT, *key, sided=sided)
+
+        image = read_picture(dialogue, source.root, self.config.max_pixels, augment, self.transform.at_least)
+        return Sample(image, rows.caption(), texts, dialogue.where)
+
+    def collate(self, samples: Sequence[Sample]) -> DialogueBatch:
+        caption_ids, caption_keep = self.tokenizer.pad([s.caption for s in samples])
+        ids, keep = self.tokenizer.pad([row for s in samples for row in s.rows])
+        bad = [b for s in samples for b in s.bad]
+        image = torch.stack([s.image for s in samples])
+        keys = [s.key for s in samples]
+        return DialogueBatch(image, caption_ids, caption_keep, ids, keep, 1 + self.wrong, keys, bad)
+
+    def probe(self) -> list[str]:
+        texts = [t for s in self.sources for part in (s.questions, s.answers) for t in part[:: 1 + len(part) // 100]]
+        return [clean_question(text, self.config.max_words) for text in texts]
+
+    def fingerprint(self) -> str:
+        return f"{super().fingerprint()}-{self.rounds}-{self.wrong}" + f"-{self.alike}" * bool(self.alike)
+
+
+class Wording:
+    """Which answers are worded alike: by the words that they share, the more the fewer answers have one."""
+
+    def __init__(self, answers: Sequence[str]) -> None:
+        self.answers = answers
+        counts = Counter(word for answer in answers for word in set(answer.lower().split()))
+        self.weights = {word: math.log(1 + len(answers) / count) for word, count in counts.items()}
+
+    def most_like(self, true: int, others: Sequence[int], count: int) -> list[int]:
+        """Of other answers those most like one, by the weight of the words of both over that of the words of either."""
+        own = set(self.answers[true].lower().split())
+        likeness = {}
+        for other in others:
+            words = set(self.answers[other].lower().split())
+            likeness[other] = self._weight(own & words) / max(self._weight(own | words), 1e-9)
+        return sorted(likeness, key=lambda other: (-likeness[other], other))[:count]
+
+    def _weight(self, words: set[str]) -> float:
+        return sum(self.weights[word] for word in words)
+
+
+def _teaching(dialogue: Dialogue) -> list[int]:
+    """Rounds whose right answer is known among others."""
+    return [n for n, one in enumerate(dialogue.rounds) if one.true is not None and len(one.options) > 1]
+
+
+def _said(source: Conversations, dialogue: Dialogue) -> list[str]:
+    """All that was said of the picture."""
+    answers = [source.answers[r.answer] for r in dialogue.rounds if r.answer is not None]
+    return [dialogue.caption, *answers, *(source.questions[r.question] for r in dialogue.rounds)]
+
+
+def _drawn(items: Sequence[int], count: int, key: int) -> list[int]:
+    """`count` of some items, none twice before all were taken."""
+    found: list[int] = []
+    rest: list[int] = []
+    for n in range(count):
+        rest = rest or list(items)
+        found.append(rest.pop(mix(key, n) % len(rest)))
+    return found

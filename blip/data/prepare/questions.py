@@ -1,0 +1,416 @@
+"""Questions about pictures with the answers that people gave, from the formats that they come in.
+
+A question is one row of a source; `QuestionPairs` draws them as `Pairs` draws captions. B questions, A answers to them,
+S image side in pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from blip.data.formats.json_rows import read_rows
+from blip.data.formats.sources import Record, record
+from blip.data.images import model_input
+from blip.data.paths import check_name, check_spec
+from blip.data.prepare.captions import Pairs, Sample, make_batch, picture_id
+from blip.data.settings import DataConfig, PictureQuestions
+from blip.errors import BadSample, DataError, shown
+from blip.objectives.batch import QuestionBatch
+from blip.text import clean_question, is_sided
+from blip.tokenizer import Tokenizer
+
+Id = int | str
+VISUAL_GENOME = 0.2
+"""What the answers of rows of dataset vg count in the 2022 release."""
+_AUGMENT = 200
+"""What a key is for; `Pairs` uses the small numbers."""
+_BLOCK = 1 << 16
+_LONGEST_ANSWER = 32
+"""Word pieces of the longest answer that is learned, [DEC] and [SEP] included."""
+_NAME = "{subset}/COCO_{subset}_{image_id:012d}.jpg"
+"""Where VQA v2's pictures are."""
+
+
+class Question(NamedTuple):
+    """A question as it is stored."""
+
+    id: Id
+    text: str
+    image: str
+    """Path under the source's root."""
+    answers: list[str]
+    """Those of the annotators, one each; none where the data does not say."""
+    weight: float = 1.0
+    """How much the answers count together."""
+    question_type: str = ""
+    answer_type: str = ""
+
+
+class Questions:
+    """The questions of one source, by number; shared with workers instead of copied."""
+
+    kind = "human"
+
+    def __init__(self, config: PictureQuestions) -> None:
+        """Reads the file. DataError names file, row and id of what does not fit, and what was expected."""
+        self.config, self.weight = config, config.weight
+        self.path = Path(check_spec(config.path))
+        self.root = _root(config, self.path)
+        blocks, self.ids = [], []
+        rows = _rows(config, self.path, self.root)
+        while block := list(islice(rows, _BLOCK)):
+            self.ids += [question.id for question in block]
+            blocks.append(_columns(block))
+        if not blocks:
+            raise DataError(f"{self.path}: no questions")
+        self._table = pa.concat_tables(blocks).combine_chunks()
+        _refuse_repeated(self.path, self.ids)
+
+    def check_some_exist(self) -> None:
+        """DataError if none of some pictures, evenly spread, is there: a wrong image_root is found at the start."""
+        rows = np.linspace(0, len(self) - 1, min(16, len(self)), dtype=np.int64).tolist()
+        names = [self._table["image"][row].as_py() for row in rows]
+        if not any((self.root / name).exists() for name in names):
+            raise DataError(
+                f"source {self.config.path}: none of its pictures is there; looked for {self.root / names[0]}. "
+                "Set image_root (and image_name, for pictures that are known by number) to where they are"
+            )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def question(self, row: int) -> Question:
+        """A question as it is stored."""
+        return Question(self.ids[row], **{name: self._table[name][row].as_py() for name in _TYPES})
+
+    def __getitem__(self, row: int) -> QuestionRecord:
+        found = self.question(int(row))
+        image = record(self.key(row), found.image, found.text, self.root).image
+        return QuestionRecord(self.key(row), image, found.answers, found.text, found.weight)
+
+    def key(self, row: int) -> str:
+        return f"{self.path.name}:{row} question {self.ids[row]}"
+
+    def answers(self) -> Counter[str]:
+        """All answers that are given, with how often."""
+        return Counter(answer for chunk in self._table["answers"].chunks for answer in chunk.flatten().to_pylist())
+
+    def unanswered(self) -> list[int]:
+        """Rows of the questions to which no answer is known."""
+        lengths = np.concatenate([chunk.value_lengths() for chunk in self._table["answers"].chunks])
+        return np.flatnonzero(lengths == 0).tolist()
+
+    def identity(self) -> str:
+        config = self.config
+        files = [self.path, *([Path(check_spec(config.annotations))] if config.annotations else [])]
+        columns = (config.image_column, config.question_column, config.answer_column, config.image_name)
+        chosen = (config.weight, config.answer_weight, len(self))
+        return json.dumps([columns, chosen, [(file.name, file.stat().st_size) for file in files]])
+
+
+@dataclass(frozen=True)
+class QuestionRecord(Record):
+    """A row to learn from; `captions` are the answers."""
+
+    question: str
+    weight: float
+
+
+_TYPES = {
+    "text": pa.large_string(),
+    "image": pa.large_string(),
+    "answers": pa.large_list(pa.large_string()),
+    "weight": pa.float32(),
+    "question_type": pa.string(),
+    "answer_type": pa.string(),
+}
+
+
+def _columns(block: Sequence[Question]) -> pa.Table:
+    def plain(value: Any) -> Any:
+        if isinstance(value, str):
+            return value.encode("utf-8", "ignore").decode()  # JSON may hold half a surrogate
+        return [plain(part) for part in value] if isinstance(value, list) else value
+
+    return pa.table({n: pa.array([plain(getattr(q, n)) for q in block], kind) for n, kind in _TYPES.items()})
+
+
+def _root(config: PictureQuestions, path: Path) -> Path:
+    if config.image_root is None:
+        return Path(os.path.abspath(path.parent))
+    root = Path(os.path.abspath(check_spec(config.image_root)))
+    if not root.is_dir():
+        raise DataError(f"source {config.path}: image_root {root} is not a folder")
+    return root
+
+
+def _refuse_repeated(path: Path, ids: Sequence[Id]) -> None:
+    if len(set(ids)) < len(ids):
+        twice = [name for name, count in Counter(ids).items() if count > 1]
+        raise DataError(
+            f"{path}: {len(twice)} question ids are there more than once ({', '.join(map(str, twice[:5]))}); expected "
+            "each once: set id_column, or give a file without them"
+        )
+
+
+# Formats --------------------------------------------------------------------------------------------------------------
+
+
+def _rows(config: PictureQuestions, path: Path, root: Path) -> Iterator[Question]:
+    """The questions of a file in any of the formats. Raises DataError."""
+    start = _start(path)
+    if start.startswith("[[") and path.suffix == ".json":
+        rows = _easy(path, load(path))
+    elif start.startswith("{") and path.suffix == ".json":
+        rows = _official(config, path, load(path))
+    else:
+        if config.annotations:
+            raise DataError(
+                f"{path} is a list, which has its answers in it: leave annotations {config.annotations} out"
+            )
+        rows = _listed(config, path)
+    for number, question in enumerate(rows):
+        reason = check_name(question.image, root)
+        if reason:
+            raise DataError(f"{path}: row {number}: {reason}")
+        yield question
+
+
+def _start(path: Path) -> str:
+    """The first characters of a file, spaces left out."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            return "".join(file.read(4096).split())
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def load(path: Path) -> Any:
+    """A JSON file as a whole. Raises DataError."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not valid JSON ({error}); is the file cut off?") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _easy(path: Path, rows: list[Any]) -> Iterator[Question]:
+    """easy-VQA: [question, answer, number of the picture] in images/NUMBER.png beside the file."""
+    for number, row in enumerate(rows):
+        kinds = [type(value) for value in row] if isinstance(row, list) else []
+        if kinds != [str, str, int]:
+            raise DataError(f"{path}: row {number} is {str(row)[:60]!r}; expected [question, answer, image number]")
+        text, answer, image = row
+        kind = "yes/no" if answer in ("yes", "no") else "other"
+        yield Question(number, text, f"images/{image}.png", [answer], 1.0, " ".join(text.split()[:2]), kind)
+
+
+def _official(config: PictureQuestions, path: Path, value: dict[str, Any]) -> Iterator[Question]:
+    """VQA v2: {questions: [{image_id, question, question_id}]}, and {annotations: [{question_id, answers, ...}]}."""
+    questions = value.get("questions")
+    if not isinstance(questions, list):
+        keys = ", ".join(map(str, list(value)[:8]))
+        said = "it has annotations: give it as annotations, and the file of questions as path"
+        raise DataError(f"{path} has no questions ({said if 'annotations' in value else f'it has: {keys}'})")
+    subset = value.get("data_subtype")
+    subset = {"test-dev2015": "test2015"}.get(subset, subset)
+    told = annotations(Path(check_spec(config.annotations))) if config.annotations else None
+    weight = 1.0 if config.answer_weight is None else config.answer_weight
+    unanswered = []
+    for number, row in enumerate(questions):
+        where = f"{path}: row {number}"
+        name, text = _id(row, "question_id", where), _text(row, "question", where)
+        image = _text(row, "image", where) if "image" in row else _image(config, row, subset, where)
+        if told is None:
+            yield Question(name, text, image, [], weight)
+            continue
+        if name not in told:
+            unanswered.append(name)
+            continue
+        found = told.pop(name)
+        yield Question(name, text, image, found.answers, weight, found.question_type, found.answer_type)
+    if unanswered or told:
+        missing, other = (", ".join(map(str, islice(names, 5))) for names in (unanswered, told or ()))
+        said = [f"{len(unanswered)} questions of {path.name} without answers ({missing})"] * bool(unanswered)
+        said += [f"{len(told or ())} answers to other questions ({other})"] * bool(told)
+        raise DataError(f"{config.annotations}: {' and '.join(said)}; are they of the same split?")
+
+
+def annotations(path: Path) -> dict[Id, Question]:
+    """VQA v2's answers by question id. Raises DataError."""
+    value = load(path)
+    rows = value.get("annotations") if isinstance(value, dict) else None
+    if not isinstance(rows, list):
+        raise DataError(f"{path} has no list of annotations; expected VQA v2's {{annotations: [...]}}")
+    found: dict[Id, Question] = {}
+    for number, row in enumerate(rows):
+        where = f"{path}: annotation {number}"
+        name = _id(row, "question_id", where)
+        if name in found:
+            raise DataError(f"{where}: question {name} is there twice")
+        answers = _answers(row.get("answers"), where)
+        if not answers:
+            raise DataError(f"{where} (question {name}) has no answers")
+        kinds = [str(row.get(key) or "") for key in ("question_type", "answer_type")]
+        found[name] = Question(name, "", "", answers, 1.0, *kinds)
+    return found
+
+
+def _image(config: PictureQuestions, row: dict[str, Any], subset: Any, where: str) -> str:
+    number = _id(row, "image_id", where)
+    if config.image_name is None and not isinstance(subset, str):
+        raise DataError(
+            f"{where}: only the number of its picture is given, and the file has no data_subtype: set image_name, such "
+            "as 'val2014/COCO_val2014_{image_id:012d}.jpg'"
+        )
+    try:
+        return (config.image_name or _NAME).format(image_id=number, subset=subset)
+    except (KeyError, ValueError, IndexError, AttributeError) as error:
+        raise DataError(f"{where}: image_name {config.image_name!r} does not go with {number!r}: {error!r}") from None
+
+
+def _listed(config: PictureQuestions, path: Path) -> Iterator[Question]:
+    """A list or lines of {image, question, answer}: the 2022 release's, and others by their columns."""
+    for number, row in read_rows(path):
+        where = f"{path}: row {number}"
+        column = "answers" if config.answer_column not in row and "answers" in row else config.answer_column
+        weight = config.answer_weight
+        if weight is None:
+            weight = VISUAL_GENOME if row.get("dataset") == "vg" else 1.0
+        name = _id(row, config.id_column, where) if config.id_column in row else number
+        kinds = [str(row.get(key) or "") for key in ("question_type", "answer_type")]
+        text, image = _text(row, config.question_column, where), _text(row, config.image_column, where)
+        yield Question(name, text, image, _answers(row.get(column), where), weight, *kinds)
+
+
+def _text(row: Any, key: str, where: str) -> str:
+    value = row.get(key) if isinstance(row, dict) else None
+    if not isinstance(value, str) or not value.strip():
+        have = ", ".join(map(str, row))[:200] if isinstance(row, dict) else f"it is {str(row)[:40]!r}"
+        raise DataError(f"{where} has no text in {key!r} (it has: {have}); set the column that holds it")
+    return value
+
+
+def _id(row: Any, key: str, where: str) -> Id:
+    value = row.get(key) if isinstance(row, dict) else None
+    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+        raise DataError(f"{where} has no id in {key!r}: expected a number or a text, found {shown(value)}")
+    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
+
+
+def _answers(value: Any, where: str) -> list[str]:
+    """An answer, a list of them, or of VQA v2's {answer, answer_confidence}."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    found = [one.get("answer") if isinstance(one, dict) else one for one in values]
+    for one in found:
+        if isinstance(one, bool) or not isinstance(one, str | int | float):
+            raise DataError(f"{where}: an answer is {shown(one)}; expected a text")
+    return [str(one) for one in found]
+
+
+def read_answers(path: Path) -> list[str]:
+    """Answers to choose from: a JSON list, as the 2022 release's answer_list.json, or one a line. Raises DataError."""
+    if path.suffix == ".json":
+        found = load(path)
+        if not isinstance(found, list) or not all(isinstance(answer, str) for answer in found):
+            raise DataError(f"{path} is not a list of texts; expected answers to choose from")
+    else:
+        try:
+            found = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} cannot be read as a list of answers: {error}") from None
+    found = [answer for answer in found if answer.strip()]
+    if not found:
+        raise DataError(f"{path} has no answers")
+    return found
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class QuestionSample(Sample):
+    """A question, ready to be put in a batch."""
+
+    answers: dict[tuple[int, ...], float] = field(default_factory=dict)
+    """[CLS] word pieces [SEP] of each answer -> its weight."""
+
+
+class QuestionPairs(Pairs):
+    """Questions to learn from by draw, with pictures that cannot be read replaced."""
+
+    def __init__(
+        self, sources: Sequence[Questions], transform: Callable, tokenizer: Tokenizer, config: DataConfig, seed: int
+    ) -> None:
+        """Raises DataError when there is nothing to draw from, a question has no answer, or no picture is there."""
+        for source in sources:
+            source.check_some_exist()
+            if bare := source.unanswered():
+                raise DataError(
+                    f"{source.key(bare[0])} and {len(bare) - 1} others have no answers to learn from: "
+                    "give annotations, or set answer_column"
+                )
+        super().__init__(sources, transform, tokenizer, config, seed)
+
+    def make(self, record: QuestionRecord, key: tuple[int, ...]) -> QuestionSample:
+        """Decode, augment and tokenize, all keyed. Raises BadSample."""
+        question = clean_question(record.question, self.config.max_words)
+        if not question:
+            raise BadSample(f"the question has no words: {record.question[:40]!r}")
+        sided = is_sided(question) or any(is_sided(answer) for answer in record.captions)
+        pixels = model_input(
+            record.image,
+            self.config.max_pixels,
+            lambda image: self.transform(image, _AUGMENT, *key, sided=sided),
+            self.transform.at_least,
+        )
+        pieces = self.tokenizer.pieces(question, self.config.max_tokens)
+        answers = weighed(record.captions, record.weight, self.tokenizer)
+        if not answers:
+            raise BadSample(f"no answer of 1 to {_LONGEST_ANSWER - 2} word pieces: {record.captions[0][:40]!r}")
+        return QuestionSample(pixels, pieces, record.key, image_id=picture_id(record), answers=answers)
+
+    def collate(self, samples: Sequence[QuestionSample]) -> QuestionBatch:
+        return make_question_batch(samples, self.tokenizer)
+
+    def probe(self) -> list[str]:
+        rows = [(s, int(i)) for s in self.sources for i in np.linspace(0, len(s) - 1, min(len(s), 100))]
+        found = [source.question(row) for source, row in rows]
+        texts = [clean_question(question.text, self.config.max_words) for question in found]
+        return texts + [question.answers[0] for question in found]
+
+
+def weighed(answers: Sequence[str], weight: float, tokenizer: Tokenizer) -> dict[tuple[int, ...], float]:
+    """Answers of a question as word pieces, each once, weighed by how many annotators gave it; `weight` in all.
+
+    Answers that are spelt with the same pieces are one. Those without words, or of more than 32 pieces, are left out.
+    """
+    found: dict[tuple[int, ...], float] = {}
+    for answer in answers:
+        pieces = tuple(tokenizer.pieces(answer, _LONGEST_ANSWER + 1))
+        if 2 < len(pieces) <= _LONGEST_ANSWER:
+            found[pieces] = found.get(pieces, 0.0) + weight / len(answers)
+    return found
+
+
+def make_question_batch(samples: Sequence[QuestionSample], tokenizer: Tokenizer) -> QuestionBatch:
+    """B samples -> one batch, texts padded to the longest."""
+    batch = make_batch(samples, tokenizer)
+    answers = [(pieces, weight, i) for i, s in enumerate(samples) for pieces, weight in s.answers.items()]
+    ids, keep = tokenizer.pad([pieces for pieces, _, _ in answers])
+    weights, owners = torch.tensor([w for _, w, _ in answers]), torch.tensor([i for _, _, i in answers])
+    return QuestionBatch(**vars(batch), answer_ids=ids, answer_keep=keep, weights=weights, question=owners)

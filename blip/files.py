@@ -1,0 +1,293 @@
+"""Files and folders that are there whole or not at all, and one message for a write that failed.
+
+Imports nothing heavy: checkpoints are built on it, and CapFilt's jobs, which start without torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import stat
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from blip.errors import Stopped
+
+TEMPORARY = ".tmp-"
+"""Beginning of the name of what is being written."""
+_WRITER = re.compile(re.escape(TEMPORARY) + r".+-([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{8}")
+"""A temporary's name: of what, by which machine and process, begun when."""
+_STALE = 3600.0
+"""Seconds after which what another machine left half written, and has not touched since, is taken for abandoned."""
+_CLOCK = 60.0
+"""Seconds by which two readings of when a process began may differ."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def sync(path: Path) -> None:
+    """Have the disk keep a file, or what a folder lists, before anything else is done."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def partial(path: Path) -> Path:
+    """The name under which a file or folder is written before it gets the name `path`.
+
+    What dead writers left beside it is swept first, once in a process.
+    """
+    _sweep_once(str(path.parent.absolute()), os.getpid())
+    # A long name has to leave room for who writes; what tells two temporaries apart is their end.
+    return path.with_name(
+        f"{TEMPORARY}{path.name.encode()[:120].decode(errors='ignore')}-{_me()}-{uuid.uuid4().hex[:8]}"
+    )
+
+
+@functools.lru_cache(1024)
+def _sweep_once(folder: str, process: int) -> None:
+    sweep(Path(folder))
+
+
+def sweep(folder: Path, *, inside: bool = False) -> None:
+    """Remove the temporaries in a folder, and `inside` its folders, whose writers are dead.
+
+    A writer of this machine is asked for; one of another is taken for dead when an hour went by without a change. A
+    live writer's, and whatever was not named by `partial`, is left alone.
+    """
+    for path in folder.glob(f"**/{TEMPORARY}*" if inside else f"{TEMPORARY}*"):
+        with contextlib.suppress(OSError):
+            if _abandoned(path):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
+
+
+def _abandoned(path: Path) -> bool:
+    written_by = _WRITER.fullmatch(path.name)
+    if written_by is None:
+        return False
+    machine, process, began = written_by.groups()
+    if machine != _machine():
+        changed = [path.lstat().st_mtime, *(inner.lstat().st_mtime for inner in path.rglob("*"))]
+        return max(changed) < time.time() - _STALE
+    alive = _began(int(process))
+    return alive is None or abs(alive - int(began)) > _CLOCK
+
+
+def _me() -> str:
+    return f"{_machine()}-{os.getpid()}-{_began(os.getpid()) or 0:.0f}"
+
+
+@functools.cache
+def _machine() -> str:
+    """What tells apart places whose process numbers mean different processes: machines, and containers on one."""
+    try:
+        numbers = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        numbers = ""
+    return hashlib.sha256(f"{socket.gethostname()} {numbers}".encode()).hexdigest()[:8]
+
+
+def _began(process: int) -> float | None:
+    """When a process began, in seconds of the clock; None if there is none."""
+    import psutil
+
+    try:
+        found = psutil.Process(process)
+        return None if found.status() == psutil.STATUS_ZOMBIE else found.create_time()
+    except psutil.NoSuchProcess:
+        return None
+    except psutil.AccessDenied:  # there is one, and nothing says that it is another
+        return math.nan
+
+
+@contextlib.contextmanager
+def ordinary_mode(path: Path) -> Iterator[None]:
+    """Around whatever writes a file: it has the permissions of any new file here, also where a library chose others.
+
+    safetensors 0.8 gives a file to its writer alone, so that nobody else could load a model.
+    """
+    with path.open("ab"):  # made as files are made here, by the umask or what the folder hands down
+        pass
+    mode = stat.S_IMODE(path.stat().st_mode)
+    yield
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        path.chmod(mode)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that it survives a power cut."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def not_permitted(error: PermissionError) -> str:
+    """What to say of a file that this user may not use: which, whose it is, and what its owner can do."""
+    if error.filename is None:
+        return str(error)
+    path = Path(os.fsdecode(error.filename))
+    said = f"{path}: permission denied"
+    with contextlib.suppress(OSError, KeyError, AttributeError, ImportError):  # Windows has no owners
+        closed = next((part for part in reversed(path.parents) if not os.access(part, os.X_OK)), path)
+        info = closed.stat()
+        whose = f"{closed} belongs to {_user(info.st_uid)} and has mode {stat.S_IMODE(info.st_mode):03o}"
+        said += f" ({whose}; this is {_user(os.geteuid())}): its owner can open it with chmod, or run this as its owner"
+    return said
+
+
+def _user(number: int) -> str:
+    try:
+        import pwd
+
+        return pwd.getpwuid(number).pw_name
+    except (ImportError, KeyError):
+        return f"user {number}"
+
+
+def not_written(path: Path, advice: str, error: BaseException | None = None, needs: int | None = None) -> str:
+    """Why a file could not be written, in a line: where, the bytes needed and free, and, of a full disk, what to do."""
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    full = getattr(error, "errno", None) in _FULL or (needs is not None and free < needs)
+    said = [
+        f"could not write {path}: {'' if needs is None else f'needs about {needs:,} bytes, '}{free:,} bytes are free."
+    ]
+    said += [f"Free some space or {advice}."] if full else []
+    said += [f"The reason given: {getattr(error, 'strerror', None) or error}"] if error is not None else []
+    return " ".join(said)
+
+
+MANIFEST = "MANIFEST.json"
+_ADVICE = "lower train.keep_checkpoints"
+
+
+class WriteError(Stopped):
+    """A file could not be written; nothing of it was left behind."""
+
+
+def checkpoint_event(event: str, path: Path) -> None:
+    """Called before and after each thing that is written, renamed or removed; a place for tests to pull the plug."""
+
+
+def write_directory(
+    target: Path, writers: dict[str, tuple[Callable[[Path], None], int]], facts: dict | None = None
+) -> None:
+    """Write files into a new directory, all or nothing.
+
+    `writers` maps a file name to a function that writes it and the bytes it will need about. With `facts`, a manifest
+    of them and of each file's size and SHA-256 comes last; then the directory gets its name in one rename. WriteError
+    when the disk is full or refuses, naming the path and the bytes needed and free.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _require_space(target, sum(size for _, size in writers.values()))
+    unfinished = partial(target)
+    unfinished.mkdir()
+    try:
+        files = {name: _write_one(unfinished / name, write, size) for name, (write, size) in writers.items()}
+        if facts is not None:
+            manifest = json.dumps({**facts, "files": files}, indent=1).encode()
+            _write_one(unfinished / MANIFEST, lambda path: write_bytes(path, manifest), len(manifest))
+        sync(unfinished)
+        checkpoint_event("before rename", target)
+        os.rename(unfinished, target)
+        sync(target.parent)
+        checkpoint_event("after rename", target)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def clear_unfinished(parent: Path) -> None:
+    """Remove what a killed process left half written; only where nobody else writes."""
+    for unfinished in parent.glob(f"{TEMPORARY}*"):
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        else:
+            unfinished.unlink(missing_ok=True)
+
+
+def _write_one(path: Path, write: Callable[[Path], None], size: int) -> dict[str, str | int]:
+    checkpoint_event("before write", path)
+    with explain_write(path, size):
+        with ordinary_mode(path):
+            write(path)
+        checkpoint_event("after write", path)
+        sync(path)
+    return {"sha256": sha256(path), "bytes": path.stat().st_size}
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Give a file new content in one rename, so that a reader sees the old or the new."""
+    unfinished = partial(path)
+    try:
+        with explain_write(path, len(content)):
+            write_bytes(unfinished, content)
+            checkpoint_event("before replace", path)
+            os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def explain_write(path: Path, size: int) -> Iterator[None]:
+    """Turn whatever a library says of a failed write into one message."""
+    try:
+        yield
+    # torch and safetensors say of a full disk what they saw of it: unexpected positions, errno in a text.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise WriteError(not_written(path, _ADVICE, error, size)) from error
+
+
+def _require_space(target: Path, size: int) -> None:
+    if shutil.disk_usage(target.parent).free < size:
+        raise WriteError(not_written(target, _ADVICE, needs=size))
+
+
+def check_manifest(directory: Path) -> dict:
+    """The manifest of a directory whose files are all as they were written; ValueError names the first that is not.
+
+    PermissionError for one that may not be read, which says nothing about what it holds.
+    """
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+        files = manifest["files"].items()
+    except PermissionError:
+        raise
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error})") from error
+    for name, said in files:
+        file = directory / name
+        if not file.is_file():
+            raise ValueError(f"{file} is missing")
+        if file.stat().st_size != said["bytes"]:
+            raise ValueError(f"{file} has {file.stat().st_size:,} bytes, its manifest says {said['bytes']:,}")
+        if sha256(file) != said["sha256"]:
+            raise ValueError(f"{file} does not have the SHA-256 of its manifest")
+    return manifest

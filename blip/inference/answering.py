@@ -1,0 +1,221 @@
+"""Answers to questions: the best of given candidates, or searched word by word; both with their probability.
+
+Candidates are weighed as a tree: what several begin with is read once, all branches of a question go through the
+decoder together, and its context is projected once for all of them. R questions, C candidates, K of them weighed in
+full, N nodes of their tree, L words of the longest candidate, D width, V vocabulary, B images, P image tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from blip.inference.generate import write
+from blip.inference.settings import QUESTION_TOKENS, AnswerConfig
+from blip.models.vqa import Vqa
+from blip.nn.settings import TextConfig
+from blip.nn.stack import Cache, Context
+
+if TYPE_CHECKING:
+    from blip.tokenizer import Tokenizer
+
+ANSWERS = "answers.json"
+"""File in a model's folder with the answers that it was trained to choose from."""
+_SHOWN = 60
+"""Characters of a candidate that an error shows."""
+_LOGITS = 1 << 25
+"""Numbers in a block of logits."""
+
+
+class Answer(NamedTuple):
+    """An answer and how sure the model is."""
+
+    words: str
+    logprob: float
+    """Natural logarithm of its probability under the model, its end included."""
+
+
+class Ranked(NamedTuple):
+    """Candidates of each question that were weighed in full, best first."""
+
+    index: Tensor
+    """(R, K) int64, places in `Candidates.texts`."""
+    scores: Tensor
+    """(R, K) float32, what they are ordered by."""
+    logprobs: Tensor
+    """(R, K) float32 log-probabilities, [SEP] included."""
+
+
+class Candidates:
+    """Answers to choose from, as word pieces. Their order means nothing: they are sorted, and equal ones are one."""
+
+    def __init__(self, texts: Sequence[str], tokenizer: Tokenizer) -> None:
+        """ValueError if there is none, or one has no words or words that the tokenizer does not know."""
+        if not texts:
+            raise ValueError("there are no candidate answers to choose from")
+        longest = max(len(text) for text in texts) + 2
+        rows: dict[tuple[int, ...], str] = {}
+        for text in sorted(set(texts)):
+            pieces = tuple(tokenizer.pieces(text, longest)[1:])
+            if len(pieces) < 2 or tokenizer.unk_id in pieces:
+                why = "has no words" if len(pieces) < 2 else "has words that the tokenizer does not know"
+                raise ValueError(f"candidate answer {text[:_SHOWN]!r} {why}")
+            rows.setdefault(pieces, text)
+        self.texts = list(rows.values())
+        """Of the places that `rank` gives."""
+        self.ids, self.keep = tokenizer.pad(list(rows))  # (C, L), without [DEC], with [SEP]
+        self.tree = _Tree(list(rows), self.ids.shape[1])
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def check(self, config: TextConfig) -> None:
+        """ValueError if a candidate is longer than the decoder can read."""
+        if self.ids.shape[1] > config.max_positions:
+            text = self.texts[int(self.keep.sum(1).argmax())]
+            raise ValueError(
+                f"candidate answer {text[:_SHOWN]!r} has {self.ids.shape[1]} word pieces, more than the model's "
+                f"{config.max_positions} positions"
+            )
+
+    def to(self, device: torch.device) -> Candidates:
+        """Move to where the model is."""
+        self.ids, self.keep = self.ids.to(device), self.keep.to(device)
+        for name, part in vars(self.tree).items():
+            setattr(self.tree, name, part.to(device))
+        return self
+
+
+class _Tree:
+    """The beginnings of candidates, each once: what the decoder reads. What goes on from one has a higher number."""
+
+    def __init__(self, rows: Sequence[tuple[int, ...]], longest: int) -> None:
+        numbers: dict[tuple[int, ...], int] = {}
+        nodes = torch.full((len(rows), longest), -1)
+        for i, row in enumerate(rows):
+            for depth in range(len(row) - 1):  # [SEP] is predicted and never read
+                nodes[i, depth] = numbers.setdefault(row[: depth + 1], len(numbers))
+        self.nodes = nodes
+        """(C, L) of each candidate's beginnings, -1 after the last."""
+        self.words = torch.tensor([row[-1] for row in numbers])
+        """(nodes,) last word."""
+        self.depth = torch.tensor([len(row) - 1 for row in numbers])
+        """(nodes,) words before the last."""
+        self.paths = torch.full((len(numbers), longest), -1)
+        """(nodes, L) the beginnings of a beginning, itself included."""
+        for row, number in numbers.items():
+            for depth in range(len(row)):
+                self.paths[number, depth] = numbers[row[: depth + 1]]
+
+
+class _Next:
+    """What may follow: logits (..., V) as (smoothed) log-probabilities of some words."""
+
+    def __init__(self, logits: Tensor, smoothing: float) -> None:
+        self.logits, self.smoothing = logits, smoothing
+        self.total = logits.logsumexp(-1)
+        self.mean = logits.mean(-1) - self.total
+
+    def of(self, at: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+        """Places among N (R, M) and words (R, M) -> log-probabilities and scores (R, M)."""
+        rows, _, size = self.logits.shape
+        sure = self.logits.reshape(rows, -1).gather(1, at * size + words) - self.total.gather(1, at)
+        return sure, (1 - self.smoothing) * sure + self.smoothing * self.mean.gather(1, at)
+
+
+@torch.no_grad()
+def rank(model: Vqa, questions: Context, candidates: Candidates, config: AnswerConfig) -> Ranked:
+    """Order the K candidates of each question (R contexts from `Vqa.ask`) that begin most likely.
+
+    A candidate's score is the sum over its words, [SEP] included, of their log-probabilities, or with
+    `config.smoothing` of the smoothed ones that the training loss is made of. K is `config.k`, or C if there are fewer;
+    of candidates with the same first word the alphabetically first are taken. ValueError if the model is in training
+    mode or a candidate is too long.
+    """
+    if model.training:
+        raise ValueError("the model is in training mode and would answer at random; call model.eval() first")
+    candidates.check(model.config.text)
+    rows, tree, med = len(questions), candidates.tree, model.answer
+    start = torch.full((rows, 1), model.config.text.dec_id, device=candidates.ids.device)
+    opening = _Next(med.vocabulary(med.read(start, start * 0, None, Cache(1), questions)).float(), config.smoothing)
+    firsts = candidates.ids[:, 0].expand(rows, -1)
+    sure, score = opening.of(torch.zeros_like(firsts), firsts)
+    # Stable, so that which of equal ones are taken depends on nothing else.
+    chosen = sure.sort(dim=1, descending=True, stable=True).indices[:, : config.k]  # (R, K)
+    sure, score = sure.gather(1, chosen), score.gather(1, chosen)
+
+    nodes, words, keep = tree.nodes[chosen], candidates.ids[chosen][..., 1:], candidates.keep[chosen][..., 1:]
+    used = torch.zeros(rows, 1 + len(tree.words), dtype=torch.bool, device=chosen.device)
+    used = used.scatter(1, 1 + nodes.flatten(1), True)[:, 1:]
+    count = int(used.sum(1).max())
+    # Of rows that need fewer, nodes that nobody asks for fill the rest.
+    read = used.byte().sort(dim=1, descending=True, stable=True).indices[:, :count]  # (R, N)
+    states = _read(model, questions, tree, read)
+
+    places = torch.zeros_like(used, dtype=torch.int64)
+    places.scatter_(1, read, torch.arange(count, device=read.device).expand_as(read))
+    at = places.gather(1, nodes[..., :-1].clamp(min=0).flatten(1))
+    block = max(1, _LOGITS // (count * model.config.text.vocab_size))
+    for i in range(0, rows, block):
+        part = slice(i, i + block)
+        following = _Next(med.vocabulary(states[part]).float(), config.smoothing)
+        for total, found in zip((sure, score), following.of(at[part], words[part].flatten(1)), strict=True):
+            total[part] += found.view_as(keep[part]).where(keep[part], 0).sum(2)
+    score, order = score.sort(dim=1, descending=True, stable=True)
+    return Ranked(chosen.gather(1, order), score, sure.gather(1, order))
+
+
+def _read(model: Vqa, questions: Context, tree: _Tree, read: Tensor) -> Tensor:
+    """States (R, N, D) of the nodes `read` (R, N), each of which sees [DEC], what it goes on from, and itself."""
+    rows, count = read.shape
+    depth = tree.depth[read]
+    above = tree.paths[read].gather(2, depth[:, None].expand(-1, count, -1)) == read[:, None]
+    sees = torch.ones(rows, 1 + count, 1 + count, dtype=torch.bool, device=read.device)
+    sees[:, 0, 1:] = False
+    sees[:, 1:, 1:] = above
+    ids = torch.nn.functional.pad(tree.words[read], (1, 0), value=model.config.text.dec_id)
+    positions = torch.nn.functional.pad(1 + depth, (1, 0))
+    return model.answer.read(ids, positions, sees, Cache(1 + count), questions)[:, 1:]
+
+
+@torch.no_grad()
+def answers(
+    model: Vqa,
+    tokenizer: Tokenizer,
+    questions: Context,
+    config: AnswerConfig,
+    candidates: Candidates | None = None,
+    num: int = 1,
+) -> list[list[Answer]]:
+    """The `num` best answers to each question (R contexts from `ask`), best first.
+
+    They are chosen among candidates, of which there may be fewer; without candidates beam search finds them.
+    """
+    if candidates is None:
+        decode = dataclasses.replace(config.decode(), num=num, beams=max(num, config.beams))
+        found = write(model, tokenizer, questions, decode)
+        return [[Answer(text.words, text.logprob) for text in texts] for texts in found]
+    best = rank(model, questions, candidates, config)
+    rows = zip(best.index[:, :num].tolist(), best.logprobs[:, :num].tolist(), strict=True)
+    return [[Answer(candidates.texts[i], sure) for i, sure in zip(*row, strict=True)] for row in rows]
+
+
+@torch.no_grad()
+def ask(
+    model: Vqa,
+    tokenizer: Tokenizer,
+    tokens: Tensor,
+    questions: Sequence[str],
+    image: Sequence[int],
+    max_tokens: int = QUESTION_TOKENS,
+) -> Context:
+    """Read R cleaned questions, each about one of the images, whose tokens are (B, P, V): `image` says which."""
+    ids, keep = (x.to(tokens.device) for x in tokenizer.encode(questions, first="enc", max_length=max_tokens))
+    most = max(Counter(image).values())
+    seen = model.question.context(tokens, queries=most * ids.shape[1])
+    return model.ask(ids, keep, seen[torch.tensor(image, device=tokens.device)])

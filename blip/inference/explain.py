@@ -1,0 +1,154 @@
+"""Where a model looks when it matches a text with a picture: cross-attention weighted by what it does for the answer.
+
+The probabilities with which a layer's text tokens look at image tokens, times the gradient of the match logit with
+respect to them where that is positive, averaged over heads (as ALBEF's and BLIP's authors show their models). This is a
+way of its own through the layers of `blip.nn.stack`, which never have the probabilities at hand.
+
+T text tokens, P image tokens, G side of the grid of patches, W words, H heads, D text width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from blip.errors import BadSample
+from blip.inference.features import Features, Picture
+from blip.models.blip import Blip
+from blip.nn.stack import Block, Pass
+from blip.text import clean_caption
+
+_STOPS = ((0, 0, 96), (0, 64, 255), (0, 224, 224), (255, 232, 0), (224, 0, 0))
+"""From no evidence to the most."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How parts of a picture speak for a text."""
+
+    words: list[str]
+    """W words of the text as the model reads it."""
+    maps: Tensor
+    """(W, G, G) float32, 0 or more: evidence for a match that a word finds at each patch, row by row."""
+    whole: Tensor
+    """(G, G), the mean over the text's word pieces."""
+    probability: float
+    """That the text fits the picture."""
+
+
+def explain(features: Features, picture: Picture, text: str, layer: int | None = None) -> Explanation:
+    """Which patches of a picture make the model say that a text fits.
+
+    `layer` is the cross-attention to ask, from 0 and not the last; 7 of 12 unless given, as shown by the authors.
+    ValueError for another layer or a text without words, DataError for a picture that cannot be read.
+    """
+    model, tokenizer = features.model, features.tokenizer
+    words, pieces = _words(features, text)
+    ids = torch.tensor([[tokenizer.enc_id, *(i for word in pieces for i in word), tokenizer.sep_id]])
+    (tokens,) = features.tokens([picture])
+    found = evidence(model, tokens, ids.to(features.device), _layer(model, layer))
+    patches = found.weighted[1:-1, model.vision.vit.num_prefix_tokens :].cpu()  # without [ENC], [SEP], class token
+    side = round(patches.shape[1] ** 0.5)
+    per_word = torch.stack([part.mean(0) for part in patches.split([len(word) for word in pieces])])
+    return Explanation(words, per_word.view(-1, side, side), patches.mean(0).view(side, side), found.probability)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One layer's cross-attention and what depends on it, for a text of T tokens over P image tokens."""
+
+    probabilities: Tensor
+    """(H, T, P) float32, each row adds up to 1."""
+    gradients: Tensor
+    """(H, T, P), of the match logit with respect to them."""
+    logits: Tensor
+    """(2,), no match and match."""
+
+    @property
+    def weighted(self) -> Tensor:
+        """(T, P), probabilities times positive gradients, mean over heads."""
+        return (self.probabilities * self.gradients.clamp(min=0)).mean(0)
+
+    @property
+    def probability(self) -> float:
+        return self.logits.softmax(0)[1].item()
+
+
+def evidence(model: Blip, tokens: Tensor, ids: Tensor, layer: int) -> Evidence:
+    """Image tokens (1, P, V) and a text (1, T) that starts with [ENC], without padding -> how `layer` looks.
+
+    The model has to be in evaluation mode. ValueError for a layer that it does not have.
+    """
+    med = model.med
+    if not 0 <= layer < len(med.blocks):
+        raise ValueError(f"layer must be 0 to {len(med.blocks) - 1}, got {layer}")
+    layouts = [Pass(ids, torch.ones_like(ids, dtype=torch.bool)).layout]
+    with torch.no_grad():
+        context = med.context(tokens)
+        x = med.norm(med.word(ids[0]) + med.position(torch.arange(ids.shape[1], device=ids.device)))
+        for i, block in enumerate(med.blocks[:layer]):
+            x = block.attend_self(x, layouts, causal=False, first=False)
+            x = block.feed_forward(block.attend_cross(x, layouts, [context], i))
+        x = med.blocks[layer].attend_self(x, layouts, causal=False, first=False)
+        probabilities, values = _look(med.blocks[layer], x, tokens[0])
+    with torch.enable_grad():
+        probabilities.requires_grad_()  # what follows depends on them; what was before does not matter
+        block = med.blocks[layer]
+        seen = (probabilities.to(values.dtype) @ values).transpose(0, 1).flatten(1)
+        x = block.feed_forward(block.cross_norm(x + block.cross.out(seen)))
+        for i, block in enumerate(med.blocks[layer + 1 :], layer + 1):
+            x = block.attend_self(x, layouts, causal=False, first=False)
+            x = block.feed_forward(block.attend_cross(x, layouts, [context], i))
+        logits = model.match_head(x[0]).float()
+        (gradients,) = torch.autograd.grad(logits[1], probabilities)
+    return Evidence(probabilities.detach(), gradients, logits.detach())
+
+
+def _look(block: Block, x: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+    """Text (T, D) at image states (P, V) -> probabilities (H, T, P) float32 and values (H, P, D / H)."""
+    heads, cross = block.text.heads, block.cross
+    query = cross.query(x).view(len(x), heads, -1).transpose(0, 1)
+    key, value = cross.kv(states).view(len(states), 2, heads, -1).permute(1, 2, 0, 3)
+    return (query @ key.transpose(1, 2) * query.shape[-1] ** -0.5).float().softmax(-1), value
+
+
+def _layer(model: Blip, asked: int | None) -> int:
+    """Of the last layer only [ENC] is read, so the words of the text have no say there."""
+    last = len(model.med.blocks) - 2
+    if asked is None:
+        return max(0, min(7 * len(model.med.blocks) // 12, last))
+    if not 0 <= asked <= last:
+        raise ValueError(f"layer must be 0 to {last}, got {asked}")
+    return asked
+
+
+def _words(features: Features, text: str) -> tuple[list[str], list[list[int]]]:
+    """Words of a text and the ids of their pieces, as many as the model reads whole."""
+    try:
+        words = clean_caption(text, features.max_tokens).split()
+    except BadSample as error:
+        raise ValueError(f"text {text!r} cannot be compared with pictures: {error}") from None
+    longest = features.max_tokens - 2
+    pieces = [features.tokenizer.pieces(word, longest + 2)[1:-1] for word in words]
+    fits = sum(sum(map(len, pieces[: i + 1])) <= longest for i in range(len(words)))
+    return words[:fits], pieces[:fits]
+
+
+def overlay(picture: Image.Image, heat: Tensor, strongest: float) -> Image.Image:
+    """A picture under the colours of a map (G, G), of which `strongest` is the hottest; blue is no evidence."""
+    grey = (heat / max(strongest, 1e-12)).clamp(0, 1).mul(255).round().to(torch.uint8).numpy()
+    smooth = Image.fromarray(grey).resize(picture.size, Image.Resampling.BICUBIC)
+    table = [_colour(level)[channel] for channel in range(3) for level in range(256)]
+    coloured = Image.merge("RGB", (smooth, smooth, smooth)).point(table)
+    return Image.blend(picture.convert("RGB"), coloured, 0.5)
+
+
+def _colour(level: int) -> tuple[int, int, int]:
+    position = level / 255 * (len(_STOPS) - 1)
+    below = min(int(position), len(_STOPS) - 2)
+    share = position - below
+    low, high = _STOPS[below], _STOPS[below + 1]
+    return tuple(round(a + share * (b - a)) for a, b in zip(low, high, strict=True))

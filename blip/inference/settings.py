@@ -1,0 +1,111 @@
+"""How captions and answers are decoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from blip.settings import check_positive, require
+
+CAPTION_PROMPT = "a picture of "
+"""What a captioner's texts begin with (paper, section 5.2)."""
+
+
+LENGTH_RULES = ("generated", "2022")
+"""What counts as the length of a text where beams are compared; `DecodeConfig` says which is which."""
+LengthRule = Literal["generated", "2022", 2022]
+"""One of these, or the number that YAML makes of a 2022 without quotes; settings have the text."""
+
+
+def _check_length_rule(settings: Any) -> None:
+    rule, rules = str(settings.length_rule), ", ".join(LENGTH_RULES)
+    require(rule in LENGTH_RULES, f"length_rule must be one of {rules}, got {settings.length_rule!r}")
+    object.__setattr__(settings, "length_rule", rule)
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How a text is written. Lengths count tokens: [DEC], the prompt and [SEP] included."""
+
+    method: Literal["beam", "nucleus"] = "beam"
+    """`beam` keeps the likeliest beginnings (with `beams` 1 it is greedy), `nucleus` samples."""
+    beams: int = 3
+    """Beginnings kept by beam search."""
+    num: int = 1
+    """Texts per image: the best of the beams, or independent samples."""
+    max_length: int = 20
+    """Longest text."""
+    min_length: int = 5
+    """Shortest text to which [SEP] may be added."""
+    length_penalty: float = 1.0
+    """Texts are compared by the sum of their words' log-probabilities over their length to this power."""
+    length_rule: LengthRule = "generated"
+    """What counts as length: `generated` words with [SEP], as in today's transformers; `2022` also the prompt, and not
+    [SEP], as in that of the original."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes words that stand there already less likely."""
+    top_p: float = 0.9
+    """Nucleus: the likeliest words that together reach this probability are drawn from."""
+    top_k: int = 0
+    """Nucleus: words drawn from at most; 0 for any number."""
+    temperature: float = 1.0
+    """Nucleus: above 1 evens out, below 1 sharpens."""
+    seed: int = 0
+    """Nucleus: a sample is a function of this, its key and its number."""
+
+    def __post_init__(self) -> None:
+        require(self.beams >= 1, f"beams must be 1 or more, got {self.beams}")
+        require(self.num >= 1, f"num must be 1 or more, got {self.num}")
+        fits = self.method != "beam" or self.num <= self.beams
+        require(fits, f"num {self.num} is more than the {self.beams} beams it is chosen from")
+        require(self.max_length >= 2, f"max_length must be 2 or more, got {self.max_length}")
+        require(self.min_length >= 0, f"min_length must be 0 or more, got {self.min_length}")
+        ordered = self.min_length <= self.max_length
+        require(ordered, f"min_length {self.min_length} is more than max_length {self.max_length}")
+        _check_length_rule(self)
+        check_positive(self.repetition_penalty, "repetition_penalty")
+        finite = abs(self.length_penalty) < float("inf")
+        require(finite, f"length_penalty must be a number, got {self.length_penalty}")
+        require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
+        require(self.top_k >= 0, f"top_k must be 0 or more, got {self.top_k}")
+        check_positive(self.temperature, "temperature")
+
+
+DECODE_PRESETS: dict[str, DecodeConfig] = {
+    "greedy": DecodeConfig(beams=1),
+    "caption_2022": DecodeConfig(beams=3, max_length=20, min_length=5, length_rule="2022"),
+    "nucleus": DecodeConfig(method="nucleus", top_p=0.9),
+    # The paper says nucleus sampling with p 0.9; the release's library and code added the other two.
+    "capfilt_2022": DecodeConfig(method="nucleus", top_p=0.9, top_k=50, repetition_penalty=1.1),
+}
+
+
+QUESTION_WORDS, QUESTION_TOKENS = 50, 35
+"""Words and word pieces kept of a question, as in the original."""
+
+
+@dataclass(frozen=True)
+class AnswerConfig:
+    """How a question is answered: the best of some candidates, or any words."""
+
+    k: int = 128
+    """Candidates that are weighed in full: those that begin most likely."""
+    smoothing: float = 0.0
+    """Share of a candidate's score that is the mean over all words, as in the training loss (2022: 0.1)."""
+    beams: int = 3
+    """Beginnings kept where words are searched, not chosen."""
+    max_length: int = 10
+    """Longest answer that is searched; tokens, [DEC] and [SEP] included."""
+    length_rule: LengthRule = "generated"
+    """What counts as an answer's length where words are searched: `generated` words with [SEP]; `2022` [DEC] but not
+    [SEP]."""
+
+    def __post_init__(self) -> None:
+        require(self.k >= 1, f"k must be 1 or more, got {self.k}")
+        require(0 <= self.smoothing < 1, f"smoothing must be in [0, 1), got {self.smoothing}")
+        _check_length_rule(self)
+        self.decode()
+
+    def decode(self) -> DecodeConfig:
+        """How words are searched."""
+        return DecodeConfig(beams=self.beams, max_length=self.max_length, min_length=0, length_rule=self.length_rule)

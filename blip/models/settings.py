@@ -1,0 +1,88 @@
+"""What a model is built from: all that its config.json says."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from blip.nn.settings import TextConfig, VisionConfig
+from blip.settings import LATER, WIDTH, between, check_fields, known, require
+
+
+@dataclass(frozen=True)
+class BlipConfig:
+    """The whole model."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    embed_dim: int = field(default=256, metadata=WIDTH)
+    """Width of the joint embedding of images and texts."""
+    temperature: float = field(default=0.07, metadata=between(1e-4, 100))
+    """Initial temperature of the contrastive softmax; learned."""
+    parts: Literal["all", "writing", "matching"] = field(default="all", metadata=LATER)
+    """What a `Blip` has: all, or what a checkpoint of a captioner alone or of a matching model alone has."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def encodes(self) -> bool:
+        """Whether texts are embedded and matched with images."""
+        return self.parts != "writing"
+
+    @property
+    def writes(self) -> bool:
+        """Whether captions are written."""
+        return self.parts != "matching"
+
+    def require(self, *, encodes: bool = False, writes: bool = False) -> None:
+        """ValueError, saying what to load instead, if a model lacks what compares texts with images, or what writes."""
+        require(
+            self.encodes or not encodes,
+            "this model only writes captions (it comes from a captioner's checkpoint) and cannot compare texts with "
+            "pictures: give a pre-training, retrieval or matching checkpoint",
+        )
+        require(
+            self.writes or not writes,
+            "this model only compares texts with pictures (it comes from a retrieval or matching checkpoint) and "
+            "cannot write: give a captioning or pre-training checkpoint",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BlipConfig:
+        """Build from `to_dict`'s output, this or an earlier version's; ValueError names an unknown or missing key."""
+        values = known(cls, values, "model config")
+        values["vision"] = VisionConfig(**known(VisionConfig, values["vision"], "vision config"))
+        values["text"] = TextConfig(**known(TextConfig, values["text"], "text config"))
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class NlvrModelConfig(BlipConfig):
+    """A model that reasons over several images (paper, section 5.4)."""
+
+    images: int = field(default=2, metadata=between(2, 64))
+    """Images of an example."""
+
+    @classmethod
+    def of(cls, config: BlipConfig, images: int) -> NlvrModelConfig:
+        """The shape of a pre-trained model, for examples of some images."""
+        return cls(config.vision, config.text, config.embed_dim, config.temperature, images=images)
+
+
+@dataclass(frozen=True)
+class DialogueModelConfig(BlipConfig):
+    """A model that ranks answers in a dialogue about an image (paper, section 5.5)."""
+
+    caption_sees_image: bool = False
+    """Read the caption over the image instead of alone."""
+
+    @classmethod
+    def of(cls, config: BlipConfig, caption_sees_image: bool) -> DialogueModelConfig:
+        """The shape of a pre-trained model, and how it reads captions."""
+        sees = caption_sees_image
+        return cls(config.vision, config.text, config.embed_dim, config.temperature, caption_sees_image=sees)

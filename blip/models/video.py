@@ -1,0 +1,33 @@
+"""Clips for a model of images: frames side by side (paper, section 5.6), with nothing to learn.
+
+B clips, F frames, P image tokens, V vision width, E embedding width, S image side in pixels.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip.models.blip import Blip
+
+FRAMES = 8
+"""Frames of a clip that are looked at (paper, section 5.6)."""
+
+
+def clip_tokens(vision: nn.Module, frames: Tensor) -> Tensor:
+    """Frames (B, F, 3, S, S) -> the tokens of all of them (B, F * P, V), frame after frame, for texts to look at.
+
+    What texts look at is a `Blip`'s or a `Vqa`'s context of these; the order of frames does not matter to it.
+    """
+    size = frames.shape[:2]
+    return vision(frames.flatten(0, 1)).unflatten(0, size).flatten(1, 2)
+
+
+def embed_clip(model: Blip, tokens: Tensor, frames: int) -> Tensor:
+    """`clip_tokens` of F frames (B, F * P, V) -> joint embeddings (B, E) of length 1.
+
+    The mean of the frames' projected class tokens, which is normalised then and not before, as in the original.
+    """
+    model.config.require(encodes=True)
+    first = tokens.unflatten(1, (frames, -1))[:, :, 0]
+    return F.normalize(model.image_proj(first).float().mean(1), dim=-1)

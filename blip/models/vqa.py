@@ -1,0 +1,79 @@
+"""Visual question answering: a question read over the image, an answer written over the question (paper, section 5.3).
+
+The two stacks are MEDs that share nothing: one only encodes, the other only writes. A question's states are projected
+once (`Vqa.context`), however many answers are then weighed or searched. B images, R questions, P image tokens, T
+question tokens, D width, V vision width.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+from torch import Tensor, nn
+
+from blip.models import inherit
+from blip.models.blip import Blip
+from blip.models.inherit import Origin
+from blip.models.settings import BlipConfig
+from blip.nn.stack import Context, Med, Pass
+from blip.nn.vision import VisionEncoder
+
+
+class Vqa(nn.Module):
+    """An image encoder, a question encoder that looks at the image, and an answer decoder that looks at the question.
+
+    `generate` and `write` of `blip.inference` take it in place of a `Blip`, with a context of questions, not images.
+    """
+
+    def __init__(self, config: BlipConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = VisionEncoder(config.vision)
+        self.question = Med(config.text, self.vision.width, writes=False)
+        self.answer = Med(config.text, config.text.width, encodes=False)
+
+    @classmethod
+    def from_blip(cls, blip: Blip) -> Self:
+        """A model that starts from a pre-trained one by `origin`; what is new there is random."""
+        blip.config.require(encodes=True, writes=True)
+        model = cls(blip.config)
+        inherit.copy(model, blip, model.origin())
+        return model.train(blip.training)
+
+    def origin(self) -> Origin:
+        """Where first weights come from: both stacks from the pre-trained one, as in the 2022 release.
+
+        The decoder's cross-attention was trained to read image tokens; it starts from that all the same, but for the
+        matrices of keys and values where images and texts differ in width (ViT-L), whose biases fit and are kept.
+        """
+        copied = inherit.under("vision", self.vision.state_dict(), "vision")
+        copied |= inherit.under("question", self.question.state_dict(), "med")
+        copied |= inherit.under("answer", self.answer.state_dict(), "med")
+        fresh = {}
+        if self.vision.width != self.config.text.width:
+            why = f"reads questions {self.config.text.width} wide, not images {self.vision.width} wide"
+            fresh = {name: why for name in copied if name.startswith("answer.") and name.endswith(".cross.kv.weight")}
+        for name in fresh:
+            del copied[name]
+        left = dict.fromkeys(("temperature", *_head("image_proj"), *_head("text_proj")), "nothing is contrasted")
+        left |= dict.fromkeys(_head("match_head"), "nothing is matched")
+        return Origin(copied, fresh, left)
+
+    @property
+    def med(self) -> Med:
+        """The stack that writes."""
+        return self.answer
+
+    def ask(self, ids: Tensor, keep: Tensor, image: Context, answers: int | None = None) -> Context:
+        """Questions (R, T) that start with [ENC], looking at images (`question.context`) -> what answers look at.
+
+        Padding of a question is not seen. `answers` is how many answer tokens will look at each question, where that is
+        known and no gradient is wanted.
+        """
+        one = Pass(ids, keep, context=image)
+        (states,) = self.question([one])
+        return self.answer.context(one.layout.unpack(states), keep, answers)
+
+
+def _head(name: str) -> tuple[str, str]:
+    return f"{name}.weight", f"{name}.bias"

@@ -1,0 +1,1 @@
+"""Parts: tensors in, tensors out."""

@@ -1,0 +1,115 @@
+"""The image encoder: any timm ViT as image -> tokens. B batch, P image tokens, V width, S image side in pixels."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from timm.layers import Attention, LayerNorm, build_sincos2d_pos_embed, resample_abs_pos_embed
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from blip.nn.attention import plain_is_faster
+from blip.nn.linear import adopt
+from blip.nn.settings import VisionConfig
+
+_TAKEN = "a ViT of timm with a class token is wanted, such as those of DeiT, MAE, BEiT, CLIP, DINO and EVA"
+
+
+class VisionEncoder(nn.Module):
+    """A timm ViT without pooling or head (paper, section 3.1). ValueError for a model of timm that is none."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        shape = {"patch_size": config.patch_size, "embed_dim": config.width, "depth": config.depth}
+        shape["num_heads"] = config.heads
+        options = {name: value for name, value in shape.items() if value is not None}
+        if config.hidden is not None:
+            options["mlp_ratio"] = _ratio(config)
+        if config.patch_drop:
+            options["patch_drop_rate"] = config.patch_drop
+        if config.norm_eps is not None:
+            options["norm_layer"] = partial(LayerNorm, eps=config.norm_eps)
+        self.vit = _build(config, options)
+        adopt(self.vit)
+        if config.init_gain is not None:
+            _start_narrow(self.vit, config.init_gain)
+        if config.checkpoint:
+            self.vit.set_grad_checkpointing(True)
+        self.image_size = config.image_size
+        self.width: int = self.vit.num_features
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 3, S, S) normalised -> (B, P, V), the class token first. ValueError if S is not `image_size`."""
+        if image.shape[-2:] != (self.image_size, self.image_size):
+            height, width = image.shape[-2:]
+            raise ValueError(f"the image is {height} x {width}, the model takes {self.image_size} x {self.image_size}")
+        fused = not plain_is_faster(image)
+        for part in self.vit.modules():
+            if isinstance(part, Attention):
+                part.fused_attn = fused
+        return self.vit.forward_features(image)
+
+
+def _ratio(config: VisionConfig) -> float:
+    """What timm multiplies a width by, and rounds down, to get `hidden`. ValueError without a width."""
+    if config.width is None:
+        raise ValueError(f"vision.hidden {config.hidden} needs vision.width beside it")
+    return (config.hidden + 0.5) / config.width
+
+
+def _build(config: VisionConfig, options: dict[str, Any]) -> nn.Module:
+    """The timm model. ValueError for one that does not give a class token and one token for each patch."""
+    if not timm.is_model(config.model):
+        reason = f"timm {timm.__version__} has no such architecture"
+        raise ValueError(f"vision.model {config.model} cannot be an image encoder here ({reason}): {_TAKEN}")
+    fixed = {"img_size": config.image_size, "num_classes": 0, "global_pool": "", "drop_path_rate": config.drop_path}
+    try:
+        vit = timm.create_model(config.model, **fixed, **options)
+    except Exception as error:  # which depends on what kind of model it is instead
+        reason = str(error).split("\n")[0][:200] or type(error).__name__
+        raise ValueError(f"vision.model {config.model} cannot be an image encoder here ({reason}): {_TAKEN}") from None
+    plain = isinstance(vit, VisionTransformer | Beit | Eva) and not hasattr(vit.patch_embed, "backbone")
+    if not plain or getattr(vit, "cls_token", None) is None:
+        lacks = "has no class token" if plain else f"is a {type(vit).__name__}, not a plain ViT"
+        raise ValueError(f"vision.model {config.model} {lacks}: {_TAKEN}")
+    return vit
+
+
+@torch.no_grad()
+def _start_narrow(vit: nn.Module, gain: float) -> None:
+    """First weights for a narrow ViT that learns from nothing: linear maps that keep the scale of what they are given,
+    and positions as sines and cosines, large and short enough that neighbouring patches are far apart."""
+    for module in vit.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=gain / module.in_features**0.5)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=gain / module.weight[0].numel() ** 0.5)
+    prefix, width = vit.num_prefix_tokens, vit.embed_dim
+    grid = vit.patch_embed.grid_size
+    vit.pos_embed[:, prefix:] = 2 * build_sincos2d_pos_embed(grid, width, max(4.0, *grid), interleave_sin_cos=True)
+    vit.pos_embed[:, :prefix] = 0
+
+
+def resize_positions(positions: Tensor, image_size: int, patch_size: int, prefix: int = 1) -> Tensor:
+    """(1, prefix + N, V) position embeddings of a square image -> those of another size, bicubic, the prefix kept.
+
+    The interpolation is the original release's (no anti-aliasing, corners not aligned), so its results carry over.
+    ValueError if `image_size` is not a multiple of `patch_size`; both in pixels.
+    """
+    if image_size % patch_size:
+        raise ValueError(f"image size {image_size} is not a multiple of the patch size {patch_size}")
+    grid = image_size // patch_size
+    return resample_abs_pos_embed(positions, [grid, grid], num_prefix_tokens=prefix, antialias=False)
+
+
+def fit_positions(vit: nn.Module, positions: Tensor, image_size: int) -> Tensor:
+    """(1, prefix + N, V) position embeddings, resized for a timm ViT of `image_size` (pixels) unless they fit."""
+    if positions.shape == vit.pos_embed.shape:
+        return positions
+    prefix = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens
+    return resize_positions(positions, image_size, vit.patch_embed.patch_size[0], prefix)

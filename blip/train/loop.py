@@ -1,0 +1,579 @@
+"""The training loop: one for every objective, exact to the bit when it is stopped and started again.
+
+Nothing random is remembered: dropout and sampling are functions of (seed, step, process, forward pass), the data a
+function of the position in the stream. So the weights, the optimizer's moments and three counters are the whole state.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import math
+import struct
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from blip import dist, files
+from blip.errors import DataError, Stopped, StuckSample, is_out_of_memory
+from blip.objectives.batch import Batch
+from blip.train import log, optim, resume
+from blip.train.resume import RunLock, RunLocked, State
+from blip.train.settings import TrainConfig
+from blip.train.signals import Stopper
+
+
+class Data(Protocol):
+    """An endless stream of pairs, cut into batches of which each process reads its own."""
+
+    def __len__(self) -> int:
+        """Pairs in one epoch."""
+
+    def batches(self, start: int, count: int, rank: int, world: int, batch_size: int) -> Iterable[Batch]:
+        """Batches `start` to `start + count` - 1 of this process, each of exactly `batch_size` pairs."""
+
+    def leave_out(self, keys: frozenset[str]) -> None:
+        """Replace some samples unread; called before `batches`, and only where the ledger has some."""
+
+
+class Ledger(Protocol):
+    """Keeps account of samples that could not be read."""
+
+    def add(self, bad: list[Any], seen: int) -> None:
+        """Note the bad samples of a batch; this process has drawn `seen` samples since it started."""
+
+    # Optional: `left_out`, keys of samples that are not to be decoded, and `leave_out(key, reason)`, which adds one.
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where a run ended."""
+
+    steps: int
+    """Optimizer steps."""
+    samples: int
+    """Pairs seen."""
+    losses: dict[str, float]
+    """Means of the last log line."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What the last evaluation said."""
+
+
+class Interrupted(SystemExit):
+    """The run was asked to stop, saved itself and can be continued by the same command; exit status 75."""
+
+    def __init__(self) -> None:
+        super().__init__(75)
+
+
+class NonFinite(Stopped):
+    """A loss or gradient was not a finite number; the update was not made."""
+
+
+class OutOfMemory(Stopped):
+    """The device or the machine has too little memory for the batch."""
+
+
+class LostPeer(Stopped):
+    """Another process of the run is gone or stuck."""
+
+
+def fit(
+    objective: nn.Module,
+    data: Data,
+    config: TrainConfig,
+    *,
+    out: Path | str,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    settings: dict[str, Any] | None = None,
+    fingerprint: str = "",
+    ledger: Ledger | None = None,
+) -> Result:
+    """Train an objective, continuing from the newest whole checkpoint in `out` if there is one.
+
+    `objective(batch, epoch)` returns named losses, which are summed; `objective.after_step(carries)` follows each
+    update. `evaluate` is called in every process, in evaluation mode and without gradients, and the main process's
+    numbers count. `settings` (the whole run's) and `fingerprint` (of the data) must be the same when a run continues.
+
+    Raises ValueError for settings that cannot work or differ from the run in `out`, RunLocked if another process
+    writes there, NonFinite, OutOfMemory, LostPeer and atomic.WriteError as their names say, and Interrupted (exit
+    status 75) after SIGTERM, SIGUSR1 or SIGINT, once the state is saved.
+    """
+    notes = dist.set_aside()
+    log.check_trackers(config.trackers)
+    if len(data) == 0:
+        raise ValueError("there are no pairs to train on")
+    dist.start(config.timeout)
+    keep_freed_memory()
+    out = Path(out)
+    if out.is_file():
+        raise ValueError(f"{out} is a file; give the name of a directory for the run")
+    settings = {"train": vars(config)} if settings is None else settings
+    with _only_writer(out) as lock, Stopper() as stopper, _explained(config):
+        run = _Run(objective, data, config, out, evaluate, settings, fingerprint, ledger, stopper, lock)
+        for note in notes:
+            run.progress.say(note)
+        try:
+            return run.train()
+        finally:
+            run.close()
+
+
+class _Run:
+    """What `fit` works with from beginning to end."""
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        data: Data,
+        config: TrainConfig,
+        out: Path,
+        evaluate: Callable[[nn.Module], dict[str, float]] | None,
+        settings: dict[str, Any],
+        fingerprint: str,
+        ledger: Ledger | None,
+        stopper: Stopper,
+        lock: RunLock | None,
+    ) -> None:
+        self.objective, self.data, self.config, self.out = objective, data, config, out
+        self.evaluate, self.ledger, self.stopper, self.lock = evaluate, ledger, stopper, lock
+        self.world, self.rank = dist.world(), dist.rank()
+        self.drawn = 0
+        self.pairs_per_step = config.batch_size * config.accumulate * self.world
+        self.steps_per_epoch = len(data) / self.pairs_per_step
+        # A hair less, so that rounding does not add a step to a whole number of them.
+        self.total = config.steps or max(1, math.ceil(config.epochs * self.steps_per_epoch - 1e-9))
+
+        ddp = DistributedDataParallelKwargs(
+            broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True
+        )
+        self.accelerator = Accelerator(
+            cpu=dist.on_cpu(),  # without it accelerate leaves several processes on CPU unsynchronised
+            mixed_precision="no",
+            dynamo_backend="no",
+            log_with=config.trackers or None,
+            project_dir=out,
+            kwargs_handlers=[ddp],
+        )
+        allowed = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+        if self.accelerator.distributed_type not in allowed:
+            raise ValueError(f"{self.accelerator.distributed_type} is not supported: launch with torchrun")
+        self.device = self.accelerator.device
+        self.dtype = precision(config, self.device)
+        objective.to(self.device).train()
+        self.parameters = [p for p in objective.parameters() if p.requires_grad]
+        self.optimizer = optim.build(objective, config, bfloat16=all_multiply_bfloat16(self.device))
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+        layout = {"world": self.world, "batch_size": config.batch_size, "accumulate": config.accumulate}
+        self.facts = {
+            "settings": resume.plain(settings),
+            "fingerprint": fingerprint,
+            "layout": layout,
+            "versions": resume.versions(),
+        }
+        self.checkpoints = resume.Checkpoints(out, config.keep_checkpoints)
+        self.state = self._restore()
+        if config.compile:
+            objective.compile()
+        with warnings.catch_warnings():
+            # The new name of `broadcast_buffers` is unknown to the oldest torch we support.
+            warnings.simplefilter("ignore", FutureWarning)
+            self.module = self.accelerator.prepare_model(objective)
+        if self.world > 1 and not isinstance(self.module, nn.parallel.DistributedDataParallel):
+            raise ValueError(f"accelerate did not connect the {self.world} processes: launch with torchrun")
+        self._open_logs(layout)
+
+    def _restore(self) -> State:
+        """Choose a checkpoint in the main process and load it in all."""
+        path = said = refusal = None
+        if dist.is_main():
+            path, said = self.checkpoints.newest() or (None, None)
+            if said and not self.config.allow_change:
+                try:
+                    facts = self.facts
+                    resume.refuse_drift(said, facts["settings"], facts["fingerprint"], facts["layout"], path)
+                except ValueError as error:
+                    refusal = str(error)
+            if refusal is None:
+                self.checkpoints.discard_after(path)
+        path, said, refusal = dist.from_main((path, said, refusal))
+        if refusal:
+            raise ValueError(refusal)
+        if path is None:
+            return State()
+        saved = resume.restore(path, self.objective)
+        chosen = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(saved["optimizer"])
+        for group, values in zip(self.optimizer.param_groups, chosen, strict=True):
+            group.update(values)
+        if saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
+        return State(**{name: said[name] for name in State.__dataclass_fields__})
+
+    def _open_logs(self, layout: dict[str, int]) -> None:
+        state, config = self.state, self.config
+        self.window = log.Window(state.window)
+        self.pace = {"seconds": 0.0, "waited": 0.0, "samples": 0.0, "tokens": 0.0}
+        self.alarms = log.Alarms(config.warmup_steps)
+        self.metrics: log.Metrics | None = None
+        lines: list[dict[str, Any]] = []
+        if dist.is_main():
+            resume.describe_run(self.out, self.facts["settings"], layout, f"{self.device} {self.dtype}")
+            self.metrics = log.Metrics(self.out / "metrics.jsonl", state.step)
+            lines = self.metrics.lines_before
+        self.progress = log.Progress(self.total, state.step, dist.is_main())
+        if state.step:
+            self.progress.say(f"continuing after step {state.step} of {self.total} in {self.out}")
+        evaluated = [line for line in lines if "eval" in line]
+        logged = [line["losses"] for line in lines if "losses" in line]
+        last = evaluated[-1] if evaluated else {"step": None, "eval": {}}
+        self.evaluated, self.scores, self.losses = dist.from_main((last["step"], last["eval"], (logged or [{}])[-1]))
+        if config.trackers:
+            flat = resume.flatten(self.facts["settings"])
+            values = {k: v if isinstance(v, str | int | float | bool) else str(v) for k, v in flat.items()}
+            self.accelerator.init_trackers("openblip", config=values)
+
+    def train(self) -> Result:
+        """Steps until the end, with log lines, checkpoints and evaluations between them."""
+        state, config = self.state, self.config
+        self._evaluate_if_due()
+        if state.step < self.total:
+            with self._stream() as batches:
+                while state.step < self.total:
+                    stop = self._step(batches)
+                    last = state.step == self.total
+                    self.progress.advance()
+                    if state.step % config.log_every == 0 or last:
+                        self._log()
+                    # Before an evaluation too: what was made of its numbers is then never done again.
+                    if state.step % config.save_every == 0 or last or stop or self._evaluation_is_due():
+                        self._save()
+                    if stop:
+                        self.progress.say(f"asked to stop: saved after step {state.step}; the same command continues")
+                        raise Interrupted
+                    self._evaluate_if_due()
+        return Result(state.step, state.samples, self.losses, self.scores)
+
+    @contextmanager
+    def _stream(self) -> Iterator[Iterator[Batch]]:
+        """This process's batches from here to the end."""
+        config = self.config
+        # By pairs seen rather than by steps, so that a run that may change its batch size goes on in the same place.
+        start = self.state.samples // (config.batch_size * self.world)
+        count = (self.total - self.state.step) * config.accumulate
+        if left_out := getattr(self.ledger, "left_out", None):
+            self.data.leave_out(left_out)
+            self.progress.say(
+                f"{len(left_out)} samples are left out because decoding them took too long (left_out in the run's "
+                "bad_samples files): in that, this run is not reproducible elsewhere"
+            )
+        batches = iter(self.data.batches(start, count, self.rank, self.world, config.batch_size))
+        try:
+            yield _enough(batches)
+        except StuckSample as error:
+            if self.ledger is None:
+                raise
+            self.ledger.leave_out(error.key, error.reason)
+            raise DataError(
+                f"{error}. It is left out from now on: the same command continues without it, and the run is not "
+                "reproducible there"
+            ) from None
+        finally:
+            if hasattr(batches, "close"):
+                batches.close()
+
+    def _step(self, batches: Iterator[Batch]) -> bool:
+        """One update; returns whether any process was asked to stop."""
+        began = time.monotonic()
+        state = self.state
+        rate = optim.learning_rate(state.step, self.config, self.steps_per_epoch, self.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        losses, health, carries, keys, host = self._forward_backward(batches)
+
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = get_total_norm(gradients)
+        sums = {"loss": sum(losses.values()), **losses, **health, "grad_norm": norm}
+        found, (stop, waited, tokens) = self._share(sums, [float(self.stopper.asked), *host])
+        found["lr"] = rate
+
+        wrong = [name for name in ("loss", *losses) if not math.isfinite(found[name])]
+        if not math.isfinite(found["grad_norm"]) and not self._scale_is_settling():
+            wrong.append("grad_norm")
+        if wrong:
+            self._refuse_update(wrong, sums, keys)
+        else:
+            self._update(norm, carries)
+        self.optimizer.zero_grad(set_to_none=True)
+
+        state.step += 1
+        state.samples += self.pairs_per_step
+        if not wrong:
+            self.window.add({name: value for name, value in found.items() if math.isfinite(value)})
+        seconds = time.monotonic() - began
+        state.seconds += seconds
+        for name, value in zip(self.pace, (seconds, waited, self.pairs_per_step, tokens * self.world), strict=True):
+            self.pace[name] += value
+        return stop > 0
+
+    def _forward_backward(self, batches: Iterator[Batch]) -> tuple[dict, dict, list[Any], list[str], list[float]]:
+        """Gradients of one step; mean losses and health, carries, keys of the pairs, and (seconds waited, tokens)."""
+        config, state = self.config, self.state
+        losses: dict[str, Tensor] = {}
+        health: dict[str, Tensor] = {}
+        carries, keys, host = [], [], [0.0, 0.0]
+        epoch = state.samples / len(self.data)
+        for micro in range(config.accumulate):
+            waiting = time.monotonic()
+            batch = next(batches)
+            host[0] += time.monotonic() - waiting
+            host[1] += float(batch.keep.sum()) if hasattr(batch, "keep") else 0.0
+            keys += batch.keys
+            self.drawn += len(batch)
+            if self.ledger is not None:
+                self.ledger.add(batch.bad, self.drawn)
+            torch.manual_seed(seed_of(config.seed, state.step, self.rank, micro))
+            last = micro == config.accumulate - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.module):
+                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                    outcome = self.module(batch.to(self.device), epoch)
+                self.scaler.scale(sum(outcome.losses.values()) / config.accumulate).backward()
+            for into, values in ((losses, outcome.losses), (health, outcome.health)):
+                for name, value in values.items():
+                    share = value.detach().double() / config.accumulate
+                    into[name] = into[name] + share if name in into else share
+            carries.append(outcome.carry)
+        return losses, health, carries, keys, host
+
+    def _share(self, sums: dict[str, Tensor], host: list[float]) -> tuple[dict[str, float], list[float]]:
+        """Means over processes of device scalars by name and of numbers known here, in one exchange."""
+        device = torch.stack([value.double() for value in sums.values()])
+        values = torch.cat([device, torch.tensor(host, dtype=torch.float64, device=self.device)])
+        means = (dist.total(values) / self.world).tolist()
+        return dict(zip(sums, means, strict=False)), means[len(sums) :]
+
+    def _scale_is_settling(self) -> bool:
+        """In float16 an overflow is how the scaler finds its scale, unless there is no scale left to give up."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() > 1
+
+    def _update(self, norm: Tensor, carries: list[Any]) -> None:
+        if self.config.clip is not None:
+            clip_grads_with_norm_(self.parameters, self.config.clip, norm)
+        before = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scaler.get_scale() >= before:
+            self.objective.after_step(carries)
+
+    def _refuse_update(self, wrong: list[str], sums: dict[str, Tensor], keys: list[str]) -> None:
+        """All processes agree that a step is no good: write down its pairs, then stop, or go on within the budget."""
+        state, config = self.state, self.config
+        values = {name: str(float(value)) for name, value in sums.items()}
+        everyone = dist.gather_objects({"process": self.rank, "values": values, "keys": keys})
+        path = self.out / f"nonfinite-step-{state.step}.json"
+        if dist.is_main():
+            record = {"step": state.step, "not finite": wrong, "processes": everyone}
+            files.replace_file(path, json.dumps(record, indent=1).encode())
+        message = f"{', '.join(wrong)} not finite at step {state.step}; the pairs of the step are listed in {path}"
+        if state.skipped >= config.skip_nonfinite:
+            raise NonFinite(
+                f"{message}. The weights are as before the step. Look at those pairs, lower train.lr, set train.clip, "
+                f"use train.precision bfloat16 or float32, or allow some in train.skip_nonfinite ({state.skipped} of "
+                f"{config.skip_nonfinite} skipped)"
+            )
+        state.skipped += 1
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        self.progress.say(f"{message}; skipped, {state.skipped} of {config.skip_nonfinite} allowed")
+
+    def _log(self) -> None:
+        state, pace = self.state, self.pace
+        means = self.window.means()
+        self.window = log.Window()
+        seconds = max(pace["seconds"], 1e-9)
+        wait = pace["waited"] / seconds
+        speed = {"samples_per_s": pace["samples"] / seconds, "tokens_per_s": pace["tokens"] / seconds}
+        self.pace = dict.fromkeys(pace, 0.0)
+        self.losses = means
+        epoch = state.samples / len(self.data)
+        line = {"step": state.step, "epoch": epoch, "losses": means, **speed, "data_wait": wait}
+        if self.metrics is not None:
+            self.metrics.write({**line, "seconds": state.seconds, "skipped": state.skipped})
+        if self.config.trackers:
+            self.accelerator.log({**means, **speed, "epoch": epoch, "data_wait": wait}, step=state.step)
+        give_back_freed_memory()
+        self.progress.report(state.step, means, speed["samples_per_s"])
+        for alarm in self.alarms.check(state.step, means, wait):
+            self.progress.say(f"WARNING: {alarm}")
+
+    def _save(self) -> None:
+        """Publish a checkpoint from the main process; all raise if it could not be written."""
+        failure = None
+        if self.metrics is not None:
+            self.state.window = self.window.values
+            self.metrics.sync()
+            extra = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+            try:
+                self.lock.check()
+                self.checkpoints.save(self.objective, extra, self.state, self.facts)
+            except (files.WriteError, RunLocked) as error:
+                failure = error
+        failure = dist.from_main(failure)
+        if failure:
+            raise failure
+
+    def _evaluation_is_due(self) -> bool:
+        """Whether this step is to be evaluated and its numbers are not in metrics.jsonl yet."""
+        step, every = self.state.step, self.config.eval_every
+        if self.evaluate is None or self.evaluated == step or step == 0:
+            return False
+        before, after = (optim.whole_epochs(at, self.steps_per_epoch) for at in (step - 1, step))
+        epoch_ends = self.config.eval_each_epoch and after > before
+        return step == self.total or bool(every and step % every == 0) or epoch_ends
+
+    def _evaluate_if_due(self) -> None:
+        if not self._evaluation_is_due():
+            return
+        step = self.state.step
+        modes = [(module, module.training) for module in self.objective.modules()]
+        self.objective.eval()
+        try:
+            with torch.no_grad():
+                scores = self.evaluate(self.objective)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        self.scores = dist.from_main({name: float(value) for name, value in scores.items()})
+        self.evaluated = step
+        if self.metrics is not None:
+            self.metrics.write({"step": step, "epoch": self.state.samples / len(self.data), "eval": self.scores})
+        if self.config.trackers:
+            self.accelerator.log({f"eval/{name}": value for name, value in self.scores.items()}, step=step)
+        listed = "  ".join(f"{name} {value:.4f}" for name, value in self.scores.items())
+        self.progress.say(f"step {step}/{self.total}  evaluation  {listed}")
+
+    def close(self) -> None:
+        self.progress.close()
+        if self.metrics is not None:
+            self.metrics.close()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+
+def _enough(batches: Iterator[Batch]) -> Iterator[Batch]:
+    yield from batches
+    raise ValueError("the data ended before the run did: `batches` must yield as many as it is asked for")
+
+
+@contextmanager
+def _only_writer(out: Path) -> Iterator[RunLock | None]:
+    """The main process holds the run's lock, and is given it; all processes hear if it cannot."""
+    with ExitStack() as stack:
+        refusal = lock = None
+        if dist.is_main():
+            try:
+                lock = stack.enter_context(RunLock(out))
+            except RunLocked as error:
+                refusal = str(error)
+        refusal = dist.from_main(refusal)
+        if refusal:
+            raise RunLocked(refusal)
+        yield lock
+
+
+@contextmanager
+def _explained(config: TrainConfig) -> Iterator[None]:
+    """Say in plain words what went wrong in one process and what in another."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory(
+                f"process {dist.rank()} ran out of memory with {config.batch_size} pairs per forward pass. The batch "
+                "size was left alone because the contrastive loss depends on it: lower train.batch_size (and raise "
+                "train.accumulate), set model.checkpoint, or use train.precision bfloat16"
+            ) from error
+        if dist.lost_peer(error):
+            raise LostPeer(
+                f"process {dist.rank()} lost contact with another process, whose own message says why "
+                f"(waited up to train.timeout, {config.timeout:.0f} s): {error}"
+            ) from error
+        raise
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed that is a function of whole numbers, different for each combination."""
+    digest = hashlib.blake2b(struct.pack(f"<{len(numbers)}q", *numbers), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def precision(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """The type of matrix products: as asked, or for `auto` bfloat16 where every process's hardware multiplies it."""
+    if config.precision == "auto":
+        return torch.bfloat16 if all_multiply_bfloat16(device) else torch.float32
+    if config.precision == "float16" and device.type != "cuda":
+        raise ValueError(f"train.precision float16 needs a CUDA device, not {device}; use bfloat16 or float32")
+    return getattr(torch, config.precision)
+
+
+def all_multiply_bfloat16(device: torch.device) -> bool:
+    """Whether every process's hardware multiplies bfloat16: replicas must compute in one number format."""
+    return not dist.any_process(not multiplies_bfloat16(device))
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware has bfloat16 matrix products (not an emulation), and oneDNN is allowed to use them."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    if hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False  # ONEDNN_MAX_CPU_ISA hides from it what the processor has
+    if hasattr(torch.cpu, "get_capabilities"):
+        found = torch.cpu.get_capabilities()
+        return any(found.get(name, False) for name in ("amx_bf16", "avx512_bf16", "sve_bf16", "bf16"))
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def keep_freed_memory() -> bool:
+    """Tell the C library to keep freed memory for the next step; returns whether it listened (glibc on Linux).
+
+    Without it a step on CPU spends 15 to 20% of its time on pages that it gave back and asks for again. Large blocks
+    are the ones that cost, and glibc lets no threshold above 32 MiB keep them, so it is told to map none at all.
+    """
+    trim_threshold, mmap_max = -1, -4
+    mallopt = _from_the_c_library("mallopt")
+    return bool(mallopt and mallopt(mmap_max, 0) and mallopt(trim_threshold, -1))
+
+
+def give_back_freed_memory() -> bool:
+    """Give freed memory back once in a while; returns whether there was some (glibc on Linux).
+
+    Blocks of ever other sizes, as of texts of other lengths, leave holes between those in use: kept for good, they add
+    up to several times what a step needs.
+    """
+    trim = _from_the_c_library("malloc_trim")
+    return bool(trim and trim(0))
+
+
+def _from_the_c_library(name: str) -> Callable[..., int] | None:
+    if sys.platform != "linux" or not dist.on_cpu():
+        return None
+    try:
+        return getattr(ctypes.CDLL(None), name)
+    except (OSError, AttributeError):
+        return None

@@ -1,0 +1,86 @@
+"""How long, how fast and how safely to train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from blip.settings import check_positive, check_rates, require
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how fast and how safely to train."""
+
+    epochs: float = 20.0
+    """Passes over the data; ignored when `steps` is given."""
+    steps: int | None = None
+    """Optimizer steps."""
+    batch_size: int = 75
+    """Pairs per process and forward pass."""
+    accumulate: int = 1
+    """Forward passes per optimizer step."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    min_lr: float = 1e-6
+    """Final learning rate."""
+    warmup_steps: int = 3000
+    """Steps of linear warm-up."""
+    warmup_lr: float = 1e-6
+    """Learning rate of the first step."""
+    schedule: Literal["cosine", "epoch_decay", "epoch_cosine", "constant"] = "cosine"
+    """After warm-up: cosine by step, or by whole epochs as in 2022 (`epoch_decay` multiplies by `decay` each epoch)."""
+    decay: float = 0.9
+    """Factor per epoch of `epoch_decay`."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon` orthogonalises the updates of the blocks' matrices: fewer steps for a model that starts from nothing."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay."""
+    decay_all: bool = False
+    """Decay norms, biases, embeddings of position and the temperature too (2022: true)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moment decays."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    clip: float | None = 1.0
+    """Largest gradient norm (2022: none)."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto` is bfloat16 where the hardware multiplies it natively, else float32."""
+    compile: bool = False
+    """torch.compile the objective."""
+    seed: int = 0
+    """Everything random is a function of this, the step, the sample and the process."""
+    log_every: int = 50
+    """Steps between log lines."""
+    save_every: int = 1000
+    """Steps between resumable checkpoints."""
+    keep_checkpoints: int = 2
+    """Resumable checkpoints kept."""
+    eval_every: int = 0
+    """Steps between evaluations; 0 for only at the end."""
+    eval_each_epoch: bool = False
+    """Evaluate whenever the data has been passed over, too."""
+    trackers: list[str] = field(default_factory=list)
+    """accelerate trackers: tensorboard, wandb, trackio; metrics.jsonl is always written."""
+    skip_nonfinite: int = 0
+    """Updates with a non-finite loss or gradient that may be skipped before the run stops."""
+    allow_change: bool = False
+    """Continue a run although its settings changed."""
+    timeout: float = 600.0
+    """Seconds after which a process that lost its peers gives up."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, f"batch_size must be 1 or more, got {self.batch_size}")
+        require(self.accumulate >= 1, f"accumulate must be 1 or more, got {self.accumulate}")
+        require(self.steps is None or self.steps >= 1, f"steps must be 1 or more, got {self.steps}")
+        check_positive(self.epochs, "epochs")
+        require(self.save_every >= 1, f"save_every must be 1 or more, got {self.save_every}")
+        require(self.keep_checkpoints >= 1, f"keep_checkpoints must be 1 or more, got {self.keep_checkpoints}")
+        require(self.log_every >= 1, f"log_every must be 1 or more, got {self.log_every}")
+        require(self.eval_every >= 0, f"eval_every must be 0 or more, got {self.eval_every}")
+        require(self.warmup_steps >= 0, f"warmup_steps must be 0 or more, got {self.warmup_steps}")
+        check_rates(self, "lr", "min_lr", "warmup_lr", "weight_decay", "eps")
+        require(0 < self.decay <= 1, f"decay must be in (0, 1], got {self.decay}")
+        require(all(0 <= beta < 1 for beta in self.betas), f"betas must be in [0, 1), got {self.betas}")
+        check_positive(self.timeout, "timeout")
+        require(self.clip is None or self.clip > 0, f"clip must be positive or null, got {self.clip}")

@@ -1,0 +1,1 @@
+"""The synthetic world: images, captions, questions and dialogues whose truth is known."""

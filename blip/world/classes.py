@@ -1,0 +1,86 @@
+"""Writes pictures of the world sorted into folders by what they show, for zero-shot classification.
+
+    python -m blip.world.classes --out runs/world-shapes --by shape --count 200
+
+Scenes of a single thing, so that a picture has one right class; the same settings give the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from itertools import count as numbers
+from pathlib import Path
+from typing import Literal
+
+from blip.world.files import JPEG_QUALITY, command_line
+from blip.world.scene import COLOURS, SHAPES, Scene, Split, draw, scene
+
+CLASSES = {"shape": SHAPES, "colour": tuple(COLOURS)}
+TEMPLATES = {
+    "shape": ("a {}", "a picture of a {}", "there is a {}", "one shape: a {}"),
+    "colour": ("something {}", "a {} shape", "a picture of a {} thing", "one thing, {}"),
+}
+"""Ways in which captions of the world speak of a shape or a colour."""
+
+
+def write(
+    out: str | Path,
+    by: Literal["shape", "colour"] = "shape",
+    split: Split = "test",
+    count: int = 200,
+    seed: int = 0,
+    size: int = 64,
+) -> list[Path]:
+    """Write an imagefolder: OUT/CLASS/*.jpg, and OUT/templates.txt with prompt templates.
+
+    Args:
+        out: Folder to write; it must not be there.
+        by: Class of a picture: the shape of its one thing, or the colour.
+        split: train, val and test share no scene; composition shows colour-shape pairs that no other split has.
+        count: How many pictures, of as many of each class as scenes come.
+        seed: Of the scenes.
+        size: Side of the pictures, pixels.
+
+    Returns:
+        The folders of the classes. ValueError for a count below 1, FileExistsError for what is there already.
+    """
+    out = Path(out)
+    if count < 1 or size < 1:
+        raise ValueError(f"count and size must be 1 or more, got {count} and {size}")
+    if out.exists():
+        raise FileExistsError(f"{out} is there already: give another --out")
+    unfinished = out.with_name(f".writing-{out.name}-{os.getpid()}")
+    try:
+        for name in CLASSES[by]:
+            (unfinished / name).mkdir(parents=True)
+        for made in single(seed, split, count):
+            (thing,) = made.things
+            path = unfinished / getattr(thing, by) / f"{made.image_id}.jpg"
+            draw(made, size).save(path, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+        (unfinished / "templates.txt").write_text("\n".join(TEMPLATES[by]) + "\n")
+        unfinished.rename(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return [out / name for name in CLASSES[by]]
+
+
+def single(seed: int, split: Split, count: int) -> list[Scene]:
+    """The first `count` scenes of a split that show one thing."""
+    found: list[Scene] = []
+    for i in numbers():
+        made = scene(seed, i, split)
+        if len(made.things) == 1:
+            found.append(made)
+        if len(found) == count:
+            return found
+    raise AssertionError
+
+
+def main(args: list[str] | None = None) -> None:
+    """The command line."""
+    command_line(write, args)
+
+
+if __name__ == "__main__":
+    main()

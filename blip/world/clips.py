@@ -1,0 +1,238 @@
+"""Clips of the picture world: one thing moves from one side to the other, the others stay.
+
+    python -m blip.world.clips --out runs/world-clips --split test --count 100
+
+A clip is a pure function of (seed, split, i), drawn from a scene of that split; what moves, and which way, its captions
+say and its questions ask. Files are MP4 with lists in MSR-VTT's formats, so that the real readers read them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import count as numbers
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from blip.data.clips import pyav
+from blip.world.files import command_line
+from blip.world.scene import COLOURS, SHAPES, Dice, Scene, Split, Thing, draw, scene
+
+DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
+"""Steps on the grid, y downwards."""
+_MOVES = {
+    "right": ("moves to the right", "moves from left to right", "goes to the right"),
+    "left": ("moves to the left", "moves from right to left", "goes to the left"),
+    "down": ("moves down", "moves from top to bottom", "goes down"),
+    "up": ("moves up", "moves from bottom to top", "goes up"),
+}
+_NEARNESS = 0.9
+"""Least distance from other things on the way, in sums of radii."""
+_CHECKS = 12
+"""Moments at which nothing may be in the way."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A scene in which the thing `moving` crosses the picture."""
+
+    scene: Scene
+    """As it begins."""
+    moving: int
+    direction: str
+    seed: int
+    split: str
+    i: int
+
+    @property
+    def video_id(self) -> str:
+        """The clip's name in files."""
+        return f"world-clip-{self.seed}-{self.split}-{self.i:06d}"
+
+    def at(self, moment: Fraction) -> Scene:
+        """The scene from the clip's beginning, 0, to its end, 1."""
+        things = list(self.scene.things)
+        things[self.moving] = _moved(things[self.moving], self.direction, moment)
+        return replace(self.scene, things=tuple(things))
+
+
+def clip(seed: int, i: int, split: Split = "train") -> Clip:
+    """Clip `i` of a split: things look like those of one of the split's scenes, and one of them moves."""
+    dice = Dice("clip", seed, split, i)
+    while True:
+        made = scene(seed, dice.below(1 << 30), split)
+        moves = [(moving, direction) for moving in range(len(made.things)) for direction in DIRECTIONS]
+        for moving, direction in dice.shuffled(moves):
+            things = list(made.things)
+            things[moving] = _placed(things[moving], direction)
+            begun = replace(made, things=tuple(things))
+            found = Clip(begun, moving, direction, int(seed), split, int(i))
+            if all(_clear(found.at(Fraction(step, _CHECKS)), moving) for step in range(_CHECKS + 1)):
+                return found
+
+
+def _placed(thing: Thing, direction: str) -> Thing:
+    """Where a move begins: at the side that it leaves."""
+    across, down = DIRECTIONS[direction]
+    column = thing.column if not across else (0 if across > 0 else 2)
+    row = thing.row if not down else (0 if down > 0 else 2)
+    x = thing.x if not across else (thing.radius + 10 if across > 0 else 990 - thing.radius)
+    y = thing.y if not down else (thing.radius + 10 if down > 0 else 990 - thing.radius)
+    return replace(thing, cell=3 * row + column, x=x, y=y)
+
+
+def _moved(thing: Thing, direction: str, moment: Fraction) -> Thing:
+    """Part of the way to the other side; lengths stay whole numbers."""
+    across, down = DIRECTIONS[direction]
+    reach = round(moment * (980 - 2 * thing.radius))
+    past = 2 * (moment > Fraction(1, 2))  # as far as a grid of three can tell
+    row, column = thing.row + down * past, thing.column + across * past
+    return replace(thing, cell=3 * row + column, x=thing.x + across * reach, y=thing.y + down * reach)
+
+
+def _clear(made: Scene, moving: int) -> bool:
+    thing = made.things[moving]
+    return all(
+        (thing.x - other.x) ** 2 + (thing.y - other.y) ** 2 >= (_NEARNESS * (thing.radius + other.radius)) ** 2
+        for n, other in enumerate(made.things)
+        if n != moving
+    )
+
+
+def frames(made: Clip, count: int, size: int = 64) -> list[Image.Image]:
+    """`count` (2 or more) pictures of a clip from beginning to end, RGB, size x size pixels."""
+    return [draw(made.at(Fraction(n, count - 1)), size) for n in range(count)]
+
+
+def captions(made: Clip) -> list[str]:
+    """Five true captions, which differ in wording and in what else they tell, 4 to about 20 words, lower case."""
+    dice = Dice("clip captions", made.seed, made.split, made.i)
+    thing, moves = made.scene.things[made.moving], _MOVES[made.direction]
+    others = [_a(_look(other)) for n, other in enumerate(made.scene.things) if n != made.moving]
+    stays = f"while {' and '.join(others)} {'stays' if len(others) == 1 else 'stay'} in place"
+    texts: list[str] = []
+    while len(texts) < 5:
+        what = _a(dice.choice((_look(thing), f"{thing.size} {_look(thing)}", f"{thing.colour} thing")))
+        text = f"{what} {dice.choice(moves)}"
+        if others and dice.chance(0.5):
+            text += f" {stays}"
+        if text not in texts:
+            texts.append(text)
+    return texts
+
+
+def questions(made: Clip) -> list[tuple[str, str]]:
+    """Questions about the movement with their answers: which way, what, its colour, how many, and two of yes or no."""
+    dice = Dice("clip questions", made.seed, made.split, made.i)
+    thing = made.scene.things[made.moving]
+    other = dice.choice([way for way in DIRECTIONS if way != made.direction])
+    asked = made.direction if dice.chance(0.5) else other
+    still = [_look(t) for n, t in enumerate(made.scene.things) if n != made.moving]
+    named = _look(thing) if not still or dice.chance(0.5) else dice.choice(still)
+    shapes = [t.shape for t in made.scene.things]
+    found = [
+        (f"which way does the {_look(thing)} move", made.direction),
+        ("what colour is the thing that moves", thing.colour),
+        ("what shape is the thing that moves", thing.shape),
+        ("how many things are there", str(len(shapes))),
+        (f"does something move {asked}", "yes" if asked == made.direction else "no"),
+        (f"does the {named} move", "yes" if named == _look(thing) else "no"),
+    ]
+    return found
+
+
+ANSWERS = (*DIRECTIONS, *COLOURS, *SHAPES, "1", "2", "3", "yes", "no")
+"""All that is ever answered."""
+
+
+def _look(thing: Thing) -> str:
+    return f"{thing.colour} {thing.shape}"
+
+
+def _a(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def write(
+    out: str | Path,
+    split: Split = "test",
+    count: int = 100,
+    seed: int = 0,
+    size: int = 64,
+    length: int = 24,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Write clips as MP4 files with captions and questions about them; needs PyAV.
+
+    videos/VIDEO_ID.mp4; SPLIT.json as MSR-VTT's {videos, sentences}; SPLIT_qa.json as MSR-VTT-QA's {video_id, question,
+    answer, id}. On one machine the same settings give the same bytes.
+
+    Args:
+        out: Folder to write into; several splits may share one.
+        split: train, val and test share no scene; composition shows colour-shape pairs that no other split has.
+        count: How many clips.
+        seed: Of the clips.
+        size: Side of the pictures, pixels; even.
+        length: Frames of a clip, 8 a second.
+        overwrite: Replace what an earlier call wrote for this split.
+
+    Returns:
+        The two lists. ValueError for impossible settings, FileExistsError for what is there already, DataError without
+        PyAV.
+    """
+    out = Path(out)
+    if count < 1 or length < 2 or size < 16 or size % 2:
+        raise ValueError("count must be 1 or more, length 2 or more, and size an even number of 16 or more")
+    products = [out / f"{split}.json", out / f"{split}_qa.json"]
+    if products[0].exists() and not overwrite:
+        raise FileExistsError(f"{products[0]} is there already: give another --out, or --overwrite true to replace it")
+    unfinished = out / f".writing-{split}-{os.getpid()}"
+    unfinished.mkdir(parents=True)
+    try:
+        videos, sentences, asked = [], [], []
+        for i in range(count):
+            made = clip(seed, i, split)
+            _encode(unfinished / f"{made.video_id}.mp4", frames(made, length, size))
+            videos.append({"video_id": made.video_id, "split": split, "id": i})
+            sentences += [{"video_id": made.video_id, "caption": text} for text in captions(made)]
+            asked += [{"video_id": made.video_id, "question": q, "answer": a} for q, a in questions(made)]
+        (out / "videos").mkdir(exist_ok=True)
+        for path in sorted(unfinished.iterdir()):
+            path.replace(out / "videos" / path.name)
+        _json(products[0], {"videos": videos, "sentences": [s | {"sen_id": n} for n, s in zip(numbers(), sentences)]})
+        _json(products[1], [row | {"id": n} for n, row in zip(numbers(), asked)])
+    finally:
+        shutil.rmtree(unfinished)
+    return products
+
+
+def _json(path: Path, value: Any) -> None:
+    partial = path.with_name(f".tmp-{path.name}")
+    partial.write_text(json.dumps(value, indent=0) + "\n")
+    partial.replace(path)
+
+
+def _encode(path: Path, pictures: list[Image.Image]) -> None:
+    av = pyav()
+    with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height = pictures[0].size
+        stream.pix_fmt, stream.bit_rate = "yuv420p", 50 * pictures[0].size[0] ** 2
+        stream.codec_context.thread_count = 1
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
+
+
+def main(args: list[str] | None = None) -> None:
+    """The command line."""
+    command_line(write, args)
+
+
+if __name__ == "__main__":
+    main()

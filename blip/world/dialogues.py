@@ -1,0 +1,349 @@
+"""Dialogues about scenes of the picture world: ten rounds of question and answer, in the format of VisDial v1.0.
+
+    python -m blip.world.dialogues --out runs/world-dialogue --count 2000
+
+Some questions are about "it", the thing that was spoken of last, so that who has not followed cannot answer. Each
+round has 100 candidate answers; how right each is follows from the scene and is known for every round.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from blip.world import files
+from blip.world.files import command_line, progress, publish
+from blip.world.scene import (
+    BACKGROUNDS,
+    COLOURS,
+    HELD_OUT,
+    PLACES,
+    RADII,
+    RELATIONS,
+    SHAPES,
+    Dice,
+    Scene,
+    Split,
+    Thing,
+    draw,
+    relations_of,
+    scene,
+)
+from blip.world.text import captions
+
+ROUNDS = 10
+CANDIDATES = 100
+_IT = 0.5
+"""How often "it" is asked about, where something was spoken of."""
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
+
+_FORMS: dict[str, tuple[str, ...]] = {
+    "yes": ("yes", "yes it is", "yes there is", "yes that is true"),
+    "no": ("no", "no it is not", "no there is not", "no that is not true"),
+    "colour": ("{}", "it is {}", "the colour is {}"),
+    "shape": ("{a}", "it is {a}", "i see {a}"),
+    "size": ("{}", "it is {}", "a {} one"),
+    "place": ("{at}", "it is {at}", "you see it {at}"),
+    "count": ("{}", "there {be} {}", "i see {}"),
+    "background": ("{}", "it is {}", "a {} background"),
+}
+"""What an answer is about -> its wordings: short, as a sentence, and in another way."""
+_VALUES: dict[str, tuple[str, ...]] = {
+    "yes": ("",),
+    "no": ("",),
+    "colour": tuple(COLOURS),
+    "shape": SHAPES,
+    "size": tuple(RADII),
+    "place": PLACES,
+    "count": _NUMBERS,
+    "background": BACKGROUNDS,
+}
+_NEAR = 0.5
+"""How right half a place is: "at the top" of what is at the top left."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an answer says, and its wording."""
+
+    kind: str
+    value: str
+    text: str
+
+
+def _answers() -> tuple[Answer, ...]:
+    found = []
+    for kind, values in _VALUES.items():
+        for value in values:
+            article = "an" if value[:1] in tuple("aeiou") else "a"
+            for form in _FORMS[kind]:
+                be = "is" if value == "one" else "are"
+                text = form.format(value, a=f"{article} {value}", at=f"{_at(value)} the {value}", be=be)
+                found.append(Answer(kind, value, text))
+    return tuple(found)
+
+
+def _at(place: str) -> str:
+    return {"left": "on", "right": "on", "middle": "in"}.get(place, "at")
+
+
+ANSWERS = _answers()
+"""All answers that are ever given; no two have the same wording."""
+_SETS = [("yes", "no"), *((kind,) for kind in _VALUES if kind not in ("yes", "no"))]
+_LIKE = {kind: [a for a in ANSWERS if a.kind in kinds] for kinds in _SETS for kind in kinds}
+_UNLIKE = {kind: [a for a in ANSWERS if a.kind not in kinds] for kinds in _SETS for kind in kinds}
+"""Answers to the same question as one of a kind, and all others."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question, its answer, the candidates, and how right each of these is."""
+
+    question: str
+    answer: Answer
+    options: tuple[Answer, ...]
+    relevance: tuple[float, ...]
+    kind: str
+    """What is asked."""
+    by_history: bool
+    """Whether the question is about "it"."""
+
+
+@dataclass(frozen=True)
+class Talk:
+    """What was said about a scene."""
+
+    scene: Scene
+    caption: str
+    turns: tuple[Turn, ...]
+
+
+def dialogue(one: Scene) -> Talk:
+    """Ten rounds about a scene, each question asked once; a function of the scene."""
+    dice = Dice("dialogue", one.seed, one.split, one.i)
+    caption = dice.choice(captions(one))
+    manner = dice.below(3)
+    turns: list[Turn] = []
+    asked: set[tuple[str, str]] = set()
+    spoken: Thing | None = None
+    while len(turns) < ROUNDS:
+        about_it = spoken is not None and dice.chance(_IT)
+        kind = dice.choice(tuple(_OF_IT if about_it else _OF_SCENE))
+        ask = _OF_IT[kind] if about_it else _OF_SCENE[kind]
+        found = ask(dice, one, spoken)
+        if found is None:
+            continue
+        question, (meant, value), thing = found
+        # "what colour is it" may come again when "it" is another thing.
+        subject = (question, str(one.things.index(spoken)) if about_it else "")
+        # Nor is what the last answer has just told.
+        if subject in asked or (about_it and kind == turns[-1].kind):
+            continue
+        asked.add(subject)
+        turns.append(Turn(question, *_answered(dice, meant, value, kind, manner), kind, about_it))
+        spoken = thing or spoken
+    return Talk(one, caption, tuple(turns))
+
+
+def _answered(
+    dice: Dice, kind: str, value: str, asked: str, manner: int
+) -> tuple[Answer, tuple[Answer, ...], tuple[float, ...]]:
+    """The answer, the candidates, and how right each is. Who answers does so in the same manner all along."""
+    forms = [0, 1, 3] if asked == "relation" else [0, 2, 3]  # "yes it is", "yes there is"
+    form = forms[manner] if kind in ("yes", "no") else manner
+    answer = [a for a in _LIKE[kind] if (a.kind, a.value) == (kind, value)][form]
+    # All answers to such a question are among the candidates, and others fill up.
+    options = dice.shuffled([*_LIKE[kind], *dice.shuffled(_UNLIKE[kind])[: CANDIDATES - len(_LIKE[kind])]])
+    return answer, tuple(options), tuple(_right(a, kind, value) for a in options)
+
+
+def _right(answer: Answer, kind: str, value: str) -> float:
+    """How right an answer is, 0 to 1, where `value` is the truth."""
+    if answer.kind != kind:
+        return 0.0
+    if answer.value == value:
+        return 1.0
+    return _NEAR if kind == "place" and answer.value in value.split() else 0.0
+
+
+# Questions ------------------------------------------------------------------------------------------------------------
+
+Asked = tuple[str, tuple[str, str], Thing | None]
+"""A question, what its answer says (kind and value), and the thing that is spoken of."""
+Ask = Callable[[Dice, Scene, Thing | None], Asked | None]
+
+
+def _truth(holds: bool) -> tuple[str, str]:
+    return ("yes" if holds else "no"), ""
+
+
+def _only(one: Scene, **looks: str) -> bool:
+    """Whether one thing alone looks so."""
+    return sum(all(getattr(t, name) == value for name, value in looks.items()) for t in one.things) == 1
+
+
+def _a(name: str) -> str:
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+def _how_many(dice: Dice, one: Scene, it: Thing | None) -> Asked:
+    question = dice.choice(("how many things are there ?", "how many shapes do you see ?"))
+    return question, ("count", _NUMBERS[len(one.things)]), None
+
+
+def _behind(dice: Dice, one: Scene, it: Thing | None) -> Asked:
+    return "what is the background like ?", ("background", one.background.kind), None
+
+
+def _is_there(dice: Dice, one: Scene, it: Thing | None) -> Asked:
+    """A thing of a shape, of a colour or of both, which is there or not."""
+    thing = dice.choice(one.things)
+    by, here = dice.choice(("shape", "colour", "both")), dice.chance(0.5)
+    shape = thing.shape if here or (by == "both" and dice.chance(0.5)) else dice.choice(SHAPES)
+    colour = thing.colour if here else dice.choice(tuple(COLOURS))
+    if by == "both" and one.split != "composition":
+        colour = next(c for c in (colour, *dice.shuffled(tuple(COLOURS))) if (c, shape) not in HELD_OUT)
+    name = {"shape": shape, "colour": f"{colour} thing", "both": f"{colour} {shape}"}[by]
+    fits = [t for t in one.things if (by == "colour" or t.shape == shape) and (by == "shape" or t.colour == colour)]
+    return f"is there {_a(name)} ?", _truth(bool(fits)), fits[0] if len(fits) == 1 else None
+
+
+def _colour_of(dice: Dice, one: Scene, it: Thing | None) -> Asked | None:
+    thing = dice.choice(one.things)
+    if not _only(one, shape=thing.shape):
+        return None
+    return f"what colour is the {thing.shape} ?", ("colour", thing.colour), thing
+
+
+def _shape_of(dice: Dice, one: Scene, it: Thing | None) -> Asked | None:
+    thing = dice.choice(one.things)
+    if not _only(one, colour=thing.colour):
+        return None
+    return f"what shape is the {thing.colour} thing ?", ("shape", thing.shape), thing
+
+
+def _where_is(dice: Dice, one: Scene, it: Thing | None) -> Asked | None:
+    thing = dice.choice(one.things)
+    return f"where is the {thing.colour} {thing.shape} ?", ("place", thing.place), thing
+
+
+def _size_of(dice: Dice, one: Scene, it: Thing | None) -> Asked | None:
+    thing = dice.choice(one.things)
+    return f"what size is the {thing.colour} {thing.shape} ?", ("size", thing.size), thing
+
+
+def _colour_of_it(dice: Dice, one: Scene, it: Thing | None) -> Asked:
+    return "what colour is it ?", ("colour", it.colour), it
+
+
+def _shape_of_it(dice: Dice, one: Scene, it: Thing | None) -> Asked:
+    return "what shape is it ?", ("shape", it.shape), it
+
+
+def _size_of_it(dice: Dice, one: Scene, it: Thing | None) -> Asked:
+    return "what size is it ?", ("size", it.size), it
+
+
+def _where_is_it(dice: Dice, one: Scene, it: Thing | None) -> Asked:
+    return "where is it ?", ("place", it.place), it
+
+
+def _relation_of_it(dice: Dice, one: Scene, it: Thing | None) -> Asked | None:
+    others = [t for t in one.things if t is not it]
+    if not others:
+        return None
+    other, relation = dice.choice(others), dice.choice(RELATIONS)
+    way = f"to the {relation}" if "of" in relation else relation
+    holds = relation in relations_of(it, other)
+    return f"is it {way} the {other.colour} {other.shape} ?", _truth(holds), it
+
+
+_OF_SCENE: dict[str, Ask] = {
+    "count": _how_many,
+    "background": _behind,
+    "is_there": _is_there,
+    "colour": _colour_of,
+    "shape": _shape_of,
+    "place": _where_is,
+    "size": _size_of,
+}
+_OF_IT: dict[str, Ask] = {
+    "colour": _colour_of_it,
+    "shape": _shape_of_it,
+    "size": _size_of_it,
+    "place": _where_is_it,
+    "relation": _relation_of_it,
+}
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def write(
+    out: str | Path,
+    split: Split = "train",
+    count: int = 200,
+    seed: int = 0,
+    size: int = 64,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Write dialogues as VisDial v1.0 comes: SPLIT.json, SPLIT-dense.json and SPLIT/ with the pictures.
+
+    A dialogue has an `image` beside VisDial's keys, since scenes are not numbered like COCO's pictures. The dense
+    annotations are of one round of each dialogue, as in VisDial. The same settings give the same bytes.
+
+    Args:
+        out: Folder to write into; several splits may share one.
+        split: train, val and test share no scene; composition shows colour-shape pairs that no other split has.
+        count: How many dialogues.
+        seed: Of the scenes; another seed gives other pictures of the same splits.
+        size: Side of the pictures, pixels.
+        overwrite: Replace what an earlier call wrote for this split.
+
+    Returns:
+        The files and folders written. ValueError for impossible settings, FileExistsError for what is there already.
+    """
+    if count < 1 or size < 1:
+        raise ValueError(f"count and size must be 1 or more, got {count} and {size}")
+
+    def fill(folder: Path) -> None:
+        (folder / split).mkdir()
+        questions: dict[str, int] = {}
+        dialogs, dense = [], []
+        for i in progress(range(count), count, "dialogues", f"dialogues {split}"):
+            talk = dialogue(scene(seed, i, split))
+            name = f"{split}/{talk.scene.image_id}.jpg"
+            (folder / name).write_bytes(files.jpeg(draw(talk.scene, size)))
+            rounds = [_row(turn, questions) for turn in talk.turns]
+            dialogs.append({"image_id": i, "image": name, "caption": talk.caption, "dialog": rounds})
+            chosen = Dice("dense", seed, split, i).below(ROUNDS)
+            relevance = list(talk.turns[chosen].relevance)
+            dense.append({"image_id": i, "round_id": chosen + 1, "gt_relevance": relevance})
+        data = {"dialogs": dialogs, "questions": list(questions), "answers": [a.text for a in ANSWERS]}
+        (folder / f"{split}.json").write_text(json.dumps({"version": "1.0", "split": split, "data": data}) + "\n")
+        (folder / f"{split}-dense.json").write_text(json.dumps(dense) + "\n")
+
+    return publish(Path(out), [split, f"{split}.json", f"{split}-dense.json"], fill, overwrite)
+
+
+_NUMBER_OF = {answer: number for number, answer in enumerate(ANSWERS)}
+
+
+def _row(turn: Turn, questions: dict[str, int]) -> dict:
+    return {
+        "question": questions.setdefault(turn.question, len(questions)),
+        "answer": _NUMBER_OF[turn.answer],
+        "answer_options": [_NUMBER_OF[option] for option in turn.options],
+        "gt_index": turn.options.index(turn.answer),
+    }
+
+
+def main(args: list[str] | None = None) -> None:
+    """The command line."""
+    command_line(write, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""Pairs of scenes of the picture world with a sentence that is true or false of them, in the format of NLVR2.
+
+    python -m blip.world.pairs --out runs/world-pairs --sets 2500
+
+A set is some pairs made of the same few scenes and a sentence about them, true of half of the pairs. So neither the
+sentence alone nor a picture alone says which it is, and often the two pictures have only changed places.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from blip.world import files
+from blip.world.files import command_line, progress, publish
+from blip.world.scene import BACKGROUNDS, RELATIONS, Dice, Scene, Split, draw, relations_of, scene
+
+PAIRS = 4
+"""Pairs of a set, as in NLVR2; half of them make the sentence true."""
+_SCENES = 5
+"""Scenes that the pairs of a set are made of."""
+_NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
+
+Truth = Callable[[Scene, Scene], bool]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two scenes, a sentence, and whether it is true of them."""
+
+    identifier: str
+    left: Scene
+    right: Scene
+    sentence: str
+    label: bool
+    kind: str
+    """What the sentence is about."""
+
+
+def pairs(seed: int, number: int, split: str = "train") -> list[Pair]:
+    """The pairs of set `number`: a sentence, two pairs of which it is true and two of which it is false."""
+    dice = Dice("pairs", seed, split, number)
+    kind = dice.choice(tuple(_SENTENCES))
+    while True:
+        scenes = [scene(seed, dice.below(2**31), split) for _ in range(_SCENES)]
+        every = [(a, b) for a in scenes for b in scenes if a is not b]
+        sentence, truth = _SENTENCES[kind](dice, *scenes[:2])
+        # What is drawn first keeps the hard cases likely: the first pair, and the same with its places changed.
+        first, rest = [*every[:1], (scenes[1], scenes[0])], dice.shuffled(every[1:])
+        ordered = first + [pair for pair in rest if pair != first[1]]
+        true = [pair for pair in ordered if truth(*pair)][: PAIRS // 2]
+        false = [pair for pair in ordered if not truth(*pair)][: PAIRS // 2]
+        if len(true) == len(false) == PAIRS // 2:
+            break
+    labelled = dice.shuffled([(pair, True) for pair in true] + [(pair, False) for pair in false])
+    return [
+        Pair(f"{split}-{number}-{k}-0", left, right, sentence, label, kind)
+        for k, ((left, right), label) in enumerate(labelled)
+    ]
+
+
+# Sentences ------------------------------------------------------------------------------------------------------------
+
+
+class _Look:
+    """Things of a shape, of a colour, or of both, and how they are called."""
+
+    def __init__(self, dice: Dice, one: Scene) -> None:
+        thing, told = dice.choice(one.things), dice.choice(("both", "both", "shape", "colour"))
+        self.shape = None if told == "colour" else thing.shape
+        self.colour = None if told == "shape" else thing.colour
+        noun = self.shape or "thing"
+        self.plural = f"{self.colour or ''} {noun}{'es' if noun == 'cross' else 's'}".strip()
+        name = f"{self.colour or ''} {noun}".strip()
+        self.name = f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+    def of(self, one: Scene) -> list:
+        fits = ((self.shape in (None, t.shape)) and (self.colour in (None, t.colour)) for t in one.things)
+        return [thing for thing, fit in zip(one.things, fits, strict=True) if fit]
+
+
+def _on_a_side(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
+    """ "the left picture shows a red star" """
+    look = _Look(dice, a)
+    side = dice.choice(("left", "right"))
+    shows = dice.choice(("shows", "contains", "has"))
+    return f"the {side} picture {shows} {look.name}", lambda x, y: bool(look.of(x if side == "left" else y))
+
+
+def _in_both(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
+    """ "both pictures show a star" """
+    look = _Look(dice, a)
+    sentence = dice.choice((f"both pictures show {look.name}", f"there is {look.name} in each picture"))
+    return sentence, lambda x, y: bool(look.of(x) and look.of(y))
+
+
+def _in_one(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
+    """ "only one picture shows a star" """
+    look = _Look(dice, a)
+    sentence = dice.choice((f"only one picture shows {look.name}", f"exactly one picture contains {look.name}"))
+    return sentence, lambda x, y: bool(look.of(x)) != bool(look.of(y))
+
+
+def _in_none(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
+    """ "neither picture shows a star", or that there is one at all"""
+    look = _Look(dice, a)
+    if dice.chance(0.5):
+        return f"neither picture shows {look.name}", lambda x, y: not (look.of(x) or look.of(y))
+    return f"there is at least one {look.name.split(' ', 1)[1]}", lambda x, y: bool(look.of(x) or look.of(y))
+
+
+def _one_and_other(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
+    """ "one picture shows a red star and the other a blue ring" """
+    first, second = _Look(dice, a), _Look(dice, b)
+
+    def truth(x: Scene, y: Scene) -> bool:
+        return bool((first.of(x) and second.of(y)) or (first.of(y) and second.of(x)))
+
+    return f"one picture shows {first.name} and the other shows {second.name}", truth
+
+
+def _how_many(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
+    """ "there are four shapes in the two pictures" """
+    total = len(a.things) + len(b.things)
+    number = _NUMBERS[total]
+    sentence = dice.choice((f"there are {number} things in the two pictures", f"the two pictures show {number} shapes"))
+    return sentence, lambda x, y: len(x.things) + len(y.things) == total
+
+
+def _more(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
+    """ "there are more shapes in the left picture" """
+    side, more = dice.choice(("left", "right")), dice.choice(("more", "fewer"))
+
+    def truth(x: Scene, y: Scene) -> bool:
+        here, there = (len(x.things), len(y.things)) if side == "left" else (len(y.things), len(x.things))
+        return here > there if more == "more" else here < there
+
+    return f"there are {more} things in the {side} picture than in the other", truth
+
+
+def _as_many(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
+    """ "both pictures show two shapes" """
+    count = len(a.things)
+    shapes = "shape" if count == 1 else "shapes"
+    if dice.chance(0.5):
+        return "both pictures show as many shapes", lambda x, y: len(x.things) == len(y.things)
+    return (
+        f"one of the pictures shows exactly {_NUMBERS[count]} {shapes}",
+        lambda x, y: (len(x.things) == count) != (len(y.things) == count),
+    )
+
+
+def _related(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
+    """ "in one picture a star is above a ring" """
+    first, second = _Look(dice, a), _Look(dice, a)
+    relation = dice.choice(RELATIONS)
+
+    def holds(one: Scene) -> bool:
+        both = ((p, q) for p in first.of(one) for q in second.of(one) if p is not q)
+        return any(relation in relations_of(p, q) for p, q in both)
+
+    way = f"to the {relation}" if "of" in relation else relation
+    return f"in one picture {first.name} is {way} {second.name}", lambda x, y: holds(x) or holds(y)
+
+
+def _background(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
+    """ "the left picture has a plain background" """
+    kind = dice.choice(BACKGROUNDS)
+    side = dice.choice(("left", "right", "both"))
+    if side == "both":
+        return (
+            f"both pictures have a {kind} background",
+            lambda x, y: x.background.kind == y.background.kind == kind,
+        )
+    return (
+        f"the {side} picture has a {kind} background",
+        lambda x, y: (x if side == "left" else y).background.kind == kind,
+    )
+
+
+_SENTENCES: dict[str, Callable[[Dice, Scene, Scene], tuple[str, Truth]]] = {
+    "side": _on_a_side,
+    "both": _in_both,
+    "one": _in_one,
+    "none": _in_none,
+    "other": _one_and_other,
+    "count": _how_many,
+    "more": _more,
+    "equal": _as_many,
+    "relation": _related,
+    "background": _background,
+}
+"""What a sentence is about -> how it is made of two scenes, and what makes it true."""
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def write(
+    out: str | Path,
+    split: Split = "train",
+    sets: int = 250,
+    seed: int = 0,
+    size: int = 64,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Write pairs of pictures with sentences as NLVR2 comes: SPLIT.json, an object a line, and SPLIT/ with pictures.
+
+    A row has `identifier` (split, set, pair, sentence), `sentence`, `label` ("True" or "False"), `kind` (what the
+    sentence is about) and `scenes`, which leads back to the two scenes. The pictures of row dev-3-1-0 are
+    dev-3-1-img0.png and dev-3-1-img1.png. The same settings give the same bytes.
+
+    Args:
+        out: Folder to write into; several splits may share one.
+        split: train, val and test share no scene; composition shows colour-shape pairs that no other split has.
+        sets: How many sets, of four pairs each.
+        seed: Of the scenes; another seed gives other pictures of the same splits.
+        size: Side of the pictures, pixels.
+        overwrite: Replace what an earlier call wrote for this split.
+
+    Returns:
+        The files and folders written. ValueError for impossible settings, FileExistsError for what is there already.
+    """
+    if sets < 1 or size < 1:
+        raise ValueError(f"sets and size must be 1 or more, got {sets} and {size}")
+
+    def fill(folder: Path) -> None:
+        images = folder / split
+        images.mkdir()
+        with (folder / f"{split}.json").open("w") as file:
+            for number in progress(range(sets), sets, "sets", f"pairs {split}"):
+                for pair in pairs(seed, number, split):
+                    file.write(json.dumps(_row(pair)) + "\n")
+                    for k, one in enumerate((pair.left, pair.right)):
+                        name = f"{pair.identifier.rsplit('-', 1)[0]}-img{k}.png"
+                        (images / name).write_bytes(files.jpeg(draw(one, size)))  # NLVR2's are no PNGs either
+
+    return publish(Path(out), [split, f"{split}.json"], fill, overwrite)
+
+
+def _row(pair: Pair) -> dict:
+    scenes = [pair.left.image_id, pair.right.image_id]
+    said = {"identifier": pair.identifier, "sentence": pair.sentence, "label": str(pair.label)}
+    return {**said, "kind": pair.kind, "scenes": scenes}
+
+
+def main(args: list[str] | None = None) -> None:
+    """The command line."""
+    command_line(write, args)
+
+
+if __name__ == "__main__":
+    main()

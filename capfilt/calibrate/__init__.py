@@ -1,0 +1,1 @@
+"""Thresholds chosen from audited samples."""

@@ -1,0 +1,179 @@
+"""The labelled audit: a sheet of texts drawn from all scores, labelled by a person, read back with intervals."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from blip.data.formats.csv_rows import csv_rows
+from capfilt.run import Run
+from capfilt.select.choose import Whole, scored_parts
+from capfilt.select.copies import Copies
+
+_STRATA = 10
+_COLUMNS = ("id", "source", "score", "weight", "text", "match")
+_STEPS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+
+
+@dataclass(frozen=True)
+class Label:
+    """A text that a person has judged."""
+
+    id: str
+    source: str
+    score: float
+    weight: float
+    """Texts of the run that it stands for."""
+    match: bool
+
+
+def write(run: Run, count: int) -> list[str]:
+    """Write report/audit.csv, to be filled in, and report/audit.html with the pictures; returns what to do."""
+    drawn = draw(run, count)
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
+    writer.writerow(_COLUMNS)
+    for entry in drawn:
+        writer.writerow([entry["id"], entry["source"], f"{entry['score']:.6f}", f"{entry['weight']:.4f}",
+                         _harmless(entry["text"]), ""])  # fmt: skip
+    run.storage.write("report/audit.csv", buffer.getvalue().encode())
+    run.storage.write("report/audit.html", _page(run, drawn).encode())
+    return [
+        f"{len(drawn)} texts drawn from all scores. Open {run.storage.root}/report/audit.html, write y or n into the "
+        f"column match of {run.storage.root}/report/audit.csv, and run",
+        f"  capfilt calibrate {run.where} --labels {run.storage.root}/report/audit.csv",
+        "Judge before you look at scores: the page does not show them.",
+    ]
+
+
+def _harmless(text: str) -> str:
+    """Text that a spreadsheet will not take for a formula, and that a CSV file may hold."""
+    text = " ".join(text.replace("\0", " ").split())
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
+
+
+def draw(run: Run, count: int) -> list[dict]:
+    """Texts drawn by hash, equally many from each tenth of each source's scores, with what they stand for."""
+    found: dict[tuple[str, int], list[tuple[str, float, str, int, int]]] = {}
+    sizes: dict[tuple[str, int], int] = {}
+    each = max(1, count // (2 * _STRATA))
+    for part in scored_parts(run):
+        table = run.parts.read(part.pid, ["sample_id", "itm_web", "itm_syn", "web_text", "syn_text"])
+        for row, note in enumerate(table.to_pylist()):
+            for kind in ("web", "syn"):
+                for i, score in enumerate(note[f"itm_{kind}"] or []):
+                    if score is None:
+                        continue
+                    key = kind, min(int(score * _STRATA), _STRATA - 1)
+                    sizes[key] = sizes.get(key, 0) + 1
+                    mark = hashlib.sha256(f"audit {note['sample_id']} {kind} {i}".encode()).hexdigest()[:16]
+                    found.setdefault(key, []).append((mark, score, part.pid, row, i))
+                    if len(found[key]) > 4 * each:
+                        found[key] = sorted(found[key])[:each]
+    drawn = []
+    for (kind, tenth), some in found.items():
+        chosen = sorted(some)[:each]
+        for mark, score, pid, row, i in chosen:
+            text = run.parts.read(pid, [f"{kind}_text"])[f"{kind}_text"][row].as_py()[i]
+            weight = sizes[kind, tenth] / len(chosen)
+            drawn.append({"id": mark, "source": kind, "score": score, "weight": weight, "text": text, "at": (pid, row)})
+    return sorted(drawn, key=lambda entry: entry["id"])
+
+
+def _page(run: Run, drawn: Sequence[dict]) -> str:
+    from capfilt.report.page import Cards
+    from capfilt.select.policies import SelectConfig
+
+    cards = Cards(run, SelectConfig(), Whole(Copies()))
+    rows = "".join(
+        f"<tr><td>{cards.picture(*entry['at'])}</td><td><code>{entry['id']}</code><p>{escape(entry['text'][:500])}</p></td></tr>"
+        for entry in drawn
+    )
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    style = "body{font:15px system-ui;margin:24px}td{padding:8px}"
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
+        f'content="{policy}"><title>Audit</title><style>{style}</style>'
+        f"</head><body><h1>Does the text say what the picture shows?</h1><table>{rows}</table></body></html>\n"
+    )
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def read(run: Run, labels: str, target: float) -> list[str]:
+    """Precision and recall by threshold, for web and synthetic texts; returns what to print."""
+    found = read_labels(Path(labels))
+    lines = [f"{len(found)} labels; intervals are 95% Wilson at the effective number of labels"]
+    for kind in ("web", "syn"):
+        mine = [label for label in found if label.source == kind]
+        if not mine:
+            continue
+        lines.append(f"{kind}: {len(mine)} labels, {sum(label.match for label in mine)} match")
+        for t in _STEPS:
+            kept = [label for label in mine if label.score >= t]
+            if kept:
+                share, low, high = weighted_share(kept)
+                recall = sum(x.weight for x in kept if x.match) / (sum(x.weight for x in mine if x.match) or 1)
+                lines.append(f"  at {t:<5g} precision {share:.1%} ({low:.1%} to {high:.1%}), recall {recall:.1%}, "
+                             f"{sum(x.weight for x in kept):,.0f} texts kept")  # fmt: skip
+        lines.append(_advice(mine, target))
+    return lines
+
+
+def _advice(labels: Sequence[Label], target: float) -> str:
+    """A threshold chosen on one half of the labels, and what the other half says of it."""
+    first = [label for label in labels if int(label.id[-1], 16) % 2]
+    second = [label for label in labels if not int(label.id[-1], 16) % 2]
+    for t in sorted({label.score for label in first}):
+        if weighted_share([x for x in first if x.score >= t])[1] >= target:
+            kept = [x for x in second if x.score >= t]
+            if not kept:
+                break
+            share, low, high = weighted_share(kept)
+            return (f"  {t:.3f}, chosen on half of the labels for a lower end of {target:g}; the other half says "
+                    f"precision {share:.1%} ({low:.1%} to {high:.1%})")  # fmt: skip
+    return f"  no threshold has a lower end of {target:g} with so few labels"
+
+
+def read_labels(path: Path) -> list[Label]:
+    """The filled-in rows of a sheet. ValueError names the row that is wrong, DataError the line that is no CSV."""
+    found = []
+    for number, row in csv_rows(path):
+        if not set(_COLUMNS) <= row.keys():
+            raise ValueError(f"{path} has not the columns {', '.join(_COLUMNS)}: is it the sheet that audit wrote?")
+        said = row["match"].strip().lower()
+        if not said:
+            continue
+        if said not in ("y", "yes", "1", "n", "no", "0"):
+            raise ValueError(f"{path}, line {number}: match must be y or n, got {row['match']!r}")
+        try:
+            score, weight = float(row["score"]), float(row["weight"])
+        except ValueError:
+            raise ValueError(f"{path}, line {number}: score and weight must be numbers") from None
+        found.append(Label(row["id"], row["source"], score, weight, said in ("y", "yes", "1")))
+    if not found:
+        raise ValueError(f"{path}: no row has y or n in the column match")
+    return found
+
+
+def weighted_share(labels: Sequence[Label]) -> tuple[float, float, float]:
+    """Share of matches with its interval, each label standing for its weight."""
+    weights = np.array([label.weight for label in labels])
+    share = float((weights * [label.match for label in labels]).sum() / weights.sum())
+    return share, *wilson(share, float(weights.sum() ** 2 / (weights**2).sum()))
+
+
+def wilson(share: float, n: float, z: float = 1.959964) -> tuple[float, float]:
+    """The 95% Wilson interval of a share of n."""
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)

@@ -1,0 +1,205 @@
+"""Calibration: what a threshold means, by a labelled audit, a clean reference set, or captions that cannot be right."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from capfilt import plan
+from capfilt.calibrate import audit
+from capfilt.report.counts import BINS, NULL
+from capfilt.run import Run
+from capfilt.score.annotate import item_of
+from capfilt.score.decoding import Decoded
+from capfilt.score.dry_run import Silent
+from capfilt.score.loop import ScoreOptions, Worker
+from capfilt.score.scorer import Item, Matched, Scorer
+from capfilt.settings import ReadConfig, at_least
+
+_STEPS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99)
+_CANDIDATES = 20
+"""Captions of other images among which the nearest by cosine is the hard negative."""
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """How a threshold is looked for."""
+
+    method: Literal["audit", "reference", "null"] = "audit"
+    """audit: label a sheet of this run's own texts (recommended); reference: a clean set of pairs; null: shuffled
+    captions, which only show whether the filter is broken."""
+    count: int = 200
+    """Texts on the audit's sheet, at most; 2,000 pairs are good for `null`, some hundred images for `reference`."""
+    labels: str | None = None
+    """A labelled sheet to read: audit then estimates precision and recall."""
+    reference: str | None = None
+    """Clean pairs for `reference`: any input that `plan` takes as it is, e.g. a COCO or Flickr validation list."""
+    target: float = 0.9
+    """Precision that the lower end of the interval should reach."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, ..."""
+    decode_workers: int | None = None
+    """Decoding processes."""
+
+    def __post_init__(self) -> None:
+        at_least(10, count=self.count)
+        if not 0 <= self.target <= 1:
+            raise ValueError(f"target is a precision, 0 to 1, got {self.target}")
+        if self.method == "reference" and not self.reference:
+            raise ValueError("method reference needs --reference with clean pairs")
+
+
+def calibrate(run: Run, options: CalibrateOptions, make_scorer: Callable[[Run], Scorer]) -> list[str]:
+    """Do what the method says; returns what to print."""
+    if options.method == "audit":
+        return audit.read(run, options.labels, options.target) if options.labels else audit.write(run, options.count)
+    # Only the filter is asked.
+    run.config = dataclasses.replace(run.config, captioner=None)
+    if options.method == "null":
+        return null_floor(run, options, _without_captions(make_scorer))
+    return against_reference(run, options, _without_captions(make_scorer))
+
+
+def _without_captions(make_scorer: Callable[[Run], Scorer]) -> Callable[[Run], Scorer]:
+    def make(run: Run) -> Scorer:
+        scorer = make_scorer(run)
+        if hasattr(scorer, "captions"):
+            scorer.captions = 0
+        return scorer
+
+    return make
+
+
+def _decoded(run: Run, worker: Worker, count: int) -> Iterator[list[Decoded]]:
+    """Rows with image and text, part by part in the order of their ids, until there are enough."""
+    seen = 0
+    for part in run.in_order():
+        tasks, rows = worker.begin(part, 1), []
+        while tasks:
+            pool, task = tasks.popleft()
+            rows += [row for row in pool.take(task) if row.pixels and any(row.norm)]
+        yield rows[: count - seen]
+        seen += len(rows)
+        if seen >= count:
+            return
+
+
+def _matched(worker: Worker, items: Sequence[Item]) -> list[list[Matched]]:
+    found: list[list[Matched]] = []
+    for at in range(0, len(items), worker.batch):
+        found += [scores.web if scores else [] for scores in worker.show(items[at : at + worker.batch])]
+    return found
+
+
+# Null floor -----------------------------------------------------------------------------------------------------------
+
+
+def null_floor(run: Run, options: CalibrateOptions, make_scorer: Callable[[Run], Scorer]) -> list[str]:
+    """Score captions with other images of their shard; writes report/null.json for the report."""
+    worker = Worker(run, make_scorer(run), ScoreOptions(decode_workers=options.decode_workers))
+    worker.claims = Silent()
+    scores: list[float] = []
+    for rows in _decoded(run, worker, options.count):
+        texts = [next(t for t in row.norm if t is not None) for row in rows]
+        others = texts[1:] + texts[:1]
+        pairs = [
+            Item(item_of(row, "null").sample_id, row.pixels, [other])
+            for row, own, other in zip(rows, texts, others, strict=True)
+            if own != other
+        ]
+        scores += [match.probability for matched in _matched(worker, pairs) for match in matched]
+    worker.close()
+    found = np.array(scores)
+    if not len(found):
+        raise ValueError(f"{run.where} has no two rows with different texts to shuffle")
+    histogram = np.bincount((found * BINS + 1e-4).astype(int), minlength=BINS + 1)
+    run.storage.write(NULL, json.dumps({"pairs": len(found), "histogram": histogram.tolist()}).encode())
+    lines = [f"{len(found):,} captions with an image that is not theirs:"]
+    lines += [f"  P(match) >= {t:g}: {(found >= t).mean():.2%} of them" for t in _STEPS]
+    return [
+        *lines,
+        "This is a floor: near misses pass far more often than shuffled captions. A filter that lets many of them pass "
+        "is broken, or the crawl repeats itself; do not choose a threshold by it.",
+    ]
+
+
+# Clean reference ------------------------------------------------------------------------------------------------------
+
+
+def against_reference(run: Run, options: CalibrateOptions, make_scorer: Callable[[Run], Scorer]) -> list[str]:
+    """Human captions as right, others' captions as wrong: at random, and the nearest of some by cosine."""
+    with tempfile.TemporaryDirectory() as folder:
+        reading = ReadConfig([str(options.reference)])  # columns of its own names, whatever the crawl's are called
+        reference = plan.make(folder, run.config, reading, 64)
+        worker = Worker(reference, make_scorer(run), ScoreOptions(decode_workers=options.decode_workers))
+        worker.claims = Silent()
+        rows = [row for some in _decoded(reference, worker, options.count) for row in some]
+        positive, random, hard = reference_scores(rows, worker)
+        worker.close()
+    lines = [f"{len(rows)} images of {options.reference}, {len(positive)} right pairs"]
+    for name, negative in (("random", random), ("hard", hard)):
+        lines.append(f"against {name} negatives: ROC AUC {auc(positive, negative):.4f}, "
+                     f"calibration error {calibration_error(positive, negative):.3f}")  # fmt: skip
+        for t in _STEPS:
+            right, wrong = (positive >= t).mean(), (negative >= t).mean()
+            precision = right / (right + wrong) if right + wrong else 1.0
+            lines.append(f"  at {t:g}: recall {right:.1%}, wrong ones kept {wrong:.1%}, precision if half are right "
+                         f"{precision:.1%}")  # fmt: skip
+        t = threshold_for(positive, negative, options.target)
+        said = "no threshold reaches" if t is None else f"from {t:.3f} on reaches"
+        lines.append(f"  {said} precision {options.target:g} if half of the pairs are right")
+    return lines
+
+
+def reference_scores(rows: Sequence[Decoded], worker: Worker) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """P(match) of right pairs, of random wrong ones, and of the nearest wrong ones."""
+    texts = [[t for t in row.norm if t is not None] for row in rows]
+    if len(rows) < 3:
+        raise ValueError("the reference set has fewer than 3 images with captions")
+    dice = np.random.default_rng(0)
+    items, right = [], []
+    for i, row in enumerate(rows):
+        others = [
+            j for j in dice.permutation(len(rows))[: _CANDIDATES + 1] if j != i and not set(texts[j]) & set(texts[i])
+        ]
+        items.append(Item(item_of(row, "reference").sample_id, row.pixels, [*texts[i], *(texts[j][0] for j in others)]))
+        right.append(len(texts[i]))
+    positive, random, hard = [], [], []
+    for matched, n in zip(_matched(worker, items), right, strict=True):
+        positive += [m.probability for m in matched[:n]]
+        if len(matched) > n:
+            random.append(matched[n].probability)
+            hard.append(max(matched[n:], key=lambda m: m.itc).probability)
+    return np.array(positive), np.array(random), np.array(hard)
+
+
+def auc(positive: np.ndarray, negative: np.ndarray) -> float:
+    """The chance that a right pair scores above a wrong one; equal scores count half."""
+    order = np.sort(negative)
+    below, upto = np.searchsorted(order, positive, "left"), np.searchsorted(order, positive, "right")
+    return float(((below + upto) / 2).mean() / len(negative))
+
+
+def calibration_error(positive: np.ndarray, negative: np.ndarray, bins: int = 10) -> float:
+    """Mean gap between P(match) and the share of right pairs, over bins of P(match), both kinds weighing the same."""
+    scores = np.concatenate([positive, negative])
+    right = np.concatenate([np.ones(len(positive)), np.zeros(len(negative))])
+    weight = np.concatenate([np.full(len(positive), 0.5 / len(positive)), np.full(len(negative), 0.5 / len(negative))])
+    where = np.minimum((scores * bins).astype(int), bins - 1)
+    gaps = (abs((weight * (scores - right))[where == b].sum()) for b in range(bins))
+    return float(sum(gaps))
+
+
+def threshold_for(positive: np.ndarray, negative: np.ndarray, precision: float) -> float | None:
+    """The least threshold at which that share of what is kept is right, if half of all pairs are; None if none."""
+    for t in np.unique(np.concatenate([positive, negative])):
+        right, wrong = (positive >= t).mean(), (negative >= t).mean()
+        if right and right / (right + wrong) >= precision:
+            return float(t)
+    return None

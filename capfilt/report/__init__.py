@@ -1,0 +1,1 @@
+"""What a selection keeps and drops, in numbers and images."""

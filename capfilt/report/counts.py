@@ -1,0 +1,225 @@
+"""Reporting: what a run found, counted part by part, and a page of pictures with what is kept of each and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from capfilt.run import Part, Run
+from capfilt.schema import USABLE
+from capfilt.select.choose import Whole, scored_parts, select_part
+from capfilt.select.policies import SelectConfig
+from capfilt.store.parts import facts_of, name_of
+
+BINS = 200
+"""Steps of the threshold; histograms have one bin more, for scores of exactly 1."""
+_COLUMNS = [
+    "sample_id", "source_uri", "source_row", "status", "error_code", "web_text", "web_text_norm", "syn_text", "itm_web",
+    "itm_syn", "rule_flags", "device", "seconds",
+]  # fmt: skip
+_MOST_CAPTIONS = 1_000_000
+"""Different captions that are counted at once; beyond, those seen once are forgotten."""
+NULL = "report/null.json"
+"""Scores of shuffled captions, where `calibrate --method null` has measured them."""
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What the page shows."""
+
+    select: str | None = None
+    """Name of a selection; every text with P(match) of at least 0.5 when not given."""
+    per_group: int = 12
+    """Pictures of each group."""
+    no_blur: bool = False
+    """Show pictures at once; they are blurred until pointed at, for nobody has looked at them yet."""
+    to: str | None = None
+    """Where to write the page: report/NAME in the run when not given."""
+
+
+@dataclass
+class Numbers:
+    """Everything that is counted."""
+
+    account: dict[str, Counter] = field(
+        default_factory=lambda: {k: Counter() for k in ("rows_in", "texts_in", "kept", "dropped", "reasons")}
+    )
+    codes: Counter = field(default_factory=Counter)
+    histogram: dict[str, np.ndarray] = field(
+        default_factory=lambda: {k: np.zeros(BINS + 1, np.int64) for k in ("web", "syn")}
+    )
+    captions: dict[str, Counter] = field(default_factory=lambda: {k: Counter() for k in ("web", "syn")})
+    forgotten: bool = False
+    texts: Counter = field(default_factory=Counter)
+    """All captions, those forgotten as well."""
+    words: dict[str, Counter] = field(default_factory=lambda: {k: Counter() for k in ("web", "syn")})
+    shards: dict[str, Counter] = field(default_factory=dict)
+    flags: Counter = field(default_factory=Counter)
+    seconds: Counter = field(default_factory=Counter)
+    examples: dict[str, list[tuple[Any, str, int]]] = field(default_factory=dict)
+    """Group -> (order, part, row), the first by a hash or by score."""
+
+
+def gather(run: Run, config: SelectConfig, whole: Whole, options: ReportOptions) -> Numbers:
+    """Read every part once."""
+    numbers = Numbers()
+    done = scored_parts(run)
+    for part in done:
+        table = run.parts.read(part.pid, _COLUMNS)
+        chosen = select_part(run, part, config, whole, numbers.account)
+        _count(numbers, table, chosen)
+        _collect(numbers, part, table, chosen, options.per_group)
+    _collect_repeated(run, done, numbers, options.per_group)
+    return numbers
+
+
+def _count(numbers: Numbers, table: pa.Table, chosen: pa.Table) -> None:
+    for column, counter in (("error_code", numbers.codes), ("device", None)):
+        if counter is not None:
+            counter.update(v for v in table[column].to_pylist() if v)
+    numbers.flags.update(pc.list_flatten(table["rule_flags"]).to_pylist())
+    device = table["device"][0].as_py()
+    numbers.seconds[device] += pc.sum(table["seconds"]).as_py() or 0.0
+    shard = numbers.shards.setdefault(table["source_uri"][0].as_py(), Counter())
+    shard["rows"] += len(table)
+    shard["errors"] += sum(status not in USABLE for status in table["status"].to_pylist())
+    kept = chosen["kept"].to_numpy()
+    source = np.asarray(chosen["text_source"].to_pylist(), dtype=object)
+    for kind in ("web", "syn"):
+        mine = source == kind
+        shard[kind] += int(mine.sum())
+        shard[f"{kind}_kept"] += int(kept[mine].sum())
+        scores = pc.drop_null(pc.list_flatten(table[f"itm_{kind}"])).to_numpy()
+        numbers.histogram[kind] += np.bincount((scores * BINS + 1e-4).astype(int), minlength=BINS + 1)[: BINS + 1]
+        texts = pc.drop_null(pc.list_flatten(table["web_text_norm" if kind == "web" else "syn_text"]))
+        numbers.texts[kind] += len(texts)
+        _add_counts(numbers.captions[kind], pc.value_counts(texts))
+        _add_counts(numbers.words[kind], pc.value_counts(pc.list_flatten(pc.utf8_split_whitespace(texts))))
+        if len(numbers.captions[kind]) > _MOST_CAPTIONS:
+            numbers.captions[kind] = Counter({k: n for k, n in numbers.captions[kind].items() if n > 1})
+            numbers.forgotten = True
+
+
+def _add_counts(counter: Counter, counts: pa.StructArray) -> None:
+    for value, n in zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True):
+        counter[value] += n
+
+
+# Examples -------------------------------------------------------------------------------------------------------------
+
+
+def _collect(numbers: Numbers, part: Part, table: pa.Table, chosen: pa.Table, most: int) -> None:
+    """Offer the part's rows to the groups that they belong to, ordered by their ids, which is as good as random."""
+    n = len(table)
+    order = [int(i[:12], 16) for i in table["sample_id"].to_pylist()]
+    row, kept = chosen["row"].to_numpy(), chosen["kept"].to_numpy()
+    score = chosen["score"].to_numpy(zero_copy_only=False)
+    source = np.asarray(chosen["text_source"].to_pylist(), dtype=object)
+    reason = np.asarray(chosen["reason"].to_pylist(), dtype=object)
+    has, keeps = {}, {}
+    for kind, mine in (("web", source != "syn"), ("syn", source == "syn")):
+        has[kind], keeps[kind] = np.zeros(n, bool), np.zeros(n, bool)
+        has[kind][row[mine]] = True
+        keeps[kind][row[mine & kept]] = True
+    status = np.asarray(table["status"].to_pylist(), dtype=object)
+    usable = np.isin(status.astype(str), USABLE)
+    both = usable & has["web"]
+    for web, syn, name in (
+        (True, True, "both texts kept"),
+        (False, True, "web text dropped, synthetic kept"),
+        (True, False, "web text kept, synthetic dropped"),
+        (False, False, "both texts dropped"),
+    ):
+        _offer(numbers, name, np.flatnonzero(both & (keeps["web"] == web) & (keeps["syn"] == syn)), order, part, most)
+    edge = np.abs(np.nan_to_num(score, nan=9) - 0.5) < 0.05
+    _offer(numbers, "borderline: a score within 0.05 of one half", np.unique(row[edge]), order, part, most)
+    by_rule = np.array([r.startswith("rule ") for r in reason], dtype=bool)
+    _offer_scored(numbers, "best scores that a rule dropped", row, -score, by_rule, part, most)
+    _offer_scored(numbers, "lowest scores that are kept", row, score, kept & ~np.isnan(score), part, most)
+    for name in set(status[~usable].tolist()):
+        _offer(numbers, f"status {name}", np.flatnonzero(status == name), order, part, most)
+
+
+def _offer(numbers: Numbers, group: str, rows: np.ndarray, order: list[int], part: Part, most: int) -> None:
+    found = heapq.nsmallest(most, ((order[r], part.pid, int(r)) for r in rows))
+    if found:
+        numbers.examples[group] = heapq.nsmallest(most, [*numbers.examples.get(group, []), *found])
+
+
+def _offer_scored(numbers: Numbers, group: str, row: np.ndarray, score: np.ndarray, mask: np.ndarray, part: Part,
+                  most: int) -> None:  # fmt: skip
+    best: dict[int, float] = {}
+    for r, s in zip(row[mask].tolist(), score[mask].tolist(), strict=True):
+        if s == s:
+            best[r] = min(s, best.get(r, s))
+    found = heapq.nsmallest(most, ((s, part.pid, r) for r, s in best.items()))
+    if found:
+        numbers.examples[group] = heapq.nsmallest(most, [*numbers.examples.get(group, []), *found])
+
+
+def _collect_repeated(run: Run, done: list[Part], numbers: Numbers, most: int) -> None:
+    """Pictures that all got the commonest synthetic caption, if it is common enough to be a fault."""
+    ((caption, n),) = numbers.captions["syn"].most_common(1) or [("", 0)]
+    if n < 3:
+        return
+    found: list[tuple[Any, str, int]] = []
+    for part in done[:200]:
+        texts = run.parts.read(part.pid, ["syn_text"])["syn_text"].to_pylist()
+        found += [(i, part.pid, i) for i, said in enumerate(texts) if caption in (said or [])]
+        if len(found) >= most:
+            break
+    numbers.examples["all of these got the commonest synthetic caption"] = found[:most]
+
+
+# The result -----------------------------------------------------------------------------------------------------------
+
+
+def summary(run: Run, config: SelectConfig, numbers: Numbers) -> dict[str, Any]:
+    """What report.json holds."""
+    parts = len(scored_parts(run))
+    rows = sum(numbers.account["rows_in"].values())
+    null = json.loads(run.storage.read(NULL)) if run.storage.exists(NULL) else None
+    return {
+        "run": run.where,
+        "fingerprint": run.fingerprint,
+        "parts": parts,
+        "parts_planned": len(run.plan),
+        "rows": rows,
+        "rows_planned": run.rows,
+        "settings": dataclasses.asdict(config),
+        **{key: dict(sorted(counts.items())) for key, counts in numbers.account.items()},
+        "error_codes": dict(numbers.codes.most_common()),
+        "rule_flags": dict(numbers.flags.most_common()),
+        "histogram": {kind: counts.tolist() for kind, counts in numbers.histogram.items()},
+        "null": null,
+        "texts": {kind: _text_figures(numbers, kind) for kind in ("web", "syn")},
+        "repeated": {
+            kind: [[text, n] for text, n in numbers.captions[kind].most_common(20) if n > 1] for kind in ("web", "syn")
+        },
+        "shards": {name: dict(counts) for name, counts in sorted(numbers.shards.items())},
+        "seconds": dict(numbers.seconds),
+        "damaged": {s.relpath: s.damage for s in run.damaged()},
+        "config": run.job["config"],
+        "facts": facts_of(run.storage.read(name_of(scored_parts(run)[0].pid))) if parts else {},
+    }
+
+
+def _text_figures(numbers: Numbers, kind: str) -> dict[str, Any]:
+    texts, words = numbers.texts[kind], sum(numbers.words[kind].values())
+    repeated = sum(n for n in numbers.captions[kind].values() if n > 1)
+    return {
+        "texts": texts,
+        "different": len(numbers.captions[kind]),
+        "words_each": round(words / texts, 2) if texts else None,
+        "vocabulary": len(numbers.words[kind]),
+        "share_repeated": round(repeated / texts, 4) if texts else None,
+        "counts_are_partial": numbers.forgotten,
+    }

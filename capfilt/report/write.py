@@ -1,0 +1,32 @@
+"""The report of a run: counted, put into a page, and written."""
+
+from __future__ import annotations
+
+import json
+
+from capfilt.report.counts import ReportOptions, gather, summary
+from capfilt.run import Run
+from capfilt.select.choose import look, read_account, scored_parts
+from capfilt.select.policies import SelectConfig
+
+
+def report(run: Run, options: ReportOptions | None = None) -> str:
+    """Write report.html and report.json; returns where the page is. ValueError if nothing is scored yet."""
+    from capfilt.report.page import Cards, render
+
+    options = options or ReportOptions()
+    if not scored_parts(run):
+        raise ValueError(f"{run.where}: nothing is scored yet; run `capfilt score {run.where}` first")
+    settings = read_account(run, options.select)["settings"] if options.select else {}
+    config = SelectConfig(**settings)
+    whole = look(run, scored_parts(run), config)
+    numbers = gather(run, config, whole, options)
+    said = summary(run, config, numbers)
+    page = render(run, numbers, said, Cards(run, config, whole), options)
+    from capfilt.store.storage import open_storage
+
+    storage = open_storage(options.to) if options.to else run.storage
+    folder = "" if options.to else f"report/{options.select or 'at-half'}/"
+    storage.write(f"{folder}report.json", (json.dumps(said, indent=1) + "\n").encode())
+    storage.write(f"{folder}report.html", page.encode())
+    return f"{storage.root}/{folder}report.html"

@@ -1,0 +1,1 @@
+"""Scoring: decode, caption, match, one part at a time."""

@@ -1,0 +1,90 @@
+"""Notes of parts that are being worked on, so that it is known afterwards where a process died.
+
+A note is no lock: two processes that score the same part replace equal content with equal content. It counts attempts,
+and lets processes on one machine keep out of each other's way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import traceback
+from collections.abc import Iterable
+
+from blip.processes import started
+from capfilt.run import Part
+from capfilt.store.parts import failure_name, failures, read_failure
+from capfilt.store.storage import Storage, host
+
+SANDBOX, MOST = 2, 5
+"""Attempt from which decoding is kept out of this process, and the number after which a part has failed."""
+_FRESH = 600.0
+"""Seconds for which a note of another machine is taken to be that of a living process."""
+
+
+class Claims:
+    """The notes of one process."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self._mine: dict[str, int] = {}
+        self._start = started(os.getpid())
+
+    def attempts(self, wanted: Iterable[str]) -> tuple[dict[str, int], set[str]]:
+        """For each part the highest attempt that came to nothing, and the parts that others are working on now."""
+        wanted = set(wanted)
+        counts: dict[str, int] = {}
+        busy: set[str] = set()
+        for pid, numbers in failures(self.storage).items():
+            if pid not in wanted or pid in self._mine:
+                continue
+            numbers = [n for n in numbers if n > 0]
+            if numbers and self._alive(read_failure(self.storage, pid, max(numbers))):
+                busy.add(pid)
+                numbers.remove(max(numbers))
+            counts[pid] = max(numbers, default=0)
+        return counts, busy
+
+    def _alive(self, note: dict) -> bool:
+        if note.get("state") != "begun":
+            return False
+        if note.get("host") != host():
+            return time.time() - float(note.get("time", 0)) < _FRESH
+        return started(int(note.get("process", 0))) == note.get("started")
+
+    def begin(self, part: Part, attempt: int) -> None:
+        self._mine[part.pid] = attempt
+        self._note(part, attempt, {"state": "begun"})
+
+    def end(self, part: Part) -> None:
+        """The part is committed, or was put down on purpose."""
+        attempt = self._mine.pop(part.pid, None)
+        if attempt is not None:
+            self.storage.remove(failure_name(part.pid, attempt))
+
+    def fail(self, part: Part, code: str, detail: str, error: BaseException | None = None) -> None:
+        """Write down why a part could not be scored. A source that is not what was planned does not count."""
+        attempt = self._mine.pop(part.pid, 0)
+        trace = "".join(traceback.format_exception(error)) if error else None
+        self._note(part, attempt, {"state": "failed", "code": code, "detail": detail, "traceback": trace})
+
+    def release(self) -> None:
+        """Put down everything that is begun: it was interrupted, which is nobody's fault."""
+        for pid, attempt in list(self._mine.items()):
+            self.storage.remove(failure_name(pid, attempt))
+        self._mine.clear()
+
+    def _note(self, part: Part, attempt: int, what: dict) -> None:
+        said = {
+            **what,
+            "part": part.pid,
+            "attempt": attempt,
+            "source": part.source,
+            "rows": [part.lo, part.hi],
+            "host": host(),
+            "process": os.getpid(),
+            "started": self._start,
+            "time": time.time(),
+        }
+        self.storage.note(failure_name(part.pid, attempt), json.dumps(said).encode())

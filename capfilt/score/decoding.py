@@ -1,0 +1,176 @@
+"""A row's bytes to what the models are shown, and to everything about the image that is written down."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image, ImageFile
+
+from blip.data.image_header import count_frames, screened
+from blip.data.images import FORMATS, UnreadableImage, model_input
+from blip.errors import BadSample
+from blip.text import clean_caption
+from capfilt.readers.rows import Row
+from capfilt.select import rules
+from capfilt.select.phash import phash
+from capfilt.settings import ScoreConfig
+from capfilt.store.faults import decode_fault
+
+T = TypeVar("T")
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+_REASONS = (
+    ("is empty", "decode_error", "empty_file"),
+    ("is a git-LFS", "decode_error", "git_lfs_pointer"),
+    ("is an HTML", "decode_error", "html_page"),
+    ("is XML", "decode_error", "xml_or_svg"),
+    ("is a", "decode_error", "other_format"),
+    ("not one of", "decode_error", "not_an_image"),
+    ("pixels by its header", "too_large", "too_many_pixels"),
+    ("more pixels than", "too_large", "too_many_pixels"),
+    ("GiB to decode", "too_large", "too_much_memory"),
+    ("too little memory", "too_large", "too_much_memory"),
+    ("too much work", "too_large", "too_much_work"),
+    ("truncated", "truncated", "truncated"),
+    ("broken data stream", "truncated", "truncated"),
+    ("unexpected end", "truncated", "truncated"),
+)
+"""What blip.data.images says -> (status, error code); the first that fits."""
+_CONSTANT = 4
+"""Grey levels between the darkest and the brightest place of a picture that shows nothing."""
+
+
+@dataclass
+class Decoded:
+    """One row, ready for the models, or with the reason why not."""
+
+    number: int
+    key: str
+    texts: list[str]
+    norm: list[str | None]
+    """The texts as they are scored; None where no word is left."""
+    extra: dict
+    facts: dict
+    """The image and status columns."""
+    flags: list[str]
+    pixels: list[np.ndarray] = field(default_factory=list)
+    """(S, S, 3) uint8 for each input size; empty where there is nothing to score."""
+    left_out: int = 0
+    """Texts beyond those that a row may have."""
+
+
+def prepare(row: Row, sides: tuple[int, ...], config: ScoreConfig) -> Decoded:
+    """Decode, resize and note what there is to note; nothing that a row holds raises."""
+    texts, left_out, note = rules.limited(row.texts)
+    norm = [_clean(text, config.max_words) for text in texts]
+    facts = dict.fromkeys(("width", "height", "format", "n_frames", "error_code", "error_detail"))
+    facts |= {"bytes": len(row.image) if row.image is not None else None, "status": "ok"}
+    facts |= {"image_sha256": None, "phash64": None}
+    facts["error_detail"] = note
+    done = Decoded(row.number, row.key, texts, norm, row.extra, facts, [*left_out, *rules.text_flags(texts)])
+    done.left_out = len(row.texts) - len(texts)
+    if row.problem:
+        _fail(facts, *row.problem)
+        return done
+    assert row.image is not None
+    decode_fault(row.key)
+    facts["image_sha256"] = hashlib.sha256(row.image).hexdigest()
+    if config.rules_first and _ruled_out(row.image, done, config.rules_first):
+        return done
+    if _see(row.image, done, sides, config):
+        done.flags += _seen_flags(done)
+        if not any(norm):
+            facts["status"] = "no_text"
+    return done
+
+
+def _clean(text: str, max_words: int) -> str | None:
+    try:
+        return clean_caption(text, max_words)
+    except BadSample:
+        return None
+
+
+def _fail(facts: dict, status: str, code: str, detail: str) -> None:
+    detail = _ADDRESS.sub("", detail).encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+    facts |= {"status": status, "error_code": code, "error_detail": detail[:300]}
+
+
+def _see(data: bytes, done: Decoded, sides: tuple[int, ...], config: ScoreConfig) -> bool:
+    """Note what decoding gives, and what the models are shown; whether it gives anything."""
+    at_least = max(sides) if config.draft and sides else None
+
+    def note(image: Image.Image) -> tuple[list[np.ndarray], str, tuple[int, int]]:
+        shown = [np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)) for side in sides]
+        return shown, phash(image), image.size
+
+    try:
+        done.pixels, done.facts["phash64"], (width, height) = model_input(data, config.max_pixels, note, at_least)
+    except UnreadableImage as error:
+        status, code = next((s[1:] for s in _REASONS if s[0] in error.reason), ("decode_error", "decoder_error"))
+        if status != "too_large":
+            _header(data, done.facts)
+        lenient = _lenient(data, note) if status == "truncated" and config.lenient else None
+        if lenient is None:
+            _fail(done.facts, status, code, error.reason)
+            return False
+        done.pixels, done.facts["phash64"], _ = lenient
+        done.flags.append("image.truncated")
+        return True
+    _header(data, done.facts)
+    if not at_least:
+        done.facts |= {"width": width, "height": height}  # upright
+    return True
+
+
+def _header(data: bytes, facts: dict) -> bool:
+    """Note size, format and frames from a file's header, as far as it has one."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(screened(data)), formats=FORMATS) as image:
+                facts |= {"width": image.width, "height": image.height, "format": image.format, "n_frames": 1}
+                facts["n_frames"] = count_frames(data, image)
+        return True
+    except Exception:  # Pillow raises whatever its decoders raise; the decoder has said why already
+        return facts["width"] is not None
+
+
+def _lenient(data: bytes, note: Callable[[Image.Image], T]) -> T | None:
+    """`note` of a truncated picture with grey in place of what is missing, as the original release trained on."""
+    ImageFile.LOAD_TRUNCATED_IMAGES = True
+    try:
+        with Image.open(io.BytesIO(screened(data)), formats=FORMATS) as image:
+            return note(image.convert("RGB"))
+    except Exception:
+        return None
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+
+def _ruled_out(data: bytes, done: Decoded, preset: str) -> bool:
+    """Whether the rules on image files leave a picture out before it is decoded."""
+    if not _header(data, done.facts):
+        return False
+    facts = done.facts
+    flags = rules.image_flags(facts["width"], facts["height"], len(data), facts["n_frames"])
+    broken = [flag for flag in flags if rules.of_preset(preset, flag)]
+    if broken:
+        done.flags += flags
+        _fail(facts, "rule", "rule", ", ".join(broken))
+    return bool(broken)
+
+
+def _seen_flags(done: Decoded) -> list[str]:
+    facts = done.facts
+    flags = rules.image_flags(facts["width"], facts["height"], facts["bytes"], facts["n_frames"])
+    if done.pixels and np.ptp(done.pixels[0][::4, ::4].reshape(-1, 3), axis=0).max() < _CONSTANT:
+        flags.append("image.constant")
+    return flags

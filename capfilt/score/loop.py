@@ -1,0 +1,459 @@
+"""Scoring: parts that are not there yet are decoded ahead, shown to the models, and committed one by one."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, TextIO
+
+from blip.errors import DataError
+from blip.processes import cores
+from capfilt import __version__
+from capfilt.readers.rows import changed
+from capfilt.run import Part, Run
+from capfilt.schema import FAULTS, OK
+from capfilt.score import annotate
+from capfilt.score.claims import MOST, SANDBOX, Claims
+from capfilt.score.decoding import Decoded
+from capfilt.score.pool import BrokenDecoder, Inline, Pool, Setup, Task
+from capfilt.score.progress import Progress
+from capfilt.score.scorer import Item, OutOfMemory, Scorer, Scores
+from capfilt.settings import DONE, FAILED_PARTS, INTERRUPTED, WRONG, at_least
+from capfilt.store.storage import host
+
+_CHUNK = 16
+"""Rows of one decoding task."""
+_JUDGED = 2000
+"""Rows after which it is judged whether something is wrong with the input as a whole."""
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """How the work is done. None of it changes a result."""
+
+    batch_size: int | None = None
+    """Images that the models see at once; by device when not given."""
+    decode_workers: int | None = None
+    """Decoding processes; 0 decodes in this one. By the number of cores when not given."""
+    decode_timeout: float = 60.0
+    """Seconds after which a picture that will not be decoded is given up."""
+    limit: int | None = None
+    """Score about so many rows, taken from all over the input, and stop; a later run continues with the rest."""
+    max_error_rate: float = 0.2
+    """Stop when more than this share of the first rows cannot be used."""
+    allow_damaged: bool = False
+    """Damaged source files are no reason for exit status 2."""
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        at_least(1, batch_size=self.batch_size, limit=self.limit)
+        at_least(0, decode_workers=self.decode_workers)
+        if not self.decode_timeout > 0:
+            raise ValueError(f"decode_timeout must be more than 0 seconds, got {self.decode_timeout}")
+        if not 0 <= self.max_error_rate <= 1:
+            raise ValueError(f"max_error_rate is a share of rows, 0 to 1, got {self.max_error_rate}")
+
+
+Tasks = deque[tuple["Pool | Inline", Future]]
+"""The decoding tasks of a part, with the pool that each was given to."""
+
+
+class Interrupted(Exception):
+    """Somebody wants the process to stop."""
+
+
+class TooManyErrors(DataError):
+    """So many rows fail that the input is not what it was taken for."""
+
+
+class Worker:
+    """Scores parts with one scorer: the part function that every engine calls."""
+
+    def __init__(self, run: Run, scorer: Scorer, options: ScoreOptions, pool: Pool | Inline | None = None) -> None:
+        self.run, self.scorer, self.options = run, scorer, options
+        self.setup = Setup(run.where, run.config, run.reading, scorer.sides)
+        self.batch = self.most = options.batch_size or scorer.batch_size
+        self._passed, self._wait = 0, 1
+        self.pool = pool or make_pool(self.setup, options, self.batch)
+        self.claims: Any = Claims(run.storage)
+        self.stages: dict[str, float] = {"decode": 0.0, "models": 0.0, "commit": 0.0}
+        self.stopped = threading.Event()
+        self._sandbox: Pool | None = None
+
+    def begin(self, part: Part, attempt: int) -> Tasks:
+        """Start to decode a part. DataError if its source is not what was planned."""
+        source = self.run.sources[part.source]
+        reason = changed(source)
+        if reason:
+            self.claims.fail(part, "source_changed", reason)
+            raise DataError(f"source_changed: {source.path}: {reason}")
+        self.claims.begin(part, attempt)
+        pool = self._careful() if attempt >= SANDBOX and isinstance(self.pool, Inline) else self.pool
+        chunks = (Task(source, lo, min(lo + _CHUNK, part.hi)) for lo in range(part.lo, part.hi, _CHUNK))
+        return deque((pool, pool.submit(chunk)) for chunk in chunks)
+
+    def _careful(self) -> Pool:
+        self._sandbox = self._sandbox or Pool(self.setup, 1, self.options.decode_timeout)
+        return self._sandbox
+
+    def annotate(self, part: Part, tasks: Tasks, attempt: int) -> list[dict[str, Any]]:
+        """The annotations of a part's rows, in order."""
+        start = time.monotonic()
+        rows: list[Decoded] = []
+        answers: dict[int, Scores] = {}
+        waiting: list[Decoded] = []
+        while tasks:
+            pool, task = tasks.popleft()
+            for row in self.timed("decode", lambda pool=pool, task=task: pool.take(task)):
+                rows.append(row)
+                if row.pixels:
+                    waiting.append(row)
+                if len(waiting) >= self.batch:
+                    self._score(waiting, part, answers)
+                    waiting = []
+        self._score(waiting, part, answers)
+        found = [annotate.annotation(row, part.source, answers.get(row.number)) for row in rows]
+        about = {
+            "attempt": attempt,
+            "worker": f"{host()}:{os.getpid()}",
+            "device": self.scorer.device,
+            "dtype": self.run.config.dtype,
+            "seconds": (time.monotonic() - start) / len(rows),
+        }
+        return [{**row, **about} for row in found]
+
+    def _score(self, rows: list[Decoded], part: Part, answers: dict[int, Scores]) -> None:
+        """Show rows to the models, and note what they say of each."""
+        at = 0
+        while at < len(rows):
+            some = rows[at : at + self.batch]
+            at += len(some)
+            for row, said in zip(some, self.show([annotate.item_of(row, part.source) for row in some]), strict=True):
+                row.pixels = []
+                if said is None:
+                    annotate.out_of_memory(row)
+                else:
+                    annotate.check_finite(row, said)
+                    answers[row.number] = said
+
+    def show(self, items: Sequence[Item]) -> list[Scores | None]:
+        """What the models say of items, in halves where they do not fit together; None of one that does not fit alone.
+
+        The batch is halved for what comes after unless only one of the halves is to blame, and doubled again when some
+        have passed: later after each time that this was too early.
+        """
+        scores = self._try(items)
+        if scores is not None:
+            self._passed += len(items) >= self.batch
+            if self.batch == self.most:
+                self._wait = max(1, self._wait // 2)
+            self._grow()
+            return scores
+        halves = [self._fitted(half) for half in _halves(items)]
+        fitted = [fits for _, fits in halves]
+        if len(items) == self.batch and fitted[0] == fitted[1]:
+            self.batch, self._passed, self._wait = (self.batch + 1) // 2, sum(fitted), min(2 * self._wait, 64)
+            self._grow()
+        return [said for some, _ in halves for said in some]
+
+    def _grow(self) -> None:
+        if self.batch < self.most and self._passed >= self._wait:
+            self.batch, self._passed = min(self.most, 2 * self.batch), 0
+
+    def _fitted(self, items: Sequence[Item]) -> tuple[list[Scores | None], bool]:
+        """What the models say of items, and whether they fit together."""
+        scores = self._try(items)
+        if scores is not None:
+            return scores, True
+        return [said for half in _halves(items) for said in self._fitted(half)[0]], False
+
+    def _try(self, items: Sequence[Item]) -> list[Scores | None] | None:
+        """What the models say; None where memory is too small for several, and of one alone that is what is said."""
+        if self.stopped.is_set():
+            raise Interrupted
+        try:
+            return self.timed("models", lambda: self.scorer.score(items))
+        except OutOfMemory:
+            return None if len(items) > 1 else [None]
+
+    def commit(self, part: Part, rows: list[dict[str, Any]]) -> None:
+        facts = {
+            "fingerprint": self.run.fingerprint,
+            "seed": str(self.run.config.seed),
+            "code": __version__,
+            **self.scorer.facts,
+        }
+        self.run.parts.commit(part.pid, annotate.table_of(rows, part), facts)
+        self.claims.end(part)
+
+    def discard(self, tasks: Tasks) -> None:
+        """Give up what is left of a part's decoding."""
+        while tasks:
+            pool, task = tasks.popleft()
+            pool.discard([task])
+
+    def timed(self, stage: str, action: Callable[[], Any]) -> Any:
+        start = time.monotonic()
+        try:
+            return action()
+        finally:
+            self.stages[stage] += time.monotonic() - start
+
+    def close(self) -> None:
+        self.pool.close()
+        if self._sandbox:
+            self._sandbox.close()
+
+
+def _halves(items: Sequence[Item]) -> tuple[Sequence[Item], Sequence[Item]]:
+    half = (len(items) + 1) // 2
+    return items[:half], items[half:]
+
+
+def make_pool(setup: Setup, options: ScoreOptions, batch: int) -> Pool | Inline:
+    """Decoding that stays two batches ahead."""
+    workers = options.decode_workers
+    if workers is None:
+        workers = max(1, min(16, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+    ahead = 2 * workers + 2 * -(-batch // _CHUNK)
+    return Pool(setup, workers, options.decode_timeout, ahead) if workers else Inline(setup)
+
+
+# What is to do --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Work:
+    """What a process found and what is left for it to do."""
+
+    todo: deque[tuple[Part, int]]
+    """Parts with the number of the next attempt, the untried first."""
+    share: list[Part]
+    done: set[str]
+    damaged: dict[str, str]
+    busy: set[str]
+    failed: list[Part]
+
+
+def find_work(run: Run, options: ScoreOptions, claims: Claims) -> Work:
+    """Which parts of this process's share are done, damaged, being worked on by others, failed, or to do."""
+    share = run.share(options.rank, options.world)
+    if options.limit:
+        rows = itertools.accumulate(part.rows for part in share)
+        share = [
+            part for part, upto in zip(share, rows, strict=True) if upto - part.rows < options.limit / options.world
+        ]
+    done, damaged = run.parts.whole(part.pid for part in share)
+    left = [part for part in share if part.pid not in done]
+    attempts, busy = claims.attempts(part.pid for part in left)
+    failed = [part for part in left if attempts.get(part.pid, 0) >= MOST]
+    todo = [(part, attempts.get(part.pid, 0) + 1) for part in left if part not in failed]
+    todo.sort(key=lambda one: (one[0].pid in busy, one[1], one[0].pid))
+    return Work(deque(todo), share, done, damaged, busy, failed)
+
+
+def describe_work(run: Run, work: Work, options: ScoreOptions) -> str:
+    """What was found, in a line."""
+    whose = f"process {options.rank} of {options.world}: " if options.world > 1 else ""
+    found = f"{whose}{len(work.done)} of {len(work.share)} parts are done"
+    if work.damaged:
+        found += f", {len(work.damaged)} damaged and done again ({next(iter(work.damaged.items()))})"
+    if work.busy:
+        found += f", {len(work.busy)} in the hands of another process, which is fine"
+    if work.failed:
+        found += f", {len(work.failed)} failed {MOST} times (`capfilt retry-failed {run.where}` tries them again)"
+    return found + f"; {len(work.todo)} to do"
+
+
+# The loop -------------------------------------------------------------------------------------------------------------
+
+
+class _Stop:
+    """While entered, SIGTERM and SIGINT make `asked` true; the second Ctrl-C interrupts at once."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __enter__(self) -> _Stop:
+        here = threading.current_thread() is threading.main_thread()
+        names = (signal.SIGTERM, signal.SIGINT) if here else ()
+        self._before = {number: signal.signal(number, self._handle) for number in names}
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.event.is_set():
+            raise KeyboardInterrupt
+        self.event.set()
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def score(
+    run: Run, make_scorer: Callable[[Run], Scorer], options: ScoreOptions | None = None, out: TextIO | None = None
+) -> int:
+    """Score what is left of a run, or of this process's share of it; returns the exit status.
+
+    TooManyErrors if the input is not what it was taken for, StorageError when nothing can be written.
+    """
+    options, out = options or ScoreOptions(), out or sys.stderr
+    run.storage.sweep()
+    work = find_work(run, options, Claims(run.storage))
+    out.write(describe_work(run, work, options) + "\n")
+    out.flush()
+    rows = sum(part.rows for part in work.share)
+    inherited = sum(part.rows for part in work.share if part.pid in work.done)
+    progress = Progress(rows, inherited, len(work.share), len(work.done), out)
+    progress.failed = len(work.failed)
+    if work.todo:
+        status = _work(run, make_scorer(run), options, work, progress)
+        if status != DONE:
+            return status
+    return exit_status(run, options, progress.failed, out)
+
+
+def exit_status(run: Run, options: ScoreOptions, failed: int, out: TextIO) -> int:
+    """3 if parts failed, 2 if sources are damaged and that was not allowed, else 0; says why."""
+    if failed:
+        out.write(f"{failed} parts failed; {run.where}/failures says why, `retry-failed` tries them again\n")
+        return FAILED_PARTS
+    if options.max_error_rate < 1 and (statuses := _all_failed(run, options)):
+        out.write(
+            f"none of {statuses.total():,} rows could be used ({_commonest(statuses)}); is it the right column, folder "
+            "or image root? --max-error-rate 1 goes on all the same\n"
+        )
+        return WRONG
+    damaged = run.damaged()
+    for source in damaged[:3]:
+        out.write(f"source_damaged: {source.path}: {source.damage}\n")
+    if damaged and not options.allow_damaged:
+        out.write(f"{len(damaged)} of {len(run.sources)} sources are damaged; --allow-damaged accepts that\n")
+        return WRONG
+    return DONE
+
+
+def _all_failed(run: Run, options: ScoreOptions) -> Counter[str]:
+    """Statuses of this process's rows if none could be used; empty where one could, which the first part mostly says.
+
+    `judge` says so early of a large job; this is for jobs of a few rows.
+    """
+    statuses: Counter[str] = Counter()
+    present = run.parts.present()
+    for part in run.share(options.rank, options.world):
+        if part.pid in present:
+            statuses.update(run.parts.read(part.pid, ["status"])["status"].to_pylist())
+            if not statuses.keys() <= FAULTS:
+                return Counter()
+    return statuses
+
+
+def _commonest(statuses: Counter[str]) -> str:
+    return ", ".join(f"{name} {n}" for name, n in statuses.most_common(4) if name != OK)
+
+
+def _work(run: Run, scorer: Scorer, options: ScoreOptions, work: Work, progress: Progress) -> int:
+    worker = Worker(run, scorer, options)
+    progress.stages = worker.stages
+    judged = min(_JUDGED, sum(part.rows for part, _ in work.todo))
+    with _Stop(worker.stopped), ThreadPoolExecutor(1) as writer:
+        writing: deque[Future] = deque()
+        try:
+            for part, attempt, tasks in _ahead(worker, work, progress):
+                rows = _try(worker, part, attempt, tasks, work, progress)
+                if rows is None:
+                    continue
+                progress.add(rows)
+                writing.append(writer.submit(worker.commit, part, rows))
+                judge(progress, judged, options)  # after the part is on its way: its work is not lost
+                while len(writing) > 2 or (writing and writing[0].done()):
+                    worker.timed("commit", writing.popleft().result)
+                progress.say()
+            for one in writing:
+                one.result()
+        except (Interrupted, KeyboardInterrupt):
+            for one in writing:
+                one.result()
+            progress.out.write(
+                f"\ninterrupted; the same command continues with {len(work.share)} parts minus those done\n"
+            )
+            return INTERRUPTED
+        finally:
+            worker.claims.release()
+            worker.close()
+    progress.say(always=True)
+    return DONE
+
+
+def _ahead(worker: Worker, work: Work, progress: Progress) -> Iterator[tuple[Part, int, Tasks]]:
+    """Parts whose decoding has begun, one part ahead of the one that the models look at."""
+    begun: deque[tuple[Part, int, Tasks]] = deque()
+    deferred: set[str] = set()
+    while work.todo or begun:
+        while work.todo and len(begun) < 2:
+            part, attempt = work.todo.popleft()
+            if worker.stopped.is_set():
+                raise Interrupted
+            if worker.run.parts.exists(part.pid) and part.pid not in work.damaged:
+                progress.inherit(part.rows)  # another process was faster
+                continue
+            if part.pid not in deferred and part.pid in worker.claims.attempts([part.pid])[1]:
+                deferred.add(part.pid)
+                work.todo.append((part, attempt))
+                continue
+            try:
+                begun.append((part, attempt, worker.begin(part, attempt)))
+            except DataError as error:
+                progress.failed += 1
+                progress.out.write(f"{error}\n")
+            if isinstance(worker.pool, Inline):
+                break  # decoding in this process cannot run ahead
+        if begun:
+            yield begun.popleft()
+
+
+def _try(
+    worker: Worker, part: Part, attempt: int, tasks: Tasks, work: Work, progress: Progress
+) -> list[dict[str, Any]] | None:
+    """A part's annotations; None if that raised, and then it is put at the end of the queue or has failed."""
+    try:
+        return worker.annotate(part, tasks, attempt)
+    except (Interrupted, KeyboardInterrupt):
+        raise
+    except BrokenDecoder:  # neither the part's fault nor a row's
+        worker.discard(tasks)
+        if worker.stopped.is_set():  # the signal that stopped this process has ended the other one
+            raise Interrupted from None
+        raise
+    except Exception as error:
+        worker.discard(tasks)
+        worker.claims.fail(part, "exception", f"{type(error).__name__}: {error}", error)
+        if attempt >= MOST:
+            progress.failed += 1
+            progress.out.write(f"part {part.pid} ({part.source} rows {part.lo} to {part.hi}) failed: {error}\n")
+        else:
+            progress.retried += 1
+            work.todo.append((part, attempt + 1))
+        return None
+
+
+def judge(progress: Progress, judged: int, options: ScoreOptions) -> None:
+    """Stop before much work is done on the wrong column or folder."""
+    if progress.seen < judged or judged < 200 or progress.seen - judged > _JUDGED:
+        return
+    rate = progress.errors / progress.seen
+    if rate > options.max_error_rate:
+        raise TooManyErrors(
+            f"{rate:.0%} of the first {progress.seen} rows cannot be used ({_commonest(progress.statuses)}); is it the "
+            f"right column, folder or image root? --max-error-rate {min(1.0, rate + 0.05):.2f} goes on all the same"
+        )

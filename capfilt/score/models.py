@@ -1,0 +1,219 @@
+"""The captioner and the filter behind the job: every image seen once by each tower, its context projected once.
+
+Two towers with equal weights are one: then the image is seen once by both. B images, N texts of an image, P tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blip import dist
+from blip.checkpoints import checkpoint
+from blip.errors import BadSample, is_out_of_memory
+from blip.inference.generate import Text, write
+from blip.models.blip import Blip, starting_with
+from blip.nn.pixels import MEAN, STD
+from blip.nn.stack import Context
+from blip.text import clean_caption
+from blip.tokenizer import Tokenizer
+from capfilt.score.scorer import Item, Matched, OutOfMemory, Scores, Written
+from capfilt.settings import ScoreConfig, decided, decode_record, decode_settings, resolve
+
+T = TypeVar("T")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LONG = 1 << 20
+_FAN, _FEW = 8, 16
+"""Texts that are matched at once, for each image of a batch, and in any case."""
+
+
+class BlipScorer:
+    """Writes texts with a captioner and matches web and synthetic texts with a filter."""
+
+    def __init__(
+        self,
+        captioner: tuple[Blip, Tokenizer] | None,
+        filter: tuple[Blip, Tokenizer],
+        config: ScoreConfig,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        """The models are moved to the device and number format, and put in evaluation mode.
+
+        ValueError for texts that are to be longer than a model's positions.
+        """
+        self._device = torch.device(device)
+        config = decided(config, device=self._device)
+        self._dtype = _DTYPES[config.dtype]
+        self.config, self.device = config, _name(self._device)
+        self.filter, self.tokenizer = self._ready(filter[0]), filter[1]
+        self.captioner = self._ready(captioner[0]) if captioner else None
+        self.writer = captioner[1] if captioner else None
+        self.decode = decode_settings(config)
+        self.filter.config.require(encodes=True)
+        if self.captioner is not None:
+            self.captioner.config.require(writes=True)
+        for model, option, length in (
+            (self.captioner, "max_length", self.decode.max_length),
+            (self.filter, "max_tokens", config.max_tokens),
+        ):
+            if model is not None and length > model.config.text.max_positions:
+                raise ValueError(
+                    f"{option} {length}: the model has {model.config.text.max_positions} positions for text"
+                )
+        models = [model for model in (self.captioner, self.filter) if model is not None]
+        self.sides = tuple(dict.fromkeys(model.vision.image_size for model in models))
+        self.shared = len(models) == 2 and same_vision(*models)
+        if self.shared:
+            self.captioner.vision = self.filter.vision
+        self.batch_size = 8 if self._device.type == "cpu" else 256
+        self._mean, self._std = (torch.tensor(v, device=self._device).view(3, 1, 1) for v in (MEAN, STD))
+        self.facts = {
+            "scorer": "blip",
+            "decode": json.dumps(decode_record(config)),
+            "shared_vision": str(self.shared).lower(),
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+        }
+
+    @classmethod
+    def load(cls, config: ScoreConfig, device: str | None = None) -> BlipScorer:
+        """Read the models of a configuration; the device is this process's own when it is not named by its number.
+
+        FileNotFoundError or ValueError if there is something wrong with the models.
+        """
+        device = str(dist.own_device()) if device in (None, "cuda") else device
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)  # what is allocated without a word goes there too
+        captioner = None
+        if config.captioner:
+            captioner = checkpoint.from_pretrained(config.captioner, image_size=config.image_size)
+        scorer = cls(captioner, checkpoint.from_pretrained(config.filter, image_size=config.image_size), config, device)
+        resolved = resolve(config)
+        scorer.facts |= {role: json.dumps(resolved[role]) for role in ("captioner", "filter")}
+        return scorer
+
+    def _ready(self, model: Blip) -> Blip:
+        return model.to(self._device, self._dtype).eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def score(self, items: Sequence[Item]) -> list[Scores]:
+        """Raises OutOfMemory, having freed what it held."""
+        try:
+            return self._score(items)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        if self._device.type == "cuda":  # outside of the handler nothing of the failed batch is referred to any more
+            torch.cuda.empty_cache()
+        raise OutOfMemory
+
+    def _score(self, items: Sequence[Item]) -> list[Scores]:
+        tokens = self.filter.vision(self._images(items, self.filter))
+        written = self._write(items, tokens)
+        texts = [
+            [*item.texts, *(_clean(t.words, self.config) for t in said)]
+            for item, said in zip(items, written, strict=True)
+        ]
+        found = self._match(tokens, texts)
+        return [
+            Scores(
+                matched[: len(item.texts)],
+                [
+                    Written(t.words, t.logprob, t.finished, m)
+                    for t, m in zip(said, matched[len(item.texts) :], strict=True)
+                ],
+            )
+            for item, said, matched in zip(items, written, found, strict=True)
+        ]
+
+    def _images(self, items: Sequence[Item], model: Blip) -> Tensor:
+        """(B, 3, S, S) normalised, as blip.data.transforms.EvalTransform gives them."""
+        which = self.sides.index(model.vision.image_size)
+        pixels = torch.from_numpy(np.stack([item.pixels[which] for item in items]))
+        pixels = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2).float().div(255)
+        return pixels.sub(self._mean).div(self._std).to(self._dtype)
+
+    def _write(self, items: Sequence[Item], tokens: Tensor) -> list[list[Text]]:
+        """`config.captions` texts for each image."""
+        if self.captioner is None or self.writer is None:
+            return [[] for _ in items]
+        seen = tokens if self.shared else self.captioner.vision(self._images(items, self.captioner))
+        keys = [item.sample_id for item in items]
+        return write(self.captioner, self.writer, seen, self.decode, prompt=self.config.prompt.strip(), keys=keys)
+
+    def _match(self, tokens: Tensor, texts: Sequence[Sequence[str]]) -> list[list[Matched]]:
+        """All texts of all images: images with equally many together, and not more texts at once than a batch may have.
+
+        So an image with many texts costs what they cost, and the others nothing.
+        """
+        found: list[list[Matched]] = [[] for _ in texts]
+        room = max(_FEW, _FAN * len(texts))
+        embedded = self.filter.embed_image(tokens).float()
+        for count in sorted({len(some) for some in texts} - {0}):
+            alike = [i for i, some in enumerate(texts) if len(some) == count]
+            for some in _pieces(alike, max(1, room // count)):
+                mine = slice(None) if len(some) == len(texts) else torch.tensor(some, device=self._device)
+                context = None
+                for at in range(0, count, room):
+                    grid = [texts[i][at : at + room] for i in some]
+                    counts, ids, keep = self._encoded([text for row in grid for text in row])
+                    if context is None:
+                        context = self.filter.med.context(tokens[mine], queries=len(grid[0]) * ids.shape[1])
+                    for i, matched in zip(some, self._grid(counts, ids, keep, context, embedded[mine]), strict=True):
+                        found[i] += matched
+        return found
+
+    def _grid(
+        self, counts: Sequence[int], ids: Tensor, keep: Tensor, context: Context, embedded: Tensor
+    ) -> list[list[Matched]]:
+        """N texts of each of B images: word pieces of each text, ids and keep (B N, T), embedded images (B, E)."""
+        fan, longest = len(ids) // len(embedded), self.config.max_tokens
+        logits = self.filter.match(ids, keep, context.expand(fan)).float()
+        margins = (logits[:, 1] - logits[:, 0]).view(-1, fan)
+        texts = self.filter.embed_text(starting_with(ids, self.tokenizer.cls_id), keep).view(len(embedded), fan, -1)
+        cosines = torch.einsum("bne,be->bn", texts.float(), embedded)
+        scores = zip(_pieces(counts, fan), margins.tolist(), cosines.tolist(), strict=True)
+        return [
+            [Matched(m, c, n, n > longest) for n, m, c in zip(pieces, margin, cosine, strict=True)]
+            for pieces, margin, cosine in scores
+        ]
+
+    def _encoded(self, texts: Sequence[str]) -> tuple[list[int], Tensor, Tensor]:
+        """Word pieces of each text before any are cut off; ids and keep (R, T) of the texts as they are matched."""
+        tokenizer, longest = self.tokenizer, self.config.max_tokens
+        pieces = [tokenizer.pieces(text, _LONG) for text in texts]
+        cut = [p if len(p) <= longest else [*p[: longest - 1], tokenizer.sep_id] for p in pieces]
+        ids, keep = (x.to(self._device) for x in tokenizer.pad(cut))
+        first = tokenizer.enc_id if self.config.itm_token == "enc" else tokenizer.cls_id
+        return [len(p) for p in pieces], starting_with(ids, first), keep
+
+
+def same_vision(a: Blip, b: Blip) -> bool:
+    """Whether two models have the same image encoder, weight for weight."""
+    if a.config.vision != b.config.vision:
+        return False
+    ours, theirs = a.vision.state_dict(), b.vision.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def _pieces(values: Sequence[T], size: int) -> list[Sequence[T]]:
+    """Values in their order, so many at a time."""
+    return [values[at : at + size] for at in range(0, len(values), size)]
+
+
+def _clean(text: str, config: ScoreConfig) -> str:
+    """A synthetic text as training will see it; one without words is scored as the empty text that it is."""
+    try:
+        return clean_caption(text, config.max_words)
+    except BadSample:
+        return ""
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -1,0 +1,1 @@
+"""Selecting: which captions stay."""

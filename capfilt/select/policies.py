@@ -1,0 +1,179 @@
+"""How texts are chosen by their scores: pure functions of arrays, one entry per text.
+
+N texts. A policy is given the texts of whole rows, the rows in order and each row's web texts before its synthetic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from capfilt.select.phash import MOST
+from capfilt.settings import at_least
+
+WEB, SYN, HUMAN = 0, 1, 2
+SOURCES = ("web", "syn", "human")
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """Which texts are kept."""
+
+    policy: Literal["blip", "rank-k", "web-else-syn", "threshold-table", "fraction"] = "blip"
+    """blip: each text by itself; rank-k: the best k of a row; web-else-syn: a synthetic text only where no web text
+    passes; threshold-table: web and synthetic texts have thresholds of their own; fraction: the best share of all."""
+    itm: float = 0.5
+    """Least score of a text that is kept."""
+    itm_web: float | None = None
+    """Least score of web texts; `itm` when not given."""
+    itm_syn: float | None = None
+    """Least score of synthetic texts; `itm` when not given."""
+    by: Literal["itm", "margin", "itc"] | None = None
+    """What is compared: P(match), the logit difference, or the cosine; rank-k goes by itc, all others by itm."""
+    k: int = 1
+    """Texts that rank-k keeps of a row."""
+    fraction: float = 0.3
+    """Share that fraction keeps, of the texts that have a score."""
+    only: Literal["web", "syn"] | None = None
+    """Keep texts of one source only: the crawl's own that pass, or the synthetic ones."""
+    rules: str | None = None
+    """Preset of rules that also drop: align, datacomp-basic, laion or junk."""
+    duplicates: Literal["sha256", "phash64"] | None = None
+    """Of pictures with the same bytes (sha256), or that look the same (phash64), keep the texts of the first only."""
+    duplicate_bits: int = 0
+    """Of 64, in how many perceptual hashes of pictures that look the same may differ; 2 to 4 finds other sizes and
+    qualities of a picture."""
+    contamination: str | None = None
+    """Pictures that must not be used, such as a test set's: a file of SHA-256 or perceptual hashes in hex, one a line,
+    or a run that has scored them (`--scorer fake` is enough)."""
+    shared: int | None = None
+    """Drop web texts that more pictures have than this; ALIGN takes 10."""
+    human: str | None = None
+    """Pattern of input files whose texts were written by people: all are kept, and nothing synthetic beside them."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction must be in (0, 1], got {self.fraction}")
+        for name in ("itm", "itm_web", "itm_syn"):
+            self._check_threshold(name, getattr(self, name))
+        at_least(1, k=self.k, shared=self.shared)
+        if not 0 <= self.duplicate_bits <= MOST:
+            raise ValueError(f"duplicate_bits must be 0 to {MOST}, got {self.duplicate_bits}")
+        if self.policy == "threshold-table" and (self.itm_web is None or self.itm_syn is None):
+            raise ValueError("policy threshold-table needs --itm-web and --itm-syn")
+        if self.rules:
+            from capfilt.select.rules import check_preset
+
+            check_preset(self.rules)
+
+    def _check_threshold(self, name: str, value: float | None) -> None:
+        """Probabilities are from 0 to 1 and cosines from -1 to 1; a difference of logits is any number."""
+        low, high = {"itm": (0, 1), "itc": (-1, 1), "margin": (-math.inf, math.inf)}[self.column]
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            what = {"itm": "a probability, 0 to 1", "itc": "a cosine, -1 to 1", "margin": "a number"}[self.column]
+            raise ValueError(f"{name} {value:g}: with --by {self.column} a threshold is {what}")
+
+    @property
+    def column(self) -> str:
+        return self.by or ("itc" if self.policy == "rank-k" else "itm")
+
+    def threshold(self, source: int) -> float:
+        own = self.itm_web if source == WEB else self.itm_syn
+        return self.itm if own is None else own
+
+
+class Texts(NamedTuple):
+    """Texts that may be kept: their row, source and score, each (N,)."""
+
+    row: np.ndarray
+    source: np.ndarray
+    score: np.ndarray
+
+
+class Verdict(NamedTuple):
+    """For each text whether it is kept, its reason as an index into `reasons`, and its rank in the row or -1."""
+
+    kept: np.ndarray
+    reason: np.ndarray
+    reasons: list[str]
+    rank: np.ndarray
+
+
+def choose(texts: Texts, config: SelectConfig, cut: float | None) -> Verdict:
+    """Apply the policy; `cut` is the score that `fraction` found for all texts together."""
+    return _POLICIES[config.policy](texts, config, cut)
+
+
+def _passes(texts: Texts, config: SelectConfig) -> Verdict:
+    name, web, syn = config.column, config.threshold(WEB), config.threshold(SYN)
+    kept = texts.score >= np.where(texts.source == WEB, web, syn)
+    reasons = [f"{name} below {web:g}", f"{name} at least {web:g}", f"{name} below {syn:g}", f"{name} at least {syn:g}"]
+    return Verdict(kept, kept + 2 * (texts.source != WEB), reasons, np.full(len(kept), -1))
+
+
+def _blip(texts: Texts, config: SelectConfig, cut: float | None) -> Verdict:
+    return _passes(texts, config)
+
+
+def _ranks(texts: Texts) -> np.ndarray:
+    """The place of each text among its row's, 0 the best; of equal scores the first."""
+    order = np.lexsort((np.arange(len(texts.row)), -texts.score, texts.row))
+    rows = texts.row[order]
+    starts = np.flatnonzero(np.r_[True, rows[1:] != rows[:-1]]) if len(rows) else np.zeros(0, int)
+    place = np.arange(len(rows)) - np.repeat(starts, np.diff(np.r_[starts, len(rows)]))
+    ranks = np.empty(len(rows), dtype=np.int64)
+    ranks[order] = place
+    return ranks
+
+
+def _rank_k(texts: Texts, config: SelectConfig, cut: float | None) -> Verdict:
+    ranks = _ranks(texts)
+    kept = ranks < config.k
+    name = config.column
+    return Verdict(
+        kept, kept.astype(int), [f"not of the best {config.k} by {name}", f"of the best {config.k} by {name}"], ranks
+    )
+
+
+def _web_else_syn(texts: Texts, config: SelectConfig, cut: float | None) -> Verdict:
+    verdict = _passes(texts, config)
+    rows = int(texts.row.max()) + 1 if len(texts.row) else 0
+    web_passed = np.zeros(rows, dtype=bool)
+    web_passed[texts.row[verdict.kept & (texts.source == WEB)]] = True
+    spare = verdict.kept & (texts.source == SYN) & web_passed[texts.row]
+    ranks = _ranks(texts)
+    syn_kept = verdict.kept & (texts.source == SYN) & ~spare
+    # Of several synthetic texts that pass, only the best stands in for the web text.
+    best = np.full(rows, np.iinfo(np.int64).max)
+    np.minimum.at(best, texts.row[syn_kept], ranks[syn_kept])
+    second = syn_kept & (ranks != best[texts.row])
+    reason = np.where(spare, 4, np.where(second, 5, verdict.reason))
+    reasons = [*verdict.reasons, "the web text passes", "a better synthetic text passes"]
+    return Verdict(verdict.kept & ~spare & ~second, reason, reasons, ranks)
+
+
+def _fraction(texts: Texts, config: SelectConfig, cut: float | None) -> Verdict:
+    kept = texts.score >= (np.inf if cut is None else cut)
+    best = f"the best {config.fraction:g} by {config.column}"
+    return Verdict(kept, kept.astype(int), [f"not of {best}", f"of {best}"], np.full(len(kept), -1))
+
+
+def cut_of(scores: np.ndarray, fraction: float) -> float | None:
+    """The score that a share of all scores reaches; None if there are none."""
+    keep = int(fraction * len(scores))
+    if not keep:
+        return None
+    return float(np.partition(scores, len(scores) - keep)[len(scores) - keep])
+
+
+_POLICIES: dict[str, Callable[[Texts, SelectConfig, float | None], Verdict]] = {
+    "blip": _blip,
+    "threshold-table": _blip,
+    "rank-k": _rank_k,
+    "web-else-syn": _web_else_syn,
+    "fraction": _fraction,
+}

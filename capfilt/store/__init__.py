@@ -1,0 +1,1 @@
+"""What a job keeps on disk or in an object store."""

@@ -1,0 +1,164 @@
+"""Part files: annotations of some rows, sealed with a digest so that one changed byte is noticed.
+
+A part is done when its file is there and whole; nothing else records progress.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from capfilt.schema import ANNOTATIONS
+from capfilt.store.storage import Local, Storage
+
+_MARK = b"sha256::"
+_SEAL = len(_MARK) + 32
+_SLOW = 1e-3
+"""Seconds for a file from which a disk is so far away that several are read at once."""
+
+
+class DamagedPart(ValueError):
+    """A part file is not as it was written."""
+
+
+def name_of(pid: str) -> str:
+    return f"parts/{pid[:2]}/{pid}.parquet"
+
+
+def encode(table: pa.Table, facts: dict[str, str], group: int | None = None) -> bytes:
+    """A sealed parquet file of a table in row groups of `group` rows, with `facts` as its file metadata."""
+    table = table.replace_schema_metadata({f"capfilt.{name}": value for name, value in facts.items()})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, row_group_size=group, compression="zstd")
+    return _seal(buffer.getvalue())
+
+
+def _seal(content: bytes) -> bytes:
+    """Put the SHA-256 of a parquet file between its pages and its footer.
+
+    The footer gives places from the start of the file and is found from its end, so readers do not look between.
+    """
+    at = _footer(content)
+    return content[:at] + _MARK + hashlib.sha256(content).digest() + content[at:]
+
+
+def _footer(content: bytes) -> int:
+    if len(content) < 12 or content[-4:] != b"PAR1":
+        raise DamagedPart("it is cut short")
+    at = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    if at < 4:
+        raise DamagedPart("its footer is damaged")
+    return at
+
+
+def check(content: bytes) -> None:
+    """DamagedPart unless the file is, byte for byte, what was written."""
+    at = _footer(content)
+    seal = content[at - _SEAL : at]
+    if not seal.startswith(_MARK) or at < _SEAL:
+        raise DamagedPart("its seal is missing")
+    h = hashlib.sha256(content[: at - _SEAL])
+    h.update(content[at:])
+    if h.digest() != seal[len(_MARK) :]:
+        raise DamagedPart("its digest does not agree with its bytes")
+
+
+def decode(content: bytes, columns: list[str] | None = None) -> pa.Table:
+    """The table of a sealed file. DamagedPart if it was changed."""
+    check(content)
+    return pq.read_table(io.BytesIO(content), columns=columns, use_threads=False)
+
+
+def facts_of(content: bytes) -> dict[str, str]:
+    """The file metadata that `encode` was given."""
+    said = pq.read_schema(io.BytesIO(content)).metadata or {}
+    return {k.decode().removeprefix("capfilt."): v.decode() for k, v in said.items() if k.startswith(b"capfilt.")}
+
+
+class Parts:
+    """The part files of a run."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    def present(self) -> dict[str, tuple[int, float]]:
+        """Part ids that have a file -> (bytes, seconds of the last change)."""
+        found = self.storage.listing("parts")
+        return {n.rsplit("/", 1)[-1].removesuffix(".parquet"): f for n, f in found.items() if n.endswith(".parquet")}
+
+    def whole(self, wanted: Iterable[str]) -> tuple[set[str], dict[str, str]]:
+        """Of the wanted parts, those that are done, and those whose file is damaged with the reason.
+
+        In a folder every file is read and held against its digest; an object store does that itself.
+        """
+        present = self.present().keys() & set(wanted)
+        if not isinstance(self.storage, Local):
+            return set(present), {}
+        damaged: dict[str, str] = {}
+
+        def look(pid: str) -> None:
+            try:
+                check(self.storage.read(name_of(pid)))
+            except PermissionError:  # whole for who may read it, and not to be scored again
+                raise
+            except (DamagedPart, OSError) as error:
+                damaged[pid] = str(error)
+
+        waiting, start = iter(sorted(present)), time.monotonic()
+        for n, pid in enumerate(waiting, 1):
+            look(pid)
+            if n % 100 == 0 and time.monotonic() - start > _SLOW * n:
+                break
+        with ThreadPoolExecutor(
+            8
+        ) as pool:  # of no use on a quick disk, where threads would only get in each other's way
+            list(pool.map(look, waiting))
+        return set(present - damaged.keys()), damaged
+
+    def exists(self, pid: str) -> bool:
+        return self.storage.exists(name_of(pid))
+
+    def commit(self, pid: str, table: pa.Table, facts: dict[str, str]) -> int:
+        """Write a part, all or nothing; one that is there already is replaced by the same content. Returns bytes."""
+        content = encode(table.cast(ANNOTATIONS), facts)
+        self.storage.write(name_of(pid), content)
+        return len(content)
+
+    def read(self, pid: str, columns: list[str] | None = None) -> pa.Table:
+        """A part's annotations. DamagedPart, naming the file, if it is not whole."""
+        try:
+            return decode(self.storage.read(name_of(pid)), columns)
+        except DamagedPart as error:
+            raise DamagedPart(
+                f"{self.storage.root}/{name_of(pid)}: {error}; run `score` again, which redoes it"
+            ) from None
+
+
+def failures(storage: Storage) -> dict[str, list[int]]:
+    """Attempts that were begun and not finished: part id -> numbers."""
+    found: dict[str, list[int]] = {}
+    for name in storage.listing("failures"):
+        pid, _, rest = name.rsplit("/", 1)[-1].partition(".")
+        number = rest.removesuffix(".json")
+        if number.isdigit():
+            found.setdefault(pid, []).append(int(number))
+    return found
+
+
+def failure_name(pid: str, attempt: int) -> str:
+    return f"failures/{pid}.{attempt}.json"
+
+
+def read_failure(storage: Storage, pid: str, attempt: int) -> dict:
+    """What is known of an attempt; empty when it was removed meanwhile or is half written."""
+    try:
+        return json.loads(storage.read(failure_name(pid, attempt)))
+    except (OSError, ValueError):
+        return {}

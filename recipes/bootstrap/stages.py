@@ -1,0 +1,156 @@
+"""Long work in stages: each is done once, as a whole, by one of the processes that work on the same folder.
+
+A stage that is done has left `stage.json` in its folder, with its results and a fingerprint of its settings and of all
+that it builds on. A process that is killed anywhere leaves its stage to whoever starts the same command again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from blip import files
+from blip.train import resume
+from blip.train.resume import RunLock, RunLocked
+
+RECORD = "stage.json"
+LOCKS = "locks"
+"""Folder of the locks, which are held while a stage is worked on."""
+_POLL = 2.0
+"""Seconds between looks at whether another process has finished the stage that is waited for."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One piece of work with a folder of its own."""
+
+    name: str
+    """Its folder within the work's."""
+    work: Callable[[Path], dict[str, Any]]
+    """Does it in that folder, going on where an earlier attempt stopped; returns results, as JSON holds them."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """All that its results depend on, besides the stages that it needs."""
+    needs: tuple[str, ...] = ()
+    """Names of the stages that come before it."""
+    cost: float = 1.0
+    """Seconds that it will take, about."""
+
+
+class Stages:
+    """Stages in an order in which they can be done, in one folder."""
+
+    def __init__(self, out: Path, stages: Sequence[Stage], say: Callable[[str], None] = print) -> None:
+        """ValueError for a stage that needs one that does not come before it."""
+        self.out, self.say = out, say
+        self.stages: dict[str, Stage] = {}
+        self.fingerprints: dict[str, str] = {}
+        for stage in stages:
+            if missing := [need for need in stage.needs if need not in self.stages]:
+                raise ValueError(f"stage {stage.name} needs {', '.join(missing)} before it")
+            self.stages[stage.name] = stage
+            told = [resume.plain(stage.settings), [self.fingerprints[need] for need in stage.needs]]
+            self.fingerprints[stage.name] = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+    def record(self, name: str) -> dict[str, Any] | None:
+        """What a stage that is done has left: `results`, `seconds`, `settings`, `fingerprint`; None before that.
+
+        ValueError, with what differs, for one that was done with other settings.
+        """
+        path = self.out / name / RECORD
+        try:
+            found = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read ({error}): remove {path.parent} to have it done again") from None
+        if found["fingerprint"] != self.fingerprints[name]:
+            lines = resume.drift(found["settings"], self.stages[name].settings) or ["something that it builds on"]
+            raise ValueError(
+                f"{path.parent} was made with other settings: {'; '.join(lines)}. Go back to those, choose another "
+                "--out, or remove that folder and all that was made from it"
+            )
+        return found
+
+    def done(self, names: Sequence[str]) -> bool:
+        return all(self.record(name) for name in names)
+
+    def results(self, name: str) -> dict[str, Any]:
+        """The results of a stage that is done."""
+        found = self.record(name)
+        if found is None:
+            raise ValueError(f"stage {name} of {self.out} is not done")
+        return found["results"]
+
+    def carry_out(self, after_each: Callable[[], None] = lambda: None) -> None:
+        """Do all that is not done yet, and wait for what other processes are doing; `after_each` follows each stage."""
+        began, first = time.monotonic(), self._left()
+        if first:
+            done, cost = len(self.stages) - len(first), self._cost(first)
+            self.say(f"{done} of {len(self.stages)} stages are done; the others take about {_time(cost)} on 2 cores")
+        waiting = ""
+        while left := self._left():
+            gone, total = time.monotonic() - began, self._cost(first)
+            finished = total - self._cost(left)
+            eta = self._cost(left) * (gone / finished if finished > 0.02 * total else 1.0)
+            if self._do_one(left, eta):
+                waiting = ""
+                after_each()
+            else:
+                if waiting != left[0]:
+                    waiting = left[0]
+                    self.say(f"waiting for {waiting}, which another process is doing; about {_time(eta)} left")
+                time.sleep(_POLL)
+
+    def _left(self) -> list[str]:
+        return [name for name in self.stages if self.record(name) is None]
+
+    def _cost(self, names: Sequence[str]) -> float:
+        return sum(self.stages[name].cost for name in names)
+
+    def _do_one(self, left: Sequence[str], eta: float) -> bool:
+        """Do the first stage that can be done and that nobody does; False if there is none."""
+        for name in left:
+            stage = self.stages[name]
+            if any(need in left for need in stage.needs):
+                continue
+            with ExitStack() as held:
+                try:
+                    held.enter_context(RunLock(self.out / LOCKS / name))
+                except RunLocked:
+                    continue
+                if self.record(name) is None:  # nobody finished it in the meantime
+                    number = list(self.stages).index(name) + 1
+                    self.say(
+                        f"stage {number} of {len(self.stages)}: {name} (about {_time(stage.cost)}; "
+                        f"{len(self.stages) - len(left)} done, about {_time(eta)} left)"
+                    )
+                    self._do(stage)
+            return True
+        return False
+
+    def _do(self, stage: Stage) -> None:
+        folder, began = self.out / stage.name, time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+        results = stage.work(folder)
+        said = {
+            "fingerprint": self.fingerprints[stage.name],
+            "settings": resume.plain(stage.settings),
+            "seconds": round(time.monotonic() - began, 1),
+            "results": results,
+        }
+        files.replace_file(folder / RECORD, (json.dumps(said, indent=1) + "\n").encode())
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # nothing will go on from there
+
+
+def _time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"

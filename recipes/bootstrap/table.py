@@ -1,0 +1,228 @@
+"""The numbers of the bootstrapping experiment: means over seeds, paired differences, and what they say.
+
+All is computed from scores of one row and seed each: `scores[row][seed][column]`, in percent but the ROC AUC.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from recipes.bootstrap.rows import ROWS, TEACHER
+
+Scores = Mapping[str, Mapping[int, Mapping[str, float]]]
+ENOUGH = 2.0
+"""Standard errors beyond which a difference counts as one."""
+
+
+class Column(NamedTuple):
+    """A column of the table."""
+
+    name: str
+    title: str
+    group: str
+    digits: int = 1
+
+
+FINE, ZERO, TEXTS = "fine-tuned", "zero-shot", "the texts learned from"
+COLUMNS = (
+    Column("tr@1", "TR@1", FINE),
+    Column("ir@1", "IR@1", FINE),
+    Column("tr@1_zero_shot", "TR@1", ZERO),
+    Column("ir@1_zero_shot", "IR@1", ZERO),
+    Column("cider", "CIDEr", FINE),
+    Column("attribute_precision", "claims true", FINE),
+    Column("attribute_recall", "claims made", FINE),
+    Column("cider_composition", "CIDEr", ZERO),
+    Column("attribute_precision_composition", "claims true", ZERO),
+    Column("attribute_recall_composition", "claims made", ZERO),
+    Column("filter_auc", "filter AUC", TEXTS, 3),
+    Column("noise_kept", "noise kept", TEXTS),
+    Column("synthetic_wrong", "synthetic wrong", TEXTS),
+)
+MAIN = tuple(c for c in COLUMNS if c.name in ("tr@1", "ir@1", "tr@1_zero_shot", "ir@1_zero_shot"))
+MAIN += tuple(c for c in COLUMNS if c.name in ("cider", "cider_composition"))
+"""Columns by which rows are compared: retrieval and captions, fine-tuned and zero-shot."""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over seeds and its standard error, None with one seed."""
+
+    value: float
+    error: float | None
+    seeds: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean | None:
+        """None of no values."""
+        if not values:
+            return None
+        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+        return cls(statistics.fmean(values), error, len(values))
+
+    @property
+    def verdict(self) -> str:
+        """What a difference says: `higher`, `lower`, `open` within two standard errors, or `one seed`."""
+        if self.error is None:
+            return "one seed"
+        if abs(self.value) <= ENOUGH * self.error:
+            return "open"
+        return "higher" if self.value > 0 else "lower"
+
+    def told(self, digits: int = 1, signed: bool = False) -> str:
+        text = f"{self.value:{'+' if signed else ''}.{digits}f}"
+        return text if self.error is None else f"{text} ± {self.error:.{digits}f}"
+
+
+def means(scores: Scores, row: str, column: str) -> Mean | None:
+    """Of a row over its seeds; None where the column says nothing about it."""
+    return Mean.of([found[column] for found in scores.get(row, {}).values() if column in found])
+
+
+def difference(scores: Scores, row: str, other: str, column: str) -> Mean | None:
+    """Of a row to another, paired by seed; None without a seed that has both."""
+    mine, theirs = scores.get(row, {}), scores.get(other, {})
+    both = [seed for seed in mine if seed in theirs and column in mine[seed] and column in theirs[seed]]
+    return Mean.of([mine[seed][column] - theirs[seed][column] for seed in both])
+
+
+# What the paper found -------------------------------------------------------------------------------------------------
+
+
+class Finding(NamedTuple):
+    """A claim of the paper: one row is above another, or (`equal`) is not."""
+
+    claim: str
+    row: str
+    other: str
+    equal: bool = False
+
+
+FINDINGS = (
+    Finding("captioning and filtering help", "both", "neither"),
+    Finding("filtering alone helps", "filter", "neither"),
+    Finding("captioning alone helps", "captioner", "neither"),
+    Finding("both help more than filtering alone", "both", "filter"),
+    Finding("both help more than captioning alone", "both", "captioner"),
+    Finding("a larger captioner and filter help more", "both_larger", "both"),
+    Finding("sampled texts are better to learn from than searched ones", "both", "both_beam"),
+    Finding("captioner and filter are better two models than one", "both", "both_shared"),
+    Finding("a new model gains more than the old one trained on", "both", "continued"),
+    Finding("longer training on the noisy texts gains nothing", "longer", "neither", equal=True),
+    Finding("cleaning gains more than longer training", "both", "longer"),
+)
+
+
+def findings(scores: Scores) -> list[dict[str, Any]]:
+    """Each of the paper's findings with the paired differences here, and in how many main columns they agree."""
+    found = []
+    for one in FINDINGS:
+        differences = {column.name: difference(scores, one.row, one.other, column.name) for column in MAIN}
+        if any(value is None for value in differences.values()):
+            continue
+        verdicts = [value.verdict for value in differences.values()]
+        found.append(
+            {
+                **one._asdict(),
+                "differences": {name: _plain(value) for name, value in differences.items()},
+                "says": _said(one, verdicts),
+            }
+        )
+    return found
+
+
+def _said(finding: Finding, verdicts: Sequence[str]) -> str:
+    if "one seed" in verdicts:
+        return "one seed says nothing"
+    agree = verdicts.count("higher") if not finding.equal else verdicts.count("open") + verdicts.count("lower")
+    against = verdicts.count("lower") if not finding.equal else verdicts.count("higher")
+    told = f"agrees in {agree} of {len(verdicts)}"
+    return f"{told}, the other way in {against}" if against else told
+
+
+def results(scores: Scores) -> dict[str, Any]:
+    """Everything that is known, as JSON holds it: scores by row and seed, means, differences to the first row."""
+    columns = sorted({name for row in scores.values() for found in row.values() for name in found})
+    rows = {}
+    for row in (name for name in ROWS if name in scores):
+        rows[row] = {
+            "title": ROWS[row].title,
+            "seeds": {str(seed): dict(found) for seed, found in sorted(scores[row].items())},
+            "mean": {name: _plain(means(scores, row, name)) for name in columns},
+            "difference": {name: _plain(difference(scores, row, TEACHER.name, name)) for name in columns},
+        }
+        for kind in ("mean", "difference"):
+            rows[row][kind] = {name: value for name, value in rows[row][kind].items() if value is not None}
+    return {"rows": rows, "findings": findings(scores)}
+
+
+def _plain(mean: Mean | None) -> dict[str, Any] | None:
+    return None if mean is None else {"value": mean.value, "error": mean.error, "seeds": mean.seeds}
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+MARKS = {"higher": " ▲", "lower": " ▼", "open": "", "one seed": ""}
+
+
+def main_table(scores: Scores) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: means over seeds with their standard errors."""
+    head = ["pre-trained on", *(f"{c.title}, {c.group}" for c in COLUMNS), "seeds"]
+    rows = []
+    for row in (name for name in ROWS if name in scores):
+        found = [(means(scores, row, column.name), column.digits) for column in COLUMNS]
+        rows.append(
+            [ROWS[row].title, *(mean.told(digits) if mean else "" for mean, digits in found), str(len(scores[row]))]
+        )
+    return head, rows
+
+
+def difference_table(scores: Scores) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: paired differences to the first row, marked beyond two standard errors, and a verdict."""
+    head = ["difference to neither", *(f"{c.title}, {c.group}" for c in MAIN), "beyond 2 standard errors"]
+    rows = []
+    for row in (name for name in ROWS if name in scores and name != TEACHER.name):
+        found = [difference(scores, row, TEACHER.name, column.name) for column in MAIN]
+        if any(one is None for one in found):
+            continue
+        verdicts = [one.verdict for one in found]
+        rows.append(
+            [
+                ROWS[row].title,
+                *(one.told(column.digits, True) + MARKS[one.verdict] for one, column in zip(found, MAIN, strict=True)),
+                "one seed" if "one seed" in verdicts else _beyond(verdicts),
+            ]
+        )
+    return head, rows
+
+
+def _beyond(verdicts: Sequence[str]) -> str:
+    told = [f"{name} in {verdicts.count(name)}" for name in ("higher", "lower") if name in verdicts]
+    return f"{', '.join(told) or 'none'} of {len(verdicts)}"
+
+
+def finding_table(scores: Scores) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: what the paper found, the differences that speak of it here, and whether they agree."""
+    head = ["the paper's finding", *(f"{c.title}, {c.group}" for c in MAIN), "here"]
+    rows = []
+    for one in findings(scores):
+        found = [Mean(**dict(zip(("value", "error", "seeds"), value.values(), strict=True)))
+                 for value in one["differences"].values()]  # fmt: skip
+        told = (mean.told(1, True) + MARKS[mean.verdict] for mean in found)
+        rows.append([one["claim"], *told, one["says"]])
+    return head, rows
+
+
+def markdown(scores: Scores) -> str:
+    """The three tables, as docs/bootstrap.md shows them."""
+    parts = [_markdown(*table(scores)) for table in (main_table, difference_table, finding_table)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if rows else ""

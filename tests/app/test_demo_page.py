@@ -1,0 +1,495 @@
+"""The page of `blip demo` in a real browser, and what must not be had from it; skipped without Gradio."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from test_blip_demo import HOSTILE, QUESTION, TEXTS, answering, capfilt_run, vqa_model  # noqa: F401
+from test_cli import model, png  # noqa: F401
+
+from blip.app import installed
+
+try:
+    installed.require("demo", "the page")
+except ValueError as missing:
+    pytest.skip(str(missing), allow_module_level=True)
+
+import httpx
+from gradio_client import Client, handle_file
+
+from blip.app import demo as desk
+from blip.app import demo_page
+from blip.app.demo import Demo
+from blip.app.demo_page import is_local, serving
+from blip.app.index import Index, Origin
+from blip.app.loaded import load
+
+PICTURES = 12
+_REAL, _LOOK_UP = socket.socket.connect, socket.getaddrinfo
+_HERE = ("127.0.0.1", "::1", "localhost")
+
+
+@pytest.fixture(scope="module")
+def abroad():
+    """Other machines that somebody tried to connect to, or whose address was looked up; nobody gets there."""
+    tried = []
+
+    def refuse(where):
+        tried.append(where)
+        raise socket.gaierror("no network here")
+
+    def connect(self, address):
+        near = self.family == socket.AF_UNIX or str(address[0]) in _HERE
+        return _REAL(self, address) if near else refuse(address)
+
+    def look_up(host, *more, **named):
+        near = host is None or (host.decode() if isinstance(host, bytes) else host) in _HERE
+        return _LOOK_UP(host, *more, **named) if near else refuse(host)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connect)
+        patch.setattr(socket, "getaddrinfo", look_up)
+        yield tried
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(PICTURES):
+        (folder / f"p{i}.png").write_bytes(png(i))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(model, vqa_model, capfilt_run, pictures) -> Demo:  # noqa: F811
+    made = answering(model, vqa_model, run=capfilt_run)
+    made.index = Index(pictures, pictures / ".blip-index", Origin.of(made.features, model, "float32"))
+    made.refresh()
+    return made
+
+
+@pytest.fixture(scope="module")
+def address(whole, abroad):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_ALLOWED_PATHS", "/")  # of somebody's other page
+        before = dict(os.environ)
+        with serving(whole) as address:
+            folder = Path(os.environ["GRADIO_TEMP_DIR"])
+            yield address.rstrip("/")
+        assert not folder.exists()
+        # Tests change it, too.
+        assert {name: os.environ.get(name) for name in before if "PYTEST" not in name} == {
+            name: value for name, value in before.items() if "PYTEST" not in name
+        }
+    assert abroad == []
+
+
+@pytest.fixture(scope="module")
+def client(address, abroad):
+    before = len(abroad)
+    made = Client(address, verbose=False, analytics_enabled=False)
+    del abroad[before:]  # the client, not the page, asks the hub what to call itself
+    return made
+
+
+@pytest.fixture(autouse=True)
+def single_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# What must not be had -------------------------------------------------------------------------------------------------
+
+
+def test_it_listens_here_only(address):
+    assert address.startswith("http://127.0.0.1:")
+    page = httpx.get(address)
+    assert page.status_code == 200
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    config = httpx.get(f"{address}/config").json()
+    assert not config.get("analytics_enabled")
+    assert config.get("footer_links") in ([], None)
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:7860", "127.0.0.1.evil.example", ""])
+def test_another_name_is_refused(address, host):
+    """A page elsewhere whose name is made to lead here must not get at it."""
+    assert httpx.get(address, headers={"host": host}).status_code == 403
+
+
+def test_nothing_is_written_beside_the_code(address):
+    assert list(Path(demo_page.__file__).parent.rglob("*.pyi")) == []
+
+
+def test_another_origin_may_not_read(address):
+    said = httpx.get(f"{address}/config", headers={"origin": "http://evil.example"})
+    assert said.headers.get("access-control-allow-origin") != "http://evil.example"
+
+
+@pytest.mark.parametrize("path", [
+    "/etc/passwd", "//etc/passwd", "../../../../etc/passwd", "%2e%2e/%2e%2e/etc/passwd", "pyproject.toml",
+    "http://169.254.169.254/latest/meta-data", "https://93.184.216.34/", "http:/example.com", "HTTP://example.com",
+    "http%3A%2F%2Fexample.com", "file:///etc/passwd",
+])  # fmt: skip
+@pytest.mark.parametrize("route", ["/gradio_api/file=", "/file=", "/gradio_api/file/", "/gradio_api/proxy="])
+def test_files_of_the_machine_are_refused(address, abroad, route, path):
+    said = httpx.get(f"{address}{route}{path}")
+    assert said.status_code in (403, 404), said.text[:200]
+    assert "root:" not in said.text
+    if route == "/gradio_api/file=" and ".." not in path:
+        assert said.status_code == 403
+    assert abroad == []
+
+
+def test_not_even_those_it_shows(address, whole, pictures):
+    for path in (pictures / "p1.png", Path(whole.run, "job.json"), Path(__file__)):
+        assert httpx.get(f"{address}/gradio_api/file={path}").status_code == 403
+
+
+def test_a_large_upload_is_refused(address):
+    def upload(size: int, **headers: str):
+        files = {"files": ("p.png", png(1) + b"\0" * size)}
+        return httpx.post(f"{address}/gradio_api/upload", files=files, headers=headers)
+
+    assert upload(6_000_000).status_code == 413
+    assert upload(4_000_000).status_code == 200
+
+    def dribble():  # without a length, so that the server has to count
+        yield b'--x\r\nContent-Disposition: form-data; name="files"; filename="p.png"\r\n\r\n'
+        for _ in range(60):
+            yield b"\0" * 100_000
+        yield b"\r\n--x--\r\n"
+
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    assert httpx.post(f"{address}/gradio_api/upload", content=dribble(), headers=headers).status_code == 413
+
+
+@pytest.mark.parametrize("route", ["upload", "queue/join", "component_server", "run/caption", "call/caption"])
+def test_a_body_without_a_length_is_counted_as_it_comes(address, route):
+    form = "multipart/form-data; boundary=XX" if route == "upload" else "application/json"
+    sent = 0
+
+    def dribble():
+        nonlocal sent
+        yield (
+            b'--XX\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+            if route == "upload"
+            else b'{"fn_index":0,"session_hash":"x","data":["'
+        )
+        for _ in range(400):
+            sent += 1 << 20
+            yield b"a" * (1 << 20)
+
+    with socket.create_connection(("127.0.0.1", httpx.URL(address).port), timeout=30) as connection:
+        head = f"POST /gradio_api/{route} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {form}\r\n"
+        connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+        with contextlib.suppress(ConnectionError):
+            for part in dribble():
+                connection.sendall(b"%x\r\n%b\r\n" % (len(part), part))
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            answer = connection.recv(100)
+    assert answer.startswith(b"HTTP/1.1 413")
+    assert sent < 100 << 20  # the other end stopped reading
+    assert httpx.get(address).status_code == 200
+
+
+def test_what_is_uploaded_lies_in_a_folder_of_its_own(address):
+    (path,) = httpx.post(f"{address}/gradio_api/upload", files={"files": ("x.html", b"<script>1</script>")}).json()
+    assert "openblip-demo-" in path
+    said = httpx.get(f"{address}/gradio_api/file={path}")
+    assert said.headers["content-disposition"].startswith("attachment")
+    assert said.headers["x-content-type-options"] == "nosniff"
+
+
+def ask_raw(address: str, picture: dict) -> str:
+    """What the page is told when a question names this for a picture, without anything being uploaded."""
+    config = httpx.get(f"{address}/config").json()
+    (number,) = [one["id"] for one in config["dependencies"] if one["api_name"] == "match"]
+    body = {"fn_index": number, "data": [picture, "a star"], "session_hash": os.urandom(6).hex()}
+    assert httpx.post(f"{address}/gradio_api/queue/join", json=body).status_code == 200
+    with httpx.stream("GET", f"{address}/gradio_api/queue/data", params={"session_hash": body["session_hash"]},
+                      timeout=60) as stream:  # fmt: skip
+        for line in stream.iter_lines():
+            if "process_completed" in line:
+                return line
+    raise AssertionError("no answer")
+
+
+@pytest.mark.parametrize("given", [
+    {"path": "/etc/passwd"}, {"path": "http://example.com/x.png"}, {"path": "https://93.184.216.34/x.png"},
+    {"path": "/etc/passwd", "url": "data:image/png;base64,AAAA"}, {"path": str(Path(__file__).resolve())},
+    {"path": "nowhere", "url": "http://169.254.169.254/"},
+])  # fmt: skip
+def test_a_question_cannot_name_files_or_addresses(address, abroad, given):
+    said = ask_raw(address, given | {"meta": {"_type": "gradio.FileData"}})
+    assert '"success":false' in said
+    assert "root:" not in said
+    assert "Traceback" not in said
+    assert abroad == []
+
+
+@pytest.mark.parametrize("case", [name for name in HOSTILE if name != "6 MB"])
+def test_files_that_are_no_pictures_get_a_friendly_line(client, tmp_path, case):
+    content, told = HOSTILE[case]
+    (tmp_path / "p.png").write_bytes(content)
+    with pytest.raises(Exception, match="this picture cannot be used: ") as stop:
+        client.predict(handle_file(tmp_path / "p.png"), "a star", api_name="/match")
+    assert told in str(stop.value)
+    assert str(tmp_path) not in str(stop.value)
+    assert "Traceback" not in str(stop.value)
+
+
+def test_an_error_of_ours_tells_no_details(client, whole, pictures, monkeypatch, capfd):
+    def fall(*_):
+        raise RuntimeError("the secret is /root/secret")
+
+    monkeypatch.setattr(whole, "match", fall)
+    with pytest.raises(Exception, match="Something went wrong") as stop:
+        client.predict(handle_file(pictures / "p1.png"), "a star", api_name="/match")
+    assert "secret" not in str(stop.value)
+    assert "the secret is" in capfd.readouterr().err
+
+
+def test_twenty_at_once_all_get_their_own_answer(client, whole, pictures):
+    paths = [str(pictures / f"p{i % PICTURES}.png") for i in range(20)]
+    expected = {path: demo_page.matches(whole.match(path, "\n".join(TEXTS))) for path in set(paths)}
+    assert len(set(expected.values())) == PICTURES
+    with ThreadPoolExecutor(20) as pool:
+        ask = lambda path: client.predict(handle_file(path), "\n".join(TEXTS), api_name="/match")  # noqa: E731
+        assert list(pool.map(ask, paths)) == [expected[path] for path in paths]
+
+
+def test_local_or_not():
+    assert all(map(is_local, ("127.0.0.1", "localhost", "::1", "[::1]", "127.3.2.1")))
+    assert not any(map(is_local, ("0.0.0.0", "::", "192.168.1.2", "example.com", "")))
+
+
+# In a browser ---------------------------------------------------------------------------------------------------------
+
+
+class Page:
+    """The page, opened; everything that it asks for is kept."""
+
+    def __init__(self, browser, address: str) -> None:
+        self.address, self.asked, self.errors = address, [], []
+        self.view = browser.new_page(viewport={"width": 1280, "height": 900})
+        self.view.set_default_timeout(60_000)
+        self.view.on("request", lambda request: self.asked.append(request.url))
+        self.view.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.view.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
+        self.view.goto(address)
+        self.view.get_by_role("tab", name="Describe").wait_for()
+
+    def tab(self, name: str) -> None:
+        self.view.get_by_role("tab", name=name).click()
+
+    def upload(self, path: Path | str) -> None:
+        self.view.locator("input[type=file]").first.set_input_files(str(path))
+        self.view.locator(".image-frame img, [data-testid=image] img, .image-container img").first.wait_for()
+
+    def press(self, name: str) -> None:
+        self.view.get_by_role("button", name=name, exact=True).click()
+
+    def shot(self, name: str) -> None:
+        """Keep a picture of the page where OPENBLIP_SHOTS says."""
+        if os.environ.get("OPENBLIP_SHOTS"):
+            self.view.wait_for_timeout(400)
+            self.view.screenshot(path=f"{os.environ['OPENBLIP_SHOTS']}/{name}.png", full_page=True)
+
+    def outside(self) -> list[str]:
+        return [url for url in self.asked if not url.startswith((self.address, "data:", "blob:", "about:"))]
+
+
+@pytest.fixture
+def page(browser, address):
+    page = Page(browser, address)
+    yield page
+    assert page.outside() == []
+    assert page.errors == []
+    page.view.close()
+
+
+@pytest.mark.parametrize(("label", "method"), [("search for", "beam"), ("draw by", "nucleus")])
+def test_describe(page, whole, pictures, label, method):
+    page.upload(pictures / "p3.png")
+    page.view.get_by_text(label).first.click()
+    page.press("Describe it")
+    page.view.locator("#captions li").first.wait_for()
+    said = page.view.locator("#captions li").all_inner_texts()
+    expected = whole.caption(str(pictures / "p3.png"), method, 3)
+    assert len(said) == 3
+    for line, text in zip(said, expected, strict=True):
+        assert line.startswith(text.words)
+        assert f"{text.logprob:.2f}" in line
+    page.shot(f"describe-{method}")
+
+
+def test_ask(page, whole, pictures):
+    page.upload(pictures / "p3.png")
+    page.tab("Ask")
+    page.view.get_by_label("Question").fill(QUESTION)
+    page.press("Ask it")
+    best = whole.ask(str(pictures / "p3.png"), QUESTION, 5)
+    page.view.locator("#answers td").first.wait_for()
+    rows = page.view.locator("#answers tr").all_inner_texts()[1:]
+    for row, answer in zip(rows, best, strict=True):
+        assert row.startswith(answer.words)
+        assert f"{100 * desk.probability(answer):.1f}%" in row
+    page.shot("ask")
+
+
+def test_match(page, whole, pictures):
+    page.upload(pictures / "p4.png")
+    page.tab("Match")
+    page.view.get_by_label("Texts that may fit").fill("\n".join(TEXTS))
+    page.press("Compare")
+    page.view.locator("#matches td").first.wait_for()
+    rows = page.view.locator("#matches tr").all_inner_texts()[1:]
+    found = sorted(whole.match(str(pictures / "p4.png"), "\n".join(TEXTS)), key=lambda one: -one[2])
+    for row, (text, itc, itm) in zip(rows, found, strict=True):
+        assert text in row  # markup in it included
+        assert f"{100 * itm:.1f}%" in row
+        assert f"{itc:.3f}" in row
+    page.shot("match")
+
+
+def test_look(page, whole, pictures):
+    page.upload(pictures / "p4.png")
+    page.tab("Where it looks")
+    page.view.get_by_label("What may be seen in it").fill(TEXTS[0])
+    page.press("Show where")
+    page.view.locator("#maps img").nth(3).wait_for()
+    chance, shown = whole.look(str(pictures / "p4.png"), TEXTS[0])
+    assert f"{100 * chance:.1f}%" in page.view.locator("#looks").inner_text()
+    said = page.view.locator("#maps").inner_text()
+    assert all(name in said for name, _ in shown)
+    assert page.view.locator("#maps img").first.evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
+    page.shot("look")
+
+
+def test_search(page, whole, pictures):
+    page.tab("A folder")
+    assert f"{PICTURES} pictures can be searched" in page.view.locator("#indexed").inner_text()
+    page.view.get_by_label("What to look for").fill(TEXTS[0])
+    page.press("Search")
+    page.view.locator("#found img").nth(PICTURES - 1).wait_for()
+    hits = whole.search(TEXTS[0], 12)
+    said = page.view.locator("#found").inner_text()
+    at = [said.index(f"{n}. {100 * hit.itm:.1f}% ({hit.itc:.3f}) {hit.name}") for n, hit in enumerate(hits, 1)]
+    assert at == sorted(at)
+    page.shot("search")
+    (pictures / "new.png").write_bytes(png(77))
+    try:
+        page.press("Look for new and changed pictures")
+        page.view.get_by_text(f"{PICTURES + 1} pictures can be searched").wait_for()
+    finally:
+        (pictures / "new.png").unlink()
+        whole.refresh()
+
+
+def test_capfilt(page, whole):
+    page.tab("A CapFilt run")
+    page.press("Show")
+    page.view.locator("#capfilt iframe").wait_for()
+    frame = page.view.frame_locator("#capfilt iframe")
+    frame.locator(".card").first.wait_for()
+    said = json.loads(Path(whole.run, "report/strict/report.json").read_text())
+    kept = sum(said["kept"].values())
+    assert f"of which {kept} are kept" in frame.locator("body").inner_text()
+    assert frame.locator(".text.kept").count() > 0
+    assert frame.locator(".text.dropped").count() > 0
+    assert page.view.locator("#capfilt iframe").get_attribute("sandbox") == ""
+    page.errors[:] = [error for error in page.errors if "sandboxed" not in error]  # its slider's script, as meant
+    page.shot("capfilt")
+
+
+def test_a_mistake_is_told_on_the_page(page, pictures, tmp_path):
+    page.press("Describe it")
+    page.view.get_by_text("choose a picture first").wait_for()
+    (tmp_path / "page.png").write_bytes(b"<!doctype html><html></html>")
+    page.view.locator("input[type=file]").first.set_input_files(str(tmp_path / "page.png"))
+    page.view.wait_for_timeout(500)
+    page.press("Describe it")
+    page.view.get_by_text("is an HTML page").wait_for()
+    page.shot("mistake")
+    page.view.close()
+
+
+def test_a_large_picture_is_told_of_before_it_is_sent(browser, address, tmp_path):
+    page = Page(browser, address)
+    (tmp_path / "large.png").write_bytes(png(1) + b"\0" * 6_000_000)
+    page.view.locator("input[type=file]").first.set_input_files(str(tmp_path / "large.png"))
+    page.view.get_by_text(re.compile("exceed|too large|maximum", re.IGNORECASE)).first.wait_for()
+    assert page.outside() == []
+    page.view.close()
+
+
+def test_without_more_than_a_model_it_says_what_is_needed(browser, model, abroad):  # noqa: F811
+    with serving(Demo(load(model, "cpu", "auto"))) as address:
+        page = Page(browser, address.rstrip("/"))
+        for tab, told in (("Ask", "--vqa"), ("A folder", "--folder"), ("A CapFilt run", "--capfilt")):
+            page.tab(tab)
+            page.view.get_by_text(told).first.wait_for()
+        assert page.outside() == []
+        page.view.close()
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+OFFLINE = """
+import socket, sys
+real, look_up = socket.socket.connect, socket.getaddrinfo
+def refuse(where):
+    open("connections", "a").write(f"{where}\\n")
+    raise OSError("no network here")
+def connect(self, address):
+    near = self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "::1")
+    return real(self, address) if near else refuse(address)
+socket.socket.connect = connect
+near = (None, "127.0.0.1", b"127.0.0.1", "localhost")
+socket.getaddrinfo = lambda host, *more, **named: look_up(host, *more, **named) if host in near else refuse(host)
+from blip.app import cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
+def test_the_command_needs_no_network_and_leaves_nothing(model, pictures, tmp_path, sent, status):  # noqa: F811
+    shutil.copytree(pictures, tmp_path / "photos", ignore=shutil.ignore_patterns(".*"))
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    environment |= {"TMPDIR": str(tmp_path), "HTTP_PROXY": "http://127.0.0.1:9", "PYTHONPATH": os.getcwd()}
+    process = subprocess.Popen(
+        [sys.executable, "-c", OFFLINE, "demo", "--model", model, "--folder", "photos"],
+        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background has it ignored
+    )  # fmt: skip
+    try:
+        line = process.stdout.readline()
+        found = re.match(r"(http://127\.0\.0\.1:\d+)/? shows the page", line)
+        assert found, line + process.stderr.read()
+        assert httpx.get(found[1], trust_env=False).status_code == 200
+        (folder,) = tmp_path.glob("openblip-demo-*")
+        process.send_signal(sent)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == status, err
+    assert "Traceback" not in err
+    assert not folder.exists()
+    assert not (tmp_path / "connections").exists()
+    assert json.loads((tmp_path / "photos/.blip-index/index.json").read_text())["format"] == "openblip-index"

@@ -1,0 +1,167 @@
+"""Maps against transformers' attention and its gradients, a case that is clear, and the command."""
+
+import re
+
+import pytest
+import torch
+from PIL import Image
+from test_cli import model as model_folder  # noqa: F401
+from test_cli import png
+from test_features import pictures, tokenizer  # noqa: F401
+from test_parity import close, matcher, model  # noqa: F401
+
+from blip import files
+from blip.app import cli
+from blip.data.images import ImageReader
+from blip.inference.explain import evidence, explain, overlay
+from blip.inference.features import Features
+
+TEXT = "w3 w9 w14 w1"
+
+
+@pytest.fixture
+def features(model, tokenizer):  # noqa: F811
+    return Features(model, tokenizer, ImageReader(32), max_tokens=30)
+
+
+def theirs(matcher, tokens, ids, layer):  # noqa: F811
+    """Probabilities of transformers' cross-attention and the gradient of the match logit with respect to them."""
+    seen = []
+    attention = matcher.text_encoder.encoder.layer[layer].crossattention.self
+    hook = attention.register_forward_hook(lambda _, __, output: seen.append(output[1]))
+    state = matcher.text_encoder(ids, encoder_hidden_states=tokens).last_hidden_state[:, 0]
+    hook.remove()
+    logit = matcher.itm_head(state)[0, 1]
+    (gradient,) = torch.autograd.grad(logit, seen[0])
+    return seen[0][0].detach(), gradient[0], logit.detach()
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_evidence_is_that_of_transformers(features, matcher, pictures, layer):  # noqa: F811
+    (tokens,) = features.tokens(pictures[:1])
+    ids, _ = features.tokenizer.encode([TEXT], first="enc", max_length=30)
+    found = evidence(features.model, tokens, ids, layer)
+    probabilities, gradients, logit = theirs(matcher, tokens, ids, layer)
+    assert found.probabilities.shape == (2, 6, 17)
+    close(found.probabilities, probabilities)
+    close(found.probabilities.sum(-1), torch.ones(2, 6))
+    scale = gradients.abs().max()
+    close(found.gradients / scale, gradients / scale)
+    assert gradients.min() < 0 < gradients.max(), "the test needs gradients of both signs"
+    close(found.logits[1], logit)
+    close(found.weighted, (probabilities * gradients.clamp(min=0)).mean(0))
+
+
+def test_only_what_is_there_is_evidence(features):
+    """Where one patch alone has values to give, it alone gets the whole map."""
+    model = features.model  # noqa: F811
+    cross = model.med.blocks[1].cross
+    width = model.config.text.width
+    before = cross.kv.bias.detach().clone()
+    tokens = torch.zeros(1, 17, model.vision.width)
+    tokens[0, 6] = torch.randn(model.vision.width, generator=torch.Generator().manual_seed(2))
+    ids, _ = features.tokenizer.encode([TEXT], first="enc", max_length=30)
+    try:
+        with torch.no_grad():
+            cross.kv.bias[width:] = 0
+        found = evidence(model, tokens, ids, 1)
+    finally:
+        cross.kv.bias.data.copy_(before)
+    # The last layer's answer comes from [ENC] alone, so other tokens' attention there changes nothing.
+    assert found.gradients[:, 1:].abs().max() == 0
+    assert found.gradients[:, 0, 6].abs().max() > 0
+    others = torch.arange(17) != 6
+    assert found.gradients[:, 0, others].abs().max() < 1e-7 * found.gradients.abs().max()
+
+
+def test_words_and_their_maps(features, pictures):  # noqa: F811
+    found = explain(features, pictures[0], "W3, zebra w9!", layer=0)
+    assert found.words == ["w3,", "zebra", "w9"]
+    assert found.maps.shape == (3, 4, 4)
+    assert found.maps.min() >= 0
+    # "w3," is two pieces, and the mean over all pieces counts it twice.
+    close(found.whole, (2 * found.maps[0] + found.maps[1] + found.maps[2]) / 4)
+    matched = features.match(pictures[:1], ["W3, zebra w9!"])
+    assert found.probability == pytest.approx(matched.probability.item(), abs=1e-6)
+
+
+def test_a_long_text_loses_whole_words(features, pictures):  # noqa: F811
+    short = Features(features.model, features.tokenizer, ImageReader(32), max_tokens=6)
+    found = explain(short, pictures[0], "w1 w2 w3, w4", layer=0)
+    assert found.words == ["w1", "w2", "w3,"]
+
+
+def test_the_fast_path_stays_as_it_was(features, pictures):  # noqa: F811
+    before = features.match(pictures, [TEXT])
+    parameters = {name: value.clone() for name, value in features.model.state_dict().items()}
+    explain(features, pictures[0], TEXT)
+    after = features.match(pictures, [TEXT])
+    assert torch.equal(before.logits, after.logits)
+    assert all(torch.equal(parameters[name], value) for name, value in features.model.state_dict().items())
+    assert all(p.grad is None for p in features.model.parameters())
+
+
+def test_layers_and_texts_that_will_not_do(features, pictures):  # noqa: F811
+    with pytest.raises(ValueError, match="layer must be 0 to 0, got 1"):
+        explain(features, pictures[0], TEXT, layer=1)
+    assert torch.equal(explain(features, pictures[0], TEXT).maps, explain(features, pictures[0], TEXT, layer=0).maps)
+    assert explain(features, pictures[0], TEXT).maps.max() > 0
+    with pytest.raises(ValueError, match="layer must be 0 to 1, got -1"):
+        evidence(features.model, torch.zeros(1, 17, 32), torch.tensor([[98, 3]]), -1)
+    with pytest.raises(ValueError, match="cannot be compared"):
+        explain(features, pictures[0], "!!")
+
+
+def test_overlay_is_hot_where_the_map_is():
+    heat = torch.zeros(4, 4)
+    heat[0, 3] = 2.0
+    made = overlay(Image.new("RGB", (64, 64)), heat, 2.0)
+    red, _, blue = made.getpixel((60, 3))
+    assert red > 80 > blue
+    assert made.getpixel((3, 60)) == (0, 0, 48)
+    assert made.size == (64, 64)
+
+
+def test_command(model_folder, tmp_path, monkeypatch, capfd):  # noqa: F811
+    monkeypatch.setenv("OPENBLIP_MODEL", model_folder)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.png").write_bytes(png(1))
+    assert cli.main(["explain", "a.png", "a red <star>", "--out", "e.html"]) == 0
+    name, probability, out = capfd.readouterr().out.strip().split("\t")
+    assert (name, out) == ("a.png", "e.html")
+    page = (tmp_path / "e.html").read_text()
+    assert page.count("<img ") == 4
+    (percent,) = re.findall(r"gives the text ([0-9.]+)% to fit", page)
+    assert float(percent) == pytest.approx(100 * float(probability), abs=0.06)
+    assert "&lt;star&gt;" in page
+    assert "<star>" not in page
+    assert cli.main(["explain", "a.png", "a red star", "--out", "e.png", "--layer", "0"]) == 0
+    assert Image.open("e.png").size == (4 * 224, 244)
+    capfd.readouterr()
+    (tmp_path / "a.png").rename("a\nb.png")
+    with monkeypatch.context() as patch:  # what is there stays until the new one is whole
+        patch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(SystemExit):
+            cli.main(["explain", "a\nb.png", "a ring", "--out", "e.html"])
+    assert (tmp_path / "e.html").read_text() == page
+    capfd.readouterr()
+    assert cli.main(["explain", "a\nb.png", "a ring", "--out", "e.jpg"]) == 0
+    assert capfd.readouterr().out.startswith("a\\nb.png\t")
+    assert Image.open("e.jpg").format == "JPEG"
+    (tmp_path / "a\nb.png").rename("a.png")
+    (tmp_path / "broken.png").write_bytes(b"<html>")
+    wrong = {
+        ("gone.png", "x", "--out", "e.png"): "gone.png: no such file",
+        ("broken.png", "x", "--out", "e.png"): "broken.png: is an HTML page",
+        ("a.png", "x", "--out", "e.txt"): "ends in .html, .png or .jpg",
+        ("a.png", "a star", "--out", "e.png", "--layer", "7"): "layer must be 0 to",
+        ("a.png", "a star", "--out", "gone/e.png"): "gone/e.png",
+    }
+    for args, said in wrong.items():
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["explain", *args])
+        assert stop.value.code == 2
+        err = capfd.readouterr().err
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        assert said in err

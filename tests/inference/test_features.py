@@ -1,0 +1,170 @@
+"""Features against transformers' matching model, one pair at a time, and what must not change them."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from test_parity import close, matcher, model  # noqa: F401
+from transformers import BlipForImageTextRetrieval
+
+import blip
+from blip.data.images import ImageReader
+from blip.data.transforms import EvalTransform
+from blip.errors import DataError
+from blip.inference import matching
+from blip.inference.features import Features
+from blip.tokenizer import Tokenizer
+
+TEXTS = ["w3 w9", "w4", "w8 w1 w2 w7 w30 w31", "w60 w61 w62"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """The pieces of the golden model."""
+    path = tmp_path_factory.mktemp("tokenizer") / "vocab.txt"
+    path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(92))]))
+    return Tokenizer.load(path)
+
+
+@pytest.fixture(scope="module")
+def features(model, tokenizer):  # noqa: F811
+    return Features(model, tokenizer, ImageReader(32), batch=2, max_tokens=30)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return [Image.effect_noise((40 + i, 30), 90 + i).convert("RGB") for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def theirs(matcher: BlipForImageTextRetrieval, features, pictures):  # noqa: F811
+    """Cosine, match logits and [ENC] state of one pair by transformers, without padding."""
+
+    @torch.no_grad()
+    def of(i: int, text: str):
+        pixels = EvalTransform(32)(pictures[i])[None]
+        ids, _ = features.tokenizer.encode([text], first="cls", max_length=30)
+        enc, _ = features.tokenizer.encode([text], first="enc", max_length=30)
+        cosine = matcher(input_ids=ids, pixel_values=pixels, use_itm_head=False).itm_score
+        logits = matcher(input_ids=enc, pixel_values=pixels, use_itm_head=True).itm_score
+        tokens = matcher.vision_model(pixels).last_hidden_state
+        state = matcher.text_encoder(enc, encoder_hidden_states=tokens).last_hidden_state[0, 0]
+        return cosine[0, 0], logits[0], state
+
+    return of
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_every_picture_with_every_text(model, tokenizer, pictures, theirs, batch):  # noqa: F811
+    found = Features(model, tokenizer, ImageReader(32), batch=batch, max_tokens=30).match(pictures, TEXTS)
+    assert found.itc.shape == (3, 4)
+    assert found.logits.shape == (3, 4, 2)
+    assert found.logits[..., 1].std() > 0.01, "the test needs pairs that differ"
+    for i in range(3):
+        for j, text in enumerate(TEXTS):
+            cosine, logits, _ = theirs(i, text)
+            close(found.itc[i, j], cosine)
+            close(found.logits[i, j], logits)
+            close(found.probability[i, j], logits.softmax(0)[1])
+            close(found.score[i, j], logits[1] + cosine)
+
+
+def test_cosines_are_exact_under_autocast(features, pictures):
+    """In bfloat16 they would have three digits, and ties."""
+    with torch.autocast("cpu", torch.bfloat16):
+        found = features.match(pictures, TEXTS)
+        images, words = features.embed_image(pictures), features.embed_text(TEXTS)
+    assert found.itc.dtype == found.logits.dtype == torch.float32
+    close(found.itc, images @ words.T)
+
+
+def test_pairs_and_one_picture(features, pictures, theirs):
+    pairs = features.ground(pictures, TEXTS[:3])
+    assert pairs.shape == (3, 24)
+    for i in range(3):
+        close(pairs[i], theirs(i, TEXTS[i])[2])
+    one = features.ground(pictures[1:2], TEXTS)
+    for j, text in enumerate(TEXTS):
+        close(one[j], theirs(1, text)[2])
+    with pytest.raises(ValueError, match="3 pictures and 2 texts"):
+        features.ground(pictures, TEXTS[:2])
+
+
+def test_embeddings_by_paths_pictures_and_tensors(features, pictures, tmp_path):
+    for i, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{i}.png")
+    paths = [tmp_path / "0.png", str(tmp_path / "1.png"), pictures[2]]
+    expected = features.embed_image(torch.stack([EvalTransform(32)(picture) for picture in pictures]))
+    assert torch.equal(features.embed_image(paths), expected)
+    close(features.embed_image(pictures) @ features.embed_text(TEXTS).T, features.match(pictures, TEXTS).itc)
+    close(expected.norm(dim=1), torch.ones(3))
+    assert features.embed_image([]).shape == (0, 16) == features.embed_text([]).shape
+
+
+def test_texts_are_cleaned(features):
+    assert torch.equal(features.embed_text(["  W3. w9!"]), features.embed_text(["w3 w9"]))
+
+
+def test_what_cannot_be_used_is_named(features, pictures, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"<html>")
+    with pytest.raises(DataError, match=r"a.png cannot be used: is an HTML page"):
+        features.embed_image([pictures[0], tmp_path / "a.png"])
+    with pytest.raises(ValueError, match=r"'\.\.\.' cannot be compared"):
+        features.embed_text(["w1", "..."])
+    with pytest.raises(ValueError, match="list of texts"):
+        features.embed_text("w1")
+    with pytest.raises(ValueError, match="list or a tensor"):
+        features.embed_image("a.png")
+    with pytest.raises(ValueError, match="nothing to match"):
+        features.match(pictures, [])
+
+
+def test_load_honours_type_and_size(model, tokenizer, tmp_path, pictures):  # noqa: F811
+    blip.save_pretrained(model, tokenizer, tmp_path / "model")
+    exact = blip.load(tmp_path / "model")
+    found = blip.load(tmp_path / "model", dtype=torch.bfloat16, image_size=48)
+    assert (exact.dtype, found.dtype, found.device) == (torch.float32, torch.bfloat16, torch.device("cpu"))
+    assert {p.dtype for p in found.model.parameters()} == {torch.bfloat16}
+    assert found.read.transform.image_size == 48
+    assert found.embed_image(pictures).dtype == found.match(pictures, TEXTS).logits.dtype == torch.float32
+    half = blip.load(tmp_path / "model", dtype=torch.bfloat16)
+    torch.testing.assert_close(half.embed_image(pictures), exact.embed_image(pictures), atol=0.03, rtol=0)
+    with pytest.raises(FileNotFoundError, match="not a model directory"):
+        blip.load(tmp_path / "gone")
+
+
+def test_importing_the_package_brings_no_torch():
+    program = "import blip, sys; blip.BASE; print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert said.stdout == "False\n"
+    assert {"load", "Features", "Matches"} <= set(blip.__all__)
+
+
+def test_chosen_texts_are_those_that_are_matched(model, features, pictures):  # noqa: F811
+    """Images with no text, few and more than go through the model at once, in any order, equal all with all."""
+    tokens = torch.cat(list(features.tokens(pictures)))
+    ids, keep = features._read(TEXTS, "enc")
+    everything = features.match(pictures, TEXTS).logits
+    chosen = [torch.tensor([0, 2, 1, 3]), torch.tensor([], dtype=torch.int64), torch.tensor([3])]
+    for batch in (1, 2, 3, 100):
+        found = matching.match(model, tokens, ids, keep, chosen, batch)
+        assert [x.shape for x in found] == [(4, 2), (0, 2), (1, 2)]
+        for i, rows in enumerate(chosen):
+            close(found[i], everything[i, rows])
+    with pytest.raises(ValueError, match="for 2 images, but there are 3"):
+        matching.match(model, tokens, ids, keep, chosen[:2])
+
+
+def test_a_picture_that_is_too_much_for_the_transform_is_named(model, tokenizer, tmp_path, monkeypatch):  # noqa: F811
+    path = tmp_path / "a.png"
+    Image.new("RGB", (40, 30)).save(path)
+    made = Features(model, tokenizer, ImageReader(32))
+
+    def fail(image):
+        raise MemoryError
+
+    monkeypatch.setattr(made.read, "transform", fail)
+    with pytest.raises(DataError, match=r"a\.png cannot be used: too little memory"):
+        made.embed_image([path])

@@ -1,0 +1,339 @@
+"""Question answering: the original's loss, scores and answers (recorded in goldens), and what must not matter."""
+
+import dataclasses
+
+import goldens
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_checkpoint import SMALLEST, TOKENIZER
+from transformers import BlipConfig, BlipForQuestionAnswering
+
+from blip.checkpoints.layouts import original_vqa, transformers_vqa
+from blip.checkpoints.table import from_theirs, to_theirs
+from blip.inference.answering import Candidates, answers, ask, rank
+from blip.inference.generate import generate
+from blip.inference.settings import AnswerConfig, DecodeConfig
+from blip.models.blip import Blip
+from blip.models.vqa import Vqa
+from blip.nn.stack import Pass
+from blip.objectives.batch import QuestionBatch
+from blip.objectives.pretrain import Vqa as Objective
+from blip.objectives.pretrain import VqaConfig
+
+TEXT = goldens.CONFIG.text
+LAYOUT = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
+
+
+def close(ours, theirs, tolerance=1e-5):
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    found = load_file(goldens.HERE / "vqa.safetensors")
+    return {name: value.long() if value.dtype == torch.int32 else value for name, value in found.items()}
+
+
+@pytest.fixture
+def model(golden):
+    model = Vqa(goldens.CONFIG).eval()
+    state = {name: value for name, value in goldens.checkpoint().items() if name.startswith("visual_encoder.")}
+    state |= {name: value for name, value in goldens.checkpoint().items() if name.startswith("text_encoder.")}
+    state |= {name: value for name, value in golden.items() if name.startswith("text_decoder.")}
+    model.load_state_dict(from_theirs(original_vqa(model), state, model.state_dict(), "goldens"))
+    return model
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """The original's tokenizer of the goldens."""
+    from blip.tokenizer import Tokenizer
+
+    path = tmp_path_factory.mktemp("words") / "vocab.txt"
+    path.write_text("\n".join([*LAYOUT, *(f"w{i}" for i in range(92))]) + "\n")
+    found = Tokenizer.load(path)
+    assert (found.dec_id, found.enc_id) == (TEXT.dec_id, TEXT.enc_id)
+    return found
+
+
+def batch(golden) -> QuestionBatch:
+    ids = golden["question.ids"].clone()
+    ids[:, 0] = TEXT.cls_id
+    answers = golden["answer.ids"].clone()
+    answers[:, 0] = TEXT.cls_id
+    owner = torch.arange(4).repeat_interleave(golden["answer.count"])
+    return QuestionBatch(
+        goldens.batch(0).image, ids, golden["question.keep"], ["a", "b", "c", "d"],
+        answer_ids=answers, answer_keep=golden["answer.keep"], weights=golden["answer.weights"], question=owner,
+    )  # fmt: skip
+
+
+def questions_of(model, golden, rows=slice(None)):
+    image = model.question.context(model.vision(goldens.batch(0).image[rows]))
+    return model.ask(golden["question.ids"][rows], golden["question.keep"][rows], image)
+
+
+def candidates_of(golden, words) -> Candidates:
+    texts = [
+        words.decode([ids[keep].tolist()])[0]
+        for ids, keep in zip(golden["candidate.ids"], golden["candidate.keep"], strict=True)
+    ]
+    return Candidates(texts, words)
+
+
+# The original ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_tensor_of_the_original_has_a_place():
+    model = Vqa(goldens.CONFIG)
+    # A released decoder's keys and values read questions, whatever the width of images.
+    found = to_theirs(original_vqa(model), model.state_dict())
+    kept = {name: shape for name, shape in goldens.keys("vqa").items() if not name.endswith("position_ids")}
+    assert {name: list(value.shape) for name, value in found.items()} == kept
+
+
+def test_loss_and_every_gradient(model, golden):
+    objective = Objective(model, VqaConfig()).train()
+    outcome = objective(batch(golden), epoch=0.0)
+    close(outcome.losses["vqa"].detach(), golden["loss"])
+    outcome.losses["vqa"].backward()
+    table = original_vqa(model)
+    found = to_theirs(table, {name: p.grad for name, p in model.named_parameters()})
+    expected = {name.removeprefix("grad."): value for name, value in golden.items() if name.startswith("grad.")}
+    assert set(expected) == {name for row in table.rows for name in row.theirs}
+    for name, gradient in expected.items():
+        scale = gradient.abs().max().clamp(min=0.1)  # the gradient of a key's bias is only rounding error
+        error = float((found[name] - gradient).abs().max() / scale)
+        assert error < 5e-5, f"{name}: {error}"
+
+
+@torch.no_grad()
+def test_ranking_in_2022s_way(model, golden, words):
+    candidates, questions = candidates_of(golden, words), questions_of(model, golden)
+    for k in (16, 4):
+        found = rank(model, questions, candidates, AnswerConfig(k=k, smoothing=0.1))
+        for row in range(4):
+            theirs = words.decode([[i for i in ids if i > 4] for ids in golden[f"rank{k}.ids"][row].tolist()])
+            scores = dict(zip(theirs, (-golden[f"rank{k}.nll"][row]).tolist(), strict=True))
+            ours = [candidates.texts[i] for i in found.index[row]]
+            assert set(ours) == set(theirs)
+            close(found.scores[row], torch.tensor([scores[text] for text in ours]))
+            best = golden["candidate.ids"][golden[f"rank{k}.best"][row]]
+            assert ours[0] == words.decode([best.tolist()])[0]
+
+
+@torch.no_grad()
+def test_writing_without_padding(model, golden):
+    prompt, config = (
+        torch.tensor([[TEXT.dec_id]]),
+        DecodeConfig(beams=3, max_length=10, min_length=1, length_penalty=0.0),
+    )
+    for row in range(4):
+        length = int(golden["question.keep"][row].sum())
+        image = model.question.context(model.vision(goldens.batch(0).image[row : row + 1]))
+        alone = golden["question.ids"][row : row + 1, :length]
+        context = model.ask(alone, torch.ones_like(alone, dtype=torch.bool), image)
+        (ids,) = generate(model, context, prompt, prompt > 0, config).ids[0]
+        theirs = golden["generated.alone"][row]
+        assert ids.tolist() == theirs[: len(ids)].tolist()
+        assert not theirs[len(ids) :].any()
+
+
+@torch.no_grad()
+def test_padding_is_masked_when_writing_where_the_original_reads_it(model, golden):
+    """`models/blip_vqa.py:94` gives beam search a mask of ones: a question's answer depends on its neighbours'."""
+    assert not torch.equal(golden["generated.alone"], golden["generated.together"])
+    prompts = torch.full((4, 1), TEXT.dec_id)
+    config = DecodeConfig(beams=3, max_length=10, min_length=1, length_penalty=0.0)
+    found = generate(model, questions_of(model, golden), prompts, prompts > 0, config).ids[:, 0]
+    for ids, theirs in zip(found.tolist(), golden["generated.alone"].tolist(), strict=True):
+        assert ids + [0] * (10 - len(ids)) == theirs
+    # With a mask of ones, and states at padding as the original has them, ours answers what the original answered.
+    keep, seen = golden["question.keep"], model.question.context(model.vision(goldens.batch(0).image))
+    states = torch.stack([_states(model, golden, row, seen[torch.tensor([row])]) for row in range(4)])
+    everything = model.answer.context(states, torch.ones_like(keep))
+    found = generate(model, everything, prompts, prompts > 0, config).ids[:, 0]
+    for ids, theirs in zip(found.tolist(), golden["generated.together"].tolist(), strict=True):
+        assert ids + [0] * (10 - len(ids)) == theirs
+
+
+def _states(model, golden, row, image):
+    """All states (T, D) of a padded question, those at padding too, each computed as if it were the question's last."""
+    ids, keep = golden["question.ids"][row : row + 1], golden["question.keep"][row : row + 1]
+    x = model.question._embed(ids, model.question._positions(ids))
+    mask = torch.zeros(1, 1, 1, ids.shape[1]).masked_fill(~keep, float("-inf"))
+    for i, block in enumerate(model.question.blocks):
+        q, k, v = (part.view(1, -1, TEXT.heads, 12).transpose(1, 2) for part in block.text.qkv(x).chunk(3, -1))
+        seen = ((q @ k.transpose(2, 3)) / 12**0.5 + mask).softmax(-1) @ v
+        x = block.text_norm(x + block.text.out(seen.transpose(1, 2).flatten(2)))
+        x = block.cross_norm(x + block.cross.out(image.attend(i, block.cross.query(x), 0.0)))
+        x = block.feed_forward(x)
+    return x[0]
+
+
+# transformers ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_transformers_says_the_same_of_each_next_word():
+    """Of one question without padding, which it reads otherwise (its decoder's mask of the question is not used)."""
+    config = dataclasses.replace(goldens.CONFIG, vision=dataclasses.replace(goldens.CONFIG.vision, width=24))
+    torch.manual_seed(6)
+    model = Vqa(config).eval()  # transformers' decoder reads what is as wide as images
+    for p in model.parameters():
+        p.add_(torch.randn_like(p) * 0.15)
+    vision = {
+        "hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "image_size": 32, "patch_size": 8, "layer_norm_eps": 1e-6, "initializer_range": 0.02,
+    }  # fmt: skip
+    text = {
+        "vocab_size": 99, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "max_position_embeddings": 32, "encoder_hidden_size": 24, "layer_norm_eps": 1e-12,
+        "bos_token_id": 97, "eos_token_id": 3, "sep_token_id": 3, "pad_token_id": 0,
+    }  # fmt: skip
+    theirs = BlipForQuestionAnswering(BlipConfig(vision_config=vision, text_config=text)).eval()
+    theirs.load_state_dict(to_theirs(transformers_vqa(model), model.state_dict()), strict=True)
+    question, said = torch.tensor([[98, 12, 31, 7, 3]]), torch.tensor([[97, 20, 41, 9]])
+    image = goldens.batch(0).image[:1]
+    tokens = theirs.vision_model(image).last_hidden_state
+    mask = torch.ones_like(question)
+    states = theirs.text_encoder(question, attention_mask=mask, encoder_hidden_states=tokens).last_hidden_state
+    expected = theirs.text_decoder(said, attention_mask=torch.ones_like(said), encoder_hidden_states=states).logits
+    context = model.ask(question, mask.bool(), model.question.context(model.vision(image)))
+    (found,) = model.answer([Pass(said, torch.ones_like(said, dtype=torch.bool), causal=True, context=context)])
+    close(model.answer.vocabulary(found), expected[0])
+
+
+# What must not matter -------------------------------------------------------------------------------------------------
+
+ANSWERS = ["yes", "no", "red", "blue", "two", "one", "star", "large star", "large red star", "left", "right"]
+
+
+@pytest.fixture
+def small():
+    torch.manual_seed(4)
+    model = Vqa.from_blip(Blip(SMALLEST)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+ASKED = ["is there a star", "what is the colour of the large ring on the left", "how many", "two"]
+
+
+@pytest.fixture
+def asked(small):
+    return _asked(small, range(4))
+
+
+def _asked(model, rows):
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(8))[list(rows)]
+    with torch.no_grad():
+        tokens = model.vision(images)
+    return ask(model, TOKENIZER, tokens, [ASKED[i] for i in rows], list(range(len(rows))), 35)
+
+
+def by_text(candidates, found, row):
+    return {candidates.texts[i]: float(s) for i, s in zip(found.index[row], found.scores[row], strict=True)}
+
+
+def straightforward(model, context, texts, smoothing):
+    """Each candidate on its own row, in full, by cross-entropy: the way the original goes, without padding."""
+    scores = []
+    for text in texts:
+        ids = torch.tensor([[TOKENIZER.dec_id, *TOKENIZER.pieces(text, 30)[1:]]])
+        one = Pass(ids[:, :-1], torch.ones_like(ids[:, :-1], dtype=torch.bool), causal=True, context=context)
+        (states,) = model.answer([one])
+        loss = torch.nn.functional.cross_entropy(
+            model.answer.vocabulary(states), ids[0, 1:], reduction="sum", label_smoothing=smoothing
+        )
+        scores.append(-float(loss))
+    return dict(zip(texts, scores, strict=True))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@torch.no_grad()
+def test_scores_are_those_of_each_candidate_alone(small, asked, smoothing):
+    candidates = Candidates(ANSWERS, TOKENIZER)
+    found = rank(small, asked, candidates, AnswerConfig(k=100, smoothing=smoothing))
+    assert found.index.shape == (4, len(ANSWERS))
+    for row in range(4):
+        expected = straightforward(small, asked[torch.tensor([row])], ANSWERS, smoothing)
+        ours = by_text(candidates, found, row)
+        assert ours == pytest.approx(expected, abs=2e-5)
+        assert list(ours.values()) == sorted(ours.values(), reverse=True)
+    if smoothing:
+        expected = straightforward(small, asked[torch.tensor([0])], ANSWERS, 0.0)
+        sure = {candidates.texts[i]: float(s) for i, s in zip(found.index[0], found.logprobs[0], strict=True)}
+        assert sure == pytest.approx(expected, abs=2e-5)
+
+
+@torch.no_grad()
+def test_neither_order_nor_repeats_nor_company_change_a_score(small, asked):
+    config = AnswerConfig(k=4)
+    candidates = Candidates(ANSWERS, TOKENIZER)
+    wanted = rank(small, asked, candidates, config)
+    other = Candidates([*reversed(ANSWERS), "red", "Yes"], TOKENIZER)
+    shuffled = rank(small, asked, other, config)
+    for row in range(4):
+        ours, theirs = by_text(candidates, wanted, row), by_text(other, shuffled, row)
+        assert list(map(str.lower, ours)) == list(map(str.lower, theirs))
+        assert list(ours.values()) == pytest.approx(list(theirs.values()), abs=1e-5)
+        alone = rank(small, _asked(small, [row]), candidates, config)
+        assert alone.index[0].tolist() == wanted.index[row].tolist()
+        close(alone.scores[0], wanted.scores[row])
+        assert answers(small, TOKENIZER, _asked(small, [row]), config, candidates)[0][0].words == next(iter(ours))
+
+
+@torch.no_grad()
+def test_padding_of_a_question_changes_nothing(small):
+    tokens = small.vision(torch.zeros(1, 3, 32, 32))
+    ids, keep = TOKENIZER.encode(["is there a star"], first="enc", max_length=35)
+    long_ids, long_keep = (torch.nn.functional.pad(x, (0, 7)) for x in (ids, keep))
+    long_ids[~long_keep] = 7  # whatever stands at padding
+    candidates = Candidates(ANSWERS, TOKENIZER)
+    image = small.question.context(tokens)
+    found = [
+        rank(small, small.ask(i, k, image), candidates, AnswerConfig()) for i, k in ((ids, keep), (long_ids, long_keep))
+    ]
+    assert torch.equal(found[0].index, found[1].index)
+    close(found[0].scores, found[1].scores, 1e-6)
+
+
+@torch.no_grad()
+def test_a_searched_answer_has_the_probability_it_is_ranked_with(small, asked):
+    config = AnswerConfig(max_length=8)
+    said = answers(small, TOKENIZER, asked, config)
+    for row, ((text, logprob),) in enumerate(said):
+        ids = TOKENIZER.pieces(text, 30) if text else None
+        if not text or len(ids) > 8:
+            continue
+        found = rank(small, asked[torch.tensor([row])], Candidates([text], TOKENIZER), config)
+        if TOKENIZER.decode([ids]) == [text] and len(ids) < 8:
+            assert float(found.logprobs[0, 0]) == pytest.approx(logprob, abs=1e-4)
+
+
+def test_several_questions_of_an_image_share_its_tokens(small):
+    tokens = torch.randn(2, small.vision.tokens if hasattr(small.vision, "tokens") else 17, 24)
+    together = ask(small, TOKENIZER, tokens, [ASKED[0], ASKED[1], ASKED[0]], [1, 0, 0], 35)
+    config, candidates = AnswerConfig(), Candidates(ANSWERS, TOKENIZER)
+    found = rank(small, together, candidates, config)
+    for row, (text, image) in enumerate([(ASKED[0], 1), (ASKED[1], 0), (ASKED[0], 0)]):
+        alone = rank(small, ask(small, TOKENIZER, tokens[[image]], [text], [0], 35), candidates, config)
+        close(alone.scores[0], found.scores[row])
+
+
+def test_what_cannot_be_ranked_is_refused(small, asked):
+    with pytest.raises(ValueError, match="no candidate answers"):
+        Candidates([], TOKENIZER)
+    with pytest.raises(ValueError, match="'  ' has no words"):
+        Candidates(["yes", "  "], TOKENIZER)
+    with pytest.raises(ValueError, match="does not know"):
+        Candidates(["yes", "\u4e00"], TOKENIZER)
+    long = Candidates(["yes", "red " * 40], TOKENIZER)
+    with pytest.raises(ValueError, match=r"'red red .*' has 41 word pieces, more than the model's 32"):
+        rank(small, asked, long, AnswerConfig())
+    with pytest.raises(ValueError, match="training mode"):
+        rank(small.train(), asked, Candidates(ANSWERS, TOKENIZER), AnswerConfig())
