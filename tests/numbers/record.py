@@ -31,11 +31,14 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = "recipes/configs/"
-STEPS, BATCH, SAVED = 6, 8, 3
+STEPS, SHORT, BATCH, SAVED = 6, 3, 8, 3
+"""Steps of a run, and of one in the short form; pairs in each; steps before its checkpoint."""
+LIBRARIES = ("torch", "torch._dynamo", "torchvision", "timm", "transformers", "tokenizers", "accelerate", "datasets")
+LIBRARIES += ("jsonargparse", "pyarrow.parquet")
+"""Imported once, for all processes: what takes seconds."""
 RENAMED: dict[str, str] = {}
 """Arguments that have another name since: they are given the new way where the old one is refused with status 2."""
-SLOW = ("resumed", "two_processes", "stream")
-"""Sections that nothing else builds on."""
+SHORT_FORM = ("pretrain", "retrieval", "caption", "vqa", "nlvr", "dialogue", "features", "texts")
 
 
 class Failed(Exception):
@@ -77,8 +80,8 @@ def free_port() -> str:
 class Recorder:
     """Runs programs of the checkout that this process imports, and reads what they leave."""
 
-    def __init__(self, tree: Path, folder: Path, models: Path) -> None:
-        self.folder, self.models = folder, models
+    def __init__(self, tree: Path, folder: Path, models: Path, short: bool = False) -> None:
+        self.folder, self.models, self.short = folder, models, short
         self.programs = tomllib.loads((tree / "pyproject.toml").read_text())["project"]["scripts"]
         self.found: dict[str, Any] = {}
         self.log = folder / "log.txt"
@@ -133,7 +136,13 @@ class Recorder:
 
     def training(self, name: str, recipe: str, config: str, *args: Any) -> list[Any]:
         """The command line of a short run, whose held-out sets are looked at once, at the end."""
-        short = {"steps": STEPS, "batch_size": BATCH, "log_every": 1, "warmup_steps": 2, "save_every": SAVED}
+        short = {
+            "steps": SHORT if self.short else STEPS,
+            "batch_size": BATCH,
+            "log_every": 1,
+            "warmup_steps": 2,
+            "save_every": SAVED,
+        }
         short |= {"eval_every": 0, "eval_each_epoch": "false", "precision": "float32", "optimizer": "adamw"}
         given = [word for option, value in short.items() for word in (f"--train.{option}", value)]
         return [recipe, "--config", f"{CONFIGS}{config}.yaml", "--out", self.folder / name, *given, *args]
@@ -150,6 +159,10 @@ class Recorder:
 
     def world(self, name: str = "world", train: int = 64, held_out: int = 16) -> list[Any]:
         return ["--world.folder", self.folder / name, "--world.train", train, "--world.held_out", held_out]
+
+    def longer(self, steps: int) -> list[Any]:
+        """Options of a run whose model has to say more than a word."""
+        return [] if self.short else ["--train.steps", steps]
 
     def sources(self, *files: dict[str, str] | str) -> list[str]:
         """The option with the training files, by their names in the folder."""
@@ -206,20 +219,20 @@ class Recorder:
 
     def retrieval(self) -> dict[str, Any]:
         held = self.held("validation", "test", path="world/{}.json")
-        more = ["--objective.queue_size", 24, "--train.optimizer", "muon"]
-        return self.fine(
-            "retrieval", "retrieval", "filter_world", *self.world(), *self.sources("world/train.json"), *held, *more
-        )
+        more = ["--objective.queue_size", 24, "--train.optimizer", "muon", *self.longer(20)]
+        given = [*self.world(), *self.sources("world/train.json"), *held, *more]
+        return self.fine("retrieval", "retrieval", "filter_world", *given)
 
     def caption(self) -> dict[str, Any]:
         held = self.held("validation", "test", path="world/{}.json")
-        return self.fine("caption", "caption", "caption_world", *self.world(), *self.sources("world/train.json"), *held)
+        given = [*self.world(), *self.sources("world/train.json"), *held, *self.longer(40)]
+        return self.fine("caption", "caption", "caption_world", *given)
 
     def vqa(self) -> dict[str, Any]:
         files = {"path": "world/questions-{}.json", "annotations": "world/annotations-{}.json"}
         train = {key: file.format("train") for key, file in files.items()}
         held = self.held("validation", "test", **files)
-        return self.fine("vqa", "vqa", "vqa_world", *self.world(), *self.sources(train), *held)
+        return self.fine("vqa", "vqa", "vqa_world", *self.world(), *self.sources(train), *held, *self.longer(20))
 
     def nlvr(self, name: str = "nlvr", *args: Any) -> dict[str, Any]:
         held = self.held("validation", "test", path="pairs/{}.json")
@@ -229,6 +242,7 @@ class Recorder:
     def dialogue(self) -> dict[str, Any]:
         held = self.held("validation", "test", path="talk/{}.json", relevance="talk/{}-dense.json")
         given = [*self.world("talk", 32, 4), *self.sources("talk/train.json"), *held]
+        given += ["--validation.limit", 1, "--test.limit", 2]
         return self.fine("dialogue", "dialogue", "visdial_world", *given)
 
     def random(self) -> dict[str, Any]:
@@ -267,30 +281,30 @@ class Recorder:
     def commands(self) -> dict[str, Any]:
         """Answers of the sub-commands of `blip`."""
         retrieval, caption = ("--model", self.folder / "retrieval/model"), ("--model", self.folder / "caption/model")
-        vqa = (*self.images(), "what color is the circle?", "--model", self.folder / "vqa/model", "--top", 3)
         shown = self.folder / "shown"
         shutil.rmtree(shown, ignore_errors=True)
         shutil.copytree(self.folder / "world/images/test", shown)
+        vqa = (shown, "what colour is the circle?", "--model", self.folder / "vqa/model", "--top", 3)
         lines = {
-            "match": (*self.images(), "a red circle", "a small blue square", *retrieval),
-            "search": (shown, "a red circle", "--rerank", 4, *retrieval),
-            "classify": (*self.images(), "--classes", "circle,square,star", "--top", 3, *retrieval),
-            "vqa": vqa,
-            "vqa_generate": (*vqa, "--method", "generate"),
-            "greedy": (*self.images(), "--preset", "greedy", *caption),
-            "beam": (*self.images(), "--preset", "caption_2022", "--num", 2, *caption),
-            "nucleus": (*self.images(), "--preset", "nucleus", "--num", 2, "--seed", 5, *caption),
-            "capfilt": (*self.images(), "--preset", "capfilt_2022", *caption),
+            "match": ("match", shown, "a red circle", "a small blue square", *retrieval),
+            "search": ("search", shown, "a red circle", "--rerank", 4, *retrieval),
+            "classify": ("classify", shown, "--classes", "circle,square,star", "--top", 3, *retrieval),
+            "vqa": ("vqa", *vqa),
+            "vqa generate": ("vqa", *vqa, "--method", "generate"),
+            "greedy": ("caption", shown, "--preset", "greedy", *caption),
+            "beam": ("caption", shown, "--preset", "caption_2022", "--num", 2, *caption),
+            "nucleus": ("caption", shown, "--preset", "nucleus", "--num", 2, "--seed", 5, *caption),
+            "capfilt": ("caption", shown, "--preset", "capfilt_2022", *caption),
         }
-        found = {}
+        found: dict[str, Any] = {}
         for name, args in lines.items():
             out = self.folder / "answers" / f"{name}.jsonl"
             out.parent.mkdir(exist_ok=True)
             out.unlink(missing_ok=True)
-            self.run("blip", name.partition("_")[0] if name in ("vqa_generate",) else _COMMAND.get(name, name), *args,
-                     "--json", "--out", out)  # fmt: skip
+            self.run("blip", *args, "--json", "--out", out)
             answers = [json.loads(line) for line in out.read_text().splitlines()]
-            found[name] = [{key: value for key, value in one.items() if key != "path"} for one in answers]
+            paths = [Path(one.pop("path")).name for one in answers]
+            found[name] = {"paths": paths, "answers": answers}
         strip = self.folder / "explained.png"
         self.run("blip", "explain", self.images()[0], "a red circle", "--out", strip, *retrieval)
         return found | {"explain": pixels(strip)}
@@ -408,7 +422,7 @@ class Recorder:
     def texts(self) -> dict[str, Any]:
         """Texts and their log-probabilities by every preset of decoding."""
         found = {}
-        for preset in ("greedy", "caption_2022", "nucleus", "capfilt_2022"):
+        for preset in ("greedy", "caption_2022", "nucleus", "capfilt_2022")[: 1 if self.short else None]:
             several = ["--captions", 2] if preset != "greedy" else []
             self.plan(f"job-{preset}", "world/val.json", "--decode", preset, *several)
             found[preset] = self.score(f"job-{preset}")["values"]
@@ -442,10 +456,6 @@ class Recorder:
                 "back": {"weights": tensors(back)},
             }
         return found
-
-
-_COMMAND = dict.fromkeys(("greedy", "beam", "nucleus", "capfilt"), "caption")
-"""The sub-command, where an answer has another name."""
 
 
 def digest(content: bytes) -> str:
@@ -584,13 +594,15 @@ def machine() -> dict[str, Any]:
     }
 
 
-def record(tree: Path, folder: Path, models: Path | None, only: Sequence[str]) -> dict[str, Any]:
+def record(
+    tree: Path, folder: Path, models: Path | None = None, only: Sequence[str] = (), short: bool = False
+) -> dict[str, Any]:
     """Record sections, all by default, in this process, which imports `tree`; files go to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    recorder = Recorder(tree, folder, models or folder)
+    recorder = Recorder(tree, folder, models or folder, short)
     known = sections(recorder)
     facts = json.loads(json.dumps(recorder.ask(machine)))
-    for name in wanted(only, list(known)):
+    for name in wanted(SHORT_FORM if short else only, list(known)):
         if name == "bfloat16" and not facts["bfloat16"]:
             print("bfloat16: this processor does not multiply it", file=sys.stderr)
             continue
@@ -610,6 +622,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, help="where its runs are kept (default: nowhere)")
     parser.add_argument("--models", type=Path, help="the --folder of another recording: its models are opened as well")
     parser.add_argument("--only", nargs="+", default=[], help="sections, with what they build on")
+    parser.add_argument("--short", action="store_true", help="what the suite compares, of shorter runs")
     given = parser.parse_args(args)
     tree, out = given.tree.resolve(), given.out.resolve()
     if os.environ.get("PYTHONPATH") != str(tree) or Path.cwd() != tree or not sys.flags.safe_path:
@@ -620,14 +633,17 @@ def main(args: Sequence[str] | None = None) -> None:
         fixed |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0"}
         os.chdir(tree)
         line = [sys.executable, "-P", str(Path(__file__).resolve()), str(out), "--tree", str(tree), *paths, *only]
+        line += ["--short"] * given.short
         os.execve(sys.executable, line, {**os.environ, **fixed})
-    for library in ("torch", "torchvision", "timm", "transformers", "accelerate", "jsonargparse", "pyarrow.parquet"):
-        importlib.import_module(library)  # once, for all processes
+    for library in LIBRARIES:
+        importlib.import_module(library)
+    scratch = Path(tempfile.mkdtemp())  # no TemporaryDirectory: a program that ends would remove it, as it is a fork
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            found = record(tree, given.folder or Path(scratch), given.models, given.only)
+        found = record(tree, given.folder or scratch, given.models, given.only, given.short)
     except Failed as error:
         raise SystemExit(f"error: {error}") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(found, indent=1) + "\n")
 
