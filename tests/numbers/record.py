@@ -34,7 +34,7 @@ CONFIGS = "recipes/configs/"
 STEPS, SHORT, BATCH, SAVED = 6, 3, 8, 3
 """Steps of a run, and of one in the short form; pairs in each; steps before its checkpoint."""
 LIBRARIES = ("torch", "torch._dynamo", "torchvision", "timm", "transformers", "tokenizers", "accelerate", "datasets")
-LIBRARIES += ("jsonargparse", "pyarrow.parquet")
+LIBRARIES += ("transformers.models.auto.tokenization_auto", "jsonargparse", "pyarrow.parquet")
 """Imported once, for all processes: what takes seconds."""
 RENAMED: dict[str, str] = {}
 """Arguments that have another name since: they are given the new way where the old one is refused with status 2."""
@@ -217,11 +217,16 @@ class Recorder:
         start = [] if "--model.start_from" in args else ["--model.start_from", self.folder / "pretrain" / "model"]
         return self.train(name, recipe, config, *start, *args)
 
-    def retrieval(self) -> dict[str, Any]:
+    def retrieval(self, name: str = "retrieval", *args: Any) -> dict[str, Any]:
         held = self.held("validation", "test", path="world/{}.json")
-        more = ["--objective.queue_size", 24, "--train.optimizer", "muon", *self.longer(20)]
-        given = [*self.world(), *self.sources("world/train.json"), *held, *more]
-        return self.fine("retrieval", "retrieval", "filter_world", *given)
+        given = [*self.world(), *self.sources("world/train.json"), *held, "--train.optimizer", "muon", *args]
+        return self.fine(name, "retrieval", "filter_world", *given, *self.longer(20))
+
+    def queued(self) -> dict[str, Any]:
+        """Fine-tuning for retrieval with queues, whose first rows are a function of the seed for new weights only."""
+        new = ["--model.start_from", "null", "--model.size", "tiny", "--model.tokenizer", "world"]
+        return self.retrieval("queued", *new, "--model.image_size", 63, "--model.patch_size", 21,
+                              "--objective.queue_size", 24)  # fmt: skip
 
     def caption(self) -> dict[str, Any]:
         held = self.held("validation", "test", path="world/{}.json")
@@ -522,6 +527,7 @@ def sections(recorder: Recorder) -> dict[str, Callable[[], Any]]:
     return {
         "pretrain": lambda: r.pretrain("pretrain"),
         "retrieval": r.retrieval,
+        "queued": r.queued,
         "caption": r.caption,
         "vqa": r.vqa,
         "nlvr": r.nlvr,
