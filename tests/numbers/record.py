@@ -26,6 +26,7 @@ import tempfile
 import time
 import tomllib
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -459,9 +460,14 @@ class Recorder:
             there = [path for path in out.iterdir() if path.suffix in (".pth", ".safetensors")]
             again = there[0] if to == "original" else out
             self.run("blip", "convert", again, back, *(("--tokenizer", source) if to == "original" else ()))
+            returned, whole = tensors(back), Counter(tensors(source).values())
+            changed = [
+                one for one in Counter(returned.values()) - whole if " [] " not in one
+            ]  # temperatures stay behind
+            self.agree(f"the tensors of {name} and those back from {to}", changed, [])
             found[f"{name} {to}"] = {
                 "there": self.ask(lambda file=there[0]: state(file)),
-                "back": {"weights": tensors(back)},
+                "back": {"weights": returned},
             }
         return found
 
