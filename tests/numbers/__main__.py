@@ -43,7 +43,7 @@ def main() -> None:
                 raise SystemExit(done.returncode)
             print(f"{tree} recorded in {time.monotonic() - began:.0f} s", flush=True)
         names = [*(["--renamed", str(given.renamed)] if given.renamed else []), *["--any-name"] * given.any_name]
-        compare.main([str(before), str(after), *names])
+        compare.main([str(before), str(after), *names, *only])
 
 
 if __name__ == "__main__":

@@ -212,7 +212,7 @@ class Recorder:
     def agree(self, what: str, one: Any, other: Any) -> Any:
         """Return `one`, which has to equal `other`."""
         if one != other:
-            raise Failed(f"{what} differ; the runs are in {self.folder}")
+            raise Failed(f"{what} differ (--folder keeps the runs)")
         return one
 
     def fine(self, name: str, recipe: str, config: str, *args: Any) -> dict[str, Any]:
