@@ -40,6 +40,7 @@ LIBRARIES += ("transformers.models.auto.tokenization_auto", "jsonargparse", "pya
 """Imported once, for all processes: what takes seconds."""
 RENAMED: dict[str, str] = {}
 """Arguments that have another name since: they are given the new way where the old one is refused with status 2."""
+LOG = "log.txt"
 SHORT_FORM = ("pretrain", "retrieval", "caption", "vqa", "nlvr", "dialogue", "features", "texts")
 
 
@@ -86,7 +87,7 @@ class Recorder:
         self.folder, self.models, self.short = folder, models, short
         self.programs = tomllib.loads((tree / "pyproject.toml").read_text())["project"]["scripts"]
         self.found: dict[str, Any] = {}
-        self.log = folder / "log.txt"
+        self.log = folder / LOG
 
     # Programs ---------------------------------------------------------------------------------------------------------
 
@@ -613,7 +614,11 @@ def record(
     tree: Path, folder: Path, models: Path | None = None, only: Sequence[str] = (), short: bool = False
 ) -> dict[str, Any]:
     """Record sections, all by default, in this process, which imports `tree`; files go to `folder`."""
+    if (folder / LOG).exists():  # an earlier recording, whose runs would be gone on with
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise Failed(f"{folder} is not empty, and no recording has made it: give another --folder")
     recorder = Recorder(tree, folder, models or folder, short)
     known = sections(recorder)
     facts = json.loads(json.dumps(recorder.ask(machine)))
@@ -622,9 +627,6 @@ def record(
             print("bfloat16: this processor does not multiply it", file=sys.stderr)
             continue
         began = time.monotonic()
-        for word in (name, *{"two_workers": ("job-2",)}.get(name, ())):
-            if name != "capfilt":
-                shutil.rmtree(folder / word, ignore_errors=True)
         recorder.found[name] = known[name]()
         print(f"{name}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
     found = {"machine": facts, **recorder.found}
