@@ -79,7 +79,7 @@ def evaluate(options: CaptioningOptions, runner: Runner) -> Iterator[tuple[str, 
 
 @dataclass(frozen=True)
 class CaptionScores:
-    """CaptionScores as fractions (papers print 100 times as much), and how they came about."""
+    """Scores as fractions (papers print 100 times as much), and how they came about."""
 
     values: dict[str, float]
     """bleu_1 to bleu_4, cider, rouge_l, and meteor and spice if computed; each with `_low` and `_high`, the ends of its
@@ -134,20 +134,20 @@ def score(
     texts = [results[name] for name in ids] + [text for name in ids for text in references[name]]
     tokens = tokenize(texts, tokenizer, seconds)
     captions, rest = tokens.texts[: len(ids)], iter(tokens.texts[len(ids) :])
-    written = [[next(rest) for _ in references[name]] for name in ids]
+    compared = [[next(rest) for _ in references[name]] for name in ids]
     not_computed = {"java_tokenizer": tokens.fallback} if tokens.fallback else {}
     extra = []
     for name, wanted in (("meteor", meteor), ("spice", spice)):
         try:
             if wanted:
-                extra.append(_by_java(name, written, captions, seconds, spice_folder))
+                extra.append(_by_java(name, compared, captions, seconds, spice_folder))
         except NoJava as error:
             not_computed[name] = str(error)
 
     def of(rows: Sequence[int], prefix: str = "") -> tuple[dict[str, float], np.ndarray]:
-        some, said = [written[i] for i in rows], [captions[i] for i in rows]
-        ciders = cider(some, said)
-        own = [bleu(some, said), mean("cider", ciders), mean("rouge_l", rouge_l(some, said))]
+        some, theirs = [captions[i] for i in rows], [compared[i] for i in rows]
+        ciders = cider(theirs, some)
+        own = [bleu(theirs, some), mean("cider", ciders), mean("rouge_l", rouge_l(theirs, some))]
         own += [metric._replace(rows=metric.rows[rows]) for metric in extra]
         found = summary(own, resamples, seed)
         return {prefix + name: value for name, value in found.items()}, ciders

@@ -90,14 +90,14 @@ class ClassFolder:
 def read_names(path: Path) -> dict[str, str]:
     """{folder: name of the class} from JSON. DataError for anything else."""
     try:
-        said = json.loads(path.read_text(encoding="utf-8-sig"))
+        names = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from None
-    if not isinstance(said, dict) or not all(isinstance(name, str) for name in said.values()):
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise DataError(f'{path}: expected {{"folder": "name of the class", ...}}')
-    return said
+    return names
 
 
 def read_templates(path: Path) -> list[str]:

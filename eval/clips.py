@@ -114,11 +114,11 @@ def _rows(path: Path, split: str | None) -> Iterator[tuple[str, str | int, list[
 def _msrvtt(path: Path) -> tuple[list, list] | None:
     """The two lists of MSR-VTT's own format, None where the file is another."""
     try:
-        said = json.loads(path.read_bytes()) if path.suffix == ".json" else None
+        whole = json.loads(path.read_bytes()) if path.suffix == ".json" else None
     except (OSError, ValueError, RecursionError):  # JSON lines, or an error that `read_rows` explains
         return None
-    if isinstance(said, dict) and isinstance(said.get("videos"), list) and isinstance(said.get("sentences"), list):
-        return said["videos"], said["sentences"]
+    if isinstance(whole, dict) and isinstance(whole.get("videos"), list) and isinstance(whole.get("sentences"), list):
+        return whole["videos"], whole["sentences"]
     return None
 
 

@@ -6,7 +6,7 @@ batch of the gallery goes to one process, so that the answer does not depend on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, zip_longest
 from typing import Any, NamedTuple
 
@@ -100,7 +100,7 @@ class Gallery(NamedTuple):
             lambda rows: (pixels for _, pixels in images.batches(rows, batch, image_size, threads)),
             batch,
         )
-        captions = {f"source {config.path}: image {entry.id}": entry.captions for entry in images.entries}
+        captions = [(f"source {config.path}: image {entry.id}", entry.captions) for entry in images.entries]
         return cls(views, *cleaned(captions, DataConfig.max_words))
 
     @property
@@ -109,13 +109,13 @@ class Gallery(NamedTuple):
         return self.images.ids
 
 
-def cleaned(captions: Mapping[str, Sequence[str]], max_words: int) -> tuple[list[str], list[int]]:
-    """Cleaned captions of images or clips by their names, and the number of the one that each belongs to.
+def cleaned(captions: Iterable[tuple[str, Sequence[str]]], max_words: int) -> tuple[list[str], list[int]]:
+    """Cleaned captions of images or clips, and the number of the one that each belongs to.
 
-    DataError for a caption without words.
+    `captions` has the name of each, for the DataError of a caption without words, and its captions.
     """
     texts, owner = [], []
-    for number, (name, given) in enumerate(captions.items()):
+    for number, (name, given) in enumerate(captions):
         for caption in given:
             try:
                 texts.append(clean_caption(caption, max_words))

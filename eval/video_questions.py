@@ -106,8 +106,8 @@ def accuracy(questions: Sequence[ClipQuestion], given: Sequence[str]) -> dict[st
     Spelling is evened out on both sides as in VQA's official accuracy.
     """
     right: dict[str, list[bool]] = {}
-    for question, said in zip(questions, given, strict=True):
-        hit = normalise(said) == normalise(question.answer)
+    for question, answer in zip(questions, given, strict=True):
+        hit = normalise(answer) == normalise(question.answer)
         for kind in ("accuracy", f"accuracy_{clean_question(question.question, 1)}"):
             right.setdefault(kind, []).append(hit)
     return {kind: 100 * sum(hits) / len(hits) for kind, hits in right.items()}

@@ -42,7 +42,7 @@ def gallery_of(
 
     DataError for a caption without words, or if there is none.
     """
-    texts, owner = cleaned({f"video {clip.id}": clip.captions for clip in clips}, MAX_WORDS)
+    texts, owner = cleaned([(f"video {clip.id}", clip.captions) for clip in clips], MAX_WORDS)
     if not texts:
         raise DataError("the clips have no captions")
     ids = [clip.id for clip in clips]

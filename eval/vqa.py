@@ -148,13 +148,13 @@ def read_results(path: Path) -> dict[Id, str]:
     results: dict[Id, str] = {}
     repeated: list[Id] = []
     for number, row in enumerate(rows):
-        name, said = (row.get("question_id"), row.get("answer")) if isinstance(row, dict) else (None, None)
-        if isinstance(name, bool) or not isinstance(name, int | str) or not isinstance(said, str):
+        name, answer = (row.get("question_id"), row.get("answer")) if isinstance(row, dict) else (None, None)
+        if isinstance(name, bool) or not isinstance(name, int | str) or not isinstance(answer, str):
             raise DataError(f"{path}: row {number} is {json.dumps(row)[:80]}; {expected}")
         name = int(name) if isinstance(name, str) and name.isascii() and name.isdigit() else name
         if name in results:
             repeated.append(name)
-        results[name] = said
+        results[name] = answer
     if repeated:
         raise DataError(f"{path}: {counted(repeated, 'question')} more than once; expected one answer a question")
     return results
