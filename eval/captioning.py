@@ -97,7 +97,7 @@ class CaptionScores:
     resamples: int
     """Draws that the intervals are of."""
     seed: int
-    """Of the draws."""
+    """Random seed of the draws."""
     groups: dict[str, int] = field(default_factory=dict)
     """Images in each group."""
     not_computed: dict[str, str] = field(default_factory=dict)

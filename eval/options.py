@@ -26,7 +26,7 @@ class _Machine:
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; `auto` is a GPU if there is one."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of matrix products; `auto` is float32, with which results do not depend on the batch."""
+    """Precision of matrix products; `auto` is float32, with which results do not depend on the batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class _Resampled:
     resamples: int = 1000
     """Bootstrap draws for the 95% intervals; 0 for none."""
     seed: int = 0
-    """Of those draws."""
+    """Random seed of those draws."""
 
     def __post_init__(self) -> None:
         if self.resamples < 0:
@@ -55,7 +55,7 @@ class CaptioningOptions(_Resampled, _Machine):
     """
 
     results: str | None = None
-    """Captions to score: JSON list of {"image_id", "caption"}, as COCO's server takes it."""
+    """Captions to score: a JSON list of {"image_id", "caption"}, as COCO's server takes it."""
     references: str | None = None
     """File of reference captions: COCO's annotations, {id: [captions]}, or a list of {image, image_id, caption};
     those of the source when not given."""
@@ -140,7 +140,9 @@ class RetrievalOptions(_Machine):
 class VideoRetrievalOptions(_Machine):
     """Measure text-video retrieval by a model of images: recall at 1, 5 and 10, by ITC and re-ranked by ITM.
 
-    blip-eval video_retrieval --model runs/retrieval/model --clips msrvtt_test.jsonl --video_root MSRVTT/videos
+    Examples:
+
+        blip-eval video_retrieval --model runs/retrieval/model --clips msrvtt_test.jsonl --video_root MSRVTT/videos
     """
 
     model: str
@@ -172,7 +174,9 @@ class VideoRetrievalOptions(_Machine):
 class VideoQuestionsOptions(_Machine):
     """Measure question answering about videos by a model of images and questions: the share of right answers.
 
-    blip-eval video_questions --model runs/vqa/model --questions msrvtt_test_qa.json --video_root MSRVTT/videos
+    Examples:
+
+        blip-eval video_questions --model runs/vqa/model --questions msrvtt_test_qa.json --video_root MSRVTT/videos
     """
 
     model: str
@@ -204,7 +208,9 @@ class VideoQuestionsOptions(_Machine):
 class ClassificationOptions(_Machine):
     """Measure zero-shot classification of images that are sorted into a folder for each class.
 
-    blip-eval classification --model runs/retrieval/model --source imagenet/val --names imagenet_names.json
+    Examples:
+
+        blip-eval classification --model runs/retrieval/model --source imagenet/val --names imagenet_names.json
     """
 
     model: str
@@ -228,9 +234,11 @@ class ClassificationOptions(_Machine):
 class NlvrOptions(_Resampled, _Machine):
     """Measure how often a model tells whether a sentence is true of several images: NLVR2, NLVR's three boxes.
 
-    blip-eval nlvr2 --model runs/nlvr2/model --source.path nlvr2/dev.json --out runs/scores
-    blip-eval nlvr2 --results results.csv --source.path nlvr2/dev.json
-    blip-eval nlvr --model runs/nlvr_boxes/model --source.path nlvr/dev/dev.json --source.part val --out runs/scores
+    Examples:
+
+        blip-eval nlvr2 --model runs/nlvr2/model --source.path nlvr2/dev.json --out runs/scores
+        blip-eval nlvr2 --results results.csv --source.path nlvr2/dev.json
+        blip-eval nlvr --model runs/nlvr_boxes/model --source.path nlvr/dev/dev.json --source.part val --out runs/scores
     """
 
     source: PictureSentences

@@ -79,7 +79,7 @@ class VqaScores:
     """yes/no, number, other, as far as the data says."""
     by_question_type: dict[str, float]
     questions: int
-    """That were scored."""
+    """Questions that were scored."""
     missing: int
     """Questions without a result that were left out."""
     counts: dict[str, int]
