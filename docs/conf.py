@@ -49,6 +49,15 @@ def _reference(app, name: str, source: list[str]) -> None:
         source[0] += "\n\n```{toctree}\n:hidden:\n\n" + "\n".join(pages) + "\n```\n"
 
 
+def _evaluations(app, name: str, source: list[str]) -> None:
+    """The page of `eval` gets a section for each of its tasks."""
+    if name == "api/eval":
+        from eval.options import COMMANDS
+
+        for module in dict.fromkeys(module for _, module in COMMANDS.values()):
+            source[0] += f"\n{module}\n{'-' * len(module)}\n\n.. automodule:: {module}\n   :members:\n"
+
+
 def _literal_blocks(app, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
     """An indented example in a docstring keeps its lines, without the two colons that reStructuredText asks for."""
     shown: list[str] = []
@@ -68,4 +77,5 @@ def setup(app) -> None:
     app.connect("source-read", _no_way_out)
     app.connect("source-read", _navigation)
     app.connect("source-read", _reference)
+    app.connect("source-read", _evaluations)
     app.connect("autodoc-process-docstring", _literal_blocks)

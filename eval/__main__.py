@@ -1,28 +1,12 @@
-"""Measure what a model can do, or score what it wrote.
+"""Measure what a model can do, or score answers that are there.
 
-    blip-eval captioning --references captions.json --results results.json --out runs/scores
-    blip-eval captioning --model runs/caption/model --out runs/scores \\
-        --source.path coco/dataset_coco.json --source.image_root coco --source.split test
-    blip-eval retrieval --model runs/base/model \\
-        --source.path coco/dataset_coco.json --source.image_root coco --source.split test
-    blip-eval video_retrieval --model runs/retrieval/model --clips msrvtt_test.jsonl --video_root MSRVTT/videos
-    blip-eval video_questions --model runs/vqa/model --questions msrvtt_test_qa.json --video_root MSRVTT/videos
-    blip-eval classification --model runs/retrieval/model --source imagenet/val --names imagenet_names.json
-    blip-eval vqa --model runs/vqa/model --out runs/scores --source.image_root coco \\
-        --source.path v2_OpenEnded_mscoco_val2014_questions.json \\
-        --source.annotations v2_mscoco_val2014_annotations.json
-    blip-eval nlvr2 --model runs/nlvr2/model --source.path nlvr2/dev.json --out runs/scores
-    blip-eval nlvr2 --results results.csv --source.path nlvr2/dev.json
-    blip-eval nlvr --model runs/nlvr_boxes/model --source.path nlvr/dev/dev.json --source.part val
-    blip-eval visdial --model runs/visdial/model --out runs/scores \\
-        --source.path visdial_1.0_val.json --source.relevance visdial_1.0_val_dense_annotations.json
-
-Each lists its options: blip-eval captioning --help. `torchrun ... -m eval captioning ...` shares the work.
+Each task lists its options: blip-eval captioning --help. `torchrun ... -m eval captioning ...` shares the work.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import re
 import sys
@@ -31,19 +15,8 @@ from importlib import import_module
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from blip.app.exit import WRONG_USE, fail, leave, one_line, run, unknown_option
+from eval.options import COMMANDS
 
-COMMANDS = {
-    "captioning": ("Captioning", "eval.captioning_command"),
-    "retrieval": ("Retrieval", "eval.retrieval_command"),
-    "nlvr2": ("Nlvr", "eval.nlvr_command"),
-    "nlvr": ("Nlvr", "eval.nlvr_command"),
-    "visdial": ("Visdial", "eval.dialogue_command"),
-    "vqa": ("Vqa", "eval.vqa_command"),
-    "video_retrieval": ("VideoRetrieval", "eval.video_retrieval_command"),
-    "video_questions": ("VideoQuestions", "eval.video_questions_command"),
-    "classification": ("Classification", "eval.classification_command"),
-}
-"""The class of its options in eval.options, and the module whose `run` is called with them."""
 _STOPPED = 130
 """What a shell reports of a program that SIGINT ended."""
 
@@ -52,16 +25,23 @@ def main(args: list[str] | None = None) -> None:
     """Carry out a command line, or the process's own; what does not fit ends the process with status 2."""
     args = sys.argv[1:] if args is None else args
     if args and args[0] in ("-h", "--help"):
-        print(__doc__.strip())
+        kinds = dict.fromkeys(kind for kind, _ in COMMANDS.values())
+        print(__doc__.strip(), *(inspect.getdoc(kind).replace("Examples:\n\n", "") for kind in kinds), sep="\n\n")
         return
     if not args or args[0] not in COMMANDS:
         said = f"there is no {args[0]!r}" if args else "nothing is asked for"
         fail(f"{said}; give one of {', '.join(COMMANDS)} (blip-eval --help explains)", WRONG_USE)
     options = read(args[0], args[1:])
     try:
-        run(lambda: import_module(COMMANDS[args[0]][1]).run(options))
+        run(lambda: _carry_out(args[0], options))
     except KeyboardInterrupt:
         raise SystemExit(_STOPPED) from None
+
+
+def _carry_out(name: str, options: Any) -> None:
+    from eval.runner import measure  # with torch, for which the help and a typing error need not wait
+
+    measure(import_module(COMMANDS[name][1]).evaluate, options)
 
 
 def read(name: str, args: list[str]) -> Any:
@@ -69,7 +49,7 @@ def read(name: str, args: list[str]) -> Any:
     from jsonargparse import auto_cli, set_parsing_settings  # here, so that --help is quick
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    kind = getattr(import_module("eval.options"), COMMANDS[name][0])
+    kind, _ = COMMANDS[name]
     ways = {"prog": f"blip-eval {name}", "as_positional": False, "exit_on_error": False, "allow_abbrev": False}
     try:
         preset, defaults = _preset(kind, args)

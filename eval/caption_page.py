@@ -1,4 +1,4 @@
-"""The page of a captioning evaluation: the scores, and the best and the worst captions with their pictures."""
+"""The page of a captioning evaluation: the scores, and the best and the worst captions with their images."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Any
 
 from blip.app import page
 from blip.errors import DataError
-from eval.pictures import Pictures
-from eval.references import Id
+from eval.images import Images
+from eval.references import ImageId
 
 _SIDE = 448
-"""Longer side, pixels, at which pictures are kept until they are on the page."""
+"""Longer side, pixels, at which images are kept until they are on the page."""
 
 
 def report(
     record: Mapping[str, Any],
-    cider: Mapping[Id, float],
-    references: Mapping[Id, Sequence[str]],
-    captions: Mapping[Id, str],
-    pictures: Pictures | None,
+    cider: Mapping[ImageId, float],
+    references: Mapping[ImageId, Sequence[str]],
+    captions: Mapping[ImageId, str],
+    images: Images | None,
     shown: int,
 ) -> str:
     """A page of HTML that needs nothing else; half of the `shown` captions are the best by CIDEr, half the worst."""
@@ -27,8 +27,8 @@ def report(
     half = (min(shown, len(ordered)) + 1) // 2
     best, worst = ordered[:half], ordered[half:][::-1][: shown - half]
 
-    def section(heading: str, intro: str, names: Sequence[Id]) -> tuple[str, str, str]:
-        found = _thumbnails(pictures, names)
+    def section(heading: str, intro: str, names: Sequence[ImageId]) -> tuple[str, str, str]:
+        found = _thumbnails(images, names)
         items = [page.Captioned(str(n), found.get(n), captions[n], 100 * cider[n], references[n]) for n in names]
         return heading, intro, page.captioned(items)
 
@@ -37,7 +37,7 @@ def report(
         [
             ("Scores", "Times 100, with 95% bootstrap intervals over images.", page.table(*_scores(record))),
             ("How they came about", "", page.table(_facts(record), ["", ""])),
-            section("Best by CIDEr", "The caption, its image with 100 times its CIDEr, and what people wrote.", best),
+            section("Best by CIDEr", "The caption, its image with 100 times its CIDEr, and human captions.", best),
             section("Worst by CIDEr", "The same, from the worst on.", worst),
         ],
     )
@@ -64,14 +64,14 @@ def _facts(record: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _thumbnails(pictures: Pictures | None, names: Sequence[Id]) -> dict[Id, Any]:
-    """The pictures that are at hand; one that is not readable is only not shown."""
+def _thumbnails(images: Images | None, names: Sequence[ImageId]) -> dict[ImageId, Any]:
+    """The images that are at hand; one that is not readable is only not shown."""
     found = {}
-    if pictures is not None:
-        chosen = pictures.only(names)
+    if images is not None:
+        chosen = images.only(names)
         for row, entry in enumerate(chosen.entries):
             try:
-                found[entry.id] = chosen.picture(row)
+                found[entry.id] = chosen.image(row)
                 found[entry.id].thumbnail((_SIDE, _SIDE))
             except DataError:
                 continue

@@ -1,37 +1,84 @@
-"""Captioning: what a model writes about pictures, scored against what people wrote (paper, section 5.2).
+"""Captioning: captions that a model generates, scored against human captions (paper, section 5.2).
 
-`captions_of(model, tokenizer, Pictures.open(source), config, prompt="a picture of ")` writes a caption of each picture,
-`score(pictures.references, captions).values["cider"]` says how good they are.
+`captions_of(model, tokenizer, Images.open(source), config, prompt="a picture of ")` generates a caption of each image,
+`score(images.references, captions).values["cider"]` says how good they are.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from blip import dist
-from blip.errors import DataError
 from blip.inference.generate import write
 from blip.inference.settings import DecodeConfig
 from blip.models.blip import Blip
 from blip.tokenizer import Tokenizer
 from blip.train.log import bar
+from eval.caption_page import report
+from eval.images import Images
 from eval.metrics.captions import Metric, bleu, cider, mean, rouge_l, summary
 from eval.metrics.java import NoJava, meteor_of, meteor_statistics, meteor_summable, spice_scores
 from eval.metrics.ptb import Choice, tokenize
-from eval.pictures import Pictures
-from eval.references import Id, matching
+from eval.options import CaptioningOptions
+from eval.references import ImageId, matching, read_references, read_results
+from eval.runner import Runner, evaluating, listed, together
+
+
+def evaluate(options: CaptioningOptions, runner: Runner) -> Iterator[tuple[str, float]]:
+    """Measure captions of a model, or of a file; leaves results.json, the captions, and captions.html."""
+    images = Images.open(options.source, options.limit) if options.source else None
+    entries = read_references(Path(options.references)) if options.references else images.entries
+    if options.model:
+        with runner.model() as loaded:
+            ways = {"prompt": options.prompt, "batch": options.batch, "threads": options.threads}
+            results = captions_of(loaded.model, loaded.tokenizer, images, options.decode, **ways)
+    else:
+        results = read_results(Path(options.results))
+    if not dist.is_main():
+        return
+    runner.out.write("results.json", coco_results(results))
+    references = {entry.id: entry.captions for entry in entries}
+    if options.model and not any(references.values()):
+        return runner.unscored("results.json", "references")
+    scores = score(
+        references,
+        results,
+        tokenizer=options.tokenizer,
+        meteor=options.meteor,
+        spice=options.spice,
+        groups={entry.id: entry.domain.removesuffix("-domain") for entry in entries if entry.domain},
+        resamples=options.resamples,
+        seed=options.seed,
+        allow_partial=options.allow_partial,
+        seconds=options.java_timeout,
+        spice_folder=options.spice_folder,
+    )
+    print(f"{scores.images} images, {scores.references} reference captions; words by {scores.tokenizer}")
+    if scores.missing:
+        print(f"left out for want of a result: {scores.missing} images")
+    for name, reason in scores.not_computed.items():
+        print(f"{name} not computed: {reason}")
+    runner.record(*(("model", "prompt", "decode", "limit") if options.model else ()), "source", **scores.facts())
+    files = {"results_file": options.results, "references_file": options.references}
+    runner.record(**{name: path for name, path in files.items() if path is not None})
+    if options.out:
+        html = report(scores.values | runner.facts, scores.cider, references, results, images, options.shown)
+        runner.out.write("captions.html", html)
+    yield from scores.values.items()
+
+
+# Scores ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Scores:
+class CaptionScores:
     """Scores as fractions (papers print 100 times as much), and how they came about."""
 
     values: dict[str, float]
@@ -50,17 +97,17 @@ class Scores:
     resamples: int
     """Draws that the intervals are of."""
     seed: int
-    """Of the draws."""
+    """Random seed of the draws."""
     groups: dict[str, int] = field(default_factory=dict)
     """Images in each group."""
     not_computed: dict[str, str] = field(default_factory=dict)
     """What was asked for and is not there, and why; `java_tokenizer` where the Java-free one stood in."""
 
-    def record(self) -> dict[str, Any]:
-        """All but the images' own scores, as JSON can hold it; scores first, by their names."""
+    def facts(self) -> dict[str, Any]:
+        """How the scores came about, as JSON can hold it."""
         rest = dataclasses.asdict(self)
         del rest["values"], rest["cider"]
-        return {**self.values, **rest}
+        return rest
 
 
 def score(
@@ -76,7 +123,7 @@ def score(
     allow_partial: bool = False,
     seconds: float = 300.0,
     spice_folder: str | None = None,
-) -> Scores:
+) -> CaptionScores:
     """Score one caption an image against the image's reference captions, ids being whatever the two mappings share.
 
     `groups` names a group of some images; each group is scored as a set of its own, too (NoCaps). `resamples` 0 leaves
@@ -87,20 +134,20 @@ def score(
     texts = [results[name] for name in ids] + [text for name in ids for text in references[name]]
     tokens = tokenize(texts, tokenizer, seconds)
     captions, rest = tokens.texts[: len(ids)], iter(tokens.texts[len(ids) :])
-    written = [[next(rest) for _ in references[name]] for name in ids]
+    compared = [[next(rest) for _ in references[name]] for name in ids]
     not_computed = {"java_tokenizer": tokens.fallback} if tokens.fallback else {}
     extra = []
     for name, wanted in (("meteor", meteor), ("spice", spice)):
         try:
             if wanted:
-                extra.append(_by_java(name, written, captions, seconds, spice_folder))
+                extra.append(_by_java(name, compared, captions, seconds, spice_folder))
         except NoJava as error:
             not_computed[name] = str(error)
 
     def of(rows: Sequence[int], prefix: str = "") -> tuple[dict[str, float], np.ndarray]:
-        some, said = [written[i] for i in rows], [captions[i] for i in rows]
-        ciders = cider(some, said)
-        own = [bleu(some, said), mean("cider", ciders), mean("rouge_l", rouge_l(some, said))]
+        some, theirs = [captions[i] for i in rows], [compared[i] for i in rows]
+        ciders = cider(theirs, some)
+        own = [bleu(theirs, some), mean("cider", ciders), mean("rouge_l", rouge_l(theirs, some))]
         own += [metric._replace(rows=metric.rows[rows]) for metric in extra]
         found = summary(own, resamples, seed)
         return {prefix + name: value for name, value in found.items()}, ciders
@@ -112,7 +159,7 @@ def score(
             members.setdefault(groups[name], []).append(row)
     for group, rows in members.items():
         values |= of(rows, f"{group}_")[0]
-    return Scores(
+    return CaptionScores(
         values,
         cider=dict(zip(ids, ciders.tolist(), strict=True)),
         tokenizer=tokens.tokenizer,
@@ -135,51 +182,45 @@ def _by_java(
     return Metric(("meteor",), statistics, lambda sums, _: meteor_of(sums)[..., None])
 
 
+# Captions -------------------------------------------------------------------------------------------------------------
+
+
 def captions_of(
     model: Blip,
     tokenizer: Tokenizer,
-    pictures: Pictures,
+    images: Images,
     config: DecodeConfig,
     *,
     prompt: str = "",
     batch: int = 32,
     threads: int = 2,
-) -> dict[Id, str]:
-    """Write a caption of each picture; all processes share the work, and each returns all captions by image.
+) -> dict[ImageId, str]:
+    """Caption each image; all processes share the work, and each returns all captions by image.
 
-    All processes have to call it. `batch` pictures go through the model at once; `prompt` is not part of the captions.
-    DataError, in every process, if a picture cannot be read.
+    All processes have to call it. `batch` images go through the model at once; `prompt` is not part of the captions.
+    DataError, in every process, if an image cannot be read.
     """
     config = dataclasses.replace(config, num=1)
-    mine = range(dist.rank(), len(pictures), dist.world())
-    device, training = next(model.parameters()).device, model.training
-    said: dict[Id, str] = {}
-    failure = None
-    model.eval()
-    told = bar(len(mine), "caption", "pictures", show=dist.is_main())
-    try:
-        for ids, images in pictures.batches(mine, batch, model.config.vision.image_size, threads):
-            with torch.no_grad():
-                texts = write(model, tokenizer, images.to(device), config, prompt=prompt, keys=[str(i) for i in ids])
-            said |= {name: found[0].words for name, found in zip(ids, texts, strict=True)}
-            told.update(len(ids))
-    except (DataError, ValueError) as error:  # the others wait in `gather_objects`, so they have to be told
-        failure = error
-    finally:
-        told.close()
-        model.train(training)
-    parts = dist.gather_objects((list(said.items()), failure))
-    for _, failure in parts:
-        if failure:
-            raise failure
-    wanted = [entry.id for entry in pictures.entries]
-    found = [item for items, _ in parts for item in items]
-    assert Counter(name for name, _ in found) == Counter(wanted), "a picture was captioned twice or not at all"
-    by_id = dict(found)
+    mine = range(dist.rank(), len(images), dist.world())
+    device, side = next(model.parameters()).device, model.config.vision.image_size
+
+    def work() -> list[tuple[ImageId, str]]:
+        captions = []
+        with bar(len(mine), "caption", "images", show=dist.is_main()) as progress:
+            for ids, views in images.batches(mine, batch, side, threads):
+                texts = write(model, tokenizer, views.to(device), config, prompt=prompt, keys=[str(i) for i in ids])
+                captions += [(name, best.words) for name, (best,) in zip(ids, texts, strict=True)]
+                progress.update(len(ids))
+        return captions
+
+    with evaluating(model):
+        captions = [caption for share in together(work) for caption in share]
+    wanted = [entry.id for entry in images.entries]
+    assert Counter(name for name, _ in captions) == Counter(wanted), "an image was captioned twice or not at all"
+    by_id = dict(captions)
     return {name: by_id[name] for name in wanted}
 
 
-def coco_results(captions: Mapping[Id, str]) -> str:
+def coco_results(captions: Mapping[ImageId, str]) -> str:
     """Captions as COCO's and NoCaps's servers take them."""
-    rows = [json.dumps({"image_id": name, "caption": caption}) for name, caption in captions.items()]
-    return "[\n" + ",\n".join(rows) + "\n]\n"
+    return listed([{"image_id": name, "caption": caption} for name, caption in captions.items()])

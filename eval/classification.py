@@ -1,31 +1,55 @@
-"""Zero-shot classification of an imagefolder: top-1 and top-5 by the names of the classes. N pictures, C classes."""
+"""Zero-shot classification of an imagefolder: top-1 and top-5 by the names of the classes. N images, C classes."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from blip.data.image_files import find, read_ahead
+from blip import dist
+from blip.data.image_files import find, not_pictures, read_ahead
 from blip.data.transforms import EvalTransform
 from blip.errors import DataError
 from blip.inference.features import Features
 from blip.inference.zero_shot import TEMPLATES, class_embeddings, probabilities
-from eval.parallel import spread
+from eval.options import ClassificationOptions
+from eval.runner import Runner, in_parts, listed, spread
 
 RANKS = (1, 5)
 _PART = 8
 """Batches that one process reads ahead of each other."""
 
 
+def evaluate(options: ClassificationOptions, runner: Runner) -> Iterator[tuple[str, float]]:
+    """Measure a model; leaves results.json, the likeliest classes of each image."""
+    data = ClassFolder.open(options.source, read_names(Path(options.names)) if options.names else None)
+    templates = read_templates(Path(options.templates)) if options.templates else list(TEMPLATES)
+    with runner.model() as loaded:
+        features = Features(loaded.model, loaded.tokenizer, batch=options.batch)
+        chances = classify(features, data, templates)
+    if not dist.is_main():
+        return
+    if left_out := not_pictures(data.left_out):
+        print(left_out, file=sys.stderr)
+    runner.out.write("results.json", results(data, chances))
+    runner.record("model", "source", pictures=len(data.paths), classes=len(data.names))
+    runner.record(templates=templates)
+    runner.times = 1
+    yield from accuracy(chances, data.labels).items()
+
+
+# Images and classes ---------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class ClassFolder:
-    """Pictures that are sorted into one folder for each class."""
+    """Images that are sorted into one folder for each class."""
 
     where: Path
     names: list[str]
@@ -35,20 +59,20 @@ class ClassFolder:
     labels: list[int]
     """Class of each."""
     left_out: Counter[str]
-    """How many files are not named like pictures, by how their names end."""
+    """How many files are not named like images, by how their names end."""
 
     @classmethod
     def open(cls, where: str | Path, names: Mapping[str, str] | None = None) -> ClassFolder:
-        """`FOLDER/CLASS/**/picture`; `names` says what a class's folder stands for, else it is its name, _ for a space.
+        """`FOLDER/CLASS/**/image`; `names` says what a class's folder stands for, else it is its name, _ for a space.
 
-        DataError if there is no class, a class has no pictures, or a folder is not among `names`.
+        DataError if there is no class, a class has no images, or a folder is not among `names`.
         """
         root = Path(where).expanduser()
         if not root.is_dir():
-            raise DataError(f"{root} is not a folder with a folder of pictures for each class")
+            raise DataError(f"{root} is not a folder with a folder of images for each class")
         folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
         if not folders:
-            raise DataError(f"{root} has no folders; expected one for each class, with its pictures")
+            raise DataError(f"{root} has no folders; expected one for each class, with its images")
         unknown = [folder.name for folder in folders if names is not None and folder.name not in names]
         if unknown:
             raise DataError(
@@ -66,14 +90,14 @@ class ClassFolder:
 def read_names(path: Path) -> dict[str, str]:
     """{folder: name of the class} from JSON. DataError for anything else."""
     try:
-        said = json.loads(path.read_text(encoding="utf-8-sig"))
+        names = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from None
-    if not isinstance(said, dict) or not all(isinstance(name, str) for name in said.values()):
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise DataError(f'{path}: expected {{"folder": "name of the class", ...}}')
-    return said
+    return names
 
 
 def read_templates(path: Path) -> list[str]:
@@ -87,26 +111,44 @@ def read_templates(path: Path) -> list[str]:
     return lines
 
 
-def classify(features: Features, data: ClassFolder, templates: Sequence[str] = TEMPLATES) -> Tensor:
-    """Probabilities (N, C) of the classes. All processes have to call it; they share the pictures.
+# Answers --------------------------------------------------------------------------------------------------------------
 
-    DataError, in every process, for a picture that cannot be read.
+
+def classify(features: Features, data: ClassFolder, templates: Sequence[str] = TEMPLATES) -> Tensor:
+    """Probabilities (N, C) of the classes. All processes have to call it; they share the images.
+
+    DataError, in every process, for an image that cannot be read.
     """
     classes = class_embeddings(features, data.names, templates)
 
     def work(paths: Sequence[str]) -> list[Tensor]:
         found = []
-        for pictures in read_ahead(paths, EvalTransform(features.image_size), features.batch):
-            for picture in pictures:
-                if picture.reason:
-                    raise DataError(f"{picture.path} cannot be evaluated: {picture.reason}")
-            embeds = features.embed_image(torch.stack([picture.pixels for picture in pictures]))
+        for images in read_ahead(paths, EvalTransform(features.image_size), features.batch):
+            for image in images:
+                if image.reason:
+                    raise DataError(f"{image.path} cannot be evaluated: {image.reason}")
+            embeds = features.embed_image(torch.stack([image.pixels for image in images]))
             found.append(probabilities(features, embeds, classes).cpu())
         return found
 
-    size = _PART * features.batch
-    parts = [data.paths[start : start + size] for start in range(0, len(data.paths), size)]
-    return torch.cat(spread(parts, work, what="classify"))
+    return torch.cat(spread(in_parts(data.paths, _PART * features.batch), work, what="classify"))
+
+
+def results(data: ClassFolder, chances: Tensor) -> str:
+    """Probabilities (N, C) -> JSON: for each image its class, and up to five that were found, likeliest first."""
+    best = chances.topk(min(max(RANKS), len(data.names)), dim=1)
+    rows = zip(data.paths, data.labels, best.indices.tolist(), best.values.tolist(), strict=True)
+    return listed(
+        [
+            {
+                "picture": Path(path).relative_to(data.where).as_posix(),
+                "class": data.names[label],
+                "found": [data.names[i] for i in numbers],
+                "probability": [round(value, 5) for value in values],
+            }
+            for path, label, numbers, values in rows
+        ]
+    )
 
 
 def accuracy(chances: Tensor, labels: Sequence[int]) -> dict[str, float]:

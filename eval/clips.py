@@ -28,8 +28,8 @@ _EXPECTED = "expected rows of {video or clip_name or video_id, caption}, or MSR-
 
 
 @dataclass
-class Clip:
-    """A video and what people say of it."""
+class VideoClip:
+    """A video with its human captions."""
 
     id: str | int
     """As the list says it."""
@@ -37,7 +37,7 @@ class Clip:
     captions: list[str] = field(default_factory=list)
 
 
-class Question(NamedTuple):
+class ClipQuestion(NamedTuple):
     """A question about clip `clip`, and the answer."""
 
     id: str | int
@@ -46,15 +46,15 @@ class Question(NamedTuple):
     answer: str
 
 
-def read_clips(path: Path, root: Path, split: str | None = None) -> list[Clip]:
+def read_clips(path: Path, root: Path, split: str | None = None) -> list[VideoClip]:
     """The clips of a list, each once with all its captions, and the files that they are under `root`.
 
     Takes MSR-VTT's {videos, sentences} (`split` is that of its videos), and lists, lines or CSV of {video, clip_name or
     video_id, caption or sentence}. DataError names the file, the row, what was expected and a video that is not there.
     """
-    clips: dict[str | int, Clip] = {}
+    clips: dict[str | int, VideoClip] = {}
     for where, name, captions in _rows(path, split):
-        clip = clips.get(name) or Clip(name, find_file(name, root, where))
+        clip = clips.get(name) or VideoClip(name, find_file(name, root, where))
         clip.captions += captions
         clips[name] = clip
     if not clips:
@@ -62,11 +62,11 @@ def read_clips(path: Path, root: Path, split: str | None = None) -> list[Clip]:
     return list(clips.values())
 
 
-def read_questions(path: Path, root: Path) -> tuple[list[Clip], list[Question]]:
+def read_questions(path: Path, root: Path) -> tuple[list[VideoClip], list[ClipQuestion]]:
     """Questions as in MSR-VTT-QA and MSVD-QA: rows of {video_id or video, question, answer, id?}. Errors as above."""
     clips: dict[str | int, int] = {}
-    files: list[Clip] = []
-    questions: list[Question] = []
+    files: list[VideoClip] = []
+    questions: list[ClipQuestion] = []
     for number, row in read_rows(path):
         where = f"{path}: row {number}"
         name = _name(row, where)
@@ -74,8 +74,8 @@ def read_questions(path: Path, root: Path) -> tuple[list[Clip], list[Question]]:
             raise DataError(f"{where} has no question and answer; expected {{video_id, question, answer}}")
         if name not in clips:
             clips[name] = len(files)
-            files.append(Clip(name, find_file(name, root, where)))
-        questions.append(Question(row.get("id", number), clips[name], row["question"], row["answer"]))
+            files.append(VideoClip(name, find_file(name, root, where)))
+        questions.append(ClipQuestion(row.get("id", number), clips[name], row["question"], row["answer"]))
     if not questions:
         raise DataError(f"{path}: no questions")
     return files, questions
@@ -114,11 +114,11 @@ def _rows(path: Path, split: str | None) -> Iterator[tuple[str, str | int, list[
 def _msrvtt(path: Path) -> tuple[list, list] | None:
     """The two lists of MSR-VTT's own format, None where the file is another."""
     try:
-        said = json.loads(path.read_bytes()) if path.suffix == ".json" else None
+        whole = json.loads(path.read_bytes()) if path.suffix == ".json" else None
     except (OSError, ValueError, RecursionError):  # JSON lines, or an error that `read_rows` explains
         return None
-    if isinstance(said, dict) and isinstance(said.get("videos"), list) and isinstance(said.get("sentences"), list):
-        return said["videos"], said["sentences"]
+    if isinstance(whole, dict) and isinstance(whole.get("videos"), list) and isinstance(whole.get("sentences"), list):
+        return whole["videos"], whole["sentences"]
     return None
 
 
@@ -150,7 +150,7 @@ def find_file(name: str | int, root: Path, where: str) -> Path:
 
 
 def batches(
-    clips: Sequence[Clip], rows: Sequence[int], size: int, frames: int, image_size: int, threads: int = 2
+    clips: Sequence[VideoClip], rows: Sequence[int], size: int, frames: int, image_size: int, threads: int = 2
 ) -> Iterator[Tensor]:
     """Normalised frames (up to `size`, F, 3, S, S) of some clips in order; threads decode a little ahead.
 

@@ -7,20 +7,21 @@ mean rank and NDCG as the official code does.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from blip import dist
 from blip.data.prepare.dialogues import Conversations, Dialogue, Rows, read_picture
 from blip.data.settings import DataConfig
 from blip.data.transforms import EvalTransform
 from blip.errors import BadSample, DataError, counted
 from blip.models import dialogue as task
 from blip.tokenizer import Tokenizer
-from eval.parallel import spread
-from eval.results_folder import listed
+from eval.options import VisdialOptions
+from eval.runner import Runner, evaluating, in_parts, listed, spread
 
 MAX_WORDS = 40
 """Words kept of a caption, a question or an answer."""
@@ -30,6 +31,31 @@ Place = tuple[int | str, int]
 """An image and the number of a round, from 1."""
 Ranks = dict[Place, list[int]]
 """For each round the rank, from 1, of each of its candidates in their order."""
+
+
+def evaluate(options: VisdialOptions, runner: Runner) -> Iterator[tuple[str, float]]:
+    """Measure ranks of a model, or of a file; leaves ranks.json, the ranks of the model."""
+    source = Conversations(options.source)
+    if options.model:
+        source.check_some_exist()
+        with runner.model(task.Dialogue) as loaded:
+            ways = {"limit": options.limit, "max_tokens": options.max_tokens, "batch": options.batch}
+            ranked = ranks_of(loaded.model, loaded.tokenizer, source, **ways)
+    else:
+        ranked = read_ranks(Path(options.results))
+    if not dist.is_main():
+        return
+    if options.model:
+        runner.out.write("ranks.json", evalai_json(ranked))
+        dialogues = source.dialogues[: options.limit]
+        if not any(one.relevance or any(turn.true is not None for turn in one.rounds) for one in dialogues):
+            return runner.unscored("ranks.json", "answers")
+    runner.as_they_are = ("mean_rank", "rounds")
+    runner.record("model", "results", "limit", "max_tokens", "source")
+    yield from score(source, ranked, limit=options.limit, partial=options.allow_partial).items()
+
+
+# Ranks ----------------------------------------------------------------------------------------------------------------
 
 
 def ranks_of(
@@ -43,15 +69,14 @@ def ranks_of(
 ) -> Ranks:
     """Rank the candidates of all rounds that have some, of the first `limit` dialogues; all processes share the work.
 
-    `batch` rows go through the model at once; all rounds of a dialogue look at its picture as projected once.
+    `batch` rows go through the model at once; all rounds of a dialogue look at its image as projected once.
     `max_tokens` of a row are read, as many as the model can when not given. Among equal scores the earlier candidate
-    comes first. DataError, in every process, for a picture that cannot be read.
+    comes first. DataError, in every process, for an image that cannot be read.
     """
     longest = min(max_tokens or model.config.text.max_positions, model.config.text.max_positions)
     config = DataConfig(max_words=MAX_WORDS, max_tokens=longest)
-    transform, training = EvalTransform(model.config.vision.image_size), model.training
+    transform = EvalTransform(model.config.vision.image_size)
 
-    @torch.no_grad()
     def rank(one: Dialogue) -> list[tuple[Place, list[int]]]:
         numbers = [number for number, turn in enumerate(one.rounds) if len(turn.options)]
         if not numbers:
@@ -67,11 +92,8 @@ def ranks_of(
         parts = scores.split([len(one.rounds[number].options) for number in numbers])
         return [((one.image_id, n + 1), ranks(part).tolist()) for n, part in zip(numbers, parts, strict=True)]
 
-    model.eval()
-    try:
+    with evaluating(model):
         return dict(spread(source.dialogues[:limit], rank, what="dialogues"))
-    finally:
-        model.train(training)
 
 
 def _scores(
@@ -82,8 +104,8 @@ def _scores(
     ids, keep = (x.to(device) for x in tokenizer.pad([caption]))
     context = model.look(image[None].to(device), ids, keep)
     found = []
-    for start in range(0, len(texts), batch):
-        ids, keep = (x.to(device) for x in tokenizer.pad(texts[start : start + batch]))
+    for part in in_parts(texts, batch):
+        ids, keep = (x.to(device) for x in tokenizer.pad(part))
         logits = model.match(ids, keep, context.expand(len(ids))).float()
         found.append(logits[:, 1] - logits[:, 0])
     return torch.cat(found).cpu()

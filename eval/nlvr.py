@@ -1,22 +1,23 @@
-"""NLVR2 and NLVR: is a sentence true of some pictures (paper, section 5.4)?
+"""NLVR2 and NLVR: is a sentence true of some images (paper, section 5.4)?
 
 `answers_of(model, tokenizer, examples)` asks a model about each example, `score(examples, answers)` computes accuracy
-and consistency as the official scripts do. K pictures of an example, T text tokens.
+and consistency as the official scripts do. K images of an example, T text tokens.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from blip import dist
 from blip.data.formats.csv_rows import csv_records
 from blip.data.images import own_fault
-from blip.data.prepare.sentences import Example, Sample, make_batch, read_pictures
+from blip.data.prepare.sentences import Example, Sample, Sentences, make_batch, read_pictures
 from blip.data.settings import DataConfig
 from blip.data.transforms import EvalTransform
 from blip.errors import BadSample, DataError, counted
@@ -24,25 +25,53 @@ from blip.models.blip import starting_with
 from blip.models.nlvr import Nlvr
 from blip.text import clean_caption
 from blip.tokenizer import Tokenizer
-from eval.parallel import spread
+from eval.options import NlvrOptions
+from eval.runner import Runner, evaluating, in_parts, spread
 
 MAX_WORDS = 40
 """Words kept of a sentence."""
 
 
+def evaluate(options: NlvrOptions, runner: Runner) -> Iterator[tuple[str, float]]:
+    """Measure answers of a model, or of a file; leaves results.csv, the answers of the model."""
+    source = Sentences(options.source)
+    examples = source.examples[: options.limit]
+    if options.model:
+        source.check_some_exist()
+        with runner.model(Nlvr) as loaded:
+            answers = answers_of(loaded.model, loaded.tokenizer, examples, batch=options.batch)
+    else:
+        answers = read_results(Path(options.results))
+    if not dist.is_main():
+        return
+    if options.model:
+        runner.out.write("results.csv", results_csv(examples, answers))
+        if all(example.label is None for example in examples):
+            return runner.unscored("results.csv", "labels")
+    given = {"resamples": options.resamples, "seed": options.seed, "allow_partial": options.allow_partial}
+    scores = score(examples, answers, **given)
+    scored = sum(example.id in answers for example in examples)
+    print(f"{scored} examples" + (f" of {len(examples)}; the others have no answer" if scored < len(examples) else ""))
+    if others := len(answers) - scored:
+        print(f"{others} answers for other examples were left out")
+    runner.record("model", "results", "limit", "resamples", "seed", "source", examples=scored)
+    yield from scores.items()
+
+
+# Answers --------------------------------------------------------------------------------------------------------------
+
+
 def answers_of(model: Nlvr, tokenizer: Tokenizer, examples: Sequence[Example], *, batch: int = 32) -> dict[str, bool]:
     """Whether a model holds each sentence to be true, by the example's id; all processes share the work.
 
-    Nothing is random: pictures are looked at as they are, in their order. `batch` examples go through the model at
-    once. DataError, in every process, for a picture that cannot be read or another number of pictures than the model's.
+    Nothing is random: images are looked at as they are, in their order. `batch` examples go through the model at
+    once. DataError, in every process, for an image that cannot be read or another number of images than the model's.
     """
     count = model.config.images
     if odd := next((e for e in examples if e.count != count), None):
-        raise DataError(f"{odd.key} has {odd.count} pictures, the model was trained on {count}")
-    transform, training = EvalTransform(model.config.vision.image_size), model.training
-    parts = [examples[start : start + batch] for start in range(0, len(examples), batch)]
+        raise DataError(f"{odd.key} has {odd.count} images, the model was trained on {count}")
+    transform = EvalTransform(model.config.vision.image_size)
 
-    @torch.no_grad()
     def ask(part: Sequence[Example]) -> list[bool]:
         samples = [_sample(example, transform, tokenizer, model.config.text.max_positions) for example in part]
         asked = make_batch(samples, tokenizer).to(next(model.parameters()).device)
@@ -50,19 +79,16 @@ def answers_of(model: Nlvr, tokenizer: Tokenizer, examples: Sequence[Example], *
         logits = model.judge(ids, asked.keep, model.look(asked.image, queries=ids.shape[1])).float()
         return (logits[:, 1] > logits[:, 0]).tolist()
 
-    model.eval()
-    try:
-        said = spread(parts, ask, what="pictures")
-    finally:
-        model.train(training)
-    return {example.id: answer for example, answer in zip(examples, said, strict=True)}
+    with evaluating(model):
+        answers = spread(in_parts(examples, batch), ask, what="examples")
+    return {example.id: answer for example, answer in zip(examples, answers, strict=True)}
 
 
 def _sample(example: Example, transform: EvalTransform, tokenizer: Tokenizer, longest: int) -> Sample:
     try:
-        pictures = read_pictures(example, DataConfig.max_pixels)
+        images = read_pictures(example, DataConfig.max_pixels)
         with own_fault():
-            views = torch.stack([transform(picture) for picture in pictures])
+            views = torch.stack([transform(image) for image in images])
         sentence = clean_caption(example.sentence, MAX_WORDS)
     except BadSample as error:
         raise DataError(f"{example.key} cannot be evaluated: {error}") from None
@@ -83,7 +109,7 @@ def score(
     """Accuracy, and consistency: the share of sentences that are answered rightly in all their examples.
 
     `accuracy_low` and `_high` are the ends of the 95% interval over `resamples` draws of whole sets of examples that
-    share pictures or a sentence; `majority` is the accuracy of always giving the more frequent answer. Answers for
+    share images or a sentence; `majority` is the accuracy of always giving the more frequent answer. Answers for
     other examples are left out. DataError if an example has no label or no answer, unless `allow_partial` and only
     some answers are missing.
     """

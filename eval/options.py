@@ -1,4 +1,8 @@
-"""The options of `blip-eval`. Light to import, as all is that `--help` needs."""
+"""The options of `blip-eval`, a class for each task with an example, and the table of tasks.
+
+They stand here and not beside their tasks because those import torch, for which `--help` and a typing error need not
+wait.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ class _Machine:
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; `auto` is a GPU if there is one."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of matrix products; `auto` is float32, with which results do not depend on the batch."""
+    """Precision of matrix products; `auto` is float32, with which results do not depend on the batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +36,7 @@ class _Resampled:
     resamples: int = 1000
     """Bootstrap draws for the 95% intervals; 0 for none."""
     seed: int = 0
-    """Of those draws."""
+    """Random seed of those draws."""
 
     def __post_init__(self) -> None:
         if self.resamples < 0:
@@ -40,30 +44,37 @@ class _Resampled:
 
 
 @dataclass(frozen=True)
-class Captioning(_Resampled, _Machine):
-    """Score captions that are there (--results), or write them with a model (--model) and score those."""
+class CaptioningOptions(_Resampled, _Machine):
+    """Score captions that are there (--results), or generate them with a model (--model) and score those.
+
+    Examples:
+
+        blip-eval captioning --references captions.json --results results.json --out runs/scores
+        blip-eval captioning --model runs/caption/model --out runs/scores \\
+            --source.path coco/dataset_coco.json --source.image_root coco --source.split test
+    """
 
     results: str | None = None
-    """Captions to score: JSON list of {"image_id", "caption"}, as COCO's server takes it."""
+    """Captions to score: a JSON list of {"image_id", "caption"}, as COCO's server takes it."""
     references: str | None = None
     """File of reference captions: COCO's annotations, {id: [captions]}, or a list of {image, image_id, caption};
     those of the source when not given."""
     model: str | None = None
-    """Model that writes: a folder, or a name on the hub."""
+    """Model that generates captions: a folder, or a name on the hub."""
     source: SourceConfig | None = None
-    """Pictures, with their captions if there are any: `--source.path FILE --source.image_root FOLDER`."""
+    """Images, with their captions if there are any: `--source.path FILE --source.image_root FOLDER`."""
     preset: Literal["caption_2022", "greedy", "nucleus", "capfilt_2022"] = "caption_2022"
-    """Ways of writing, which `--decode.` options change."""
+    """Ways of generating, which `--decode.` options change."""
     decode: DecodeConfig = field(default_factory=lambda: DECODE_PRESETS["caption_2022"])
-    """How captions are written"""
+    """How captions are generated"""
     prompt: str = CAPTION_PROMPT
     """What captions go on from; "" for a model that was trained without."""
     limit: int | None = None
-    """Pictures of the source to use, from the first on; all when not given."""
+    """Images of the source to use, from the first on; all when not given."""
     batch: int = 32
-    """Pictures that are captioned at once."""
+    """Images that are captioned at once."""
     threads: int = 2
-    """Threads that decode pictures."""
+    """Threads that decode images."""
     out: str | None = None
     """Folder for results.json, scores.json and captions.html; required with --model."""
     tokenizer: Literal["auto", "java", "python"] = "auto"
@@ -79,7 +90,7 @@ class Captioning(_Resampled, _Machine):
     allow_partial: bool = False
     """Score the images that have a result although others of the references have none."""
     shown: int = 60
-    """Pictures on the page, half of them the best by CIDEr, half the worst."""
+    """Images on the page, half of them the best by CIDEr, half the worst."""
 
     def __post_init__(self) -> None:
         _positive(limit=self.limit, batch=self.batch, threads=self.threads, java_timeout=self.java_timeout)
@@ -87,41 +98,52 @@ class Captioning(_Resampled, _Machine):
         if self.shown < 0:
             raise ValueError("shown must be 0 or more")
         if (self.results is None) == (self.model is None):
-            raise ValueError("give either --results FILE, captions to score, or --model DIR, which writes them")
+            raise ValueError("give either --results FILE, captions to score, or --model DIR, which generates them")
         if self.model and self.source is None:
-            raise ValueError("--model needs pictures: --source.path FILE")
+            raise ValueError("--model needs images: --source.path FILE")
         if self.model and self.out is None:
             raise ValueError("--model needs --out DIR, where the captions are kept")
         if self.results and self.references is None and self.source is None:
-            raise ValueError("--results needs --references FILE (or --source.path FILE), what people wrote")
+            raise ValueError("--results needs --references FILE (or --source.path FILE), human captions")
 
 
 @dataclass(frozen=True)
-class Retrieval(_Machine):
-    """Measure image-text retrieval: recall at 1, 5 and 10 both ways, by ITC and re-ranked by ITM."""
+class RetrievalOptions(_Machine):
+    """Measure image-text retrieval: recall at 1, 5 and 10 both ways, by ITC and re-ranked by ITM.
+
+    Examples:
+
+        blip-eval retrieval --model runs/base/model \\
+            --source.path coco/dataset_coco.json --source.image_root coco --source.split test
+    """
 
     model: str
     """A folder, or a name on the hub."""
     source: SourceConfig
-    """Pictures with their captions."""
+    """Images with their captions."""
     limit: int | None = None
-    """Pictures to use, from the first on; all when not given."""
+    """Images to use, from the first on; all when not given."""
     k: int = 128
     """Candidates that are re-ranked."""
     max_tokens: int = 35
     """Word pieces kept of a caption."""
     batch: int = 50
-    """Pictures that are read at once."""
+    """Images that are read at once."""
     out: str | None = None
-    """Folder for scores.json and results.json, what was found for each picture and text."""
+    """Folder for scores.json and results.json, what was found for each image and text."""
 
     def __post_init__(self) -> None:
         _positive(limit=self.limit, k=self.k, max_tokens=self.max_tokens, batch=self.batch)
 
 
 @dataclass(frozen=True)
-class VideoRetrieval(_Machine):
-    """Measure text-video retrieval by a model of images: recall at 1, 5 and 10, by ITC and re-ranked by ITM."""
+class VideoRetrievalOptions(_Machine):
+    """Measure text-video retrieval by a model of images: recall at 1, 5 and 10, by ITC and re-ranked by ITM.
+
+    Examples:
+
+        blip-eval video_retrieval --model runs/retrieval/model --clips msrvtt_test.jsonl --video_root MSRVTT/videos
+    """
 
     model: str
     """A folder, or a name on the hub."""
@@ -149,8 +171,13 @@ class VideoRetrieval(_Machine):
 
 
 @dataclass(frozen=True)
-class VideoQuestions(_Machine):
-    """Measure question answering about videos by a model of images and questions: how often its answer is the one."""
+class VideoQuestionsOptions(_Machine):
+    """Measure question answering about videos by a model of images and questions: the share of right answers.
+
+    Examples:
+
+        blip-eval video_questions --model runs/vqa/model --questions msrvtt_test_qa.json --video_root MSRVTT/videos
+    """
 
     model: str
     """A folder, or a name on the hub."""
@@ -178,32 +205,44 @@ class VideoQuestions(_Machine):
 
 
 @dataclass(frozen=True)
-class Classification(_Machine):
-    """Measure zero-shot classification of pictures that are sorted into a folder for each class."""
+class ClassificationOptions(_Machine):
+    """Measure zero-shot classification of images that are sorted into a folder for each class.
+
+    Examples:
+
+        blip-eval classification --model runs/retrieval/model --source imagenet/val --names imagenet_names.json
+    """
 
     model: str
     """A folder, or a name on the hub."""
     source: str
-    """Folder of the classes' folders, SOURCE/CLASS/picture.jpg."""
+    """Folder of the classes' folders, SOURCE/CLASS/image.jpg."""
     names: str | None = None
     """JSON file of {"folder": "name of the class"}; the folders' names when not given, with spaces for underscores."""
     templates: str | None = None
     """File of prompt templates, one a line, {} where the name of the class goes; seven of ours when not given."""
     batch: int = 32
-    """Pictures that go through the model at once."""
+    """Images that go through the model at once."""
     out: str | None = None
-    """Folder for scores.json and results.json, what was found for each picture."""
+    """Folder for scores.json and results.json, what was found for each image."""
 
     def __post_init__(self) -> None:
         _positive(batch=self.batch)
 
 
 @dataclass(frozen=True)
-class Nlvr(_Resampled, _Machine):
-    """Measure whether sentences about several pictures are told true from false: NLVR2, NLVR's three boxes."""
+class NlvrOptions(_Resampled, _Machine):
+    """Measure how often a model tells whether a sentence is true of several images: NLVR2, NLVR's three boxes.
+
+    Examples:
+
+        blip-eval nlvr2 --model runs/nlvr2/model --source.path nlvr2/dev.json --out runs/scores
+        blip-eval nlvr2 --results results.csv --source.path nlvr2/dev.json
+        blip-eval nlvr --model runs/nlvr_boxes/model --source.path nlvr/dev/dev.json --source.part val --out runs/scores
+    """
 
     source: PictureSentences
-    """Sentences with their pictures and labels."""
+    """Sentences with their images and labels."""
     model: str | None = None
     """Model that answers: a folder, or a name on the hub."""
     results: str | None = None
@@ -224,8 +263,14 @@ class Nlvr(_Resampled, _Machine):
 
 
 @dataclass(frozen=True)
-class Visdial(_Machine):
-    """Measure where the right answers of visual dialogues are ranked: MRR, recall, mean rank, NDCG."""
+class VisdialOptions(_Machine):
+    """Measure where the right answers of visual dialogues are ranked: MRR, recall, mean rank, NDCG.
+
+    Examples:
+
+        blip-eval visdial --model runs/visdial/model --out runs/scores \\
+            --source.path visdial_1.0_val.json --source.relevance visdial_1.0_val_dense_annotations.json
+    """
 
     source: Dialogues
     """Dialogues in the format of VisDial v1.0."""
@@ -250,11 +295,18 @@ class Visdial(_Machine):
 
 
 @dataclass(frozen=True)
-class Vqa(_Resampled, _Machine):
-    """Measure visual question answering by the official accuracy, or answer questions that have no answers yet."""
+class VqaOptions(_Resampled, _Machine):
+    """Measure visual question answering by the official accuracy, or answer questions that have no answers yet.
+
+    Examples:
+
+        blip-eval vqa --model runs/vqa/model --out runs/scores --source.image_root coco \\
+            --source.path v2_OpenEnded_mscoco_val2014_questions.json \\
+            --source.annotations v2_mscoco_val2014_annotations.json
+    """
 
     source: PictureQuestions
-    """Questions with their pictures, and with people's answers where there are any."""
+    """Questions with their images, and human answers where there are any."""
     model: str | None = None
     """Model that answers: a folder, or a name on the hub."""
     results: str | None = None
@@ -268,9 +320,9 @@ class Vqa(_Resampled, _Machine):
     limit: int | None = None
     """Questions to use, from the first on; all when not given."""
     batch: int = 16
-    """Pictures that go through the model at once, with all the questions about them."""
+    """Images that go through the model at once, with all the questions about them."""
     threads: int = 2
-    """Threads that decode pictures."""
+    """Threads that decode images."""
     out: str | None = None
     """Folder for results.json and scores.json; required with --model."""
     allow_partial: bool = False
@@ -287,3 +339,17 @@ def _one_of(model: str | None, results: str | None, what: str, out: str | None) 
         raise ValueError(f"give either --results FILE, {what} to score, or --model DIR, which makes them")
     if model and out is None:
         raise ValueError(f"--model needs --out DIR, where the {what} are kept")
+
+
+COMMANDS: dict[str, tuple[type, str]] = {
+    "captioning": (CaptioningOptions, "eval.captioning"),
+    "retrieval": (RetrievalOptions, "eval.retrieval"),
+    "nlvr2": (NlvrOptions, "eval.nlvr"),
+    "nlvr": (NlvrOptions, "eval.nlvr"),
+    "visdial": (VisdialOptions, "eval.dialogue"),
+    "vqa": (VqaOptions, "eval.vqa"),
+    "video_retrieval": (VideoRetrievalOptions, "eval.video_retrieval"),
+    "video_questions": (VideoQuestionsOptions, "eval.video_questions"),
+    "classification": (ClassificationOptions, "eval.classification"),
+}
+"""The options of a task, and the module whose `evaluate` takes them."""

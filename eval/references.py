@@ -14,26 +14,26 @@ from blip.data.formats.splits import check_split, of_split, refuse_split
 from blip.data.formats.values import kind_of
 from blip.errors import DataError, counted, shown
 
-Id = int | str
+ImageId = int | str
 """A number wherever the id is written as one, so that {"139": ...} and {"image_id": 139} are the same image."""
 _COCO_NAME = re.compile(r"COCO_[a-z]+20\d\d_0*(\d+)\.jpg$")
 
 
-class Entry(NamedTuple):
+class ImageCaptions(NamedTuple):
     """An image with its reference captions."""
 
-    id: Id
+    id: ImageId
     captions: list[str]
     """None of them where the file is a list of images only."""
     image: str | None = None
-    """Where the picture is, as the file says it."""
+    """Where the image is, as the file says it."""
     domain: str | None = None
     """NoCaps: in-domain, near-domain or out-domain."""
 
 
 def read_references(
     path: Path, split: str | None = None, image_column: str = "image", caption_column: str = "caption"
-) -> list[Entry]:
+) -> list[ImageCaptions]:
     """The images of a JSON file in order, each once.
 
     Takes COCO's and NoCaps's {images, annotations} (without annotations too), Karpathy's {images: [{sentences}]}, a
@@ -54,14 +54,14 @@ def read_references(
     return found
 
 
-def read_results(path: Path) -> dict[Id, str]:
+def read_results(path: Path) -> dict[ImageId, str]:
     """Results in the format of COCO's server, [{"image_id": ..., "caption": ...}]. DataError for anything else."""
     rows = _load(path)
     expected = 'expected [{"image_id": ..., "caption": ...}, ...]'
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{path} holds {kind_of(rows)}; {expected}")
-    results: dict[Id, str] = {}
-    repeated: list[Id] = []
+    results: dict[ImageId, str] = {}
+    repeated: list[ImageId] = []
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or not {"image_id", "caption"} <= row.keys():
             raise DataError(f"{path}: row {number} is {kind_of(row)}; {expected}")
@@ -106,7 +106,7 @@ def matching(references: Mapping[Any, Sequence[str]], results: Mapping[Any, str]
     return names
 
 
-def image_id(value: Any, where: str) -> Id:
+def image_id(value: Any, where: str) -> ImageId:
     """An id as it is written in JSON. DataError if it is neither a whole number nor a text."""
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
         raise DataError(f"{where} has {shown(value)} for an image id; expected a whole number or a text")
@@ -139,10 +139,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _coco(path: Path, value: dict, split: str | None) -> Iterator[Entry]:
+def _coco(path: Path, value: dict, split: str | None) -> Iterator[ImageCaptions]:
     """{"images": [{id, file_name, domain?}], "annotations": [{image_id, caption}]}"""
     refuse_split(split, path, "COCO's files")
-    entries: dict[Id, Entry] = {}
+    entries: dict[ImageId, ImageCaptions] = {}
     for number, image in enumerate(value["images"]):
         where = f"{path}: images[{number}]"
         if not isinstance(image, dict) or "id" not in image:
@@ -151,7 +151,9 @@ def _coco(path: Path, value: dict, split: str | None) -> Iterator[Entry]:
         if name in entries:
             raise DataError(f"{where}: image {name} is there twice")
         domain = image.get("domain")
-        entries[name] = Entry(name, [], _text(image.get("file_name")), domain if isinstance(domain, str) else None)
+        entries[name] = ImageCaptions(
+            name, [], _text(image.get("file_name")), domain if isinstance(domain, str) else None
+        )
     annotations = value.get("annotations") or []
     if not isinstance(annotations, list):
         raise DataError(f"{path}: annotations is {kind_of(annotations)}; expected a list")
@@ -171,7 +173,7 @@ def _is_karpathy(value: dict) -> bool:
     return isinstance(first, dict) and "sentences" in first
 
 
-def _karpathy(path: Path, images: list, split: str | None) -> Iterator[Entry]:
+def _karpathy(path: Path, images: list, split: str | None) -> Iterator[ImageCaptions]:
     """[{filename, filepath?, cocoid or imgid, split, sentences: [{raw}]}]"""
     rows = []
     for number, image in enumerate(images):
@@ -191,10 +193,10 @@ def _karpathy(path: Path, images: list, split: str | None) -> Iterator[Entry]:
     yield from _rows(path, rows, split, "image", "caption")
 
 
-def _plain(path: Path, value: dict, split: str | None) -> Iterator[Entry]:
+def _plain(path: Path, value: dict, split: str | None) -> Iterator[ImageCaptions]:
     """{id: [captions]}"""
     refuse_split(split, path, "objects of captions by id")
-    seen: set[Id] = set()
+    seen: set[ImageId] = set()
     for key, captions in value.items():
         where = f"{path}: image {key}"
         name = image_id(key, where)
@@ -203,18 +205,22 @@ def _plain(path: Path, value: dict, split: str | None) -> Iterator[Entry]:
         if name in seen:
             raise DataError(f"{where} is there twice")
         seen.add(name)
-        yield Entry(name, [_caption(caption, where) for caption in captions])
+        yield ImageCaptions(name, [_caption(caption, where) for caption in captions])
 
 
-def _rows(path: Path, rows: Iterable[Any], split: str | None, image_column: str, column: str) -> Iterator[Entry]:
+def _rows(
+    path: Path, rows: Iterable[Any], split: str | None, image_column: str, column: str
+) -> Iterator[ImageCaptions]:
     """Rows of {image, image_id, caption or captions}; those of one image are taken together."""
-    entries: dict[Id, Entry] = {}
+    entries: dict[ImageId, ImageCaptions] = {}
     seen: Counter[str] = Counter()
     for number, row in of_split(_objects(path, rows), split, path, seen):
         where = f"{path}: row {number}"
         image, domain = row.get(image_column), row.get("domain")
         name = _id_of(row, image, where)
-        found = entries.setdefault(name, Entry(name, [], _text(image), domain if isinstance(domain, str) else None))
+        found = entries.setdefault(
+            name, ImageCaptions(name, [], _text(image), domain if isinstance(domain, str) else None)
+        )
         if found.image != _text(image):
             raise DataError(f"{where}: image id {name} is also that of {found.image}")
         captions = row.get(column, row.get("captions", []))
@@ -232,7 +238,7 @@ def _objects(path: Path, rows: Iterable[Any]) -> Iterator[tuple[int, dict[str, A
         yield number, row
 
 
-def _id_of(row: dict, image: Any, where: str) -> Id:
+def _id_of(row: dict, image: Any, where: str) -> ImageId:
     """`image_id`, or `img_id` as in the original's lists, or what COCO's file name says, or the image's path."""
     for key in ("image_id", "img_id"):
         if key in row:

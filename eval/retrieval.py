@@ -23,64 +23,109 @@ from blip.models.blip import Blip
 from blip.text import clean_caption
 from blip.tokenizer import Tokenizer
 from blip.train.log import bar
-from eval.pictures import Pictures
-from eval.references import Id
+from eval.images import Images
+from eval.options import RetrievalOptions
+from eval.references import ImageId
+from eval.runner import Runner, evaluating, in_parts, listed, together
 
 RANKS = (1, 5, 10)
 KEPT_BYTES = 1 << 30
 """So many bytes of image tokens wait for the re-ranking; a larger gallery is looked at twice."""
 
 
-class Gallery(NamedTuple):
-    """Held-out pictures and texts, as `retrieval` takes them."""
+def evaluate(options: RetrievalOptions, runner: Runner) -> Iterator[tuple[str, float]]:
+    """Measure a model; leaves results.json, the best texts of each image and the best images of each text."""
+    with runner.model() as loaded:
+        side = loaded.model.config.vision.image_size
+        gallery = Gallery.open(options.source, side, limit=options.limit, batch=options.batch)
+        ranking = rank(loaded.model, loaded.tokenizer, *gallery, k=options.k, max_tokens=options.max_tokens)
+    yield from measured(gallery, ranking, runner, "model", "source", "k")
 
-    images: Views
-    """Normalised pictures (B, 3, S, S) in order, as often as asked for."""
-    texts: list[str]
-    """Cleaned captions."""
-    image_of_text: list[int]
-    """Which picture each caption belongs to."""
 
-    @classmethod
-    def open(
-        cls, config: SourceConfig, image_size: int, *, limit: int | None = None, batch: int = 50, threads: int = 2
-    ) -> Gallery:
-        """The first `limit` pictures of a source that have captions, each once with all of them.
+def measured(
+    gallery: Gallery, ranking: Ranking, runner: Runner, *settings: str, name: str = "image_id", kind: str = "images"
+) -> Iterator[tuple[str, float]]:
+    """In the main process, leave the files of a ranking and yield its recalls; `name` and `kind` as of `results`."""
+    if not dist.is_main():
+        return
+    runner.out.write("results.json", results(gallery.ids, gallery.texts, gallery.image_of_text, ranking, name, kind))
+    runner.record(*settings, **{kind: len(gallery.ids), "texts": len(gallery.texts)})
+    runner.times = 1
+    yield from ranking.recalls(torch.as_tensor(gallery.image_of_text)).items()
 
-        DataError for one that cannot be used.
-        """
-        pictures = Pictures.open(config, None if format_of(config) == "json" else limit)
-        pictures = pictures.only([entry.id for entry in pictures.entries if entry.captions][:limit])
-        texts, owner = [], []
-        for row, entry in enumerate(pictures.entries):
-            for caption in entry.captions:
-                try:
-                    texts.append(clean_caption(caption, DataConfig.max_words))
-                except BadSample as error:
-                    raise DataError(f"source {config.path}: image {entry.id} cannot be evaluated: {error}") from None
-                owner.append(row)
-        return cls(Views(pictures, image_size, batch, threads), texts, owner)
 
-    @property
-    def ids(self) -> list[Id]:
-        """What the source calls each picture."""
-        return [entry.id for entry in self.images.pictures.entries]
+# Images and texts -----------------------------------------------------------------------------------------------------
 
 
 class Views:
-    """Pictures as a model sees them, in batches of (B, 3, S, S); nothing is left out silently."""
+    """Images as a model sees them, in batches of (B, 3, S, S), or clips; nothing is left out silently."""
 
-    def __init__(self, pictures: Pictures, image_size: int, batch: int = 50, threads: int = 2) -> None:
-        self.pictures, self.image_size, self.batch, self.threads = pictures, image_size, batch, threads
+    def __init__(
+        self, ids: Sequence[ImageId], read: Callable[[Sequence[int]], Iterable[Tensor]], batch: int = 50
+    ) -> None:
+        """`ids` are what the source calls each; `read` gives some of them, by number, in batches of `batch`."""
+        self.ids, self.read, self.batch = ids, read, batch
 
     def __iter__(self) -> Iterator[Tensor]:
         return self.share(0, 1)
 
     def share(self, first: int, step: int) -> Iterator[Tensor]:
         """Batches `first`, `first + step`, ... only; the others are not read."""
-        size, rows = self.batch, range(len(self.pictures))
-        mine = [row for start in range(first * size, len(rows), step * size) for row in rows[start : start + size]]
-        return (images for _, images in self.pictures.batches(mine, size, self.image_size, self.threads))
+        parts = in_parts(range(len(self.ids)), self.batch)
+        return iter(self.read([row for part in parts[first::step] for row in part]))
+
+
+class Gallery(NamedTuple):
+    """Held-out images and texts, as `retrieval` takes them."""
+
+    images: Views
+    """In order, as often as asked for."""
+    texts: list[str]
+    """Cleaned captions."""
+    image_of_text: list[int]
+    """Which image each caption belongs to."""
+
+    @classmethod
+    def open(
+        cls, config: SourceConfig, image_size: int, *, limit: int | None = None, batch: int = 50, threads: int = 2
+    ) -> Gallery:
+        """The first `limit` images of a source that have captions, each once with all of them.
+
+        DataError for one that cannot be used.
+        """
+        images = Images.open(config, None if format_of(config) == "json" else limit)
+        images = images.only([entry.id for entry in images.entries if entry.captions][:limit])
+        views = Views(
+            [entry.id for entry in images.entries],
+            lambda rows: (pixels for _, pixels in images.batches(rows, batch, image_size, threads)),
+            batch,
+        )
+        captions = [(f"source {config.path}: image {entry.id}", entry.captions) for entry in images.entries]
+        return cls(views, *cleaned(captions, DataConfig.max_words))
+
+    @property
+    def ids(self) -> Sequence[ImageId]:
+        """What the source calls each image."""
+        return self.images.ids
+
+
+def cleaned(captions: Iterable[tuple[str, Sequence[str]]], max_words: int) -> tuple[list[str], list[int]]:
+    """Cleaned captions of images or clips, and the number of the one that each belongs to.
+
+    `captions` has the name of each, for the DataError of a caption without words, and its captions.
+    """
+    texts, owner = [], []
+    for number, (name, given) in enumerate(captions):
+        for caption in given:
+            try:
+                texts.append(clean_caption(caption, max_words))
+            except BadSample as error:
+                raise DataError(f"{name} cannot be evaluated: {error}") from None
+            owner.append(number)
+    return texts, owner
+
+
+# Rankings -------------------------------------------------------------------------------------------------------------
 
 
 class Ranking(NamedTuple):
@@ -141,7 +186,7 @@ def rank(
 ) -> Ranking:
     """Compare all images with all texts by ITC, and the best `k` of each by ITM too.
 
-    `images` yields normalised pictures (B, 3, S, S) in order, as often as asked for; `image_of_text` says which of them
+    `images` yields normalised images (B, 3, S, S) in order, as often as asked for; `image_of_text` says which of them
     each text belongs to; any number of texts per image, none included. `k` is cut to the size of the gallery. `batch`
     is the number of texts that go through the model at once.
 
@@ -152,7 +197,6 @@ def rank(
     return compare(model, tokenizer, images, texts, image_of_text, see=model.vision, embed=model.embed_image, **ways)
 
 
-@torch.no_grad()
 def compare(
     model: Blip,
     tokenizer: Tokenizer,
@@ -167,21 +211,19 @@ def compare(
     batch: int,
 ) -> Ranking:
     """`rank` of whatever `see` turns into tokens (B, P, V) and `embed` those into embeddings (B, E): images, clips."""
-    owner = torch.as_tensor(view_of_text)
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    try:
+    owner, device = torch.as_tensor(view_of_text), next(model.parameters()).device
+
+    def embed_text(part: Sequence[str]) -> Tensor:
+        ids, keep = tokenizer.encode(part, first="cls", max_length=max_tokens)
+        return model.embed_text(ids.to(device), keep.to(device)).cpu()
+
+    with evaluating(model):
         seen = _Seen(see, views, device)
-        image_embeds = _together(lambda: [embed(tokens).cpu() for tokens in seen])
+        image_embeds = _in_turn(lambda: [embed(tokens).cpu() for tokens in seen])
         count = sum(map(len, image_embeds))
         _check(texts, owner, count)
-
-        def embed_text(part: list[str]) -> Tensor:
-            ids, keep = tokenizer.encode(part, first="cls", max_length=max_tokens)
-            return model.embed_text(ids.to(device), keep.to(device)).cpu()
-
-        mine = _parts(list(texts), batch)[dist.rank() :: dist.world()]
-        text_embeds = _together(lambda: [embed_text(part) for part in mine])
+        mine = in_parts(list(texts), batch)[dist.rank() :: dist.world()]
+        text_embeds = _in_turn(lambda: [embed_text(part) for part in mine])
         itc = cosines(torch.cat(image_embeds), torch.cat(text_embeds))
         of_image, of_text = candidates(itc, k)
         pairs = of_image | of_text
@@ -190,19 +232,16 @@ def compare(
 
         def logits() -> list[Tensor]:
             found = []
-            told = bar(count, "re-rank", "images", show=dist.is_main())
-            for start, tokens in zip(starts, seen, strict=False):
-                chosen = [row.nonzero().squeeze(1) for row in pairs[start : start + len(tokens)]]
-                found.append(torch.cat(match(model, tokens, *encoded, chosen, batch))[:, 1].cpu())
-                told.update(min(len(tokens) * dist.world(), count - told.n))
-            told.close()
+            with bar(count, "re-rank", "images", show=dist.is_main()) as progress:
+                for start, tokens in zip(starts, seen, strict=False):
+                    chosen = [row.nonzero().squeeze(1) for row in pairs[start : start + len(tokens)]]
+                    found.append(torch.cat(match(model, tokens, *encoded, chosen, batch))[:, 1].cpu())
+                    progress.update(min(len(tokens) * dist.world(), count - progress.n))
             return found
 
         scores = torch.full_like(itc, float("-inf"))
-        scores[pairs] = torch.cat(_together(logits))  # by image, then by text, as the pairs are
+        scores[pairs] = torch.cat(_in_turn(logits))  # by image, then by text, as the pairs are
         scores += itc
-    finally:
-        model.train(training)
     return Ranking(itc, scores, of_image, of_text)
 
 
@@ -237,22 +276,9 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _together(work: Callable[[], list[Tensor]]) -> list[Tensor]:
-    """What each process makes of its batches (rank, rank + processes, ...) -> that of all batches, in order.
-
-    What one of them cannot use is raised by all, so that none waits for it.
-    """
-    made: list[Tensor] = []
-    failure = None
-    try:
-        made = work()
-    except (DataError, ValueError) as error:
-        failure = error
-    parts = dist.gather_objects((made, failure))
-    for _, failure in parts:
-        if failure:
-            raise failure
-    return [one for turn in zip_longest(*(part for part, _ in parts)) for one in turn if one is not None]
+def _in_turn(work: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """What each process makes of its batches (rank, rank + processes, ...) -> that of all batches, in order."""
+    return [one for turn in zip_longest(*together(work)) for one in turn if one is not None]
 
 
 def candidates(cosines: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -296,5 +322,34 @@ def _check(texts: Sequence[str], owner: Tensor, images: int) -> None:
         raise ValueError(f"image_of_text names image {int(owner.max())}, but there are {images} (from 0)")
 
 
-def _parts(items: list, size: int) -> list[list]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def results(
+    ids: Sequence[Any],
+    texts: Sequence[str],
+    owners: Sequence[int],
+    ranking: Ranking,
+    name: str = "image_id",
+    kind: str = "images",
+) -> str:
+    """What was found, as JSON: for each image its best texts, for each text its best images, up to 10 of each.
+
+    `ids` are those of the images, `owners` says which each text belongs to; `name` and `kind` are what to call them.
+    """
+    never = float("-inf")
+    of_image = ranking.scores.masked_fill(~ranking.of_image, never)
+    of_text = ranking.scores.masked_fill(~ranking.of_text, never).T
+    there = [{name: id, **_best(row, "texts", range(len(texts)))} for id, row in zip(ids, of_image, strict=True)]
+    back = [
+        {"text": text, name: ids[owner], **_best(row, kind, ids)}
+        for text, owner, row in zip(texts, owners, of_text, strict=True)
+    ]
+    return f'{{"texts_of_{kind[:-1]}": {listed(there).strip()},\n "{kind}_of_text": {listed(back).strip()}}}\n'
+
+
+def _best(scores: Tensor, kind: str, names: Sequence[Any]) -> dict[str, Any]:
+    best = scores.topk(min(max(RANKS), len(scores)))
+    kept = [(names[i], round(value, 4)) for i, value in zip(*map(Tensor.tolist, best[::-1]), strict=True)]
+    kept = [(name, value) for name, value in kept if value != float("-inf")]
+    return {kind: [name for name, _ in kept], "scores": [value for _, value in kept]}

@@ -1,11 +1,12 @@
-"""Question answering about clips with a model of images and questions, without training on videos (section 5.6)."""
+"""ClipQuestion answering about clips with a model of images and questions, without training on videos (section 5.6)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-import torch
-
+from blip import dist
+from blip.app.candidates import load_candidates
 from blip.errors import DataError
 from blip.inference.answering import Answer, Candidates, answers, ask
 from blip.inference.settings import QUESTION_WORDS, AnswerConfig
@@ -13,19 +14,48 @@ from blip.models.video import FRAMES, clip_tokens
 from blip.models.vqa import Vqa
 from blip.text import clean_question
 from blip.tokenizer import Tokenizer
-from eval.clips import Clip, Question, batches
+from eval.clips import ClipQuestion, VideoClip, batches, read_questions
 from eval.metrics.vqa import normalise
-from eval.parallel import spread
+from eval.options import VideoQuestionsOptions
+from eval.runner import Runner, evaluating, in_parts, listed, spread
 
 _AT_ONCE = 64
 """Questions answered together."""
 
 
+def evaluate(options: VideoQuestionsOptions, runner: Runner) -> Iterator[tuple[str, float]]:
+    """Measure a model; leaves results.json, its answers."""
+    file = Path(options.questions).expanduser()
+    root = Path(options.video_root).expanduser() if options.video_root else file.parent
+    clips, questions = read_questions(file, root.absolute())
+    clips = clips[: options.limit]
+    questions = [question for question in questions if question.clip < len(clips)]
+    with runner.model(Vqa) as loaded:
+        candidates = load_candidates(options.candidates, options.model, options.method, loaded.tokenizer)
+        given = (loaded.model, loaded.tokenizer, clips, questions, options.answers, candidates)
+        found = answers_about_clips(*given, frames=options.frames, batch=options.batch)
+    if not dist.is_main():
+        return
+    words = [answer.words for answer in found]
+    rows = [
+        {"id": question.id, "video_id": clips[question.clip].id, "question": question.question, "answer": answer}
+        for question, answer in zip(questions, words, strict=True)
+    ]
+    runner.out.write("results.json", listed(rows))
+    counts = {"videos": len(clips), "questions": len(questions), "questions_file": options.questions}
+    runner.record("model", "frames", "candidates", "method", "answers", **counts)
+    runner.times = 1
+    yield from accuracy(questions, words).items()
+
+
+# Answers --------------------------------------------------------------------------------------------------------------
+
+
 def answers_about_clips(
     model: Vqa,
     tokenizer: Tokenizer,
-    clips: Sequence[Clip],
-    questions: Sequence[Question],
+    clips: Sequence[VideoClip],
+    questions: Sequence[ClipQuestion],
     config: AnswerConfig,
     candidates: Candidates | None = None,
     *,
@@ -45,41 +75,39 @@ def answers_about_clips(
     rows_of: list[list[int]] = [[] for _ in clips]
     for row, question in enumerate(questions):
         rows_of[question.clip].append(row)
-    device, training = next(model.parameters()).device, model.training
+    device = next(model.parameters()).device
     if candidates:
         candidates.to(device)
 
-    @torch.no_grad()
     def work(numbers: Sequence[int]) -> list[tuple[int, Answer]]:
         (shown,) = batches(clips, numbers, len(numbers), frames, model.config.vision.image_size, threads)
         tokens = clip_tokens(model.vision, shown.to(device))
         rows = [(row, place) for place, number in enumerate(numbers) for row in rows_of[number]]
         found: list[tuple[int, Answer]] = []
-        for part in (rows[i : i + _AT_ONCE] for i in range(0, len(rows), _AT_ONCE)):
+        for part in in_parts(rows, _AT_ONCE):
             places = [place for _, place in part]
             context = ask(model, tokenizer, tokens, [texts[row] for row, _ in part], places)
-            said = answers(model, tokenizer, context, config, candidates)
-            found += [(row, one) for (row, _), (one,) in zip(part, said, strict=True)]
+            best = answers(model, tokenizer, context, config, candidates)
+            found += [(row, answer) for (row, _), (answer,) in zip(part, best, strict=True)]
         return found
 
     asked = [number for number, rows in enumerate(rows_of) if rows]
-    model.eval()
-    try:
-        parts = [asked[i : i + batch] for i in range(0, len(asked), batch)]
-        found = spread(parts, work, what="answer")
-    finally:
-        model.train(training)
-    return [said for _, said in sorted(found)]
+    with evaluating(model):
+        found = spread(in_parts(asked, batch), work, what="answer")
+    return [answer for _, answer in sorted(found)]
 
 
-def accuracy(questions: Sequence[Question], given: Sequence[str]) -> dict[str, float]:
+# Scores ---------------------------------------------------------------------------------------------------------------
+
+
+def accuracy(questions: Sequence[ClipQuestion], given: Sequence[str]) -> dict[str, float]:
     """Share of answers that are the right one, in percent: all, and by a question's first word (what, who, how...).
 
     Spelling is evened out on both sides as in VQA's official accuracy.
     """
     right: dict[str, list[bool]] = {}
-    for question, said in zip(questions, given, strict=True):
-        hit = normalise(said) == normalise(question.answer)
+    for question, answer in zip(questions, given, strict=True):
+        hit = normalise(answer) == normalise(question.answer)
         for kind in ("accuracy", f"accuracy_{clean_question(question.question, 1)}"):
             right.setdefault(kind, []).append(hit)
     return {kind: 100 * sum(hits) / len(hits) for kind, hits in right.items()}

@@ -3,79 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from pathlib import Path
 
-from torch import Tensor
-
-from blip.errors import BadSample, DataError
+from blip.errors import DataError
 from blip.models.blip import Blip
 from blip.models.video import FRAMES, clip_tokens, embed_clip
-from blip.text import clean_caption
 from blip.tokenizer import Tokenizer
-from eval.clips import Clip, batches
-from eval.retrieval import Ranking, Views, compare
+from eval.clips import VideoClip, batches, read_clips
+from eval.options import VideoRetrievalOptions
+from eval.retrieval import Gallery, Ranking, Views, cleaned, compare, measured
+from eval.runner import Runner
 
 MAX_WORDS = 40
 """Words kept of a text."""
 
 
-class ClipViews(Views):
-    """Clips as a model sees them, in batches of frames (B, F, 3, S, S); nothing is left out silently."""
+def evaluate(options: VideoRetrievalOptions, runner: Runner) -> Iterator[tuple[str, float]]:
+    """Measure a model; leaves results.json, the best texts of each clip and the best clips of each text.
 
-    def __init__(
-        self, clips: Sequence[Clip], image_size: int, frames: int = FRAMES, batch: int = 4, threads: int = 2
-    ) -> None:
-        self.clips, self.frames = list(clips), frames
-        self.image_size, self.batch, self.threads = image_size, batch, threads
+    `tr@` is from clip to text, `ir@` from text to clip, the paper's direction.
+    """
+    file = Path(options.clips).expanduser()
+    root = Path(options.video_root).expanduser() if options.video_root else file.parent
+    clips = read_clips(file, root.absolute(), options.split)[: options.limit]
+    with runner.model() as loaded:
+        side, frames = loaded.model.config.vision.image_size, options.frames
+        gallery = gallery_of(clips, side, frames=frames, batch=options.batch)
+        ways = {"frames": frames, "k": options.k, "max_tokens": options.max_tokens}
+        ranking = rank_clips(loaded.model, loaded.tokenizer, gallery, **ways)
+    settings = ("model", "clips", "split", "frames", "k")
+    yield from measured(gallery, ranking, runner, *settings, name="video_id", kind="videos")
 
-    def share(self, first: int, step: int) -> Iterator[Tensor]:
-        size, rows = self.batch, range(len(self.clips))
-        mine = [row for start in range(first * size, len(rows), step * size) for row in rows[start : start + size]]
-        return batches(self.clips, mine, size, self.frames, self.image_size, self.threads)
 
+def gallery_of(
+    clips: Sequence[VideoClip], image_size: int, *, frames: int = FRAMES, batch: int = 4, threads: int = 2
+) -> Gallery:
+    """Clips in batches of frames (B, F, 3, S, S) with all their captions.
 
-class ClipGallery(NamedTuple):
-    """Held-out clips and texts, as `rank_clips` takes them."""
-
-    clips: ClipViews
-    texts: list[str]
-    """Cleaned captions."""
-    clip_of_text: list[int]
-    """Which clip each caption belongs to."""
-
-    @classmethod
-    def of(
-        cls, clips: Sequence[Clip], image_size: int, *, frames: int = FRAMES, batch: int = 4, threads: int = 2
-    ) -> ClipGallery:
-        """All captions of some clips. DataError for one without words, or if there is none."""
-        texts, owner = [], []
-        for number, clip in enumerate(clips):
-            for caption in clip.captions:
-                try:
-                    texts.append(clean_caption(caption, MAX_WORDS))
-                except BadSample as error:
-                    raise DataError(f"video {clip.id} cannot be evaluated: {error}") from None
-                owner.append(number)
-        if not texts:
-            raise DataError("the clips have no captions")
-        return cls(ClipViews(clips, image_size, frames, batch, threads), texts, owner)
-
-    @property
-    def ids(self) -> list[str | int]:
-        """What the list calls each clip."""
-        return [clip.id for clip in self.clips.clips]
+    DataError for a caption without words, or if there is none.
+    """
+    texts, owner = cleaned([(f"video {clip.id}", clip.captions) for clip in clips], MAX_WORDS)
+    if not texts:
+        raise DataError("the clips have no captions")
+    ids = [clip.id for clip in clips]
+    return Gallery(
+        Views(ids, lambda rows: batches(clips, rows, batch, frames, image_size, threads), batch), texts, owner
+    )
 
 
 def rank_clips(
     model: Blip,
     tokenizer: Tokenizer,
-    gallery: ClipGallery,
+    gallery: Gallery,
     *,
+    frames: int = FRAMES,
     k: int = 128,
     max_tokens: int = 35,
     batch: int = 256,
 ) -> Ranking:
-    """Compare all clips with all texts by ITC, and the best `k` of each by ITM too, over the tokens of all frames.
+    """Compare all clips with all texts by ITC, and the best `k` of each by ITM too, over the tokens of all `frames`.
 
     Like `eval.retrieval.rank`, processes included.
     """
@@ -83,8 +69,8 @@ def rank_clips(
         model,
         tokenizer,
         *gallery,
-        see=lambda frames: clip_tokens(model.vision, frames),
-        embed=lambda tokens: embed_clip(model, tokens, gallery.clips.frames),
+        see=lambda views: clip_tokens(model.vision, views),
+        embed=lambda tokens: embed_clip(model, tokens, frames),
         k=k,
         max_tokens=max_tokens,
         batch=batch,

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from blip import dist
+from blip.app.candidates import load_candidates
 from blip.data.prepare.questions import Id, Question, Questions, load
 from blip.errors import BadSample, DataError, counted
 from blip.inference.answering import Answer, Candidates, answers, ask
@@ -22,17 +24,51 @@ from blip.inference.settings import QUESTION_WORDS, AnswerConfig
 from blip.models.vqa import Vqa
 from blip.text import clean_question
 from blip.tokenizer import Tokenizer
+from eval.images import Images
 from eval.metrics.vqa import accuracy
-from eval.parallel import spread
-from eval.pictures import Pictures
-from eval.references import Entry
+from eval.options import VqaOptions
+from eval.references import ImageCaptions
+from eval.runner import Runner, evaluating, in_parts, listed, spread
 
 _AT_ONCE = 64
 """Questions answered together."""
 
 
+def evaluate(options: VqaOptions, runner: Runner) -> Iterator[tuple[str, float | None]]:
+    """Measure answers of a model, or of a file; leaves results.json, the answers of the model."""
+    source = Questions(options.source)
+    questions = [source.question(row) for row in range(len(source))][: options.limit]
+    if options.model:
+        asked = QuestionSet(source, options.limit)
+        with runner.model(Vqa) as loaded:
+            candidates = load_candidates(options.candidates, options.model, options.method, loaded.tokenizer)
+            ways = {"batch": options.batch, "threads": options.threads}
+            found = answers_of(loaded.model, loaded.tokenizer, asked, options.answers, candidates, **ways)
+        results = {name: answer.words for name, answer in found.items()}
+    else:
+        results = read_results(Path(options.results))
+    if not dist.is_main():
+        return
+    if options.model:
+        runner.out.write("results.json", evalai_results(results))
+        if not any(question.answers for question in questions):
+            return runner.unscored("results.json", "human answers")
+    given = {"resamples": options.resamples, "seed": options.seed, "allow_partial": options.allow_partial}
+    scores = score(questions, results, **given)
+    print(f"{scores.questions} questions" + f"; {scores.missing} without a result are left out" * bool(scores.missing))
+    for kind, value in (*scores.by_question_type.items(), *scores.by_answer_type.items()):
+        print(f"  {kind[:21]:<22}{100 * value:7.2f}")
+    record = asdict(scores)
+    yield from [(name, record.pop(name)) for name in ("accuracy", "accuracy_low", "accuracy_high")]
+    names = ("model", "candidates", "method", "answers", "limit") if options.model else ("results", "limit")
+    runner.record(*names, "resamples", "seed", "source", **record)
+
+
+# Scores ---------------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class Scores:
+class VqaScores:
     """Accuracies as fractions (papers print 100 times as much), and how they came about."""
 
     accuracy: float
@@ -43,15 +79,11 @@ class Scores:
     """yes/no, number, other, as far as the data says."""
     by_question_type: dict[str, float]
     questions: int
-    """That were scored."""
+    """Questions that were scored."""
     missing: int
     """Questions without a result that were left out."""
     counts: dict[str, int]
     """Questions of each answer type."""
-
-    def record(self) -> dict[str, Any]:
-        """As JSON can hold it."""
-        return asdict(self)
 
     def named(self) -> dict[str, float]:
         """The accuracy, and that of each answer type."""
@@ -65,7 +97,7 @@ def score(
     resamples: int = 1000,
     seed: int = 0,
     allow_partial: bool = False,
-) -> Scores:
+) -> VqaScores:
     """Score one answer a question against its annotators' answers.
 
     DataError if the ids do not match, unless `allow_partial` and only results are missing, or nobody gave an answer.
@@ -89,7 +121,7 @@ def score(
         name: _by([getattr(question, name) for question in scored], right) for name in ("answer_type", "question_type")
     }
     counts = {kind: sum(question.answer_type == kind for question in scored) for kind in kinds["answer_type"]}
-    return Scores(
+    return VqaScores(
         float(right.mean()), low, high, kinds["answer_type"], kinds["question_type"], len(scored), len(missing), counts
     )
 
@@ -116,13 +148,13 @@ def read_results(path: Path) -> dict[Id, str]:
     results: dict[Id, str] = {}
     repeated: list[Id] = []
     for number, row in enumerate(rows):
-        name, said = (row.get("question_id"), row.get("answer")) if isinstance(row, dict) else (None, None)
-        if isinstance(name, bool) or not isinstance(name, int | str) or not isinstance(said, str):
+        name, answer = (row.get("question_id"), row.get("answer")) if isinstance(row, dict) else (None, None)
+        if isinstance(name, bool) or not isinstance(name, int | str) or not isinstance(answer, str):
             raise DataError(f"{path}: row {number} is {json.dumps(row)[:80]}; {expected}")
         name = int(name) if isinstance(name, str) and name.isascii() and name.isdigit() else name
         if name in results:
             repeated.append(name)
-        results[name] = said
+        results[name] = answer
     if repeated:
         raise DataError(f"{path}: {counted(repeated, 'question')} more than once; expected one answer a question")
     return results
@@ -130,15 +162,17 @@ def read_results(path: Path) -> dict[Id, str]:
 
 def evalai_results(answers: Mapping[Id, str]) -> str:
     """Answers as EvalAI's server takes them."""
-    rows = [json.dumps({"question_id": name, "answer": said}) for name, said in answers.items()]
-    return "[\n" + ",\n".join(rows) + "\n]\n"
+    return listed([{"question_id": name, "answer": answer} for name, answer in answers.items()])
+
+
+# Answers --------------------------------------------------------------------------------------------------------------
 
 
 class QuestionSet:
-    """The first `limit` questions of a source with their pictures, each once however many are asked about it."""
+    """The first `limit` questions of a source with their images, each once however many are asked about it."""
 
     def __init__(self, source: Questions, limit: int | None = None) -> None:
-        """DataError if no picture is there, or a question has no words."""
+        """DataError if no image is there, or a question has no words."""
         source.check_some_exist()
         self.where = source.config.path
         self.questions = [source.question(row) for row in range(min(limit or len(source), len(source)))]
@@ -157,10 +191,10 @@ class QuestionSet:
             except BadSample as error:
                 raise DataError(f"{source.key(first[number])}: {error.reason}") from None
 
-        self.pictures = Pictures([Entry(name, [], name) for name in self._of], image, self.where)
+        self.images = Images([ImageCaptions(name, [], name) for name in self._of], image, self.where)
 
     def of(self, image: str) -> list[int]:
-        """Rows of the questions about a picture."""
+        """Rows of the questions about an image."""
         return self._of[image]
 
 
@@ -176,45 +210,26 @@ def answers_of(
 ) -> dict[Id, Answer]:
     """Answer each question: by the best candidate, or without any by search. All processes share the work.
 
-    All processes have to call it, and each returns all answers in the order of the questions. `batch` pictures go
-    through the model at once. DataError, in every process, if a picture cannot be read.
+    All processes have to call it, and each returns all answers in the order of the questions. `batch` images go
+    through the model at once. DataError, in every process, if an image cannot be read.
     """
-    device, training, side = next(model.parameters()).device, model.training, model.config.vision.image_size
+    device, side = next(model.parameters()).device, model.config.vision.image_size
     if candidates:
         candidates.to(device)
 
     def work(rows: Sequence[int]) -> list[tuple[int, Answer]]:
-        found = list(asked.pictures.batches(rows, -(-len(rows) // threads), side, threads))
-        names, images = [name for names, _ in found for name in names], torch.cat([images for _, images in found])
-        return _answered(model, tokenizer, asked, names, images.to(device), config, candidates)
+        read = list(asked.images.batches(rows, -(-len(rows) // threads), side, threads))
+        names = [name for names, _ in read for name in names]
+        tokens = model.vision(torch.cat([views for _, views in read]).to(device))
+        about = [(row, place) for place, name in enumerate(names) for row in asked.of(name)]
+        found: list[tuple[int, Answer]] = []
+        for part in in_parts(about, _AT_ONCE):
+            texts = [asked.texts[row] for row, _ in part]
+            context = ask(model, tokenizer, tokens, texts, [place for _, place in part])
+            best = answers(model, tokenizer, context, config, candidates)
+            found += [(row, answer) for (row, _), (answer,) in zip(part, best, strict=True)]
+        return found
 
-    parts = [range(i, min(i + batch, len(asked.pictures))) for i in range(0, len(asked.pictures), batch)]
-    model.eval()
-    try:
-        found = spread(parts, work, what="answer")
-    finally:
-        model.train(training)
-    return {asked.questions[row].id: said for row, said in sorted(found)}
-
-
-@torch.no_grad()
-def _answered(
-    model: Vqa,
-    tokenizer: Tokenizer,
-    asked: QuestionSet,
-    names: Sequence[str],
-    images: torch.Tensor,
-    config: AnswerConfig,
-    candidates: Candidates | None,
-) -> list[tuple[int, Answer]]:
-    """Rows of all questions about some pictures, and their answers."""
-    tokens = model.vision(images)
-    rows = [(row, place) for place, name in enumerate(names) for row in asked.of(name)]
-    found: list[tuple[int, Answer]] = []
-    for i in range(0, len(rows), _AT_ONCE):
-        part = rows[i : i + _AT_ONCE]
-        texts = [asked.texts[row] for row, _ in part]
-        context = ask(model, tokenizer, tokens, texts, [place for _, place in part])
-        said = answers(model, tokenizer, context, config, candidates)
-        found += [(row, best) for (row, _), (best,) in zip(part, said, strict=True)]
-    return found
+    with evaluating(model):
+        found = spread(in_parts(range(len(asked.images)), batch), work, what="answer")
+    return {asked.questions[row].id: answer for row, answer in sorted(found)}

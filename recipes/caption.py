@@ -27,21 +27,21 @@ from blip.train.settings import TrainConfig
 from blip.world.judge import grade, judge
 from blip.world.scene import scene_of
 from eval.captioning import captions_of, coco_results, score
-from eval.pictures import Pictures
-from eval.references import Id
+from eval.images import Images
+from eval.references import ImageId
 from recipes import command, keeping
 from recipes.building import ModelChoice, WorldChoice, build_feed, build_model, draw_world
 
-Captions = dict[Id, str]
+Captions = dict[ImageId, str]
 """What was written, by image."""
-References = Mapping[Id, Sequence[str]]
+References = Mapping[ImageId, Sequence[str]]
 Grader = Callable[[Captions], dict[str, float]]
 """Captions of all images of a held-out set -> named scores."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Pictures with reference captions, which are not trained on."""
+    """Images with reference captions, which are not trained on."""
 
     source: SourceConfig
     """Where they are; rows of one image are taken together."""
@@ -105,13 +105,13 @@ class Exam:
         Raises DataError for a picture without references or that is not there, ValueError for a length of captions that
         does not fit the model or the prompt.
         """
-        self.pictures = Pictures.open(held.source, held.limit)
+        self.pictures = Images.open(held.source, held.limit)
         self.tokenizer, self.decode, self.prompt = tokenizer, run.decode, run.data.prompt
         references = self.pictures.references
         if bare := [image for image, captions in references.items() if not captions]:
             raise DataError(f"{name}.source {held.source.path}: no reference captions for {counted(bare, 'image')}")
         self.graders = graders(references)
-        self.pictures.picture(0)
+        self.pictures.image(0)
         side = model.vision.image_size
         write(model.eval(), tokenizer, torch.zeros(1, 3, side, side), run.decode, prompt=self.prompt, keys=[""])
 
@@ -134,7 +134,7 @@ def agreement(references: References) -> Grader:
     return lambda captions: score(references, captions, tokenizer="python", resamples=0).values
 
 
-def truth(images: Iterable[Id]) -> list[Grader]:
+def truth(images: Iterable[ImageId]) -> list[Grader]:
     """How much of what is said of the picture world is true; no grader for other pictures."""
     try:
         scenes = {image: scene_of(str(image)) for image in images}

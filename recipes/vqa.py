@@ -169,7 +169,7 @@ class Exam:
         if bare := [question.id for question in self.asked.questions if not question.answers]:
             these = counted(bare, "question")
             raise DataError(f"{name}.source {held.source.path}: no answers to {these}; give annotations")
-        self.asked.pictures.picture(0)
+        self.asked.images.image(0)
         side = model.vision.image_size
         with torch.no_grad():
             tokens = model.eval().vision(torch.zeros(1, 3, side, side))

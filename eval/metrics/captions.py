@@ -43,17 +43,17 @@ def bleu(references: Sequence[Sequence[str]], captions: Sequence[str]) -> Metric
     return Metric(tuple(f"bleu_{n}" for n in range(1, _ORDERS + 1)), np.array(rows, np.float64), _bleu)
 
 
-def _closest(lengths: Sequence[int], written: int) -> int:
-    """The length next to that of what was written; the shorter of two that are equally near."""
-    return min(lengths, key=lambda length: (abs(length - written), length))
+def _closest(lengths: Sequence[int], length: int) -> int:
+    """The length next to that of a caption; the shorter of two that are equally near."""
+    return min(lengths, key=lambda one: (abs(one - length), one))
 
 
 def _bleu(sums: np.ndarray, _: int) -> np.ndarray:
     small, tiny = 1e-9, 1e-15  # pycocoevalcap's, which keep 0/0 at 0
-    written, wanted = sums[..., 0], sums[..., 1]
+    length, wanted = sums[..., 0], sums[..., 1]
     precisions = (sums[..., 2 : 2 + _ORDERS] + tiny) / (sums[..., 2 + _ORDERS :] + small)
     scores = np.cumprod(precisions, -1) ** (1 / np.arange(1, _ORDERS + 1))
-    ratio = (written + tiny) / (wanted + small)
+    ratio = (length + tiny) / (wanted + small)
     return scores * np.exp(np.minimum(0, 1 - 1 / ratio))[..., None]
 
 

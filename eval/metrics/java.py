@@ -96,11 +96,11 @@ def meteor_statistics(references: Sequence[Sequence[str]], captions: Sequence[st
     lines = [" ||| ".join(("SCORE", *map(_meteor_text, (*texts, caption))))
              for texts, caption in zip(references, captions, strict=True)]  # fmt: skip
     program = ("-Xmx2G", "-jar", str(shipped("meteor", "meteor-1.5.jar")), "-", "-", "-stdio", "-l", "en", "-norm")
-    said = run_java(program, seconds, {"stdin": "".join(f"{line}\n" for line in lines).encode("utf-8", "ignore")})
+    output = run_java(program, seconds, {"stdin": "".join(f"{line}\n" for line in lines).encode("utf-8", "ignore")})
     try:
-        rows = [[float(number) for number in line.split()] for line in said.split("\n")[:-1]]
+        rows = [[float(number) for number in line.split()] for line in output.split("\n")[:-1]]
     except ValueError:
-        raise NoJava(f"METEOR answered with something other than numbers: {said[:60]!r}") from None
+        raise NoJava(f"METEOR answered with something other than numbers: {output[:60]!r}") from None
     if len(rows) != len(lines) or any(len(row) != METEOR_STATISTICS for row in rows):
         raise NoJava(f"METEOR answered {len(rows)} lines for {len(lines)} captions")
     return np.array(rows)
@@ -153,9 +153,9 @@ def spice_scores(
         for i, (texts, caption) in enumerate(zip(references, captions, strict=True))
     ]
     program = ("-Xmx8G", "-jar", str(home / "spice-1.0.jar"), "in.json", "-out", "out.json", "-silent")
-    said = run_java(program, seconds, {"in.json": json.dumps(rows).encode()}, read="out.json")
+    output = run_java(program, seconds, {"in.json": json.dumps(rows).encode()}, read="out.json")
     try:
-        scores = {row["image_id"]: float(row["scores"]["All"]["f"]) for row in json.loads(said)}
+        scores = {row["image_id"]: float(row["scores"]["All"]["f"]) for row in json.loads(output)}
         found = np.array([scores[i] for i in range(len(rows))])
     except (ValueError, TypeError, KeyError):
         raise NoJava("SPICE gave no score for some of the captions") from None

@@ -100,8 +100,8 @@ def _by_java(captions: Sequence[str], seconds: float) -> list[str]:
     jar = shipped("tokenizer", "stanford-corenlp-3.4.1.jar")
     program = ("-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer")
     options = ("-preserveLines", "-lowerCase", "-encoding", "UTF-8")
-    said = run_java((*program, *options, "captions.txt"), seconds, {"captions.txt": content})
-    lines = [line.rstrip() for line in said.split("\n")]
+    output = run_java((*program, *options, "captions.txt"), seconds, {"captions.txt": content})
+    lines = [line.rstrip() for line in output.split("\n")]
     if len(lines) != 2 * len(captions) + 1 or set(lines[1::2]) != {_BETWEEN.lower()}:
         raise NoJava(f"the tokenizer answered {len(lines) - 1} lines for {2 * len(captions)}, or others' lines")
     return [_kept(line.split(" ")) for line in lines[:-1:2]]

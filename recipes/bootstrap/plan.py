@@ -18,7 +18,7 @@ from blip.world.judge import grade as grade_captions
 from capfilt.calibrate.grade import grade
 from capfilt.run import Run as Job
 from eval.captioning import captions_of
-from eval.pictures import Pictures
+from eval.images import Images
 from eval.retrieval import Gallery, retrieval
 from recipes import caption, cleaning, command, pretrain
 from recipes import retrieval as retrieving
@@ -78,7 +78,7 @@ class _Seed:
             self.found[full] = Stage(full, work, settings, needs, cost)
         return full
 
-    # Pictures
+    # Images
 
     def _draw(self, folder: Path) -> dict[str, Any]:
         """Another crawl and other pictures by people for each seed: even seeds of scenes are crawls, odd are not."""
@@ -206,7 +206,7 @@ class _Seed:
         source, found = _source(self.held_out, "composition"), {}
         how = command.read(caption.Run, ["--config", cleaning.CAPTIONER, "--out", str(row)])
         model, tokenizer = checkpoint.from_pretrained(row / "captioner" / "model", device=device)
-        pictures = Pictures.open(source)
+        pictures = Images.open(source)
         said = captions_of(model, tokenizer, pictures, how.decode, prompt=how.data.prompt)
         for grader in caption.graders(pictures.references):
             found |= {name: 100 * value for name, value in grader(said).items()}

@@ -34,7 +34,7 @@ from blip.world import pairs as world_pairs
 from blip.world.scene import scene_of
 from eval.__main__ import main
 from eval.nlvr import answers_of, read_results, results_csv, score
-from eval.parallel import spread
+from eval.runner import spread
 from recipes import nlvr as recipe
 
 GOLDEN = Path(__file__).parents[1] / "goldens/nlvr.safetensors"

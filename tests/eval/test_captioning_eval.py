@@ -21,12 +21,12 @@ from blip.models.blip import Blip
 from blip.models.presets import TINY
 from blip.tokenizer import Tokenizer
 from eval.caption_page import report
-from eval.captioning import Scores, captions_of, coco_results, score
+from eval.captioning import CaptionScores, captions_of, coco_results, score
+from eval.images import Images
 from eval.metrics.captions import draws
 from eval.metrics.java import NoJava, meteor_of, meteor_summable
 from eval.metrics.ptb import NAMES
-from eval.pictures import Pictures
-from eval.references import Entry, image_id, read_references, read_results
+from eval.references import ImageCaptions, image_id, read_references, read_results
 
 OFFICIAL = {
     "fakecap_x_val2017_126": {"bleu_4": 0.1982654, "cider": 0.6277219},
@@ -36,7 +36,7 @@ THEIR_NAMES = {"bleu_1": "Bleu_1", "bleu_2": "Bleu_2", "bleu_3": "Bleu_3", "bleu
                "cider": "CIDEr", "meteor": "METEOR"}  # fmt: skip
 
 
-def quick(references, results, **options) -> Scores:
+def quick(references, results, **options) -> CaptionScores:
     return score(references, results, **{"tokenizer": "python", "resamples": 0, **options})
 
 
@@ -300,7 +300,10 @@ def test_spice_that_does_not_behave(tmp_path, monkeypatch, script, reason):
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
-WANTED = [Entry(139, ["a room", "the room"], "v/COCO_val2014_000000000139.jpg"), Entry(285, ["a bear"], "v/b.jpg")]
+WANTED = [
+    ImageCaptions(139, ["a room", "the room"], "v/COCO_val2014_000000000139.jpg"),
+    ImageCaptions(285, ["a bear"], "v/b.jpg"),
+]
 FORMATS = {
     "coco": {
         "images": [{"id": 139, "file_name": WANTED[0].image}, {"id": 285, "file_name": "v/b.jpg"}],
@@ -345,9 +348,13 @@ def test_formats_of_references(tmp_path, name):
 def test_plain_references_json_lines_and_domains(tmp_path):
     plain, lines, nocaps = tmp_path / "p.json", tmp_path / "l.jsonl", tmp_path / "n.json"
     plain.write_text('{"139": ["a room"], "x7": ["a bear", "bears"], "007": ["a spy"]}')
-    assert read_references(plain) == [Entry(139, ["a room"]), Entry("x7", ["a bear", "bears"]), Entry("007", ["a spy"])]
+    assert read_references(plain) == [
+        ImageCaptions(139, ["a room"]),
+        ImageCaptions("x7", ["a bear", "bears"]),
+        ImageCaptions("007", ["a spy"]),
+    ]
     lines.write_text('{"image": "a.jpg", "caption": "A"}\n{"image": "b.jpg", "caption": ["B"]}\n')
-    assert read_references(lines) == [Entry("a.jpg", ["A"], "a.jpg"), Entry("b.jpg", ["B"], "b.jpg")]
+    assert read_references(lines) == [ImageCaptions("a.jpg", ["A"], "a.jpg"), ImageCaptions("b.jpg", ["B"], "b.jpg")]
     images = [
         {"id": 0, "file_name": "a.jpg", "domain": "in-domain"},
         {"id": 1, "file_name": "b.jpg", "domain": "out-domain"},
@@ -461,11 +468,11 @@ def test_sets_that_do_not_match():
         quick({1: ["..."]}, {1: "a"})
 
 
-# Pictures and models --------------------------------------------------------------------------------------------------
+# Images and models --------------------------------------------------------------------------------------------------
 
 
 def draw(folder, count=7, broken=()) -> SourceConfig:
-    """Pictures of one colour each, with a list that names them."""
+    """Images of one colour each, with a list that names them."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for i in range(count):
@@ -494,18 +501,18 @@ DECODE = DecodeConfig(beams=2, max_length=9, min_length=3)
 
 def test_pictures_of_a_source(tmp_path):
     config = draw(tmp_path)
-    pictures = Pictures.open(config)
+    pictures = Images.open(config)
     assert list(pictures.references) == list(range(100, 107))
     assert pictures.references[103] == ["a star 3", "a red square"]
-    assert pictures.picture(3).size == (23, 30)
+    assert pictures.image(3).size == (23, 30)
     parts = list(pictures.batches([0, 2, 4, 6, 5], 2, 16))
     assert [ids for ids, _ in parts] == [[100, 102], [104, 106], [105]]
     assert parts[0][1].shape == (2, 3, 16, 16)
     assert not torch.equal(parts[0][1][0], parts[0][1][1])
-    assert list(Pictures.open(config, limit=2).references) == [100, 101]
+    assert list(Images.open(config, limit=2).references) == [100, 101]
     only = pictures.only([105, 1, 101])
     assert [e.id for e in only.entries] == [105, 101]
-    assert only.picture(0).size == (25, 30)
+    assert only.image(0).size == (25, 30)
 
 
 def test_pictures_of_other_formats(tmp_path):
@@ -513,9 +520,9 @@ def test_pictures_of_other_formats(tmp_path):
     rows = json.loads((tmp_path / "list.json").read_text())
     lines = [json.dumps({"file_name": row["image"], "text": row["caption"][0]}) for row in rows]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
-    pictures = Pictures.open(SourceConfig(str(tmp_path)), limit=3)
+    pictures = Images.open(SourceConfig(str(tmp_path)), limit=3)
     assert pictures.references["metadata.jsonl:2"] == ["a star 2"]
-    assert pictures.picture(2).size == (22, 30)
+    assert pictures.image(2).size == (22, 30)
 
 
 def test_a_picture_that_is_too_much_for_the_transform_is_named(tmp_path, monkeypatch):
@@ -524,31 +531,31 @@ def test_a_picture_that_is_too_much_for_the_transform_is_named(tmp_path, monkeyp
 
     monkeypatch.setattr("blip.data.transforms.EvalTransform.__call__", fail)
     with pytest.raises(DataError, match=r"image 100 .*cannot be evaluated: too little memory"):
-        list(Pictures.open(draw(tmp_path)).batches(range(3), 2, 16))
+        list(Images.open(draw(tmp_path)).batches(range(3), 2, 16))
 
 
 def test_pictures_that_cannot_be_used_are_named(tmp_path):
-    pictures = Pictures.open(draw(tmp_path, broken=(4,)))
+    pictures = Images.open(draw(tmp_path, broken=(4,)))
     with pytest.raises(DataError, match=r"image 104 \(4.png\) cannot be evaluated: is an HTML page"):
-        pictures.picture(4)
+        pictures.image(4)
     with pytest.raises(DataError, match="image 104"):
         list(pictures.batches(range(7), 3, 16))
     (tmp_path / "5.png").unlink()
     with pytest.raises(DataError, match=r"image 105 \(5.png\) cannot be evaluated: no such file"):
-        pictures.picture(5)
+        pictures.image(5)
     (tmp_path / "bad.json").write_text(
         '[{"image": "../../etc/passwd", "image_id": 1, "caption": "a"}, {"image_id": 2}]'
     )
-    outside = Pictures.open(SourceConfig(str(tmp_path / "bad.json")))
+    outside = Images.open(SourceConfig(str(tmp_path / "bad.json")))
     with pytest.raises(DataError, match="outside"):
-        outside.picture(0)
+        outside.image(0)
     with pytest.raises(DataError, match="the row has no image"):
-        outside.picture(1)
+        outside.image(1)
 
 
 def test_captions_are_those_of_each_picture_alone(tmp_path):
     model, tokenizer = captioner()
-    pictures = Pictures.open(draw(tmp_path))
+    pictures = Images.open(draw(tmp_path))
     found = captions_of(model, tokenizer, pictures, DECODE, prompt="a ", batch=3)
     assert model.training, "left as it was"
     assert list(found) == list(range(100, 107))
@@ -572,12 +579,12 @@ def write_captions(whole: str, broken: str, out: str) -> None:
     dist.start(60)
     model, tokenizer = captioner()
     for count in COUNTS:
-        found = captions_of(model, tokenizer, Pictures.open(SourceConfig(whole), count), DECODE, prompt="a ", batch=2)
+        found = captions_of(model, tokenizer, Images.open(SourceConfig(whole), count), DECODE, prompt="a ", batch=2)
         Path(f"{out}-{count}-{dist.rank()}").write_text(coco_results(found))
     with pytest.raises(DataError, match=r"image 103 \(3.png\) cannot be evaluated"):
-        captions_of(model, tokenizer, Pictures.open(SourceConfig(broken)), DECODE, batch=2)
+        captions_of(model, tokenizer, Images.open(SourceConfig(broken)), DECODE, batch=2)
     with pytest.raises(ValueError, match="max_length"):
-        captions_of(model, tokenizer, Pictures.open(SourceConfig(whole), 1), dataclasses.replace(DECODE, max_length=99))
+        captions_of(model, tokenizer, Images.open(SourceConfig(whole), 1), dataclasses.replace(DECODE, max_length=99))
 
 
 def test_two_processes_write_each_caption_once_and_fail_together(tmp_path):
@@ -589,13 +596,13 @@ def test_two_processes_write_each_caption_once_and_fail_together(tmp_path):
     assert statuses == [0, 0], (tmp_path / "log-0").read_text() + (tmp_path / "log-1").read_text()
     model, tokenizer = captioner()
     for count in COUNTS:
-        alone = captions_of(model, tokenizer, Pictures.open(SourceConfig(whole), count), DECODE, prompt="a ", batch=2)
+        alone = captions_of(model, tokenizer, Images.open(SourceConfig(whole), count), DECODE, prompt="a ", batch=2)
         for rank in (0, 1):
             assert (tmp_path / f"two-{count}-{rank}").read_text() == coco_results(alone)
 
 
 def test_a_length_that_does_not_fit_is_refused(tmp_path):
-    pictures = Pictures.open(draw(tmp_path, 2))
+    pictures = Images.open(draw(tmp_path, 2))
     with pytest.raises(ValueError, match="max_length"):
         captions_of(*captioner(), pictures, dataclasses.replace(DECODE, max_length=500))
 
@@ -604,22 +611,23 @@ def test_a_length_that_does_not_fit_is_refused(tmp_path):
 
 
 def test_the_page_shows_the_best_and_the_worst_and_asks_nobody(tmp_path):
-    pictures = Pictures.open(draw(tmp_path, broken=(6,)))
+    pictures = Images.open(draw(tmp_path, broken=(6,)))
     references = pictures.references | {100: ['<script src="http://x.example/a.js"></script>', "b" * 5000]}
     captions = {i: f"a star {i}" for i in references} | {101: "<b>zebra</b> & co", 106: "nothing known"}
     scores = score(references, captions, tokenizer="python", resamples=10)
-    html = report(scores.record() | {"prompt": "a "}, scores.cider, references, captions, pictures, shown=4)
+    record = scores.values | scores.facts()
+    html = report(record | {"prompt": "a "}, scores.cider, references, captions, pictures, shown=4)
     best, worst = html.split("<h2>Worst by CIDEr</h2>")
     assert (best.count('class="card"'), worst.count('class="card"')) == (2, 2)
     ordered = sorted(scores.cider, key=scores.cider.get, reverse=True)
     assert f"{ordered[0]}: {100 * scores.cider[ordered[0]]:.1f}" in best
     assert f"{ordered[-1]}: {100 * scores.cider[ordered[-1]]:.1f}" in worst
-    everything = report(scores.record(), scores.cider, references, captions, pictures, shown=60)
+    everything = report(record, scores.cider, references, captions, pictures, shown=60)
     assert everything.count('class="card"') == 7
     assert everything.count("<img ") == 6, "an unreadable picture is only not shown"
     assert everything.count('src="data:image/jpeg;base64,') == 6
     assert "<script" not in everything
     assert "&lt;b&gt;zebra&lt;/b&gt; &amp; co" in everything
     assert "b" * 301 not in everything
-    assert len(report(scores.record(), scores.cider, references, captions, None, shown=1)) < 20_000
-    assert report(scores.record(), scores.cider, references, captions, None, shown=0).count('class="card"') == 0
+    assert len(report(record, scores.cider, references, captions, None, shown=1)) < 20_000
+    assert report(record, scores.cider, references, captions, None, shown=0).count('class="card"') == 0

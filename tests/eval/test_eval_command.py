@@ -12,9 +12,9 @@ from blip.checkpoints import checkpoint
 from blip.errors import DataError
 from blip.inference.settings import DECODE_PRESETS
 from eval.__main__ import COMMANDS, main, read
-from eval.options import Captioning
+from eval.options import CaptioningOptions
 from eval.references import read_results
-from eval.results_folder import ResultsFolder
+from eval.runner import ResultsFolder
 
 
 def alone(program: str) -> str:
@@ -90,7 +90,7 @@ def test_a_preset_and_what_changes_it(capsys, tmp_path):
     def decode(*args):
         return read("captioning", [*SCORE, *args]).decode
 
-    assert decode() == DECODE_PRESETS["caption_2022"] == Captioning(results="r", references="g").decode
+    assert decode() == DECODE_PRESETS["caption_2022"] == CaptioningOptions(results="r", references="g").decode
     for name, preset in DECODE_PRESETS.items():
         assert decode("--preset", name) == decode(f"--preset={name}") == preset
     changed = decode("--decode.top_k", "7", "--preset", "capfilt_2022")
@@ -238,7 +238,7 @@ def test_pictures_without_references_are_captioned_only(tmp_path, model, capsys)
     main(["captioning", "--model", model, "--source.path", str(tmp_path / "test.json"), "--out", str(out), *SHORT])
     assert [p.name for p in out.iterdir()] == ["results.json"]
     assert list(read_results(out / "results.json")) == [0, 1, 2]
-    assert "nothing to score" in capsys.readouterr().out
+    assert "without references there is nothing to score" in capsys.readouterr().out
 
 
 def test_a_picture_that_is_not_there_stops_it_before_anything_is_written(tmp_path, model, capsys):

@@ -12,8 +12,7 @@ from blip import dist
 from blip.data.settings import SourceConfig
 from blip.errors import DataError
 from blip.models.blip import Blip
-from eval.retrieval import Gallery, candidates, rank, recall_of_images, recall_of_texts, retrieval
-from eval.retrieval_command import results
+from eval.retrieval import Gallery, candidates, rank, recall_of_images, recall_of_texts, results, retrieval
 
 
 class Letters:

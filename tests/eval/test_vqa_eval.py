@@ -1,6 +1,7 @@
 """VQA's evaluator: the official accuracy to the last digit, what does not match, and the same from any processes."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,7 @@ def test_groups_and_interval():
     assert found.by_question_type == {"what": pytest.approx(2 / 3)}
     assert found.named() == {"accuracy": pytest.approx(2 / 3), "accuracy_number": 1.0, "accuracy_other": 0.5}
     assert 0 <= found.accuracy_low < 2 / 3 < found.accuracy_high <= 1
-    json.dumps(score(questions, {0: "a", 1: "x", 2: "1"}, resamples=0).record(), allow_nan=False)
+    json.dumps(asdict(score(questions, {0: "a", 1: "x", 2: "1"}, resamples=0)), allow_nan=False)
 
 
 def test_ids_that_do_not_match():
@@ -234,7 +235,7 @@ def test_the_command(folder, tmp_path, capsys):
     main(["vqa", *model, *known, "--limit", "10", "--method", "generate", "--answers.max_length", "4"])
     assert "10 questions" in capsys.readouterr().out
     main(["vqa", *source, *model, "--limit", "5"])
-    assert "without people's there is nothing to score" in capsys.readouterr().out
+    assert "without human answers there is nothing to score" in capsys.readouterr().out
     main(["vqa", "--results", str(tmp_path / "results.json"), *known, "--allow_partial", "true"])
     assert "5 questions; 30 without a result are left out" in capsys.readouterr().out
     assert "no results for 30 questions" in refused(

@@ -23,9 +23,9 @@ from blip.tokenizer import Tokenizer
 from blip.world.clips import ANSWERS, write
 from eval.__main__ import main
 from eval.clips import batches, read_clips, read_questions
-from eval.retrieval_command import results
+from eval.retrieval import results
 from eval.video_questions import accuracy, answers_about_clips
-from eval.video_retrieval import ClipGallery, rank_clips
+from eval.video_retrieval import gallery_of, rank_clips
 
 pytest.importorskip("av", reason="needs the extra `video`")
 
@@ -86,10 +86,10 @@ def ranked(model: str, folder: str, out: str) -> None:  # noqa: F811
     loaded, tokenizer = checkpoint.from_pretrained(model)
     clips = read_clips(Path(folder) / "test.json", Path(folder) / "videos")
     for batch in (1, 2, 9):
-        gallery = ClipGallery.of(clips, 64, frames=3, batch=batch)
-        found = rank_clips(loaded, tokenizer, gallery, k=4, batch=7)
+        gallery = gallery_of(clips, 64, frames=3, batch=batch)
+        found = rank_clips(loaded, tokenizer, gallery, frames=3, k=4, batch=7)
         with open(f"{out}-{batch}-{dist.rank()}", "w") as file:
-            file.write(results(gallery.ids, gallery.texts, gallery.clip_of_text, found, "video_id", "videos"))
+            file.write(results(gallery.ids, gallery.texts, gallery.image_of_text, found, "video_id", "videos"))
 
 
 def test_ranking_is_that_of_each_pair_alone_in_any_number_of_processes(model_folder, world, tmp_path):  # noqa: F811
@@ -105,8 +105,8 @@ def test_ranking_is_that_of_each_pair_alone_in_any_number_of_processes(model_fol
         assert alone == (tmp_path / f"2-{batch}-0").read_text() == (tmp_path / f"2-{batch}-1").read_text()
     loaded, tokenizer = checkpoint.from_pretrained(model_folder)
     clips = read_clips(world / "test.json", world / "videos")
-    gallery = ClipGallery.of(clips, 64, frames=3)
-    found = rank_clips(loaded, tokenizer, gallery, k=99)
+    gallery = gallery_of(clips, 64, frames=3)
+    found = rank_clips(loaded, tokenizer, gallery, frames=3, k=99)
     assert found.scores.shape == (5, 25)
     with torch.no_grad():
         for i, shown in enumerate(batches(clips, range(5), 1, 3, 64)):

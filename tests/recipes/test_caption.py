@@ -42,7 +42,7 @@ from blip.train.resume import Checkpoints
 from blip.world import files as world_files
 from blip.world.scene import COLOURS, scene_of
 from eval.captioning import captions_of, score
-from eval.pictures import Pictures
+from eval.images import Images
 from recipes import caption as recipe
 from recipes import command
 from recipes.building import ModelChoice, build_feed, build_model
@@ -423,7 +423,7 @@ def test_what_the_kept_model_says_is_what_was_scored(finished, world):
     results = json.loads((finished / "results.json").read_text())
     decode = DecodeConfig(beams=1, max_length=20)
     for name, file in (("validation", "val.json"), ("test", "test.json")):
-        pictures = Pictures.open(SourceConfig(str(world / file)))
+        pictures = Images.open(SourceConfig(str(world / file)))
         written = {
             row["image_id"]: row["caption"] for row in json.loads((finished / f"captions-{name}.json").read_text())
         }

@@ -1,4 +1,4 @@
-"""Pictures to write about, with their ids and references. S image side in pixels."""
+"""Images to write about, with their ids and references. S image side in pixels."""
 
 from __future__ import annotations
 
@@ -17,32 +17,34 @@ from blip.data.images import model_input
 from blip.data.settings import DataConfig, SourceConfig
 from blip.data.transforms import EvalTransform
 from blip.errors import BadSample, DataError
-from eval.references import Entry, Id, read_references
+from eval.references import ImageCaptions, ImageId, read_references
 
 T = TypeVar("T")
 
 
-class Pictures:
-    """Pictures by number. Nothing is left out silently: DataError that names what cannot be read."""
+class Images:
+    """Images by number. Nothing is left out silently: DataError that names what cannot be read."""
 
-    def __init__(self, entries: Sequence[Entry], load: Callable[[int], bytes | Path | Image.Image], where: str) -> None:
+    def __init__(
+        self, entries: Sequence[ImageCaptions], load: Callable[[int], bytes | Path | Image.Image], where: str
+    ) -> None:
         self.entries, self._load, self.where = list(entries), load, where
 
     @classmethod
-    def open(cls, config: SourceConfig, limit: int | None = None) -> Pictures:
-        """The first `limit` pictures of a source, each once.
+    def open(cls, config: SourceConfig, limit: int | None = None) -> Images:
+        """The first `limit` images of a source, each once.
 
         An image's id is what the file says (`eval.references`); in a source without ids, such as shards, the row's key.
         """
         if format_of(config) != "json":
             return cls._of_rows(config, limit)
-        entries: list[Entry] = []
+        entries: list[ImageCaptions] = []
         roots: list[Path] = []
         for file in shard_files(config.path, "json"):
             found = read_references(file, config.split, config.image_column, config.caption_column)
             entries += found
             roots += [root_of(config, file.parent)] * len(found)
-        seen: set[Id] = set()
+        seen: set[ImageId] = set()
         for entry in entries:
             if entry.id in seen:
                 raise DataError(f"source {config.path}: image {entry.id} is in more than one of its files")
@@ -54,11 +56,11 @@ class Pictures:
         return cls(entries[:limit], load, config.path)
 
     @classmethod
-    def _of_rows(cls, config: SourceConfig, limit: int | None) -> Pictures:
+    def _of_rows(cls, config: SourceConfig, limit: int | None) -> Images:
         source = open_source(config)
         count = len(source) if limit is None else min(limit, len(source))
         try:
-            entries = [Entry(source.key(row), source[row].captions) for row in range(count)]
+            entries = [ImageCaptions(source.key(row), source[row].captions) for row in range(count)]
         except BadSample as error:
             raise DataError(f"source {config.path} cannot be evaluated: {error}") from None
         return cls(entries, lambda row: source[row].image, config.path)
@@ -67,18 +69,18 @@ class Pictures:
         return len(self.entries)
 
     @property
-    def references(self) -> dict[Id, list[str]]:
+    def references(self) -> dict[ImageId, list[str]]:
         """Captions by image."""
         return {entry.id: entry.captions for entry in self.entries}
 
-    def only(self, ids: Sequence[Id]) -> Pictures:
-        """The pictures of some ids, in the order of `ids`; those that are not here are left out."""
+    def only(self, ids: Sequence[ImageId]) -> Images:
+        """The images of some ids, in the order of `ids`; those that are not here are left out."""
         rows = {entry.id: row for row, entry in enumerate(self.entries)}
         chosen = [rows[name] for name in ids if name in rows]
-        return Pictures([self.entries[row] for row in chosen], lambda i: self._load(chosen[i]), self.where)
+        return Images([self.entries[row] for row in chosen], lambda i: self._load(chosen[i]), self.where)
 
-    def picture(self, row: int) -> Image.Image:
-        """The picture as it is stored, RGB."""
+    def image(self, row: int) -> Image.Image:
+        """The image as it is stored, RGB."""
         return self._made(row, lambda image: image)
 
     def _made(self, row: int, transform: Callable[[Image.Image], T]) -> T:
@@ -91,11 +93,11 @@ class Pictures:
 
     def batches(
         self, rows: Sequence[int], size: int, image_size: int, threads: int = 2
-    ) -> Iterator[tuple[list[Id], Tensor]]:
-        """Ids and normalised pictures (up to `size`, 3, S, S) of some rows in order; threads decode a little ahead."""
+    ) -> Iterator[tuple[list[ImageId], Tensor]]:
+        """Ids and normalised images (up to `size`, 3, S, S) of some rows in order; threads decode a little ahead."""
         transform = EvalTransform(image_size)
 
-        def read(part: Sequence[int]) -> tuple[list[Id], Tensor]:
+        def read(part: Sequence[int]) -> tuple[list[ImageId], Tensor]:
             return [self.entries[row].id for row in part], torch.stack([self._made(row, transform) for row in part])
 
         coming: deque[Future] = deque()
