@@ -18,10 +18,12 @@ import itertools
 import json
 import re
 import reprlib
+import sys
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
@@ -50,12 +52,12 @@ def argument(metavar: str, *, least: int = 1) -> Any:
     return dataclasses.field(**how, metadata={"argument": metavar, "least": least})
 
 
-def flat(*, part: type | None = None) -> Any:
-    """A section whose options have no name of a section before theirs.
+def flat(*, part: type | None = None, skip: Sequence[str] = ()) -> Any:
+    """A section whose options have no name of a section before theirs; fields to `skip` are no options.
 
     With `part` the field is a mapping of those fields of the class `part` that are given.
     """
-    return dataclasses.field(metadata={"flat": True, "part": part})
+    return dataclasses.field(metadata={"flat": True, "part": part, "skip": skip})
 
 
 class Option(NamedTuple):
@@ -77,9 +79,9 @@ class Option(NamedTuple):
     required: bool
 
 
-def walk(kind: type, before: Option | None = None, *, flat_in: tuple = (), under: Any = None) -> Iterator[Option]:
+def walk(kind: type, before: Option | None = None, under: Any = None) -> Iterator[Option]:
     """All options of a dataclass, a section before what is in it; `under` has other defaults than the class."""
-    prefix, path, section, required = "", flat_in[:1], flat_in[1:] or None, True
+    prefix, path, section, required = "", (), None, True
     if before:
         title = f"each of {before.name}: " if _item(before.kind) else f"{before.name}: "
         prefix, path, section = f"{before.name}.", before.path, (before.owner, before.field.name, title)
@@ -88,13 +90,15 @@ def walk(kind: type, before: Option | None = None, *, flat_in: tuple = (), under
         owner = next(one for one in kind.__mro__ if field.name in inspect.get_annotations(one))
         default = _default(field) if under is None else getattr(under, field.name)
         if field.metadata.get("flat"):
-            yield from walk(field.metadata["part"] or inner, flat_in=(field.name, owner, field.name, ""))
+            for one in walk(field.metadata["part"] or inner):
+                if one.path[0] not in field.metadata["skip"]:
+                    yield one._replace(path=(field.name, *one.path), section=one.section or (owner, field.name, ""))
             continue
         name, needed = prefix + field.name.replace("_", "-"), required and default is dataclasses.MISSING
         one = Option(name, (*path, field.name), inner, may_be_none, field, owner, section, default, needed)
         yield one
         if dataclasses.is_dataclass(inner):
-            yield from walk(inner, one, under=default if isinstance(default, inner) else None)
+            yield from walk(inner, one, default if isinstance(default, inner) else None)
         elif item := _item(inner):
             yield from walk(item, one)
 
@@ -127,15 +131,25 @@ def _default(field: dataclasses.Field) -> Any:
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
-def read(kind: type[T], args: Sequence[str], program: str, *, examples: str = "", files: bool = False) -> T:
+def read(
+    kind: type[T],
+    args: Sequence[str],
+    program: str,
+    *,
+    examples: str = "",
+    files: bool = False,
+    under: Callable[[Tree], Tree] | None = None,
+) -> T:
     """The dataclass of what a command line gives; ValueError in a line for what does not fit.
+
+    `under` says what lies under what is given, where that is not only the class's defaults: a preset, say.
 
     `--help` prints all options and ends the process. With `files` they may be given in YAML: `--config FILE`, as often
     as wanted, each laid over what stands before it; `--print-config` prints all settings and ends the process.
     """
     tree = given(kind, args, program, examples=examples, files=files)
     prints = tree.pop(PRINT, False)
-    options = build(kind, tree)
+    options = build(kind, laid_over(under(tree), tree) if under else tree)
     if prints:
         import yaml
 
@@ -347,10 +361,11 @@ def from_file(kind: type, path: str | Path, above: tuple[Path, ...] = ()) -> Tre
         raise ValueError(f"{called}: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{called}: expected a mapping of options, got {type(content).__name__}")
-    base, place = content.pop("base", None), Place(f"{called}: ")
-    if base is not None:
-        base = from_file(kind, path.parent / _scalar(str, base, place.inside("base"), False), (*above, path))
-    return laid_over(base or {}, _section(kind, content, place))
+    place, under = Place(f"{called}: "), {}
+    if "base" in content:
+        base = _typed(str, False, content.pop("base"), place.inside("base"), is_text=False)
+        under = from_file(kind, path.parent / base, (*above, path))
+    return laid_over(under, _section(kind, content, place))
 
 
 def _loaded(text: str, called: str, has_lines: bool = False) -> Any:
@@ -490,7 +505,22 @@ def docs(kind: type) -> dict[str, str]:
     return found
 
 
-# Verbs ----------------------------------------------------------------------------------------------------------------
+# Programs -------------------------------------------------------------------------------------------------------------
+
+
+def carry_out(program: str, args: Sequence[str], verbs: Mapping[str, str], package: str, about: str) -> int:
+    """Do what a command line says by the module of a package that is called as its first word; returns the status.
+
+    Such a module has `Options`, a dataclass, `EXAMPLE`, which ends its help, and `run(options) -> exit status`.
+    """
+    name = verb(program, args, verbs, about)
+    if name is None:
+        return 0
+    module = import_module(f"{package}.{name.replace('-', '_')}")
+    chosen = read(module.Options, args[1:], f"{program} {name}", examples=module.EXAMPLE)
+    if sys.stdout is None:  # what is opened next would get its number, and answers would go there
+        raise ValueError("standard output is closed; let it go to /dev/null")
+    return module.run(chosen)
 
 
 def verb(program: str, args: Sequence[str], verbs: Mapping[str, str], about: str) -> str | None:
