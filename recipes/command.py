@@ -8,8 +8,9 @@ from typing import TypeVar
 
 from blip.app import options
 from blip.app.exit import WRONG_USE, fail, one_line, run
+from blip.app.options import content
 
-__all__ = ["WRONG_USE", "fail", "read", "run"]
+__all__ = ["WRONG_USE", "content", "fail", "read", "run"]
 
 Settings = TypeVar("Settings")
 

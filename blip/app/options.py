@@ -344,28 +344,35 @@ def _refuse(place: Place, expected: str, value: Any) -> NoReturn:
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def from_file(kind: type, path: str | Path, above: tuple[Path, ...] = ()) -> Tree:
-    """What a YAML file gives, each value of its type, laid over the file that it names as its `base`.
+def from_file(kind: type, path: str | Path) -> Tree:
+    """What a YAML file and its bases give, each value of its type; ValueError, naming file and line, if it is not."""
+    trees = (_section(kind, content, place) for place, content in _with_bases(Path(path)))
+    return functools.reduce(laid_over, trees, {})
 
-    A base is found from the folder of the file that names it. ValueError, naming file and line, for what does not fit.
-    """
-    path = Path(path)
+
+def content(path: str | Path) -> Tree:
+    """What a YAML file says, laid over what its bases say; no name or type is looked at."""
+    return functools.reduce(laid_over, (content for _, content in _with_bases(Path(path))), {})
+
+
+def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Place, Tree]]:
+    """A file that names another as its `base`, by a path from its own folder, comes after that."""
     called = f"--config {path}" if not above else f"--config {above[-1]}: base {path}"
     if not path.is_file():
         raise ValueError(f"{called}: no such file")
-    if path.resolve() in (one.resolve() for one in above):
-        raise ValueError(f"{called}: goes round in a circle, {' -> '.join(map(str, (*above, path)))}")
     try:
-        content = _loaded(path.read_text(encoding="utf-8"), called, has_lines=True)
+        found = _loaded(path.read_text(encoding="utf-8"), called, has_lines=True)
     except UnicodeDecodeError as error:
         raise ValueError(f"{called}: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{called}: expected a mapping of options, got {type(content).__name__}")
-    place, under = Place(f"{called}: "), {}
-    if "base" in content:
-        base = _typed(str, False, content.pop("base"), place.inside("base"), is_text=False)
-        under = from_file(kind, path.parent / base, (*above, path))
-    return laid_over(under, _section(kind, content, place))
+    if not isinstance(found, dict):
+        raise ValueError(f"{called}: expected a mapping of options, got {type(found).__name__}")
+    place = Place(f"{called}: ")
+    if "base" in found:
+        base = _typed(str, False, found.pop("base"), place.inside("base"), is_text=False)
+        if (path.parent / base).resolve() in (one.resolve() for one in (*above, path)):
+            raise ValueError(f"{place}base {base} is itself based on this file; break the circle")
+        yield from _with_bases(path.parent / base, (*above, path))
+    yield place, found
 
 
 def _loaded(text: str, called: str, has_lines: bool = False) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pytest
 
 from blip.app import cli
-from blip.app.options import argument, docs, flat, option, read, verb, walk
+from blip.app.options import argument, content, docs, flat, option, read, verb, walk
 from capfilt import __main__ as capfilt
 from eval import __main__ as evaluations
 
@@ -192,6 +192,8 @@ def test_a_file_says_only_what_differs_from_its_base(tmp_path):
     assert run("--config", top) == expected
     assert run("--config", top, "--train.lr", "7").train.lr == 7
     assert run("--config", tmp_path / "in/middle.yaml").train == Train(2, 2.0)
+    said = {"train": {"lr": 2, "batch_size": 2, "rule": 2022}, "seeds": [5], "sources": [{"path": "b"}]}
+    assert content(top) == said
 
 
 def test_a_base_is_checked_as_any_file(tmp_path):
@@ -202,9 +204,11 @@ def test_a_base_is_checked_as_any_file(tmp_path):
     config(tmp_path, "train: {batchsize: 2}\n", "two.yaml")
     assert f"base {two}: there is no option train.batchsize" in refused("--config", one)
     config(tmp_path, "base: one.yaml\n", "two.yaml")
-    assert f"goes round in a circle, {one} -> {two} -> {one}" in refused("--config", one)
-    for content, said in (("base: null\n", "base is null"), ("base: [one.yaml]\n", "base: expected text")):
-        config(tmp_path, content, "one.yaml")
+    assert f"base {two}: base one.yaml is itself based on this file; break the circle" in refused("--config", one)
+    config(tmp_path, "base: in/../two.yaml\n", "two.yaml")
+    assert "base in/../two.yaml is itself based on this file" in refused("--config", two)
+    for wrong, said in (("base: null\n", "base is null"), ("base: [one.yaml]\n", "base: expected text")):
+        config(tmp_path, wrong, "one.yaml")
         assert said in refused("--config", one)
     assert "there is no option train.base" in refused("--config", config(tmp_path, "train: {base: one.yaml}\n"))
 

@@ -170,7 +170,7 @@ def test_every_option_is_explained(capsys, recipe):
     options = re.findall(r"^  --([a-z.-]+)([^\n]*)\n([^\n]*)", printed, re.M)
     assert {name for name, _, _ in options} >= {path.replace("_", "-") for path in walk(RECIPES[recipe])}
     for name, after, below in options:
-        assert "  " in after.strip() or below.startswith(" " * 20), f"--{name} without its meaning"
+        assert "  " in after.rstrip() or below.startswith(" " * 20), f"--{name} without its meaning"
     assert said.count("(default: ") >= 50
 
 
