@@ -235,7 +235,7 @@ def _module(name: str, args: list[str], is_module: bool) -> Reading:
         raise Unreadable(str(error)) from None
     if name.startswith("recipes."):
         return _ours(name, args, module.main)
-    if name.startswith("blip.data."):
+    if name.startswith("blip.world."):
         from jsonargparse import capture_parser
 
         parser = capture_parser(lambda: module.main([]))
