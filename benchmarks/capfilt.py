@@ -172,7 +172,7 @@ def main() -> None:
     check_equal(captioner, filter, words, theirs, items)
     figures: dict[str, float] = {}
     for precision in given.precision:
-        scorer = Ours(captioner, filter, words, ScoreConfig(filter="-", decode="nucleus", dtype=precision))
+        scorer = Ours(captioner, filter, words, ScoreConfig(filter="-", decode="nucleus", precision=precision))
         theirs.to(getattr(torch, precision))
         cases = {"ours": lambda s=scorer: s.score(items), "transformers": lambda: theirs.score(items)}
         seconds = report.interleaved(cases, given.rounds)

@@ -67,7 +67,7 @@ def overhead(folder: Path, rows: int, seconds: float) -> dict[str, float]:
             first.append(time.monotonic())
             return scorer.score(items)
 
-    score(run, lambda _: Timed(0, 1, "enc"), ScoreOptions(batch_size=16, decode_workers=1), io.StringIO())
+    score(run, lambda _: Timed(0, 1, "enc"), ScoreOptions(batch=16, decode_workers=1), io.StringIO())
     wall = time.monotonic() - first[0]
     return {
         "overhead_percent": 100 * (wall / (rows * seconds) - 1),

@@ -20,7 +20,7 @@ from blip.errors import DataError
 from capfilt.readers import hosted, listed, parquet, tar
 from capfilt.readers.rows import RowGroups, Source, content_of, is_remote, stat_of
 from capfilt.run import PLAN, Part, Run
-from capfilt.settings import ReadConfig, ScoreConfig, at_least, decided, has_gpu, resolve
+from capfilt.settings import ReadConfig, ScoreConfig, at_least, decided, has_gpu, of_record, resolve, to_record
 from capfilt.store import parts as part_files
 from capfilt.store.identity import differences, fingerprint, part_id
 from capfilt.store.storage import Local, Storage, open_storage
@@ -234,7 +234,7 @@ def make(out: str, config: ScoreConfig, reading: ReadConfig, part_size: int | No
         "fingerprint": fingerprint(resolved),
         "part_size": part_size,
         "config": resolved,
-        "settings": dataclasses.asdict(config),
+        "settings": to_record(config),
         "reading": dataclasses.asdict(reading),
         "root": root,
         "inputs": [dataclasses.asdict(s) for s in sources],
@@ -293,8 +293,8 @@ def _same(run: Run, resolved: dict, reading: ReadConfig, part_size: int | None, 
 def drift(run: Run, resolved: dict[str, Any], reading: ReadConfig, part_size: int | None) -> list[str]:
     """What of these settings, the models resolved to their hashes, is not as the run was planned."""
     size = run.job["part_size"]
-    before = {"part_size": size, **run.job["config"], "reading": dataclasses.asdict(anchored(run.reading))}
-    now = {"part_size": part_size or size, **resolved, "reading": dataclasses.asdict(anchored(reading))}
+    before = {"part_size": size, **of_record(run.job["config"]), "reading": dataclasses.asdict(anchored(run.reading))}
+    now = {"part_size": part_size or size, **of_record(resolved), "reading": dataclasses.asdict(anchored(reading))}
     return differences(before, json.loads(json.dumps(now)))
 
 

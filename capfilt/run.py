@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from blip.errors import DataError
 from capfilt.readers.rows import Source
-from capfilt.settings import ReadConfig, ScoreConfig
+from capfilt.settings import ReadConfig, ScoreConfig, of_record
 from capfilt.store import parts as part_files
 from capfilt.store.parts import Parts
 from capfilt.store.storage import Storage, open_storage
@@ -40,7 +40,7 @@ class Run:
     def __init__(self, where: str, storage: Storage, job: dict[str, Any]) -> None:
         self.where, self.storage, self.job = where, storage, job
         self.fingerprint: str = job["fingerprint"]
-        self.config = ScoreConfig(**job["settings"])
+        self.config = ScoreConfig(**of_record(job["settings"]))
         self.reading = ReadConfig(**job["reading"])
         self.parts = Parts(storage)
         self.sources: dict[str, Source] = {}

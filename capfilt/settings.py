@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from blip.app.options import option
 from capfilt import schema
 from capfilt.select.rules import IMAGE_RULES, PRESETS
 
@@ -36,7 +37,7 @@ class ScoreConfig:
     """Model directory or hub name of the filter."""
     image_size: int | None = None
     """Side of the model's input, pixels; the models' own when not given."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", was="dtype")
     """Number format of the models. auto is decided when the job is planned: bfloat16 on a GPU that has it, else
     float32. In bfloat16 a text or score may depend on what else is in the batch."""
     decode: str = "capfilt_2022"
@@ -62,7 +63,7 @@ class ScoreConfig:
     rules_first: str | None = None
     """Preset of rules on the image file that decide before the models run: align, datacomp-basic or laion."""
     seed: int = 0
-    """Of the captions."""
+    """Random seed of the captions."""
 
     def __post_init__(self) -> None:
         at_least(1, captions=self.captions, max_words=self.max_words, max_pixels=self.max_pixels)
@@ -74,21 +75,36 @@ class ScoreConfig:
             raise ValueError("give --filter (and --captioner, for synthetic texts), or --scorer fake to rehearse")
 
 
+FIRST_CALLED = {"precision": "dtype"}
+"""Settings of ScoreConfig -> their names in job.json and in the fingerprint, which stay what they were first."""
+
+
+def to_record(config: ScoreConfig) -> dict[str, Any]:
+    """Settings as a job records them."""
+    return {FIRST_CALLED.get(name, name): value for name, value in dataclasses.asdict(config).items()}
+
+
+def of_record(values: dict[str, Any]) -> dict[str, Any]:
+    """What a job records, under the names of today."""
+    now = {first: name for name, first in FIRST_CALLED.items()}
+    return {now.get(name, name): value for name, value in values.items()}
+
+
 def decided(config: ScoreConfig, planned: ScoreConfig | None = None, device: Any = None) -> ScoreConfig:
     """The settings with a number format in place of `auto`: that of the plan if there is one, else of the device.
 
     The device is this process's own when it is not given.
     """
-    if config.dtype != "auto":
+    if config.precision != "auto":
         return config
-    found = planned.dtype if planned else "float32"
+    found = planned.precision if planned else "float32"
     if planned is None and config.scorer == "blip":
         from blip.dist import own_device
         from blip.train.loop import multiplies_bfloat16
 
         device = device or own_device()
         found = "bfloat16" if device.type == "cuda" and multiplies_bfloat16(device) else "float32"
-    return dataclasses.replace(config, dtype=found)
+    return dataclasses.replace(config, precision=found)
 
 
 NO_COLUMN = "none"
@@ -111,12 +127,82 @@ class ReadConfig:
     """Split to take where the input has several (`a+b`: two); refused where it has none, as parquet and tar."""
 
 
+@dataclass(frozen=True)
+class ScoreOptions:
+    """How the work is done. None of it changes a result."""
+
+    batch: int | None = option(None, was="batch-size")
+    """Images that the models see at once; by device when not given."""
+    decode_workers: int | None = None
+    """Decoding processes; 0 decodes in this one. By the number of cores when not given."""
+    decode_timeout: float = 60.0
+    """Seconds after which a picture that will not be decoded is given up."""
+    limit: int | None = None
+    """Score about so many rows, taken from all over the input, and stop; a later run continues with the rest."""
+    max_error_rate: float = 0.2
+    """Stop when more than this share of the first rows cannot be used."""
+    allow_damaged: bool = False
+    """Damaged source files are no reason for exit status 2."""
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        at_least(1, batch=self.batch, limit=self.limit)
+        at_least(0, decode_workers=self.decode_workers)
+        if not self.decode_timeout > 0:
+            raise ValueError(f"decode_timeout must be more than 0 seconds, got {self.decode_timeout}")
+        if not 0 <= self.max_error_rate <= 1:
+            raise ValueError(f"max_error_rate is a share of rows, 0 to 1, got {self.max_error_rate}")
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """How a threshold is looked for."""
+
+    method: Literal["audit", "reference", "null"] = "audit"
+    """audit: label a sheet of this run's own texts (recommended); reference: a clean set of pairs; null: shuffled
+    captions, which only show whether the filter is broken."""
+    count: int = 200
+    """Texts on the audit's sheet, at most; 2,000 pairs are good for `null`, some hundred images for `reference`."""
+    labels: str | None = None
+    """A labelled sheet to read: audit then estimates precision and recall."""
+    reference: str | None = None
+    """Clean pairs for `reference`: any input that `plan` takes as it is, e.g. a COCO or Flickr validation list."""
+    target: float = 0.9
+    """Precision that the lower end of the interval should reach."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; `auto` is a GPU if there is one."""
+    decode_workers: int | None = None
+    """Decoding processes."""
+
+    def __post_init__(self) -> None:
+        at_least(10, count=self.count)
+        if not 0 <= self.target <= 1:
+            raise ValueError(f"target is a precision, 0 to 1, got {self.target}")
+        if self.method == "reference" and not self.reference:
+            raise ValueError("method reference needs --reference with clean pairs")
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What the page shows."""
+
+    select: str | None = None
+    """Name of a selection; every text with P(match) of at least 0.5 when not given."""
+    per_group: int = 12
+    """Pictures of each group."""
+    no_blur: bool = False
+    """Show pictures at once; they are blurred until pointed at, for nobody has looked at them yet."""
+    to: str | None = None
+    """Where to write the page: report/NAME in the run when not given."""
+
+
 def resolve(config: ScoreConfig) -> dict[str, Any]:
     """The settings with the models' hashes and the preset's numbers in place of their names: what is fingerprinted.
 
     FileNotFoundError or ValueError if a model is not there, or is one for something else.
     """
-    values = dataclasses.asdict(config)
+    values = to_record(config)
     values["schema"] = schema.VERSION
     if config.scorer == "blip":
         from blip.checkpoints.checkpoint import check_kind

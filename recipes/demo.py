@@ -162,7 +162,7 @@ def clean(run: Run, writer: Path, filtering: Path, out: Path) -> Job:
     args = ["run", *inputs, "--out", out / "capfilt", "--to", out / "clean", "--no-blur"]
     args += ["--name", SELECTION, "--itm", str(THRESHOLD), "--policy", POLICY, "--allow-empty"]
     args += cleaning.models(writer, filtering, DECODE, run.data.max_tokens)
-    cleaning.carry_out(*args, "--part-size", "1024", "--batch-size", "128")
+    cleaning.carry_out(*args, "--part-size", "1024", "--batch", "128")
     return Job.open(str(out / "capfilt"))
 
 

@@ -158,7 +158,7 @@ def read(command: Command) -> list[Reading]:
     try:
         return [reading for words in simple(command.text) for reading in _read_one(words)]
     except Unreadable as error:
-        if command.inline and "arguments are required" in str(error):
+        if command.inline and re.search(r"(are|is) required", str(error)):
             return []
         raise
 
@@ -234,16 +234,7 @@ def _module(name: str, args: list[str], is_module: bool) -> Reading:
     except ModuleNotFoundError as error:
         raise Unreadable(str(error)) from None
     if name.startswith("recipes."):
-        from recipes import command
-
-        real = command.read
-
-        def reads(settings: type, given: list[str] | None = None) -> None:
-            raise _Read(real(settings, given))
-
-        with mock.patch.object(command, "read", reads):
-            settings = _stopped(module.main, name, args)
-        return Reading(name, tuple(args), _flat(settings))
+        return _ours(name, args, module.main)
     if name.startswith("blip.world."):
         from jsonargparse import capture_parser
 
@@ -258,28 +249,34 @@ def _module(name: str, args: list[str], is_module: bool) -> Reading:
         return Reading(name, tuple(args), _flat(_stopped(module.main, name, args)))
 
 
+def _ours(program: str, args: list[str], main: Any) -> Reading:
+    """What the one function that reads options makes of them."""
+    from blip.app import options
+
+    real = options.read
+
+    def reads(*given: Any, **more: Any) -> None:
+        raise _Read(real(*given, **more))
+
+    with mock.patch.object(options, "read", reads):
+        return Reading(program, tuple(args), _flat(_stopped(lambda: sys.exit(main()), program, args)))
+
+
+def _verb(program: str, args: list[str], main: Any) -> Reading:
+    reading = _ours(program, args, lambda: main(args))
+    return Reading(f"{program} {args[0]}", tuple(args[1:]), reading.values)
+
+
 def _blip(args: list[str]) -> Reading:
     from blip.app import cli
 
-    def stops(chosen: argparse.Namespace) -> None:
-        raise _Read(chosen)
-
-    with contextlib.ExitStack() as patches:
-        for module in cli.COMMANDS:
-            patches.enter_context(mock.patch.object(module, "run", stops))
-        chosen = _stopped(lambda: cli.main(args), "blip", args)
-    return Reading(f"blip {args[0]}", tuple(args[1:]), _flat(chosen))
+    return _verb("blip", args, cli.main)
 
 
 def _eval(args: list[str]) -> Reading:
-    from eval.__main__ import COMMANDS
-    from eval.__main__ import read as options_of
+    from eval.__main__ import main
 
-    if args[:1] == ["--help"]:
-        return Reading("eval", tuple(args), {})
-    if args[0] not in COMMANDS:
-        raise Unreadable(f"blip-eval measures no {args[0]}")
-    return Reading(f"eval {args[0]}", tuple(args[1:]), _flat(_quietly(lambda: options_of(args[0], args[1:]))))
+    return _verb("eval", args, main)
 
 
 def _recipe(args: list[str]) -> Reading:
@@ -293,15 +290,9 @@ def _recipe(args: list[str]) -> Reading:
 
 
 def _capfilt(args: list[str]) -> Reading:
-    from capfilt import __main__ as command
-    from capfilt import verbs
+    from capfilt.__main__ import main
 
-    def stops(given: argparse.Namespace) -> None:
-        raise _Read(given)
-
-    with mock.patch.dict(verbs.ACTIONS, dict.fromkeys(verbs.ACTIONS, stops)):
-        given = _stopped(lambda: command.main(args), "capfilt", args)
-    return Reading(f"capfilt {args[0]}", tuple(args[1:]), _flat(given))
+    return _verb("capfilt", args, main)
 
 
 def _target(target: str) -> list[Reading]:

@@ -241,8 +241,8 @@ def _writer(args: list[str]) -> list[str]:
 def _capfilt(args: list[str]) -> list[str]:
     return {
         "plan": ["--part-size", "16"],
-        "score": ["--batch-size", "8"],
-        "run": ["--part-size", "16", "--batch-size", "8"],
+        "score": ["--batch", "8"],
+        "run": ["--part-size", "16", "--batch", "8"],
         "select": ["--itm", "0.0"],  # an untrained filter would keep nothing
         "calibrate": ["--count", "20"] if "--count" in args else [],
     }.get(args[0], [])

@@ -1,60 +1,38 @@
-"""The `blip` command: each sub-command is a file in blip/commands that adds its options and has a `run`."""
+"""The `blip` command: each sub-command is a file in blip/app/commands that has its `Options` and a `run`."""
 
 from __future__ import annotations
 
-import argparse
-import os
-import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from blip.app.commands import caption, classify, convert, demo, doctor, explain, match, search, vqa
-from blip.app.exit import WRONG_USE, fail, leave, one_line, unknown_option
-from blip.errors import DataError, Stopped
+from blip.app import exit, options
+from blip.errors import Stopped
 
-COMMANDS = (caption, match, search, classify, explain, vqa, convert, demo, doctor)
-"""Each has `add(subparsers)`, which sets `run(namespace) -> exit status`. Importing them imports no torch."""
-_STOPPED, _PIPE_CLOSED = 130, 141
-"""What a shell reports of a program that SIGINT or SIGPIPE ended."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Takes whole options only, and says in one line what is off."""
-
-    def __init__(self, **options: object) -> None:
-        super().__init__(**{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **options})
-
-    def error(self, message: str) -> NoReturn:
-        fail(f"{message} ({self.prog} --help explains)", WRONG_USE)
+COMMANDS = {
+    "caption": "say what images show",
+    "match": "say how well texts fit images",
+    "search": "find images by a text",
+    "classify": "choose among classes by their names",
+    "explain": "show where a text is found in an image",
+    "vqa": "answer a question about images",
+    "convert": "bring weights in or take them out",
+    "demo": "try the model out in a browser",
+    "doctor": "look at what this machine has",
+}
+"""Modules of blip.app.commands with what each is for. Importing one imports no torch."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line `args`, or the process's own; returns or exits with its status."""
-    parser = Parser(prog="blip", description="BLIP: pictures and words.", epilog="blip COMMAND --help shows examples.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for command in COMMANDS:
-        command.add(commands)
-    chosen, unknown = parser.parse_known_args(args)
-    if unknown:
-        asked = commands.choices[chosen.command]
-        asked.error(unknown_option(unknown[0], re.findall(r"--[a-z-]+", asked.format_usage())))
-    if sys.stdout is None:  # what is opened next would get its number, and answers would go there
-        fail("standard output is closed; let it go to /dev/null", WRONG_USE)
-    try:
-        return chosen.run(chosen)
-    except KeyboardInterrupt:
-        return _STOPPED
-    except BrokenPipeError:  # the reader, `head` say, has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _PIPE_CLOSED
-    except (DataError, ValueError, OSError, Stopped) as error:
-        fail(one_line(error), WRONG_USE)
+    args = sys.argv[1:] if args is None else args
+    about = "BLIP: images and words."
+    return exit.run(lambda: options.carry_out("blip", args, COMMANDS, "blip.app.commands", about), also=Stopped)
 
 
 def command() -> NoReturn:
     """The program `blip`."""
-    leave(main)
+    exit.leave(main)
 
 
 if __name__ == "__main__":

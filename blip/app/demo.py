@@ -6,7 +6,6 @@ or DataError with one line for the person who asked.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import math
 from collections.abc import Callable
@@ -115,9 +114,7 @@ class Demo:
             raise ValueError(f"ask for 1 to {MOST_CAPTIONS} captions, not {num}")
         begin = self.prompt if prompt is None else _short(prompt)
         self._check_prompt(begin)
-        left = dict.fromkeys(("beams", "min_length", "max_length", "length_rule"))
-        asked = argparse.Namespace(preset="caption_2022", method=method, num=num, top_p=top_p, seed=seed, **left)
-        config = caption_command.decoding(asked)
+        config = caption_command.Options(images=[], method=method, num=num, top_p=top_p, seed=seed).decoding()
         with self._lock, one.computing():
             return write(one.model, one.tokenizer, pixels[None].to(one.device), config, prompt=begin, keys=[digest])[0]
 

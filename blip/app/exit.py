@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import difflib
 import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NoReturn
 
 from blip.errors import DataError, Stopped
 from blip.files import not_permitted
 
-SOME_FAILED, WRONG_USE = 1, 2
-"""Exit statuses: the work could not be done, or not for all of the input; options, files or settings do not fit."""
+SOME_FAILED, WRONG_USE, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
+"""Exit statuses: the work could not be done, or not for all of the input; options, files or settings do not fit; and
+what a shell reports of a program that SIGINT or SIGPIPE ended."""
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a program; what a person can put right is said in a line, not in a traceback."""
+def run(main: Callable[[], int | None], *, also: type[Exception] = DataError) -> int:
+    """Run a program; what a person can put right, and errors that are `also` theirs, are a line and no traceback.
+
+    Returns its status, or raises SystemExit with that of what stopped it.
+    """
     try:
-        main()
-    except (DataError, ValueError, OSError) as error:
+        return main() or 0
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
+    except BrokenPipeError:  # the reader, `head` say, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(PIPE_CLOSED) from None
+    except (DataError, ValueError, OSError, also) as error:
         fail(one_line(error), WRONG_USE)
     except Stopped as error:
         fail(one_line(error), SOME_FAILED)
@@ -64,11 +72,3 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, PermissionError):
         return not_permitted(error)
     return re.sub(r":?\s*\n\s*", ": ", str(error).strip()) or type(error).__name__
-
-
-def unknown_option(option: str, options: Iterable[str]) -> str:
-    """What to say of an option that is none of `options`; abbreviations are not guessed, but the closest is named."""
-    option, options = option.partition("=")[0], sorted(options, key=len)
-    closest = [name for name in options if name.startswith(option)] or difflib.get_close_matches(option, options, n=1)
-    remedy = f"did you mean {closest[0]}?" if closest else "--help lists them all"
-    return f"there is no option {option}; {remedy}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from blip.app.options import MODEL_VARIABLE
+from blip.app.commands.shared import MODEL_VARIABLE
 from blip.checkpoints import checkpoint
 from blip.errors import is_out_of_memory
 from blip.models.blip import Blip

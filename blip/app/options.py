@@ -1,63 +1,548 @@
-"""Options that sub-commands share. Light to import, as all is that `blip --help` needs."""
+"""Options of all programs: a dataclass whose field docstrings are the help, filled from YAML and the command line.
+
+    options = read(Caption, ["photo.jpg", "--num", "3"], "blip caption")
+
+Words of a name are joined by dashes on the command line, which takes underscores too, and by underscores in YAML and
+Python. Options of a section are `--section.name`. A value is held against its field's type where it is given.
+"""
 
 from __future__ import annotations
 
 import argparse
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import itertools
+import json
+import re
+import reprlib
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
-MODEL_VARIABLE = "OPENBLIP_MODEL"
-"""Environment variable with the model that is used where no --model is given."""
-
-
-def add_images(parser: argparse.ArgumentParser) -> None:
-    """The pictures, how many go through the model at once, and where the answers go."""
-    parser.add_argument(
-        "images",
-        nargs="+",
-        metavar="IMAGE",
-        help="picture, folder of pictures (with its folders, linked ones too) or quoted glob",
-    )
-    add_answers(parser)
-
-
-def add_answers(parser: argparse.ArgumentParser) -> None:
-    """How and where the answers go, and how many pictures go through the model at once."""
-    parser.add_argument("--json", action="store_true", help="answer in JSON lines")
-    parser.add_argument("--out", metavar="FILE", help="answer into a file, or go on with it (default: standard output)")
-    parser.add_argument("--batch", type=positive, default=16, metavar="N", help="pictures at once (default: 16)")
-
-
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Which model, where and how exactly it computes."""
-    parser.add_argument(
-        "--model",
-        metavar="DIR",
-        help=f"model folder, released .pth, or name on the hub (default: ${MODEL_VARIABLE})",
-    )
-    add_tokenizer(parser)
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto, a GPU if there is one, else cpu)"
-    )
-    parser.add_argument(
-        "--precision",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="of matrix products (default: auto, which is float32: an answer then does not depend on --batch; "
-        "bfloat16 is faster and rounds differently for every batch size)",
-    )
+T = TypeVar("T")
+Tree = dict[str, Any]
+"""Values that are given, by name; a section is a tree in it."""
+LAST = -1
+"""In a path: the last item of a list of sections."""
 
 
-def add_tokenizer(parser: argparse.ArgumentParser) -> None:
-    """The tokenizer of a model that brings none."""
-    parser.add_argument(
-        "--tokenizer",
-        metavar="PATH",
-        help="vocabulary for a model that brings none, as a .pth: vocab.txt, tokenizer.json, folder or name on the "
-        "hub (default: what is beside the file, $OPENBLIP_TOKENIZER, or bert-base-uncased)",
-    )
+# Declaring ------------------------------------------------------------------------------------------------------------
 
 
-def positive(text: str) -> int:
-    """A whole number of 1 or more, for argparse."""
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
-    return int(text)
+def option(default: Any = dataclasses.MISSING, *, metavar: str = "", was: str = "", repeat: bool = False) -> Any:
+    """A field with more to say of its option: what stands for a value in the help, and a name that it had before.
+
+    With `repeat` a list gets an item each time that the option is given.
+    """
+    how = {"default_factory": default} if callable(default) else {"default": default}
+    return dataclasses.field(**how, metadata={"metavar": metavar, "was": was, "repeat": repeat})
+
+
+def argument(metavar: str, *, least: int = 1) -> Any:
+    """A field that is given by its place on the command line; a list takes `least` or more."""
+    how = {} if least else {"default_factory": list}
+    return dataclasses.field(**how, metadata={"argument": metavar, "least": least})
+
+
+def flat(*, part: type | None = None, skip: Sequence[str] = ()) -> Any:
+    """A section whose options have no name of a section before theirs; fields to `skip` are no options.
+
+    With `part` the field is a mapping of those fields of the class `part` that are given.
+    """
+    return dataclasses.field(metadata={"flat": True, "part": part, "skip": skip})
+
+
+class Option(NamedTuple):
+    """A field as it is given."""
+
+    name: str
+    """On the command line, without `--`."""
+    path: tuple[str | int, ...]
+    """In a tree."""
+    kind: Any
+    """Its type, None left out."""
+    may_be_none: bool
+    field: dataclasses.Field
+    owner: type
+    """The class that declares it."""
+    section: tuple[type, str, str] | None
+    """The field that is its section, by class and name, and what is put before that field's docstring."""
+    default: Any
+    required: bool
+
+
+def walk(kind: type, before: Option | None = None, under: Any = None) -> Iterator[Option]:
+    """All options of a dataclass, a section before what is in it; `under` has other defaults than the class."""
+    prefix, path, section, required = "", (), None, True
+    if before:
+        title = f"each of {before.name}: " if _item(before.kind) else f"{before.name}: "
+        prefix, path, section = f"{before.name}.", before.path, (before.owner, before.field.name, title)
+        path, required = (*path, LAST) if _item(before.kind) else path, before.required and not _item(before.kind)
+    for field, inner, may_be_none in _fields(kind).values():
+        owner = next(one for one in kind.__mro__ if field.name in inspect.get_annotations(one))
+        default = _default(field) if under is None else getattr(under, field.name)
+        if field.metadata.get("flat"):
+            for one in walk(field.metadata["part"] or inner):
+                if one.path[0] not in field.metadata["skip"]:
+                    yield one._replace(path=(field.name, *one.path), section=one.section or (owner, field.name, ""))
+            continue
+        name, needed = prefix + field.name.replace("_", "-"), required and default is dataclasses.MISSING
+        one = Option(name, (*path, field.name), inner, may_be_none, field, owner, section, default, needed)
+        yield one
+        if dataclasses.is_dataclass(inner):
+            yield from walk(inner, one, default if isinstance(default, inner) else None)
+        elif item := _item(inner):
+            yield from walk(item, one)
+
+
+@functools.cache
+def _fields(kind: type) -> dict[str, tuple[dataclasses.Field, Any, bool]]:
+    """Each field with its type and whether it may be None."""
+    hints = typing.get_type_hints(kind)
+    return {field.name: (field, *_plain(hints[field.name])) for field in dataclasses.fields(kind)}
+
+
+def _plain(hint: Any) -> tuple[Any, bool]:
+    """`int` of `int | None`, and that it may be None."""
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return hint, False
+    (inner,) = (one for one in typing.get_args(hint) if one is not types.NoneType)
+    return inner, True
+
+
+def _item(kind: Any) -> type | None:
+    """The class of the items of a list of sections."""
+    inner = typing.get_args(kind)[0] if typing.get_origin(kind) is list else None
+    return inner if dataclasses.is_dataclass(inner) else None
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def read(
+    kind: type[T],
+    args: Sequence[str],
+    program: str,
+    *,
+    examples: str = "",
+    files: bool = False,
+    under: Callable[[Tree], Tree] | None = None,
+) -> T:
+    """The dataclass of what a command line gives; ValueError in a line for what does not fit.
+
+    `under` says what lies under what is given, where that is not only the class's defaults: a preset, say.
+
+    `--help` prints all options and ends the process. With `files` they may be given in YAML: `--config FILE`, as often
+    as wanted, each laid over what stands before it; `--print-config` prints all settings and ends the process.
+    """
+    tree = given(kind, args, program, examples=examples, files=files)
+    prints = tree.pop(PRINT, False)
+    options = build(kind, laid_over(under(tree), tree) if under else tree)
+    if prints:
+        import yaml
+
+        print(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(options))), sort_keys=False), end="")
+        raise SystemExit(0)
+    return options
+
+
+PRINT = "print-config"
+"""Name of the option, and key of a tree in which it is given."""
+
+
+def given(kind: type, args: Sequence[str], program: str, *, examples: str = "", files: bool = False) -> Tree:
+    """What a command line gives, each value of its type."""
+    options = {one.name: one for one in walk(kind)}
+    words = _spelled(args, {PRINT, *(one.name for one in options.values() if one.kind is bool)})
+    explains = any(word in ("-h", "--help") for word in words)
+    parser = _parser(kind, options.values(), program, examples, files, explains)
+    parsed, unknown = parser.parse_known_args(words, argparse.Namespace(given=[]))
+    if unknown:
+        parser.error(_unknown(unknown[0], options, ("help", "config", PRINT) if files else ("help",)))
+    tree: Tree = {}
+    for name, value in parsed.given:
+        if name == "config":
+            tree = laid_over(tree, from_file(kind, value))
+        elif name == PRINT:
+            tree[PRINT] = True
+        else:
+            _put(tree, options[name.removesuffix("+")], value, name.endswith("+"))
+    return tree
+
+
+_WORDS = {"true": True, "yes": True, "false": False, "no": False}
+
+
+def _spelled(args: Sequence[str], flags: set[str]) -> list[str]:
+    """Names with dashes; a flag takes the next word if that is true or false, and means true by itself."""
+    done: list[str] = []
+    for word, after in itertools.zip_longest(args, args[1:], fillvalue=""):
+        if word == "--":
+            return [*done, *args[len(done) :]]
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            name = name.replace("_", "-")
+            word = name + equals + value
+            if name[2:] in flags and not equals and after.lower() not in _WORDS:
+                word += "=true"
+        done.append(word)
+    return done
+
+
+def _unknown(word: str, options: Mapping[str, Option], more: Iterable[str]) -> str:
+    if not word.startswith("--"):
+        return f"{word!r} is an argument too many"
+    former = {one.field.metadata.get("was"): name for name, one in options.items()}
+    if (name := word[2:].partition("=")[0]) in former:
+        return f"--{name} is called --{former[name]} now"
+    return unknown_option(word, [f"--{name}" for name in (*options, *more)])
+
+
+def unknown_option(option: str, options: Iterable[str]) -> str:
+    """What to say of an option that is none of `options`; abbreviations are not guessed, but the closest is named."""
+    option, options = option.partition("=")[0], sorted(options, key=len)
+    closest = [name for name in options if name.startswith(option)] or difflib.get_close_matches(option, options, n=1)
+    remedy = f"did you mean {closest[0]}?" if closest else "--help lists them all"
+    return f"there is no option {option}; {remedy}"
+
+
+def _put(tree: Tree, one: Option, value: Any, is_more: bool) -> None:
+    """Set an option in a tree to what stands for it on a command line, or add that to its list."""
+    if one.field.metadata.get("repeat"):
+        value, is_more = [value], True
+    elif "argument" not in one.field.metadata:
+        value = _typed(one.kind, one.may_be_none, value, Place("--", one.name), is_text=True)
+    inside: Any = tree
+    for key, after in itertools.pairwise(one.path):
+        if key != LAST and not inside.get(key):
+            inside[key] = [{}] if after == LAST else {}
+        inside = inside[key]
+    key = one.path[-1]
+    inside[key] = [*(inside.get(key) or []), *value] if is_more else value
+
+
+def laid_over(under: Tree, over: Tree) -> Tree:
+    """`under` with what `over` has instead: sections are laid over each other, lists are replaced."""
+    both = [key for key in over if isinstance(over[key], dict) and isinstance(under.get(key), dict)]
+    return {**under, **over, **{key: laid_over(under[key], over[key]) for key in both}}
+
+
+def build(kind: type[T], given: Tree, before: str = "", under: Any = None) -> T:
+    """The dataclass of what is given; the rest is as in `under`, or has its default.
+
+    ValueError, naming the option, for one that is missing or that the class refuses.
+    """
+    values: Tree = {}
+    for name, (field, inner, _) in _fields(kind).items():
+        value = given.get(name)
+        default = _default(field) if under is None else getattr(under, name)
+        if field.metadata.get("flat"):
+            values[name] = value or {} if field.metadata["part"] else build(inner, value or {}, before)
+        elif dataclasses.is_dataclass(inner) and (value is not None or default is dataclasses.MISSING):
+            values[name] = build(
+                inner, value or {}, f"{before}{name}.", default if isinstance(default, inner) else None
+            )
+        elif (item := _item(inner)) and value:
+            values[name] = [build(item, one, f"{before}{name}.{i}.") for i, one in enumerate(value)]
+        elif name in given:
+            values[name] = value
+        elif default is dataclasses.MISSING:
+            raise ValueError(f"--{before}{name} is required")
+    try:
+        return kind(**values) if under is None else dataclasses.replace(under, **values)
+    except ValueError as error:
+        names_it = str(error).split(" ")[0] in _fields(kind)
+        raise ValueError(f"{before}{error}" if names_it or not before else f"{before[:-1]}: {error}") from None
+
+
+# Values ---------------------------------------------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """What a value is called where it is given."""
+
+    where: str
+    """`--`, or what names a file."""
+    path: str = ""
+
+    def __str__(self) -> str:
+        return self.where + self.path
+
+    def inside(self, name: str | int) -> Place:
+        return Place(self.where, f"{self.path}.{name}" if self.path else str(name))
+
+
+def _typed(kind: Any, may_be_none: bool, value: Any, place: Place, is_text: bool) -> Any:
+    """A value of the type that its field asks for, made of text of a command line or of what YAML is read as.
+
+    ValueError, naming the place, if it does not fit.
+    """
+    if value is None or (is_text and value in ("null", ["null"])):
+        if not may_be_none:
+            raise ValueError(f"{place} is null; give a value, or leave it out for the default")
+        return None
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is None and not dataclasses.is_dataclass(kind):
+        return _scalar(kind, value, place, is_text)
+    if origin is Literal:
+        choices = {str(one): one for one in reversed(inner)}
+        return choices[str(value)] if str(value) in choices else _refuse(place, f"one of {', '.join(choices)}", value)
+    if is_text and (text := value if isinstance(value, str) else value[0] if value[0].startswith("[") else ""):
+        value, is_text = _loaded(text, str(place)), False
+    if origin is None:
+        return _section(kind, value, place)
+    if not isinstance(value, list) or (origin is tuple and len(value) != len(inner)):
+        _refuse(place, "a list" if origin is list else f"a list of {len(inner)} elements", value)
+    kinds = inner if origin is tuple else inner * len(value)
+    items = enumerate(zip(kinds, value, strict=True))
+    return origin(_typed(*_plain(one), item, place.inside(i), is_text) for i, (one, item) in items)
+
+
+_EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_NUMBERS = {int: r"[+-]?\d+", float: r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|\.?inf)"}
+
+
+def _scalar(kind: type, value: Any, place: Place, is_text: bool) -> Any:
+    if isinstance(value, str) and kind in _NUMBERS and (is_text or kind is float):  # to YAML, 1e-4 is text
+        fits = re.fullmatch(_NUMBERS[kind], value, re.ASCII | re.IGNORECASE)
+        value = kind(value.replace(".inf", "inf")) if fits else value
+    elif kind is bool and is_text:
+        value = _WORDS.get(value.lower(), value)
+    fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+    if not fits or value != value:  # not a number
+        _refuse(place, _EXPECTED[kind], value)
+    return kind(value)
+
+
+def _section(kind: type, value: Any, place: Place) -> Tree:
+    """What is given of a section, each value of its type."""
+    if not isinstance(value, dict):
+        _refuse(place, "a mapping of options", value)
+    fields = _fields(kind)
+    for key in value.keys() - fields.keys():
+        names = [place.inside(name).path for name in fields]
+        raise ValueError(place.where.removesuffix("--") + unknown_option(place.inside(key).path, names))
+    return {key: _typed(*fields[key][1:], item, place.inside(key), is_text=False) for key, item in value.items()}
+
+
+def _refuse(place: Place, expected: str, value: Any) -> NoReturn:
+    raise ValueError(f"{place}: expected {expected}, got {reprlib.repr(value)}")
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def from_file(kind: type, path: str | Path) -> Tree:
+    """What a YAML file and its bases give, each value of its type; ValueError, naming file and line, if it is not."""
+    trees = (_section(kind, content, place) for place, content in _with_bases(Path(path)))
+    return functools.reduce(laid_over, trees, {})
+
+
+def content(path: str | Path) -> Tree:
+    """What a YAML file says, laid over what its bases say; no name or type is looked at."""
+    return functools.reduce(laid_over, (content for _, content in _with_bases(Path(path))), {})
+
+
+def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Place, Tree]]:
+    """A file that names another as its `base`, by a path from its own folder, comes after that."""
+    called = f"--config {path}" if not above else f"--config {above[-1]}: base {path}"
+    if not path.is_file():
+        raise ValueError(f"{called}: no such file")
+    try:
+        found = _loaded(path.read_text(encoding="utf-8"), called, has_lines=True)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{called}: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{called}: expected a mapping of options, got {type(found).__name__}")
+    place = Place(f"{called}: ")
+    if "base" in found:
+        base = _typed(str, False, found.pop("base"), place.inside("base"), is_text=False)
+        if (path.parent / base).resolve() in (one.resolve() for one in (*above, path)):
+            raise ValueError(f"{place}base {base} is itself based on this file; break the circle")
+        yield from _with_bases(path.parent / base, (*above, path))
+    yield place, found
+
+
+def _loaded(text: str, called: str, has_lines: bool = False) -> Any:
+    """What YAML reads in a text; ValueError if it is not YAML, or if a key stands there twice."""
+    import yaml
+
+    class OneKey(yaml.SafeLoader):
+        """Refuses a mapping that names a key twice, of which YAML itself silently takes the last."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+            seen: set[str] = set()
+            for key, _ in node.value:
+                said = None if isinstance(key, yaml.ScalarNode) else "an option's name must be a word"
+                if said or key.value in seen:
+                    said = said or f"{key.value!r} stands there twice"
+                    raise yaml.constructor.ConstructorError(None, None, said, key.start_mark)
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, OneKey)
+    except RecursionError:
+        raise ValueError(f"{called}: nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark and has_lines else ""
+        raise ValueError(f"{called}{line}: {getattr(error, 'problem', None) or error}") from None
+
+
+# Help -----------------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Takes whole names only, and says in one line what is off."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} ({self.prog} --help explains)")
+
+
+class _Note(argparse.Action):
+    """Keeps what is given in its order."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        namespace.given.append((self.dest, values))
+
+
+class _Layout(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+
+def _parser(kind: type, options: Iterable[Option], program: str, examples: str, files: bool, explains: bool) -> _Parser:
+    """A parser of command lines; with what its help says only if it is asked for, as that is read from source code."""
+    usage = " ".join([program, *(_place(one) for one in options if one.required), "[options]"])
+    how = {"formatter_class": _Layout, "allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+    parser = _Parser(program, usage=usage, description=inspect.getdoc(kind), epilog=examples, **how)
+    groups = {"": parser}
+    if files:
+        group = parser.add_argument_group("files")
+        what = "YAML file of options, laid over what stands before it; given as often as wanted"
+        group.add_argument("--config", action=_Note, metavar="FILE", help=what)
+        group.add_argument(f"--{PRINT}", action=_Note, dest=PRINT, metavar="", help="print all settings as YAML")
+    for one in options:
+        how = {"action": _Note, "help": _help(one) if explains else None}
+        is_list = typing.get_origin(one.kind) in (list, tuple) and not one.field.metadata.get("repeat")
+        if metavar := one.field.metadata.get("argument"):
+            nargs = ("+" if one.field.metadata["least"] else "*") if is_list else None
+            parser.add_argument(one.name, metavar=metavar, nargs=nargs, **how)
+            continue
+        title = _title(one, kind) if explains else ""
+        group = groups[title] = groups.get(title) or parser.add_argument_group(title)
+        nargs = "+" if is_list else None
+        group.add_argument(f"--{one.name}", dest=one.name, nargs=nargs, metavar=_metavar(one), **how)
+        if is_list:
+            group.add_argument(f"--{one.name}+", dest=f"{one.name}+", nargs="+", **how | {"help": argparse.SUPPRESS})
+    return parser
+
+
+def _title(one: Option, kind: type) -> str:
+    """Of the group of an option in the help: its section, or the class that declares it."""
+    if dataclasses.is_dataclass(one.kind):
+        return f"{one.name}: {docs(one.owner)[one.field.name]}"
+    if one.section:
+        owner, name, before = one.section
+        return before + docs(owner)[name]
+    return "" if one.owner is kind else inspect.getdoc(one.owner).split("\n")[0].rstrip(".")
+
+
+def _help(one: Option) -> str:
+    """What the help says of an option, and its default."""
+    if dataclasses.is_dataclass(one.kind):
+        return "all of it, in YAML's short form; null for none" if one.may_be_none else argparse.SUPPRESS
+    default, said = one.default, docs(one.owner)[one.field.name]
+    if isinstance(default, bool):
+        default = "true" if default else None
+    elif isinstance(default, list | tuple):
+        default = " ".join(map(str, default)) or None
+    elif default == "" or (isinstance(default, str) and default != default.strip()):
+        default = repr(default)
+    if one.required and "argument" not in one.field.metadata:
+        said += " (required)"
+    elif default not in (None, dataclasses.MISSING):
+        said += f" (default: {default})"
+    return said.replace("%", "%%")
+
+
+def _place(one: Option) -> str:
+    """How an option stands in the line of usage."""
+    if not (metavar := one.field.metadata.get("argument")):
+        return f"--{one.name} {_metavar(one)}"
+    if typing.get_origin(one.kind) is not list:
+        return metavar
+    return f"{metavar} [{metavar} ...]" if one.field.metadata["least"] else f"[{metavar} ...]"
+
+
+def _metavar(one: Option) -> str:
+    if one.field.metadata.get("metavar"):
+        return one.field.metadata["metavar"]
+    kind = typing.get_args(one.kind)[0] if typing.get_origin(one.kind) in (list, tuple) else one.kind
+    if typing.get_origin(kind) is Literal:
+        return f"{{{','.join(dict.fromkeys(map(str, typing.get_args(kind))))}}}"
+    if dataclasses.is_dataclass(kind):
+        return "MAPPING"
+    return {bool: "true|false" if one.default is True else "", int: "INT", float: "FLOAT", str: "TEXT"}[kind]
+
+
+@functools.cache
+def docs(kind: type) -> dict[str, str]:
+    """The docstring of each field of a dataclass, on one line and without its full stop."""
+    found: dict[str, str] = {}
+    for one in reversed([one for one in kind.__mro__ if dataclasses.is_dataclass(one)]):
+        (body,) = (node.body for node in ast.parse(textwrap.dedent(inspect.getsource(one))).body)
+        for field, after in itertools.pairwise([*body, None]):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                is_doc = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                found[field.target.id] = " ".join(str(after.value.value).split()).rstrip(".") if is_doc else ""
+    return found
+
+
+# Programs -------------------------------------------------------------------------------------------------------------
+
+
+def carry_out(program: str, args: Sequence[str], verbs: Mapping[str, str], package: str, about: str) -> int:
+    """Do what a command line says by the module of a package that is called as its first word; returns the status.
+
+    Such a module has `Options`, a dataclass, `EXAMPLE`, which ends its help, and `run(options) -> exit status`.
+    """
+    name = verb(program, args, verbs, about)
+    if name is None:
+        return 0
+    module = import_module(f"{package}.{name.replace('-', '_')}")
+    chosen = read(module.Options, args[1:], f"{program} {name}", examples=module.EXAMPLE)
+    if sys.stdout is None:  # what is opened next would get its number, and answers would go there
+        raise ValueError("standard output is closed; let it go to /dev/null")
+    return module.run(chosen)
+
+
+def verb(program: str, args: Sequence[str], verbs: Mapping[str, str], about: str) -> str | None:
+    """The first word of a command line, one of `verbs`; None if it asks for help, which is then printed.
+
+    `verbs` have what each is for. ValueError, with the closest, for another word.
+    """
+    if args and args[0] in ("-h", "--help"):
+        wide = max(map(len, verbs))
+        print(about.strip(), "", *(f"  {name:<{wide}}  {what}".rstrip() for name, what in verbs.items()), "", sep="\n")
+        print(f"`{program} VERB --help` lists the options of one.")
+        return None
+    if args and args[0] in verbs:
+        return args[0]
+    said = f"there is no {args[0]!r}" if args else "nothing is asked for"
+    closest = difflib.get_close_matches(args[0], verbs, n=1) if args else []
+    remedy = f"did you mean {closest[0]}?" if closest else f"give one of {', '.join(verbs)}"
+    raise ValueError(f"{said}; {remedy} ({program} --help explains)")

@@ -6,8 +6,6 @@ import dataclasses
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -20,39 +18,11 @@ from capfilt.score.decoding import Decoded
 from capfilt.score.dry_run import Silent
 from capfilt.score.loop import ScoreOptions, Worker
 from capfilt.score.scorer import Item, Matched, Scorer
-from capfilt.settings import ReadConfig, at_least
+from capfilt.settings import CalibrateOptions, ReadConfig
 
 _STEPS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99)
 _CANDIDATES = 20
 """Captions of other images among which the nearest by cosine is the hard negative."""
-
-
-@dataclass(frozen=True)
-class CalibrateOptions:
-    """How a threshold is looked for."""
-
-    method: Literal["audit", "reference", "null"] = "audit"
-    """audit: label a sheet of this run's own texts (recommended); reference: a clean set of pairs; null: shuffled
-    captions, which only show whether the filter is broken."""
-    count: int = 200
-    """Texts on the audit's sheet, at most; 2,000 pairs are good for `null`, some hundred images for `reference`."""
-    labels: str | None = None
-    """A labelled sheet to read: audit then estimates precision and recall."""
-    reference: str | None = None
-    """Clean pairs for `reference`: any input that `plan` takes as it is, e.g. a COCO or Flickr validation list."""
-    target: float = 0.9
-    """Precision that the lower end of the interval should reach."""
-    device: str | None = None
-    """cpu, cuda, cuda:1, ..."""
-    decode_workers: int | None = None
-    """Decoding processes."""
-
-    def __post_init__(self) -> None:
-        at_least(10, count=self.count)
-        if not 0 <= self.target <= 1:
-            raise ValueError(f"target is a precision, 0 to 1, got {self.target}")
-        if self.method == "reference" and not self.reference:
-            raise ValueError("method reference needs --reference with clean pairs")
 
 
 def calibrate(run: Run, options: CalibrateOptions, make_scorer: Callable[[Run], Scorer]) -> list[str]:

@@ -17,6 +17,7 @@ from capfilt.run import Part, Run
 from capfilt.schema import USABLE
 from capfilt.select.choose import Whole, scored_parts, select_part
 from capfilt.select.policies import SelectConfig
+from capfilt.settings import ReportOptions
 from capfilt.store.parts import facts_of, name_of
 
 BINS = 200
@@ -29,20 +30,6 @@ _MOST_CAPTIONS = 1_000_000
 """Different captions that are counted at once; beyond, those seen once are forgotten."""
 NULL = "report/null.json"
 """Scores of shuffled captions, where `calibrate --method null` has measured them."""
-
-
-@dataclass(frozen=True)
-class ReportOptions:
-    """What the page shows."""
-
-    select: str | None = None
-    """Name of a selection; every text with P(match) of at least 0.5 when not given."""
-    per_group: int = 12
-    """Pictures of each group."""
-    no_blur: bool = False
-    """Show pictures at once; they are blurred until pointed at, for nobody has looked at them yet."""
-    to: str | None = None
-    """Where to write the page: report/NAME in the run when not given."""
 
 
 @dataclass

@@ -27,41 +27,13 @@ from capfilt.score.decoding import Decoded
 from capfilt.score.pool import BrokenDecoder, Inline, Pool, Setup, Task
 from capfilt.score.progress import Progress
 from capfilt.score.scorer import Item, OutOfMemory, Scorer, Scores
-from capfilt.settings import DONE, FAILED_PARTS, INTERRUPTED, WRONG, at_least
+from capfilt.settings import DONE, FAILED_PARTS, INTERRUPTED, WRONG, ScoreOptions
 from capfilt.store.storage import host
 
 _CHUNK = 16
 """Rows of one decoding task."""
 _JUDGED = 2000
 """Rows after which it is judged whether something is wrong with the input as a whole."""
-
-
-@dataclass(frozen=True)
-class ScoreOptions:
-    """How the work is done. None of it changes a result."""
-
-    batch_size: int | None = None
-    """Images that the models see at once; by device when not given."""
-    decode_workers: int | None = None
-    """Decoding processes; 0 decodes in this one. By the number of cores when not given."""
-    decode_timeout: float = 60.0
-    """Seconds after which a picture that will not be decoded is given up."""
-    limit: int | None = None
-    """Score about so many rows, taken from all over the input, and stop; a later run continues with the rest."""
-    max_error_rate: float = 0.2
-    """Stop when more than this share of the first rows cannot be used."""
-    allow_damaged: bool = False
-    """Damaged source files are no reason for exit status 2."""
-    rank: int = 0
-    world: int = 1
-
-    def __post_init__(self) -> None:
-        at_least(1, batch_size=self.batch_size, limit=self.limit)
-        at_least(0, decode_workers=self.decode_workers)
-        if not self.decode_timeout > 0:
-            raise ValueError(f"decode_timeout must be more than 0 seconds, got {self.decode_timeout}")
-        if not 0 <= self.max_error_rate <= 1:
-            raise ValueError(f"max_error_rate is a share of rows, 0 to 1, got {self.max_error_rate}")
 
 
 Tasks = deque[tuple["Pool | Inline", Future]]
@@ -82,7 +54,7 @@ class Worker:
     def __init__(self, run: Run, scorer: Scorer, options: ScoreOptions, pool: Pool | Inline | None = None) -> None:
         self.run, self.scorer, self.options = run, scorer, options
         self.setup = Setup(run.where, run.config, run.reading, scorer.sides)
-        self.batch = self.most = options.batch_size or scorer.batch_size
+        self.batch = self.most = options.batch or scorer.batch_size
         self._passed, self._wait = 0, 1
         self.pool = pool or make_pool(self.setup, options, self.batch)
         self.claims: Any = Claims(run.storage)
@@ -127,7 +99,7 @@ class Worker:
             "attempt": attempt,
             "worker": f"{host()}:{os.getpid()}",
             "device": self.scorer.device,
-            "dtype": self.run.config.dtype,
+            "dtype": self.run.config.precision,
             "seconds": (time.monotonic() - start) / len(rows),
         }
         return [{**row, **about} for row in found]

@@ -49,7 +49,7 @@ class BlipScorer:
         """
         self._device = torch.device(device)
         config = decided(config, device=self._device)
-        self._dtype = _DTYPES[config.dtype]
+        self._dtype = _DTYPES[config.precision]
         self.config, self.device = config, _name(self._device)
         self.filter, self.tokenizer = self._ready(filter[0]), filter[1]
         self.captioner = self._ready(captioner[0]) if captioner else None
@@ -87,7 +87,7 @@ class BlipScorer:
 
         FileNotFoundError or ValueError if there is something wrong with the models.
         """
-        device = str(dist.own_device()) if device in (None, "cuda") else device
+        device = str(dist.own_device()) if device in (None, "auto", "cuda") else device
         if device.startswith("cuda"):
             torch.cuda.set_device(device)  # what is allocated without a word goes there too
         captioner = None

@@ -308,7 +308,7 @@ class _Seed:
         prompt = ["--prompt", ""] if name == "shared" else []
         plan = ["plan", "--input", self.crawl, "--out", job, "--part-size", SIZE_OF_PARTS, "--seed", str(self.seed)]
         cleaning.carry_out(*plan, *cleaning.models(writer, reader, decode, run.data.max_tokens), *prompt)
-        cleaning.carry_out("score", job, "--batch-size", BATCH)
+        cleaning.carry_out("score", job, "--batch", BATCH)
         found: dict[str, Any] = {}
         for keep in dict.fromkeys(row.keep for row in ROWS.values() if row.cleaner == name):
             cleaning.carry_out("select", job, "--name", keep, "--replace", "--allow-empty", *CLEANERS[keep](threshold))

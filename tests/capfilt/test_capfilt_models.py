@@ -277,16 +277,16 @@ def test_the_number_format_is_decided_once_when_the_job_is_planned(models, tmp_p
     assert main([*plan, "--out", str(tmp_path / "old")]) == 0
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main([*plan, "--out", str(tmp_path / "cpu")]) == 0
-    assert "computes in float32; on a GPU, --dtype bfloat16" in capsys.readouterr().out
-    formats = {name: Run.open(str(tmp_path / name)).config.dtype for name in ("gpu", "old", "cpu")}
+    assert "computes in float32; on a GPU, --precision bfloat16" in capsys.readouterr().out
+    formats = {name: Run.open(str(tmp_path / name)).config.precision for name in ("gpu", "old", "cpu")}
     assert formats == {"gpu": "bfloat16", "old": "float32", "cpu": "float32"}
     # What was planned stays, on whatever machine it is continued, unless somebody asks for another format.
     assert main([*plan, "--out", str(tmp_path / "gpu")]) == 0
-    assert main([*plan, "--out", str(tmp_path / "gpu"), "--dtype", "auto"]) == 0
-    assert main([*plan, "--out", str(tmp_path / "gpu"), "--dtype", "float32"]) == 2
-    assert "dtype: bfloat16 -> float32" in capsys.readouterr().err
+    assert main([*plan, "--out", str(tmp_path / "gpu"), "--precision", "auto"]) == 0
+    assert main([*plan, "--out", str(tmp_path / "gpu"), "--precision", "float32"]) == 2
+    assert "precision: bfloat16 -> float32" in capsys.readouterr().err
     for name in ("cpu", "gpu"):
-        assert main(["score", str(tmp_path / name), "--dtype", "auto", "--decode-workers", "0"]) == 0
+        assert main(["score", str(tmp_path / name), "--precision", "auto", "--decode-workers", "0"]) == 0
         rows = annotations(str(tmp_path / name)).to_pylist()
         assert {row["dtype"] for row in rows} == {formats[name]}
     alone = BlipScorer(None, models[1], ScoreConfig(filter="f")).filter
@@ -369,7 +369,7 @@ def test_the_whole_job_on_the_picture_world(models, tmp_path, capsys):
     again = Run.open(str(tmp_path / "again"))
     loaded = BlipScorer.load(again.config, "cpu")
     for rank in range(2):
-        options = dataclasses.replace(HERE, rank=rank, world=2, batch_size=3)
+        options = dataclasses.replace(HERE, rank=rank, world=2, batch=3)
         assert score(again, lambda _: loaded, options, io.StringIO()) == 0
     assert annotations(again)["syn_text"].equals(annotations(run)["syn_text"])
     # A model that changed on disk is another model.

@@ -134,7 +134,7 @@ def test_broken_pictures_among_many_harm_no_neighbour(tmp_path):
         images = [jpeg(i) if name == "whole" or i * 7919 % 200 >= 7 else broken[i % len(broken)] for i in range(2400)]
         members = [(f"{i:04d}.jpg", image) for i, image in enumerate(images)]
         members += [(f"{i:04d}.txt", f"picture {i}".encode()) for i in range(2400)]
-        options = replace(HERE, batch_size=32)
+        options = replace(HERE, batch=32)
         runs.append(scored(write_tar(tmp_path / name / "a.tar", members), tmp_path / f"{name}-run", options=options))
     whole, mixed = (annotations(run).to_pylist() for run in runs)
     refused = [row["status"] for row in mixed if row["status"] != "ok"]
@@ -253,7 +253,7 @@ def test_batches_order_and_processes_change_nothing(tmp_path):
     folder = crawl(tmp_path / "in")
     base = scored(folder, tmp_path / "base")
     for n, options in enumerate(
-        [ScoreOptions(batch_size=1, decode_workers=0), ScoreOptions(batch_size=7, decode_workers=2)]
+        [ScoreOptions(batch=1, decode_workers=0), ScoreOptions(batch=7, decode_workers=2)]
     ):
         check_complete(scored(folder, tmp_path / f"b{n}", options=options).where, base)
     run = planned(folder, tmp_path / "ranks")

@@ -1,5 +1,6 @@
 """`blip-eval`: its help, what it refuses and how, and the files it leaves."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -24,11 +25,11 @@ def alone(program: str) -> str:
 
 def test_help_is_quick_and_complete(capsys):
     program = "from eval.__main__ import main; main(['--help'])"
-    said = alone(f"{program}; import sys; print(sorted({{'torch', 'jsonargparse'}} & set(sys.modules)))")
+    said = alone(f"{program}; import sys; print(sorted({{'torch', 'yaml'}} & set(sys.modules)))")
     assert said.splitlines()[-1] == "[]", "a slow import"
     for name in COMMANDS:
         assert f"blip-eval {name} --" in said
-    for name, wanted in (("captioning", ("--results", "--decode.top_p", "--allow_partial")), ("retrieval", ("--k",))):
+    for name, wanted in (("captioning", ("--results", "--decode.top-p", "--allow-partial")), ("retrieval", ("--k",))):
         with pytest.raises(SystemExit) as stop:
             main([name, "--help"])
         assert stop.value.code == 0
@@ -63,7 +64,7 @@ WRONG = {
     "no references": (["captioning", "--results", "r.json"], "--references FILE"),
     "no pictures": (["captioning", "--model", "m", "--out", "o"], "--source.path FILE"),
     "no out": (["captioning", "--model", "m", "--source.path", "s"], "--out DIR"),
-    "no path": (["captioning", "--model", "m", "--out", "o", "--source.split", "test"], "--source: the following"),
+    "no path": (["captioning", "--model", "m", "--out", "o", "--source.split", "test"], "--source.path is required"),
     "typo": (["captioning", "--modle", "m"], "did you mean --model?"),
     "typo inside": (["captioning", *SCORE, "--decode.beam", "3"], "did you mean --decode.beams?"),
     "preset": (["captioning", *SCORE, "--preset", "best"], "best"),
@@ -86,7 +87,7 @@ def test_wrong_use_is_one_line_and_status_2(capsys, tmp_path, monkeypatch, name)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_preset_and_what_changes_it(capsys, tmp_path):
+def test_a_preset_and_what_changes_it(tmp_path):
     def decode(*args):
         return read("captioning", [*SCORE, *args]).decode
 
@@ -101,8 +102,9 @@ def test_a_preset_and_what_changes_it(capsys, tmp_path):
         given = decode("--preset", "greedy", "--config", str(tmp_path / "c.yaml"))
         assert given == decode("--preset", "greedy", "--decode.length_rule", "2022")
         assert given.length_rule == "2022"
-    (tmp_path / "c.yaml").write_text("preset: nucleus\n")
-    assert "--preset NAME" in refused(capsys, ["captioning", "--config", str(tmp_path / "c.yaml"), *SCORE])
+    (tmp_path / "c.yaml").write_text("preset: capfilt_2022\ndecode: {top_k: 7}\n")
+    given = decode("--decode.seed", "3", "--config", str(tmp_path / "c.yaml"))
+    assert given == dataclasses.replace(DECODE_PRESETS["capfilt_2022"], top_k=7, seed=3)
 
 
 CAPTIONS = {7: ["A dog runs on the beach.", "a dog by the sea"], 8: ["A red bird.", "the bird is red"], 9: ["two cats"]}

@@ -371,7 +371,7 @@ class Recorder:
                  "--part-size", 16, "--max-length", 20, "--max-tokens", 40, *args)  # fmt: skip
 
     def score(self, job: str, world: int = 1) -> dict[str, Any]:
-        self.run("capfilt", "score", self.folder / job, "--decode-workers", 0, "--batch-size", 8, world=world)
+        self.run("capfilt", "score", self.folder / job, "--decode-workers", 0, world=world)
         return self.annotations(job)
 
     def annotations(self, job: str) -> dict[str, Any]:

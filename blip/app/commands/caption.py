@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-from blip.app import options
+from blip.app.commands.shared import ImageOptions, ModelOptions
 from blip.app.exit import SOME_FAILED
-from blip.inference.settings import CAPTION_PROMPT, DECODE_PRESETS, LENGTH_RULES, DecodeConfig
+from blip.app.options import option
+from blip.inference.settings import CAPTION_PROMPT, DECODE_PRESETS, DecodeConfig
 
 if TYPE_CHECKING:
     from blip.app.answers import Answers
@@ -22,44 +23,51 @@ A caption depends on the bytes of its picture, the model and these options; not 
 file's name or --batch. Exit status: 0, or 1 if some pictures could not be used, or 2 for wrong use."""
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Add `caption` to the sub-commands."""
-    parser = commands.add_parser("caption", help="say what pictures show", description=__doc__, epilog=EXAMPLE)
-    options.add_images(parser)
-    options.add_model(parser)
-    parser.add_argument(
-        "--preset",
-        default="caption_2022",
-        choices=DECODE_PRESETS,
-        help="ways of writing that the options below change (default: caption_2022, as the paper's captioner)",
-    )
-    parser.add_argument(
-        "--method", choices=("beam", "greedy", "nucleus"), help="search for the likeliest text, or draw (nucleus)"
-    )
-    parser.add_argument("--num", type=int, metavar="N", help="captions of each picture (default: 1)")
-    parser.add_argument("--beams", type=int, metavar="N", help="texts that a search keeps in view")
-    parser.add_argument(
-        "--length-rule",
-        choices=LENGTH_RULES,
-        help="what counts as length where beams are compared: generated words with [SEP], as in today's transformers, "
-        "or 2022: the prompt too and not [SEP], as in the original (default: the preset's; caption_2022 has 2022)",
-    )
-    parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest words of this share")
-    parser.add_argument("--min-length", type=int, metavar="N", help="tokens, prompt included")
-    parser.add_argument("--max-length", type=int, metavar="N", help="tokens, prompt included")
-    parser.add_argument(
-        "--prompt",
-        default=CAPTION_PROMPT,
-        help=f"what captions go on from, not part of the answer (default: {CAPTION_PROMPT!r}; '' for a model that was "
-        "trained without)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
-    parser.set_defaults(run=run)
+@dataclass(frozen=True, kw_only=True)
+class Options(ImageOptions, ModelOptions):
+    """Say what images show, in words."""
+
+    preset: Literal["greedy", "caption_2022", "nucleus", "capfilt_2022"] = "caption_2022"
+    """Ways of decoding, which the options below change; caption_2022 is the paper's captioner"""
+    method: Literal["beam", "greedy", "nucleus"] | None = None
+    """Search for the likeliest text, or draw (nucleus)"""
+    num: int | None = option(None, metavar="N")
+    """Captions of each image (default: 1)"""
+    beams: int | None = option(None, metavar="N")
+    """Texts that a search keeps in view"""
+    length_rule: Literal["generated", "2022"] | None = None
+    """What counts as length where beams are compared: generated words with [SEP], as in today's transformers, or 2022:
+    the prompt too and not [SEP], as in the original (default: the preset's; caption_2022 has 2022)"""
+    top_p: float | None = option(None, metavar="P")
+    """Draw among the likeliest words of this share"""
+    min_length: int | None = option(None, metavar="N")
+    """Least number of tokens, prompt included"""
+    max_length: int | None = option(None, metavar="N")
+    """Largest number of tokens, prompt included"""
+    prompt: str = CAPTION_PROMPT
+    """Beginning that captions continue, not part of the answer; '' for a model that was trained without"""
+    seed: int = option(0, metavar="N")
+    """Random seed of what is drawn"""
+
+    def decoding(self) -> DecodeConfig:
+        """How captions are decoded. ValueError if the options do not go together."""
+        names = ("num", "beams", "top_p", "min_length", "max_length", "length_rule", "seed")
+        values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        preset = DECODE_PRESETS[self.preset]
+        if self.method == "greedy":
+            if values.get("num", 1) > 1:
+                raise ValueError(f"--method greedy writes one text, --num asks for {self.num}: use beam or nucleus")
+            values |= {"method": "beam", "beams": 1, "num": 1}
+        elif self.method:
+            values["method"] = self.method
+        if values.get("method", preset.method) == "beam" and preset.beams > 1:
+            values.setdefault("beams", max(preset.beams, values.get("num", 1)))
+        return dataclasses.replace(preset, **values)
 
 
-def run(chosen: argparse.Namespace) -> int:
+def run(chosen: Options) -> int:
     """Caption the pictures that the options name; returns the exit status."""
-    config = decoding(chosen)
+    config = chosen.decoding()
     from blip.data.image_files import find, read_ahead
 
     found = find(chosen.images)
@@ -103,19 +111,3 @@ def _answer(answers: Answers, path: str, texts: list[Text], as_json: bool) -> No
     else:
         for text in texts:
             answers.text(path, text.words)
-
-
-def decoding(chosen: argparse.Namespace) -> DecodeConfig:
-    """How captions are written, by the options. ValueError if they do not go together."""
-    names = ("num", "beams", "top_p", "min_length", "max_length", "length_rule", "seed")
-    values = {name: getattr(chosen, name) for name in names if getattr(chosen, name) is not None}
-    preset = DECODE_PRESETS[chosen.preset]
-    if chosen.method == "greedy":
-        if values.get("num", 1) > 1:
-            raise ValueError(f"--method greedy writes one text, --num asks for {values['num']}: use beam or nucleus")
-        values |= {"method": "beam", "beams": 1, "num": 1}
-    elif chosen.method:
-        values["method"] = chosen.method
-    if values.get("method", preset.method) == "beam" and preset.beams > 1:
-        values.setdefault("beams", max(preset.beams, values.get("num", 1)))
-    return dataclasses.replace(preset, **values)

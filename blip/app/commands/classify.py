@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 
-from blip.app import options
+from blip.app.commands.shared import ImageOptions, ModelOptions, at_least
 from blip.app.exit import SOME_FAILED
+from blip.app.options import option
 from blip.errors import DataError
 
 EXAMPLE = """examples:
@@ -17,27 +18,27 @@ classes add up to 1, so they say nothing about a picture that shows none of them
 if some pictures could not be used, or 2 for wrong use."""
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Add `classify` to the sub-commands."""
-    parser = commands.add_parser(
-        "classify", help="choose among classes by their names", description=__doc__, epilog=EXAMPLE
-    )
-    options.add_images(parser)
-    options.add_model(parser)
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--classes", metavar="A,B,...", help="names of the classes, with commas between them")
-    which.add_argument("--classes-file", metavar="FILE", help="names of the classes, one a line")
-    parser.add_argument(
-        "--template",
-        action="append",
-        metavar="TEXT",
-        help="how a caption speaks of a class, {} in place of its name; several are averaged (default: seven of them)",
-    )
-    parser.add_argument("--top", type=options.positive, default=1, metavar="N", help="classes to name (default: 1)")
-    parser.set_defaults(run=run)
+@dataclass(frozen=True, kw_only=True)
+class Options(ImageOptions, ModelOptions):
+    """Choose among some classes, by their names alone, which an image shows."""
+
+    classes: str | None = option(None, metavar="A,B,...")
+    """Names of the classes, with commas between them"""
+    classes_file: str | None = option(None, metavar="FILE")
+    """Names of the classes, one a line, instead"""
+    template: list[str] = option(list, metavar="TEXT", repeat=True)
+    """How a caption speaks of a class, {} in place of its name; several are averaged (default: seven of them)"""
+    top: int = option(1, metavar="N")
+    """Classes to name"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, top=self.top)
+        if (self.classes is None) == (self.classes_file is None):
+            raise ValueError("give either --classes A,B,... or --classes-file FILE")
 
 
-def run(chosen: argparse.Namespace) -> int:
+def run(chosen: Options) -> int:
     """Classify the pictures that the options name; returns the exit status."""
     names = _names(chosen)
     from blip.data.image_files import find, read_ahead
@@ -59,7 +60,7 @@ def run(chosen: argparse.Namespace) -> int:
     with loaded.computing():
         classes = class_embeddings(features, names, chosen.template or TEMPLATES)
     keys = ("path", "classes", "probability")
-    ways = {"classes": names, "template": chosen.template, "top": chosen.top}
+    ways = {"classes": names, "template": chosen.template or None, "top": chosen.top}
     form = Form("classify", chosen.json, keys, "ttn", ways | loaded.options(chosen.model) if chosen.out else {},
                 min(chosen.top, len(names)))  # fmt: skip
     with Answers(chosen.out, found, form=form) as answers:
@@ -80,7 +81,7 @@ def run(chosen: argparse.Namespace) -> int:
     return SOME_FAILED if answers.failed else 0
 
 
-def _names(chosen: argparse.Namespace) -> list[str]:
+def _names(chosen: Options) -> list[str]:
     if chosen.classes is not None:
         names, where = chosen.classes.split(","), f"--classes {chosen.classes!r}"
     else:

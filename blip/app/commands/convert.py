@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from blip.app import options
+from blip.app.commands.shared import TokenizerOption, at_least
+from blip.app.options import argument, option
 
 if TYPE_CHECKING:
     from blip.checkpoints.foreign import Account
@@ -22,37 +23,26 @@ be there yet, or be empty. Every tensor is carried over, or named with the reaso
 Exit status: 0, 1 if the disk refused, or 2 for wrong use."""
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Add `convert` to the sub-commands."""
-    parser = commands.add_parser(
-        "convert", help="bring weights in or take them out", description=__doc__, epilog=EXAMPLE
-    )
-    parser.add_argument(
-        "source", metavar="SRC", help="model folder, .pth file, folder of transformers or name on the hub"
-    )
-    parser.add_argument("folder", metavar="DST", help="new folder")
-    parser.add_argument(
-        "--to",
-        default="openblip",
-        choices=("openblip", "transformers", "original"),
-        help="whose layout to write (default: openblip)",
-    )
-    parser.add_argument(
-        "--use",
-        choices=("pretraining", "captioning", "matching", "vqa", "nlvr"),
-        help="which of their models, where a model serves several uses (default: the only one, or pretraining)",
-    )
-    parser.add_argument(
-        "--image-size",
-        type=options.positive,
-        metavar="PIXELS",
-        help="resize the position embeddings (default: as it is)",
-    )
-    options.add_tokenizer(parser)
-    parser.set_defaults(run=run)
+@dataclass(frozen=True, kw_only=True)
+class Options(TokenizerOption):
+    """Bring released weights into a model folder, or a model folder into what other programs load."""
+
+    source: str = argument("SRC")
+    """Model folder, .pth file, folder of transformers or name on the hub"""
+    folder: str = argument("DST")
+    """New folder"""
+    to: Literal["openblip", "transformers", "original"] = "openblip"
+    """Whose layout to write"""
+    use: Literal["pretraining", "captioning", "matching", "vqa", "nlvr"] | None = None
+    """Which of their models, where a model serves several uses (default: the only one, or pretraining)"""
+    image_size: int | None = option(None, metavar="PIXELS")
+    """Resize the position embeddings to images of this side (default: as it is)"""
+
+    def __post_init__(self) -> None:
+        at_least(1, image_size=self.image_size)
 
 
-def run(chosen: argparse.Namespace) -> int:
+def run(chosen: Options) -> int:
     """Convert what the options name; returns the exit status."""
     target = Path(chosen.folder).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
+from dataclasses import dataclass
 
-from blip.app import options
+from blip.app.commands.shared import ModelOptions, at_least
+from blip.app.options import option
 from blip.inference.settings import CAPTION_PROMPT
 
 EXAMPLE = """examples:
@@ -19,32 +20,32 @@ CapFilt run. The page is for this machine alone, unless --host lets others in, a
 It needs Gradio: pip install 'openblip[demo]'. Exit status: 2 for wrong use, 130 when a key press ended it."""
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Add `demo` to the sub-commands."""
-    parser = commands.add_parser("demo", help="try the model out in a browser", description=__doc__, epilog=EXAMPLE)
-    options.add_model(parser)
-    parser.add_argument("--captioner", metavar="DIR", help="another model that writes the captions")
-    parser.add_argument("--vqa", metavar="DIR", help="model of recipes.vqa that answers questions")
-    parser.add_argument("--folder", metavar="DIR", help="folder of pictures to search")
-    parser.add_argument("--index", metavar="DIR", help="where its index is kept (default: FOLDER/.blip-index)")
-    parser.add_argument("--capfilt", metavar="RUN", help="folder of a CapFilt run to look into")
-    parser.add_argument(
-        "--prompt",
-        default=CAPTION_PROMPT,
-        help=f"what captions go on from (default: {CAPTION_PROMPT!r}; '' for a model that was trained without)",
-    )
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen at (default: 127.0.0.1, which only this machine reaches)",
-    )
-    parser.add_argument(
-        "--port", type=options.positive, metavar="N", help="port (default: the first free one from 7860 on)"
-    )
-    parser.set_defaults(run=run, rebuild=False)
+@dataclass(frozen=True, kw_only=True)
+class Options(ModelOptions):
+    """Show a page in a browser on which the model can be tried out."""
+
+    captioner: str | None = option(None, metavar="DIR")
+    """Another model that captions"""
+    vqa: str | None = option(None, metavar="DIR")
+    """Model of recipes.vqa that answers questions"""
+    folder: str | None = option(None, metavar="DIR")
+    """Folder of images to search"""
+    index: str | None = option(None, metavar="DIR")
+    """Where its index is kept (default: FOLDER/.blip-index)"""
+    capfilt: str | None = option(None, metavar="RUN")
+    """Folder of a CapFilt run to look into"""
+    prompt: str = CAPTION_PROMPT
+    """Beginning that captions continue; '' for a model that was trained without"""
+    host: str = "127.0.0.1"
+    """Address to listen at; only this machine reaches 127.0.0.1"""
+    port: int | None = option(None, metavar="N")
+    """Port (default: the first free one from 7860 on)"""
+
+    def __post_init__(self) -> None:
+        at_least(1, port=self.port)
 
 
-def run(chosen: argparse.Namespace) -> int:
+def run(chosen: Options) -> int:
     """Load the models, bring the index up to date and show the page until it is ended."""
     from blip.app.installed import require
 
@@ -59,7 +60,7 @@ def run(chosen: argparse.Namespace) -> int:
 
     # After the checks that need no torch, so that their errors come at once.
     from blip.app.candidates import load_candidates
-    from blip.app.commands.search import up_to_date
+    from blip.app.commands import search
     from blip.app.demo import Demo
     from blip.app.demo_page import is_local, serve
     from blip.app.loaded import load
@@ -80,7 +81,8 @@ def run(chosen: argparse.Namespace) -> int:
     )  # fmt: skip
     if found:
         with matcher.computing():
-            demo.index, _ = up_to_date(chosen, found, demo.features)
+            same = {name: getattr(chosen, name) for name in ("folder", "index", "model", "precision")}
+            demo.index, _ = search.up_to_date(search.Options(queries=[], **same), found, demo.features)
     if not is_local(chosen.host):
         _tell(f"anyone who reaches {chosen.host} can use the page: it has no password and no encryption")
     serve(demo, chosen.host, chosen.port, lambda line: print(line, flush=True))

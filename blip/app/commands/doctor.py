@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from blip.app.exit import SOME_FAILED
+from blip.app.options import option
 
 EXAMPLE = """examples:
   blip doctor
@@ -19,15 +20,17 @@ One line for each thing: ok, missing (only some need it) or wrong (the core does
 Nothing is installed, fetched or changed. Exit status: 0 if the core works, 1 if not, 2 for wrong use."""
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Add `doctor` to the sub-commands."""
-    parser = commands.add_parser("doctor", help="look at what this machine has", description=__doc__, epilog=EXAMPLE)
-    parser.add_argument("--out", metavar="DIR", default="runs", help="folder that runs go into (default: runs)")
-    parser.add_argument("--json", action="store_true", help="answer in one JSON object")
-    parser.set_defaults(run=run)
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Look at what this machine has: what is installed, what will compute, and what to do about the rest."""
+
+    out: str = option("runs", metavar="DIR")
+    """Folder that runs go into"""
+    json: bool = False
+    """Answer in one JSON object"""
 
 
-def run(chosen: argparse.Namespace) -> int:
+def run(chosen: Options) -> int:
     """Look, and say what was found; returns the exit status."""
     from blip.app.doctor import Finding, examine, works
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import io
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from blip.app import options
+from blip.app.commands.shared import ModelOptions
+from blip.app.options import argument, option
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,24 +24,21 @@ _SIDE = 2048
 """Longer side of the pictures that are shown, pixels: there is one for each word."""
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Add `explain` to the sub-commands."""
-    parser = commands.add_parser(
-        "explain", help="show where a text is found in a picture", description=__doc__, epilog=EXAMPLE
-    )
-    parser.add_argument("image", metavar="IMAGE", help="picture")
-    parser.add_argument("text", metavar="TEXT", help="what may be seen in it")
-    parser.add_argument(
-        "--out", metavar="FILE", required=True, help="page (.html), or a strip of pictures (.png, .jpg) to write"
-    )
-    options.add_model(parser)
-    parser.add_argument(
-        "--layer", type=int, metavar="N", help="cross-attention to ask, from 0 (default: 7 of 12, as the authors show)"
-    )
-    parser.set_defaults(run=run)
+@dataclass(frozen=True, kw_only=True)
+class Options(ModelOptions):
+    """Show where the model looks when it says that a text fits an image."""
+
+    image: str = argument("IMAGE")
+    """Image"""
+    text: str = argument("TEXT")
+    """What may be seen in it"""
+    out: str = option(metavar="FILE")
+    """Page (.html), or a strip of images (.png, .jpg) to write"""
+    layer: int | None = option(None, metavar="N")
+    """Cross-attention to ask, from 0 (default: 7 of 12, as the authors show)"""
 
 
-def run(chosen: argparse.Namespace) -> int:
+def run(chosen: Options) -> int:
     """Write the page or strip; returns the exit status."""
     if not chosen.out.endswith((".html", ".htm", ".png", ".jpg", ".jpeg")):
         raise ValueError(f"--out {chosen.out}: give a name that ends in .html, .png or .jpg")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 
-from blip.app import options
+from blip.app.commands.shared import AnswerOptions, ModelOptions
 from blip.app.exit import SOME_FAILED
+from blip.app.options import argument
 
 EXAMPLE = """examples:
   blip match photo.jpg "a dog on the beach" "a cat" --model runs/retrieval/model
@@ -16,17 +17,17 @@ closely; ITC is what a search begins with.
 Exit status: 0, or 1 if some pictures could not be used, or 2 for wrong use."""
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Add `match` to the sub-commands."""
-    parser = commands.add_parser("match", help="say how well texts fit pictures", description=__doc__, epilog=EXAMPLE)
-    parser.add_argument("image", metavar="IMAGE", help="picture, folder of pictures or quoted glob")
-    parser.add_argument("texts", nargs="+", metavar="TEXT", help="text that may fit")
-    options.add_answers(parser)
-    options.add_model(parser)
-    parser.set_defaults(run=run)
+@dataclass(frozen=True, kw_only=True)
+class Options(AnswerOptions, ModelOptions):
+    """Say how well texts fit images, by ITC and by ITM."""
+
+    image: str = argument("IMAGE")
+    """Image, folder of images or quoted glob"""
+    texts: list[str] = argument("TEXT")
+    """Text that may fit"""
 
 
-def run(chosen: argparse.Namespace) -> int:
+def run(chosen: Options) -> int:
     """Match the picture or pictures with the texts; returns the exit status."""
     from blip.data.image_files import find, read_ahead
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from blip.app import options
+from blip.app.commands.shared import MODEL_VARIABLE, AnswerOptions, ModelOptions, at_least
 from blip.app.exit import SOME_FAILED
+from blip.app.options import argument, option
 
 if TYPE_CHECKING:
     from blip.app.index import Index
@@ -26,25 +27,29 @@ picture, the best first: text, path, score, ITC (cosine), ITM (probability). Wit
 date. Exit status: 0, or 1 if some of the pictures looked at could not be used, or 2 for wrong use."""
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Add `search` to the sub-commands."""
-    parser = commands.add_parser("search", help="find pictures by a text", description=__doc__, epilog=EXAMPLE)
-    parser.add_argument("folder", metavar="FOLDER", help="folder of pictures (with its folders)")
-    parser.add_argument("queries", nargs="*", metavar="TEXT", help="what to look for")
-    options.add_answers(parser)
-    options.add_model(parser)
-    parser.add_argument("--top", type=options.positive, default=10, metavar="N", help="pictures to name (default: 10)")
-    parser.add_argument(
-        "--rerank",
-        type=_count,
-        default=16,
-        metavar="N",
-        help="pictures nearest by ITC that are compared by ITM too (default: 16; 0 for a quick search)",
-    )
-    parser.add_argument("--sheet", metavar="FILE.html", help="write a page that shows the pictures found")
-    parser.add_argument("--index", metavar="DIR", help="where the index is kept (default: FOLDER/.blip-index)")
-    parser.add_argument("--rebuild", action="store_true", help="forget the index and look at all pictures again")
-    parser.set_defaults(run=run)
+@dataclass(frozen=True, kw_only=True)
+class Options(AnswerOptions, ModelOptions):
+    """Find the images of a folder that fit a text best."""
+
+    folder: str = argument("FOLDER")
+    """Folder of images (with its folders)"""
+    queries: list[str] = argument("TEXT", least=0)
+    """What to look for"""
+    top: int = option(10, metavar="N")
+    """Images to name"""
+    rerank: int = option(16, metavar="N")
+    """Images nearest by ITC that are compared by ITM too; 0 for a quick search"""
+    sheet: str | None = option(None, metavar="FILE.html")
+    """Write a page that shows the images found"""
+    index: str | None = option(None, metavar="DIR")
+    """Where the index is kept (default: FOLDER/.blip-index)"""
+    rebuild: bool = False
+    """Forget the index and look at all images again"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, top=self.top)
+        at_least(0, rerank=self.rerank)
 
 
 class Hit(NamedTuple):
@@ -58,7 +63,7 @@ class Hit(NamedTuple):
     """Probability that the text fits; None where it was not asked."""
 
 
-def run(chosen: argparse.Namespace) -> int:
+def run(chosen: Options) -> int:
     """Bring the index up to date and look for the texts; returns the exit status."""
     if not os.path.isdir(chosen.folder):
         raise ValueError(f"{chosen.folder} is not a folder of pictures")
@@ -127,12 +132,11 @@ def find_one(
     return (sorted(first, key=lambda hit: -hit.score) + hits[rerank:])[:top]
 
 
-def up_to_date(chosen: argparse.Namespace, found: Found, features: Features) -> tuple[Index, int]:
+def up_to_date(chosen: Options, found: Found, features: Features) -> tuple[Index, int]:
     """The index of the folder as it is now, and how many pictures could not be used; progress is told on stderr."""
     from blip import files
     from blip.app.answers import Answers
     from blip.app.index import Index, Origin
-    from blip.app.options import MODEL_VARIABLE
 
     folder = Path(chosen.folder)
     where = Path(chosen.index) if chosen.index else folder / ".blip-index"
@@ -189,7 +193,3 @@ def sheet(answered: list[tuple[str, list[Hit]]], folder: str, pictures: int) -> 
         for query, hits in answered
     ]
     return page.page(f"Pictures of {folder}", sections)
-
-
-def _count(text: str) -> int:
-    return 0 if text == "0" else options.positive(text)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
 import os
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-from blip.app import options
+from blip.app.commands.shared import MODEL_VARIABLE, ImageOptions, ModelOptions, at_least
 from blip.app.exit import SOME_FAILED
+from blip.app.options import argument, option
 
 if TYPE_CHECKING:
     from blip.app.answers import Answers
@@ -27,26 +28,25 @@ was trained with, among those of --candidates, or written freely (--method gener
 very words. Exit status: 0, or 1 if some pictures could not be used, or 2 for wrong use."""
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Add `vqa` to the sub-commands."""
-    parser = commands.add_parser("vqa", help="answer a question about pictures", description=__doc__, epilog=EXAMPLE)
-    options.add_images(parser)
-    parser.add_argument("question", metavar="QUESTION", help="what is asked, in quotes")
-    options.add_model(parser)
-    parser.add_argument("--top", type=options.positive, default=1, metavar="N", help="answers to give (default: 1)")
-    parser.add_argument(
-        "--method",
-        default="auto",
-        choices=("auto", "rank", "generate"),
-        help="choose among candidates or write freely (default: auto, which chooses where there are candidates)",
-    )
-    parser.add_argument(
-        "--candidates", metavar="FILE", help="answers to choose from: a JSON list, or one a line (default: the model's)"
-    )
-    parser.set_defaults(run=run)
+@dataclass(frozen=True, kw_only=True)
+class Options(ImageOptions, ModelOptions):
+    """Answer a question about images."""
+
+    question: str = argument("QUESTION")
+    """What is asked, in quotes"""
+    top: int = option(1, metavar="N")
+    """Answers to give"""
+    method: Literal["auto", "rank", "generate"] = "auto"
+    """Choose among candidates or generate freely; `auto` chooses where there are candidates"""
+    candidates: str | None = option(None, metavar="FILE")
+    """Answers to choose from: a JSON list, or one a line (default: the model's)"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, top=self.top)
 
 
-def run(chosen: argparse.Namespace) -> int:
+def run(chosen: Options) -> int:
     """Answer the question about the pictures that the options name; returns the exit status."""
     from blip.text import clean_question
 
@@ -71,7 +71,7 @@ def run(chosen: argparse.Namespace) -> int:
     refuse_out(chosen.out)
     loaded = load(chosen.model, chosen.device, chosen.precision, Vqa, tokenizer=chosen.tokenizer)
     model, tokenizer, side = loaded.model, loaded.tokenizer, loaded.model.config.vision.image_size
-    where = chosen.model or os.environ[options.MODEL_VARIABLE]
+    where = chosen.model or os.environ[MODEL_VARIABLE]
     candidates = load_candidates(chosen.candidates, where, chosen.method, tokenizer)
     if candidates:
         candidates.to(loaded.device)
@@ -96,7 +96,7 @@ def run(chosen: argparse.Namespace) -> int:
     return SOME_FAILED if out.failed else 0
 
 
-def _ways(chosen: argparse.Namespace, loaded: Loaded, candidates: Candidates | None) -> dict[str, object]:
+def _ways(chosen: Options, loaded: Loaded, candidates: Candidates | None) -> dict[str, object]:
     """What answers depend on beside the image."""
     among = hashlib.sha256(json.dumps(candidates.texts).encode()).hexdigest()[:16] if candidates else None
     return {"question": chosen.question, "top": chosen.top, "candidates": among, **loaded.options(chosen.model)}

@@ -1,0 +1,1 @@
+"""Verbs of `capfilt`, one file each."""

@@ -1,0 +1,54 @@
+"""`capfilt export`: write what a selection keeps as a data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from blip.app.options import argument, option
+from capfilt.commands.select import EmptyOption
+from capfilt.settings import DONE
+
+EXAMPLE = """\
+The original bytes of the images and the kept texts, as training reads them; the same selection gives the same bytes.
+_SUCCESS comes last and lists every file with its SHA-256.
+
+  capfilt export run --select half --format wds --to clean
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatOptions:
+    """Format of the data set."""
+
+    format: Literal["wds", "parquet", "json", "uids"] = "wds"
+    """Tar shards, parquet with images inside, JSON list with images, DataComp uids"""
+    shard: int = 10_000
+    """Samples per file"""
+    together: bool = False
+    """One sample per image with a list of texts, not one per text"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(FormatOptions, EmptyOption):
+    """Write what a selection keeps as a data set."""
+
+    run: str = argument("RUN")
+    """Folder of a scored run"""
+    select: str = option(metavar="NAME")
+    """Name of the selection"""
+    to: str = option(metavar="FOLDER")
+    """An empty folder, or one with this very export"""
+    replace: bool = False
+    """Remove an older export there"""
+
+
+def run(options: Options) -> int:
+    """Write the data set and say what it holds."""
+    from capfilt.export import export
+    from capfilt.run import Run
+
+    ways = {name: getattr(options, name) for name in ("shard", "together", "replace", "allow_empty")}
+    said = export(Run.open(options.run), options.select, options.format, options.to, **ways)
+    print(f"{options.to}: {said['pairs']:,} texts on {said['images']:,} images in {len(said['files']):,} files")
+    return DONE

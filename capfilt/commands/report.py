@@ -1,0 +1,29 @@
+"""`capfilt report`: accounts, distributions and images on a page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from blip.app.options import argument, flat
+from capfilt.settings import DONE, ReportOptions
+
+EXAMPLE = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Write one HTML page: accounts, distributions, images with what was kept and why."""
+
+    run: str = argument("RUN")
+    """Folder of a scored run"""
+    page: ReportOptions = flat()
+    """The page"""
+
+
+def run(options: Options) -> int:
+    """Write the page and print where it is."""
+    from capfilt.report.write import report
+    from capfilt.run import Run
+
+    print(report(Run.open(options.run), options.page))
+    return DONE

@@ -1,0 +1,27 @@
+"""`capfilt retry-failed`: give parts that failed another chance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from blip.app.options import argument
+from capfilt.settings import DONE
+
+EXAMPLE = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Give parts that failed another chance."""
+
+    run: str = argument("RUN")
+    """Folder of a run"""
+
+
+def run(options: Options) -> int:
+    """Forget the failures, and say of how many parts."""
+    from capfilt.run import Run
+    from capfilt.status import retry_failed
+
+    print(f"{retry_failed(Run.open(options.run))} parts get another chance: run `capfilt score {options.run}`")
+    return DONE

@@ -1,0 +1,75 @@
+"""`capfilt run`: all verbs in one go."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from dataclasses import dataclass
+
+from blip.app.options import flat, option
+from capfilt.commands import export, plan, report, score, select, verify
+from capfilt.select.policies import SelectConfig
+from capfilt.settings import DONE, FAILED_PARTS, WRONG, ReportOptions, ScoreOptions
+
+EXAMPLE = """\
+For the common case; each step is also a verb of its own. The same command again continues where it was killed, and
+scores nothing twice. To get a feeling for it before the models are there:
+
+  capfilt run --input cc --out try --scorer fake --limit 1000
+  capfilt run --input cc --out run --captioner models/captioner --filter models/filter --dry-run
+  capfilt run --input cc --out run --captioner models/captioner --filter models/filter --to clean
+
+Then open run/report/default/report.html. Another choice costs seconds: capfilt select run --name strict --itm 0.8
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(select.EmptyOption, export.FormatOptions, score.EngineOptions, plan.InputOptions):
+    """Plan, score, select, export, report and verify in one go."""
+
+    name: str = option("default", metavar="NAME")
+    """Name of the selection"""
+    to: str | None = option(None, metavar="FOLDER")
+    """Where to export to (default: RUN/exports/NAME)"""
+    keep: SelectConfig = flat()
+    """What is kept"""
+    page: ReportOptions = flat(skip=("select", "to"))
+    """The report's page"""
+    how: ScoreOptions = flat(skip=("rank", "world", "allow_damaged"))
+    """How the work is done"""
+
+
+def run(options: Options) -> int:
+    """All verbs in order; a status of 2 for damaged sources does not stop what can be done."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            "run is for one process, and WORLD_SIZE says that there are several: plan in one, score in all, and when "
+            "all are done select, export, report and verify in one"
+        )
+    if options.dry_run:
+        with tempfile.TemporaryDirectory() as folder:  # gone when it is said how long the rest would take
+            return _scored(dataclasses.replace(options, out=folder))
+    status = _scored(options)
+    if status not in (DONE, WRONG):
+        return status
+    where, name = options.out, options.name
+    empty = {"allow_empty": options.allow_empty}
+    ways = {one: getattr(options, one) for one in ("format", "shard", "together")} | empty
+    to = options.to or os.path.join(where, "exports", name)
+    select.run(select.Options(run=where, name=name, replace=True, keep=options.keep, **empty))
+    export.run(export.Options(run=where, select=name, to=to, replace=True, **ways))
+    report.run(report.Options(run=where, page=dataclasses.replace(options.page, select=name)))
+    verified = verify.run(verify.Options(run=where))
+    is_partial = verified == FAILED_PARTS and options.how.limit is not None  # what is left was not asked for
+    return status if verified == DONE or is_partial else verified
+
+
+def _scored(options: Options) -> int:
+    """Plan and score; returns the status of plan where score did its work, else that of score."""
+    from capfilt.run import Run
+
+    planned = plan.make(options)
+    how = dataclasses.replace(options.how, allow_damaged=options.allow_damaged)
+    scored = score.score(Run.open(options.out), options, how)
+    return planned or scored if scored in (DONE, WRONG) else scored

@@ -1,0 +1,77 @@
+"""`capfilt score`: generate and match texts for every row."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from blip.app.options import argument, flat
+from capfilt.commands.plan import refuse_drift
+from capfilt.settings import ScoreConfig, ScoreOptions
+
+EXAMPLE = """\
+Every row gets a line of annotations, whatever happens to it; nothing is dropped here. Kill it when you like: the same
+command continues, with another batch size, number of processes or engine if you wish, and the result is the same.
+
+  capfilt score run --dry-run                       # how long it will take
+  capfilt score run --limit 10000                   # a look at rows from all over; a full run continues from there
+  accelerate launch -m capfilt score run            # RANK and WORLD_SIZE share the parts, without collectives
+  capfilt score run --engine ray                    # one scorer per GPU of a cluster
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Engine: what computes."""
+
+    engine: Literal["embedded", "ray"] = "embedded"
+    """This process alone, or `ray`: several GPUs or machines"""
+    workers: int | None = None
+    """Scorers that Ray runs (default: one per GPU)"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; `auto` is the GPU of the local rank, where there are GPUs"""
+    dry_run: bool = False
+    """Score 64 rows, say how long all would take, write nothing"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(EngineOptions):
+    """Generate and match texts for every row; the same command continues."""
+
+    run: str = argument("RUN")
+    """Folder of a planned run"""
+    how: ScoreOptions = flat(skip=("rank", "world"))
+    """How the work is done (no result depends on it)"""
+    planned: dict[str, Any] = flat(part=ScoreConfig)
+    """Settings of the plan: refused if they differ from it"""
+
+
+def run(options: Options) -> int:
+    """Score what is left of a run; returns the exit status."""
+    from capfilt.run import Run
+
+    found = Run.open(options.run)
+    refuse_drift(found, options.planned)
+    return score(found, options, options.how)
+
+
+def score(run, engine: EngineOptions, how: ScoreOptions) -> int:
+    """Score what is left, or try how long that takes, as one of the processes that a launcher starts."""
+    import dataclasses
+
+    from capfilt.score.make import scorer_maker
+
+    how = dataclasses.replace(how, rank=int(os.environ.get("RANK", 0)), world=int(os.environ.get("WORLD_SIZE", 1)))
+    maker = scorer_maker(engine.device)
+    if engine.dry_run:
+        from capfilt.score.dry_run import dry_run
+
+        return dry_run(run, maker, how)
+    if engine.engine == "ray":
+        from capfilt.score.ray_engine import score_with_ray
+
+        return score_with_ray(run, engine.device, how, engine.workers)
+    from capfilt.score import loop
+
+    return loop.score(run, maker, how)

@@ -1,0 +1,31 @@
+"""`capfilt status`: how far a run is."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from blip.app.options import argument
+from capfilt.settings import DONE
+
+EXAMPLE = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Say how far a run is, from its files alone."""
+
+    run: str = argument("RUN")
+    """Folder of a run"""
+    json: bool = False
+    """Answer in JSON"""
+
+
+def run(options: Options) -> int:
+    """Print how far the run is."""
+    from capfilt.run import Run
+    from capfilt.status import lines, status
+
+    said = status(Run.open(options.run))
+    print(json.dumps(said) if options.json else "\n".join(lines(said)))
+    return DONE

@@ -1,0 +1,26 @@
+"""`capfilt verify`: prove that every row is accounted for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from blip.app.options import argument
+
+EXAMPLE = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Prove that every row is accounted for and every file is as written."""
+
+    run: str = argument("RUN")
+    """Folder of a run"""
+
+
+def run(options: Options) -> int:
+    """Print what was compared and found; returns the exit status."""
+    from capfilt.verify import lines, verify
+
+    found = verify(options.run)
+    print(*lines(found), sep="\n")
+    return found.status()
