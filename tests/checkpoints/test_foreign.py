@@ -213,9 +213,7 @@ def test_a_part_does_not_do_what_it_was_not_trained_for(tmp_path):
         lambda: Vqa.from_blip(captioner),
         lambda: Dialogue.from_blip(captioner),
     ):
-        with pytest.raises(
-            ValueError, match="is a Captioner and cannot compare texts with images: give a pre-"
-        ):
+        with pytest.raises(ValueError, match="is a Captioner and cannot compare texts with images: give a pre-"):
             use()
     for use in (
         lambda: write(matcher, words, image[:1], DecodeConfig(beams=1, max_length=8)),
