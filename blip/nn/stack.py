@@ -9,10 +9,11 @@ R rows, T tokens of a row, N packed tokens, B contexts, P context tokens, D widt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -126,6 +127,10 @@ class Cache:
             self.kv[layer][..., : self.filled, :] = kv[..., : self.filled, :].index_select(0, index)
 
 
+_Seen = dict[Pass, tuple[Tensor, ...]]
+"""Passes that others come after -> their keys and values in the layer at hand."""
+
+
 class SelfAttention(nn.Module):
     """Weights with which the tokens of a pass attend to each other."""
 
@@ -135,31 +140,30 @@ class SelfAttention(nn.Module):
         self.qkv = Linear(config.width, 3 * config.width)
         self.out = Linear(config.width, config.width)
 
-    def forward(self, x: Tensor, passes: Sequence[Pass], layer: int, first: bool) -> Tensor:
+    def forward(self, x: Tensor, passes: Sequence[Pass], layer: int, first: bool, seen: _Seen) -> Tensor:
         """Segments of the passes, joined (N, D) -> (N, D), or (rows, D) for the first tokens only."""
         layouts = [segment.layout for one in passes for segment in one.segments]
         if first:
             width, weight, bias = self.out.in_features, self.qkv.weight, self.qkv.bias
             queries = linear(first_tokens(x, layouts), weight[:width], bias[:width])
             firsts = iter(queries.split([layout.rows for layout in layouts]))
-            projected = linear(x, weight[width:], bias[width:])
+            parts = iter(split(linear(x, weight[width:], bias[width:]), layouts))
         else:
-            projected = self.qkv(x)
-        grids = iter([layout.unpack(part) for layout, part in zip(layouts, split(projected, layouts), strict=True)])
-        dropout, before, outs = self.dropout if self.training else 0.0, {}, []
+            parts = iter(split(self.qkv(x), layouts))
+        dropout, outs = self.dropout if self.training else 0.0, []
         for one in passes:
-            own = [next(grids) for _ in one.segments]
-            grid = self._by_head(own[0] if len(own) == 1 else torch.cat(own, 1))
+            grid = self._by_head(_beside_each_other(parts, one.segments))
             *query, key, value = grid.unbind(2)
             query = self._by_head(next(firsts)[:, None]).squeeze(2) if first else query[0]
             if isinstance(one.after, Cache):
                 key, value = one.after.add(layer, grid[:, :, 1:]).unbind(2)
             elif one.after is not None:
-                key, value = (torch.cat(pair, 2) for pair in zip(before[one.after], (key, value), strict=True))
-            before[one] = key, value
+                key, value = (torch.cat(pair, 2) for pair in zip(seen[one.after], (key, value), strict=True))
+            if one in seen:
+                seen[one] = key, value
             out = attention(query, key, value, one.mask, dropout, one.triangular)
             out = out.transpose(1, 2).reshape(len(out), -1, self.out.in_features)
-            outs += [out.flatten(0, 1)] if first else _packed(out, one.segments)
+            outs += [out[:, 0]] if first else _apart(out, one.segments)
         return self.out(join(outs))
 
     def _by_head(self, x: Tensor) -> Tensor:
@@ -167,9 +171,17 @@ class SelfAttention(nn.Module):
         return x.view(*x.shape[:2], -1, self.heads, self.out.in_features // self.heads).permute(0, 3, 2, 1, 4)
 
 
-def _packed(grid: Tensor, segments: Sequence[Segment]) -> list[Tensor]:
-    """Segments side by side (R, T, D) -> of each (N, D)."""
-    parts = (grid,) if len(segments) == 1 else grid.split([one.layout.length for one in segments], 1)
+def _beside_each_other(parts: Iterator[Tensor], segments: Sequence[Segment]) -> Tensor:
+    """The next of packed parts (N, D) as the segments of a pass, grids side by side (R, T, D)."""
+    grids = [one.layout.unpack(next(parts)) for one in segments]
+    return grids[0] if len(grids) == 1 else torch.cat(grids, 1)
+
+
+def _apart(grid: Tensor, segments: Sequence[Segment]) -> list[Tensor]:
+    """The way back."""
+    if len(segments) == 1:
+        return [segments[0].layout.pack(grid)]
+    parts = grid.split([one.layout.length for one in segments], 1)
     return [one.layout.pack(part) for one, part in zip(segments, parts, strict=True)]
 
 
@@ -222,28 +234,21 @@ class Block(nn.Module):
             self.add_module(norm, nn.LayerNorm(config.width, config.norm_eps))
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, run: _Run, layer: int, crossed: int, last: bool) -> None:
-        """Take passes one block further; `crossed` is how many of the `layer` blocks before have a cross-attention."""
+    def attend_self(self, group: _Group, x: Tensor, layer: int, seen: _Seen) -> Tensor:
+        (name, first), parts = group
+        y = self.dropout(getattr(self, name)(x, list(dict.fromkeys(part.of for part in parts)), layer, first, seen))
+        if first:
+            x = first_tokens(x, [part.layout for part in parts])
+            for part in parts:
+                part.layout = Layout(part.layout.rows, 1)
+        return getattr(self, f"{name}_norm")(x + y)
 
-        def attend_self(kind: tuple[str, bool], x: Tensor, at: Sequence[int]) -> Tensor:
-            name, first = kind
-            y = self.dropout(getattr(self, name)(x, list(dict.fromkeys(run.passes[i] for i in at)), layer, first))
-            if first:
-                x = first_tokens(x, [run.layouts[i] for i in at])
-                for i in at:
-                    run.layouts[i] = Layout(run.layouts[i].rows, 1)
-            return getattr(self, f"{name}_norm")(x + y)
-
-        def attend_cross(grounded: bool, x: Tensor, at: Sequence[int]) -> Tensor:
-            if not grounded:
-                return x
-            contexts = [run.segments[i].context for i in at]
-            return self.cross_norm(x + self.dropout(self.cross(x, [run.layouts[i] for i in at], contexts, crossed)))
-
-        run.each([(one.attention, one.first and last) for one in run.passes], attend_self)
-        if self.cross is not None:
-            run.each([segment.context is not None for segment in run.segments], attend_cross)
-        run.each([segment.feed_forward for segment in run.segments], lambda name, x, _: self.feed_forward(x, name))
+    def attend_cross(self, group: _Group, x: Tensor, layer: int) -> Tensor:
+        grounded, parts = group
+        if not grounded:
+            return x
+        layouts, contexts = [part.layout for part in parts], [part.segment.context for part in parts]
+        return self.cross_norm(x + self.dropout(self.cross(x, layouts, contexts, layer)))
 
     def feed_forward(self, x: Tensor, name: str = "") -> Tensor:
         up, down, norm = (getattr(self, part) for part in _feed_forward(name))
@@ -269,39 +274,45 @@ class Stack(nn.ModuleList):
 
     def forward(self, passes: Sequence[Pass]) -> list[list[Tensor]]:
         """Run passes side by side -> of each pass the packed states (N, D) of its segments, or (R, D) if `first`."""
-        run, crossed = _Run(passes), 0
+        parts = [_Part(one, segment) for one in passes for segment in one.segments]
+        seen: _Seen = {one.after: () for one in passes if isinstance(one.after, Pass)}
+        by_attention = _grouped(parts, lambda part: (part.of.attention, False))
+        by_attention_at_last = _grouped(parts, lambda part: (part.of.attention, part.of.first))
+        by_context = _grouped(parts, lambda part: part.segment.context is not None)
+        by_feed_forward = _grouped(parts, lambda part: part.segment.feed_forward)
+        x, crossed = join([part.segment.states for part in parts]), 0
         for layer, block in enumerate(self):
-            block(run, layer, crossed, last=layer == len(self) - 1)
-            crossed += block.cross is not None
-        parts = iter(split(run.x, run.layouts))
-        return [[next(parts) for _ in one.segments] for one in passes]
+            groups = by_attention_at_last if layer + 1 == len(self) else by_attention
+            x = _each(groups, x, partial(block.attend_self, layer=layer, seen=seen))
+            if block.cross is not None:
+                x = _each(by_context, x, partial(block.attend_cross, layer=crossed))
+                crossed += 1
+            x = _each(by_feed_forward, x, lambda group, x, block=block: block.feed_forward(x, group.kind))
+        states = iter(split(x, [part.layout for part in parts]))
+        return [[next(states) for _ in one.segments] for one in passes]
 
 
-class _Run:
-    """Passes on their way through the blocks."""
+class _Part:
+    """A segment on its way through the blocks."""
 
-    def __init__(self, passes: Sequence[Pass]) -> None:
-        self.segments = [segment for one in passes for segment in one.segments]
-        self.passes = [one for one in passes for _ in one.segments]
-        """Of each segment."""
-        self.layouts = [segment.layout for segment in self.segments]
-        """Of each segment by now."""
-        self.x = join([segment.states for segment in self.segments])
-        """(N, D), the segments' tokens one behind another."""
+    def __init__(self, of: Pass, segment: Segment) -> None:
+        self.of, self.segment, self.layout = of, segment, segment.layout
 
-    def each(self, kinds: Sequence[Hashable], through: Callable[[Hashable, Tensor, Sequence[int]], Tensor]) -> None:
-        """Put segments of one kind together through `through(kind, tokens, places)`, which may change their layouts."""
-        runs = [(kind, list(places)) for kind, places in groupby(range(len(kinds)), kinds.__getitem__)]
-        if len(runs) == 1:
-            self.x = through(runs[0][0], self.x, runs[0][1])
-            return
-        parts = list(self.x.split([self._tokens(places) for _, places in runs]))
-        for kind in dict.fromkeys(kinds):
-            mine = [k for k, run in enumerate(runs) if run[0] == kind]
-            y = through(kind, join([parts[k] for k in mine]), [i for k in mine for i in runs[k][1]])
-            for k, part in zip(mine, y.split([self._tokens(runs[k][1]) for k in mine]), strict=True):
-                parts[k] = part
-        self.x = join(parts)
 
-    def _tokens(self, places: Sequence[int]) -> int:
-        return sum(self.layouts[i].tokens for i in places)
+class _Group(NamedTuple):
+    """Neighbouring segments that go through the same weights together."""
+
+    kind: Any
+    parts: list[_Part]
+
+
+def _grouped(parts: Sequence[_Part], kind: Callable[[_Part], Any]) -> list[_Group]:
+    return [_Group(name, list(some)) for name, some in groupby(parts, kind)]
+
+
+def _each(groups: Sequence[_Group], x: Tensor, through: Callable[[_Group, Tensor], Tensor]) -> Tensor:
+    """The groups' tokens, joined (N, D), each group's through `through(group, tokens)`."""
+    if len(groups) == 1:
+        return through(groups[0], x)
+    xs = x.split([sum(part.layout.tokens for part in group.parts) for group in groups])
+    return join([through(group, tokens) for group, tokens in zip(groups, xs, strict=True)])
