@@ -97,6 +97,7 @@ class Captioner(nn.Module):
 
     @property
     def decoder(self) -> TextTransformer:
+        """What generates: a transformer with a head that predicts words."""
         return self.med
 
     def caption_logits(self, ids: Tensor, keep: Tensor, context: Context) -> Tensor:

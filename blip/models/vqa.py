@@ -62,6 +62,7 @@ class Vqa(nn.Module):
 
     @property
     def decoder(self) -> TextTransformer:
+        """What generates answers."""
         return self.answer
 
     def context(self, ids: Tensor, keep: Tensor, image: Context, queries: int | None = None) -> Context:

@@ -49,8 +49,8 @@ class Pass:
     causal: bool = False
     """Each token of the only segment sees those before it alone."""
     after: Pass | Cache | None = None
-    """What is seen besides: an earlier pass of the same run, rows and self-attention, or all that a cache holds, to
-    which this pass is added."""
+    """What is seen besides: an earlier pass of the same run with as many rows and the same self-attention, or all that
+    a cache holds, to which this pass is added."""
     sees: Tensor | None = None
     """(R, T, P + T) bool, which of P tokens of `after` and of its own each token sees, if not all."""
     first: bool = False
@@ -276,6 +276,9 @@ class Stack(nn.ModuleList):
         """Run passes side by side -> of each pass the packed states (N, D) of its segments, or (R, D) if `first`."""
         parts = [_Part(one, segment) for one in passes for segment in one.segments]
         seen: _Seen = {one.after: () for one in passes if isinstance(one.after, Pass)}
+        for i, one in enumerate(passes):
+            if isinstance(one.after, Pass) and one.after not in passes[:i]:
+                raise ValueError("a pass can only see one that stands before it in the same run")
         by_attention = _grouped(parts, lambda part: (part.of.attention, False))
         by_attention_at_last = _grouped(parts, lambda part: (part.of.attention, part.of.first))
         by_context = _grouped(parts, lambda part: part.segment.context is not None)

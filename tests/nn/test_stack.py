@@ -235,6 +235,13 @@ def test_a_cache_continues_what_a_causal_pass_reads_at_once(qformer, given):
     close(torch.stack(found, 1).flatten(0, 1), whole)
 
 
+def test_a_pass_sees_only_what_is_there_before_it(qformer, given, words_at):
+    images, words = passes_of("causal", qformer, given, words_at)
+    for run in ([words, images], [words]):
+        with pytest.raises(ValueError, match="stands before it in the same run"):
+            qformer(run)
+
+
 def test_one_segment_where_its_place_in_the_row_matters(given):
     one = Segment(given["words"].flatten(0, 1), Layout(ROWS, WORDS))
     for wrong in ({"causal": True}, {"first": True}):
