@@ -24,7 +24,7 @@ from blip.inference.generate import generate, queries
 from blip.inference.settings import DecodeConfig
 from blip.models.blip import Blip
 from blip.models.presets import BASE
-from blip.nn.stack import Context
+from blip.nn.context import Context
 from blip.train.loop import keep_freed_memory
 
 CONFIG = dataclasses.replace(BASE, vision=dataclasses.replace(BASE.vision, image_size=384))

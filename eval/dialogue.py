@@ -102,7 +102,7 @@ def _scores(
     """How likely each row of text (R) is right: the difference of the matching head's logits, (R,) on the CPU."""
     device = next(model.parameters()).device
     ids, keep = (x.to(device) for x in tokenizer.pad([caption]))
-    context = model.look(image[None].to(device), ids, keep)
+    context = model.context(image[None].to(device), ids, keep)
     found = []
     for part in in_parts(texts, batch):
         ids, keep = (x.to(device) for x in tokenizer.pad(part))

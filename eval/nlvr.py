@@ -76,7 +76,7 @@ def answers_of(model: Nlvr, tokenizer: Tokenizer, examples: Sequence[Example], *
         samples = [_sample(example, transform, tokenizer, model.config.text.max_positions) for example in part]
         asked = make_batch(samples, tokenizer).to(next(model.parameters()).device)
         ids = starting_with(asked.ids, model.config.text.enc_id)
-        logits = model.judge(ids, asked.keep, model.look(asked.image, queries=ids.shape[1])).float()
+        logits = model.judge(ids, asked.keep, model.contexts(asked.image, queries=ids.shape[1])).float()
         return (logits[:, 1] > logits[:, 0]).tolist()
 
     with evaluating(model):

@@ -20,6 +20,7 @@ from blip.errors import BadSample, DataError
 from blip.inference.features import cosines
 from blip.inference.matching import match
 from blip.models.blip import Blip
+from blip.models.protocols import Embeds, Matches, require
 from blip.text import clean_caption
 from blip.tokenizer import Tokenizer
 from blip.train.log import bar
@@ -193,8 +194,9 @@ def rank(
     All processes have to call it: they share the batches of images and of texts, and each returns the whole. In
     float32 on a CPU the result is the same to the bit for any number of them.
     """
-    ways = {"k": k, "max_tokens": max_tokens, "batch": batch}
-    return compare(model, tokenizer, images, texts, image_of_text, see=model.vision, embed=model.embed_image, **ways)
+    ways = {"see": model.vision, "embed": lambda tokens: model.embed_image(tokens)}
+    ways |= {"k": k, "max_tokens": max_tokens, "batch": batch}
+    return compare(model, tokenizer, images, texts, image_of_text, **ways)
 
 
 def compare(
@@ -211,6 +213,7 @@ def compare(
     batch: int,
 ) -> Ranking:
     """`rank` of whatever `see` turns into tokens (B, P, V) and `embed` those into embeddings (B, E): images, clips."""
+    require(model, Embeds, Matches)
     owner, device = torch.as_tensor(view_of_text), next(model.parameters()).device
 
     def embed_text(part: Sequence[str]) -> Tensor:

@@ -28,7 +28,7 @@ from blip.checkpoints.foreign import Foreign
 from blip.checkpoints.table import NUMBERS, refuse_unsound, type_in_words
 from blip.checkpoints.weights import ENDINGS, Weights, read_json
 from blip.models.blip import Blip
-from blip.models.families import TASKS
+from blip.models.families import TASKS, kind_of, names_of
 from blip.models.settings import BlipConfig
 from blip.nn.vision import fit_positions
 from blip.tensors import read_outline, read_tensors, tensor_bytes, write_tensors
@@ -58,9 +58,9 @@ def save_pretrained(
     tokenizer.check(model.config.text)
     target = Path(directory)
     state = model.state_dict()
-    task = _name(type(model))
+    task, parts = names_of(type(model))
     said = {"format": FORMAT, "version": VERSION} | ({} if task == "blip" else {"task": task})
-    config = json.dumps({**said, "model": model.config.to_dict()}, indent=1).encode()
+    config = json.dumps({**said, "model": model.config.to_dict() | {"parts": parts}}, indent=1).encode()
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save(scratch)
         texts = {path.name: path.read_bytes() for path in Path(scratch).iterdir()}
@@ -98,10 +98,6 @@ def _card(body: str, task: str, licence: str | None) -> str:
     tags = "".join(f"- {tag}\n" for tag in TASKS[task].tags)
     front = f"---\nlibrary_name: openblip\nlicense: {licence or 'other'}\ntags:\n{tags}---\n\n"
     return front + (body or "# A BLIP model\n\nLoad it with `blip.checkpoints.checkpoint.from_pretrained`.\n")
-
-
-def _name(kind: type) -> str:
-    return next(name for name, task in TASKS.items() if task.model is kind)
 
 
 @dataclass(frozen=True)
@@ -197,7 +193,7 @@ def built(
     found.fits(_outline(found, config))
     if image_size is not None and image_size != config.vision.image_size:
         config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=image_size))
-    model = TASKS[found.task].model(config)
+    model = kind_of(found.task, config)(config)
     state = found.state(model)
     if _POSITIONS in state and state[_POSITIONS].ndim == 3:
         state[_POSITIONS] = fit_positions(model.vision.vit, state[_POSITIONS], config.vision.image_size)
@@ -214,7 +210,7 @@ def _outline(found: Own | Foreign, config: BlipConfig) -> nn.Module:
     plain = dataclasses.replace(config, vision=dataclasses.replace(config.vision, drop_path=0.0, init_gain=None))
     try:
         with torch.device("meta"):
-            return TASKS[found.task].model(plain)
+            return kind_of(found.task, plain)(plain)
     except ValueError as error:
         named = found.config_path if isinstance(found, Own) else found.source
         raise ValueError(f"{named}: {error}") from error
@@ -261,7 +257,7 @@ def _refuse_kind(found: Own | Foreign, kind: type[Any]) -> None:
     if TASKS[found.task].model is not kind:
         named = found.config_path if isinstance(found, Own) else found.source
         model = TASKS[found.task].model.__name__
-        raise ValueError(f"{named} is of a {model} model, {_remedy(found.task, _name(kind))}")
+        raise ValueError(f"{named} is of a {model} model, {_remedy(found.task, names_of(kind)[0])}")
 
 
 def _remedy(found: str, wanted: str) -> str:

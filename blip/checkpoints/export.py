@@ -15,23 +15,26 @@ from blip.checkpoints.card import WEIGHTS, Origin, card
 from blip.checkpoints.foreign import HEADS_KEY, LAYOUTS, Layout
 from blip.checkpoints.layouts import teacher_copies
 from blip.checkpoints.table import State, to_theirs
-from blip.models.blip import Blip
+from blip.models.blip import Blip, Captioner, Matcher
 from blip.models.nlvr import Nlvr
 from blip.models.vqa import Vqa
 from blip.tensors import tensor_bytes, write_tensors
 from blip.tokenizer import Tokenizer
 
 Use = Literal["pretraining", "captioning", "matching", "vqa", "nlvr"]
-_USES: dict[type, tuple[str, ...]] = {Blip: ("pretraining", "captioning", "matching"), Vqa: ("vqa",), Nlvr: ("nlvr",)}
+_USES: dict[type, tuple[str, ...]] = {
+    Blip: ("pretraining", "captioning", "matching"),
+    Captioner: ("captioning",),
+    Matcher: ("matching",),
+    Vqa: ("vqa",),
+    Nlvr: ("nlvr",),
+}
 
 
 def layout_for(model: Any, to: Literal["transformers", "original"], use: Use | None = None) -> Layout:
     """The layout that a model is written in. ValueError, saying what there is, where it has none or must be chosen."""
     kind = type(model)
     there = {layout.name: layout for layout in LAYOUTS if layout.program == to and layout.name in _USES.get(kind, ())}
-    if isinstance(model, Blip):
-        lacking = {"all": (), "writing": ("pretraining", "matching"), "matching": ("pretraining", "captioning")}
-        there = {name: layout for name, layout in there.items() if name not in lacking[model.config.parts]}
     if not there:
         raise ValueError(f"{to} has no model like {kind.__name__}: use --to openblip")
     if use is not None and use not in there:

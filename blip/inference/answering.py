@@ -18,8 +18,9 @@ from torch import Tensor
 from blip.inference.generate import write
 from blip.inference.settings import QUESTION_TOKENS, AnswerConfig
 from blip.models.vqa import Vqa
+from blip.nn.context import Context
 from blip.nn.settings import TextConfig
-from blip.nn.stack import Cache, Context
+from blip.nn.stack import Cache
 
 if TYPE_CHECKING:
     from blip.tokenizer import Tokenizer
@@ -130,7 +131,7 @@ class _Next:
 
 @torch.no_grad()
 def rank(model: Vqa, questions: Context, candidates: Candidates, config: AnswerConfig) -> Ranked:
-    """Order the K candidates of each question (R contexts from `Vqa.ask`) that begin most likely.
+    """Order the K candidates of each question (R contexts from `Vqa.context`) that begin most likely.
 
     A candidate's score is the sum over its words, [SEP] included, of their log-probabilities, or with
     `config.smoothing` of the smoothed ones that the training loss is made of. K is `config.k`, or C if there are fewer;
@@ -140,9 +141,10 @@ def rank(model: Vqa, questions: Context, candidates: Candidates, config: AnswerC
     if model.training:
         raise ValueError("the model is in training mode and would answer at random; call model.eval() first")
     candidates.check(model.config.text)
-    rows, tree, med = len(questions), candidates.tree, model.answer
+    rows, tree, decoder = len(questions), candidates.tree, model.decoder
     start = torch.full((rows, 1), model.config.text.dec_id, device=candidates.ids.device)
-    opening = _Next(med.vocabulary(med.read(start, start * 0, None, Cache(1), questions)).float(), config.smoothing)
+    states = decoder.step(start, start * 0, None, Cache(1), questions)
+    opening = _Next(decoder.vocabulary(states).float(), config.smoothing)
     firsts = candidates.ids[:, 0].expand(rows, -1)
     sure, score = opening.of(torch.zeros_like(firsts), firsts)
     # Stable, so that which of equal ones are taken depends on nothing else.
@@ -163,7 +165,7 @@ def rank(model: Vqa, questions: Context, candidates: Candidates, config: AnswerC
     block = max(1, _LOGITS // (count * model.config.text.vocab_size))
     for i in range(0, rows, block):
         part = slice(i, i + block)
-        following = _Next(med.vocabulary(states[part]).float(), config.smoothing)
+        following = _Next(decoder.vocabulary(states[part]).float(), config.smoothing)
         for total, found in zip((sure, score), following.of(at[part], words[part].flatten(1)), strict=True):
             total[part] += found.view_as(keep[part]).where(keep[part], 0).sum(2)
     score, order = score.sort(dim=1, descending=True, stable=True)
@@ -180,7 +182,7 @@ def _read(model: Vqa, questions: Context, tree: _Tree, read: Tensor) -> Tensor:
     sees[:, 1:, 1:] = above
     ids = torch.nn.functional.pad(tree.words[read], (1, 0), value=model.config.text.dec_id)
     positions = torch.nn.functional.pad(1 + depth, (1, 0))
-    return model.answer.read(ids, positions, sees, Cache(1 + count), questions)[:, 1:]
+    return model.decoder.step(ids, positions, sees, Cache(1 + count), questions)[:, 1:]
 
 
 @torch.no_grad()
@@ -218,4 +220,4 @@ def ask(
     ids, keep = (x.to(tokens.device) for x in tokenizer.encode(questions, first="enc", max_length=max_tokens))
     most = max(Counter(image).values())
     seen = model.question.context(tokens, queries=most * ids.shape[1])
-    return model.ask(ids, keep, seen[torch.tensor(image, device=tokens.device)])
+    return model.context(ids, keep, seen[torch.tensor(image, device=tokens.device)])

@@ -1,8 +1,8 @@
 """Where a model looks when it matches a text with a picture: cross-attention weighted by what it does for the answer.
 
 The probabilities with which a layer's text tokens look at image tokens, times the gradient of the match logit with
-respect to them where that is positive, averaged over heads (as ALBEF's and BLIP's authors show their models). This is a
-way of its own through the layers of `blip.nn.stack`, which never have the probabilities at hand.
+respect to them where that is positive, averaged over heads (as ALBEF's and BLIP's authors show their models). A
+fused attention never has the probabilities at hand, so the context computes them for the layer in question.
 
 T text tokens, P image tokens, G side of the grid of patches, W words, H heads, D text width.
 """
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from blip.errors import BadSample
 from blip.inference.features import Features, Picture
-from blip.models.blip import Blip
-from blip.nn.stack import Block, Pass
+from blip.models.blip import Matcher
+from blip.nn.context import Context, by_head
+from blip.nn.text import TextPass
 from blip.text import clean_caption
 
 _STOPS = ((0, 0, 96), (0, 64, 255), (0, 224, 224), (255, 232, 0), (224, 0, 0))
@@ -77,45 +78,42 @@ class Evidence:
         return self.logits.softmax(0)[1].item()
 
 
-def evidence(model: Blip, tokens: Tensor, ids: Tensor, layer: int) -> Evidence:
-    """Image tokens (1, P, V) and a text (1, T) that starts with [ENC], without padding -> how `layer` looks.
+@dataclass(eq=False, repr=False)
+class _Watched(Context):
+    """A context that keeps how one layer attends to it; what comes before that layer gets no gradient."""
+
+    layer: int = 0
+    probabilities: Tensor | None = None
+    """(1, H, T, P) float32, once the layer has run."""
+
+    def attend_heads(self, layer: int, query: Tensor, dropout: float) -> Tensor:
+        if layer != self.layer:
+            return super().attend_heads(layer, query, dropout)
+        key, value = by_head(self.held[layer], self.heads).unbind(2)
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        self.probabilities = scores.detach().float().softmax(-1).requires_grad_()
+        return self.probabilities.to(value.dtype) @ value
+
+
+def evidence(model: Matcher, tokens: Tensor, ids: Tensor, layer: int) -> Evidence:
+    """Image tokens (1, P, V) and a text (1, T) that starts with [ENC], without padding -> how `layer` attends.
 
     The model has to be in evaluation mode. ValueError for a layer that it does not have.
     """
-    med = model.med
-    if not 0 <= layer < len(med.blocks):
-        raise ValueError(f"layer must be 0 to {len(med.blocks) - 1}, got {layer}")
-    layouts = [Pass(ids, torch.ones_like(ids, dtype=torch.bool)).layout]
+    layers = len(model.med.blocks)
+    if not 0 <= layer < layers:
+        raise ValueError(f"layer must be 0 to {layers - 1}, got {layer}")
     with torch.no_grad():
-        context = med.context(tokens)
-        x = med.norm(med.word(ids[0]) + med.position(torch.arange(ids.shape[1], device=ids.device)))
-        for i, block in enumerate(med.blocks[:layer]):
-            x = block.attend_self(x, layouts, causal=False, first=False)
-            x = block.feed_forward(block.attend_cross(x, layouts, [context], i))
-        x = med.blocks[layer].attend_self(x, layouts, causal=False, first=False)
-        probabilities, values = _look(med.blocks[layer], x, tokens[0])
+        context = model.context(tokens)
+    watched = _Watched(context.held, context.heads, layer=layer)
     with torch.enable_grad():
-        probabilities.requires_grad_()  # what follows depends on them; what was before does not matter
-        block = med.blocks[layer]
-        seen = (probabilities.to(values.dtype) @ values).transpose(0, 1).flatten(1)
-        x = block.feed_forward(block.cross_norm(x + block.cross.out(seen)))
-        for i, block in enumerate(med.blocks[layer + 1 :], layer + 1):
-            x = block.attend_self(x, layouts, causal=False, first=False)
-            x = block.feed_forward(block.attend_cross(x, layouts, [context], i))
-        logits = model.match_head(x[0]).float()
-        (gradients,) = torch.autograd.grad(logits[1], probabilities)
-    return Evidence(probabilities.detach(), gradients, logits.detach())
+        (states,) = model.med([TextPass(ids, torch.ones_like(ids, dtype=torch.bool), context=watched)])
+        logits = model.match_head(states[0]).float()
+        (gradients,) = torch.autograd.grad(logits[1], watched.probabilities)
+    return Evidence(watched.probabilities[0].detach(), gradients[0], logits.detach())
 
 
-def _look(block: Block, x: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
-    """Text (T, D) at image states (P, V) -> probabilities (H, T, P) float32 and values (H, P, D / H)."""
-    heads, cross = block.text.heads, block.cross
-    query = cross.query(x).view(len(x), heads, -1).transpose(0, 1)
-    key, value = cross.kv(states).view(len(states), 2, heads, -1).permute(1, 2, 0, 3)
-    return (query @ key.transpose(1, 2) * query.shape[-1] ** -0.5).float().softmax(-1), value
-
-
-def _layer(model: Blip, asked: int | None) -> int:
+def _layer(model: Matcher, asked: int | None) -> int:
     """Of the last layer only [ENC] is read, so the words of the text have no say there."""
     last = len(model.med.blocks) - 2
     if asked is None:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from blip.errors import BadSample
 from blip.inference import matching
-from blip.models.blip import Blip
+from blip.models import protocols
+from blip.models.blip import Matcher
 from blip.text import clean_caption
 from blip.tokenizer import Tokenizer
 
@@ -67,7 +68,7 @@ class Features:
 
     def __init__(
         self,
-        model: Blip,
+        model: Matcher,
         tokenizer: Tokenizer,
         read: Callable[[Picture], Tensor] | None = None,
         *,
@@ -80,7 +81,7 @@ class Features:
         """
         if batch < 1:
             raise ValueError(f"batch must be 1 or more, got {batch}")
-        model.config.require(encodes=True)
+        protocols.require(model, protocols.Embeds, protocols.Matches)
         self.model, self.tokenizer, self.batch = model.eval(), tokenizer, batch
         self.max_tokens = min(max_tokens, model.config.text.max_positions)
         self.read = read

@@ -1,7 +1,7 @@
-"""Writing: greedy, beam search and nucleus sampling over a cache, token ids in, token ids out (paper, section 4.3).
+"""Greedy decoding, beam search and nucleus sampling over a cache, token ids in, token ids out (paper, section 4.3).
 
-R rows (prompts), K texts written side by side for each (beams or samples), P prompt tokens, S tokens that may be
-written, N = R * K, V vocabulary.
+R rows (prompts), K texts generated side by side for each (beams or samples), P prompt tokens, S tokens that may be
+generated, N = R * K, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from torch import Tensor
 
 from blip.inference.settings import DecodeConfig
 from blip.keyed import mix
-from blip.models.blip import Blip
+from blip.models.protocols import Generates, require
+from blip.nn.context import Context
 from blip.nn.settings import TextConfig
-from blip.nn.stack import Cache, Context, Med
+from blip.nn.stack import Cache
+from blip.nn.text import TextTransformer
 
 if TYPE_CHECKING:
     from blip.tokenizer import Tokenizer
@@ -55,7 +57,7 @@ class Text(NamedTuple):
 
 @torch.no_grad()
 def write(
-    model: Blip,
+    model: Generates,
     tokenizer: Tokenizer,
     images: Tensor | Context,
     config: DecodeConfig,
@@ -67,7 +69,7 @@ def write(
 
     `prompt` is what every text begins with, or one beginning for each. The rest is as in `generate`.
     """
-    text, weight = model.config.text, model.med.word.weight
+    text, weight = model.config.text, model.decoder.word.weight
     tokenizer.check(text)
     rows = len(images) if isinstance(images, Tensor) else len(images) * images.fan
     beginnings = [prompt] * rows if isinstance(prompt, str) else list(prompt)
@@ -77,7 +79,7 @@ def write(
     if isinstance(images, Tensor):
         images = images.to(weight.device, weight.dtype)
         tokens = model.vision(images) if images.dim() == 4 else images
-        images = model.med.context(tokens, queries=queries(config, ids.shape[1]))
+        images = model.context(tokens, queries=queries(config, ids.shape[1]))
     found = generate(model, images, ids.to(weight.device), keep.to(weight.device), config, keys)
     lengths = keep.sum(1).tolist()
     said = [ids[n:] for row, n in zip(found.ids.tolist(), lengths, strict=True) for ids in row]
@@ -87,7 +89,7 @@ def write(
 
 
 def queries(config: DecodeConfig, prompt: int) -> int:
-    """How many text tokens will look at each image, with a prompt of so many: what `Med.context` asks."""
+    """How many text tokens will attend to each image, with a prompt of so many: what `Stack.context` takes."""
     return prompt + _fan(config) * (config.max_length - prompt - 1)
 
 
@@ -97,7 +99,7 @@ def _fan(config: DecodeConfig) -> int:
 
 @torch.no_grad()
 def generate(
-    model: Blip,
+    model: Generates,
     context: Context,
     prompts: Tensor,
     keep: Tensor,
@@ -123,11 +125,11 @@ def generate(
     )
     fan = _fan(config)
     search = (_Beams if config.method == "beam" and fan > 1 else _Samples)(rows, steps, fan, config, text)
-    reader = _Reader(model.med, context, prompts, keep, fan, steps)
+    reader = _Reader(model.decoder, context, prompts, keep, fan, steps)
     on_cpu, parts = prompts.device.type == "cpu", []
     states = reader.prompt()
     for step in range(steps):
-        words, parents = search.step(model.med.vocabulary(states).float(), step)
+        words, parents = search.step(model.decoder.vocabulary(states).float(), step)
         if step + 1 == steps:
             break
         if on_cpu or step % 8 == 7:  # elsewhere the question makes the device wait for the host
@@ -145,10 +147,10 @@ def generate(
 
 
 def _check(
-    model: Blip, context: Context, prompts: Tensor, keep: Tensor, config: DecodeConfig, keys: Sequence[str] | None
+    model: Generates, context: Context, prompts: Tensor, keep: Tensor, config: DecodeConfig, keys: Sequence[str] | None
 ) -> None:
     text, rows = model.config.text, len(prompts)
-    model.config.require(writes=True)
+    require(model, Generates)
     if model.training:
         raise ValueError("the model is in training mode and would write at random; call model.eval() first")
     if prompts.shape != keep.shape or prompts.dim() != 2 or not prompts.numel():
@@ -191,9 +193,11 @@ class _Reader:
     fork copy nothing.
     """
 
-    def __init__(self, med: Med, context: Context, prompts: Tensor, keep: Tensor, fan: int, steps: int) -> None:
+    def __init__(
+        self, decoder: TextTransformer, context: Context, prompts: Tensor, keep: Tensor, fan: int, steps: int
+    ) -> None:
         rows, length = prompts.shape
-        self.med, self.context, self.prompts, self.keep, self.fan = med, context, prompts, keep, fan
+        self.decoder, self.context, self.prompts, self.keep, self.fan = decoder, context, prompts, keep, fan
         self.at = keep.sum(1)
         self.cache = Cache(length + fan * (steps - 1))
         everything = fan == 1 and bool(keep.all())
@@ -204,7 +208,7 @@ class _Reader:
         rows, length = self.prompts.shape
         positions = torch.arange(length, device=self.at.device)
         sees = (positions <= positions[:, None]) & self.keep[:, None] if length > 1 else None
-        states = self.med.read(self.prompts, positions.expand(rows, -1), sees, self.cache, self.context)
+        states = self.decoder.step(self.prompts, positions.expand(rows, -1), sees, self.cache, self.context)
         return states[torch.arange(rows, device=self.at.device), self.at - 1][:, None]
 
     def next(self, words: Tensor, parents: Tensor) -> Tensor:
@@ -213,9 +217,9 @@ class _Reader:
             own = torch.eye(self.fan, dtype=torch.bool, device=words.device).expand(len(words), -1, -1)
             self.sees = torch.cat([_pick(self.sees, parents), own], dim=2)
         # Rows that are over may run past the last position; nobody reads them.
-        positions = self.at.clamp(max=self.med.config.max_positions - 1)[:, None].expand_as(words)
+        positions = self.at.clamp(max=self.decoder.config.max_positions - 1)[:, None].expand_as(words)
         self.at = self.at + 1
-        return self.med.read(words, positions, self.sees, self.cache, self.context)
+        return self.decoder.step(words, positions, self.sees, self.cache, self.context)
 
     def take(self, index: Tensor) -> None:
         """Go on with the rows at `index` only."""

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from blip.models.blip import Blip
-from blip.nn.stack import Pass
+from blip.models.blip import Matcher
 
 _TOGETHER = 16
 """Images whose keys and values are in memory at once: 42 MB each in BASE at 384 px and float32."""
@@ -19,12 +18,13 @@ _TOGETHER = 16
 
 @torch.no_grad()
 def ground(
-    model: Blip, tokens: Tensor, ids: Tensor, keep: Tensor, chosen: Sequence[Tensor], batch: int = 256
+    model: Matcher, tokens: Tensor, ids: Tensor, keep: Tensor, chosen: Sequence[Tensor], batch: int = 256
 ) -> list[Tensor]:
     """Image tokens (B, P, V) and texts (M, T) that start with [ENC] -> for each image the [ENC] states (K, D).
 
-    `chosen` says for each image which texts look at it, (K,) int64 on the CPU as ids and keep are; K may differ and be
-    0. At most `batch` texts go through the model at once. The states are on the images' device, without gradient.
+    `chosen` says for each image which texts are compared with it, (K,) int64 on the CPU as ids and keep are; K may
+    differ and be 0. At most `batch` texts go through the model at once. The states are on the images' device, without
+    gradient.
     """
     if len(chosen) != len(tokens):
         raise ValueError(f"texts are chosen for {len(chosen)} images, but there are {len(tokens)}")
@@ -37,24 +37,19 @@ def ground(
             continue
         order = lengths[rows].argsort(stable=True) if end - start == 1 else torch.arange(len(rows))
         queries = fan * int(lengths[rows].max())
-        context = model.med.context(tokens[start:end], queries=queries)
+        context = model.context(tokens[start:end], queries=queries)
         states = []
         for part in rows[order].split(batch if end - start == 1 else len(rows)):
             longest = int(lengths[part].max())
-            one = Pass(
-                ids[part, :longest].to(tokens.device),
-                keep[part, :longest].to(tokens.device),
-                context=context.expand(len(part) // (end - start)),
-                first=True,
-            )
-            states += model.med([one])
+            some = [grid[part, :longest].to(tokens.device) for grid in (ids, keep)]
+            states.append(model.ground(*some, context.expand(len(part) // (end - start))))
         together = torch.cat(states)[order.argsort().to(tokens.device)]
         found += together.split(fan)
     return found
 
 
 def match(
-    model: Blip, tokens: Tensor, ids: Tensor, keep: Tensor, chosen: Sequence[Tensor], batch: int = 256
+    model: Matcher, tokens: Tensor, ids: Tensor, keep: Tensor, chosen: Sequence[Tensor], batch: int = 256
 ) -> list[Tensor]:
     """As `ground` -> for each image the logits (K, 2) of no match and match, float32, without gradient."""
     with torch.no_grad():

@@ -6,69 +6,115 @@ D text width, E embedding width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip.models.settings import BlipConfig
+from blip.nn.context import Context
 from blip.nn.linear import Linear
-from blip.nn.stack import Context, Med, Pass
+from blip.nn.settings import TextConfig
+from blip.nn.stack import Block, CrossAttention, Stack
+from blip.nn.text import TextPass, TextTransformer
 from blip.nn.vision import VisionEncoder
+
+
+def med(config: TextConfig, attentions: Sequence[str], context_width: int | None = None) -> TextTransformer:
+    """The multimodal mixture of encoder and decoder (paper, section 3.1), or that of its three uses which is needed.
+
+    Every layer has a self-attention each for encoding (`text`) and decoding (`causal`), and shares the rest.
+    """
+    blocks = [
+        Block(config, attentions, None if context_width is None else CrossAttention(config, context_width))
+        for _ in range(config.layers)
+    ]
+    return TextTransformer(config, Stack(blocks), head="causal" in attentions)
 
 
 class Towers(nn.Module):
     """The two unimodal encoders with their projections into the joint space: all that contrast needs."""
 
-    def __init__(self, config: BlipConfig, grounded: bool = False) -> None:
+    def __init__(self, config: BlipConfig) -> None:
         super().__init__()
         self.config = config
         self.vision = VisionEncoder(config.vision)
-        self.med = Med(config.text, self.vision.width if grounded else None, config.encodes, config.writes)
-        if config.encodes:
-            self.image_proj = Linear(self.vision.width, config.embed_dim)
-            self.text_proj = Linear(config.text.width, config.embed_dim)
+        self.med = self._med()
+        self.image_proj = Linear(self.vision.width, config.embed_dim)
+        self.text_proj = Linear(config.text.width, config.embed_dim)
+
+    def _med(self) -> TextTransformer:
+        return med(self.config.text, ("text",))
 
     def embed_image(self, tokens: Tensor) -> Tensor:
         """Image tokens (B, P, V) from `vision` -> joint embeddings (B, E) of length 1, from the class token."""
-        self.config.require(encodes=True)
         return F.normalize(self.image_proj(tokens[:, 0]).float(), dim=-1)
 
     def embed_text(self, ids: Tensor, keep: Tensor) -> Tensor:
         """Texts (R, T) that start with [CLS] -> joint embeddings (R, E) of length 1, from the first token."""
-        self.config.require(encodes=True)
-        (states,) = self.med([Pass(ids, keep, first=True)])
+        (states,) = self.med([TextPass(ids, keep, first=True)])
         return F.normalize(self.text_proj(states).float(), dim=-1)
 
 
-class Blip(Towers):
-    """One image encoder and one text transformer that embeds, matches and writes.
-
-    One that was made of a captioner's or a matching model's checkpoint has only the parts of that (`BlipConfig.parts`),
-    so that nothing in it is random. ValueError for a use of what it does not have.
-    """
+class Matcher(Towers):
+    """The towers and the image-grounded text encoder: what a retrieval or matching checkpoint has."""
 
     def __init__(self, config: BlipConfig) -> None:
-        super().__init__(config, grounded=True)
-        if config.encodes:
-            self.match_head = Linear(config.text.width, 2)
-            self.temperature = nn.Parameter(torch.tensor(config.temperature))
+        super().__init__(config)
+        self.match_head = Linear(config.text.width, 2)
+        self.temperature = nn.Parameter(torch.tensor(config.temperature))
 
-    def context(self, tokens: Tensor) -> Context:
-        """Image tokens (B, P, V) -> what texts look at, projected once."""
-        return self.med.context(tokens)
+    def _med(self) -> TextTransformer:
+        return med(self.config.text, ("text",), self.vision.width)
+
+    def context(self, tokens: Tensor, queries: int | None = None) -> Context:
+        """Image tokens (B, P, V) -> what texts attend to, projected once; `queries` as of `Stack.context`."""
+        return self.med.context(tokens, queries=queries)
+
+    def ground(self, ids: Tensor, keep: Tensor, context: Context) -> Tensor:
+        """Texts (R, T) that start with [ENC], over `context` -> the states (R, D) of that."""
+        (states,) = self.med([TextPass(ids, keep, context=context, first=True)])
+        return states
 
     def match(self, ids: Tensor, keep: Tensor, context: Context) -> Tensor:
-        """Texts (R, T) that start with [ENC], looking at `context` -> logits (R, 2): no match, match."""
-        self.config.require(encodes=True)
-        (states,) = self.med([Pass(ids, keep, context=context, first=True)])
-        return self.match_head(states)
+        """Texts (R, T) that start with [ENC], over `context` -> logits (R, 2): no match, match."""
+        return self.match_head(self.ground(ids, keep, context))
+
+
+class Captioner(nn.Module):
+    """The image encoder and the image-grounded text decoder: what a captioner's checkpoint has."""
+
+    def __init__(self, config: BlipConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = VisionEncoder(config.vision)
+        self.med = med(config.text, ("causal",), self.vision.width)
+
+    def context(self, tokens: Tensor, queries: int | None = None) -> Context:
+        """Image tokens (B, P, V) -> what texts attend to, projected once; `queries` as of `Stack.context`."""
+        return self.med.context(tokens, queries=queries)
+
+    @property
+    def decoder(self) -> TextTransformer:
+        """What generates: a transformer with a head that predicts words."""
+        return self.med
 
     def caption_logits(self, ids: Tensor, keep: Tensor, context: Context) -> Tensor:
         """Texts (R, T) that start with [DEC] -> logits (R, T, vocabulary) of each next token; zero at padding."""
-        self.config.require(writes=True)
-        one = Pass(ids, keep, causal=True, context=context)
+        one = TextPass(ids, keep, causal=True, context=context)
         (states,) = self.med([one])
         return one.layout.unpack(self.med.vocabulary(states)) * keep[..., None]
+
+
+class Blip(Matcher):
+    """One image encoder and one text transformer that embeds, matches and generates."""
+
+    def _med(self) -> TextTransformer:
+        return med(self.config.text, ("text", "causal"), self.vision.width)
+
+    decoder = Captioner.decoder
+    caption_logits = Captioner.caption_logits
 
 
 def starting_with(ids: Tensor, token: int) -> Tensor:

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from blip.models import inherit
-from blip.models.blip import Blip, starting_with
+from blip.models.blip import Blip, Matcher, med, starting_with
 from blip.models.inherit import Origin
+from blip.models.protocols import Matches, require
 from blip.models.settings import DialogueModelConfig
+from blip.nn.context import Context
 from blip.nn.linear import Linear
-from blip.nn.stack import Context, Med, Pass
+from blip.nn.text import TextPass
 from blip.nn.vision import VisionEncoder
 
 
@@ -28,15 +30,15 @@ class Dialogue(nn.Module):
         super().__init__()
         self.config = config
         self.vision = VisionEncoder(config.vision)
-        self.med = Med(config.text, self.vision.width, writes=False)
+        self.med = med(config.text, ("text",), self.vision.width)
         self.match_head = Linear(config.text.width, 2)
         if self.vision.width != config.text.width:
             self.caption_proj = Linear(config.text.width, self.vision.width)
 
     @classmethod
-    def from_blip(cls, blip: Blip, caption_sees_image: bool = False) -> Self:
+    def from_blip(cls, blip: Blip | Matcher, caption_sees_image: bool = False) -> Self:
         """A model that starts from a pre-trained one by `origin`; what is new there is random."""
-        blip.config.require(encodes=True)
+        require(blip, Matches)
         model = cls(DialogueModelConfig.of(blip.config, caption_sees_image))
         inherit.copy(model, blip, model.origin())
         return model.train(blip.training)
@@ -47,20 +49,20 @@ class Dialogue(nn.Module):
         copied = {name: name for name in self.state_dict() if name not in fresh}
         heads = [f"{name}.{kind}" for name in ("image_proj", "text_proj") for kind in ("weight", "bias")]
         left = dict.fromkeys(["temperature", *heads], "nothing is contrasted")
-        left |= dict.fromkeys(inherit.writing(self.config.text.layers), "nothing is written")
+        left |= dict.fromkeys(inherit.generating(self.config.text.layers), "nothing is generated")
         return Origin(copied, fresh, left)
 
-    def look(self, image: Tensor, caption_ids: Tensor, caption_keep: Tensor, queries: int | None = None) -> Context:
-        """Pictures (B, 3, S, S) with captions (B, T) that start with [CLS] -> what the rows of dialogues look at.
+    def context(self, image: Tensor, caption_ids: Tensor, caption_keep: Tensor, queries: int | None = None) -> Context:
+        """Images (B, 3, S, S) with captions (B, T) that start with [CLS] -> what the rows of dialogues attend to.
 
-        `queries` is how many text tokens will look at each picture, where that is known and no gradient is wanted.
+        `queries` as of `Stack.context`.
         """
         tokens = self.vision(image)
         if self.config.caption_sees_image:
             ids = starting_with(caption_ids, self.config.text.enc_id)
-            one = Pass(ids, caption_keep, context=self.med.context(tokens, queries=ids.shape[1]))
+            one = TextPass(ids, caption_keep, context=self.med.context(tokens, queries=ids.shape[1]))
         else:
-            one = Pass(caption_ids, caption_keep)
+            one = TextPass(caption_ids, caption_keep)
         (states,) = self.med([one])
         states = one.layout.unpack(states)
         if tokens.shape[2] != states.shape[2]:
@@ -70,5 +72,5 @@ class Dialogue(nn.Module):
 
     def match(self, ids: Tensor, keep: Tensor, context: Context) -> Tensor:
         """Questions with an answer and what was said (R, T), starting with [ENC] -> logits (R, 2): false, true."""
-        (states,) = self.med([Pass(ids, keep, context=context, first=True)])
+        (states,) = self.med([TextPass(ids, keep, context=context, first=True)])
         return self.match_head(states)

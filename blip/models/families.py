@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from blip.models.blip import Blip
+from blip.models.blip import Blip, Captioner, Matcher
 from blip.models.dialogue import Dialogue
 from blip.models.nlvr import Nlvr
 from blip.models.settings import BlipConfig, DialogueModelConfig, NlvrModelConfig
@@ -38,3 +38,18 @@ TASKS: dict[str, Task] = {
     "vqa": Task(Vqa, "`blip vqa` and `blip-eval vqa`", ("visual-question-answering",)),
 }
 """What config.json says as `task` (nothing for "blip") -> the class that is built."""
+PARTS: dict[str, type[Any]] = {"all": Blip, "writing": Captioner, "matching": Matcher}
+"""What config.json of a "blip" says as `parts` -> the class that is built instead."""
+
+
+def kind_of(task: str, config: BlipConfig) -> type[Any]:
+    """The class of a model by what its config.json says."""
+    return PARTS[config.parts] if task == "blip" else TASKS[task].model
+
+
+def names_of(kind: type[Any]) -> tuple[str, str]:
+    """What config.json says of a class, as `task` and as `parts`."""
+    for parts, model in PARTS.items():
+        if model is kind:
+            return "blip", parts
+    return next(name for name, task in TASKS.items() if task.model is kind), "all"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from blip.models.blip import Blip
+from blip.models.blip import Blip, Captioner, Matcher
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class Origin:
     """Names in `Blip` that the task has no use for -> why."""
 
 
-def copy(model: nn.Module, blip: Blip, origin: Origin) -> None:
+def copy(model: nn.Module, blip: Blip | Captioner | Matcher, origin: Origin) -> None:
     """Give a task model its first weights. ValueError unless every tensor of both is accounted for and fits."""
     ours, theirs = model.state_dict(), blip.state_dict()
     named = set(origin.copied) | set(origin.fresh)
     _refuse("the task model has", set(ours) ^ named | set(origin.copied) & set(origin.fresh))
-    # Of a captioner or a matching model alone, some that would be left out are not there.
-    left = set(origin.left) if blip.config.parts == "all" else set(origin.left) & set(theirs)
+    # A captioner or a matcher lacks some that would be left out.
+    left = set(origin.left) if isinstance(blip, Blip) else set(origin.left) & set(theirs)
     _refuse("the pre-trained model has", set(theirs) ^ (set(origin.copied.values()) | left))
     for name, source in origin.copied.items():
         if ours[name].shape != theirs[source].shape:
@@ -47,8 +47,8 @@ def under(prefix: str, state: Mapping[str, Tensor], source: str) -> dict[str, st
     return {f"{prefix}.{name}": f"{source}.{name}" for name in state}
 
 
-def writing(layers: int) -> list[str]:
-    """Names in `Blip` of what only writes: the causal self-attentions and the vocabulary's head."""
+def generating(layers: int) -> list[str]:
+    """Names in `Blip` of what only generates: the causal self-attentions and the vocabulary's head."""
     own = ("causal.qkv", "causal.out", "causal_norm")
     parts = [f"blocks.{i}.{name}" for i in range(layers) for name in own] + ["head_dense", "head_norm"]
     return ["med.head_bias", *(f"med.{part}.{kind}" for part in parts for kind in ("weight", "bias"))]

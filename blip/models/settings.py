@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from blip.nn.settings import TextConfig, VisionConfig
-from blip.settings import LATER, WIDTH, between, check_fields, known, require
+from blip.settings import LATER, WIDTH, between, check_fields, known
 
 
 @dataclass(frozen=True)
@@ -21,33 +21,10 @@ class BlipConfig:
     temperature: float = field(default=0.07, metadata=between(1e-4, 100))
     """Initial temperature of the contrastive softmax; learned."""
     parts: Literal["all", "writing", "matching"] = field(default="all", metadata=LATER)
-    """What a `Blip` has: all, or what a checkpoint of a captioner alone or of a matching model alone has."""
+    """Of `blip.models.families.PARTS`: a whole `Blip`, a `Captioner` or a `Matcher`."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-
-    @property
-    def encodes(self) -> bool:
-        """Whether texts are embedded and matched with images."""
-        return self.parts != "writing"
-
-    @property
-    def writes(self) -> bool:
-        """Whether captions are written."""
-        return self.parts != "matching"
-
-    def require(self, *, encodes: bool = False, writes: bool = False) -> None:
-        """ValueError, saying what to load instead, if a model lacks what compares texts with images, or what writes."""
-        require(
-            self.encodes or not encodes,
-            "this model only writes captions (it comes from a captioner's checkpoint) and cannot compare texts with "
-            "pictures: give a pre-training, retrieval or matching checkpoint",
-        )
-        require(
-            self.writes or not writes,
-            "this model only compares texts with pictures (it comes from a retrieval or matching checkpoint) and "
-            "cannot write: give a captioning or pre-training checkpoint",
-        )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -8,26 +8,27 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip.models.blip import Blip
+from blip.models.blip import Towers
+from blip.models.protocols import Embeds, require
 
 FRAMES = 8
 """Frames of a clip that are looked at (paper, section 5.6)."""
 
 
 def clip_tokens(vision: nn.Module, frames: Tensor) -> Tensor:
-    """Frames (B, F, 3, S, S) -> the tokens of all of them (B, F * P, V), frame after frame, for texts to look at.
+    """Frames (B, F, 3, S, S) -> the tokens of all of them (B, F * P, V), frame after frame, for texts to attend to.
 
-    What texts look at is a `Blip`'s or a `Vqa`'s context of these; the order of frames does not matter to it.
+    They do so through a `Blip`'s or a `Vqa`'s context of these; the order of frames does not matter to it.
     """
     size = frames.shape[:2]
     return vision(frames.flatten(0, 1)).unflatten(0, size).flatten(1, 2)
 
 
-def embed_clip(model: Blip, tokens: Tensor, frames: int) -> Tensor:
+def embed_clip(model: Towers, tokens: Tensor, frames: int) -> Tensor:
     """`clip_tokens` of F frames (B, F * P, V) -> joint embeddings (B, E) of length 1.
 
     The mean of the frames' projected class tokens, which is normalised then and not before, as in the original.
     """
-    model.config.require(encodes=True)
+    require(model, Embeds)
     first = tokens.unflatten(1, (frames, -1))[:, :, 0]
     return F.normalize(model.image_proj(first).float().mean(1), dim=-1)

@@ -1,8 +1,7 @@
-"""Visual question answering: a question read over the image, an answer written over the question (paper, section 5.3).
+"""Visual question answering: a question encoded over the image, an answer decoded over it (paper, section 5.3).
 
-The two stacks are MEDs that share nothing: one only encodes, the other only writes. A question's states are projected
-once (`Vqa.context`), however many answers are then weighed or searched. B images, R questions, P image tokens, T
-question tokens, D width, V vision width.
+The two text transformers share nothing. A question's states are projected once (`Vqa.context`), however many answers
+are then weighed or searched. B images, R questions, P image tokens, T question tokens, D width, V vision width.
 """
 
 from __future__ import annotations
@@ -12,15 +11,17 @@ from typing import Self
 from torch import Tensor, nn
 
 from blip.models import inherit
-from blip.models.blip import Blip
+from blip.models.blip import Blip, med
 from blip.models.inherit import Origin
+from blip.models.protocols import Generates, Matches, require
 from blip.models.settings import BlipConfig
-from blip.nn.stack import Context, Med, Pass
+from blip.nn.context import Context
+from blip.nn.text import TextPass, TextTransformer
 from blip.nn.vision import VisionEncoder
 
 
 class Vqa(nn.Module):
-    """An image encoder, a question encoder that looks at the image, and an answer decoder that looks at the question.
+    """An image encoder, a question encoder over the image, and an answer decoder over the question.
 
     `generate` and `write` of `blip.inference` take it in place of a `Blip`, with a context of questions, not images.
     """
@@ -29,13 +30,13 @@ class Vqa(nn.Module):
         super().__init__()
         self.config = config
         self.vision = VisionEncoder(config.vision)
-        self.question = Med(config.text, self.vision.width, writes=False)
-        self.answer = Med(config.text, config.text.width, encodes=False)
+        self.question = med(config.text, ("text",), self.vision.width)
+        self.answer = med(config.text, ("causal",), config.text.width)
 
     @classmethod
     def from_blip(cls, blip: Blip) -> Self:
         """A model that starts from a pre-trained one by `origin`; what is new there is random."""
-        blip.config.require(encodes=True, writes=True)
+        require(blip, Matches, Generates)
         model = cls(blip.config)
         inherit.copy(model, blip, model.origin())
         return model.train(blip.training)
@@ -60,19 +61,18 @@ class Vqa(nn.Module):
         return Origin(copied, fresh, left)
 
     @property
-    def med(self) -> Med:
-        """The stack that writes."""
+    def decoder(self) -> TextTransformer:
+        """What generates answers."""
         return self.answer
 
-    def ask(self, ids: Tensor, keep: Tensor, image: Context, answers: int | None = None) -> Context:
-        """Questions (R, T) that start with [ENC], looking at images (`question.context`) -> what answers look at.
+    def context(self, ids: Tensor, keep: Tensor, image: Context, queries: int | None = None) -> Context:
+        """Questions (R, T) that start with [ENC], over images (`question.context`) -> what answers attend to.
 
-        Padding of a question is not seen. `answers` is how many answer tokens will look at each question, where that is
-        known and no gradient is wanted.
+        Padding of a question is not seen. `queries` as of `Stack.context`.
         """
-        one = Pass(ids, keep, context=image)
+        one = TextPass(ids, keep, context=image)
         (states,) = self.question([one])
-        return self.answer.context(one.layout.unpack(states), keep, answers)
+        return self.answer.context(one.layout.unpack(states), keep, queries)
 
 
 def _head(name: str) -> tuple[str, str]:

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip import dist
-from blip.models import families
+from blip.models import families, protocols
 from blip.models.blip import Blip, starting_with
-from blip.nn.stack import Context, Pass
+from blip.nn.context import Context
+from blip.nn.text import TextPass
 from blip.objectives import losses
 from blip.objectives.batch import Batch, DialogueBatch, QuestionBatch, SentenceBatch
 from blip.objectives.losses import Embeddings, Similarities
@@ -139,7 +140,7 @@ class _Aligned(nn.Module):
 
     def __init__(self, model: Blip, config: PretrainConfig | RetrievalConfig) -> None:
         super().__init__()
-        model.config.require(encodes=True)
+        protocols.require(model, protocols.Embeds, protocols.Matches)
         self.config = config
         self.model = model
         self.teacher = Teacher(model)
@@ -179,7 +180,7 @@ class _Aligned(nn.Module):
 
     def _passes(
         self, batch: Batch, tokens: Tensor, context: Context, image_of_text: Tensor, text_of_image: Tensor
-    ) -> tuple[Pass, Pass]:
+    ) -> tuple[TextPass, TextPass]:
         """Each image with its text and a wrong one, each text with a wrong image; for `_match`."""
         ids, keep = starting_with(batch.ids, self.model.config.text.enc_id), batch.keep
         if self._everywhere:
@@ -190,8 +191,8 @@ class _Aligned(nn.Module):
         else:
             other_context, other_ids, other_keep = context[image_of_text], ids[text_of_image], keep[text_of_image]
         # Two texts look at each image in its own place: the right one and a wrong one.
-        own = Pass(_pairwise(ids, other_ids), _pairwise(keep, other_keep), context=context.expand(2), first=True)
-        return own, Pass(ids, keep, context=other_context, first=True)
+        own = TextPass(_pairwise(ids, other_ids), _pairwise(keep, other_keep), context=context.expand(2), first=True)
+        return own, TextPass(ids, keep, context=other_context, first=True)
 
     def _match(self, own_states: Tensor, other_states: Tensor) -> Tensor:
         """Match logits (3 B, 2): right pairs, texts with a wrong image, images with a wrong text."""
@@ -235,7 +236,7 @@ class Pretrain(_Aligned):
 
     def __init__(self, model: Blip, config: PretrainConfig) -> None:
         super().__init__(model, config)
-        model.config.require(writes=True)
+        protocols.require(model, protocols.Generates)
 
     def forward(self, batch: Batch, epoch: float) -> Outcome:
         """The three losses of a batch; `epoch` (passes over the data so far) sets the weight of soft targets."""
@@ -337,7 +338,7 @@ class Caption(nn.Module):
 
     def __init__(self, model: Blip, config: CaptionConfig) -> None:
         super().__init__()
-        model.config.require(writes=True)
+        protocols.require(model, protocols.Generates)
         self.config = config
         self.model = model
 
@@ -367,7 +368,7 @@ class Vqa(nn.Module):
         """The loss of a batch, per question; `epoch` changes nothing."""
         model, text = self.model, self.model.config.text
         image = model.question.context(model.vision(batch.image))
-        questions = model.ask(starting_with(batch.ids, text.enc_id), batch.keep, image)
+        questions = model.context(starting_with(batch.ids, text.enc_id), batch.keep, image)
         write = _reading(batch.answer_ids, batch.answer_keep, text.dec_id, questions[batch.question])
         words = batch.answer_ids[:, 1:].masked_fill(~batch.answer_keep[:, 1:], -100)
         weights = write.layout.pack_ids(batch.weights[:, None].expand_as(words))
@@ -392,7 +393,7 @@ class Nlvr(nn.Module):
         """The cross-entropy of a batch; `epoch` changes nothing."""
         model = self.model
         ids = starting_with(batch.ids, model.config.text.enc_id)
-        logits = model.judge(ids, batch.keep, model.look(batch.image)).float()
+        logits = model.judge(ids, batch.keep, model.contexts(batch.image)).float()
         accuracy = (logits.detach().argmax(1) == batch.labels).float().mean()
         return Outcome({"nlvr": F.cross_entropy(logits, batch.labels)}, {"accuracy": accuracy})
 
@@ -410,7 +411,7 @@ class Dialogue(nn.Module):
     def forward(self, batch: DialogueBatch, epoch: float) -> Outcome:
         """The matching loss of a batch; `epoch` changes nothing."""
         model, choices = self.model, batch.choices
-        context = model.look(batch.image, batch.caption_ids, batch.caption_keep)
+        context = model.context(batch.image, batch.caption_ids, batch.caption_keep)
         logits = model.match(batch.ids, batch.keep, context.expand(len(batch.ids) // len(batch))).float()
         rounds = logits.view(-1, choices, 2)
         found = losses.matching(torch.cat([rounds[:, 0], rounds[:, 1:].flatten(0, 1)]), positives=len(rounds))
@@ -423,7 +424,7 @@ class Dialogue(nn.Module):
         """Nothing moves but the weights."""
 
 
-def _writing(batch: Batch, dec_id: int, context: Context) -> tuple[Pass, Tensor]:
+def _writing(batch: Batch, dec_id: int, context: Context) -> tuple[TextPass, Tensor]:
     """The decoder's pass over N tokens, and what each has to predict (N,): the next word, -100 within the prompt."""
     write = _reading(batch.ids, batch.keep, dec_id, context)
     words = batch.ids[:, 1:].masked_fill(~batch.keep[:, 1:], -100)
@@ -431,9 +432,9 @@ def _writing(batch: Batch, dec_id: int, context: Context) -> tuple[Pass, Tensor]
     return write, write.layout.pack_ids(words)
 
 
-def _reading(ids: Tensor, keep: Tensor, dec_id: int, context: Context) -> Pass:
+def _reading(ids: Tensor, keep: Tensor, dec_id: int, context: Context) -> TextPass:
     # Each kept token but the last predicts the next, so the last is not read.
-    return Pass(starting_with(ids, dec_id)[:, :-1], keep[:, 1:], causal=True, context=context)
+    return TextPass(starting_with(ids, dec_id)[:, :-1], keep[:, 1:], causal=True, context=context)
 
 
 def _accuracy(logits: Tensor, words: Tensor) -> Tensor:

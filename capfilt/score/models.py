@@ -19,8 +19,9 @@ from blip.checkpoints import checkpoint
 from blip.errors import BadSample, is_out_of_memory
 from blip.inference.generate import Text, write
 from blip.models.blip import Blip, starting_with
+from blip.models.protocols import Embeds, Generates, Matches, require
+from blip.nn.context import Context
 from blip.nn.pixels import MEAN, STD
-from blip.nn.stack import Context
 from blip.text import clean_caption
 from blip.tokenizer import Tokenizer
 from capfilt.score.scorer import Item, Matched, OutOfMemory, Scores, Written
@@ -55,9 +56,9 @@ class BlipScorer:
         self.captioner = self._ready(captioner[0]) if captioner else None
         self.writer = captioner[1] if captioner else None
         self.decode = decode_settings(config)
-        self.filter.config.require(encodes=True)
+        require(self.filter, Embeds, Matches)
         if self.captioner is not None:
-            self.captioner.config.require(writes=True)
+            require(self.captioner, Generates)
         for model, option, length in (
             (self.captioner, "max_length", self.decode.max_length),
             (self.filter, "max_tokens", config.max_tokens),
@@ -164,7 +165,7 @@ class BlipScorer:
                     grid = [texts[i][at : at + room] for i in some]
                     counts, ids, keep = self._encoded([text for row in grid for text in row])
                     if context is None:
-                        context = self.filter.med.context(tokens[mine], queries=len(grid[0]) * ids.shape[1])
+                        context = self.filter.context(tokens[mine], queries=len(grid[0]) * ids.shape[1])
                     for i, matched in zip(some, self._grid(counts, ids, keep, context, embedded[mine]), strict=True):
                         found[i] += matched
         return found

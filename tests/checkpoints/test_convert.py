@@ -27,7 +27,7 @@ from blip.checkpoints.weights import load, read_weights
 from blip.models.blip import Blip
 from blip.models.presets import BASE
 from blip.nn.settings import VisionConfig
-from blip.nn.stack import Pass
+from blip.nn.text import TextPass
 from blip.nn.vision import VisionEncoder
 from blip.objectives.pretrain import Pretrain
 from blip.tokenizer import Tokenizer
@@ -514,7 +514,7 @@ def bert():
 
 
 def states_of(model, ids):
-    (states,) = model.med([one := Pass(ids, torch.ones_like(ids, dtype=torch.bool))])
+    (states,) = model.med([one := TextPass(ids, torch.ones_like(ids, dtype=torch.bool))])
     return one.layout.unpack(states)
 
 

@@ -41,9 +41,11 @@ from blip.models.dialogue import Dialogue
 from blip.models.families import TASKS
 from blip.models.nlvr import Nlvr
 from blip.models.presets import BASE, LARGE
+from blip.models.video import embed_clip
 from blip.models.vqa import Vqa
 from blip.nn.settings import VisionConfig
 from blip.tokenizer import Tokenizer
+from eval.retrieval import retrieval
 from recipes.building import ModelChoice, build_model, build_task
 
 TEXT = goldens.CONFIG.text
@@ -121,12 +123,12 @@ def test_files_of_tasks_compute_what_the_original_did(tmp_path):
     golden = load_file(goldens.HERE / "nlvr.safetensors")
     model, _ = load(released.pth(tmp_path, "nlvr"), "nlvr")
     pictures = golden["image"].unflatten(0, (2, 4)).transpose(0, 1)
-    close(model.judge(golden["ids"].long(), golden["keep"], model.look(pictures)), golden["logits"], 1e-4)
+    close(model.judge(golden["ids"].long(), golden["keep"], model.contexts(pictures)), golden["logits"], 1e-4)
 
     golden = load_file(goldens.HERE / "vqa.safetensors")
     model, words = load(released.pth(tmp_path, "vqa"), "vqa")
     image = model.question.context(model.vision(goldens.batch(0).image))
-    questions = model.ask(golden["question.ids"].long(), golden["question.keep"], image)
+    questions = model.context(golden["question.ids"].long(), golden["question.keep"], image)
     prompt = torch.full((4, 1), TEXT.dec_id)
     config = DecodeConfig(beams=3, max_length=10, min_length=1, length_penalty=0.0)
     for row in range(4):
@@ -204,29 +206,31 @@ def test_a_part_does_not_do_what_it_was_not_trained_for(tmp_path):
     assert text.words
     for use in (
         lambda: blip.load(tmp_path / "captioning.pth"),
-        lambda: captioner.embed_image(captioner.vision(image)),
-        lambda: captioner.embed_text(goldens.batch(0).ids, goldens.batch(0).keep),
+        lambda: embed_clip(captioner, captioner.vision(image), 1),
+        lambda: retrieval(captioner, words, [image], ["w3"], [0]),
         lambda: blip.objectives.pretrain.Pretrain(captioner, goldens.PRETRAIN),
         lambda: Nlvr.from_blip(captioner),
         lambda: Vqa.from_blip(captioner),
         lambda: Dialogue.from_blip(captioner),
     ):
-        with pytest.raises(ValueError, match="only writes captions"):
+        with pytest.raises(ValueError, match="is a Captioner and cannot compare texts with images: give a pre-"):
             use()
     for use in (
         lambda: write(matcher, words, image[:1], DecodeConfig(beams=1, max_length=8)),
-        lambda: matcher.caption_logits(goldens.batch(0).ids, goldens.batch(0).keep, None),
         lambda: blip.objectives.pretrain.Pretrain(matcher, goldens.PRETRAIN),
         lambda: blip.objectives.pretrain.Caption(matcher, blip.objectives.pretrain.CaptionConfig()),
         lambda: Vqa.from_blip(matcher),
     ):
-        with pytest.raises(ValueError, match="cannot write"):
+        with pytest.raises(ValueError, match="is a Matcher and cannot generate texts: give a captioning or"):
             use()
+    for model, lacks in ((captioner, ("embed_image", "embed_text", "match")), (matcher, ("decoder", "caption_logits"))):
+        assert not any(hasattr(model, name) for name in lacks)
     judge = Nlvr.from_blip(matcher)
     assert torch.equal(judge.med.blocks[0].text.qkv.weight, matcher.med.blocks[0].text.qkv.weight)
     for model in (captioner, matcher):
         blip.save_pretrained(model, words, tmp_path / "kept")
         again, _ = blip.from_pretrained(tmp_path / "kept")
+        assert type(again) is type(model)
         assert again.config.parts == model.config.parts
         assert again.state_dict().keys() == model.state_dict().keys()
 
@@ -291,7 +295,7 @@ def test_a_matcher_and_an_answerer_of_transformers(tmp_path):
     for row in range(4):
         keep = batch.keep[row : row + 1]
         one, mask = ids[row : row + 1, : int(keep.sum())], keep[:, : int(keep.sum())]
-        context = model.ask(one, mask, image[torch.tensor([row])])
+        context = model.context(one, mask, image[torch.tensor([row])])
         config = AnswerConfig().decode()
         prompt = torch.tensor([[TEXT.dec_id]])
         ours = generate(model, context, prompt, torch.ones_like(prompt, dtype=torch.bool), config).ids[0, 0].tolist()

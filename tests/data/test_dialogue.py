@@ -22,7 +22,7 @@ from blip.data.transforms import TrainTransform
 from blip.errors import DataError
 from blip.models.blip import Blip
 from blip.models.dialogue import Dialogue
-from blip.nn.stack import Pass
+from blip.nn.text import TextPass
 from blip.objectives.pretrain import Dialogue as Objective
 from blip.tokenizer import Tokenizer
 from blip.world import dialogues
@@ -71,17 +71,17 @@ def test_neither_padding_nor_batch_nor_order_change_a_score(sees, width):
     model = random_model(sees, width=width)
     assert hasattr(model, "caption_proj") == (width != model.config.text.width)
     image, captions, caption_keep, ids, keep = asked(model)
-    context = model.look(image, captions, caption_keep)
+    context = model.context(image, captions, caption_keep)
     together = model.match(ids, keep, context.expand(4))
     assert together.std() > 1e-3
     more = torch.cat([captions, torch.full((3, 2), 9)], 1)
     kept = torch.cat([caption_keep, torch.zeros(3, 2, dtype=torch.bool)], 1)
     padded = torch.cat([ids, torch.full((12, 3), 7)], 1), torch.cat([keep, torch.zeros(12, 3, dtype=torch.bool)], 1)
-    close(model.match(*padded, model.look(image, more, kept).expand(4)), together)
+    close(model.match(*padded, model.context(image, more, kept).expand(4)), together)
     for row in range(12):
         b, length = row // 4, int(keep[row].sum())
         one = slice(b, b + 1)
-        alone = model.look(image[one], captions[one], caption_keep[one], queries=length)
+        alone = model.context(image[one], captions[one], caption_keep[one], queries=length)
         close(model.match(ids[row : row + 1, :length], keep[row : row + 1, :length], alone)[0], together[row])
     order = torch.tensor([2, 0, 3, 1])
     turned = ids.view(3, 4, -1)[:, order].flatten(0, 1), keep.view(3, 4, -1)[:, order].flatten(0, 1)
@@ -93,9 +93,9 @@ def test_what_answers_look_at_is_the_image_and_the_caption():
     for sees in (False, True):
         model = random_model(sees)
         image, captions, caption_keep, ids, keep = asked(model)
-        whole = model.match(ids, keep, model.look(image, captions, caption_keep).expand(4))
-        other_picture = model.match(ids, keep, model.look(image.flip(0), captions, caption_keep).expand(4))
-        other_caption = model.match(ids, keep, model.look(image, captions.roll(1, 1), caption_keep).expand(4))
+        whole = model.match(ids, keep, model.context(image, captions, caption_keep).expand(4))
+        other_picture = model.match(ids, keep, model.context(image.flip(0), captions, caption_keep).expand(4))
+        other_caption = model.match(ids, keep, model.context(image, captions.roll(1, 1), caption_keep).expand(4))
         assert (whole - other_picture).abs().max() > 1e-3
         assert (whole - other_caption).abs().max() > 1e-3
 
@@ -104,13 +104,13 @@ def test_what_answers_look_at_is_the_image_and_the_caption():
 def test_the_context_is_the_tokens_and_the_states_side_by_side():
     model = random_model()
     image, captions, caption_keep, ids, keep = asked(model, count=1)
-    (states,) = model.med([Pass(captions, caption_keep)])
+    (states,) = model.med([TextPass(captions, caption_keep)])
     tokens = torch.cat([model.vision(image), model.caption_proj(states)[None]], 1)
     context = model.med.context(tokens)
     assert context.held[0].shape[-2] == 6 + model.vision(image).shape[1]
     close(
         model.match(ids, keep, context.expand(4)),
-        model.match(ids, keep, model.look(image, captions, caption_keep).expand(4)),
+        model.match(ids, keep, model.context(image, captions, caption_keep).expand(4)),
     )
 
 
@@ -309,7 +309,7 @@ def test_the_loss_is_matching_over_all_rows(pairs):
             model.match(
                 batch.ids[r : r + 1],
                 batch.keep[r : r + 1],
-                model.look(*(t[r // 6 : r // 6 + 1] for t in (batch.image, batch.caption_ids, batch.caption_keep))),
+                model.context(*(t[r // 6 : r // 6 + 1] for t in (batch.image, batch.caption_ids, batch.caption_keep))),
             )[0]
             for r in range(12)
         ]

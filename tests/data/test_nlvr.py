@@ -26,7 +26,7 @@ from blip.models.blip import Blip
 from blip.models.nlvr import Nlvr
 from blip.models.settings import NlvrModelConfig
 from blip.nn.settings import TextConfig, VisionConfig
-from blip.nn.stack import Pass
+from blip.nn.text import TextPass
 from blip.objectives.batch import SentenceBatch
 from blip.objectives.pretrain import Nlvr as Objective
 from blip.tokenizer import Tokenizer
@@ -84,7 +84,7 @@ def test_logits_are_the_originals(original, golden, few):
     original.eval()
     ids, keep = golden["ids"].long(), golden["keep"]
     with torch.no_grad():
-        seen = original.look(pictures(golden), queries=6 if few else None)
+        seen = original.contexts(pictures(golden), queries=6 if few else None)
         close(original.judge(ids, keep, seen), golden["logits"], 1e-4)
 
 
@@ -127,14 +127,14 @@ def asked(model, count=5, length=9, images=2):
 def test_neither_padding_nor_batch_change_an_answer():
     model = random_model()
     image, ids, keep = asked(model)
-    together = model.judge(ids, keep, model.look(image))
+    together = model.judge(ids, keep, model.contexts(image))
     assert together.std() > 1e-3
     padded = torch.cat([ids, torch.full((5, 3), 7)], 1)
     kept = torch.cat([keep, torch.zeros(5, 3, dtype=torch.bool)], 1)
-    close(model.judge(padded, kept, model.look(image)), together)
+    close(model.judge(padded, kept, model.contexts(image)), together)
     for i in range(5):
         length = int(keep[i].sum())
-        one = model.judge(ids[i : i + 1, :length], keep[i : i + 1, :length], model.look(image[i : i + 1]))
+        one = model.judge(ids[i : i + 1, :length], keep[i : i + 1, :length], model.contexts(image[i : i + 1]))
         close(one[0], together[i])
 
 
@@ -142,11 +142,11 @@ def test_neither_padding_nor_batch_change_an_answer():
 def test_each_picture_has_its_own_place():
     model = random_model(images=3)
     image, ids, keep = asked(model, images=3)
-    straight = model.judge(ids, keep, model.look(image))
-    turned = model.judge(ids, keep, model.look(image[:, [1, 2, 0]]))
+    straight = model.judge(ids, keep, model.contexts(image))
+    turned = model.judge(ids, keep, model.contexts(image[:, [1, 2, 0]]))
     assert (straight - turned).abs().max() > 1e-3
     index = torch.tensor([4, 0])
-    close(model.judge(ids[index], keep[index], model.look(image)[index]), straight[index])
+    close(model.judge(ids[index], keep[index], [one[index] for one in model.contexts(image)]), straight[index])
 
 
 @torch.no_grad()
@@ -166,8 +166,8 @@ def test_copies_of_one_picture_start_as_the_pretrained_model_reads_it():
     image, ids, keep = asked(model)
     image[:, 1] = image[:, 0]
     model.med.blocks, blip.med.blocks = model.med.blocks[:1], blip.med.blocks[:1]
-    (ours,) = model.med([Pass(ids, keep, context=model.look(image), first=True)])
-    (theirs,) = blip.med([Pass(ids, keep, context=blip.context(blip.vision(image[:, 0])), first=True)])
+    (ours,) = model.med([TextPass(ids, keep, context=model.contexts(image), first=True)])
+    (theirs,) = blip.med([TextPass(ids, keep, context=blip.context(blip.vision(image[:, 0])), first=True)])
     close(ours, theirs)
 
 
@@ -175,7 +175,7 @@ def test_another_number_of_pictures_is_refused():
     model = random_model()
     image, _, _ = asked(model, images=3)
     with pytest.raises(ValueError, match=r"\[5, 3, 3.* the model takes \(B, 2, 3, S, S\)"):
-        model.look(image)
+        model.contexts(image)
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from blip.inference.generate import generate, queries, write
 from blip.inference.settings import DECODE_PRESETS, AnswerConfig, DecodeConfig
 from blip.models.blip import Blip
 from blip.models.vqa import Vqa
-from blip.nn.stack import Absorbed, Cache, Context
+from blip.nn.context import Absorbed, Context
+from blip.nn.stack import Cache
 
 TEXT = goldens.CONFIG.text
 ROWS = 12
@@ -176,7 +177,7 @@ def test_searching_by_the_rule_of_2022_equals_the_original(original, name, promp
     keep = torch.ones_like(ids, dtype=torch.bool)
     if options is None:
         reads, context = asked, asked.question.context(asked.vision(images))
-        context = asked.ask(ASKED, torch.ones_like(ASKED, dtype=torch.bool), context)
+        context = asked.context(ASKED, torch.ones_like(ASKED, dtype=torch.bool), context)
         configs = [AnswerConfig(length_rule=rule).decode() for rule in ("2022", "generated")]
     else:
         reads, context = captioner, captioner.context(captioner.vision(images))
@@ -347,7 +348,7 @@ def test_an_absorbed_context_equals_a_projected_one(model, images, prompts, mask
     assert len(few) == len(many) == 4
     for look in (model.caption_logits, model.match):
         torch.testing.assert_close(look(ids, keep, few), look(ids, keep, many), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="12 texts look at 4 contexts with 2 texts each"):
+    with pytest.raises(ValueError, match="12 texts for 4 contexts with 2 texts each"):
         model.match(*prompts, few)
 
 

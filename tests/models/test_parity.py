@@ -13,7 +13,7 @@ from blip.checkpoints.layouts import (
 )
 from blip.checkpoints.table import from_theirs, to_theirs
 from blip.models.blip import Blip, starting_with
-from blip.nn.stack import Pass
+from blip.nn.text import TextPass
 from blip.nn.vision import resize_positions
 from blip.objectives.pretrain import Pretrain
 
@@ -202,7 +202,7 @@ def test_vision_tower(model, captioner):
 @torch.no_grad()
 def test_text_encoder(model, matcher):
     batch = goldens.batch(0)
-    (packed,) = model.med([one := Pass(batch.ids, batch.keep)])
+    (packed,) = model.med([one := TextPass(batch.ids, batch.keep)])
     theirs = matcher.text_encoder(batch.ids, attention_mask=batch.keep.long()).last_hidden_state
     close(one.layout.unpack(packed)[batch.keep], theirs[batch.keep])
 
@@ -211,7 +211,7 @@ def test_text_encoder(model, matcher):
 def test_image_grounded_encoder(model, matcher):
     batch = goldens.batch(0)
     tokens = model.vision(batch.image)
-    (packed,) = model.med([one := Pass(batch.ids, batch.keep, context=model.context(tokens))])
+    (packed,) = model.med([one := TextPass(batch.ids, batch.keep, context=model.context(tokens))])
     assert isinstance(matcher.text_encoder, BlipTextModel)
     theirs = matcher.text_encoder(batch.ids, attention_mask=batch.keep.long(), encoder_hidden_states=tokens)
     close(one.layout.unpack(packed)[batch.keep], theirs.last_hidden_state[batch.keep])

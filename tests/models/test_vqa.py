@@ -16,7 +16,7 @@ from blip.inference.generate import generate
 from blip.inference.settings import AnswerConfig, DecodeConfig
 from blip.models.blip import Blip
 from blip.models.vqa import Vqa
-from blip.nn.stack import Pass
+from blip.nn.text import TextPass
 from blip.objectives.batch import QuestionBatch
 from blip.objectives.pretrain import Vqa as Objective
 from blip.objectives.pretrain import VqaConfig
@@ -71,7 +71,7 @@ def batch(golden) -> QuestionBatch:
 
 def questions_of(model, golden, rows=slice(None)):
     image = model.question.context(model.vision(goldens.batch(0).image[rows]))
-    return model.ask(golden["question.ids"][rows], golden["question.keep"][rows], image)
+    return model.context(golden["question.ids"][rows], golden["question.keep"][rows], image)
 
 
 def candidates_of(golden, words) -> Candidates:
@@ -133,7 +133,7 @@ def test_writing_without_padding(model, golden):
         length = int(golden["question.keep"][row].sum())
         image = model.question.context(model.vision(goldens.batch(0).image[row : row + 1]))
         alone = golden["question.ids"][row : row + 1, :length]
-        context = model.ask(alone, torch.ones_like(alone, dtype=torch.bool), image)
+        context = model.context(alone, torch.ones_like(alone, dtype=torch.bool), image)
         (ids,) = generate(model, context, prompt, prompt > 0, config).ids[0]
         theirs = golden["generated.alone"][row]
         assert ids.tolist() == theirs[: len(ids)].tolist()
@@ -161,7 +161,7 @@ def test_padding_is_masked_when_writing_where_the_original_reads_it(model, golde
 def _states(model, golden, row, image):
     """All states (T, D) of a padded question, those at padding too, each computed as if it were the question's last."""
     ids, keep = golden["question.ids"][row : row + 1], golden["question.keep"][row : row + 1]
-    x = model.question._embed(ids, model.question._positions(ids))
+    x = model.question._embed(ids, torch.arange(ids.shape[1])[None])
     mask = torch.zeros(1, 1, 1, ids.shape[1]).masked_fill(~keep, float("-inf"))
     for i, block in enumerate(model.question.blocks):
         q, k, v = (part.view(1, -1, TEXT.heads, 12).transpose(1, 2) for part in block.text.qkv(x).chunk(3, -1))
@@ -200,8 +200,8 @@ def test_transformers_says_the_same_of_each_next_word():
     mask = torch.ones_like(question)
     states = theirs.text_encoder(question, attention_mask=mask, encoder_hidden_states=tokens).last_hidden_state
     expected = theirs.text_decoder(said, attention_mask=torch.ones_like(said), encoder_hidden_states=states).logits
-    context = model.ask(question, mask.bool(), model.question.context(model.vision(image)))
-    (found,) = model.answer([Pass(said, torch.ones_like(said, dtype=torch.bool), causal=True, context=context)])
+    context = model.context(question, mask.bool(), model.question.context(model.vision(image)))
+    (found,) = model.answer([TextPass(said, torch.ones_like(said, dtype=torch.bool), causal=True, context=context)])
     close(model.answer.vocabulary(found), expected[0])
 
 
@@ -244,7 +244,7 @@ def straightforward(model, context, texts, smoothing):
     scores = []
     for text in texts:
         ids = torch.tensor([[TOKENIZER.dec_id, *TOKENIZER.pieces(text, 30)[1:]]])
-        one = Pass(ids[:, :-1], torch.ones_like(ids[:, :-1], dtype=torch.bool), causal=True, context=context)
+        one = TextPass(ids[:, :-1], torch.ones_like(ids[:, :-1], dtype=torch.bool), causal=True, context=context)
         (states,) = model.answer([one])
         loss = torch.nn.functional.cross_entropy(
             model.answer.vocabulary(states), ids[0, 1:], reduction="sum", label_smoothing=smoothing
@@ -296,7 +296,8 @@ def test_padding_of_a_question_changes_nothing(small):
     candidates = Candidates(ANSWERS, TOKENIZER)
     image = small.question.context(tokens)
     found = [
-        rank(small, small.ask(i, k, image), candidates, AnswerConfig()) for i, k in ((ids, keep), (long_ids, long_keep))
+        rank(small, small.context(i, k, image), candidates, AnswerConfig())
+        for i, k in ((ids, keep), (long_ids, long_keep))
     ]
     assert torch.equal(found[0].index, found[1].index)
     close(found[0].scores, found[1].scores, 1e-6)

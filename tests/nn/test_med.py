@@ -4,8 +4,9 @@ import pytest
 import torch
 from test_objectives import CONFIG, make_batch
 
-from blip.models.blip import Blip, Towers
-from blip.nn.stack import Layout, Med, Pass
+from blip.models.blip import Blip, Captioner, Matcher, Towers, med
+from blip.nn.packing import Layout
+from blip.nn.text import TextPass
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def close(a, b):
 
 def test_layout_packs_and_unpacks_with_gradients():
     keep = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]], dtype=torch.bool)
-    layout, grid = Layout(keep), torch.randn(3, 3, 4, requires_grad=True)
+    layout, grid = Layout(3, 3, keep), torch.randn(3, 3, 4, requires_grad=True)
     packed = layout.pack(grid)
     assert torch.equal(packed, grid[keep])
     packed.square().sum().backward()
@@ -47,9 +48,13 @@ def test_side_by_side_equals_one_at_a_time(model, batch):
     context = model.context(model.vision(batch.image))
     other = torch.tensor([1, 2, 3, 4, 0])
     passes = [
-        Pass(batch.ids, batch.keep, context=context, first=True),
-        Pass(batch.ids[other], batch.keep[other], context=context[other], first=True),
-        Pass(batch.ids, batch.keep, causal=True, context=context),
+        TextPass(batch.ids, batch.keep, context=context, first=True),
+        TextPass(batch.ids[other], batch.keep[other], context=context[other], first=True),
+        TextPass(batch.ids, batch.keep, causal=True, context=context),
+        TextPass(batch.ids, batch.keep, first=True),
+        TextPass(batch.ids[other], batch.keep[other], causal=True, context=context),
+        TextPass(batch.ids, batch.keep, context=context),
+        TextPass(batch.ids, batch.keep),
     ]
     together = model.med(passes)
     for one, states in zip(passes, together, strict=True):
@@ -58,8 +63,8 @@ def test_side_by_side_equals_one_at_a_time(model, batch):
 
 
 def test_reading_the_first_token_only_equals_reading_all(model, batch):
-    (first,) = model.med([Pass(batch.ids, batch.keep, first=True)])
-    every = Pass(batch.ids, batch.keep)
+    (first,) = model.med([TextPass(batch.ids, batch.keep, first=True)])
+    every = TextPass(batch.ids, batch.keep)
     (states,) = model.med([every])
     close(first, every.layout.unpack(states)[:, 0])
 
@@ -99,9 +104,9 @@ def test_a_padded_layout_computes_what_a_packed_one_does(model, batch, monkeypat
     context = model.context(model.vision(batch.image))
     packed = model.match(batch.ids, batch.keep, context), model.caption_logits(batch.ids, batch.keep, context)
 
-    def padded(self, keep):
-        self.rows, self.length = keep.shape
-        self.keep, self.mask, self.cells = keep, keep[:, None, None, :], None
+    def padded(self, rows, length, keep=None):
+        self.rows, self.length, self.keep, self.cells = rows, length, keep, None
+        self.mask = None if keep is None else keep[:, None, None, :]
 
     monkeypatch.setattr(Layout, "__init__", padded)
     close(model.match(batch.ids, batch.keep, context), packed[0])
@@ -109,22 +114,18 @@ def test_a_padded_layout_computes_what_a_packed_one_does(model, batch, monkeypat
 
 
 def test_a_text_only_transformer_has_no_grounded_parts():
-    names = {name.split(".")[2] for name, _ in Med(CONFIG.text, None).named_parameters() if name.startswith("blocks")}
+    text = med(CONFIG.text, ("text",))
+    names = {name.split(".")[2] for name, _ in text.named_parameters() if name.startswith("blocks")}
     assert names == {"text", "text_norm", "up", "down", "ffn_norm"}
-    assert set(Towers(CONFIG).state_dict()) < set(Blip(CONFIG).state_dict())
+    assert set(Towers(CONFIG).state_dict()) < set(Matcher(CONFIG).state_dict()) < set(Blip(CONFIG).state_dict())
+    assert set(Matcher(CONFIG).state_dict()) | set(Captioner(CONFIG).state_dict()) == set(Blip(CONFIG).state_dict())
 
 
-def test_what_cannot_run_side_by_side_is_refused(model, batch):
+def test_what_cannot_be_run_is_refused(model, batch):
     context = model.context(model.vision(batch.image))
-    write = Pass(batch.ids, batch.keep, causal=True, context=context)
-    read = Pass(batch.ids, batch.keep, context=context)
-    with pytest.raises(ValueError, match="before decoder"):
-        model.med([write, read])
-    with pytest.raises(ValueError, match="with and without a context"):
-        model.med([Pass(batch.ids, batch.keep), write])
-    with pytest.raises(ValueError, match="`first` must be the same"):
-        model.med([read, Pass(batch.ids, batch.keep, context=context, first=True)])
+    with pytest.raises(ValueError, match="is causal, or of which only the first"):
+        model.med([TextPass(batch.ids, batch.keep, causal=True, context=context, first=True)])
     with pytest.raises(ValueError, match="41 tokens exceeds the model's 40"):
-        model.med([Pass(torch.ones(1, 41).long(), torch.ones(1, 41).bool())])
-    with pytest.raises(ValueError, match="5 texts look at 2 contexts"):
+        model.med([TextPass(torch.ones(1, 41).long(), torch.ones(1, 41).bool())])
+    with pytest.raises(ValueError, match="5 texts for 2 contexts"):
         model.match(batch.ids, batch.keep, context[torch.tensor([0, 1])])
