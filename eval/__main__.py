@@ -55,7 +55,7 @@ def _preset(kind: type, given: options.Tree) -> options.Tree:
 
 def command() -> NoReturn:
     """The program `blip-eval`."""
-    leave(main)
+    exit.leave(main)
 
 
 if __name__ == "__main__":
