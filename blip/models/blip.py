@@ -36,16 +36,13 @@ def med(config: TextConfig, attentions: Sequence[str], context_width: int | None
 class Towers(nn.Module):
     """The two unimodal encoders with their projections into the joint space: all that contrast needs."""
 
-    def __init__(self, config: BlipConfig) -> None:
+    def __init__(self, config: BlipConfig, attentions: Sequence[str] = ("text",), grounded: bool = False) -> None:
         super().__init__()
         self.config = config
         self.vision = VisionEncoder(config.vision)
-        self.med = self._med()
+        self.med = med(config.text, attentions, self.vision.width if grounded else None)
         self.image_proj = Linear(self.vision.width, config.embed_dim)
         self.text_proj = Linear(config.text.width, config.embed_dim)
-
-    def _med(self) -> TextTransformer:
-        return med(self.config.text, ("text",))
 
     def embed_image(self, tokens: Tensor) -> Tensor:
         """Image tokens (B, P, V) from `vision` -> joint embeddings (B, E) of length 1, from the class token."""
@@ -60,13 +57,10 @@ class Towers(nn.Module):
 class Matcher(Towers):
     """The towers and the image-grounded text encoder: what a retrieval or matching checkpoint has."""
 
-    def __init__(self, config: BlipConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: BlipConfig, attentions: Sequence[str] = ("text",)) -> None:
+        super().__init__(config, attentions, grounded=True)
         self.match_head = Linear(config.text.width, 2)
         self.temperature = nn.Parameter(torch.tensor(config.temperature))
-
-    def _med(self) -> TextTransformer:
-        return med(self.config.text, ("text",), self.vision.width)
 
     def context(self, tokens: Tensor, queries: int | None = None) -> Context:
         """Image tokens (B, P, V) -> what texts attend to, projected once; `queries` as of `Stack.context`."""
@@ -110,8 +104,8 @@ class Captioner(nn.Module):
 class Blip(Matcher):
     """One image encoder and one text transformer that embeds, matches and generates."""
 
-    def _med(self) -> TextTransformer:
-        return med(self.config.text, ("text", "causal"), self.vision.width)
+    def __init__(self, config: BlipConfig) -> None:
+        super().__init__(config, ("text", "causal"))
 
     decoder = Captioner.decoder
     caption_logits = Captioner.caption_logits

@@ -1,6 +1,6 @@
 """What a model can be asked for, whatever its class.
 
-B images, R rows of text, P image tokens, T text tokens, V vision width, E embedding width.
+B images, R rows of text, P image tokens, T text tokens, V vision width, D text width, E embedding width.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ class Matches(Protocol):
 
     def context(self, tokens: Tensor, queries: int | None = None) -> Context:
         """Image tokens (B, P, V), projected once; `queries` as of `Stack.context`."""
+
+    def ground(self, ids: Tensor, keep: Tensor, context: Context) -> Tensor:
+        """Texts (R, T) that start with [ENC] -> the states (R, D) by which they are compared."""
 
     def match(self, ids: Tensor, keep: Tensor, context: Context) -> Tensor:
         """Texts (R, T) that start with [ENC] -> logits (R, 2): no match, match."""

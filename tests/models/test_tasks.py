@@ -8,9 +8,12 @@ import torch
 from test_checkpoint import SMALLEST, TOKENIZER
 
 from blip.checkpoints.checkpoint import from_pretrained, opened, save_pretrained
-from blip.models.blip import Blip
+from blip.models.blip import Blip, Captioner, Matcher, Towers
+from blip.models.dialogue import Dialogue
 from blip.models.families import TASKS
 from blip.models.inherit import copy
+from blip.models.nlvr import Nlvr
+from blip.models.protocols import Embeds, Generates, Matches, require
 from blip.models.vqa import Vqa
 from recipes.building import ModelChoice, build_task
 
@@ -26,6 +29,37 @@ def blip():
 def same(ours, theirs):
     a, b = ours.state_dict(), theirs.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+CAN = {
+    Towers: {Embeds}, Matcher: {Embeds, Matches}, Captioner: {Generates}, Blip: {Embeds, Matches, Generates},
+    Vqa: {Generates}, Nlvr: set(), Dialogue: set(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CAN)
+def test_what_a_model_can_be_asked_for(kind, blip):
+    model = kind.from_blip(blip) if kind in KINDS else kind(SMALLEST)
+    assert {use for use in (Embeds, Matches, Generates) if isinstance(model, use)} == CAN[kind]
+    for use in (Embeds, Matches, Generates):
+        if use in CAN[kind]:
+            require(model, use)
+        else:
+            with pytest.raises(ValueError, match=f"is a {kind.__name__} and cannot .*: give a .* checkpoint$"):
+                require(model, use)
+
+
+@pytest.mark.parametrize("kind", [Captioner, Matcher])
+def test_a_part_is_kept_as_what_it_is(kind, tmp_path):
+    """Its config.json names what it has, which earlier versions read as well; a whole one's parts are not there."""
+    model = kind(SMALLEST)
+    save_pretrained(model, TOKENIZER, tmp_path)
+    said = json.loads((tmp_path / "config.json").read_text())
+    assert (said.get("task"), said["model"]["parts"]) == (None, {Captioner: "writing", Matcher: "matching"}[kind])
+    again, _ = from_pretrained(tmp_path)
+    assert type(again) is kind
+    assert same(again, model)
+    assert set(again.state_dict()) < set(Blip(SMALLEST).state_dict())
 
 
 @pytest.mark.parametrize("kind", KINDS)
