@@ -95,7 +95,8 @@ def test_what_is_given_arrives_and_the_rest_is_the_default():
     given = run("--train.lr", "1e-4", "--quick", "--checks", "no", "--seeds", "3", "4", "--train.betas", "0.5", "0.6")
     train = Train(batch_size=4, lr=1e-4, betas=(0.5, 0.6))
     assert given == Run(out="x", quick=True, checks=False, seeds=[3, 4], train=train)
-    assert run("--seeds", "[7, 8]").seeds == run("--seeds=[7, 8]").seeds == [7, 8]
+    for words in (["--seeds", "[7, 8]"], ["--seeds", "[7,", "8]"], ["--seeds=[7, 8]"], ["--seeds", "7", "8"]):
+        assert run(*words).seeds == [7, 8]
     assert run("--seeds", "7", "--seeds+", "8", "9").seeds == [7, 8, 9]
     assert isinstance(run("--train.lr", "2").train.lr, float)
     assert run("--train.lr", "null").train.lr is None
