@@ -506,16 +506,22 @@ def docs(kind: type) -> dict[str, str]:
 def carry_out(program: str, args: Sequence[str], verbs: Mapping[str, str], package: str, about: str) -> int:
     """Do what a command line says by the module of a package that is called as its first word; returns the status.
 
-    Such a module has `Options`, a dataclass, `EXAMPLE`, which ends its help, and `run(options) -> exit status`.
+    Such a module has `run(options) -> exit status`, whose annotation says which dataclass that is, and `EXAMPLE`, which
+    ends its help.
     """
     name = verb(program, args, verbs, about)
     if name is None:
         return 0
     module = import_module(f"{package}.{name.replace('-', '_')}")
-    chosen = read(module.Options, args[1:], f"{program} {name}", examples=module.EXAMPLE)
+    chosen = read(options_of(module), args[1:], f"{program} {name}", examples=module.EXAMPLE)
     if sys.stdout is None:  # what is opened next would get its number, and answers would go there
         raise ValueError("standard output is closed; let it go to /dev/null")
     return module.run(chosen)
+
+
+def options_of(module: types.ModuleType) -> type:
+    """The dataclass of options that the `run` of a module takes."""
+    return next(iter(typing.get_type_hints(module.run).values()))
 
 
 def verb(program: str, args: Sequence[str], verbs: Mapping[str, str], about: str) -> str | None:

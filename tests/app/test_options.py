@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pytest
 
 from blip.app import cli
-from blip.app.options import argument, content, docs, flat, option, read, verb, walk
+from blip.app.options import argument, content, docs, flat, option, options_of, read, verb, walk
 from capfilt import __main__ as capfilt
 from eval import __main__ as evaluations
 
@@ -295,7 +295,7 @@ def programs() -> dict[str, type]:
     """Each command line of blip, capfilt and blip-eval, and its options; the recipes' are in test_command.py."""
     ours = {("blip", name): f"blip.app.commands.{name}" for name in cli.COMMANDS}
     ours |= {("capfilt", name): f"capfilt.commands.{name.replace('-', '_')}" for name in capfilt.VERBS}
-    found = {" ".join(words): import_module(module).Options for words, module in ours.items()}
+    found = {" ".join(words): options_of(import_module(module)) for words, module in ours.items()}
     measures = {name: getattr(import_module("eval.options"), kind) for name, (kind, _) in evaluations.COMMANDS.items()}
     return found | {f"blip-eval {name}": kind for name, kind in measures.items()}
 
