@@ -367,7 +367,7 @@ def _loaded(text: str, called: str, has_lines: bool = False) -> Any:
     """What YAML reads in a text; ValueError if it is not YAML, or if a key stands there twice."""
     import yaml
 
-    class OneKey(yaml.SafeLoader):
+    class _OneKeyLoader(yaml.SafeLoader):
         """Refuses a mapping that names a key twice, of which YAML itself silently takes the last."""
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -381,7 +381,7 @@ def _loaded(text: str, called: str, has_lines: bool = False) -> Any:
             return super().construct_mapping(node, deep)
 
     try:
-        return yaml.load(text, OneKey)
+        return yaml.load(text, _OneKeyLoader)
     except RecursionError:
         raise ValueError(f"{called}: nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:

@@ -14,7 +14,7 @@ import pytest
 from blip.app import cli
 from blip.app.options import argument, content, docs, flat, option, options_of, read, verb, walk
 from capfilt import __main__ as capfilt
-from eval import __main__ as evaluations
+from eval.__main__ import COMMANDS as MEASURES
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ def programs() -> dict[str, type]:
     ours = {("blip", name): f"blip.app.commands.{name}" for name in cli.COMMANDS}
     ours |= {("capfilt", name): f"capfilt.commands.{name.replace('-', '_')}" for name in capfilt.VERBS}
     found = {" ".join(words): options_of(import_module(module)) for words, module in ours.items()}
-    measures = {name: getattr(import_module("eval.options"), kind) for name, (kind, _) in evaluations.COMMANDS.items()}
+    measures = {name: getattr(import_module("eval.options"), kind) for name, (kind, _) in MEASURES.items()}
     return found | {f"blip-eval {name}": kind for name, kind in measures.items()}
 
 
