@@ -1,4 +1,4 @@
-"""The `blip` command: each sub-command is a file in blip/app/commands that has its `Options` and a `run`."""
+"""The `blip` command: each sub-command is a file in blip/app/commands with a dataclass of its options and a `run`."""
 
 from __future__ import annotations
 

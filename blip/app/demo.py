@@ -114,7 +114,7 @@ class Demo:
             raise ValueError(f"ask for 1 to {MOST_CAPTIONS} captions, not {num}")
         begin = self.prompt if prompt is None else _short(prompt)
         self._check_prompt(begin)
-        config = caption_command.Options(images=[], method=method, num=num, top_p=top_p, seed=seed).decoding()
+        config = caption_command.CaptionOptions(images=[], method=method, num=num, top_p=top_p, seed=seed).decoding()
         with self._lock, one.computing():
             return write(one.model, one.tokenizer, pixels[None].to(one.device), config, prompt=begin, keys=[digest])[0]
 

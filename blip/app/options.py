@@ -142,46 +142,34 @@ def read(
 ) -> T:
     """The dataclass of what a command line gives; ValueError in a line for what does not fit.
 
-    `under` says what lies under what is given, where that is not only the class's defaults: a preset, say.
-
     `--help` prints all options and ends the process. With `files` they may be given in YAML: `--config FILE`, as often
-    as wanted, each laid over what stands before it; `--print-config` prints all settings and ends the process.
+    as wanted, each laid over what stands before it; `--print-config` prints all settings and ends the process. `under`
+    makes of what is given what lies under it, where that is not only the class's defaults: a preset, say.
     """
-    tree = given(kind, args, program, examples=examples, files=files)
-    prints = tree.pop(PRINT, False)
-    options = build(kind, laid_over(under(tree), tree) if under else tree)
+    options, tree, prints = {one.name: one for one in walk(kind)}, {}, False
+    words = _spelled(args, {_PRINT, *(one.name for one in options.values() if one.kind is bool)})
+    explains = any(word in ("-h", "--help") for word in words)
+    parser = _parser(kind, options.values(), program, examples, files, explains)
+    given, unknown = parser.parse_known_args(words, argparse.Namespace(values=[]))
+    if unknown:
+        parser.error(_unknown(unknown[0], options, ("help", "config", _PRINT) if files else ("help",)))
+    for name, value in given.values:
+        if name == "config":
+            tree = laid_over(tree, from_file(kind, value))
+        elif name == _PRINT:
+            prints = True
+        else:
+            _put(tree, options[name.removesuffix("+")], value, name.endswith("+"))
+    made = build(kind, laid_over(under(tree), tree) if under else tree)
     if prints:
         import yaml
 
-        print(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(options))), sort_keys=False), end="")
+        print(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(made))), sort_keys=False), end="")
         raise SystemExit(0)
-    return options
+    return made
 
 
-PRINT = "print-config"
-"""Name of the option, and key of a tree in which it is given."""
-
-
-def given(kind: type, args: Sequence[str], program: str, *, examples: str = "", files: bool = False) -> Tree:
-    """What a command line gives, each value of its type."""
-    options = {one.name: one for one in walk(kind)}
-    words = _spelled(args, {PRINT, *(one.name for one in options.values() if one.kind is bool)})
-    explains = any(word in ("-h", "--help") for word in words)
-    parser = _parser(kind, options.values(), program, examples, files, explains)
-    parsed, unknown = parser.parse_known_args(words, argparse.Namespace(given=[]))
-    if unknown:
-        parser.error(_unknown(unknown[0], options, ("help", "config", PRINT) if files else ("help",)))
-    tree: Tree = {}
-    for name, value in parsed.given:
-        if name == "config":
-            tree = laid_over(tree, from_file(kind, value))
-        elif name == PRINT:
-            tree[PRINT] = True
-        else:
-            _put(tree, options[name.removesuffix("+")], value, name.endswith("+"))
-    return tree
-
-
+_PRINT = "print-config"
 _WORDS = {"true": True, "yes": True, "false": False, "no": False}
 
 
@@ -299,8 +287,8 @@ def _typed(kind: Any, may_be_none: bool, value: Any, place: Place, is_text: bool
     if origin is Literal:
         choices = {str(one): one for one in reversed(inner)}
         return choices[str(value)] if str(value) in choices else _refuse(place, f"one of {', '.join(choices)}", value)
-    if is_text and (text := value if isinstance(value, str) else value[0] if value[0].startswith("[") else ""):
-        value, is_text = _loaded(text, str(place)), False
+    if is_text and (isinstance(value, str) or value[0].startswith("[")):  # YAML's short form
+        value, is_text = _loaded(value if isinstance(value, str) else " ".join(value), str(place)), False
     if origin is None:
         return _section(kind, value, place)
     if not isinstance(value, list) or (origin is tuple and len(value) != len(inner)):
@@ -331,7 +319,7 @@ def _section(kind: type, value: Any, place: Place) -> Tree:
     if not isinstance(value, dict):
         _refuse(place, "a mapping of options", value)
     fields = _fields(kind)
-    for key in value.keys() - fields.keys():
+    for key in [key for key in value if key not in fields]:
         names = [place.inside(name).path for name in fields]
         raise ValueError(place.where.removesuffix("--") + unknown_option(place.inside(key).path, names))
     return {key: _typed(*fields[key][1:], item, place.inside(key), is_text=False) for key, item in value.items()}
@@ -379,7 +367,7 @@ def _loaded(text: str, called: str, has_lines: bool = False) -> Any:
     """What YAML reads in a text; ValueError if it is not YAML, or if a key stands there twice."""
     import yaml
 
-    class OneKey(yaml.SafeLoader):
+    class _OneKeyLoader(yaml.SafeLoader):
         """Refuses a mapping that names a key twice, of which YAML itself silently takes the last."""
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -393,7 +381,7 @@ def _loaded(text: str, called: str, has_lines: bool = False) -> Any:
             return super().construct_mapping(node, deep)
 
     try:
-        return yaml.load(text, OneKey)
+        return yaml.load(text, _OneKeyLoader)
     except RecursionError:
         raise ValueError(f"{called}: nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:
@@ -416,7 +404,7 @@ class _Note(argparse.Action):
     """Keeps what is given in its order."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
-        namespace.given.append((self.dest, values))
+        namespace.values.append((self.dest, values))
 
 
 class _Layout(argparse.RawDescriptionHelpFormatter):
@@ -434,7 +422,7 @@ def _parser(kind: type, options: Iterable[Option], program: str, examples: str, 
         group = parser.add_argument_group("files")
         what = "YAML file of options, laid over what stands before it; given as often as wanted"
         group.add_argument("--config", action=_Note, metavar="FILE", help=what)
-        group.add_argument(f"--{PRINT}", action=_Note, dest=PRINT, metavar="", help="print all settings as YAML")
+        group.add_argument(f"--{_PRINT}", action=_Note, dest=_PRINT, metavar="", help="print all settings as YAML")
     for one in options:
         how = {"action": _Note, "help": _help(one) if explains else None}
         is_list = typing.get_origin(one.kind) in (list, tuple) and not one.field.metadata.get("repeat")
@@ -518,16 +506,22 @@ def docs(kind: type) -> dict[str, str]:
 def carry_out(program: str, args: Sequence[str], verbs: Mapping[str, str], package: str, about: str) -> int:
     """Do what a command line says by the module of a package that is called as its first word; returns the status.
 
-    Such a module has `Options`, a dataclass, `EXAMPLE`, which ends its help, and `run(options) -> exit status`.
+    Such a module has `run(options) -> exit status`, whose annotation says which dataclass that is, and `EXAMPLE`, which
+    ends its help.
     """
     name = verb(program, args, verbs, about)
     if name is None:
         return 0
     module = import_module(f"{package}.{name.replace('-', '_')}")
-    chosen = read(module.Options, args[1:], f"{program} {name}", examples=module.EXAMPLE)
+    chosen = read(options_of(module), args[1:], f"{program} {name}", examples=module.EXAMPLE)
     if sys.stdout is None:  # what is opened next would get its number, and answers would go there
         raise ValueError("standard output is closed; let it go to /dev/null")
     return module.run(chosen)
+
+
+def options_of(module: types.ModuleType) -> type:
+    """The dataclass of options that the `run` of a module takes."""
+    return next(iter(typing.get_type_hints(module.run).values()))
 
 
 def verb(program: str, args: Sequence[str], verbs: Mapping[str, str], about: str) -> str | None:

@@ -16,7 +16,7 @@ EXAMPLE = """\
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class CalibrateVerb:
     """Find a threshold: labelled audit, clean reference set, or null floor."""
 
     run: str = argument("RUN")
@@ -25,7 +25,7 @@ class Options:
     """How the threshold is looked for"""
 
 
-def run(options: Options) -> int:
+def run(options: CalibrateVerb) -> int:
     """Do what the method says and print what it found."""
     from capfilt.calibrate.threshold import calibrate
     from capfilt.run import Run

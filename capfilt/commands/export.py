@@ -30,7 +30,7 @@ class FormatOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(FormatOptions, EmptyOption):
+class ExportVerb(FormatOptions, EmptyOption):
     """Write what a selection keeps as a data set."""
 
     run: str = argument("RUN")
@@ -43,7 +43,7 @@ class Options(FormatOptions, EmptyOption):
     """Remove an older export there"""
 
 
-def run(options: Options) -> int:
+def run(options: ExportVerb) -> int:
     """Write the data set and say what it holds."""
     from capfilt.export import export
     from capfilt.run import Run

@@ -38,14 +38,14 @@ class InputOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(InputOptions):
+class PlanVerb(InputOptions):
     """List the input and freeze it in parts; no GPU needed."""
 
     extend: bool = False
     """Add new files to a run that is planned already"""
 
 
-def run(options: Options) -> int:
+def run(options: PlanVerb) -> int:
     """Make the plan, or add to it; returns the exit status."""
     from capfilt import plan
     from capfilt.run import Run

@@ -11,7 +11,7 @@ EXAMPLE = ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class ReportVerb:
     """Write one HTML page: accounts, distributions, images with what was kept and why."""
 
     run: str = argument("RUN")
@@ -20,7 +20,7 @@ class Options:
     """The page"""
 
 
-def run(options: Options) -> int:
+def run(options: ReportVerb) -> int:
     """Write the page and print where it is."""
     from capfilt.report.write import report
     from capfilt.run import Run

@@ -11,14 +11,14 @@ EXAMPLE = ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class RetryVerb:
     """Give parts that failed another chance."""
 
     run: str = argument("RUN")
     """Folder of a run"""
 
 
-def run(options: Options) -> int:
+def run(options: RetryVerb) -> int:
     """Forget the failures, and say of how many parts."""
     from capfilt.run import Run
     from capfilt.status import retry_failed

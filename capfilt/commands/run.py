@@ -25,7 +25,7 @@ Then open run/report/default/report.html. Another choice costs seconds: capfilt 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(select.EmptyOption, export.FormatOptions, score.EngineOptions, plan.InputOptions):
+class RunVerb(select.EmptyOption, export.FormatOptions, score.EngineOptions, plan.InputOptions):
     """Plan, score, select, export, report and verify in one go."""
 
     name: str = option("default", metavar="NAME")
@@ -40,7 +40,7 @@ class Options(select.EmptyOption, export.FormatOptions, score.EngineOptions, pla
     """How the work is done"""
 
 
-def run(options: Options) -> int:
+def run(options: RunVerb) -> int:
     """All verbs in order; a status of 2 for damaged sources does not stop what can be done."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(
@@ -57,15 +57,15 @@ def run(options: Options) -> int:
     empty = {"allow_empty": options.allow_empty}
     ways = {one: getattr(options, one) for one in ("format", "shard", "together")} | empty
     to = options.to or os.path.join(where, "exports", name)
-    select.run(select.Options(run=where, name=name, replace=True, keep=options.keep, **empty))
-    export.run(export.Options(run=where, select=name, to=to, replace=True, **ways))
-    report.run(report.Options(run=where, page=dataclasses.replace(options.page, select=name)))
-    verified = verify.run(verify.Options(run=where))
+    select.run(select.SelectVerb(run=where, name=name, replace=True, keep=options.keep, **empty))
+    export.run(export.ExportVerb(run=where, select=name, to=to, replace=True, **ways))
+    report.run(report.ReportVerb(run=where, page=dataclasses.replace(options.page, select=name)))
+    verified = verify.run(verify.VerifyVerb(run=where))
     is_partial = verified == FAILED_PARTS and options.how.limit is not None  # what is left was not asked for
     return status if verified == DONE or is_partial else verified
 
 
-def _scored(options: Options) -> int:
+def _scored(options: RunVerb) -> int:
     """Plan and score; returns the status of plan where score did its work, else that of score."""
     from capfilt.run import Run
 

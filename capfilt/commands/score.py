@@ -36,7 +36,7 @@ class EngineOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(EngineOptions):
+class ScoreVerb(EngineOptions):
     """Generate and match texts for every row; the same command continues."""
 
     run: str = argument("RUN")
@@ -47,7 +47,7 @@ class Options(EngineOptions):
     """Settings of the plan: refused if they differ from it"""
 
 
-def run(options: Options) -> int:
+def run(options: ScoreVerb) -> int:
     """Score what is left of a run; returns the exit status."""
     from capfilt.run import Run
 

@@ -26,7 +26,7 @@ class EmptyOption:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(EmptyOption):
+class SelectVerb(EmptyOption):
     """Choose texts by their scores; takes seconds, as often as wanted."""
 
     run: str = argument("RUN")
@@ -39,7 +39,7 @@ class Options(EmptyOption):
     """What is kept"""
 
 
-def run(options: Options) -> int:
+def run(options: SelectVerb) -> int:
     """Make the selection and print its account."""
     from capfilt.run import Run
     from capfilt.select.choose import account_lines, select

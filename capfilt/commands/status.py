@@ -12,7 +12,7 @@ EXAMPLE = ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class StatusVerb:
     """Say how far a run is, from its files alone."""
 
     run: str = argument("RUN")
@@ -21,7 +21,7 @@ class Options:
     """Answer in JSON"""
 
 
-def run(options: Options) -> int:
+def run(options: StatusVerb) -> int:
     """Print how far the run is."""
     from capfilt.run import Run
     from capfilt.status import lines, status

@@ -10,14 +10,14 @@ EXAMPLE = ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class VerifyVerb:
     """Prove that every row is accounted for and every file is as written."""
 
     run: str = argument("RUN")
     """Folder of a run"""
 
 
-def run(options: Options) -> int:
+def run(options: VerifyVerb) -> int:
     """Print what was compared and found; returns the exit status."""
     from capfilt.verify import lines, verify
 

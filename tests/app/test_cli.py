@@ -144,7 +144,7 @@ def test_what_is_drawn_is_a_function_of_bytes_and_seed(run, photos):
 
 
 def chosen(**given):
-    return caption.Options(images=["a.png"], **given).decoding()
+    return caption.CaptionOptions(images=["a.png"], **given).decoding()
 
 
 def test_options_change_the_preset():

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import pytest
 
 from blip.app import cli
-from blip.app.options import argument, content, docs, flat, option, read, verb, walk
+from blip.app.options import argument, content, docs, flat, option, options_of, read, verb, walk
 from capfilt import __main__ as capfilt
-from eval import __main__ as evaluations
+from eval.__main__ import COMMANDS as MEASURES
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ def test_what_is_given_arrives_and_the_rest_is_the_default():
     given = run("--train.lr", "1e-4", "--quick", "--checks", "no", "--seeds", "3", "4", "--train.betas", "0.5", "0.6")
     train = Train(batch_size=4, lr=1e-4, betas=(0.5, 0.6))
     assert given == Run(out="x", quick=True, checks=False, seeds=[3, 4], train=train)
-    assert run("--seeds", "[7, 8]").seeds == run("--seeds=[7, 8]").seeds == [7, 8]
+    for words in (["--seeds", "[7, 8]"], ["--seeds", "[7,", "8]"], ["--seeds=[7, 8]"], ["--seeds", "7", "8"]):
+        assert run(*words).seeds == [7, 8]
     assert run("--seeds", "7", "--seeds+", "8", "9").seeds == [7, 8, 9]
     assert isinstance(run("--train.lr", "2").train.lr, float)
     assert run("--train.lr", "null").train.lr is None
@@ -294,8 +295,8 @@ def programs() -> dict[str, type]:
     """Each command line of blip, capfilt and blip-eval, and its options; the recipes' are in test_command.py."""
     ours = {("blip", name): f"blip.app.commands.{name}" for name in cli.COMMANDS}
     ours |= {("capfilt", name): f"capfilt.commands.{name.replace('-', '_')}" for name in capfilt.VERBS}
-    found = {" ".join(words): import_module(module).Options for words, module in ours.items()}
-    measures = {name: getattr(import_module("eval.options"), kind) for name, (kind, _) in evaluations.COMMANDS.items()}
+    found = {" ".join(words): options_of(import_module(module)) for words, module in ours.items()}
+    measures = {name: getattr(import_module("eval.options"), kind) for name, (kind, _) in MEASURES.items()}
     return found | {f"blip-eval {name}": kind for name, kind in measures.items()}
 
 

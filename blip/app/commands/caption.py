@@ -24,7 +24,7 @@ file's name or --batch. Exit status: 0, or 1 if some pictures could not be used,
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(ImageOptions, ModelOptions):
+class CaptionOptions(ImageOptions, ModelOptions):
     """Say what images show, in words."""
 
     preset: Literal["greedy", "caption_2022", "nucleus", "capfilt_2022"] = "caption_2022"
@@ -65,7 +65,7 @@ class Options(ImageOptions, ModelOptions):
         return dataclasses.replace(preset, **values)
 
 
-def run(chosen: Options) -> int:
+def run(chosen: CaptionOptions) -> int:
     """Caption the pictures that the options name; returns the exit status."""
     config = chosen.decoding()
     from blip.data.image_files import find, read_ahead

@@ -19,7 +19,7 @@ if some pictures could not be used, or 2 for wrong use."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(ImageOptions, ModelOptions):
+class ClassifyOptions(ImageOptions, ModelOptions):
     """Choose among some classes, by their names alone, which an image shows."""
 
     classes: str | None = option(None, metavar="A,B,...")
@@ -38,7 +38,7 @@ class Options(ImageOptions, ModelOptions):
             raise ValueError("give either --classes A,B,... or --classes-file FILE")
 
 
-def run(chosen: Options) -> int:
+def run(chosen: ClassifyOptions) -> int:
     """Classify the pictures that the options name; returns the exit status."""
     names = _names(chosen)
     from blip.data.image_files import find, read_ahead
@@ -81,7 +81,7 @@ def run(chosen: Options) -> int:
     return SOME_FAILED if answers.failed else 0
 
 
-def _names(chosen: Options) -> list[str]:
+def _names(chosen: ClassifyOptions) -> list[str]:
     if chosen.classes is not None:
         names, where = chosen.classes.split(","), f"--classes {chosen.classes!r}"
     else:

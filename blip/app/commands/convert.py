@@ -24,7 +24,7 @@ Exit status: 0, 1 if the disk refused, or 2 for wrong use."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(TokenizerOption):
+class ConvertOptions(TokenizerOption):
     """Bring released weights into a model folder, or a model folder into what other programs load."""
 
     source: str = argument("SRC")
@@ -42,7 +42,7 @@ class Options(TokenizerOption):
         at_least(1, image_size=self.image_size)
 
 
-def run(chosen: Options) -> int:
+def run(chosen: ConvertOptions) -> int:
     """Convert what the options name; returns the exit status."""
     target = Path(chosen.folder).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

@@ -21,7 +21,7 @@ It needs Gradio: pip install 'openblip[demo]'. Exit status: 2 for wrong use, 130
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(ModelOptions):
+class DemoOptions(ModelOptions):
     """Show a page in a browser on which the model can be tried out."""
 
     captioner: str | None = option(None, metavar="DIR")
@@ -45,7 +45,7 @@ class Options(ModelOptions):
         at_least(1, port=self.port)
 
 
-def run(chosen: Options) -> int:
+def run(chosen: DemoOptions) -> int:
     """Load the models, bring the index up to date and show the page until it is ended."""
     from blip.app.installed import require
 
@@ -82,7 +82,7 @@ def run(chosen: Options) -> int:
     if found:
         with matcher.computing():
             same = {name: getattr(chosen, name) for name in ("folder", "index", "model", "precision")}
-            demo.index, _ = search.up_to_date(search.Options(queries=[], **same), found, demo.features)
+            demo.index, _ = search.up_to_date(search.SearchOptions(queries=[], **same), found, demo.features)
     if not is_local(chosen.host):
         _tell(f"anyone who reaches {chosen.host} can use the page: it has no password and no encryption")
     serve(demo, chosen.host, chosen.port, lambda line: print(line, flush=True))

@@ -21,7 +21,7 @@ Nothing is installed, fetched or changed. Exit status: 0 if the core works, 1 if
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class DoctorOptions:
     """Look at what this machine has: what is installed, what will compute, and what to do about the rest."""
 
     out: str = option("runs", metavar="DIR")
@@ -30,7 +30,7 @@ class Options:
     """Answer in one JSON object"""
 
 
-def run(chosen: Options) -> int:
+def run(chosen: DoctorOptions) -> int:
     """Look, and say what was found; returns the exit status."""
     from blip.app.doctor import Finding, examine, works
 

@@ -25,7 +25,7 @@ _SIDE = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(ModelOptions):
+class ExplainOptions(ModelOptions):
     """Show where the model looks when it says that a text fits an image."""
 
     image: str = argument("IMAGE")
@@ -38,7 +38,7 @@ class Options(ModelOptions):
     """Cross-attention to ask, from 0 (default: 7 of 12, as the authors show)"""
 
 
-def run(chosen: Options) -> int:
+def run(chosen: ExplainOptions) -> int:
     """Write the page or strip; returns the exit status."""
     if not chosen.out.endswith((".html", ".htm", ".png", ".jpg", ".jpeg")):
         raise ValueError(f"--out {chosen.out}: give a name that ends in .html, .png or .jpg")

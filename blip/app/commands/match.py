@@ -18,7 +18,7 @@ Exit status: 0, or 1 if some pictures could not be used, or 2 for wrong use."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(AnswerOptions, ModelOptions):
+class MatchOptions(AnswerOptions, ModelOptions):
     """Say how well texts fit images, by ITC and by ITM."""
 
     image: str = argument("IMAGE")
@@ -27,7 +27,7 @@ class Options(AnswerOptions, ModelOptions):
     """Text that may fit"""
 
 
-def run(chosen: Options) -> int:
+def run(chosen: MatchOptions) -> int:
     """Match the picture or pictures with the texts; returns the exit status."""
     from blip.data.image_files import find, read_ahead
 

@@ -28,7 +28,7 @@ date. Exit status: 0, or 1 if some of the pictures looked at could not be used, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(AnswerOptions, ModelOptions):
+class SearchOptions(AnswerOptions, ModelOptions):
     """Find the images of a folder that fit a text best."""
 
     folder: str = argument("FOLDER")
@@ -63,7 +63,7 @@ class Hit(NamedTuple):
     """Probability that the text fits; None where it was not asked."""
 
 
-def run(chosen: Options) -> int:
+def run(chosen: SearchOptions) -> int:
     """Bring the index up to date and look for the texts; returns the exit status."""
     if not os.path.isdir(chosen.folder):
         raise ValueError(f"{chosen.folder} is not a folder of pictures")
@@ -132,7 +132,7 @@ def find_one(
     return (sorted(first, key=lambda hit: -hit.score) + hits[rerank:])[:top]
 
 
-def up_to_date(chosen: Options, found: Found, features: Features) -> tuple[Index, int]:
+def up_to_date(chosen: SearchOptions, found: Found, features: Features) -> tuple[Index, int]:
     """The index of the folder as it is now, and how many pictures could not be used; progress is told on stderr."""
     from blip import files
     from blip.app.answers import Answers

@@ -29,7 +29,7 @@ very words. Exit status: 0, or 1 if some pictures could not be used, or 2 for wr
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(ImageOptions, ModelOptions):
+class VqaOptions(ImageOptions, ModelOptions):
     """Answer a question about images."""
 
     question: str = argument("QUESTION")
@@ -46,7 +46,7 @@ class Options(ImageOptions, ModelOptions):
         at_least(1, top=self.top)
 
 
-def run(chosen: Options) -> int:
+def run(chosen: VqaOptions) -> int:
     """Answer the question about the pictures that the options name; returns the exit status."""
     from blip.text import clean_question
 
@@ -96,7 +96,7 @@ def run(chosen: Options) -> int:
     return SOME_FAILED if out.failed else 0
 
 
-def _ways(chosen: Options, loaded: Loaded, candidates: Candidates | None) -> dict[str, object]:
+def _ways(chosen: VqaOptions, loaded: Loaded, candidates: Candidates | None) -> dict[str, object]:
     """What answers depend on beside the image."""
     among = hashlib.sha256(json.dumps(candidates.texts).encode()).hexdigest()[:16] if candidates else None
     return {"question": chosen.question, "top": chosen.top, "candidates": among, **loaded.options(chosen.model)}
