@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from blip.data.prepare.questions import QuestionPairs, Questions, read_answers, weighed
+from blip.data.draws import Draws
+from blip.data.prepare.questions import PrepareQuestions, Questions, open_questions, read_answers, weighed
 from blip.data.settings import DataConfig, PictureQuestions
 from blip.data.transforms import EvalTransform
 from blip.errors import DataError
@@ -44,8 +45,8 @@ def official(folder, answers=("red", "red", "orange"), **more):
 
 
 def pairs(*configs, **options):
-    data = DataConfig(max_words=50, max_tokens=35, max_unknown=1.0, **options)
-    return QuestionPairs([Questions(config) for config in configs], EvalTransform(8), WORLD, data, seed=0)
+    data = DataConfig(list(configs), max_words=50, max_tokens=35, max_unknown=1.0, **options)
+    return Draws(open_questions(data), PrepareQuestions(EvalTransform(8), WORLD, data), seed=0)
 
 
 def test_the_official_files(folder):
@@ -71,7 +72,8 @@ def test_the_releases_files(folder):
     source = Questions(PictureQuestions(write(folder, "vqa_train.json", rows)))
     assert [source.question(row).id for row in range(2)] == [5, 1]
     assert [source.question(row).weight for row in range(2)] == pytest.approx([1.0, 0.2])
-    batch = pairs(source.config).collate([pairs(source.config)[(0, row)] for row in range(2)])
+    found = pairs(source.config)
+    batch = found.prepare.collate([found[(0, row)] for row in range(2)])
     assert batch.question.tolist() == [0, 0, 1]
     assert batch.weights.tolist() == pytest.approx([0.7, 0.3, 0.2])
     assert WORLD.decode(batch.answer_ids) == ["yes", "no", "red"]
@@ -165,7 +167,7 @@ def test_nothing_is_learned_from_questions_without_answers_or_pictures(folder):
     config = official(folder)
     with pytest.raises(DataError, match="question 70 and 0 others have no answers to learn from"):
         pairs(dataclasses.replace(config, annotations=None))
-    with pytest.raises(DataError, match="none of its pictures is there"):
+    with pytest.raises(DataError, match="none of its images is there"):
         pairs(dataclasses.replace(config, image_name="{image_id}.png"))
 
 
@@ -186,9 +188,9 @@ def test_a_question_with_sides_is_not_mirrored(folder):
 
     data = DataConfig(max_unknown=1.0, flip=1.0, crop_scale_min=1.0, augment_ops=0)
     source = Questions(PictureQuestions(write(folder, "s.json", rows)))
-    found = QuestionPairs([source], TrainTransform(8, data), WORLD, data, seed=0)
+    found = Draws([source], PrepareQuestions(TrainTransform(8, data), WORLD, data), seed=0)
     plain = EvalTransform(8)(image)
-    mirrored = [not torch.equal(found[(0, row)].image, plain) for row in range(3)]
+    mirrored = [not torch.equal(found[(0, row)].images, plain) for row in range(3)]
     assert mirrored == [False, False, True]
 
 
