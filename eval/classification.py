@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from blip.data.image_files import find, read_ahead
+from blip.data.image_files import find, read_images
 from blip.data.transforms import EvalTransform
 from blip.errors import DataError
 from blip.inference.features import Features
@@ -96,7 +96,7 @@ def classify(features: Features, data: ClassFolder, templates: Sequence[str] = T
 
     def work(paths: Sequence[str]) -> list[Tensor]:
         found = []
-        for pictures in read_ahead(paths, EvalTransform(features.image_size), features.batch):
+        for pictures in read_images(paths, EvalTransform(features.image_size), features.batch):
             for picture in pictures:
                 if picture.reason:
                     raise DataError(f"{picture.path} cannot be evaluated: {picture.reason}")

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from blip import files
-from blip.data.image_files import Picture, read_ahead
+from blip.data.image_files import Picture, read_images
 from blip.data.transforms import EvalTransform
 from blip.errors import DataError
 from blip.inference.features import Features
@@ -234,7 +234,7 @@ def _looked_at(
     for start in range(0, len(paths), size):
         part = paths[start : start + size]
         before = {path: _stat(path) for path in part}
-        for pictures in read_ahead(part, EvalTransform(features.image_size), features.batch):
+        for pictures in read_images(part, EvalTransform(features.image_size), features.batch):
             yield before, pictures
 
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 import functools
 import glob
 import hashlib
-import itertools
 import os
 import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
 
+from blip.data.ahead import read_ahead
 from blip.data.folders import Walk, files
 from blip.data.formats.tars import IMAGES
-from blip.data.images import UnreadableImage, model_input, read
+from blip.data.images import ImageReader, UnreadableImage, model_input, read
 from blip.data.paths import alternatives, matching
 from blip.data.settings import DataConfig
 from blip.errors import DataError
@@ -126,24 +125,17 @@ def _natural(path: str) -> tuple:
     return [[(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", part)] for part in parts], path
 
 
-def read_ahead(paths: Sequence[str], transform: Callable[[Image.Image], Tensor], batch: int) -> Iterator[list[Picture]]:
-    """Yield the pictures at `paths` in order, `batch` at a time; threads decode as many ahead, and no more."""
+def read_images(
+    paths: Sequence[str], transform: Callable[[Image.Image], Tensor], batch: int
+) -> Iterator[list[Picture]]:
+    """Yield the images at `paths` in order, `batch` at a time, read ahead."""
     threads = min(_MOST_THREADS, os.cpu_count() or 1)
-    pool = ThreadPoolExecutor(threads, "decode")
-    coming: deque[Future[Picture]] = deque()
-    waiting = iter(paths)
+    return read_ahead(paths, batch, lambda path: _read_one(path, transform), threads)
 
-    def order(count: int) -> None:
-        coming.extend(pool.submit(_read_one, path, transform) for path in itertools.islice(waiting, count))
 
-    try:
-        order(batch + threads)
-        while coming:
-            pictures = [coming.popleft().result() for _ in range(min(batch, len(coming)))]
-            order(len(pictures))
-            yield pictures
-    finally:
-        pool.shutdown(cancel_futures=True)
+def reader(side: int) -> Callable[[Sequence[str | Path | Image.Image], int], Iterator[list[Tensor]]]:
+    """What `Features` reads images by: (images, batch) -> lists of tensors (3, side, side), read ahead."""
+    return functools.partial(read_ahead, read=ImageReader(side))
 
 
 def _read_one(path: str, transform: Callable[[Image.Image], Tensor]) -> Picture:

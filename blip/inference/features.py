@@ -10,7 +10,6 @@ N pictures, M texts, E embedding width, D text width, S image side in pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +27,6 @@ Picture = str | Path | Image.Image
 """A file's path, or the picture itself."""
 MAX_TOKENS = 35
 """Word pieces kept of a text that is compared with pictures (paper, section 5.1)."""
-_THREADS = 4
 
 
 class Matches(NamedTuple):
@@ -69,14 +67,15 @@ class Features:
         self,
         model: Blip,
         tokenizer: Tokenizer,
-        read: Callable[[Picture], Tensor] | None = None,
+        read: Callable[[Sequence[Picture], int], Iterator[Sequence[Tensor]]] | None = None,
         *,
         batch: int = 32,
         max_tokens: int = MAX_TOKENS,
     ) -> None:
         """Takes the model as it is and puts it in evaluation mode; `batch` pictures go through it at once.
 
-        `read` makes a tensor (3, S, S) of a path or PIL picture, as blip.data.images.ImageReader does.
+        `read(images, batch)` yields tensors (3, S, S) of paths and PIL images in order, `batch` at a time, as
+        blip.data.image_files.reader(S) does.
         """
         if batch < 1:
             raise ValueError(f"batch must be 1 or more, got {batch}")
@@ -162,13 +161,6 @@ class Features:
             yield self.model.vision(part.to(self.device, self.dtype))
 
     def _decoded(self, images: Sequence[Picture]) -> Iterator[Tensor]:
-        """Pictures to tensors, one batch ahead of the model."""
         if self.read is None:
-            raise ValueError("these Features take tensors only: load them by blip.load, or give read=ImageReader(side)")
-        with ThreadPoolExecutor(_THREADS) as pool:
-            before = []
-            for start in range(0, len(images) + self.batch, self.batch):
-                coming = [pool.submit(self.read, picture) for picture in images[start : start + self.batch]]
-                if before:
-                    yield torch.stack([one.result() for one in before])
-                before = coming
+            raise ValueError("these Features take tensors only: load them by blip.load, or give them a function `read`")
+        return map(torch.stack, self.read(images, self.batch))

@@ -345,7 +345,7 @@ def test_reading_ahead_is_in_order_and_bounded(tmp_path):
         Path(paths[-1]).write_bytes(png(i) if i % 7 else b"")
     Image.new("RGB", (640, 480)).save(paths[1], "JPEG")
     begun = []
-    ahead = image_files.read_ahead(paths, lambda image: begun.append(image.size) or torch.zeros(3, 4, 4), 4)
+    ahead = image_files.read_images(paths, lambda image: begun.append(image.size) or torch.zeros(3, 4, 4), 4)
     assert not begun
     first = next(ahead)
     assert [picture.path for picture in first] == paths[:4]

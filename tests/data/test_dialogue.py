@@ -16,7 +16,7 @@ from test_checkpoint import SMALLEST, TOKENIZER
 from blip import dist
 from blip.data.draws import Draws
 from blip.data.prepare.dialogues import Conversation as Said
-from blip.data.prepare.dialogues import Conversations, DialogueRows, PrepareDialogues, Round, open_dialogues
+from blip.data.prepare.dialogues import Conversations, DialogueRows, PrepareDialogues, Round, Wording, open_dialogues
 from blip.data.settings import DataConfig, Dialogues
 from blip.data.transforms import TrainTransform
 from blip.errors import DataError
@@ -273,6 +273,12 @@ def test_false_answers_may_be_those_that_are_worded_like_the_true_one(tmp_path):
         assert len({*map(tuple, (first, *rest))}) == 3, "each false answer once"
     assert {tuple(row[:2]) for row in rows[1::4]} == {tuple(one[:2]) for one in near}, "both are drawn"
     assert fingerprint != shown(0)[1]
+
+
+def test_likeness_does_not_depend_on_the_order_in_which_words_are_added_up():
+    wording = Wording([])
+    wording.weights = {"a": 0.1, "b": 0.2, "c": 0.3}
+    assert {wording._weight(order) for order in itertools.permutations("abc")} == {0.6}
 
 
 def test_batches_hold_the_true_answer_first_and_false_ones_after(pairs):

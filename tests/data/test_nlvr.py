@@ -20,6 +20,7 @@ from blip.checkpoints.table import from_theirs, to_theirs
 from blip.data.draws import Draws
 from blip.data.prepare.sentences import PrepareSentences, Sentences, cut, open_sentences, read_images, sentence_batch
 from blip.data.settings import DataConfig, PictureSentences
+from blip.data.stream import Stream
 from blip.data.transforms import TrainTransform
 from blip.errors import BadSample, DataError
 from blip.models.blip import Blip
@@ -315,6 +316,37 @@ def test_batches_are_what_the_loop_needs(tmp_path):
     unlabelled = rows(tmp_path, {**ROW, "label": None})
     with pytest.raises(DataError, match=r"dev-1-0-0 has no label"):
         open_sentences(DataConfig([unlabelled]))
+
+
+def test_examples_are_streamed_and_a_row_that_does_not_fit_is_one_bad_sample(tmp_path):
+    changes = [{}, {"label": None}, {"images": ["a.png", "b.png", "a.png"]}, {"sentence": 3}, {}]
+    config = rows(tmp_path, *({**ROW, "identifier": f"x{n}", **change} for n, change in enumerate(changes)))
+    data = DataConfig([config], streaming=True, max_unknown=1, workers=0, shuffle_buffer=2)
+    (shards,) = sources = open_sentences(data)
+    assert (shards.count, shards.rows) == (2, 5)
+    stream = Stream(sources, PrepareSentences(TrainTransform(8, data), TOKENIZER, data), 0)
+    batches = list(stream.batches(0, 8, 0, 1, 3))
+    assert {key for batch in batches for key in batch.keys} == {"dev.json:0 x0", "dev.json:4 x4"}
+    assert {batch.image.shape for batch in batches} == {(3, 2, 3, 8, 8)}
+    bad = {one.key: one.reason for batch in batches for one in batch.bad}
+    assert sorted(bad) == ["dev.json:1 x1", "dev.json:2", "dev.json:3"]
+    assert bad["dev.json:1 x1"] == "the sentence has no label to learn from"
+    assert "has 3 images, dev.json:0 has 2" in bad["dev.json:2"]
+    assert "has no 'sentence'" in bad["dev.json:3"]
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    with pytest.raises(DataError, match="none of its images is there"):
+        open_sentences(data)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_examples_of_different_numbers_of_images_are_not_mixed(tmp_path, streaming):
+    both = []
+    for name, images in (("a", ["a.png", "b.png"]), ("b", ["a.png", "b.png", "a.png"])):
+        (tmp_path / name).mkdir()
+        both.append(rows(tmp_path / name, {**ROW, "identifier": "x", "images": images}))
+    with pytest.raises(DataError, match="different numbers of images"):
+        open_sentences(DataConfig(both, streaming=streaming))
 
 
 # Scores ---------------------------------------------------------------------------------------------------------------

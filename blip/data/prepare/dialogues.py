@@ -412,7 +412,7 @@ class Wording:
         return sorted(likeness, key=lambda other: (-likeness[other], other))[:count]
 
     def _weight(self, words: set[str]) -> float:
-        return sum(self.weights[word] for word in words)
+        return math.fsum(self.weights[word] for word in words)  # in any order: that of a set differs between processes
 
 
 def _teaching(dialogue: Conversation) -> list[int]:

@@ -135,13 +135,12 @@ class QuestionShards(ListShards):
     def __init__(self, config: PictureQuestions) -> None:
         """Raises DataError for files of other formats, too."""
         files = shard_files(config.path, "json")
-        whole = next((file for file in files if _is_whole(file)), None)
-        if config.annotations or whole:
-            raise DataError(
-                f"source {config.path}: data.streaming reads lists of rows that have question and answers, not "
-                f"{'a file of questions with its annotations' if config.annotations else whole.name}, which is one "
-                "object as a whole (VQA v2, easy-VQA): set data.streaming to false"
-            )
+        for file in files:
+            if config.annotations or _is_whole(file):
+                raise DataError(
+                    f"source {config.path}: data.streaming reads lists of rows with question and answers, and "
+                    f"{file.name} is VQA v2's or easy-VQA's: set data.streaming to false"
+                )
         self._roots = {file: _root(config, file) for file in files}
         super().__init__(config, files)
 
