@@ -39,7 +39,7 @@ class Data(DataConfig):
     max_tokens: int = 128
     """Word pieces that are read of question, answer and history; the oldest rounds are left out."""
     crop_scale_min: float = 0.5
-    """Smallest share of the picture that a random crop shows; 1 shows the whole picture."""
+    """Smallest share of the image that a random crop shows; 1 shows the whole image."""
     rounds: int = 4
     """Rounds of each dialogue that are shown at once; they share the picture's context."""
     wrong: int = 2

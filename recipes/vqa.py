@@ -50,7 +50,7 @@ class Data(DataConfig):
     max_tokens: int = QUESTION_TOKENS
     """Word pieces kept of a question, first and last special tokens included."""
     crop_scale_min: float = 0.5
-    """Smallest share of the picture that a random crop shows; 1 shows the whole picture."""
+    """Smallest share of the image that a random crop shows; 1 shows the whole image."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -36,7 +36,7 @@ from blip.text import clean_question
 if TYPE_CHECKING:
     from blip.app.index import Index
     from blip.app.loaded import Loaded
-    from blip.data.image_files import Picture
+    from blip.data.image_files import ImageFile
     from blip.inference.answering import Answer, Candidates
     from blip.inference.generate import Text
 
@@ -171,7 +171,7 @@ class Demo:
         with self._lock, self.matcher.computing():
             stale, done = index.stale(paths), 0
 
-            def count(pictures: list[Picture]) -> None:
+            def count(pictures: list[ImageFile]) -> None:
                 nonlocal done
                 done += len(pictures)
                 tell(done, len(stale))

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from blip.errors import BadSample
-from blip.inference.features import Features, Picture
+from blip.inference.features import Features, ImageInput
 from blip.models.blip import Blip
 from blip.nn.stack import Block, Pass
 from blip.text import clean_caption
@@ -39,7 +39,7 @@ class Explanation:
     """That the text fits the picture."""
 
 
-def explain(features: Features, picture: Picture, text: str, layer: int | None = None) -> Explanation:
+def explain(features: Features, picture: ImageInput, text: str, layer: int | None = None) -> Explanation:
     """Which patches of a picture make the model say that a text fits.
 
     `layer` is the cross-attention to ask, from 0 and not the last; 7 of 12 unless given, as shown by the authors.

@@ -89,7 +89,7 @@ def test_pairs_and_one_picture(features, pictures, theirs):
     one = features.ground(pictures[1:2], TEXTS)
     for j, text in enumerate(TEXTS):
         close(one[j], theirs(1, text)[2])
-    with pytest.raises(ValueError, match="3 pictures and 2 texts"):
+    with pytest.raises(ValueError, match="3 images and 2 texts"):
         features.ground(pictures, TEXTS[:2])
 
 
