@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blip import dist
-from blip.data.image_files import find, not_pictures, read_ahead
+from blip.data.image_files import find, read_images
 from blip.data.transforms import EvalTransform
 from blip.errors import DataError
 from blip.inference.features import Features
@@ -123,7 +123,7 @@ def classify(features: Features, data: ClassFolder, templates: Sequence[str] = T
 
     def work(paths: Sequence[str]) -> list[Tensor]:
         found = []
-        for images in read_ahead(paths, EvalTransform(features.image_size), features.batch):
+        for images in read_images(paths, EvalTransform(features.image_size), features.batch):
             for image in images:
                 if image.reason:
                     raise DataError(f"{image.path} cannot be evaluated: {image.reason}")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from blip.data.ahead import read_ahead
 from blip.data.clips import ENDINGS, read_frames
 from blip.data.formats.json_rows import read_rows
 from blip.data.images import own_fault
@@ -165,13 +164,4 @@ def batches(
         except BadSample as error:
             raise DataError(f"{clips[row].file} cannot be evaluated: {error}") from None
 
-    coming: deque[Future[Tensor]] = deque()
-    waiting = iter(rows)
-    with ThreadPoolExecutor(threads, "decode") as pool:
-        try:
-            for start in range(0, len(rows), size):
-                while len(coming) < size + threads and (row := next(waiting, None)) is not None:
-                    coming.append(pool.submit(read, row))
-                yield torch.stack([coming.popleft().result() for _ in rows[start : start + size]])
-        finally:
-            pool.shutdown(cancel_futures=True)
+    return map(torch.stack, read_ahead(rows, size, read, threads))

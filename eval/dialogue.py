@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from blip import dist
-from blip.data.prepare.dialogues import Conversations, Dialogue, Rows, read_picture
+from blip.data.prepare.dialogues import Conversation, Conversations, DialogueRows, read_image
 from blip.data.settings import DataConfig
 from blip.data.transforms import EvalTransform
 from blip.errors import BadSample, DataError, counted
@@ -77,13 +77,13 @@ def ranks_of(
     config = DataConfig(max_words=MAX_WORDS, max_tokens=longest)
     transform = EvalTransform(model.config.vision.image_size)
 
-    def rank(one: Dialogue) -> list[tuple[Place, list[int]]]:
+    def rank(one: Conversation) -> list[tuple[Place, list[int]]]:
         numbers = [number for number, turn in enumerate(one.rounds) if len(turn.options)]
         if not numbers:
             return []
-        rows = Rows(source, one, tokenizer, config)
+        rows = DialogueRows(source, one, tokenizer, config)
         try:
-            image = read_picture(one, source.root, DataConfig.max_pixels, transform)
+            image = read_image(one, source.root, DataConfig.max_pixels, transform)
             caption = rows.caption()
         except BadSample as error:
             raise DataError(f"{one.where}, image {one.image_id}, cannot be evaluated: {error}") from None

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from blip.data.ahead import read_ahead
 from blip.data.formats.sources import format_of, open_source, record, root_of, shard_files
 from blip.data.images import model_input
 from blip.data.settings import DataConfig, SourceConfig
@@ -97,17 +96,9 @@ class Images:
         """Ids and normalised images (up to `size`, 3, S, S) of some rows in order; threads decode a little ahead."""
         transform = EvalTransform(image_size)
 
-        def read(part: Sequence[int]) -> tuple[list[ImageId], Tensor]:
-            return [self.entries[row].id for row in part], torch.stack([self._made(row, transform) for row in part])
+        def read(row: int) -> tuple[ImageId, Tensor]:
+            return self.entries[row].id, self._made(row, transform)
 
-        coming: deque[Future] = deque()
-        pool = ThreadPoolExecutor(threads, "decode")
-        try:
-            for start in range(0, len(rows), size):
-                coming.append(pool.submit(read, rows[start : start + size]))
-                if len(coming) > threads:
-                    yield coming.popleft().result()
-            while coming:
-                yield coming.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for found in read_ahead(rows, size, read, threads):
+            ids, images = zip(*found, strict=True)
+            yield list(ids), torch.stack(images)

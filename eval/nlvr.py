@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from blip import dist
+from blip.data.draws import Sample
 from blip.data.formats.csv_rows import csv_records
 from blip.data.images import own_fault
-from blip.data.prepare.sentences import Example, Sample, Sentences, make_batch, read_pictures
+from blip.data.prepare.sentences import Example, Sentences, read_images, sentence_batch
 from blip.data.settings import DataConfig
 from blip.data.transforms import EvalTransform
 from blip.errors import BadSample, DataError, counted
@@ -74,7 +75,7 @@ def answers_of(model: Nlvr, tokenizer: Tokenizer, examples: Sequence[Example], *
 
     def ask(part: Sequence[Example]) -> list[bool]:
         samples = [_sample(example, transform, tokenizer, model.config.text.max_positions) for example in part]
-        asked = make_batch(samples, tokenizer).to(next(model.parameters()).device)
+        asked = sentence_batch(samples, tokenizer).to(next(model.parameters()).device)
         ids = starting_with(asked.ids, model.config.text.enc_id)
         logits = model.judge(ids, asked.keep, model.contexts(asked.image, queries=ids.shape[1])).float()
         return (logits[:, 1] > logits[:, 0]).tolist()
@@ -86,13 +87,13 @@ def answers_of(model: Nlvr, tokenizer: Tokenizer, examples: Sequence[Example], *
 
 def _sample(example: Example, transform: EvalTransform, tokenizer: Tokenizer, longest: int) -> Sample:
     try:
-        images = read_pictures(example, DataConfig.max_pixels)
+        images = read_images(example, DataConfig.max_pixels)
         with own_fault():
             views = torch.stack([transform(image) for image in images])
         sentence = clean_caption(example.sentence, MAX_WORDS)
     except BadSample as error:
         raise DataError(f"{example.key} cannot be evaluated: {error}") from None
-    return Sample(views, tokenizer.pieces(sentence, longest), 0, example.key)
+    return Sample(views, [tokenizer.pieces(sentence, longest)], example.key, [0])
 
 
 # Scores ---------------------------------------------------------------------------------------------------------------

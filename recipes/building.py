@@ -15,11 +15,10 @@ from blip import dist
 from blip.checkpoints import checkpoint
 from blip.checkpoints.foreign import Foreign
 from blip.checkpoints.initial import architecture, initial_text, initial_vision
-from blip.data.formats.sources import open_sources
-from blip.data.loader import Feed
-from blip.data.prepare.captions import Pairs
+from blip.data.draws import Draws, Prepare
+from blip.data.prepare.captions import PrepareCaptions, open_captions
 from blip.data.settings import DataConfig
-from blip.data.stream import Stream, StreamFeed
+from blip.data.stream import Stream
 from blip.data.transforms import TrainTransform
 from blip.models.blip import Blip
 from blip.models.families import TASKS
@@ -183,16 +182,17 @@ def _shape(config: BlipConfig) -> tuple:
     return *eye, text.width, text.layers, text.heads, text.hidden, text.max_positions, config.embed_dim
 
 
-def build_feed(config: DataConfig, image_size: int, tokenizer: Tokenizer, seed: int) -> tuple[Feed | StreamFeed, str]:
+def build_feed(config: DataConfig, image_size: int, tokenizer: Tokenizer, seed: int) -> tuple[Draws | Stream, str]:
+    """Captioned images as `feed_of` gives them."""
+    prepare = PrepareCaptions(TrainTransform(image_size, config), tokenizer, config)
+    return feed_of(open_captions(config), prepare, seed)
+
+
+def feed_of(sources: Sequence[Any], prepare: Prepare, seed: int) -> tuple[Draws | Stream, str]:
     """The training data as `train.fit` asks for it, and the fingerprint that tells it from other data."""
-    transform = TrainTransform(image_size, config)
-    if config.streaming:
-        stream = Stream(config.sources, transform, tokenizer, config, seed)
-        _say_notes(stream.shards)
-        return StreamFeed(stream), stream.fingerprint()
-    pairs = Pairs(open_sources(config.sources), transform, tokenizer, config, seed)
-    _say_notes(pairs.sources)
-    return Feed(pairs), pairs.fingerprint()
+    feed = (Stream if prepare.config.streaming else Draws)(sources, prepare, seed)
+    _say_notes(sources)
+    return feed, feed.fingerprint()
 
 
 def _say_notes(sources: Sequence[Any]) -> None:

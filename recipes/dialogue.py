@@ -13,8 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from blip import dist
-from blip.data.loader import Feed
-from blip.data.prepare.dialogues import Conversations, DialoguePairs
+from blip.data.prepare.dialogues import Conversations, PrepareDialogues, open_dialogues
 from blip.data.settings import DataConfig, Dialogues
 from blip.data.transforms import TrainTransform
 from blip.errors import DataError
@@ -26,7 +25,7 @@ from blip.train.settings import TrainConfig
 from blip.world import dialogues
 from eval.dialogue import MAX_WORDS, Ranks, evalai_json, ranks_of, score
 from recipes import command, keeping
-from recipes.building import ModelChoice, build_task, draw_splits
+from recipes.building import ModelChoice, build_task, draw_splits, feed_of
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Data(DataConfig):
     max_tokens: int = 128
     """Word pieces that are read of question, answer and history; the oldest rounds are left out."""
     crop_scale_min: float = 0.5
-    """Smallest share of the picture that a random crop shows; 1 shows the whole picture."""
+    """Smallest share of the image that a random crop shows; 1 shows the whole image."""
     rounds: int = 4
     """Rounds of each dialogue that are shown at once; they share the picture's context."""
     wrong: int = 2
@@ -50,8 +49,8 @@ class Data(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.streaming or self.prompt.strip():
-            raise ValueError("data.streaming and data.prompt are not for dialogues")
+        if self.prompt.strip():
+            raise ValueError("data.prompt is not for dialogues")
         if self.rounds < 1 or self.wrong < 1:
             raise ValueError(f"rounds and wrong must be 1 or more, got {self.rounds} and {self.wrong}")
         if not 0 <= self.alike <= self.wrong:
@@ -121,15 +120,16 @@ def converse(run: Run) -> tuple[Result, Path]:
         raise ValueError(f"data.max_tokens {run.data.max_tokens} is more than the {longest} positions of the model")
     if run.world:
         draw_splits(run.world, partial(dialogues.write, run.world.folder, size=run.world.image_size))
-    sources = [Conversations(source) for source in run.data.sources]
+    sources = open_dialogues(run.data)
     if not sources:
         raise DataError("no data: give at least one source")
     transform, data = TrainTransform(model.vision.image_size, run.data), run.data
-    pairs = DialoguePairs(sources, transform, tokenizer, data, run.train.seed, data.rounds, data.wrong, data.alike)
+    prepare = PrepareDialogues(transform, tokenizer, data, data.rounds, data.wrong, data.alike)
+    feed, fingerprint = feed_of(sources, prepare, run.train.seed)
     validation = Exam("validation", run.validation, run, tokenizer) if run.validation else None
     test = Exam("test", run.test, run, tokenizer) if run.test else None
     kept = Kept(Path(run.out), tokenizer, run)
-    return keeping.fine_tune(Objective(model), Feed(pairs), pairs.fingerprint(), run, kept, validation, test)
+    return keeping.fine_tune(Objective(model), feed, fingerprint, run, kept, validation, test)
 
 
 class Exam:

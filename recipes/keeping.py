@@ -13,10 +13,10 @@ from torch import nn
 
 from blip import dist, files
 from blip.checkpoints import checkpoint
+from blip.data.draws import Draws
 from blip.data.ledger import Ledger
-from blip.data.loader import Feed
 from blip.data.settings import SourceConfig
-from blip.data.stream import StreamFeed
+from blip.data.stream import Stream
 from blip.models.blip import Blip
 from blip.tensors import read_tensors
 from blip.tokenizer import Tokenizer
@@ -147,7 +147,7 @@ class Kept:
 
 def fine_tune(
     objective: nn.Module,
-    feed: Feed | StreamFeed,
+    feed: Draws | Stream,
     fingerprint: str,
     run: Any,
     kept: Kept,

@@ -13,8 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from blip import dist
-from blip.data.loader import Feed
-from blip.data.prepare.sentences import PictureSentencePairs, Sentences
+from blip.data.prepare.sentences import PrepareSentences, Sentences, open_sentences
 from blip.data.settings import DataConfig, PictureSentences
 from blip.data.transforms import TrainTransform
 from blip.errors import DataError
@@ -26,7 +25,7 @@ from blip.train.settings import TrainConfig
 from blip.world import pairs as world_pairs
 from eval.nlvr import MAX_WORDS, answers_of, results_csv, score
 from recipes import command, keeping
-from recipes.building import ModelChoice, build_task, draw_splits
+from recipes.building import ModelChoice, build_task, draw_splits, feed_of
 
 Answers = dict[str, bool]
 """What a model holds to be true, by example."""
@@ -43,12 +42,12 @@ class Data(DataConfig):
     max_tokens: int = 64
     """Word pieces kept of a sentence, first and last special tokens included."""
     crop_scale_min: float = 0.5
-    """Smallest share of the picture that a random crop shows; 1 shows the whole picture."""
+    """Smallest share of the image that a random crop shows; 1 shows the whole image."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.streaming or self.prompt.strip():
-            raise ValueError("data.streaming and data.prompt are not for sentences about several pictures")
+        if self.prompt.strip():
+            raise ValueError("data.prompt is not for sentences about several images")
 
 
 @dataclass(frozen=True)
@@ -107,17 +106,17 @@ def judge(run: Run) -> tuple[Result, Path]:
     dist.start(run.train.timeout)
     if run.world:
         draw_splits(run.world, partial(world_pairs.write, run.world.folder, size=run.world.image_size))
-    sources = [Sentences(source) for source in run.data.sources]
+    sources = open_sentences(run.data)
     if not sources:
         raise DataError("no data: give at least one source")
     images = sources[0].count
     model, tokenizer = build_task(Nlvr, run.model, run.train.seed, images=images)
     transform = TrainTransform(model.vision.image_size, run.data)
-    pairs = PictureSentencePairs(sources, transform, tokenizer, run.data, run.train.seed)
+    feed, fingerprint = feed_of(sources, PrepareSentences(transform, tokenizer, run.data), run.train.seed)
     validation = Exam("validation", run.validation, images, tokenizer) if run.validation else None
     test = Exam("test", run.test, images, tokenizer) if run.test else None
     kept = Kept(Path(run.out), tokenizer, run, {"validation": validation, "test": test})
-    return keeping.fine_tune(Objective(model), Feed(pairs), pairs.fingerprint(), run, kept, validation, test)
+    return keeping.fine_tune(Objective(model), feed, fingerprint, run, kept, validation, test)
 
 
 class Exam:

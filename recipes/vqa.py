@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 
 from blip import dist
-from blip.data.loader import Feed
-from blip.data.prepare.questions import Id, QuestionPairs, Questions, read_answers
+from blip.data.prepare.questions import Id, PrepareQuestions, Questions, QuestionShards, open_questions, read_answers
 from blip.data.settings import DataConfig, PictureQuestions
 from blip.data.transforms import TrainTransform
 from blip.errors import DataError, counted
@@ -34,7 +33,7 @@ from blip.train.settings import TrainConfig
 from blip.world import questions
 from eval.vqa import QuestionSet, answers_of, evalai_results, score
 from recipes import command, keeping
-from recipes.building import ModelChoice, WorldChoice, build_task, draw_splits
+from recipes.building import ModelChoice, WorldChoice, build_task, draw_splits, feed_of
 
 Answers = dict[Id, str]
 """What a model answers, by question."""
@@ -51,12 +50,12 @@ class Data(DataConfig):
     max_tokens: int = QUESTION_TOKENS
     """Word pieces kept of a question, first and last special tokens included."""
     crop_scale_min: float = 0.5
-    """Smallest share of the picture that a random crop shows; 1 shows the whole picture."""
+    """Smallest share of the image that a random crop shows; 1 shows the whole image."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.streaming or self.prompt.strip():
-            raise ValueError("data.streaming and data.prompt are not for questions")
+        if self.prompt.strip():
+            raise ValueError("data.prompt is not for questions")
 
 
 @dataclass(frozen=True)
@@ -116,17 +115,15 @@ def answer(run: Run) -> tuple[Result, Path]:
     if run.world:
         draw(run.world)
     model, tokenizer = build_task(Vqa, run.model, run.train.seed)
-    sources = [Questions(source) for source in run.data.sources]
-    transform = TrainTransform(model.vision.image_size, run.data)
-    pairs = QuestionPairs(sources, transform, tokenizer, run.data, run.train.seed)
+    sources = open_questions(run.data)
+    prepare = PrepareQuestions(TrainTransform(model.vision.image_size, run.data), tokenizer, run.data)
+    feed, fingerprint = feed_of(sources, prepare, run.train.seed)
     choices = chosen(run, sources, tokenizer)
     given = run.answers, Candidates(choices, tokenizer) if choices else None, model, tokenizer
     validation = Exam("validation", run.validation, *given) if run.validation else None
     test = Exam("test", run.test, *given) if run.test else None
     kept = Kept(Path(run.out), tokenizer, run, choices)
-    return keeping.fine_tune(
-        Objective(model, run.objective), Feed(pairs), pairs.fingerprint(), run, kept, validation, test
-    )
+    return keeping.fine_tune(Objective(model, run.objective), feed, fingerprint, run, kept, validation, test)
 
 
 def draw(world: WorldChoice) -> None:
@@ -135,7 +132,7 @@ def draw(world: WorldChoice) -> None:
     draw_splits(world, write, file=lambda split: questions.files(split)[1])
 
 
-def chosen(run: Run, sources: Sequence[Questions], tokenizer: Tokenizer) -> list[str]:
+def chosen(run: Run, sources: Sequence[Questions | QuestionShards], tokenizer: Tokenizer) -> list[str]:
     """The answers to choose from, sorted; none where words are searched.
 
     Of the sources' commonest, those are left out that the tokenizer does not know in full.

@@ -28,7 +28,7 @@ from blip.data.formats.sources import expand, open_source
 from blip.data.formats.tars import Shard
 from blip.data.images import decode
 from blip.data.settings import SourceConfig
-from blip.data.stream import Shards
+from blip.data.stream import CaptionShards
 from blip.errors import BadSample, DataError
 from blip.models.blip import Blip
 from blip.models.presets import TINY
@@ -330,7 +330,7 @@ def test_a_pickle_beside_the_data_is_not_run(case, tmp_path, canary):
     config = PASSED_OVER[case](tmp_path)
     assert open_source(config)[0].captions == ["hello"]
     if case != "saved data set":
-        shards = Shards(config)
+        shards = CaptionShards(config)
         assert [record.captions for record in shards.read(shards.files[0])] == [["hello"]]
     assert not canary.exists()
 
@@ -393,7 +393,7 @@ def test_commands_addresses_and_variables_are_no_sources(spec, where, folder, mo
     before = sorted(folder.rglob("*"))
     config = SourceConfig("a.json", image_root=spec) if where == "image_root" else SourceConfig(spec)
     with pytest.raises(DataError, match=r"only local files|not a file of this machine"):
-        (Shards if where == "stream" else open_source)(config)
+        (CaptionShards if where == "stream" else open_source)(config)
     assert sorted(folder.rglob("*")) == before
 
 
@@ -496,7 +496,7 @@ def test_a_row_cannot_name_what_is_outside_or_elsewhere(rows, name, folder):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("rows", [rows_json, rows_jsonl, rows_parquet, rows_parquet_struct])
 def test_a_streamed_row_cannot_either(rows, name, folder):
-    shards = Shards(rows(folder, name))
+    shards = CaptionShards(rows(folder, name))
     (found,) = shards.read(shards.files[0])
     assert "outside" in found.reason or "address" in found.reason
 
@@ -532,7 +532,7 @@ MEMBERS = {
 }
 
 
-@pytest.mark.parametrize("read", [open_source, Shards])
+@pytest.mark.parametrize("read", [open_source, CaptionShards])
 @pytest.mark.parametrize("case", MEMBERS)
 def test_hostile_members_are_refused(case, read, folder):
     name, attributes = MEMBERS[case]

@@ -26,7 +26,7 @@ from blip.data.image_files import not_pictures
 from blip.train.log import clock
 
 if TYPE_CHECKING:
-    from blip.data.image_files import Found, Picture
+    from blip.data.image_files import FoundImages, ImageFile
 
 _FEW = 5
 """So many pictures are answered without talk of progress."""
@@ -107,7 +107,7 @@ class Answers:
     def __init__(
         self,
         path: str | None,
-        about: Found | Sequence[str] | int,
+        about: FoundImages | Sequence[str] | int,
         unit: str = "pictures",
         form: Form | None = None,
         *,
@@ -165,7 +165,7 @@ class Answers:
         if not size:
             files.replace_file(Path(path + _OPTIONS), record)
 
-    def _report(self, images: Found) -> None:
+    def _report(self, images: FoundImages) -> None:
         for line in (not_pictures(images.left_out), *map(shown, images.walk.notes)):
             if line:
                 self._say(line)
@@ -221,7 +221,7 @@ class Answers:
         self.failed += 1
         self._say(f"{shown(name)}: {reason}")
 
-    def readable(self, pictures: Iterable[Picture]) -> list[Picture]:
+    def readable(self, pictures: Iterable[ImageFile]) -> list[ImageFile]:
         """Those that could be read; a failure is told of each other."""
         read = []
         for picture in pictures:

@@ -21,8 +21,8 @@ from blip.app.commands import caption as caption_command
 from blip.app.commands import explain as explain_command
 from blip.app.commands import search as search_command
 from blip.data import images
-from blip.data.image_files import find
-from blip.data.images import ImageReader, UnreadableImage
+from blip.data.image_files import find, reader
+from blip.data.images import UnreadableImage
 from blip.data.settings import DataConfig
 from blip.data.transforms import EvalTransform
 from blip.inference.answering import answers, ask
@@ -35,7 +35,7 @@ from blip.text import clean_question
 if TYPE_CHECKING:
     from blip.app.index import Index
     from blip.app.loaded import Loaded
-    from blip.data.image_files import Picture
+    from blip.data.image_files import ImageFile
     from blip.inference.answering import Answer, Candidates
     from blip.inference.generate import Text
 
@@ -87,8 +87,8 @@ class Demo:
         """
         self.matcher, self.captioner, self.vqa = matcher, captioner or matcher, vqa
         self.candidates, self.prompt, self.index = candidates, prompt, index
-        reader = ImageReader(matcher.model.config.vision.image_size)
-        self.features = Features(matcher.model, matcher.tokenizer, reader, batch=_BATCH)
+        read = reader(matcher.model.config.vision.image_size)
+        self.features = Features(matcher.model, matcher.tokenizer, read, batch=_BATCH)
         self.run = Path(run) if run else None
         self._lock = Lock()
         self._check_prompt(prompt)
@@ -168,7 +168,7 @@ class Demo:
         with self._lock, self.matcher.computing():
             stale, done = index.stale(paths), 0
 
-            def count(pictures: list[Picture]) -> None:
+            def count(pictures: list[ImageFile]) -> None:
                 nonlocal done
                 done += len(pictures)
                 tell(done, len(stale))

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from blip import files
-from blip.data.image_files import Picture, read_ahead
+from blip.data.image_files import ImageFile, read_images
 from blip.data.transforms import EvalTransform
 from blip.errors import DataError
 from blip.inference.features import Features
@@ -186,7 +186,7 @@ class Index:
         paths: Sequence[str],
         stale: Sequence[str],
         features: Features,
-        on_batch: Callable[[list[Picture]], None] = lambda pictures: None,
+        on_batch: Callable[[list[ImageFile]], None] = lambda pictures: None,
     ) -> Index:
         """The index of exactly `paths`, of which `stale` are looked at again; it is on disk when this returns.
 
@@ -228,13 +228,13 @@ class Index:
 
 def _looked_at(
     paths: Sequence[str], features: Features
-) -> Iterator[tuple[dict[str, tuple[int, int] | None], list[Picture]]]:
+) -> Iterator[tuple[dict[str, tuple[int, int] | None], list[ImageFile]]]:
     """Batches of pictures with the files' sizes and times from before they were read."""
     size = 64 * features.batch
     for start in range(0, len(paths), size):
         part = paths[start : start + size]
         before = {path: _stat(path) for path in part}
-        for pictures in read_ahead(part, EvalTransform(features.image_size), features.batch):
+        for pictures in read_images(part, EvalTransform(features.image_size), features.batch):
             yield before, pictures
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from blip.checkpoints import checkpoint
-from blip.data.images import ImageReader
+from blip.data.image_files import reader
 from blip.inference.features import Features
 
 
@@ -26,4 +26,4 @@ def load(
     ValueError also for a captioner's checkpoint, which cannot compare texts with pictures.
     """
     model, words = checkpoint.from_pretrained(where, image_size=image_size, tokenizer=tokenizer)
-    return Features(model.to(device, dtype), words, ImageReader(model.config.vision.image_size), batch=batch)
+    return Features(model.to(device, dtype), words, reader(model.config.vision.image_size), batch=batch)

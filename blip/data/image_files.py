@@ -1,24 +1,23 @@
-"""The pictures that a sub-command is given: which files they are, and reading them ahead of the model."""
+"""The images that a sub-command is given: which files they are, and reading them ahead of the model."""
 
 from __future__ import annotations
 
 import functools
 import glob
 import hashlib
-import itertools
 import os
 import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
 
+from blip.data.ahead import read_ahead
 from blip.data.folders import Walk, files
 from blip.data.formats.tars import IMAGES
-from blip.data.images import UnreadableImage, model_input, read
+from blip.data.images import ImageReader, UnreadableImage, model_input, read
 from blip.data.paths import alternatives, matching
 from blip.data.settings import DataConfig
 from blip.errors import DataError
@@ -30,7 +29,7 @@ _MOST_THREADS = 8
 _LOOKED = f"looked for names ending in {', '.join(sorted(IMAGES))}"
 
 
-class Picture(NamedTuple):
+class ImageFile(NamedTuple):
     """One file, read or not."""
 
     path: str
@@ -43,33 +42,33 @@ class Picture(NamedTuple):
     """Why it cannot be used; empty if it can."""
 
 
-class Found(NamedTuple):
+class FoundImages(NamedTuple):
     """What names given on a command line mean."""
 
     paths: list[str]
-    """Pictures, each once, in natural order (2 before 10)."""
+    """Images, each once, in natural order (2 before 10)."""
     left_out: Counter[str]
-    """How many files of folders are not named like pictures, by how their names end."""
+    """How many files of folders are not named like images, by how their names end."""
     walk: Walk
     """What could not be listed, and what was not."""
 
     @property
     def total(self) -> int:
-        """Pictures, and what stood in their place and could not be listed."""
+        """Images, and what stood in their place and could not be listed."""
         return len(self.paths) + len(self.walk.unreadable)
 
 
 def not_pictures(endings: Counter[str]) -> str:
     """What to say of files that were left out, if there are any."""
     common = ", ".join(ending for ending, _ in endings.most_common(5)) + ", ..." * (len(endings) > 5)
-    return f"left out {endings.total()} files that are not named like pictures ({common})" if endings else ""
+    return f"left out {endings.total()} files that are not named like images ({common})" if endings else ""
 
 
-def find(given: Sequence[str]) -> Found:
-    """The pictures that files, folders and globs mean.
+def find(given: Sequence[str]) -> FoundImages:
+    """The images that files, folders and globs mean.
 
-    A file is taken whatever its name; of a folder, and the folders in it, linked ones included, what is named like a
-    picture and not hidden. DataError for a name that means nothing.
+    A file is taken whatever its name; of a folder, and the folders in it, linked ones included, what is named like an
+    image and not hidden. DataError for a name that means nothing.
     """
     paths: dict[tuple[str, str], str] = {}  # by where it is, so that a file that was named twice is taken once
     left_out: Counter[str] = Counter()
@@ -79,15 +78,15 @@ def find(given: Sequence[str]) -> Found:
             folder, file = os.path.split(path)
             paths.setdefault((real(folder), file), path)
     if not paths:
-        raise DataError(f"no pictures in {', '.join(given)}: {_LOOKED}{_unreadable(walk)}")
-    return Found(sorted(paths.values(), key=_natural), left_out, walk)
+        raise DataError(f"no images in {', '.join(given)}: {_LOOKED}{_unreadable(walk)}")
+    return FoundImages(sorted(paths.values(), key=_natural), left_out, walk)
 
 
 def _files(name: str, left_out: Counter[str], walk: Walk) -> Iterator[str]:
     if os.path.isdir(name):
         within = list(_in_folder(name, left_out, walk))
         if not within:
-            raise DataError(f"no pictures in {name}: {_LOOKED}{_unreadable(walk)}")
+            raise DataError(f"no images in {name}: {_LOOKED}{_unreadable(walk)}")
         yield from within
     elif os.path.lexists(name):
         yield name
@@ -98,7 +97,7 @@ def _files(name: str, left_out: Counter[str], walk: Walk) -> Iterator[str]:
         for match in matches:
             yield from _in_folder(match, left_out, walk) if os.path.isdir(match) else (match,)
     else:
-        remedy = ": pictures are not fetched, download them first" if "://" in name else ""
+        remedy = ": images are not fetched, download them first" if "://" in name else ""
         raise DataError(f"no such file or folder: {name}{remedy}")
 
 
@@ -108,7 +107,7 @@ def _in_folder(folder: str, left_out: Counter[str], walk: Walk) -> Iterator[str]
             ending = os.path.splitext(path)[1].lower()
             if ending[1:] in IMAGES:
                 yield path
-            elif os.path.islink(path) and not os.path.exists(path):  # to a folder of pictures, it may be
+            elif os.path.islink(path) and not os.path.exists(path):  # to a folder of images, it may be
                 walk.unreadable.append((path, f"is a link to {os.readlink(path)}, where nothing can be found"))
             else:
                 left_out[ending or "no ending"] += 1
@@ -126,30 +125,23 @@ def _natural(path: str) -> tuple:
     return [[(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", part)] for part in parts], path
 
 
-def read_ahead(paths: Sequence[str], transform: Callable[[Image.Image], Tensor], batch: int) -> Iterator[list[Picture]]:
-    """Yield the pictures at `paths` in order, `batch` at a time; threads decode as many ahead, and no more."""
+def read_images(
+    paths: Sequence[str], transform: Callable[[Image.Image], Tensor], batch: int
+) -> Iterator[list[ImageFile]]:
+    """Yield the images at `paths` in order, `batch` at a time, read ahead."""
     threads = min(_MOST_THREADS, os.cpu_count() or 1)
-    pool = ThreadPoolExecutor(threads, "decode")
-    coming: deque[Future[Picture]] = deque()
-    waiting = iter(paths)
-
-    def order(count: int) -> None:
-        coming.extend(pool.submit(_read_one, path, transform) for path in itertools.islice(waiting, count))
-
-    try:
-        order(batch + threads)
-        while coming:
-            pictures = [coming.popleft().result() for _ in range(min(batch, len(coming)))]
-            order(len(pictures))
-            yield pictures
-    finally:
-        pool.shutdown(cancel_futures=True)
+    return read_ahead(paths, batch, lambda path: _read_one(path, transform), threads)
 
 
-def _read_one(path: str, transform: Callable[[Image.Image], Tensor]) -> Picture:
+def reader(side: int) -> Callable[[Sequence[str | Path | Image.Image], int], Iterator[list[Tensor]]]:
+    """What `Features` reads images by: (images, batch) -> lists of tensors (3, side, side), read ahead."""
+    return functools.partial(read_ahead, read=ImageReader(side))
+
+
+def _read_one(path: str, transform: Callable[[Image.Image], Tensor]) -> ImageFile:
     try:
         data = read(Path(path))
         pixels = model_input(data, DataConfig.max_pixels, transform)
-        return Picture(path, hashlib.sha256(data).hexdigest(), pixels, "")
+        return ImageFile(path, hashlib.sha256(data).hexdigest(), pixels, "")
     except UnreadableImage as error:
-        return Picture(path, "", None, error.reason)
+        return ImageFile(path, "", None, error.reason)

@@ -1,8 +1,4 @@
-"""Batches by step number: what step s shows is a function of (seed, s, process), whatever the number of workers.
-
-Reading happens in processes that may die, hang or raise anything; here that becomes one DataError that says which
-worker and which sample.
-"""
+"""Batches from processes that may die, hang or raise anything: that becomes one DataError, which names the sample."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import psutil
@@ -23,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from blip.data.prepare.captions import Pairs
 from blip.data.settings import DataConfig
 from blip.errors import DataError, StuckSample
 from blip.objectives.batch import Batch
@@ -106,7 +101,7 @@ class Noted(NamedTuple):
     """Seconds of CPU time that the worker had used when it began."""
 
 
-class Progress:
+class Reading:
     """What each worker is reading, in shared memory, so that it is known after the worker's death."""
 
     def __init__(self, workers: int):
@@ -131,50 +126,8 @@ class Progress:
         return Noted(step, key, nanoseconds / 1e9)
 
 
-class _Batches(Dataset):
-    """Draws -> Batch or Failure, in a worker."""
-
-    def __init__(self, pairs: Pairs, progress: Progress):
-        self.pairs, self.progress = pairs, progress
-
-    def __getitems__(self, draws: list[tuple[int, int]]) -> Batch | Failure:
-        p = self.pairs
-        return guarded(lambda: p.collate([p.read(draw, self.progress.note) for draw in draws]), self._where)
-
-    def _where(self) -> str:
-        info = get_worker_info()
-        return self.name(info.id if info else 0)
-
-    def name(self, worker: int) -> str:
-        return self.progress.of(worker).key or "its first sample"
-
-
 def _as_it_is(batch: Batch | Failure) -> Batch | Failure:
     return batch
-
-
-class Steps:
-    """The draws of each step of one process: positions (s * world + rank) * batch_size ... of the endless stream."""
-
-    def __init__(self, pairs: Pairs, *, batch_size: int, rank: int, world: int, start: int, steps: int):
-        if not 0 <= rank < world:
-            raise ValueError(f"rank {rank} is not one of {world} processes")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
-        self.pairs, self.batch_size, self.rank, self.world = pairs, batch_size, rank, world
-        self.start, self.steps = start, steps
-
-    def __len__(self) -> int:
-        return max(0, self.steps - self.start)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in range(self.start, self.steps):
-            yield self.draws(step)
-
-    def draws(self, step: int) -> list[tuple[int, int]]:
-        """The (epoch, index) of each pair of a step."""
-        n, first = len(self.pairs), (step * self.world + self.rank) * self.batch_size
-        return [(p // n, int(self.pairs.order(p // n)[p % n])) for p in range(first, first + self.batch_size)]
 
 
 class Loader:
@@ -186,11 +139,11 @@ class Loader:
         name: Callable[[int], str],
         length: int,
         config: DataConfig,
-        progress: Progress,
-        sampler: Steps | None = None,
+        reading: Reading,
+        sampler: Iterable[list[tuple[int, int]]] | None = None,
     ):
         self._data, self._name, self._length = data, name, length
-        self._config, self._progress, self._sampler = config, progress, sampler
+        self._config, self._reading, self._sampler = config, reading, sampler
 
     def __len__(self) -> int:
         return self._length
@@ -273,8 +226,8 @@ class Loader:
     def _refuse_stuck(self, watch: _Watch) -> None:
         """A sample that has had enough CPU time, however long that took on this machine."""
         for number, spent in watch.cpu().items():
-            noted = self._progress.of(number)
-            if noted.cpu < 0 or spent - noted.cpu < _STUCK or noted != self._progress.of(number):
+            noted = self._reading.of(number)
+            if noted.cpu < 0 or spent - noted.cpu < _STUCK or noted != self._reading.of(number):
                 continue
             if not noted.key:
                 raise DataError(
@@ -380,40 +333,3 @@ def _kill(workers: list) -> None:
         worker.kill()
     for worker in workers:
         worker.join(timeout=1)
-
-
-def make_loader(
-    pairs: Pairs, *, batch_size: int, rank: int, world: int, start: int, steps: int, config: DataConfig, seed: int
-) -> Loader:
-    """Batches of steps `start` to `steps` of process `rank` of `world`; every step has exactly `batch_size` pairs.
-
-    Step s of process r holds positions (s * world + r) * batch_size ... of the endless stream whose position p is
-    draw p % N of epoch p // N. A gradient-accumulation micro-batch counts as one step here. The global random
-    generators are never consumed. Raises ValueError if `seed` is not that of `pairs`.
-    """
-    if seed != pairs.seed:
-        raise ValueError(f"the loader's seed {seed} is not the pairs' seed {pairs.seed}")
-    progress = Progress(config.workers)
-    data = _Batches(pairs, progress)
-    sampler = Steps(pairs, batch_size=batch_size, rank=rank, world=world, start=start, steps=steps)
-    return Loader(data, data.name, len(sampler), config, progress, sampler)
-
-
-class Feed:
-    """Pairs as the training loop asks for them."""
-
-    def __init__(self, pairs: Pairs):
-        self.pairs = pairs
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def leave_out(self, keys: frozenset[str]) -> None:
-        """Replace some samples unread."""
-        self.pairs.left_out = keys
-
-    def batches(self, start: int, count: int, rank: int, world: int, batch_size: int) -> Loader:
-        """Batches `start` to `start + count` - 1 of one process."""
-        p = self.pairs
-        span = {"start": start, "steps": start + count}
-        return make_loader(p, batch_size=batch_size, rank=rank, world=world, **span, config=p.config, seed=p.seed)

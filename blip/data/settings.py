@@ -37,7 +37,7 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class PictureQuestions:
-    """Questions about pictures: VQA v2's files, the 2022 release's, easy-VQA's, or a list of rows."""
+    """Questions about images: VQA v2's files, the 2022 release's, easy-VQA's, or a list of rows."""
 
     path: str
     """The file of questions, .json or .jsonl."""
@@ -46,7 +46,7 @@ class PictureQuestions:
     image_root: str | None = None
     """Folder that image paths start from; the file's own folder when not given."""
     image_name: str | None = None
-    """Path of a picture whose number alone is given, such as `val2014/COCO_val2014_{image_id:012d}.jpg`; by the file's
+    """Path of an image whose number alone is given, such as `val2014/COCO_val2014_{image_id:012d}.jpg`; by the file's
     `data_subtype` when not given."""
     image_column: str = "image"
     """Key with the image's path, in a list."""
@@ -70,14 +70,14 @@ class PictureQuestions:
 
 @dataclass(frozen=True)
 class PictureSentences:
-    """Sentences about several pictures: NLVR2's or NLVR's annotations, or a list of {images, sentence, label}."""
+    """Sentences about several images: NLVR2's or NLVR's annotations, or a list of {images, sentence, label}."""
 
     path: str
     """The annotation file, .json or .jsonl."""
     image_root: str | None = None
-    """Folder of the pictures, or of images/; the annotation file's own folder when not given."""
+    """Folder of the images, or of images/; the annotation file's own folder when not given."""
     part: Literal["all", "train", "val"] = "all"
-    """Which part to take where one file is split in two; no sentence and no set of pictures is in both."""
+    """Which part to take where one file is split in two; no sentence and no set of images is in both."""
     held_out: float = 0.2
     """Share of `val` in such a split."""
     weight: float = 1.0
@@ -90,12 +90,12 @@ class PictureSentences:
 
 @dataclass(frozen=True)
 class Dialogues:
-    """Dialogues about pictures in the format of VisDial v1.0."""
+    """Dialogues about images in the format of VisDial v1.0."""
 
     path: str
     """The file of dialogues, such as visdial_1.0_val.json."""
     image_root: str | None = None
-    """Folder of the pictures; the file's own folder when not given."""
+    """Folder of the images; the file's own folder when not given."""
     relevance: str | None = None
     """File of dense annotations, such as visdial_1.0_val_dense_annotations.json; without it there is no NDCG."""
     weight: float = 1.0
@@ -118,13 +118,13 @@ class DataConfig:
     max_tokens: int = 30
     """Word pieces kept of a caption, first and last special tokens and the prompt included."""
     crop_scale_min: float = 0.2
-    """Smallest share of the picture that a random crop shows (0.5 in fine-tuning); 1 shows the whole picture."""
+    """Smallest share of the image that a random crop shows (0.5 in fine-tuning); 1 shows the whole image."""
     flip: float = 0.5
     """Probability of a mirror image."""
     flip_sided_captions: bool = False
-    """Mirror also pictures whose caption says left or right (2022: true)."""
+    """Mirror also images whose caption says left or right (2022: true)."""
     augment_ops: int = 2
-    """RandAugment operations drawn per picture; each is applied with probability 0.5."""
+    """RandAugment operations drawn per image; each is applied with probability 0.5."""
     augment_magnitude: int = 7
     """RandAugment strength, 0 to 10 (2022: 5, at which brightness and sharpness do nothing)."""
     workers: int = 2
@@ -136,7 +136,7 @@ class DataConfig:
     shuffle_buffer: int = 10000
     """Samples in the shuffle buffer of a streaming run."""
     max_pixels: int = 100_000_000
-    """Pictures with more pixels than this are refused from their header, as are sides above 65,535 and 1,000 to 1."""
+    """Images with more pixels than this are refused from their header, as are sides above 65,535 and 1,000 to 1."""
     max_bad_fraction: float = 0.05
     """Share of unreadable samples above which the run stops."""
     max_unknown: float = 0.01

@@ -1,4 +1,4 @@
-"""The streaming regime: shards read in sequence through a shuffle buffer, for sets too large to index.
+"""Streaming: shards read in sequence through a shuffle buffer, for sets too large to index, of any kind of sample.
 
 Every worker of every process reads its own shards, endlessly. A resumed run does not continue where it stopped: it
 reshuffles with a key of (seed, first step), so samples of the interrupted epoch may come again or late.
@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from blip.data.formats.json_rows import CSV, Note, rows_or_faults
+from blip.data.draws import ATTEMPTS, LEFT_OUT, PROBES, Prepare, Sample, check_process
+from blip.data.formats.json_rows import CSV, Note, Row, rows_or_faults
 from blip.data.formats.parquet import check_columns, parquet_file, rows_of
 from blip.data.formats.sources import (
     CURE,
@@ -36,21 +40,34 @@ from blip.data.formats.sources import (
 )
 from blip.data.formats.splits import check_split, parts_of, refuse_split
 from blip.data.formats.tars import Shard, check_whole
-from blip.data.loader import Failure, Loader, Progress, guarded
-from blip.data.prepare.captions import ATTEMPTS, LEFT_OUT, Sample, check_captions, check_prompt, make_batch, make_sample
-from blip.data.settings import DataConfig, SourceConfig
+from blip.data.loader import Failure, Loader, Reading, guarded
+from blip.data.settings import SourceConfig
 from blip.errors import BadSample, DataError
-from blip.keyed import mix, permutation
+from blip.keyed import Purpose, mix, permutation
 from blip.objectives.batch import Bad, Batch
-from blip.text import clean_caption
-from blip.tokenizer import Tokenizer
-
-_SHARDS, _BUFFER, _SOURCE = range(10, 13)
-_PROBES = 200
 
 
-class Shards:
-    """The shard files of one source, read one after another."""
+class Shards(Protocol):
+    """The shard files of one source, each read from its beginning to its end."""
+
+    config: Any
+    """The source's settings, of which its path and weight matter here."""
+    files: list[Path]
+    rows: int
+    """Records of all shards; an estimate where they are not counted."""
+
+    def read(self, file: Path, part: int = 0, parts: int = 1) -> Iterator[Any]:
+        """The records of a shard in order, or every `parts`-th from `part`; a Bad for what cannot be one.
+
+        A record has a `key`. Raises DataError when the shard itself is unreadable.
+        """
+
+    def identity(self) -> str:
+        """What tells this data from other data: file names and sizes, and settings."""
+
+
+class CaptionShards:
+    """Captioned images in tar, parquet or JSON-lines files."""
 
     def __init__(self, config: SourceConfig):
         """Raises DataError unless the source is made of tar, parquet or JSON-lines files at hand."""
@@ -107,7 +124,7 @@ class Shards:
                 break
         check_split(split, f"source {self.config.path}", seen)
         for file in self.files[read:]:
-            first = [row for _, row in itertools.islice(rows_or_faults(file), _PROBES) if isinstance(row, dict)]
+            first = [row for _, row in itertools.islice(rows_or_faults(file), PROBES) if isinstance(row, dict)]
             if first and not any("split" in row for row in first):
                 refuse_split(split, file, "its rows")
         return rows, read
@@ -163,68 +180,100 @@ class Shards:
         return json.dumps([columns, [(f.name, f.stat().st_size) for f in self.files]])
 
 
+class ListShards(ABC):
+    """Files of rows, JSON lines, lists or CSV, of which a kind of sample says what records they are."""
+
+    notes: Sequence[str] = ()
+
+    def __init__(self, config: Any, files: list[Path]) -> None:
+        """Raises DataError when the first file, by which the rows of all are estimated, has none."""
+        self.config, self.files = config, files
+        sizes = [file.stat().st_size for file in files]
+        first = sum(1 for _ in self.read(files[0]))
+        self.rows = round(first * sum(sizes) / max(1, sizes[0]))
+        if not self.rows:
+            raise DataError(f"source {config.path}: no rows in {files[0]}")
+
+    @abstractmethod
+    def records(self, file: Path, number: int, row: Row) -> Sequence[Any]:
+        """The records of a row; BadSample or DataError says what is wrong with it."""
+
+    def read(self, file: Path, part: int = 0, parts: int = 1) -> Iterator[Any]:
+        """As of `Shards`."""
+        return itertools.islice(self._read(file), part, None, parts)
+
+    def _read(self, file: Path) -> Iterator[Any]:
+        for number, row in rows_or_faults(file):
+            try:
+                if isinstance(row, BadSample):
+                    raise BadSample(f"the row {row.reason}")
+                yield from self.records(file, number, row)
+            except (BadSample, DataError) as error:
+                yield Bad(f"{file.name}:{number}", str(error))
+
+    def identity(self) -> str:
+        """As of `Shards`."""
+        config = dataclasses.asdict(self.config) | {"path": None, "image_root": None}
+        return json.dumps([config, [(file.name, file.stat().st_size) for file in self.files]])
+
+
 class Stream:
     """Endless records of shards, shuffled, shared out to all workers of all processes."""
 
-    def __init__(
-        self, sources: Sequence[SourceConfig], transform: Callable, tokenizer: Tokenizer, config: DataConfig, seed: int
-    ):
-        """Raises DataError when a source is not made of local shards or the tokenizer does not know the captions."""
-        if not sources:
+    def __init__(self, shards: Sequence[Shards], prepare: Prepare, seed: int) -> None:
+        """Raises DataError when nothing can be read or the tokenizer does not know the texts."""
+        if not shards:
             raise DataError("no data: give at least one source")
-        self.shards = [Shards(s) for s in sources]
-        self.transform, self.tokenizer, self.config, self.seed = transform, tokenizer, config, seed
+        self.shards, self.prepare, self.seed = list(shards), prepare, seed
         self.left_out: frozenset[str] = frozenset()
         """Keys of samples that are replaced undecoded."""
-        self.prompt = check_prompt(tokenizer, config)
-        check_captions(tokenizer, self._probe(), config.max_unknown)
+        prepare.check_vocabulary(self._probe())
 
-    @property
-    def samples_per_epoch(self) -> int:
+    def __len__(self) -> int:
         """Rows of all sources times their weights; an estimate, except for parquet."""
         return max(1, round(sum(s.rows * s.config.weight for s in self.shards)))
 
     def fingerprint(self) -> str:
         """A hash of what the data is: shard names and sizes, and every setting that changes samples."""
-        c = self.config
-        settings = (c.prompt, c.max_words, c.max_tokens, c.max_pixels, c.shuffle_buffer)
-        return digest(self.shards, "stream", *settings, self.transform.describe(), self.seed, self.tokenizer.digest())
+        p = self.prepare
+        settings = (*p.settings(), p.config.shuffle_buffer, p.transform.describe(), self.seed)
+        return digest(self.shards, "stream", *settings, p.tokenizer.digest()) + p.suffix()
 
     def _probe(self) -> list[str]:
-        """Some captions of each source. DataError if none of its first rows can be used: that is no row's fault."""
-        captions, each = [], max(1, _PROBES // len(self.shards))
+        """Some texts of each source. DataError if none of its first rows can be used: that is no row's fault."""
+        texts, each = [], max(1, PROBES // len(self.shards))
         for shards in self.shards:
             found = list(itertools.islice(shards.read(shards.files[0]), max(each, FIRST_ROWS)))
             if found and all(isinstance(one, Bad) for one in found):
                 first = f"{shards.files[0]}: {found[0].key}: {found[0].reason}"
                 raise DataError(f"{first}, and no other of the first {len(found)} rows can be used either; {CURE}")
-            for r in found[:each]:
-                if isinstance(r, Record):
+            for one in found[:each]:
+                if not isinstance(one, Bad):
                     with contextlib.suppress(BadSample):
-                        captions.append(clean_caption(r.captions[0], self.config.max_words))
-        return captions
+                        texts += self.prepare.texts(one)
+        return texts
 
-    def records(self, consumer: int, consumers: int, start: int, world: int) -> Iterator[Record | Bad]:
+    def records(self, consumer: int, consumers: int, start: int, world: int) -> Iterator[Any]:
         """The shuffled, endless records of one of the workers of all `world` processes."""
-        buffer: list[Record | Bad] = []
-        size = max(1, self.config.shuffle_buffer * world // consumers)
+        buffer: list[Any] = []
+        size = max(1, self.prepare.config.shuffle_buffer * world // consumers)
         for n, r in enumerate(self._mixed(consumer, consumers, start)):
             if len(buffer) < size:
                 buffer.append(r)
                 continue
-            at = mix(self.seed, start, _BUFFER, consumer, n) % size
+            at = mix(self.seed, start, Purpose.SHUFFLE_BUFFER, consumer, n) % size
             buffer[at], r = r, buffer[at]
             yield r
 
-    def _mixed(self, consumer: int, consumers: int, start: int) -> Iterator[Record | Bad]:
+    def _mixed(self, consumer: int, consumers: int, start: int) -> Iterator[Any]:
         """Records of the sources in proportion to their weighted sizes."""
         streams = [self._endless(s, consumer, consumers, start) for s in range(len(self.shards))]
         edges = np.cumsum([s.rows * s.config.weight for s in self.shards])
         for n in itertools.count():
-            u = mix(self.seed, start, _SOURCE, consumer, n) / 2**64 * edges[-1]
+            u = mix(self.seed, start, Purpose.SOURCE, consumer, n) / 2**64 * edges[-1]
             yield next(streams[min(int(np.searchsorted(edges, u, side="right")), len(streams) - 1)])
 
-    def _endless(self, s: int, consumer: int, consumers: int, start: int) -> Iterator[Record | Bad]:
+    def _endless(self, s: int, consumer: int, consumers: int, start: int) -> Iterator[Any]:
         shards = self.shards[s]
         for epoch in itertools.count():
             read, broken = 0, []
@@ -247,37 +296,51 @@ class Stream:
     def _share(self, s: int, epoch: int, consumer: int, consumers: int, start: int) -> list[tuple[Path, int, int]]:
         """The (shard, part, parts) of a worker in an epoch: whole shards, or parts of one where there are too few."""
         files = self.shards[s].files
-        order = permutation(len(files), self.seed, start, _SHARDS, s, epoch)
+        order = permutation(len(files), self.seed, start, Purpose.SHARD_ORDER, s, epoch)
         if len(files) >= consumers:
             return [(files[i], 0, 1) for i in order[consumer::consumers]]
         turn, mine = divmod(consumer, len(files))
         parts = math.ceil((consumers - mine) / len(files))
         return [(files[order[mine]], turn, parts)]
 
+    def leave_out(self, keys: frozenset[str]) -> None:
+        """Replace some samples undecoded."""
+        self.left_out = keys
 
-class _Steps(IterableDataset):
-    """The batches of one process, made by its workers in turn: step s by worker (s - start) % workers."""
+    def batches(self, start: int, count: int, rank: int, world: int, batch_size: int) -> Loader:
+        """Batches `start` to `start + count` - 1 of one process, each of exactly `batch_size` samples.
+
+        Repeatable for the same start and workers.
+        """
+        check_process(rank, world)
+        reading = Reading(self.prepare.config.workers)
+        data = _Batches(self, reading, batch_size, rank, world, range(start, start + count))
+        return Loader(data, data.name, count, self.prepare.config, reading)
+
+
+class _Batches(IterableDataset):
+    """The batches of one process, made by its workers in turn: the n-th by worker n % workers."""
 
     def __init__(
-        self, stream: Stream, progress: Progress, batch_size: int, rank: int, world: int, span: tuple[int, int]
-    ):
-        self.stream, self.progress, self.batch_size = stream, progress, batch_size
-        self.rank, self.world, (self.start, self.steps) = rank, world, span
+        self, stream: Stream, reading: Reading, batch_size: int, rank: int, world: int, numbers: range
+    ) -> None:
+        self.stream, self.reading, self.batch_size = stream, reading, batch_size
+        self.rank, self.world, self.numbers = rank, world, numbers
 
     def __iter__(self) -> Iterator[Batch | Failure]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         consumer, consumers = self.rank * workers + worker, self.world * workers
-        s, size = self.stream, self.batch_size
-        samples = self._samples(s.records(consumer, consumers, self.start, self.world), consumer)
-        for step in range(self.start + worker, self.steps, workers):
-            self.progress.note("", step)
+        s, size, start = self.stream, self.batch_size, self.numbers.start
+        samples = self._samples(s.records(consumer, consumers, start, self.world), consumer)
+        for number in self.numbers[worker::workers]:
+            self.reading.note("", number)
             yield guarded(
-                lambda: make_batch(list(itertools.islice(samples, size)), s.tokenizer, s.prompt),
-                lambda step=step: f"step {step}",
+                lambda: s.prepare.collate(list(itertools.islice(samples, size))),
+                lambda number=number: f"step {number}",
             )
 
-    def _samples(self, records: Iterator[Record | Bad], consumer: int) -> Iterator[Sample]:
+    def _samples(self, records: Iterator[Any], consumer: int) -> Iterator[Sample]:
         s, bad = self.stream, []
         for n, r in enumerate(records):
             try:
@@ -286,9 +349,9 @@ class _Steps(IterableDataset):
                 elif r.key in s.left_out:
                     bad.append(Bad(r.key, LEFT_OUT))
                 else:
-                    self.progress.note(r.key)
-                    sample = make_sample(r, s.transform, s.tokenizer, s.config, (s.seed, self.start, consumer, n))
-                    self.progress.note("")  # what follows is reading, and not this sample's
+                    self.reading.note(r.key)
+                    sample = s.prepare(r, (s.seed, self.numbers.start, consumer, n))
+                    self.reading.note("")  # what follows is reading, and not this sample's
                     sample.bad, bad = bad, []
                     yield sample
             except BadSample as error:
@@ -298,40 +361,5 @@ class _Steps(IterableDataset):
                 raise DataError(f"{len(bad)} samples in a row are unreadable, the first: {listed}")
 
     def name(self, worker: int) -> str:
-        noted = self.progress.of(worker)
+        noted = self.reading.of(worker)
         return f"step {noted.step}" + f", {noted.key}" * bool(noted.key)
-
-
-def make_stream_loader(
-    stream: Stream, *, batch_size: int, rank: int, world: int, start: int, steps: int, config: DataConfig, seed: int
-) -> Loader:
-    """As `make_loader`, from a stream: exactly `batch_size` pairs a step; repeatable for the same start and workers."""
-    if not 0 <= rank < world:
-        raise ValueError(f"rank {rank} is not one of {world} processes")
-    if seed != stream.seed:
-        raise ValueError(f"the loader's seed {seed} is not the stream's seed {stream.seed}")
-    progress = Progress(config.workers)
-    data = _Steps(stream, progress, batch_size, rank, world, (start, steps))
-    return Loader(data, data.name, max(0, steps - start), config, progress)
-
-
-class StreamFeed:
-    """A Stream as the training loop asks for it; an epoch's length is an estimate."""
-
-    def __init__(self, stream: Stream):
-        self.stream = stream
-
-    def __len__(self) -> int:
-        return self.stream.samples_per_epoch
-
-    def leave_out(self, keys: frozenset[str]) -> None:
-        """Replace some samples unread."""
-        self.stream.left_out = keys
-
-    def batches(self, start: int, count: int, rank: int, world: int, batch_size: int) -> Loader:
-        """Batches `start` to `start + count` - 1 of one process."""
-        s = self.stream
-        span = {"start": start, "steps": start + count}
-        return make_stream_loader(
-            s, batch_size=batch_size, rank=rank, world=world, **span, config=s.config, seed=s.seed
-        )

@@ -1,4 +1,4 @@
-"""Pictures to normalised tensors (3, S, S), with augmentation in training. S image side in pixels."""
+"""Images to normalised tensors (3, S, S), with augmentation in training. S image side in pixels."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _MEAN, _STD = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
 
 
 def normalise(image: Image.Image) -> Tensor:
-    """An RGB picture (S, S) to a float32 tensor (3, S, S) with CLIP's mean and deviation taken out."""
+    """An RGB image (S, S) to a float32 tensor (3, S, S) with CLIP's mean and deviation taken out."""
     # As torchvision's to_tensor and normalize, to the bit, without their checks, which take longer than the work.
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
     return pixels.sub_(_MEAN).div_(_STD)
 
 
 class EvalTransform:
-    """Resize to a square, bicubic, without regard to the picture's shape; then normalise."""
+    """Resize to a square, bicubic, without regard to the image's shape; then normalise."""
 
     at_least: int | None = None
 
@@ -47,7 +47,7 @@ class EvalTransform:
         self.image_size = image_size
 
     def __call__(self, image: Image.Image, *key: int, sided: bool = False) -> Tensor:
-        """RGB picture of any size -> (3, S, S) float32. `key` and `sided` are for TrainTransform and do nothing."""
+        """RGB image of any size -> (3, S, S) float32. `key` and `sided` are for TrainTransform and do nothing."""
         side = self.image_size
         return normalise(image.resize((side, side), Image.Resampling.BICUBIC))
 
@@ -57,9 +57,9 @@ class EvalTransform:
 
 
 class TrainTransform:
-    """Random crop, mirror image and RandAugment (section 4.1 of the paper), as a function of the picture and a key.
+    """Random crop, mirror image and RandAugment (section 4.1 of the paper), as a function of the image and a key.
 
-    A picture whose caption says left or right is not mirrored unless `flip_sided_captions`.
+    An image whose caption says left or right is not mirrored unless `flip_sided_captions`.
     """
 
     def __init__(self, image_size: int, config: DataConfig):
@@ -75,7 +75,7 @@ class TrainTransform:
         ]
 
     def __call__(self, image: Image.Image, *key: int, sided: bool = False) -> Tensor:
-        """RGB picture of any size -> (3, S, S) float32; the same key draws the same crop, mirror and augmentations."""
+        """RGB image of any size -> (3, S, S) float32; the same key draws the same crop, mirror and augmentations."""
         side = self.image_size
         if self.config.crop_scale_min == 1.0:
             image = image.resize((side, side), Image.Resampling.BICUBIC)

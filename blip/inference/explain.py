@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from blip.errors import BadSample
-from blip.inference.features import Features, Picture
+from blip.inference.features import Features, ImageInput
 from blip.models.blip import Matcher
 from blip.nn.context import Context, by_head
 from blip.nn.text import TextPass
@@ -40,7 +40,7 @@ class Explanation:
     """That the text fits the picture."""
 
 
-def explain(features: Features, picture: Picture, text: str, layer: int | None = None) -> Explanation:
+def explain(features: Features, picture: ImageInput, text: str, layer: int | None = None) -> Explanation:
     """Which patches of a picture make the model say that a text fits.
 
     `layer` is the cross-attention to ask, from 0 and not the last; 7 of 12 unless given, as shown by the authors.

@@ -1,16 +1,15 @@
-"""Features of pictures and texts for whoever builds on them: `blip.load(where)`.
+"""Features of images and texts for whoever builds on them: `blip.load(where)`.
 
     features = blip.load("runs/base/model", device="cuda", dtype=torch.bfloat16)
     features.embed_image(["a.jpg", "b.jpg"]) @ features.embed_text(["a dog", "a cat", "a bird"]).T  # cosines (2, 3)
     features.match(["a.jpg"], ["a dog", "a cat"]).probability  # (1, 2)
 
-N pictures, M texts, E embedding width, D text width, S image side in pixels.
+N images, M texts, E embedding width, D text width, S image side in pixels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,15 +24,14 @@ from blip.models.blip import Matcher
 from blip.text import clean_caption
 from blip.tokenizer import Tokenizer
 
-Picture = str | Path | Image.Image
-"""A file's path, or the picture itself."""
+ImageInput = str | Path | Image.Image
+"""A file's path, or the image itself."""
 MAX_TOKENS = 35
-"""Word pieces kept of a text that is compared with pictures (paper, section 5.1)."""
-_THREADS = 4
+"""Word pieces kept of a text that is compared with images (paper, section 5.1)."""
 
 
 class Matches(NamedTuple):
-    """How well N pictures and M texts fit each other."""
+    """How well N images and M texts fit each other."""
 
     itc: Tensor
     """(N, M) cosines of the joint embeddings."""
@@ -42,7 +40,7 @@ class Matches(NamedTuple):
 
     @property
     def probability(self) -> Tensor:
-        """(N, M), that the text fits the picture."""
+        """(N, M), that the text fits the image."""
         return self.logits.softmax(-1)[..., 1]
 
     @property
@@ -60,9 +58,9 @@ def cosines(images: Tensor, texts: Tensor) -> Tensor:
 class Features:
     """A model with its tokenizer, asked for features; it computes where and in the type that its weights are in.
 
-    Pictures are a tensor (N, 3, S, S) as blip.data.transforms.EvalTransform makes it, or a list of paths and PIL
-    pictures where there is a function that reads them, as `blip.load` gives. Texts are cleaned like captions in
-    training. What is returned is float32, on the model's device, without gradient. DataError names a picture that
+    Images are a tensor (N, 3, S, S) as blip.data.transforms.EvalTransform makes it, or a list of paths and PIL
+    images where there is a function that reads them, as `blip.load` gives. Texts are cleaned like captions in
+    training. What is returned is float32, on the model's device, without gradient. DataError names an image that
     cannot be read, ValueError a text without words.
     """
 
@@ -70,14 +68,15 @@ class Features:
         self,
         model: Matcher,
         tokenizer: Tokenizer,
-        read: Callable[[Picture], Tensor] | None = None,
+        read: Callable[[Sequence[ImageInput], int], Iterator[Sequence[Tensor]]] | None = None,
         *,
         batch: int = 32,
         max_tokens: int = MAX_TOKENS,
     ) -> None:
-        """Takes the model as it is and puts it in evaluation mode; `batch` pictures go through it at once.
+        """Takes the model as it is and puts it in evaluation mode; `batch` images go through it at once.
 
-        `read` makes a tensor (3, S, S) of a path or PIL picture, as blip.data.images.ImageReader does.
+        `read(images, batch)` yields tensors (3, S, S) of paths and PIL images in order, `batch` at a time, as
+        blip.data.image_files.reader(S) does.
         """
         if batch < 1:
             raise ValueError(f"batch must be 1 or more, got {batch}")
@@ -100,8 +99,8 @@ class Features:
         return self.model.temperature.dtype
 
     @torch.no_grad()
-    def embed_image(self, images: Sequence[Picture] | Tensor) -> Tensor:
-        """Pictures -> joint embeddings (N, E) of length 1 (paper, section 3.2, ITC)."""
+    def embed_image(self, images: Sequence[ImageInput] | Tensor) -> Tensor:
+        """Images -> joint embeddings (N, E) of length 1 (paper, section 3.2, ITC)."""
         found = [self.model.embed_image(tokens) for tokens in self.tokens(images)]
         return torch.cat(found) if found else torch.empty(0, self.model.config.embed_dim, device=self.device)
 
@@ -115,10 +114,10 @@ class Features:
         return torch.cat(found) if found else torch.empty(0, self.model.config.embed_dim, device=self.device)
 
     @torch.no_grad()
-    def ground(self, images: Sequence[Picture] | Tensor, texts: Sequence[str]) -> Tensor:
-        """Text i over picture i, or all texts over a single picture -> [ENC] states (M, D), what ITM decides by."""
+    def ground(self, images: Sequence[ImageInput] | Tensor, texts: Sequence[str]) -> Tensor:
+        """Text i over image i, or all texts over a single image -> [ENC] states (M, D), what ITM decides by."""
         if len(images) != len(texts) and len(images) != 1:
-            raise ValueError(f"{len(images)} pictures and {len(texts)} texts: give as many of both, or one picture")
+            raise ValueError(f"{len(images)} images and {len(texts)} texts: give as many of both, or one image")
         ids, keep = self._read(texts, "enc")
         everything = torch.arange(len(texts))
         found, done = [], 0
@@ -129,8 +128,8 @@ class Features:
         return torch.cat(found).float()
 
     @torch.no_grad()
-    def match(self, images: Sequence[Picture] | Tensor, texts: Sequence[str]) -> Matches:
-        """Every picture with every text, by ITC and by ITM."""
+    def match(self, images: Sequence[ImageInput] | Tensor, texts: Sequence[str]) -> Matches:
+        """Every image with every text, by ITC and by ITM."""
         words = self.embed_text(texts)
         ids, keep = self._read(texts, "enc")
         embeds, logits = [], []
@@ -139,7 +138,7 @@ class Features:
             chosen = [torch.arange(len(texts))] * len(tokens)
             logits += matching.match(self.model, tokens, ids, keep, chosen, 8 * self.batch)
         if not logits or not texts:
-            raise ValueError(f"nothing to match: {len(images)} pictures and {len(texts)} texts")
+            raise ValueError(f"nothing to match: {len(images)} images and {len(texts)} texts")
         return Matches(cosines(torch.cat(embeds), words), torch.stack(logits))
 
     def _read(self, texts: Sequence[str], first: str) -> tuple[Tensor, Tensor]:
@@ -150,26 +149,19 @@ class Features:
             try:
                 cleaned.append(clean_caption(text, self.max_tokens))
             except BadSample as error:
-                raise ValueError(f"text {text!r} cannot be compared with pictures: {error}") from None
+                raise ValueError(f"text {text!r} cannot be compared with images: {error}") from None
         return self.tokenizer.encode(cleaned, first=first, max_length=self.max_tokens)
 
     @torch.no_grad()
-    def tokens(self, images: Sequence[Picture] | Tensor) -> Iterator[Tensor]:
-        """Image tokens (B, P, V) of `batch` pictures at a time, the class token first."""
+    def tokens(self, images: Sequence[ImageInput] | Tensor) -> Iterator[Tensor]:
+        """Image tokens (B, P, V) of `batch` images at a time, the class token first."""
         if isinstance(images, str | Path):
-            raise ValueError("pictures must be a list or a tensor, not one path")
+            raise ValueError("images must be a list or a tensor, not one path")
         parts = images.split(self.batch) if isinstance(images, Tensor) else self._decoded(images)
         for part in parts:
             yield self.model.vision(part.to(self.device, self.dtype))
 
-    def _decoded(self, images: Sequence[Picture]) -> Iterator[Tensor]:
-        """Pictures to tensors, one batch ahead of the model."""
+    def _decoded(self, images: Sequence[ImageInput]) -> Iterator[Tensor]:
         if self.read is None:
-            raise ValueError("these Features take tensors only: load them by blip.load, or give read=ImageReader(side)")
-        with ThreadPoolExecutor(_THREADS) as pool:
-            before = []
-            for start in range(0, len(images) + self.batch, self.batch):
-                coming = [pool.submit(self.read, picture) for picture in images[start : start + self.batch]]
-                if before:
-                    yield torch.stack([one.result() for one in before])
-                before = coming
+            raise ValueError("these Features take tensors only: load them by blip.load, or give them a function `read`")
+        return map(torch.stack, self.read(images, self.batch))

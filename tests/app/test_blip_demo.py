@@ -329,7 +329,7 @@ def test_wrong_use_is_one_line(monkeypatch, capfd, model, tmp_path):  # noqa: F8
     assert "cannot listen at 192.0.2.1" in refused(capfd, "--model", model, "--port", 7999, "--host", "192.0.2.1")
     assert "--port: expected" in refused(capfd, "--port", "-1")
     assert "is not a folder of pictures" in refused(capfd, "--model", model, "--folder", tmp_path / "gone")
-    assert "no pictures in" in refused(capfd, "--model", model, "--folder", tmp_path)
+    assert "no images in" in refused(capfd, "--model", model, "--folder", tmp_path)
 
 
 def test_every_model_gets_the_tokenizer_that_is_given(monkeypatch, capfd):

@@ -343,7 +343,7 @@ def test_reading_ahead_is_in_order_and_bounded(tmp_path):
         Path(paths[-1]).write_bytes(png(i) if i % 7 else b"")
     Image.new("RGB", (640, 480)).save(paths[1], "JPEG")
     begun = []
-    ahead = image_files.read_ahead(paths, lambda image: begun.append(image.size) or torch.zeros(3, 4, 4), 4)
+    ahead = image_files.read_images(paths, lambda image: begun.append(image.size) or torch.zeros(3, 4, 4), 4)
     assert not begun
     first = next(ahead)
     assert [picture.path for picture in first] == paths[:4]
@@ -371,7 +371,7 @@ def test_pictures_that_cannot_be_read_are_listed_and_the_others_answered(run, ph
     assert status == 1
     assert by_name(out) == expected
     said = err.splitlines()
-    assert said[0] == "left out 1 files that are not named like pictures (.txt)"
+    assert said[0] == "left out 1 files that are not named like images (.txt)"
     assert [line for line in said if line.startswith("photos/")] == [
         "photos/gone.png: no such file",
         "photos/p0.gif: is empty (0 bytes)",
@@ -390,9 +390,9 @@ LONG = "a small " * 40
 WRONG = {
     "no such file": (["photos", "nowhere.png"], "no such file or folder: nowhere.png"),
     "an address": (["https://x/y.png"], "download"),
-    "an empty folder": (["empty"], "no pictures in empty: looked for names ending in bmp, gif, jpeg, jpg, png, webp"),
+    "an empty folder": (["empty"], "no images in empty: looked for names ending in bmp, gif, jpeg, jpg, png, webp"),
     "an empty glob": (["photos/*.jpg"], "nothing matches photos/*.jpg"),
-    "a glob of empty folders": (["em*"], "no pictures in em*: looked for"),
+    "a glob of empty folders": (["em*"], "no images in em*: looked for"),
     "nothing": ([], "IMAGE"),
     "no model there": (["photos", "--model", "./nowhere"], "./nowhere is not a model directory"),
     "not a model": (["photos", "--model", "photos"], "photos has no config.json"),
@@ -574,7 +574,7 @@ def test_real_photographs(run, real_data):
     options = ["--method", "nucleus", "--json"]
     status, out, err = run(real_data / "photos", *options, "--batch", 32)
     assert status == 0
-    assert err.startswith("left out 2 files that are not named like pictures (.json)\n")
+    assert err.startswith("left out 2 files that are not named like images (.json)\n")
     found = by_name(out)
     assert len(found) == 236
     some = sorted(found)[::40]

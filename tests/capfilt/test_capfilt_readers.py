@@ -13,7 +13,7 @@ from capfilt_crawl import annotations, crawl, jpeg, planned, sample, scored, wri
 
 from blip.data.formats.sources import open_source
 from blip.data.settings import SourceConfig
-from blip.data.stream import Shards
+from blip.data.stream import CaptionShards
 from blip.errors import BadSample, DataError
 from blip.objectives.batch import Bad
 from capfilt.__main__ import main
@@ -372,7 +372,7 @@ def by_number(path, out, split=None):
 
 
 def by_stream(path, out, split=None):
-    shards = Shards(SourceConfig(str(path), split=split))
+    shards = CaptionShards(SourceConfig(str(path), split=split))
     records = [r for file in shards.files for r in shards.read(file)]
     return [None if isinstance(r, Bad) else r.captions for r in records]
 
@@ -418,7 +418,7 @@ def test_a_value_that_is_not_utf8_is_said_of_its_row(tmp_path):
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(BadSample, match="column 'caption' is not UTF-8"):
         open_source(SourceConfig(str(tmp_path / "a.parquet")))[20]
-    shards = Shards(SourceConfig(str(tmp_path / "a.parquet")))
+    shards = CaptionShards(SourceConfig(str(tmp_path / "a.parquet")))
     (bad,) = (r for r in shards.read(shards.files[0]) if isinstance(r, Bad))
     assert (bad.key, bad.reason) == ("a.parquet:20", "column 'caption' is not UTF-8 text: invalid start byte")
     found = annotations(scored(tmp_path / "a.parquet", tmp_path / "run")).to_pylist()

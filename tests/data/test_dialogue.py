@@ -14,9 +14,9 @@ from stub_run import the_zygote
 from test_checkpoint import SMALLEST, TOKENIZER
 
 from blip import dist
-from blip.data.loader import Feed
-from blip.data.prepare.dialogues import Conversations, DialoguePairs, Round, Rows
-from blip.data.prepare.dialogues import Dialogue as Said
+from blip.data.draws import Draws
+from blip.data.prepare.dialogues import Conversation as Said
+from blip.data.prepare.dialogues import Conversations, DialogueRows, PrepareDialogues, Round, Wording, open_dialogues
 from blip.data.settings import DataConfig, Dialogues
 from blip.data.transforms import TrainTransform
 from blip.errors import DataError
@@ -208,7 +208,7 @@ def test_pictures_are_found_by_their_number(tmp_path, split, name):
     value = talk(split=split)
     del value["data"]["dialogs"][0]["image"]
     config = written(tmp_path, value)
-    with pytest.raises(DataError, match="none of its pictures is there"):
+    with pytest.raises(DataError, match="none of its images is there"):
         Conversations(config).check_some_exist()
     (tmp_path / name).parent.mkdir(exist_ok=True)
     Image.new("RGB", (4, 4)).save(tmp_path / name)
@@ -227,15 +227,15 @@ def pieces(text):
 def test_a_row_is_question_answer_and_history_latest_first(tmp_path):
     source = Conversations(written(tmp_path, talk()))
     sep = TOKENIZER.sep_id
-    rows = Rows(source, source.dialogues[0], TOKENIZER, DataConfig(max_tokens=99))
+    rows = DialogueRows(source, source.dialogues[0], TOKENIZER, DataConfig(max_tokens=99))
     (found,) = rows.round(1, [2])
     own = [TOKENIZER.enc_id, *pieces("is it red?"), sep, *pieces("no"), sep]
     before = [*pieces("what is it?"), *pieces("a star"), sep]
     assert found == own + before
     assert rows.round(0, [1])[0] == [TOKENIZER.enc_id, *pieces("what is it?"), sep, *pieces("a star"), sep]
-    short = Rows(source, source.dialogues[0], TOKENIZER, DataConfig(max_tokens=len(own) + len(before) - 1))
+    short = DialogueRows(source, source.dialogues[0], TOKENIZER, DataConfig(max_tokens=len(own) + len(before) - 1))
     assert short.round(1, [2])[0] == own, "a round that does not fit is left out whole"
-    tight = Rows(source, source.dialogues[0], TOKENIZER, DataConfig(max_tokens=8)).round(1, [1])[0]
+    tight = DialogueRows(source, source.dialogues[0], TOKENIZER, DataConfig(max_tokens=8)).round(1, [1])[0]
     assert len(tight) == 8
     assert tight[-1 - len(pieces("a star")) :] == [*pieces("a star"), sep], "the answer is kept, the question is cut"
 
@@ -244,7 +244,7 @@ def test_a_row_is_question_answer_and_history_latest_first(tmp_path):
 def pairs(tmp_path):
     config = DataConfig(crop_scale_min=1.0, augment_ops=0, max_tokens=40, max_unknown=1, workers=0)
     source = Conversations(written(tmp_path, talk()))
-    return DialoguePairs([source], TrainTransform(8, config), TOKENIZER, config, 0, rounds=2, wrong=2)
+    return Draws([source], PrepareDialogues(TrainTransform(8, config), TOKENIZER, config, 2, 2), 0)
 
 
 def test_false_answers_may_be_those_that_are_worded_like_the_true_one(tmp_path):
@@ -257,10 +257,10 @@ def test_false_answers_may_be_those_that_are_worded_like_the_true_one(tmp_path):
     config = DataConfig(crop_scale_min=1.0, augment_ops=0, max_tokens=40, max_unknown=1, workers=0)
 
     def shown(alike):
-        pairs = DialoguePairs([source], TrainTransform(8, config), TOKENIZER, config, 0, 1, 3, alike)
+        pairs = Draws([source], PrepareDialogues(TrainTransform(8, config), TOKENIZER, config, 1, 3, alike), 0)
         pairs = pickle.loads(pickle.dumps(pairs))  # as a spawned worker gets them
         record = pairs.sources[0][0]
-        rows = [row for draw in range(20) for row in pairs.make(record, (draw,)).rows]
+        rows = [row for draw in range(20) for row in pairs.prepare(record, (draw,)).texts[1:]]
         return [row[row.index(TOKENIZER.sep_id) + 1 :] for row in rows], pairs.fingerprint()
 
     # 8 answers; "it" is in 4 of them, "is" in 5, "red" in 3, "blue" in 2: log(1 + 8 / n) is 1.10, 0.96, 1.30 and 1.61.
@@ -275,8 +275,14 @@ def test_false_answers_may_be_those_that_are_worded_like_the_true_one(tmp_path):
     assert fingerprint != shown(0)[1]
 
 
+def test_likeness_does_not_depend_on_the_order_in_which_words_are_added_up():
+    wording = Wording([])
+    wording.weights = {"a": 0.1, "b": 0.2, "c": 0.3}
+    assert {wording._weight(order) for order in itertools.permutations("abc")} == {0.6}
+
+
 def test_batches_hold_the_true_answer_first_and_false_ones_after(pairs):
-    (batch,) = Feed(pairs).batches(0, 1, 0, 1, 3)
+    (batch,) = pairs.batches(0, 1, 0, 1, 3)
     assert (len(batch), batch.choices, batch.ids.shape[0], batch.image.shape) == (3, 3, 18, (3, 3, 8, 8))
     seen = set()
     for rows in batch.ids.view(3, 2, 3, -1):
@@ -292,17 +298,19 @@ def test_batches_hold_the_true_answer_first_and_false_ones_after(pairs):
     assert {t.device.type for t in (batch.to("meta").ids, batch.to("meta").caption_keep)} == {"meta"}
 
 
-def test_a_dialogue_that_teaches_nothing_is_refused(pairs, tmp_path):
+def test_what_cannot_be_learned_from_or_streamed_is_refused(tmp_path):
     rounds = [{"question": 0, "answer_options": [0, 1]}]
-    source = Conversations(written(tmp_path, talk(data__dialogs__0__dialog=rounds)))
+    config = written(tmp_path, talk(data__dialogs__0__dialog=rounds))
     with pytest.raises(DataError, match="image 7: no round has its right answer marked"):
-        DialoguePairs([source], pairs.transform, TOKENIZER, pairs.config, 0, 1, 1)
+        open_dialogues(DataConfig([config]))
+    with pytest.raises(DataError, match=r"data\.streaming does not read dialogues"):
+        open_dialogues(DataConfig([config], streaming=True))
 
 
 def test_the_loss_is_matching_over_all_rows(pairs):
     model = random_model(image_size=16, patch_size=8)
-    pairs.transform = TrainTransform(16, pairs.config)
-    (batch,) = Feed(pairs).batches(0, 1, 0, 1, 2)
+    pairs.prepare.transform = TrainTransform(16, pairs.prepare.config)
+    (batch,) = pairs.batches(0, 1, 0, 1, 2)
     outcome = Objective(model)(batch, epoch=0.0)
     logits = torch.stack(
         [

@@ -17,9 +17,10 @@ from blip import dist
 from blip.checkpoints.checkpoint import from_pretrained, save_pretrained
 from blip.checkpoints.layouts import original_nlvr
 from blip.checkpoints.table import from_theirs, to_theirs
-from blip.data.loader import Feed
-from blip.data.prepare.sentences import PictureSentencePairs, Sentences, cut, make_batch, read_pictures
+from blip.data.draws import Draws
+from blip.data.prepare.sentences import PrepareSentences, Sentences, cut, open_sentences, read_images, sentence_batch
 from blip.data.settings import DataConfig, PictureSentences
+from blip.data.stream import Stream
 from blip.data.transforms import TrainTransform
 from blip.errors import BadSample, DataError
 from blip.models.blip import Blip
@@ -199,7 +200,7 @@ def test_the_real_nlvr2_is_read(dev):
     assert len(parts["train"]) + len(parts["val"]) == 6982
     assert 0.15 < len(parts["val"]) / 6982 < 0.25
     assert not {e.fold for e in parts["train"].examples} & {e.fold for e in parts["val"].examples}
-    with pytest.raises(DataError, match=r"none of its pictures is there; looked for .*dev-850-0-img0.png"):
+    with pytest.raises(DataError, match=r"none of its images is there; looked for .*dev-850-0-img0.png"):
         source.check_some_exist()
 
 
@@ -207,7 +208,7 @@ def test_the_real_nlvr_is_read(real_data):
     source = Sentences(PictureSentences(str(real_data / "nlvr/dev/dev.json")))
     assert (len(source), source.count) == (5934, 3)
     assert all(e.images[0].exists() for e in source.examples)
-    boxes = read_pictures(source[0], 10**8)
+    boxes = read_images(source[0], 10**8)
     whole = np.asarray(Image.open(source[0].images[0]).convert("RGB"))
     assert [box.size for box in boxes] == [(100, 100)] * 3
     for left, box in zip((0, 150, 300), boxes, strict=True):
@@ -243,7 +244,7 @@ ROW = {"images": ["a.png", "b.png"], "sentence": "left is red", "label": "True",
         ({"images": None, "identifier": "x"}, r"row 1 has neither 'images' nor an 'identifier' such as"),
         ({"images": None, "identifier": "dev-1-0-1", "directory": "../x"}, r"row 1: the directory is '../x'"),
         ({"identifier": "dev-1-0-0"}, r"dev-1-0-0 is there twice, in dev.json:0 and dev.json:1"),
-        ({"images": ["a.png", "b.png", "a.png"]}, r"dev.json:1 has 3 pictures, dev.json:0 has 2"),
+        ({"images": ["a.png", "b.png", "a.png"]}, r"dev.json:1 has 3 images, dev.json:0 has 2"),
     ],
 )
 def test_a_row_that_does_not_fit_is_named(tmp_path, change, said):
@@ -255,13 +256,13 @@ def test_a_missing_picture_of_a_pair_is_named(tmp_path):
     source = Sentences(rows(tmp_path, ROW, {**ROW, "identifier": "dev-1-1-0", "images": ["a.png", "gone.png"]}))
     source.check_some_exist()
     with pytest.raises(BadSample, match=r"gone.png: no such file"):
-        read_pictures(source[1], 10**8)
+        read_images(source[1], 10**8)
     model = random_model()
     with pytest.raises(DataError, match=r"dev.json:1 dev-1-1-0 cannot be evaluated: gone.png: no such file"):
         answers_of(model, TOKENIZER, source.examples)
     (tmp_path / "gone.png").symlink_to("/etc/hostname")
     with pytest.raises(BadSample, match="outside"):
-        read_pictures(source[1], 10**8)
+        read_images(source[1], 10**8)
 
 
 @pytest.mark.parametrize("layout", ["", "dev", "images/dev", "images/dev/7", "7"])
@@ -282,7 +283,7 @@ def red_and_blue(tmp_path, sentence, **settings):
         crop_scale_min=1.0, augment_ops=0, max_words=40, max_tokens=20, max_unknown=1, workers=0, **settings
     )
     source = Sentences(rows(tmp_path, {**ROW, "sentence": sentence}))
-    return PictureSentencePairs([source], TrainTransform(8, config), TOKENIZER, config, 0)
+    return Draws([source], PrepareSentences(TrainTransform(8, config), TOKENIZER, config), 0)
 
 
 @pytest.mark.parametrize(
@@ -291,9 +292,9 @@ def red_and_blue(tmp_path, sentence, **settings):
 )
 def test_pictures_change_places_where_the_sentence_allows_it(tmp_path, sentence, moves):
     pairs = red_and_blue(tmp_path, sentence, flip=0.0)
-    first = [bool(pairs[(epoch, 0)].image[0, 0].mean() > 0) for epoch in range(40)]
+    first = [bool(pairs[(epoch, 0)].images[0, 0].mean() > 0) for epoch in range(40)]
     assert (0.2 < np.mean(first) < 0.8) if moves else all(first)
-    assert first == [bool(pairs[(epoch, 0)].image[0, 0].mean() > 0) for epoch in range(40)]
+    assert first == [bool(pairs[(epoch, 0)].images[0, 0].mean() > 0) for epoch in range(40)]
 
 
 @pytest.mark.parametrize(("sentence", "turns"), [("left is red", False), ("bright is red", True)])
@@ -302,19 +303,50 @@ def test_nothing_is_mirrored_where_the_sentence_says_left_or_right(tmp_path, sen
     ramp = Image.linear_gradient("L").rotate(90).convert("RGB")
     for name in ("a.png", "b.png"):
         ramp.save(tmp_path / name)
-    views = torch.stack([pairs[(epoch, 0)].image for epoch in range(20)])
+    views = torch.stack([pairs[(epoch, 0)].images for epoch in range(20)])
     rising = views[:, :, 0, 0, 0] < views[:, :, 0, 0, -1]
     assert (rising.any() and not rising.all()) if turns else len(rising.unique()) == 1
 
 
 def test_batches_are_what_the_loop_needs(tmp_path):
     pairs = red_and_blue(tmp_path, "left is red")
-    (batch,) = Feed(pairs).batches(0, 1, 0, 1, 3)
+    (batch,) = pairs.batches(0, 1, 0, 1, 3)
     assert (len(batch), batch.image.shape, batch.labels.tolist()) == (3, (3, 2, 3, 8, 8), [1, 1, 1])
     assert batch.keys == ["dev.json:0 dev-1-0-0"] * 3
-    unlabelled = Sentences(rows(tmp_path, {**ROW, "label": None}))
+    unlabelled = rows(tmp_path, {**ROW, "label": None})
     with pytest.raises(DataError, match=r"dev-1-0-0 has no label"):
-        PictureSentencePairs([unlabelled], pairs.transform, TOKENIZER, pairs.config, 0)
+        open_sentences(DataConfig([unlabelled]))
+
+
+def test_examples_are_streamed_and_a_row_that_does_not_fit_is_one_bad_sample(tmp_path):
+    changes = [{}, {"label": None}, {"images": ["a.png", "b.png", "a.png"]}, {"sentence": 3}, {}]
+    config = rows(tmp_path, *({**ROW, "identifier": f"x{n}", **change} for n, change in enumerate(changes)))
+    data = DataConfig([config], streaming=True, max_unknown=1, workers=0, shuffle_buffer=2)
+    (shards,) = sources = open_sentences(data)
+    assert (shards.count, shards.rows) == (2, 5)
+    stream = Stream(sources, PrepareSentences(TrainTransform(8, data), TOKENIZER, data), 0)
+    batches = list(stream.batches(0, 8, 0, 1, 3))
+    assert {key for batch in batches for key in batch.keys} == {"dev.json:0 x0", "dev.json:4 x4"}
+    assert {batch.image.shape for batch in batches} == {(3, 2, 3, 8, 8)}
+    bad = {one.key: one.reason for batch in batches for one in batch.bad}
+    assert sorted(bad) == ["dev.json:1 x1", "dev.json:2", "dev.json:3"]
+    assert bad["dev.json:1 x1"] == "the sentence has no label to learn from"
+    assert "has 3 images, dev.json:0 has 2" in bad["dev.json:2"]
+    assert "has no 'sentence'" in bad["dev.json:3"]
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    with pytest.raises(DataError, match="none of its images is there"):
+        open_sentences(data)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_examples_of_different_numbers_of_images_are_not_mixed(tmp_path, streaming):
+    both = []
+    for name, images in (("a", ["a.png", "b.png"]), ("b", ["a.png", "b.png", "a.png"])):
+        (tmp_path / name).mkdir()
+        both.append(rows(tmp_path / name, {**ROW, "identifier": "x", "images": images}))
+    with pytest.raises(DataError, match="different numbers of images"):
+        open_sentences(DataConfig(both, streaming=streaming))
 
 
 # Scores ---------------------------------------------------------------------------------------------------------------
@@ -431,7 +463,7 @@ def test_the_world_is_written_as_nlvr2_and_read_back(tmp_path):
     assert (len(source), source.count, sum(e.label for e in source.examples)) == (20, 2, 10)
     pairs = [pair for number in range(5) for pair in world_pairs.pairs(0, number, "val")]
     assert [e.sentence for e in source.examples] == [pair.sentence for pair in pairs]
-    assert [p.size for p in read_pictures(source[3], 10**8)] == [(16, 16)] * 2
+    assert [p.size for p in read_images(source[3], 10**8)] == [(16, 16)] * 2
     row = json.loads((tmp_path / "val.json").read_text().splitlines()[3])
     assert [scene_of(name) for name in row["scenes"]] == [pairs[3].left, pairs[3].right]
     assert Tokenizer.load("world").unknown_rate([pair.sentence for pair in pairs]) == 0
@@ -549,6 +581,6 @@ def test_an_answer_ignores_what_else_is_asked(tmp_path):
 
 def test_a_batch_moves_as_a_whole(tmp_path):
     pairs = red_and_blue(tmp_path, "left is red")
-    batch = make_batch([pairs[(0, 0)], pairs[(1, 0)]], TOKENIZER).to(torch.device("meta"))
+    batch = sentence_batch([pairs[(0, 0)], pairs[(1, 0)]], TOKENIZER).to(torch.device("meta"))
     assert {t.device.type for t in (batch.image, batch.ids, batch.keep, batch.labels)} == {"meta"}
     assert batch.keys == ["dev.json:0 dev-1-0-0"] * 2

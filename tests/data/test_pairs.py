@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import pickle
@@ -14,10 +15,10 @@ from PIL import Image
 
 from blip import files
 from blip.data import loader
+from blip.data.draws import Draws
 from blip.data.formats.sources import Record, open_sources
 from blip.data.ledger import Ledger
-from blip.data.loader import Feed, make_loader
-from blip.data.prepare.captions import Pairs
+from blip.data.prepare.captions import PrepareCaptions
 from blip.data.settings import DataConfig, SourceConfig
 from blip.data.transforms import EvalTransform, TrainTransform
 from blip.errors import BadSample, DataError, StuckSample, TooManyBad
@@ -61,12 +62,17 @@ def config(**changes):
 def pairs(tokenizer, *sources, seed=0, train=True, **changes):
     c = config(**changes)
     transform = TrainTransform(SIZE, c) if train else EvalTransform(SIZE)
-    return Pairs(sources or [Made(10)], transform, tokenizer, c, seed)
+    return draws(sources or [Made(10)], transform, tokenizer, c, seed)
+
+
+def draws(sources, transform, tokenizer, config, seed):
+    return Draws(sources, PrepareCaptions(transform, tokenizer, config), seed)
 
 
 def load(p, *, batch=4, rank=0, world=1, start=0, steps=6, **changes):
-    c = config(**changes)
-    return make_loader(p, batch_size=batch, rank=rank, world=world, start=start, steps=steps, config=c, seed=p.seed)
+    changed = {"workers": 0, "worker_timeout": 20.0, **changes}
+    p.prepare = dataclasses.replace(p.prepare, config=dataclasses.replace(p.prepare.config, **changed))
+    return p.batches(start, steps - start, rank, world, batch)
 
 
 def same(a, b):
@@ -128,12 +134,12 @@ def test_a_million_rows_are_ordered_in_moments(tokenizer):
 def test_a_sample_is_a_function_of_seed_epoch_and_index(tokenizer):
     p = pairs(tokenizer, Made(10, captions=5))
     first, again = p[(1, 3)], pairs(tokenizer, Made(10, captions=5))[(1, 3)]
-    assert torch.equal(first.image, again.image)
-    assert first.pieces == again.pieces
-    assert first.image.shape == (3, SIZE, SIZE)
+    assert torch.equal(first.images, again.images)
+    assert first.texts == again.texts
+    assert first.images.shape == (3, SIZE, SIZE)
     others = [p[(e, 3)] for e in range(2, 42)]
-    assert len({o.image.numpy().tobytes() for o in others}) > 20
-    assert len({tuple(o.pieces) for o in others}) == 5
+    assert len({o.images.numpy().tobytes() for o in others}) > 20
+    assert len({tuple(o.texts[0]) for o in others}) == 5
     assert all(o.key == "made:3" for o in others)
 
 
@@ -145,8 +151,8 @@ def test_a_copy_sent_to_another_process_makes_the_same_samples(tokenizer, tmp_pa
     p = pairs(tokenizer, *open_sources([SourceConfig(str(tmp_path / "a.json"))]))
     copy = pickle.loads(pickle.dumps(p))
     for i in range(6):
-        assert torch.equal(p[(2, i)].image, copy[(2, i)].image)
-        assert p[(2, i)].pieces == copy[(2, i)].pieces
+        assert torch.equal(p[(2, i)].images, copy[(2, i)].images)
+        assert p[(2, i)].texts == copy[(2, i)].texts
 
 
 def test_bad_samples_are_replaced_in_a_fixed_way_and_named(tokenizer):
@@ -173,7 +179,7 @@ def test_all_bad_stops(tokenizer):
 def test_nothing_to_draw_from_is_refused(tokenizer):
     for sources in ([], [Made(0)]):
         with pytest.raises(DataError, match="no data"):
-            Pairs(sources, EvalTransform(SIZE), tokenizer, config(), 0)
+            draws(sources, EvalTransform(SIZE), tokenizer, config(), 0)
 
 
 def test_captions_unknown_to_the_tokenizer_are_refused(tokenizer):
@@ -249,9 +255,8 @@ def test_a_resumed_run_sees_what_an_unbroken_one_would_have_seen(tokenizer):
 
 def test_the_training_loop_is_fed(tokenizer):
     p = pairs(tokenizer, Made(13))
-    feed = Feed(p)
-    assert len(feed) == 13
-    got = list(feed.batches(3, 2, rank=1, world=2, batch_size=4))
+    assert len(p) == 13
+    got = list(p.batches(3, 2, rank=1, world=2, batch_size=4))
     assert all(same(a, b) for a, b in zip(got, list(load(p, rank=1, world=2, steps=5))[3:], strict=True))
 
 
@@ -273,8 +278,6 @@ def test_wrong_arguments_are_refused(tokenizer):
         load(p, rank=2, world=2)
     with pytest.raises(ValueError, match="batch_size"):
         load(p, batch=0)
-    with pytest.raises(ValueError, match="seed"):
-        make_loader(p, batch_size=1, rank=0, world=1, start=0, steps=1, config=config(), seed=5)
 
 
 # Faults in workers ----------------------------------------------------------------------------------------------------
@@ -348,7 +351,7 @@ def test_what_a_transform_cannot_do_is_one_bad_sample(tokenizer):
                 raise MemoryError
             return super().__call__(image)
 
-    p = Pairs([Made(10)], Breaking(SIZE), tokenizer, config(), 0)
+    p = draws([Made(10)], Breaking(SIZE), tokenizer, config(), 0)
     batches = list(load(p, steps=5))
     assert {(bad.key, bad.reason) for b in batches for bad in b.bad} == {("made:3", "too little memory to decode it")}
     assert all(len(b.keys) == 4 and "made:3" not in b.keys for b in batches)
@@ -397,10 +400,9 @@ def test_what_was_left_out_is_replaced_unread(tokenizer):
     p = pairs(tokenizer, Made(10))
     before = [key for batch in load(p, steps=5) for key in batch.keys]
     p = pairs(tokenizer, Made(10))
-    feed = Feed(p)
-    feed.leave_out(frozenset({"made:3"}))
+    p.leave_out(frozenset({"made:3"}))
     p.sources[0].does = does
-    batches = list(feed.batches(0, 5, rank=0, world=1, batch_size=4))
+    batches = list(p.batches(0, 5, rank=0, world=1, batch_size=4))
     after = [key for batch in batches for key in batch.keys]
     assert "made:3" in before
     assert "made:3" not in after
@@ -534,7 +536,7 @@ def test_a_ledger_on_a_full_disk_is_named(tmp_path):
 @pytest.mark.parametrize(("k", "stops"), [(37, False), (200, True)])
 def test_too_many_bad_samples_stop_the_run(tokenizer, tmp_path, k, stops):
     p = pairs(tokenizer, Made(1000, bad=range(0, 1000, 1000 // k)), train=False)
-    ledger, seen = Ledger(tmp_path / "bad.jsonl", p.config.max_bad_fraction), 0
+    ledger, seen = Ledger(tmp_path / "bad.jsonl", p.prepare.config.max_bad_fraction), 0
 
     def run():
         nonlocal seen
@@ -579,10 +581,9 @@ def test_real_photographs_and_emoji(real_data):
     )
     c = config(workers=2)
     tokenizer = Tokenizer.load(real_data / "bert_vocab" / "vocab.txt")
-    p = Pairs(sources, TrainTransform(64, c), tokenizer, c, 0)
+    p = draws(sources, TrainTransform(64, c), tokenizer, c, 0)
     assert len(p) == 207 + 353
-    loader = make_loader(p, batch_size=28, rank=0, world=1, start=0, steps=5, config=c, seed=0)
-    batches = list(loader)
+    batches = list(p.batches(0, 5, rank=0, world=1, batch_size=28))
     assert not any(b.bad for b in batches)
     texts = [t for b in batches for t in tokenizer.decode(b.ids)]
     assert all(texts)

@@ -7,8 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from blip.data.prepare.questions import QuestionPairs, Questions, read_answers, weighed
+from blip.data.draws import Draws
+from blip.data.prepare.questions import PrepareQuestions, Questions, open_questions, read_answers, weighed
 from blip.data.settings import DataConfig, PictureQuestions
+from blip.data.stream import Stream
 from blip.data.transforms import EvalTransform
 from blip.errors import DataError
 from blip.tokenizer import Tokenizer
@@ -44,8 +46,8 @@ def official(folder, answers=("red", "red", "orange"), **more):
 
 
 def pairs(*configs, **options):
-    data = DataConfig(max_words=50, max_tokens=35, max_unknown=1.0, **options)
-    return QuestionPairs([Questions(config) for config in configs], EvalTransform(8), WORLD, data, seed=0)
+    data = DataConfig(list(configs), max_words=50, max_tokens=35, max_unknown=1.0, **options)
+    return Draws(open_questions(data), PrepareQuestions(EvalTransform(8), WORLD, data), seed=0)
 
 
 def test_the_official_files(folder):
@@ -71,7 +73,8 @@ def test_the_releases_files(folder):
     source = Questions(PictureQuestions(write(folder, "vqa_train.json", rows)))
     assert [source.question(row).id for row in range(2)] == [5, 1]
     assert [source.question(row).weight for row in range(2)] == pytest.approx([1.0, 0.2])
-    batch = pairs(source.config).collate([pairs(source.config)[(0, row)] for row in range(2)])
+    found = pairs(source.config)
+    batch = found.prepare.collate([found[(0, row)] for row in range(2)])
     assert batch.question.tolist() == [0, 0, 1]
     assert batch.weights.tolist() == pytest.approx([0.7, 0.3, 0.2])
     assert WORLD.decode(batch.answer_ids) == ["yes", "no", "red"]
@@ -165,7 +168,7 @@ def test_nothing_is_learned_from_questions_without_answers_or_pictures(folder):
     config = official(folder)
     with pytest.raises(DataError, match="question 70 and 0 others have no answers to learn from"):
         pairs(dataclasses.replace(config, annotations=None))
-    with pytest.raises(DataError, match="none of its pictures is there"):
+    with pytest.raises(DataError, match="none of its images is there"):
         pairs(dataclasses.replace(config, image_name="{image_id}.png"))
 
 
@@ -186,9 +189,9 @@ def test_a_question_with_sides_is_not_mirrored(folder):
 
     data = DataConfig(max_unknown=1.0, flip=1.0, crop_scale_min=1.0, augment_ops=0)
     source = Questions(PictureQuestions(write(folder, "s.json", rows)))
-    found = QuestionPairs([source], TrainTransform(8, data), WORLD, data, seed=0)
+    found = Draws([source], PrepareQuestions(TrainTransform(8, data), WORLD, data), seed=0)
     plain = EvalTransform(8)(image)
-    mirrored = [not torch.equal(found[(0, row)].image, plain) for row in range(3)]
+    mirrored = [not torch.equal(found[(0, row)].images, plain) for row in range(3)]
     assert mirrored == [False, False, True]
 
 
@@ -198,6 +201,43 @@ def test_a_picture_that_cannot_be_read_is_replaced(folder):
     found = pairs(PictureQuestions(write(folder, "s.json", rows)))[(0, 0)]
     assert found.bad[0].key == "s.json:0 question 0"
     assert found.key == "s.json:1 question 1"
+
+
+def test_lists_are_streamed_and_a_row_that_does_not_fit_is_one_bad_sample(folder):
+    rows = [{"image": "a.png", "question": f"what {n}?", "answer": ["red", "red", "blue"]} for n in range(8)]
+    rows[2] = {"image": "a.png", "question": "what 2?"}
+    rows[5] = {"image": "../a.png", "question": "what 5?", "answer": "red"}
+    for s in range(2):
+        lines = [json.dumps(row) for row in rows[4 * s : 4 * s + 4]]
+        (folder / f"s-{s}.jsonl").write_text("\n".join([*lines, "[}"] if s else lines) + "\n")
+    config = DataConfig([PictureQuestions(str(folder / "s-*.jsonl"), weight=0.5)], streaming=True, shuffle_buffer=3)
+    config = dataclasses.replace(config, max_unknown=1.0, workers=0)
+    (shards,) = sources = open_questions(config)
+    prepare = PrepareQuestions(EvalTransform(8), WORLD, config)
+    stream = Stream(sources, prepare, seed=0)
+    assert (shards.rows, len(stream)) == (pytest.approx(9, abs=1), round(shards.rows / 2))
+    assert shards.answers() == {"red": 12, "blue": 6}, "six rows have an image and answers"
+    batches = list(stream.batches(0, 6, rank=0, world=1, batch_size=4))
+    expected = {f"s-{n // 4}.jsonl:{n % 4} question {n % 4}" for n in (0, 1, 3, 4, 6, 7)}
+    assert {key for batch in batches for key in batch.keys} == expected
+    assert batches[0].weights.tolist() == pytest.approx([2 / 3, 1 / 3] * 4)
+    assert batches[0].question.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    bad = {one.key: one.reason for batch in batches for one in batch.bad}
+    assert sorted(bad) == ["s-0.jsonl:2 question 2", "s-1.jsonl:1", "s-1.jsonl:4"]
+    assert bad["s-0.jsonl:2 question 2"] == "the question has no answer to learn from"
+    assert "is outside" in bad["s-1.jsonl:1"]
+    assert "starts with '[}'" in bad["s-1.jsonl:4"]
+    changed = dataclasses.replace(config.sources[0], answer_weight=0.5)
+    others = open_questions(dataclasses.replace(config, sources=[changed]))
+    assert Stream(others, prepare, seed=0).fingerprint() != stream.fingerprint()
+
+
+def test_what_cannot_be_streamed_says_so(folder):
+    easy = PictureQuestions(write(folder, "easy.json", [["is it red?", "yes", 1]]))
+    asked = dataclasses.replace(official(folder), annotations=None)
+    for config, named in ((official(folder), "q.json"), (asked, "q.json"), (easy, "easy.json")):
+        with pytest.raises(DataError, match=f"data.streaming reads lists of rows .*, and {named} is VQA v2's or easy"):
+            open_questions(DataConfig([config], streaming=True))
 
 
 def test_lists_of_answers(tmp_path):

@@ -10,11 +10,12 @@ import pytest
 from capfilt_crawl import planned, write_tar
 from PIL import Image
 
+from blip.data.draws import Draws
 from blip.data.formats.sources import open_source
 from blip.data.images import decode
-from blip.data.prepare.captions import Pairs
+from blip.data.prepare.captions import PrepareCaptions
 from blip.data.settings import DataConfig, SourceConfig
-from blip.data.stream import Shards, Stream, make_stream_loader
+from blip.data.stream import CaptionShards, Stream
 from blip.data.transforms import EvalTransform
 from blip.errors import BadSample, DataError
 from blip.objectives.batch import Bad
@@ -135,7 +136,7 @@ def refuse():
 
 
 def in_sequence(config):
-    shards = Shards(config)
+    shards = CaptionShards(config)
     found = shards.read(shards.files[0])
     return [judged(refuse if isinstance(one, Bad) else lambda one=one: one) for one in found]
 
@@ -202,7 +203,7 @@ def test_what_is_wrong_with_all_rows_is_said_at_the_start(folder, case, tokenize
     with pytest.raises(DataError, match=rf"a\.jsonl.*{message}.*; set image_column, caption_column or image_root"):
         open_source(config)
     with pytest.raises(DataError, match=rf"a\.jsonl.*{message}"):
-        Stream([config], EvalTransform(16), tokenizer, DataConfig(workers=0), 0)
+        Stream([CaptionShards(config)], PrepareCaptions(EvalTransform(16), tokenizer, DataConfig(workers=0)), 0)
 
 
 def test_a_list_whose_rows_are_bad_from_some_row_on_is_left_to_the_limit(folder):
@@ -218,7 +219,7 @@ def test_a_list_whose_rows_are_bad_from_some_row_on_is_left_to_the_limit(folder)
 
 def test_training_replaces_such_rows_and_writes_them_down(folder, tokenizer):
     source = open_source(write(folder, "json", "null caption"))
-    pairs = Pairs([source], EvalTransform(16), tokenizer, DataConfig(workers=0, max_unknown=1), 0)
+    pairs = Draws([source], PrepareCaptions(EvalTransform(16), tokenizer, DataConfig(workers=0, max_unknown=1)), 0)
     sample = pairs[0, AT]
     assert sample.key != f"a.json:{AT}"
     assert [(bad.key, bad.reason) for bad in sample.bad] == [(f"a.json:{AT}", "the row has no caption")]
@@ -228,11 +229,8 @@ def test_a_stream_goes_on_and_says_the_same_when_it_is_started_again(folder, tok
     config, faults = write(folder, "jsonl", "cut off"), []
     for start in (0, 0, 4):
         settings = DataConfig(workers=0, max_unknown=1, shuffle_buffer=4)
-        stream = Stream([config], EvalTransform(16), tokenizer, settings, 0)
-        loader = make_stream_loader(
-            stream, batch_size=4, rank=0, world=1, start=start, steps=start + 8, config=stream.config, seed=0
-        )
-        batches = list(loader)
+        stream = Stream([CaptionShards(config)], PrepareCaptions(EvalTransform(16), tokenizer, settings), 0)
+        batches = list(stream.batches(start, 8, rank=0, world=1, batch_size=4))
         assert [len(batch) for batch in batches] == [4] * 8
         faults.append({(bad.key, bad.reason) for batch in batches for bad in batch.bad})
     assert faults[0] == faults[1] == faults[2]

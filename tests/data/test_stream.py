@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from blip.data.prepare.captions import PrepareCaptions, open_captions
 from blip.data.settings import DataConfig, SourceConfig
-from blip.data.stream import Shards, Stream, StreamFeed, make_stream_loader
+from blip.data.stream import CaptionShards, Stream
 from blip.data.transforms import EvalTransform, TrainTransform
 from blip.errors import DataError
 
@@ -47,15 +48,14 @@ def write(folder, kind, shards, each, name="s", bad=()):
 
 
 def stream(tokenizer, *sources, train=False, seed=0, **changes):
-    config = DataConfig(**{"workers": 0, "worker_timeout": 20.0, "shuffle_buffer": 8, **changes})
-    return Stream(sources, TrainTransform(16, config) if train else EvalTransform(16), tokenizer, config, seed)
+    settings = {"workers": 0, "worker_timeout": 20.0, "shuffle_buffer": 8, "streaming": True, **changes}
+    config = DataConfig(list(sources), **settings)
+    transform = TrainTransform(16, config) if train else EvalTransform(16)
+    return Stream(open_captions(config), PrepareCaptions(transform, tokenizer, config), seed)
 
 
 def load(s, *, batch=4, rank=0, world=1, start=0, steps=6):
-    c = s.config
-    return make_stream_loader(
-        s, batch_size=batch, rank=rank, world=world, start=start, steps=steps, config=c, seed=s.seed
-    )
+    return s.batches(start, steps - start, rank, world, batch)
 
 
 def keys(loader):
@@ -70,7 +70,7 @@ def number(batch, tokenizer):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_kind_of_shard_is_read_endlessly_and_whole(tmp_path, tokenizer, kind, workers):
     s = stream(tokenizer, write(tmp_path, kind, shards=4, each=6), workers=workers)
-    assert s.samples_per_epoch == pytest.approx(24, abs=3)
+    assert len(s) == pytest.approx(24, abs=3)
     batches = list(load(s, batch=6, steps=20))
     assert [len(b) for b in batches] == [6] * 20
     counts = Counter(k for b in batches for k in b.keys)
@@ -131,7 +131,7 @@ def test_sources_are_mixed_by_weight(tmp_path, tokenizer):
     a = write(tmp_path, "parquet", shards=2, each=40, name="a")
     b = write(tmp_path, "parquet", shards=2, each=40, name="b")
     s = stream(tokenizer, a, SourceConfig(b.path, weight=0.25))
-    assert s.samples_per_epoch == 100
+    assert len(s) == 100
     counts = Counter(k[0] for k in keys(load(s, batch=20, steps=30)))
     assert counts["b"] / 600 == pytest.approx(0.2, abs=0.05)
 
@@ -228,7 +228,7 @@ def test_other_formats_say_what_streams(tmp_path, tokenizer):
 def test_an_image_root_that_is_not_there_is_said_at_the_start(tmp_path, kind):
     source = dataclasses.replace(write(tmp_path, kind, 1, 3), image_root=str(tmp_path / "gone"))
     with pytest.raises(DataError, match="gone is not a folder"):
-        Shards(source)
+        CaptionShards(source)
 
 
 def test_a_worker_that_dies_is_one_error(tmp_path, tokenizer):
@@ -241,16 +241,16 @@ def test_a_worker_that_dies_is_one_error(tmp_path, tokenizer):
             return super().__call__(image)
 
     config = DataConfig(workers=2, worker_timeout=20.0, shuffle_buffer=8)
-    s = Stream([write(tmp_path, "tar", shards=2, each=10)], Deadly(16), tokenizer, config, 0)
+    shards = CaptionShards(write(tmp_path, "tar", shards=2, each=10))
+    s = Stream([shards], PrepareCaptions(Deadly(16), tokenizer, config), 0)
     with pytest.raises(DataError, match=r"worker \d exited with status 3, while it read step \d"):
         keys(load(s, steps=20))
 
 
 def test_the_training_loop_is_fed(tmp_path, tokenizer):
     s = stream(tokenizer, write(tmp_path, "parquet", shards=4, each=6))
-    feed = StreamFeed(s)
-    assert len(feed) == 24
-    assert keys(feed.batches(2, 3, rank=1, world=2, batch_size=4)) == keys(load(s, rank=1, world=2, start=2, steps=5))
+    assert len(s) == 24
+    assert keys(s.batches(2, 3, rank=1, world=2, batch_size=4)) == keys(load(s, rank=1, world=2, start=2, steps=5))
     assert s.fingerprint() == stream(tokenizer, SourceConfig(str(tmp_path / "s-*.parquet"))).fingerprint()
     assert s.fingerprint() != stream(tokenizer, SourceConfig(str(tmp_path / "s-*.parquet")), seed=1).fingerprint()
 
@@ -263,7 +263,7 @@ def annotated(folder, rows):
 
 
 def all_records(config):
-    shards = Shards(config)
+    shards = CaptionShards(config)
     return [record for file in shards.files for record in shards.read(file)]
 
 
@@ -285,18 +285,18 @@ def test_only_the_split_asked_for_is_shown(tmp_path):
         ("list.jsonl:0", ["train"]),
         ("list.jsonl:2", ["restval"]),
     ]
-    assert Shards(config).rows == 2
+    assert CaptionShards(config).rows == 2
     with pytest.raises(
         DataError, match=r"list\.jsonl: no rows of split 'dev'; there are: restval \(1\), test \(2\), train \(1\)$"
     ):
-        Shards(SourceConfig(config.path, split="dev"))
+        CaptionShards(SourceConfig(config.path, split="dev"))
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_a_split_that_shards_do_not_have_is_refused(tmp_path, kind):
     source = write(tmp_path, kind, shards=1, each=4)
     with pytest.raises(DataError, match=rf"{kind} files have no splits, so split 'train' would not be heeded"):
-        Shards(SourceConfig(source.path, split="train"))
+        CaptionShards(SourceConfig(source.path, split="train"))
 
 
 def test_rows_are_named_by_their_place_in_the_file(tmp_path):

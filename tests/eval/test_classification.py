@@ -47,7 +47,7 @@ def test_folders_are_classes(folder, tmp_path):
     with pytest.raises(DataError, match="moon is not among the names"):
         ClassFolder.open(folder, {"star": "star", "red_circle": "c"})
     (folder / "empty").mkdir()
-    with pytest.raises(DataError, match="no pictures in"):
+    with pytest.raises(DataError, match="no images in"):
         ClassFolder.open(folder)
     with pytest.raises(DataError, match="no folders"):
         ClassFolder.open(folder / "moon")
@@ -97,7 +97,7 @@ def test_command(folder, model, tmp_path, capsys):  # noqa: F811
     assert scores["top@5"] == 100
     said = capsys.readouterr()
     assert "top@1" in said.out
-    assert "left out 1 files that are not named like pictures (.md)" in said.err
+    assert "left out 1 files that are not named like images (.md)" in said.err
     (folder / "moon/9.png").write_bytes(b"<html>")
     with pytest.raises(SystemExit) as stop:
         main(args)

@@ -12,7 +12,7 @@ from test_parity import close, matcher, model  # noqa: F401
 
 from blip import files
 from blip.app import cli
-from blip.data.images import ImageReader
+from blip.data.image_files import reader
 from blip.inference.explain import evidence, explain, overlay
 from blip.inference.features import Features
 
@@ -21,7 +21,7 @@ TEXT = "w3 w9 w14 w1"
 
 @pytest.fixture
 def features(model, tokenizer):  # noqa: F811
-    return Features(model, tokenizer, ImageReader(32), max_tokens=30)
+    return Features(model, tokenizer, reader(32), max_tokens=30)
 
 
 def theirs(matcher, tokens, ids, layer):  # noqa: F811
@@ -86,7 +86,7 @@ def test_words_and_their_maps(features, pictures):  # noqa: F811
 
 
 def test_a_long_text_loses_whole_words(features, pictures):  # noqa: F811
-    short = Features(features.model, features.tokenizer, ImageReader(32), max_tokens=6)
+    short = Features(features.model, features.tokenizer, reader(32), max_tokens=6)
     found = explain(short, pictures[0], "w1 w2 w3, w4", layer=0)
     assert found.words == ["w1", "w2", "w3,"]
 

@@ -10,7 +10,7 @@ from test_parity import close, matcher, model  # noqa: F401
 from transformers import BlipForImageTextRetrieval
 
 import blip
-from blip.data.images import ImageReader
+from blip.data.image_files import reader
 from blip.data.transforms import EvalTransform
 from blip.errors import DataError
 from blip.inference import matching
@@ -30,7 +30,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def features(model, tokenizer):  # noqa: F811
-    return Features(model, tokenizer, ImageReader(32), batch=2, max_tokens=30)
+    return Features(model, tokenizer, reader(32), batch=2, max_tokens=30)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,8 @@ def theirs(matcher: BlipForImageTextRetrieval, features, pictures):  # noqa: F81
 
 @pytest.mark.parametrize("batch", [1, 2, 8])
 def test_every_picture_with_every_text(model, tokenizer, pictures, theirs, batch):  # noqa: F811
-    found = Features(model, tokenizer, ImageReader(32), batch=batch, max_tokens=30).match(pictures, TEXTS)
+    read = reader(32)
+    found = Features(model, tokenizer, read, batch=batch, max_tokens=30).match(pictures, TEXTS)
     assert found.itc.shape == (3, 4)
     assert found.logits.shape == (3, 4, 2)
     assert found.logits[..., 1].std() > 0.01, "the test needs pairs that differ"
@@ -88,7 +89,7 @@ def test_pairs_and_one_picture(features, pictures, theirs):
     one = features.ground(pictures[1:2], TEXTS)
     for j, text in enumerate(TEXTS):
         close(one[j], theirs(1, text)[2])
-    with pytest.raises(ValueError, match="3 pictures and 2 texts"):
+    with pytest.raises(ValueError, match="3 images and 2 texts"):
         features.ground(pictures, TEXTS[:2])
 
 
@@ -127,7 +128,7 @@ def test_load_honours_type_and_size(model, tokenizer, tmp_path, pictures):  # no
     found = blip.load(tmp_path / "model", dtype=torch.bfloat16, image_size=48)
     assert (exact.dtype, found.dtype, found.device) == (torch.float32, torch.bfloat16, torch.device("cpu"))
     assert {p.dtype for p in found.model.parameters()} == {torch.bfloat16}
-    assert found.read.transform.image_size == 48
+    assert found.read.keywords["read"].transform.image_size == 48
     assert found.embed_image(pictures).dtype == found.match(pictures, TEXTS).logits.dtype == torch.float32
     half = blip.load(tmp_path / "model", dtype=torch.bfloat16)
     torch.testing.assert_close(half.embed_image(pictures), exact.embed_image(pictures), atol=0.03, rtol=0)
@@ -160,11 +161,11 @@ def test_chosen_texts_are_those_that_are_matched(model, features, pictures):  # 
 def test_a_picture_that_is_too_much_for_the_transform_is_named(model, tokenizer, tmp_path, monkeypatch):  # noqa: F811
     path = tmp_path / "a.png"
     Image.new("RGB", (40, 30)).save(path)
-    made = Features(model, tokenizer, ImageReader(32))
+    made = Features(model, tokenizer, reader(32))
 
     def fail(image):
         raise MemoryError
 
-    monkeypatch.setattr(made.read, "transform", fail)
+    monkeypatch.setattr(made.read.keywords["read"], "transform", fail)
     with pytest.raises(DataError, match=r"a\.png cannot be used: too little memory"):
         made.embed_image([path])

@@ -26,7 +26,7 @@ from blip.checkpoints.checkpoint import from_pretrained, save_pretrained
 from blip.checkpoints.layouts import original_captioning
 from blip.checkpoints.table import from_theirs, to_theirs
 from blip.data.formats.sources import Record
-from blip.data.prepare.captions import check_prompt, make_sample
+from blip.data.prepare.captions import PrepareCaptions, check_prompt
 from blip.data.settings import DataConfig, SourceConfig
 from blip.data.transforms import EvalTransform
 from blip.inference.settings import CAPTION_PROMPT, DecodeConfig
@@ -299,10 +299,11 @@ def test_a_prompt_must_fit_and_be_known(world_tokenizer):
 def test_a_long_caption_loses_its_end_and_keeps_prompt_and_sep(world_tokenizer):
     record = Record("a:0", Image.new("RGB", (8, 8)), ["a small red star above a blue ring and " * 9])
     config = DataConfig(prompt=CAPTION_PROMPT, max_tokens=12)
-    sample = make_sample(record, EvalTransform(8), world_tokenizer, config, (0, 0, 0, 0))
-    assert len(sample.pieces) == 12
-    assert sample.pieces[-1] == world_tokenizer.sep_id
-    assert world_tokenizer.decode([sample.pieces]) == ["a picture of a small red star above a blue"]
+    sample = PrepareCaptions(EvalTransform(8), world_tokenizer, config)(record, (0, 0, 0, 0))
+    (pieces,) = sample.texts
+    assert len(pieces) == 12
+    assert pieces[-1] == world_tokenizer.sep_id
+    assert world_tokenizer.decode([pieces]) == ["a picture of a small red star above a blue"]
 
 
 # Whole runs -----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from blip.checkpoints.checkpoint import from_pretrained, save_pretrained
 from blip.checkpoints.layouts import original_matching, original_training
 from blip.checkpoints.table import from_theirs, to_theirs
 from blip.data.formats.sources import Record
-from blip.data.prepare.captions import picture_id
+from blip.data.prepare.captions import image_id_of
 from blip.data.settings import SourceConfig
 from blip.models.blip import Blip
 from blip.objectives import losses
@@ -227,7 +227,7 @@ def test_queue_of_ids_may_be_empty():
 def test_a_picture_is_known_by_its_file_or_bytes(tmp_path):
     drawn = Image.new("RGB", (4, 4))
     ids = [
-        picture_id(Record(key, image, ["a"]))
+        image_id_of(Record(key, image, ["a"]))
         for key, image in (
             ("a:0", tmp_path / "1.jpg"), ("b:7", tmp_path / "1.jpg"), ("a:1", tmp_path / "2.jpg"),
             ("a:2", b"one"), ("a:3", b"one"), ("a:4", b"two"), ("a:5", drawn), ("a:6", drawn),

@@ -118,7 +118,7 @@ def test_words_may_be_searched_and_a_task_model_gone_on_from(world, start, tmp_p
     ("more", "named"),
     [
         (["--common", "-1"], "common must be 0 or more, got -1"),
-        (["--data.prompt", "a"], "data.streaming and data.prompt are not for questions"),
+        (["--data.prompt", "a"], "data.prompt is not for questions"),
         (["--data.sources", "[]"], "no data"),
         (["--validation.source.path", "gone.json"], "gone.json"),
         (["--validation.limit", "0"], "limit must be 1 or more, got 0"),

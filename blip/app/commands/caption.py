@@ -68,7 +68,7 @@ class CaptionOptions(ImageOptions, ModelOptions):
 def run(chosen: CaptionOptions) -> int:
     """Caption the pictures that the options name; returns the exit status."""
     config = chosen.decoding()
-    from blip.data.image_files import find, read_ahead
+    from blip.data.image_files import find, read_images
 
     found = find(chosen.images)
 
@@ -95,7 +95,7 @@ def run(chosen: CaptionOptions) -> int:
     ways = {**dataclasses.asdict(config), "prompt": chosen.prompt, **loaded.options(chosen.model)} if chosen.out else {}
     form = Form("caption", chosen.json, keys, "tt", ways, config.num)
     with Answers(chosen.out, found, form=form) as answers:
-        for pictures in read_ahead(answers.to_do, EvalTransform(side), chosen.batch):
+        for pictures in read_images(answers.to_do, EvalTransform(side), chosen.batch):
             if read := answers.readable(pictures):
                 images = torch.stack([picture.pixels for picture in read])
                 for picture, texts in zip(read, describe(images, [picture.digest for picture in read]), strict=True):

@@ -41,7 +41,7 @@ class ClassifyOptions(ImageOptions, ModelOptions):
 def run(chosen: ClassifyOptions) -> int:
     """Classify the pictures that the options name; returns the exit status."""
     names = _names(chosen)
-    from blip.data.image_files import find, read_ahead
+    from blip.data.image_files import find, read_images
 
     found = find(chosen.images)
 
@@ -64,7 +64,7 @@ def run(chosen: ClassifyOptions) -> int:
     form = Form("classify", chosen.json, keys, "ttn", ways | loaded.options(chosen.model) if chosen.out else {},
                 min(chosen.top, len(names)))  # fmt: skip
     with Answers(chosen.out, found, form=form) as answers:
-        for pictures in read_ahead(answers.to_do, EvalTransform(features.image_size), chosen.batch):
+        for pictures in read_images(answers.to_do, EvalTransform(features.image_size), chosen.batch):
             if read := answers.readable(pictures):
                 with loaded.computing():
                     embeds = features.embed_image(torch.stack([picture.pixels for picture in read]))

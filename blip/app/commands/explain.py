@@ -60,15 +60,15 @@ def run(chosen: ExplainOptions) -> int:
     from blip.app import page
     from blip.app.answers import Answers, refuse_page, shown
     from blip.app.loaded import load
-    from blip.data.images import ImageReader
+    from blip.data.image_files import reader
     from blip.inference.explain import explain
     from blip.inference.features import Features
 
     refuse_page("--out", chosen.out)
     loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
     with loaded.computing():
-        reader = ImageReader(loaded.model.config.vision.image_size)
-        found = explain(Features(loaded.model, loaded.tokenizer, reader), picture, chosen.text, chosen.layer)
+        read = reader(loaded.model.config.vision.image_size)
+        found = explain(Features(loaded.model, loaded.tokenizer, read), picture, chosen.text, chosen.layer)
     panels = pictures(small(picture, _SIDE), found)
     if chosen.out.endswith((".html", ".htm")):
         total = max(float(found.maps.sum()), 1e-12)

@@ -29,7 +29,7 @@ class MatchOptions(AnswerOptions, ModelOptions):
 
 def run(chosen: MatchOptions) -> int:
     """Match the picture or pictures with the texts; returns the exit status."""
-    from blip.data.image_files import find, read_ahead
+    from blip.data.image_files import find, read_images
 
     found = find([chosen.image])
 
@@ -49,7 +49,7 @@ def run(chosen: MatchOptions) -> int:
     ways = {"texts": chosen.texts, **loaded.options(chosen.model)} if chosen.out else {}
     form = Form("match", chosen.json, ("path", "texts", "itc", "itm"), "tnnt", ways, len(chosen.texts))
     with Answers(chosen.out, found, form=form) as answers:
-        for pictures in read_ahead(answers.to_do, EvalTransform(features.image_size), chosen.batch):
+        for pictures in read_images(answers.to_do, EvalTransform(features.image_size), chosen.batch):
             if read := answers.readable(pictures):
                 with loaded.computing():
                     matches = features.match(torch.stack([picture.pixels for picture in read]), chosen.texts)

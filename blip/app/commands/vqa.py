@@ -53,7 +53,7 @@ def run(chosen: VqaOptions) -> int:
     question = clean_question(chosen.question)
     if not question:
         raise ValueError(f"the question {chosen.question!r} has no words")
-    from blip.data.image_files import find, read_ahead
+    from blip.data.image_files import find, read_images
 
     found = find(chosen.images)
 
@@ -87,7 +87,7 @@ def run(chosen: VqaOptions) -> int:
     form = Form("vqa", chosen.json, keys, "ttn", _ways(chosen, loaded, candidates) if chosen.out else {},
                 min(chosen.top, len(candidates)) if candidates else 1)  # fmt: skip
     with Answers(chosen.out, found, form=form) as out:
-        for pictures in read_ahead(out.to_do, EvalTransform(side), chosen.batch):
+        for pictures in read_images(out.to_do, EvalTransform(side), chosen.batch):
             if read := out.readable(pictures):
                 said = reply(torch.stack([picture.pixels for picture in read]))
                 for picture, best in zip(read, said, strict=True):

@@ -1,4 +1,6 @@
-"""Dialogues about pictures in the format of VisDial v1.0, and the rows of text that a model reads of them.
+"""Dialogues about images in the format of VisDial v1.0, and the rows of text that a model reads of them.
+
+Some rounds of a dialogue, with the right answer and some wrong ones each, are a sample.
 
 A row is [ENC] question [SEP] answer [SEP], then what was said before, the latest round first, each ending in [SEP]; the
 oldest rounds are left out where there is no room. B dialogues, K rows of each, T text tokens, S image side in pixels.
@@ -11,7 +13,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,19 +23,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from blip.data.draws import Prepare, Sample
 from blip.data.formats.sources import record
 from blip.data.images import model_input
 from blip.data.paths import check_name, check_spec
-from blip.data.prepare.captions import Pairs
 from blip.data.settings import DataConfig, Dialogues
 from blip.errors import BadSample, DataError, shown
-from blip.keyed import mix
-from blip.objectives.batch import Bad, DialogueBatch
+from blip.keyed import Purpose, mix
+from blip.objectives.batch import DialogueBatch
 from blip.text import clean_caption, clean_question, is_sided
 from blip.tokenizer import Tokenizer
-
-_ROUND, _WRONG, _AUGMENT, _ALIKE = range(200, 204)
-"""What a key is for; `Pairs` uses the small numbers."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,8 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Dialogue:
-    """What was said about a picture."""
+class Conversation:
+    """A dialogue about an image, as it is stored."""
 
     image_id: int | str
     image: Path
@@ -64,7 +63,7 @@ class Dialogue:
 
 
 class Conversations:
-    """The dialogues of one file, by number; a source of `blip.data.prepare.captions.Pairs`."""
+    """The dialogues of one file, by number; a source of `blip.data.draws.Draws`."""
 
     kind = "human"
 
@@ -96,18 +95,18 @@ class Conversations:
         return Wording(self.answers)
 
     def check_some_exist(self) -> None:
-        """DataError if none of some pictures, evenly spread, is there: a wrong image_root is found at the start."""
+        """DataError if none of some images, evenly spread, is there: a wrong image_root is found at the start."""
         step = max(1, len(self) // 16)
         if not any(dialogue.image.exists() for dialogue in self.dialogues[::step]):
             raise DataError(
-                f"source {self.config.path}: none of its pictures is there; looked for {self.dialogues[0].image}. "
+                f"source {self.config.path}: none of its images is there; looked for {self.dialogues[0].image}. "
                 "Set image_root to the folder that holds them"
             )
 
     def __len__(self) -> int:
         return len(self.dialogues)
 
-    def __getitem__(self, row: int) -> tuple[Conversations, Dialogue]:
+    def __getitem__(self, row: int) -> tuple[Conversations, Conversation]:
         return self, self.dialogues[row]
 
     def key(self, row: int) -> str:
@@ -136,7 +135,7 @@ def _texts(path: Path, name: str, texts: list) -> list[str]:
     return texts
 
 
-def _refuse_repeated(path: Path, dialogues: Sequence[Dialogue]) -> None:
+def _refuse_repeated(path: Path, dialogues: Sequence[Conversation]) -> None:
     first: dict[Any, str] = {}
     for dialogue in dialogues:
         if dialogue.image_id in first:
@@ -148,12 +147,12 @@ def _refuse_repeated(path: Path, dialogues: Sequence[Dialogue]) -> None:
 
 
 class _Reader:
-    """One dialogue of the file -> Dialogue."""
+    """One dialogue of the file -> Conversation."""
 
     def __init__(self, path: Path, questions: int, answers: int, find: _Finder) -> None:
         self.path, self.questions, self.answers, self.find = path, questions, answers, find
 
-    def __call__(self, number: int, row: Any) -> Dialogue:
+    def __call__(self, number: int, row: Any) -> Conversation:
         where = f"{self.path}: dialogs[{number}]"
         needed = ("image_id", "caption", "dialog")
         if not isinstance(row, dict) or not all(name in row for name in needed):
@@ -165,7 +164,7 @@ class _Reader:
             raise DataError(f"{where}, image {image_id}: expected a list of rounds in 'dialog'")
         image = self.find(where, image_id, row.get("image"))
         parts = tuple(self._round(f"{where}, image {image_id}, round {n + 1}", r) for n, r in enumerate(rounds))
-        return Dialogue(image_id, image, caption, parts, f"{self.path.name}:{number}")
+        return Conversation(image_id, image, caption, parts, f"{self.path.name}:{number}")
 
     def _round(self, where: str, row: Any) -> Round:
         if not isinstance(row, dict) or "question" not in row:
@@ -191,7 +190,7 @@ def _index(where: str, name: str, value: Any, size: int) -> int:
     return value
 
 
-def _with_relevance(path: Path, dialogues: Sequence[Dialogue]) -> list[Dialogue]:
+def _with_relevance(path: Path, dialogues: Sequence[Conversation]) -> list[Conversation]:
     """Dense annotations: [{image_id, round_id, gt_relevance}], rounds from 1; `relevance` in the training sample."""
     rows = _load(path)
     if not isinstance(rows, list):
@@ -222,7 +221,7 @@ def _with_relevance(path: Path, dialogues: Sequence[Dialogue]) -> list[Dialogue]
 
 
 class _Finder:
-    """A picture by its number, as VisDial's folders and COCO's name it, or by the path that a dialogue gives."""
+    """An image by its number, as VisDial's folders and COCO's name it, or by the path that a dialogue gives."""
 
     def __init__(self, root: Path, split: str) -> None:
         visdial = f"VisualDialog_{split}"
@@ -258,14 +257,14 @@ class _Finder:
         return self.root / self._names[k].replace("NUMBER", f"{number:012d}")
 
 
-def read_picture(
-    dialogue: Dialogue,
+def read_image(
+    dialogue: Conversation,
     root: Path,
     max_pixels: int,
     transform: Callable[[Image.Image], Tensor],
     at_least: int | None = None,
 ) -> Tensor:
-    """What `transform` makes of the picture, RGB; `at_least` as in `images.decode`. Raises BadSample with the file."""
+    """What `transform` makes of the image, RGB; `at_least` as in `images.decode`. Raises BadSample with the file."""
     try:
         inside = record(dialogue.where, str(dialogue.image), "", root).image
         return model_input(inside, max_pixels, transform, at_least)
@@ -276,10 +275,10 @@ def read_picture(
 # Text -----------------------------------------------------------------------------------------------------------------
 
 
-class Rows:
+class DialogueRows:
     """What a model reads of a dialogue: word pieces of each text once, put together as often as asked for."""
 
-    def __init__(self, source: Conversations, dialogue: Dialogue, tokenizer: Tokenizer, config: DataConfig) -> None:
+    def __init__(self, source: Conversations, dialogue: Conversation, tokenizer: Tokenizer, config: DataConfig) -> None:
         self.source, self.dialogue, self.tokenizer, self.config = source, dialogue, tokenizer, config
         self._known: dict[str, list[int]] = {}
 
@@ -323,85 +322,76 @@ class Rows:
 # Training -------------------------------------------------------------------------------------------------------------
 
 
+def open_dialogues(config: DataConfig) -> list[Conversations]:
+    """The sources of a run, by number.
+
+    Raises DataError for streaming, or when a dialogue teaches nothing or none of the images is there.
+    """
+    if config.streaming:
+        raise DataError(
+            "data.streaming does not read dialogues, as VisDial's file has the texts of all dialogues in one list: "
+            "set data.streaming to false"
+        )
+    sources = [Conversations(source) for source in config.sources]
+    for source in sources:
+        source.check_some_exist()
+        for dialogue in source.dialogues:
+            if not _teaching(dialogue):
+                raise DataError(f"{source.path}: image {dialogue.image_id}: no round has its right answer marked")
+    return sources
+
+
 @dataclass
-class Sample:
-    """Rows of one dialogue, ready to be put in a batch."""
+class PrepareDialogues(Prepare):
+    """Choose rounds and wrong answers, decode, augment and tokenize.
 
-    image: Tensor
-    """(3, S, S) float32."""
-    caption: list[int]
-    rows: list[list[int]]
-    """Of each round the true answer, then false ones."""
-    key: str
-    bad: list[Bad] = field(default_factory=list)
-    """Samples that were tried before this one."""
+    A sample's texts are the caption and, of each round, a row with the right answer, then rows with wrong ones.
+    """
 
+    rounds: int
+    """Rounds shown of a dialogue."""
+    negatives: int
+    """Wrong answers shown with each right one."""
+    hard_negatives: int = 0
+    """How many of those are among twice as many that are worded most like the right one."""
 
-class DialoguePairs(Pairs):
-    """Training dialogues by draw: some rounds of each, with the true answer and some of the false ones."""
-
-    def __init__(
-        self,
-        sources: Sequence[Conversations],
-        transform: Callable,
-        tokenizer: Tokenizer,
-        config: DataConfig,
-        seed: int,
-        rounds: int,
-        wrong: int,
-        alike: int = 0,
-    ) -> None:
-        """`alike` of the `wrong` answers are among the 2 x `alike` that are worded most like the true one.
-
-        Raises DataError when there is nothing to draw from, a dialogue teaches nothing, or no picture is there.
-        """
-        self.rounds, self.wrong, self.alike = rounds, wrong, alike
-        for source in sources:
-            source.check_some_exist()
-            for dialogue in source.dialogues:
-                if not _teaching(dialogue):
-                    raise DataError(f"{source.path}: image {dialogue.image_id}: no round has its right answer marked")
-        super().__init__(sources, transform, tokenizer, config, seed)
-
-    def make(self, record: tuple[Conversations, Dialogue], key: tuple[int, ...]) -> Sample:
-        """Choose rounds and false answers, decode, augment and tokenize, all keyed. Raises BadSample."""
+    def __call__(self, record: tuple[Conversations, Conversation], key: tuple[int, ...]) -> Sample:
         source, dialogue = record
-        rows, texts = Rows(source, dialogue, self.tokenizer, self.config), []
-        for n, number in enumerate(_drawn(_teaching(dialogue), self.rounds, mix(_ROUND, *key))):
+        rows, texts = DialogueRows(source, dialogue, self.tokenizer, self.config), []
+        for n, number in enumerate(_drawn(_teaching(dialogue), self.rounds, mix(Purpose.ROUNDS, *key))):
             one = dialogue.rounds[number]
-            said = source.answers[one.options[one.true]]
-            false = [option for option in one.options if source.answers[option] != said]
-            if not false:
+            right = source.answers[one.options[one.true]]
+            wrong = [option for option in one.options if source.answers[option] != right]
+            if not wrong:
                 raise BadSample(f"round {number + 1} has no false answer")
-            true, near = one.options[one.true], []
-            if self.alike:
-                near = source.wording.most_like(true, false, 2 * self.alike)
-                near = _drawn(near, min(self.alike, len(near)), mix(_ALIKE, n, *key))
-            others = [option for option in false if option not in near] or false
-            others = _drawn(others, self.wrong - len(near), mix(_WRONG, n, *key))
-            texts += rows.round(number, [true, *near, *others])
-        sided = any(map(is_sided, _said(source, dialogue)))
+            true, hard = one.options[one.true], []
+            if self.hard_negatives:
+                hard = source.wording.most_like(true, wrong, 2 * self.hard_negatives)
+                hard = _drawn(hard, min(self.hard_negatives, len(hard)), mix(Purpose.HARD_NEGATIVES, n, *key))
+            others = [option for option in wrong if option not in hard] or wrong
+            others = _drawn(others, self.negatives - len(hard), mix(Purpose.NEGATIVES, n, *key))
+            texts += rows.round(number, [true, *hard, *others])
+        sided = any(map(is_sided, _all_texts(source, dialogue)))
 
         def augment(image: Image.Image) -> Tensor:
-            return self.transform(image, _AUGMENT, *key, sided=sided)
+            return self.transform(image, Purpose.DIALOGUE_AUGMENTATION, *key, sided=sided)
 
-        image = read_picture(dialogue, source.root, self.config.max_pixels, augment, self.transform.at_least)
-        return Sample(image, rows.caption(), texts, dialogue.where)
+        image = read_image(dialogue, source.root, self.config.max_pixels, augment, self.transform.at_least)
+        return Sample(image, [rows.caption(), *texts], dialogue.where)
 
     def collate(self, samples: Sequence[Sample]) -> DialogueBatch:
-        caption_ids, caption_keep = self.tokenizer.pad([s.caption for s in samples])
-        ids, keep = self.tokenizer.pad([row for s in samples for row in s.rows])
+        caption_ids, caption_keep = self.tokenizer.pad([s.texts[0] for s in samples])
+        ids, keep = self.tokenizer.pad([row for s in samples for row in s.texts[1:]])
         bad = [b for s in samples for b in s.bad]
-        image = torch.stack([s.image for s in samples])
+        image = torch.stack([s.images for s in samples])
         keys = [s.key for s in samples]
-        return DialogueBatch(image, caption_ids, caption_keep, ids, keep, 1 + self.wrong, keys, bad)
+        return DialogueBatch(image, caption_ids, caption_keep, ids, keep, 1 + self.negatives, keys, bad)
 
-    def probe(self) -> list[str]:
-        texts = [t for s in self.sources for part in (s.questions, s.answers) for t in part[:: 1 + len(part) // 100]]
-        return [clean_question(text, self.config.max_words) for text in texts]
+    def texts(self, record: tuple[Conversations, Conversation]) -> list[str]:
+        return [clean_question(text, self.config.max_words) for text in _all_texts(*record)]
 
-    def fingerprint(self) -> str:
-        return f"{super().fingerprint()}-{self.rounds}-{self.wrong}" + f"-{self.alike}" * bool(self.alike)
+    def suffix(self) -> str:
+        return f"-{self.rounds}-{self.negatives}" + f"-{self.hard_negatives}" * bool(self.hard_negatives)
 
 
 class Wording:
@@ -422,16 +412,16 @@ class Wording:
         return sorted(likeness, key=lambda other: (-likeness[other], other))[:count]
 
     def _weight(self, words: set[str]) -> float:
-        return sum(self.weights[word] for word in words)
+        return math.fsum(self.weights[word] for word in words)  # in any order: that of a set differs between processes
 
 
-def _teaching(dialogue: Dialogue) -> list[int]:
+def _teaching(dialogue: Conversation) -> list[int]:
     """Rounds whose right answer is known among others."""
     return [n for n, one in enumerate(dialogue.rounds) if one.true is not None and len(one.options) > 1]
 
 
-def _said(source: Conversations, dialogue: Dialogue) -> list[str]:
-    """All that was said of the picture."""
+def _all_texts(source: Conversations, dialogue: Conversation) -> list[str]:
+    """All that is said of the image."""
     answers = [source.answers[r.answer] for r in dialogue.rounds if r.answer is not None]
     return [dialogue.caption, *answers, *(source.questions[r.question] for r in dialogue.rounds)]
 

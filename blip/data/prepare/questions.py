@@ -1,7 +1,6 @@
-"""Questions about pictures with the answers that people gave, from the formats that they come in.
+"""Questions about images with the answers that people gave, from the formats that they come in.
 
-A question is one row of a source; `QuestionPairs` draws them as `Pairs` draws captions. B questions, A answers to them,
-S image side in pixels.
+A question with its image and its answers is a sample. B questions, A answers to them, S image side in pixels.
 """
 
 from __future__ import annotations
@@ -9,8 +8,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,13 +18,15 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from blip.data.formats.json_rows import read_rows
-from blip.data.formats.sources import Record, record
-from blip.data.images import model_input
+from blip.data.draws import Prepare, Sample
+from blip.data.formats.json_rows import Row, read_rows
+from blip.data.formats.sources import Record, record, shard_files
 from blip.data.paths import check_name, check_spec
-from blip.data.prepare.captions import Pairs, Sample, make_batch, picture_id
+from blip.data.prepare.captions import image_id_of
 from blip.data.settings import DataConfig, PictureQuestions
+from blip.data.stream import ListShards
 from blip.errors import BadSample, DataError, shown
+from blip.keyed import Purpose
 from blip.objectives.batch import QuestionBatch
 from blip.text import clean_question, is_sided
 from blip.tokenizer import Tokenizer
@@ -33,13 +34,11 @@ from blip.tokenizer import Tokenizer
 Id = int | str
 VISUAL_GENOME = 0.2
 """What the answers of rows of dataset vg count in the 2022 release."""
-_AUGMENT = 200
-"""What a key is for; `Pairs` uses the small numbers."""
 _BLOCK = 1 << 16
 _LONGEST_ANSWER = 32
 """Word pieces of the longest answer that is learned, [DEC] and [SEP] included."""
 _NAME = "{subset}/COCO_{subset}_{image_id:012d}.jpg"
-"""Where VQA v2's pictures are."""
+"""Where VQA v2's images are."""
 
 
 class Question(NamedTuple):
@@ -78,13 +77,13 @@ class Questions:
         _refuse_repeated(self.path, self.ids)
 
     def check_some_exist(self) -> None:
-        """DataError if none of some pictures, evenly spread, is there: a wrong image_root is found at the start."""
+        """DataError if none of some images, evenly spread, is there: a wrong image_root is found at the start."""
         rows = np.linspace(0, len(self) - 1, min(16, len(self)), dtype=np.int64).tolist()
         names = [self._table["image"][row].as_py() for row in rows]
         if not any((self.root / name).exists() for name in names):
             raise DataError(
-                f"source {self.config.path}: none of its pictures is there; looked for {self.root / names[0]}. "
-                "Set image_root (and image_name, for pictures that are known by number) to where they are"
+                f"source {self.config.path}: none of its images is there; looked for {self.root / names[0]}. "
+                "Set image_root (and image_name, for images that are known by number) to where they are"
             )
 
     def __len__(self) -> int:
@@ -95,9 +94,7 @@ class Questions:
         return Question(self.ids[row], **{name: self._table[name][row].as_py() for name in _TYPES})
 
     def __getitem__(self, row: int) -> QuestionRecord:
-        found = self.question(int(row))
-        image = record(self.key(row), found.image, found.text, self.root).image
-        return QuestionRecord(self.key(row), image, found.answers, found.text, found.weight)
+        return _record(self.key(row), self.question(int(row)), self.root)
 
     def key(self, row: int) -> str:
         return f"{self.path.name}:{row} question {self.ids[row]}"
@@ -125,6 +122,36 @@ class QuestionRecord(Record):
 
     question: str
     weight: float
+
+
+def _record(key: str, question: Question, root: Path) -> QuestionRecord:
+    image = record(key, question.image, question.text, root).image
+    return QuestionRecord(key, image, question.answers, question.text, question.weight)
+
+
+class QuestionShards(ListShards):
+    """The questions of lists of rows, read in sequence."""
+
+    def __init__(self, config: PictureQuestions) -> None:
+        """Raises DataError for files of other formats, too."""
+        files = shard_files(config.path, "json")
+        for file in files:
+            if config.annotations or _is_whole(file):
+                raise DataError(
+                    f"source {config.path}: data.streaming reads lists of rows with question and answers, and "
+                    f"{file.name} is VQA v2's or easy-VQA's: set data.streaming to false"
+                )
+        self._roots = {file: _root(config, file) for file in files}
+        super().__init__(config, files)
+
+    def records(self, file: Path, number: int, row: Row) -> list[QuestionRecord]:
+        question = _question(self.config, number, row, f"{file}: row {number}")
+        return [_record(f"{file.name}:{number} question {question.id}", question, self._roots[file])]
+
+    def answers(self) -> Counter[str]:
+        """As of `Questions`; reads all files once."""
+        records = (one for file in self.files for one in self.read(file) if isinstance(one, QuestionRecord))
+        return Counter(answer for one in records for answer in one.captions)
 
 
 _TYPES = {
@@ -169,11 +196,9 @@ def _refuse_repeated(path: Path, ids: Sequence[Id]) -> None:
 
 def _rows(config: PictureQuestions, path: Path, root: Path) -> Iterator[Question]:
     """The questions of a file in any of the formats. Raises DataError."""
-    start = _start(path)
-    if start.startswith("[[") and path.suffix == ".json":
-        rows = _easy(path, load(path))
-    elif start.startswith("{") and path.suffix == ".json":
-        rows = _official(config, path, load(path))
+    if _is_whole(path):
+        value = load(path)
+        rows = _official(config, path, value) if isinstance(value, dict) else _easy(path, value)
     else:
         if config.annotations:
             raise DataError(
@@ -187,11 +212,12 @@ def _rows(config: PictureQuestions, path: Path, root: Path) -> Iterator[Question
         yield question
 
 
-def _start(path: Path) -> str:
-    """The first characters of a file, spaces left out."""
+def _is_whole(path: Path) -> bool:
+    """Whether a file is one value, VQA v2's object or easy-VQA's list of lists, and not a list of rows."""
     try:
         with path.open(encoding="utf-8-sig") as file:
-            return "".join(file.read(4096).split())
+            start = "".join(file.read(4096).split())
+        return path.suffix == ".json" and start.startswith(("[[", "{"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error}") from None
     except OSError as error:
@@ -209,7 +235,7 @@ def load(path: Path) -> Any:
 
 
 def _easy(path: Path, rows: list[Any]) -> Iterator[Question]:
-    """easy-VQA: [question, answer, number of the picture] in images/NUMBER.png beside the file."""
+    """easy-VQA: [question, answer, number of the image] in images/NUMBER.png beside the file."""
     for number, row in enumerate(rows):
         kinds = [type(value) for value in row] if isinstance(row, list) else []
         if kinds != [str, str, int]:
@@ -274,7 +300,7 @@ def _image(config: PictureQuestions, row: dict[str, Any], subset: Any, where: st
     number = _id(row, "image_id", where)
     if config.image_name is None and not isinstance(subset, str):
         raise DataError(
-            f"{where}: only the number of its picture is given, and the file has no data_subtype: set image_name, such "
+            f"{where}: only the number of its image is given, and the file has no data_subtype: set image_name, such "
             "as 'val2014/COCO_val2014_{image_id:012d}.jpg'"
         )
     try:
@@ -286,15 +312,19 @@ def _image(config: PictureQuestions, row: dict[str, Any], subset: Any, where: st
 def _listed(config: PictureQuestions, path: Path) -> Iterator[Question]:
     """A list or lines of {image, question, answer}: the 2022 release's, and others by their columns."""
     for number, row in read_rows(path):
-        where = f"{path}: row {number}"
-        column = "answers" if config.answer_column not in row and "answers" in row else config.answer_column
-        weight = config.answer_weight
-        if weight is None:
-            weight = VISUAL_GENOME if row.get("dataset") == "vg" else 1.0
-        name = _id(row, config.id_column, where) if config.id_column in row else number
-        kinds = [str(row.get(key) or "") for key in ("question_type", "answer_type")]
-        text, image = _text(row, config.question_column, where), _text(row, config.image_column, where)
-        yield Question(name, text, image, _answers(row.get(column), where), weight, *kinds)
+        yield _question(config, number, row, f"{path}: row {number}")
+
+
+def _question(config: PictureQuestions, number: int, row: Row, where: str) -> Question:
+    """A row of such a list. Raises DataError."""
+    column = "answers" if config.answer_column not in row and "answers" in row else config.answer_column
+    weight = config.answer_weight
+    if weight is None:
+        weight = VISUAL_GENOME if row.get("dataset") == "vg" else 1.0
+    name = _id(row, config.id_column, where) if config.id_column in row else number
+    kinds = [str(row.get(key) or "") for key in ("question_type", "answer_type")]
+    text, image = _text(row, config.question_column, where), _text(row, config.image_column, where)
+    return Question(name, text, image, _answers(row.get(column), where), weight, *kinds)
 
 
 def _text(row: Any, key: str, where: str) -> str:
@@ -342,56 +372,60 @@ def read_answers(path: Path) -> list[str]:
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class QuestionSample(Sample):
-    """A question, ready to be put in a batch."""
+def open_questions(config: DataConfig) -> list[Questions] | list[QuestionShards]:
+    """The sources of a run, by number or as shards.
 
-    answers: dict[tuple[int, ...], float] = field(default_factory=dict)
-    """[CLS] word pieces [SEP] of each answer -> its weight."""
+    Raises DataError when a question has no answer to learn from, or none of the images is there.
+    """
+    if config.streaming:
+        return [QuestionShards(source) for source in config.sources]
+    sources = [Questions(source) for source in config.sources]
+    for source in sources:
+        source.check_some_exist()
+        if bare := source.unanswered():
+            raise DataError(
+                f"{source.key(bare[0])} and {len(bare) - 1} others have no answers to learn from: "
+                "give annotations, or set answer_column"
+            )
+    return sources
 
 
-class QuestionPairs(Pairs):
-    """Questions to learn from by draw, with pictures that cannot be read replaced."""
+class PrepareQuestions(Prepare):
+    """Decode, augment and tokenize: a sample's texts are the question and its answers, its labels their weights."""
 
-    def __init__(
-        self, sources: Sequence[Questions], transform: Callable, tokenizer: Tokenizer, config: DataConfig, seed: int
-    ) -> None:
-        """Raises DataError when there is nothing to draw from, a question has no answer, or no picture is there."""
-        for source in sources:
-            source.check_some_exist()
-            if bare := source.unanswered():
-                raise DataError(
-                    f"{source.key(bare[0])} and {len(bare) - 1} others have no answers to learn from: "
-                    "give annotations, or set answer_column"
-                )
-        super().__init__(sources, transform, tokenizer, config, seed)
-
-    def make(self, record: QuestionRecord, key: tuple[int, ...]) -> QuestionSample:
-        """Decode, augment and tokenize, all keyed. Raises BadSample."""
+    def __call__(self, record: QuestionRecord, key: tuple[int, ...]) -> Sample:
+        if not record.captions:
+            raise BadSample("the question has no answer to learn from")
         question = clean_question(record.question, self.config.max_words)
         if not question:
             raise BadSample(f"the question has no words: {record.question[:40]!r}")
         sided = is_sided(question) or any(is_sided(answer) for answer in record.captions)
-        pixels = model_input(
-            record.image,
-            self.config.max_pixels,
-            lambda image: self.transform(image, _AUGMENT, *key, sided=sided),
-            self.transform.at_least,
-        )
+        image = self.image(record.image, Purpose.QUESTION_AUGMENTATION, *key, sided=sided)
         pieces = self.tokenizer.pieces(question, self.config.max_tokens)
         answers = weighed(record.captions, record.weight, self.tokenizer)
         if not answers:
             raise BadSample(f"no answer of 1 to {_LONGEST_ANSWER - 2} word pieces: {record.captions[0][:40]!r}")
-        return QuestionSample(pixels, pieces, record.key, image_id=picture_id(record), answers=answers)
+        texts, weights = [pieces, *map(list, answers)], list(answers.values())
+        return Sample(image, texts, record.key, weights, image_id_of(record))
 
-    def collate(self, samples: Sequence[QuestionSample]) -> QuestionBatch:
-        return make_question_batch(samples, self.tokenizer)
+    def collate(self, samples: Sequence[Sample]) -> QuestionBatch:
+        ids, keep = self.tokenizer.pad([s.texts[0] for s in samples])
+        answer_ids, answer_keep = self.tokenizer.pad([answer for s in samples for answer in s.texts[1:]])
+        return QuestionBatch(
+            image=torch.stack([s.images for s in samples]),
+            ids=ids,
+            keep=keep,
+            keys=[s.key for s in samples],
+            bad=[b for s in samples for b in s.bad],
+            image_ids=torch.tensor([s.image_id for s in samples]),
+            answer_ids=answer_ids,
+            answer_keep=answer_keep,
+            weights=torch.tensor([weight for s in samples for weight in s.labels]),
+            question=torch.tensor([i for i, s in enumerate(samples) for _ in s.labels]),
+        )
 
-    def probe(self) -> list[str]:
-        rows = [(s, int(i)) for s in self.sources for i in np.linspace(0, len(s) - 1, min(len(s), 100))]
-        found = [source.question(row) for source, row in rows]
-        texts = [clean_question(question.text, self.config.max_words) for question in found]
-        return texts + [question.answers[0] for question in found]
+    def texts(self, record: QuestionRecord) -> list[str]:
+        return [clean_question(record.question, self.config.max_words), *record.captions[:1]]
 
 
 def weighed(answers: Sequence[str], weight: float, tokenizer: Tokenizer) -> dict[tuple[int, ...], float]:
@@ -405,12 +439,3 @@ def weighed(answers: Sequence[str], weight: float, tokenizer: Tokenizer) -> dict
         if 2 < len(pieces) <= _LONGEST_ANSWER:
             found[pieces] = found.get(pieces, 0.0) + weight / len(answers)
     return found
-
-
-def make_question_batch(samples: Sequence[QuestionSample], tokenizer: Tokenizer) -> QuestionBatch:
-    """B samples -> one batch, texts padded to the longest."""
-    batch = make_batch(samples, tokenizer)
-    answers = [(pieces, weight, i) for i, s in enumerate(samples) for pieces, weight in s.answers.items()]
-    ids, keep = tokenizer.pad([pieces for pieces, _, _ in answers])
-    weights, owners = torch.tensor([w for _, w, _ in answers]), torch.tensor([i for _, _, i in answers])
-    return QuestionBatch(**vars(batch), answer_ids=ids, answer_keep=keep, weights=weights, question=owners)
