@@ -32,9 +32,10 @@ from blip.world.scene import scene_of
 from capfilt.calibrate.grade import Kind, grade
 from capfilt.run import Run as Job
 from eval.retrieval import Gallery, rank
-from recipes import caption, cleaning, command, retrieval
+from recipes import caption, command, retrieval, world_capfilt
 from recipes.building import WorldChoice
-from recipes.pretrain import Run, pretrain
+from recipes.pretrain import PretrainRun, pretrain
+from recipes.run import HeldOut
 
 CONFIG = "recipes/configs/pretrain_demo.yaml"
 SHARE = 0.3
@@ -54,7 +55,7 @@ SELECTION, THRESHOLD = "kept", 0.5
 """Of the texts with at least this P(match)."""
 
 
-def demo(run: Run) -> dict[str, Any]:
+def demo(run: PretrainRun) -> dict[str, Any]:
     """Carry out the story and write the page; returns what results.json holds, scores in percent but `filter_auc`."""
     out, clock = Path(run.out), Clock()
     with clock.part("pictures"):
@@ -71,7 +72,7 @@ def demo(run: Run) -> dict[str, Any]:
         _, filtering = retrieval.retrieve(filterer(noisy, folder, people))
     with clock.part("capfilt"):
         job = clean(run, writer, filtering, out)
-    sources = cleaning.bootstrapped(out / "clean", people)
+    sources = world_capfilt.bootstrapped(out / "clean", people)
     again = dataclasses.replace(run, data=dataclasses.replace(run.data, sources=sources))
     with clock.part("pretrain_bootstrapped"):
         second, folder = pretrain(again)
@@ -79,12 +80,12 @@ def demo(run: Run) -> dict[str, Any]:
         recaptioned, rewriter = caption.caption(captioner(again, folder, people))
     with clock.part("page"):
         kinds, synthetic = grade(job, SELECTION), truth_of_synthetic(job)
-        rescored = second.metrics | cleaning.tested(recaptioned.metrics)
+        rescored = second.metrics | world_capfilt.tested(recaptioned.metrics)
         scores = {
-            **first.metrics, **cleaning.tested(captioned.metrics),
+            **first.metrics, **world_capfilt.tested(captioned.metrics),
             **{f"{name}{AGAIN}": value for name, value in rescored.items()},
-            **cleaning.aucs(kinds), **synthetic, "texts_kept": cleaning.kept(out / "clean"),
-            "web_right": cleaning.web_right(kinds, 0), "web_right_kept": cleaning.web_right(kinds, 1),
+            **world_capfilt.aucs(kinds), **synthetic, "texts_kept": world_capfilt.kept(out / "clean"),
+            "web_right": world_capfilt.web_right(kinds, 0), "web_right_kept": world_capfilt.web_right(kinds, 1),
             "steps": second.steps,
         }  # fmt: skip
         model, tokenizer = checkpoint.from_pretrained(folder)
@@ -123,37 +124,37 @@ def draw(world: WorldChoice) -> None:
     What is there already is left alone.
     """
     folder, size, workers = Path(world.folder), world.image_size, world.workers
-    cleaning.draw_crawl(folder / "crawl", world.train, world.noise, 0, size, workers)
+    world_capfilt.draw_crawl(folder / "crawl", world.train, world.noise, 0, size, workers)
     few = max(8, round(BY_PEOPLE * world.train))
     for where, split, count, seed in (
         (folder / "human", "train", few, 1),
         (folder, "val", world.held_out, 0),
         (folder, "test", world.held_out, 0),
     ):
-        cleaning.draw_people(where, split, count, seed, size, workers)
+        world_capfilt.draw_people(where, split, count, seed, size, workers)
 
 
-def captioner(run: Run, start_from: Path, people: list[SourceConfig]) -> caption.Run:
+def captioner(run: PretrainRun, start_from: Path, people: list[SourceConfig]) -> caption.CaptionRun:
     """The captioning run that goes on from a pre-training run, on pictures with people's captions."""
     out, batch = Path(run.out) / "captioner", run.train.batch_size
     validation = SourceConfig(str(Path(run.held_out.source.path).with_name("val.json")))
     return dataclasses.replace(
-        cleaning.captioner(out, start_from, people, batch, _steps(run)),
-        validation=caption.HeldOut(validation, run.held_out.limit),
-        test=caption.HeldOut(run.held_out.source, run.held_out.limit),
+        world_capfilt.captioner(out, start_from, people, batch, _steps(run)),
+        validation=HeldOut(validation, run.held_out.limit),
+        test=HeldOut(run.held_out.source, run.held_out.limit),
     )
 
 
-def filterer(run: Run, start_from: Path, people: list[SourceConfig]) -> retrieval.Run:
+def filterer(run: PretrainRun, start_from: Path, people: list[SourceConfig]) -> retrieval.RetrievalRun:
     """The retrieval run that makes a filter of a pre-training run's model, on the same pictures."""
-    return cleaning.filterer(Path(run.out) / "filter", start_from, people, run.train.batch_size, _steps(run))
+    return world_capfilt.filterer(Path(run.out) / "filter", start_from, people, run.train.batch_size, _steps(run))
 
 
-def _steps(run: Run) -> int:
+def _steps(run: PretrainRun) -> int:
     return max(1, round(SHARE * run.train.steps))
 
 
-def clean(run: Run, writer: Path, filtering: Path, out: Path) -> Job:
+def clean(run: PretrainRun, writer: Path, filtering: Path, out: Path) -> Job:
     """The job on the crawl, as `python -m capfilt run` does it: plan, score, select, export, report, verify.
 
     Stopped if it does not end well; it has said why.
@@ -161,14 +162,14 @@ def clean(run: Run, writer: Path, filtering: Path, out: Path) -> Job:
     inputs = [word for source in run.data.sources if source.kind == "web" for word in ("--input", source.path)]
     args = ["run", *inputs, "--out", out / "capfilt", "--to", out / "clean", "--no-blur"]
     args += ["--name", SELECTION, "--itm", str(THRESHOLD), "--policy", POLICY, "--allow-empty"]
-    args += cleaning.models(writer, filtering, DECODE, run.data.max_tokens)
-    cleaning.carry_out(*args, "--part-size", "1024", "--batch-size", "128")
+    args += world_capfilt.models(writer, filtering, DECODE, run.data.max_tokens)
+    world_capfilt.carry_out(*args, "--part-size", "1024", "--batch-size", "128")
     return Job.open(str(out / "capfilt"))
 
 
 def truth_of_synthetic(job: Job) -> dict[str, float]:
     """Percent of the synthetic texts that are true in every word, of all and of those that the filter kept."""
-    every, kept = cleaning.synthetic(job, SELECTION)
+    every, kept = world_capfilt.synthetic(job, SELECTION)
     found = {"synthetic_true": every, "synthetic_true_kept": kept}
     return {name: 100 * grade_captions(verdicts)["true"] for name, verdicts in found.items() if verdicts}
 
@@ -176,7 +177,7 @@ def truth_of_synthetic(job: Job) -> dict[str, float]:
 # The page -------------------------------------------------------------------------------------------------------------
 
 
-def _cards(run: Run, captions: dict[str, str], gallery: Gallery, ranked: list[list[int]]) -> list[page.Card]:
+def _cards(run: PretrainRun, captions: dict[str, str], gallery: Gallery, ranked: list[list[int]]) -> list[page.Card]:
     path = Path(run.held_out.source.path)
     rows = json.loads(path.read_text())[: min(SHOWN, len(captions))]
     return [
@@ -206,7 +207,7 @@ def _captions(scores: dict[str, Any]) -> list[list[str | float]]:
     return [[side, *(scores[f"{name}{again}"] for name in TOLD)] for side, again in SIDES]
 
 
-def _page(out: Path, scores: dict[str, Any], kinds: dict[str, Kind], items: list[page.Card], run: Run) -> str:
+def _page(out: Path, scores: dict[str, Any], kinds: dict[str, Kind], items: list[page.Card], run: PretrainRun) -> str:
     def curves(folder: Path) -> str:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         logged = [line for line in lines if "losses" in line]
@@ -239,7 +240,7 @@ def _page(out: Path, scores: dict[str, Any], kinds: dict[str, Kind], items: list
                 f"Right were {scores['web_right']:.0f}% of the web texts, and {scores['web_right_kept']:.0f}% of those "
                 f"that were kept.{synthetic} ROC AUC is the chance that the filter gives a right text more than a "
                 "wrong one.",
-                page.table(cleaning.fates(kinds), cleaning.FATES)
+                page.table(world_capfilt.fates(kinds), world_capfilt.FATES)
                 + f'<p><a href="{link}">The job\'s own report</a>: every row and text accounted for, pictures with '
                 "what was kept and why.</p>",
             ),
@@ -269,7 +270,7 @@ def _page(out: Path, scores: dict[str, Any], kinds: dict[str, Kind], items: list
 
 
 def main() -> None:
-    run = command.read(Run, ["--config", CONFIG, "--out", "runs/demo", *sys.argv[1:]])
+    run = command.read(PretrainRun, ["--config", CONFIG, "--out", "runs/demo", *sys.argv[1:]])
     scores = demo(run)
     print(f"\n{'held-out retrieval, recall in percent':<56}  R@1    R@5   R@10")
     for name, *values in _recalls(scores):

@@ -20,14 +20,15 @@ from capfilt.run import Run as Job
 from eval.captioning import captions_of
 from eval.pictures import Pictures
 from eval.retrieval import Gallery, retrieval
-from recipes import caption, cleaning, command, pretrain
+from recipes import caption, command, pretrain, world_capfilt
 from recipes import retrieval as retrieving
 from recipes.bootstrap.rows import CLEANERS, ROWS, TEACHER, Row
 from recipes.bootstrap.stages import Stage, Stages
 from recipes.building import ModelChoice
+from recipes.run import HeldOut
 
 if TYPE_CHECKING:
-    from recipes.bootstrap.settings import FineTuning, Run
+    from recipes.bootstrap.settings import BootstrapRun, FineTuning
 
 SECONDS = {"tiny": 0.26, "small": 0.94, "base": 12.0, "large": 40.0}
 """Of a pre-training step of 64 pairs on 2 CPU cores, by size; the time left is reckoned from them."""
@@ -37,12 +38,12 @@ SIZE_OF_PARTS, BATCH = "1024", "128"
 """Rows that a job commits together, and scores together."""
 
 
-def steps_of(run: Run, row: Row) -> int:
+def steps_of(run: BootstrapRun, row: Row) -> int:
     """Pre-training steps of a row."""
     return round((run.longer if row.longer else 1.0) * run.train.steps)
 
 
-def plan(run: Run, say: Callable[[str], None] = print) -> Stages:
+def plan(run: BootstrapRun, say: Callable[[str], None] = print) -> Stages:
     """All that has to be done for the rows and seeds of a run, what several rows need only once."""
     out = Path(run.out)
     world = _plain(run.world)
@@ -55,7 +56,7 @@ def plan(run: Run, say: Callable[[str], None] = print) -> Stages:
 class _Seed:
     """The stages of one seed."""
 
-    def __init__(self, run: Run, out: Path, seed: int) -> None:
+    def __init__(self, run: BootstrapRun, out: Path, seed: int) -> None:
         self.run, self.seed, self.name = run, seed, f"seed-{seed}"
         self.out, self.held_out = out / self.name, out / "held-out"
         self.found: dict[str, Stage] = {}
@@ -84,8 +85,8 @@ class _Seed:
         """Another crawl and other pictures by people for each seed: even seeds of scenes are crawls, odd are not."""
         world = self.run.world
         how = (world.image_size, world.workers)
-        cleaning.draw_crawl(folder / "crawl", world.crawl, world.noise, 2 * self.seed, *how)
-        cleaning.draw_people(folder / "people", "train", world.people, 2 * self.seed + 1, *how)
+        world_capfilt.draw_crawl(folder / "crawl", world.crawl, world.noise, 2 * self.seed, *how)
+        world_capfilt.draw_people(folder / "people", "train", world.people, 2 * self.seed + 1, *how)
         return {"crawl": world.crawl, "people": world.people}
 
     @property
@@ -118,12 +119,12 @@ class _Seed:
             self._step(run.model) * steps_of(run, row) + 4,
         )
         model = self.out / row.name / "pretrain" / "model"
-        told = self._by_recipe(cleaning.CAPTIONER, fine.captioner, fine.captioner_lr)
+        told = self._by_recipe(world_capfilt.CAPTIONER, fine.captioner, fine.captioner_lr)
         captioner = self._add(
             f"{row.name}/captioner", lambda folder: self._captioner(folder, model, fine, True),
             told, (trained,), CAPTION_COST * self._step(run.model) * fine.captioner + 3,
         )  # fmt: skip
-        told = self._by_recipe(cleaning.FILTER, fine.retrieval, fine.retrieval_lr) | {"k": run.k}
+        told = self._by_recipe(world_capfilt.FILTER, fine.retrieval, fine.retrieval_lr) | {"k": run.k}
         searcher = self._add(
             f"{row.name}/retrieval", lambda folder: self._retrieval(folder, model, fine, True),
             told, (trained,), FILTER_COST * self._step(run.model) * fine.retrieval + 4,
@@ -156,7 +157,7 @@ class _Seed:
         run = self.run
         if row.cleaner:
             clean = self._clean(row)
-            sources, web = cleaning.bootstrapped(clean, self.people), cleaning.kept(clean)
+            sources, web = world_capfilt.bootstrapped(clean, self.people), world_capfilt.kept(clean)
         else:
             sources, web = [SourceConfig(self.crawl, kind="web"), *self.people], run.world.crawl
         share, people_pairs = run.people_share, run.world.people
@@ -167,28 +168,28 @@ class _Seed:
         if row.continued:
             model = ModelChoice(start_from=str(self.out / TEACHER.name / "pretrain" / "model"))
         result, _ = pretrain.pretrain(
-            pretrain.Run(
+            pretrain.PretrainRun(
                 out=str(folder),
                 model=model,
                 data=dataclasses.replace(run.data, sources=[*crawled, dataclasses.replace(people, weight=weight)]),
                 objective=dataclasses.replace(run.objective, alpha_ramp_epochs=ramp),
                 train=dataclasses.replace(run.train, steps=steps, seed=self.seed),
-                held_out=pretrain.Held(_source(self.held_out, "test"), k=k) if k else None,
+                held_out=pretrain.HeldOutPairs(_source(self.held_out, "test"), k=k) if k else None,
             )
         )
         return {"steps": result.steps, "pairs": result.samples, **result.metrics}
 
     def _captioner(self, folder: Path, model: Path, how: FineTuning, measured: bool) -> dict[str, Any]:
-        settings = cleaning.captioner(folder, model, self.people, self.run.train.batch_size, how.captioner)
-        test = caption.HeldOut(_source(self.held_out, "test")) if measured else None
+        settings = world_capfilt.captioner(folder, model, self.people, self.run.train.batch_size, how.captioner)
+        test = HeldOut(_source(self.held_out, "test")) if measured else None
         train = self._fine(settings.train, how.captioner_lr)
         result, _ = caption.caption(dataclasses.replace(settings, train=train, test=test))
-        return cleaning.tested(result.metrics)
+        return world_capfilt.tested(result.metrics)
 
     def _retrieval(self, folder: Path, model: Path, how: FineTuning, measured: bool) -> dict[str, Any]:
-        settings = cleaning.filterer(folder, model, self.people, self.run.train.batch_size, how.retrieval)
+        settings = world_capfilt.filterer(folder, model, self.people, self.run.train.batch_size, how.retrieval)
         train = self._fine(settings.train, how.retrieval_lr)
-        test = pretrain.Held(_source(self.held_out, "test"), k=self.run.k) if measured else None
+        test = pretrain.HeldOutPairs(_source(self.held_out, "test"), k=self.run.k) if measured else None
         result, _ = retrieving.retrieve(dataclasses.replace(settings, train=train, test=test))
         return {name.removeprefix("test_"): value for name, value in result.metrics.items()}
 
@@ -204,7 +205,7 @@ class _Seed:
         """Captions and retrieval of pictures that show colour-shape pairs never seen before."""
         device = "cpu" if dist.on_cpu() else "cuda"
         source, found = _source(self.held_out, "composition"), {}
-        how = command.read(caption.Run, ["--config", cleaning.CAPTIONER, "--out", str(row)])
+        how = command.read(caption.CaptionRun, ["--config", world_capfilt.CAPTIONER, "--out", str(row)])
         model, tokenizer = checkpoint.from_pretrained(row / "captioner" / "model", device=device)
         pictures = Pictures.open(source)
         said = captions_of(model, tokenizer, pictures, how.decode, prompt=how.data.prompt)
@@ -270,12 +271,12 @@ class _Seed:
         return [
             self._add(
                 f"{folder}/captioner", lambda folder: self._captioner(folder, model, how, False),
-                self._by_recipe(cleaning.CAPTIONER, write, how.captioner_lr), needs,
+                self._by_recipe(world_capfilt.CAPTIONER, write, how.captioner_lr), needs,
                 CAPTION_COST * cost * write + 3,
             ),
             self._add(
                 f"{folder}/filter", lambda folder: self._retrieval(folder, model, how, False),
-                self._by_recipe(cleaning.FILTER, read, how.retrieval_lr), needs,
+                self._by_recipe(world_capfilt.FILTER, read, how.retrieval_lr), needs,
                 FILTER_COST * cost * read + 3,
             ),
         ]  # fmt: skip
@@ -285,17 +286,17 @@ class _Seed:
         steps = self.run.cleaners.captioner
         return self._add(
             "cleaners/shared", lambda folder: self._fine_tune_shared(folder, steps),
-            self._by_recipe(cleaning.CAPTIONER, steps),
+            self._by_recipe(world_capfilt.CAPTIONER, steps),
             (f"{self.name}/{TEACHER.name}/pretrain",),
             self._step(self.run.model) * steps + 3,
         )  # fmt: skip
 
     def _fine_tune_shared(self, folder: Path, steps: int) -> dict[str, Any]:
         start = self.out / TEACHER.name / "pretrain" / "model"
-        like = cleaning.captioner(folder, start, self.people, self.run.train.batch_size, steps)
+        like = world_capfilt.captioner(folder, start, self.people, self.run.train.batch_size, steps)
         data = dataclasses.replace(like.data, prompt="")  # texts are compared without, so they are written without
         result, _ = pretrain.pretrain(
-            pretrain.Run(
+            pretrain.PretrainRun(
                 out=str(folder), model=like.model, data=data, objective=self.run.objective, train=self._fine(like.train)
             )
         )
@@ -307,32 +308,34 @@ class _Seed:
         job, threshold = folder / "job", run.cleaning.threshold
         prompt = ["--prompt", ""] if name == "shared" else []
         plan = ["plan", "--input", self.crawl, "--out", job, "--part-size", SIZE_OF_PARTS, "--seed", str(self.seed)]
-        cleaning.carry_out(*plan, *cleaning.models(writer, reader, decode, run.data.max_tokens), *prompt)
-        cleaning.carry_out("score", job, "--batch-size", BATCH)
+        world_capfilt.carry_out(*plan, *world_capfilt.models(writer, reader, decode, run.data.max_tokens), *prompt)
+        world_capfilt.carry_out("score", job, "--batch-size", BATCH)
         found: dict[str, Any] = {}
         for keep in dict.fromkeys(row.keep for row in ROWS.values() if row.cleaner == name):
-            cleaning.carry_out("select", job, "--name", keep, "--replace", "--allow-empty", *CLEANERS[keep](threshold))
-            cleaning.carry_out("export", job, "--select", keep, "--to", folder / "clean" / keep, "--allow-empty")
+            world_capfilt.carry_out(
+                "select", job, "--name", keep, "--replace", "--allow-empty", *CLEANERS[keep](threshold)
+            )
+            world_capfilt.carry_out("export", job, "--select", keep, "--to", folder / "clean" / keep, "--allow-empty")
             found[keep] = _kept_truth(Job.open(str(job)), keep, folder / "clean" / keep)
-        cleaning.carry_out("report", job, "--select", "both", "--no-blur")
-        cleaning.carry_out("verify", job)
+        world_capfilt.carry_out("report", job, "--select", "both", "--no-blur")
+        world_capfilt.carry_out("verify", job)
         return found
 
 
 def _kept_truth(job: Job, keep: str, clean: Path) -> dict[str, Any]:
     """What a selection holds, and how much of it is right; percent but the AUCs."""
     kinds = grade(job, keep)
-    every, kept = cleaning.synthetic(job, keep)
+    every, kept = world_capfilt.synthetic(job, keep)
     wrong = kinds["wrong"]
     found = {
-        "texts": cleaning.kept(clean),
+        "texts": world_capfilt.kept(clean),
         "web": (kinds["right"].kept if "right" in kinds else 0) + wrong.kept,
         "synthetic": len(kept),
         "noise_kept": 100 * wrong.kept / max(1, wrong.texts),
-        "web_wrong": 100 - cleaning.web_right(kinds, 1),
+        "web_wrong": 100 - world_capfilt.web_right(kinds, 1),
         "synthetic_wrong_before": _wrong(every, "true"),
         "synthetic_rejected": 100 - 100 * len(kept) / max(1, len(every)),
-        **cleaning.aucs(kinds),
+        **world_capfilt.aucs(kinds),
         "kinds": {kind: k._asdict() for kind, k in kinds.items()},
     }
     if kept:
@@ -345,10 +348,10 @@ def _wrong(verdicts: list, name: str) -> float:
     return 100 - 100 * grade_captions(verdicts)[name]
 
 
-def _draw_held_out(run: Run, folder: Path) -> dict[str, Any]:
+def _draw_held_out(run: BootstrapRun, folder: Path) -> dict[str, Any]:
     world = run.world
     for split, count in (("test", world.test), ("composition", world.composition)):
-        cleaning.draw_people(folder, split, count, 0, world.image_size, world.workers)
+        world_capfilt.draw_people(folder, split, count, 0, world.image_size, world.workers)
     return {"test": world.test, "composition": world.composition}
 
 

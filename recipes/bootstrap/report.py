@@ -15,14 +15,15 @@ from blip import files
 from blip.app import page
 from blip.world.judge import judge
 from blip.world.scene import draw, scene_of
+from capfilt.calibrate.grade import Kind
 from capfilt.run import Run as Job
 from capfilt.select.choose import kept_of, scored_parts
-from recipes import cleaning
+from recipes import world_capfilt
 from recipes.bootstrap import stages, table
 from recipes.bootstrap.rows import ROWS
 
 if TYPE_CHECKING:
-    from recipes.bootstrap.settings import Run
+    from recipes.bootstrap.settings import BootstrapRun
 
 PARTS = ("pretrain", "captioner", "retrieval", "composition")
 SIDE = 160
@@ -67,7 +68,7 @@ def _scores(plan: stages.Stages, seed: str, row: str) -> dict[str, float]:
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def write(plan: stages.Stages, run: Run) -> dict[str, Any]:
+def write(plan: stages.Stages, run: BootstrapRun) -> dict[str, Any]:
     """Write all files anew from the stages that are done; returns what results.json holds, in which is no time."""
     out, scores = Path(run.out), scores_of(plan)
     out.mkdir(parents=True, exist_ok=True)
@@ -83,7 +84,7 @@ def write(plan: stages.Stages, run: Run) -> dict[str, Any]:
 # The page -------------------------------------------------------------------------------------------------------------
 
 
-def _page(plan: stages.Stages, run: Run, scores: table.Scores, seconds: dict[str, float]) -> str:
+def _page(plan: stages.Stages, run: BootstrapRun, scores: table.Scores, seconds: dict[str, float]) -> str:
     sections = [("The question", _question(run), "")]
     seed = min(scores.get("both", {}), default=None)
     if seed is not None:
@@ -95,7 +96,7 @@ def _page(plan: stages.Stages, run: Run, scores: table.Scores, seconds: dict[str
     return page.page("What captioning and filtering a noisy crawl are worth", sections)
 
 
-def _question(run: Run) -> str:
+def _question(run: BootstrapRun) -> str:
     world = run.world
     return (
         "Pictures on the web come with texts, and most of these do not say what the picture shows. A model that learns "
@@ -108,16 +109,11 @@ def _question(run: Run) -> str:
     )
 
 
-def _crawl(plan: stages.Stages, run: Run, seed: int) -> list[tuple[str, str, str]]:
+def _crawl(plan: stages.Stages, run: BootstrapRun, seed: int) -> list[tuple[str, str, str]]:
     """What the crawl looked like, and what became of its texts, with some pictures."""
     folder = Path(run.out) / f"seed-{seed}" / "capfilt" / "own"
     told = plan.results(f"seed-{seed}/capfilt/own")["both"]
-    rows = [
-        [cleaning.KINDS.get(kind, kind), f"{one['texts']:,}", f"{one['kept']:,}", 100 * one["kept"] / one["texts"],
-         "" if one["auc"] is None else f"{one['auc']:.3f}"]
-        for kind, one in sorted(told["kinds"].items(), key=lambda one: [*cleaning.KINDS, one[0]].index(one[0]))
-        if one["texts"]
-    ]  # fmt: skip
+    kinds = {kind: Kind(**one) for kind, one in told["kinds"].items() if one["texts"]}
     written = (
         f"Of the captioner's texts the filter threw out {told['synthetic_rejected']:.0f}%; of all of them "
         f"{told['synthetic_wrong_before']:.0f}% say something false"
@@ -140,7 +136,7 @@ def _crawl(plan: stages.Stages, run: Run, seed: int) -> list[tuple[str, str, str
         (
             "What the filter made of the found texts",
             f"{written}. ROC AUC is the chance that the filter gives a right text more than a wrong one of that kind.",
-            page.table(rows, cleaning.FATES)
+            page.table(world_capfilt.fates(kinds), world_capfilt.FATES)
             + f'<p><a href="{link}">The job\'s own report</a> accounts for every row and text.</p>',
         ),
     ]
@@ -160,7 +156,7 @@ def _fates(job: Job, count: int) -> Iterator[page.Note]:
             if row["status"] != "ok" or len(by_kind.setdefault(extra["kind"], [])) >= count:
                 continue
             by_kind[extra["kind"]].append(_fate(extra, row, kept.get((part.pid, number), set())))
-    kinds = [by_kind[kind] for kind in cleaning.KINDS if kind in by_kind]
+    kinds = [by_kind[kind] for kind in world_capfilt.KINDS if kind in by_kind]
     turns = [notes[turn] for turn in range(count) for notes in kinds if turn < len(notes)]
     yield from turns[:count]
 
@@ -177,7 +173,9 @@ def _fate(extra: dict[str, Any], row: dict[str, Any], kept: set[str]) -> page.No
     return page.Note(draw(scene, SIDE), lines)
 
 
-def _changed(plan: stages.Stages, run: Run, scores: table.Scores, seed: int | None) -> list[tuple[str, str, str]]:
+def _changed(
+    plan: stages.Stages, run: BootstrapRun, scores: table.Scores, seed: int | None
+) -> list[tuple[str, str, str]]:
     """The main columns drawn, and what two models say and how they learned."""
     plots = []
     for column in table.MAIN:
@@ -256,7 +254,7 @@ def _tables(scores: table.Scores) -> list[tuple[str, str, str]]:
     return [(heading, intro, page.table(rows, head)) for heading, intro, (head, rows) in told if rows]
 
 
-def _made(run: Run, seconds: dict[str, float]) -> tuple[str, str, str]:
+def _made(run: BootstrapRun, seconds: dict[str, float]) -> tuple[str, str, str]:
     hours = sum(seconds.values()) / 3600
     rows = [[name, f"{value:,.0f}"] for name, value in seconds.items()]
     settings = (

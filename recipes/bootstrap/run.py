@@ -19,12 +19,12 @@ from blip import dist
 from recipes import command
 from recipes.bootstrap import plan, report
 from recipes.bootstrap.rows import ROWS
-from recipes.bootstrap.settings import Run
+from recipes.bootstrap.settings import BootstrapRun
 
 # The command ----------------------------------------------------------------------------------------------------------
 
 
-def bootstrap(run: Run) -> dict[str, Any]:
+def bootstrap(run: BootstrapRun) -> dict[str, Any]:
     """Do all that is not done, and write the table of all that is; returns what results.json holds."""
     dist.start()
     if dist.world() > 1:
@@ -44,7 +44,7 @@ def bootstrap(run: Run) -> dict[str, Any]:
     return report.write(everything, run)
 
 
-def _seeds(run: Run) -> list[int]:
+def _seeds(run: BootstrapRun) -> list[int]:
     """The seeds of a run, and those that others have worked on in its folder."""
     found = [folder.name.removeprefix("seed-") for folder in Path(run.out).glob("seed-*")]
     return sorted({*run.seeds, *(int(seed) for seed in found if seed.isdigit())})
@@ -67,7 +67,7 @@ def spelled(args: list[str]) -> list[str]:
 
 
 def main() -> None:
-    run = command.read(Run, spelled(sys.argv[1:]))
+    run = command.read(BootstrapRun, spelled(sys.argv[1:]))
     bootstrap(run)
     print((Path(run.out) / "table.md").read_text())
     print(f"{run.out}/report.html, {run.out}/results.json, {run.out}/table.md")

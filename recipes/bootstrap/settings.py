@@ -13,7 +13,7 @@ from recipes.building import ModelChoice
 
 
 @dataclass(frozen=True)
-class World:
+class BootstrapWorld:
     """The pictures: a crawl and a few by people for each seed, and two held-out sets for all."""
 
     crawl: int = 16000
@@ -82,7 +82,7 @@ class Cleaning:
 
 
 @dataclass(frozen=True)
-class Run:
+class BootstrapRun:
     """The experiment. Every option can stand in the YAML file of `--config` or be given as `--any.option value`."""
 
     out: str
@@ -93,7 +93,7 @@ class Run:
     """Rows to work on; `--rows neither both` for some of them."""
     table: bool = False
     """Do nothing but print the table of what is done."""
-    world: World = field(default_factory=World)
+    world: BootstrapWorld = field(default_factory=BootstrapWorld)
     """The pictures."""
     model: ModelChoice = field(default_factory=ModelChoice)
     """The models that are compared."""

@@ -16,19 +16,19 @@ from blip.errors import DataError
 from blip.train.resume import RunLocked
 from recipes import __main__ as programs
 from recipes import caption, command, dialogue, nlvr, pretrain, retrieval, vqa
-from recipes.bootstrap.settings import Run as Bootstrap
-from recipes.pretrain import Run
+from recipes.bootstrap.settings import BootstrapRun
+from recipes.pretrain import PretrainRun
 
 CONFIGS = Path(command.__file__).parent / "configs"
 OPTIONS = Path(__file__).parents[1] / "options.txt"
 RECIPES = {
-    "bootstrap": Bootstrap,
-    "caption": caption.Run,
-    "dialogue": dialogue.Run,
-    "nlvr": nlvr.Run,
-    "pretrain": pretrain.Run,
-    "retrieval": retrieval.Run,
-    "vqa": vqa.Run,
+    "bootstrap": BootstrapRun,
+    "caption": caption.CaptionRun,
+    "dialogue": dialogue.DialogueRun,
+    "nlvr": nlvr.NlvrRun,
+    "pretrain": pretrain.PretrainRun,
+    "retrieval": retrieval.RetrievalRun,
+    "vqa": vqa.VqaRun,
 }
 LAID_OVER = {
     "blip_2022": ("pretrain_base", "pretrain"),
@@ -52,7 +52,7 @@ LAID_OVER = {
 def refused(capsys, args: list[str]) -> str:
     """What is said of a command line that does not fit."""
     with pytest.raises(SystemExit) as stop:
-        command.read(Run, args)
+        command.read(PretrainRun, args)
     said = capsys.readouterr()
     assert stop.value.code == 2
     assert said.out == ""
@@ -177,12 +177,12 @@ def test_every_option_is_explained(capsys, recipe):
 def test_the_printed_config_is_the_run(capsys, tmp_path):
     args = ["--config", str(CONFIGS / "pretrain_base.yaml"), "--train.lr", "0.5", "--held_out.source.path", "a.json"]
     with pytest.raises(SystemExit) as stop:
-        command.read(Run, [*args, "--print_config"])
+        command.read(PretrainRun, [*args, "--print_config"])
     assert stop.value.code == 0
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out)
     assert yaml.safe_load(printed.read_text())["train"]["lr"] == 0.5
-    assert command.read(Run, ["--config", str(printed)]) == command.read(Run, args)
+    assert command.read(PretrainRun, ["--config", str(printed)]) == command.read(PretrainRun, args)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
@@ -207,7 +207,7 @@ def assert_arrived(content: dict, run: object) -> None:
 
 def test_a_config_is_laid_over_another():
     base, over = CONFIGS / "pretrain_base.yaml", CONFIGS / "blip_2022.yaml"
-    run = command.read(Run, ["--config", str(base), "--config", str(over)])
+    run = command.read(PretrainRun, ["--config", str(base), "--config", str(over)])
     assert_arrived(yaml.safe_load(over.read_text()), run)
     assert (run.train.clip, run.train.schedule, run.data.augment_magnitude) == (None, "epoch_decay", 5)
     assert (run.train.batch_size, run.model.vision_weights) == (90, "deit_base_patch16_224.fb_in1k")
@@ -220,7 +220,7 @@ def test_a_new_list_of_sources_takes_nothing_from_the_old_one(tmp_path, how):
     old.write_text("out: x\ndata:\n  sources:\n    - {path: a.json, split: train, weight: 5}\n")
     new.write_text("data:\n  sources:\n    - path: b.json\n")
     given = ["--config", str(new)] if how == "file" else ["--data.sources", '[{"path": "b.json"}]']
-    run = command.read(Run, ["--config", str(old), *given, "--data.sources+", '{"path": "c.json"}'])
+    run = command.read(PretrainRun, ["--config", str(old), *given, "--data.sources+", '{"path": "c.json"}'])
     assert run.data.sources == [SourceConfig("b.json"), SourceConfig("c.json")]
 
 

@@ -60,15 +60,15 @@ def draw_people(folder: Path, split: str, count: int, seed: int, size: int, work
 # The captioner and the filter -----------------------------------------------------------------------------------------
 
 
-def captioner(out: Path, start_from: Path, people: list[SourceConfig], batch: int, steps: int) -> caption.Run:
+def captioner(out: Path, start_from: Path, people: list[SourceConfig], batch: int, steps: int) -> caption.CaptionRun:
     """The captioning run that goes on from a pre-trained model, on pictures with people's captions."""
-    settings = command.read(caption.Run, ["--config", CAPTIONER, "--out", str(out)])
+    settings = command.read(caption.CaptionRun, ["--config", CAPTIONER, "--out", str(out)])
     return _going_on(settings, start_from, people, batch, steps)
 
 
-def filterer(out: Path, start_from: Path, people: list[SourceConfig], batch: int, steps: int) -> retrieval.Run:
+def filterer(out: Path, start_from: Path, people: list[SourceConfig], batch: int, steps: int) -> retrieval.RetrievalRun:
     """The retrieval run that makes a filter of a pre-trained model, on the same pictures."""
-    settings = command.read(retrieval.Run, ["--config", FILTER, "--out", str(out)])
+    settings = command.read(retrieval.RetrievalRun, ["--config", FILTER, "--out", str(out)])
     return _going_on(settings, start_from, people, batch, steps)
 
 
