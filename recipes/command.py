@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,10 @@ from jsonargparse import auto_cli, set_parsing_settings
 
 from blip.app.exit import WRONG_USE, fail, one_line, run, unknown_option
 
-__all__ = ["WRONG_USE", "fail", "read", "run"]
+__all__ = ["WRONG_USE", "content", "fail", "read", "run"]
+
+BASE = "base"
+"""Key of a file of options that names another, next to it, from which it differs."""
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # for --help
 
@@ -42,15 +46,17 @@ _OneKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _m
 def read(settings: type[Settings], args: list[str] | None = None) -> Settings:
     """Build `settings` from `--config FILE.yaml` and `--any.option value`; what is off ends the process with status 2.
 
+    A file states what differs from its `base: OTHER.yaml`, a path from its own folder.
     `--help` lists every option with its meaning, `--print_config` prints the effective YAML.
     """
     args = sys.argv[1:] if args is None else args
     try:
         options = dict(_walk(settings))
-        contents = {path: _content(path, _sections(settings)) for path in _config_files(args)}
+        contents = {path: content(path, _sections(settings)) for path in _config_files(args)}
         _check_names(args, {f"--{name}" for name in options} | {"--config", "--print_config", "--help"})
         _check_given(args, contents, options)
         args = _with_new_lists(args, contents, [f"--{name}" for name, kind in options.items() if _holds_sections(kind)])
+        args = _merged(args, contents)
         return auto_cli(settings, args=args, as_positional=False, exit_on_error=False, allow_abbrev=False)
     except Exception as error:
         fail(one_line(error), WRONG_USE)
@@ -123,6 +129,39 @@ def _config_files(args: list[str]) -> list[str]:
 def _sections(settings: type) -> set[str]:
     """Options that are groups of options and cannot be left empty."""
     return {name for name, kind in get_type_hints(settings).items() if dataclasses.is_dataclass(kind)}
+
+
+def content(path: str, sections: set[str] = frozenset(), over: tuple[Path, ...] = ()) -> dict:
+    """Options of a file and of all that it is based on: mappings are merged, anything else replaces what the base has.
+
+    ValueError, with the file, for what does not fit; `over` are the files that are based on this one.
+    """
+    found = _content(path, sections)
+    base = found.pop(BASE, None)
+    if base is None:
+        return found
+    if not isinstance(base, str):
+        raise ValueError(f"--config {path}: {BASE} must be the name of a file, got {base!r}")
+    under, files = Path(path).parent / base, (*over, Path(path).resolve())
+    if not under.is_file():
+        raise ValueError(f"--config {path}: {BASE} {under}: no such file")
+    if under.resolve() in files:
+        raise ValueError(f"--config {path}: {BASE} {base} is itself based on this file; break the circle")
+    return _laid_over(found, content(str(under), sections, files))
+
+
+def _laid_over(upper: dict, lower: dict) -> dict:
+    both = {key for key in upper.keys() & lower.keys() if isinstance(upper[key], dict) and isinstance(lower[key], dict)}
+    return lower | upper | {key: _laid_over(upper[key], lower[key]) for key in both}
+
+
+def _merged(args: list[str], contents: dict[str, dict]) -> list[str]:
+    """Give the parser, instead of a file that has a base, all that the file stands for."""
+    based = {path: json.dumps(found) for path, found in contents.items() if BASE in _content(path, set())}
+    args = [based.get(arg, arg) if before == "--config" else arg for before, arg in itertools.pairwise(["", *args])]
+    start = "--config="
+    return [start + based.get(arg.removeprefix(start), arg.removeprefix(start)) if arg.startswith(start) else arg
+            for arg in args]  # fmt: skip
 
 
 def _content(path: str, sections: set[str]) -> dict:

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from blip import dist
 from blip.checkpoints import checkpoint
 from blip.data.settings import SourceConfig
@@ -146,8 +144,7 @@ class _Seed:
 
     def _by_recipe(self, config: str, steps: int, lr: float | None = None) -> dict[str, Any]:
         """What decides a fine-tuning run's results, beside what it starts from."""
-        recipe = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-        return {"steps": steps, "lr": lr, "recipe": recipe, **self._training()}
+        return {"steps": steps, "lr": lr, "recipe": command.content(config), **self._training()}
 
     def _step(self, model: ModelChoice) -> float:
         return SECONDS[model.size or "base"] * self.run.train.batch_size / 64

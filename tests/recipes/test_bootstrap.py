@@ -185,7 +185,7 @@ def test_rates_are_those_of_the_configs_unless_given():
 
 def test_a_recipe_is_the_same_when_only_its_comments_change(monkeypatch, tmp_path):
     run, name = read("--rows", "both", "--seeds", "3"), "seed-3/both/captioner"
-    before, text = plan.plan(run), Path(plan.world_capfilt.CAPTIONER).read_text()
+    before, text = plan.plan(run), yaml.safe_dump(command.content(plan.world_capfilt.CAPTIONER))
     config = tmp_path / "caption_world.yaml"
     monkeypatch.setattr(plan.world_capfilt, "CAPTIONER", str(config))
     config.write_text("# Another header\n" + text)
