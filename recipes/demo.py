@@ -1,11 +1,11 @@
-"""The whole story on the embedded world: learn from a noisy crawl, clean it with CapFilt, learn from what is left.
+"""The whole story on the synthetic world: learn from a noisy crawl, clean it with CapFilt, learn from what is left.
 
     blip-recipe demo            # `make demo`: 2 CPU cores, less than 10 minutes, no network
 
-TINY is pre-trained on a crawl of which 60% of the texts are wrong and a few pictures by people; fine-tuned on the
-latter, it becomes the captioner and the filter of CapFilt, whose data set another TINY is pre-trained on from nothing,
-for as many steps (paper, figure 3 and section 4.3). Options are those of `recipes.pretrain`. Writes report.html and
-results.json into runs/demo. Started again, it continues, or says again what it found.
+TINY is pre-trained on a crawl of which 60% of the texts are wrong and a few images with human captions; fine-tuned on
+the latter, it becomes the captioner and the filter of CapFilt, whose data set another TINY is pre-trained on from
+scratch, for as many steps (paper, figure 3 and section 4.3). Options are those of `recipes.pretrain`. Writes
+report.html and results.json into runs/demo. Started again, it continues, or says again what it found.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ CONFIG = "recipes/configs/pretrain_demo.yaml"
 SHARE = 0.3
 """Steps of a captioner or a filter, in steps of pre-training."""
 BY_PEOPLE = 0.15
-"""Pictures with people's captions, in pictures of the crawl."""
+"""Images with human captions, in images of the crawl."""
 DECODE, POLICY = "greedy", "web-else-syn"
 """The paper samples, and keeps every text that passes. So small a captioner is wrong too often when it samples (12% of
 its texts are true in every word, 33% of the likeliest), and its text is worse than a web text that passes."""
 SHOWN = 24
-"""Pictures on the page."""
+"""Images on the page."""
 TOLD = ("cider", "attribute_precision", "attribute_recall", "all_true")
 """Scores of captions."""
 AGAIN = "_bootstrapped"
@@ -119,7 +119,7 @@ class Clock:
 
 
 def draw(world: WorldChoice) -> None:
-    """The crawl as tar shards, with a few broken files, and pictures by people: few to learn from, two sets held out.
+    """The crawl as tar shards, some files broken, and images with human captions: few to learn from, two sets held out.
 
     What is there already is left alone.
     """
@@ -135,7 +135,7 @@ def draw(world: WorldChoice) -> None:
 
 
 def captioner(run: PretrainRun, start_from: Path, people: list[SourceConfig]) -> caption.CaptionRun:
-    """The captioning run that goes on from a pre-training run, on pictures with people's captions."""
+    """The captioning run that goes on from a pre-training run, on images with human captions."""
     out, batch = Path(run.out) / "captioner", run.train.batch_size
     validation = SourceConfig(str(Path(run.held_out.source.path).with_name("val.json")))
     return dataclasses.replace(
@@ -146,7 +146,7 @@ def captioner(run: PretrainRun, start_from: Path, people: list[SourceConfig]) ->
 
 
 def filterer(run: PretrainRun, start_from: Path, people: list[SourceConfig]) -> retrieval.RetrievalRun:
-    """The retrieval run that makes a filter of a pre-training run's model, on the same pictures."""
+    """The retrieval run that makes a filter of a pre-training run's model, on the same images."""
     return world_capfilt.filterer(Path(run.out) / "filter", start_from, people, run.train.batch_size, _steps(run))
 
 
@@ -197,7 +197,7 @@ SIDES = (("the crawl as it is", ""), ("after CapFilt", AGAIN))
 def _recalls(scores: dict[str, Any]) -> list[list[str | float]]:
     return [
         [f"{direction}, {stage}, {side}", *(scores[f"{key}@{r}{suffix}{again}"] for r in (1, 5, 10))]
-        for direction, key in (("picture to text", "tr"), ("text to picture", "ir"))
+        for direction, key in (("image to text", "tr"), ("text to image", "ir"))
         for stage, suffix in (("ITC alone", "_itc"), ("re-ranked", ""))
         for side, again in SIDES
     ]
@@ -222,16 +222,16 @@ def _page(out: Path, scores: dict[str, Any], kinds: dict[str, Kind], items: list
     )
     link = escape(f"capfilt/report/{SELECTION}/report.html")
     return page.page(
-        "BLIP on the picture world",
+        "BLIP on the synthetic world",
         [
             (
                 "What happened",
-                f"A model of size {run.model.size} was pre-trained from random weights on a crawl of pictures with web "
-                "texts, most of them wrong, and on some more with captions by people. On the latter it was made a "
-                "captioner and a filter. CapFilt had the captioner write a text for each picture of the crawl, and "
+                f"A model of size {run.model.size} was pre-trained from random weights on a crawl of images with web "
+                "texts, most of them wrong, and on some more with human captions. On the latter it was made a "
+                "captioner and a filter. CapFilt had the captioner write a text for each image of the crawl, and "
                 "kept the web text where the filter said that it matches, else the captioner's where it said so of "
                 "that. A second model was pre-trained from the same random weights on what was kept and on the "
-                f"pictures with captions by people, for the same {scores['steps']} steps of "
+                f"images with human captions, for the same {scores['steps']} steps of "
                 f"{run.train.batch_size} pairs. All in {scores['seconds']:.0f} seconds.",
                 "",
             ),
@@ -241,17 +241,17 @@ def _page(out: Path, scores: dict[str, Any], kinds: dict[str, Kind], items: list
                 f"that were kept.{synthetic} ROC AUC is the chance that the filter gives a right text more than a "
                 "wrong one.",
                 page.table(world_capfilt.fates(kinds), world_capfilt.FATES)
-                + f'<p><a href="{link}">The job\'s own report</a>: every row and text accounted for, pictures with '
+                + f'<p><a href="{link}">The job\'s own report</a>: every row and text accounted for, images with '
                 "what was kept and why.</p>",
             ),
             (
-                "Retrieval among held-out pictures, recall in percent",
+                "Retrieval among held-out images, recall in percent",
                 "The right one is among the first 1, 5 or 10, before and after the matching head looks at the best.",
                 page.table(_recalls(scores), ["", "R@1", "R@5", "R@10"]),
             ),
             (
-                "Captions of held-out pictures, greedy, percent",
-                "By a captioner made of either model, on people's captions for as many steps. CIDEr compares with five "
+                "Captions of held-out images, greedy, percent",
+                "By a captioner made of either model, on human captions for as many steps. CIDEr compares with five "
                 "reference captions. Every claim about shape, colour, size, place, relation, count and background is "
                 "checked against the scene: how many of those made are true, how many of those possible were made, and "
                 "how many captions say nothing false.",
@@ -260,7 +260,7 @@ def _page(out: Path, scores: dict[str, Any], kinds: dict[str, Kind], items: list
             ("The three losses on the crawl as it is", "Means over log windows.", curves(out / "noisy")),
             ("The three losses after CapFilt", "Another set of texts, so not to be compared.", curves(out)),
             (
-                "What it says of pictures it has never seen",
+                "What it says of images it has never seen",
                 "The second captioner's text, and the three texts that the second model ranks first; a mark says what "
                 "is right.",
                 page.cards(items),
@@ -275,7 +275,7 @@ def main() -> None:
     print(f"\n{'held-out retrieval, recall in percent':<56}  R@1    R@5   R@10")
     for name, *values in _recalls(scores):
         print(f"  {name:<52}", *(f"{value:6.1f}" for value in values))
-    print(f"\n{'captions of held-out pictures, percent':<40}   CIDEr  claims true  claims made  captions true")
+    print(f"\n{'captions of held-out images, percent':<40}   CIDEr  claims true  claims made  captions true")
     for name, *values in _captions(scores):
         print(f"  {name:<38}", "{:7.1f} {:12.1f} {:12.1f} {:14.1f}".format(*values))
     right, kept, auc = scores["web_right"], scores["web_right_kept"], scores.get("filter_auc", float("nan"))

@@ -1,4 +1,4 @@
-"""The stages of the bootstrapping experiment: pictures, models, jobs and rows of each seed, and what they do."""
+"""The stages of the bootstrapping experiment: images, models, jobs and rows of each seed, and what they do."""
 
 from __future__ import annotations
 
@@ -77,10 +77,10 @@ class _Seed:
             self.found[full] = Stage(full, work, settings, needs, cost)
         return full
 
-    # Pictures
+    # Images
 
     def _draw(self, folder: Path) -> dict[str, Any]:
-        """Another crawl and other pictures by people for each seed: even seeds of scenes are crawls, odd are not."""
+        """A crawl and images with human captions of each seed's own: even seeds of scenes are crawls, odd are not."""
         world = self.run.world
         how = (world.image_size, world.workers)
         world_capfilt.draw_crawl(folder / "crawl", world.crawl, world.noise, 2 * self.seed, *how)
@@ -150,7 +150,7 @@ class _Seed:
         return SECONDS[model.size or "base"] * self.run.train.batch_size / 64
 
     def _pretrain(self, folder: Path, model: ModelChoice, steps: int, row: Row, k: int | None) -> dict[str, Any]:
-        """From nothing, unless the row goes on from the first model; measured as it is, without fine-tuning."""
+        """From scratch, unless the row goes on from the first model; measured as it is, without fine-tuning."""
         run = self.run
         if row.cleaner:
             clean = self._clean(row)
@@ -199,7 +199,7 @@ class _Seed:
         )  # fmt: skip
 
     def _composition(self, row: Path) -> dict[str, float]:
-        """Captions and retrieval of pictures that show colour-shape pairs never seen before."""
+        """Captions and retrieval of images that show colour-shape pairs never seen before."""
         device = "cpu" if dist.on_cpu() else "cuda"
         source, found = _source(self.held_out, "composition"), {}
         how = command.read(caption.CaptionRun, ["--config", world_capfilt.CAPTIONER, "--out", str(row)])
@@ -279,7 +279,7 @@ class _Seed:
         ]  # fmt: skip
 
     def _shared(self) -> str:
-        """One model that is captioner and filter: all three losses on people's pictures, for the captioner's steps."""
+        """One model that is captioner and filter: all three losses on human captions, for the captioner's steps."""
         steps = self.run.cleaners.captioner
         return self._add(
             "cleaners/shared", lambda folder: self._fine_tune_shared(folder, steps),

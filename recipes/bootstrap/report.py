@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PARTS = ("pretrain", "captioner", "retrieval", "composition")
 SIDE = 160
-"""Of the pictures on the page, pixels."""
+"""Of the images on the page, pixels."""
 SHOWN_ROWS = ("neither", "both")
 """Whose captions are set side by side."""
 
@@ -99,18 +99,18 @@ def _page(plan: stages.Stages, run: BootstrapRun, scores: table.Scores, seconds:
 def _question(run: BootstrapRun) -> str:
     world = run.world
     return (
-        "Pictures on the web come with texts, and most of these do not say what the picture shows. A model that learns "
+        "Images on the web come with texts, and most of these do not say what the image shows. A model that learns "
         "from such pairs learns noise. The BLIP paper's answer: train a model on the noisy pairs all the same; make of "
-        "it, with a few pictures that people have described, a captioner that writes a text for every picture of the "
+        "it, with a few images that people have described, a captioner that writes a text for every image of the "
         "crawl and a filter that throws out texts, found or written, that do not match; and train a new model on what "
         "is left. Is the new model better, and which part does it? Here that is asked in a small world that draws "
-        f"itself, so that the truth about every text is known. The crawl has {world.crawl:,} pictures, and "
+        f"itself, so that the truth about every text is known. The crawl has {world.crawl:,} images, and "
         f"{100 * world.noise:.0f}% of its texts are not right; people have described {world.people:,} others."
     )
 
 
 def _crawl(plan: stages.Stages, run: BootstrapRun, seed: int) -> list[tuple[str, str, str]]:
-    """What the crawl looked like, and what became of its texts, with some pictures."""
+    """What the crawl looked like, and what became of its texts, with some images."""
     folder = Path(run.out) / f"seed-{seed}" / "capfilt" / "own"
     told = plan.results(f"seed-{seed}/capfilt/own")["both"]
     kinds = {kind: Kind(**one) for kind, one in told["kinds"].items() if one["texts"]}
@@ -128,7 +128,7 @@ def _crawl(plan: stages.Stages, run: BootstrapRun, seed: int) -> list[tuple[str,
     return [
         (
             "What the crawl looked like, and what was dropped and written",
-            f"Pictures of the crawl of seed {seed}: the text that was found with each, the text that the captioner "
+            f"Images of the crawl of seed {seed}: the text that was found with each, the text that the captioner "
             "wrote, and what the filter made of both. Ticks and crosses say what is true, which neither captioner nor "
             "filter was ever told.",
             page.notes(fates, SIDE),
@@ -143,7 +143,7 @@ def _crawl(plan: stages.Stages, run: BootstrapRun, seed: int) -> list[tuple[str,
 
 
 def _fates(job: Job, count: int) -> Iterator[page.Note]:
-    """Pictures of the crawl with both texts and what became of them, the kinds of web texts in turn."""
+    """Images of the crawl with both texts and what became of them, the kinds of web texts in turn."""
     kept: dict[tuple[str, int], set[str]] = {}
     for part, texts in kept_of(job, "both"):
         for row in texts.to_pylist():
@@ -186,11 +186,11 @@ def _changed(
         (
             "What it changed",
             "Each dot is a model of the same size, pre-trained on the crawl as the name says for as many steps and "
-            "pictures (but where it says longer), then fine-tuned on people's pictures in the same way: the mean over "
-            "seeds, with two standard errors to either side. The grey line is the model of the crawl as it is. TR@1 "
-            "and IR@1: how often the first of all texts for a picture, or of all pictures for a text, is the right "
-            "one, in percent; zero-shot is before fine-tuning. CIDEr: how much captions resemble people's; zero-shot "
-            "is on pictures of colours and shapes never seen together.",
+            "images (but where it says longer), then fine-tuned on the images with human captions in the same way: the "
+            "mean over seeds, with two standard errors to either side. The grey line is the model of the crawl as it "
+            "is. TR@1 and IR@1: how often the first of all texts for an image, or of all images for a text, is the "
+            "right one, in percent; zero-shot is before fine-tuning. CIDEr: how much captions resemble human ones; "
+            "zero-shot is on images of colours and shapes never seen together.",
             f'<div class="curves">{"".join(plots)}</div>',
         )
     ]
@@ -203,9 +203,9 @@ def _changed(
         }
         sections += [
             (
-                "What two captioners say of pictures unlike any that they have seen",
+                "What two captioners say of images unlike any that they have seen",
                 "Made in the same way of the model of the crawl as it is, and of the one after captioning and "
-                f"filtering (seed {seed}; the first pictures, not chosen). A tick: nothing false is said.",
+                f"filtering (seed {seed}; the first images, not chosen). A tick: nothing false is said.",
                 page.notes(_side_by_side(said, run.shown), SIDE),
             ),
             ("How they learned", f"Two of the three losses of pre-training, seed {seed}.", page.curves(curves)),
@@ -214,7 +214,7 @@ def _changed(
 
 
 def _side_by_side(said: dict[str, dict[str, str]], count: int) -> list[page.Note]:
-    """The first pictures with the captions of each row."""
+    """The first images with the captions of each row."""
     notes = []
     for name in list(said["both"])[:count]:
         scene = scene_of(name)

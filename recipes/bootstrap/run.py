@@ -1,10 +1,10 @@
-"""The paper's Table 1 in kind, on the picture world: what captioning and filtering a noisy crawl are worth.
+"""The paper's Table 1 in kind, on the synthetic world: what captioning and filtering a noisy crawl are worth.
 
     blip-recipe bootstrap --config recipes/configs/bootstrap_world.yaml     # 2 CPU cores; it says how long
 
-For each seed a model is pre-trained on a noisy crawl, and becomes a captioner and a filter on a few pictures by people.
-CapFilt cleans the crawl with them in several ways, and on each result a model of the same size is pre-trained from
-nothing for as many steps, fine-tuned and measured (paper, sections 4.3 and 4.4). Writes results.json, table.md and
+For each seed a model is pre-trained on a noisy crawl, and becomes a captioner and a filter on a few images with human
+captions. CapFilt cleans the crawl with them in several ways, and on each result a model of the same size is pre-trained
+from scratch for as many steps, fine-tuned and measured (paper, sections 4.3 and 4.4). Writes results.json, table.md and
 report.html. The same command continues after a kill; started twice at once it shares the work. See docs/bootstrap.md.
 """
 
