@@ -159,14 +159,14 @@ def build_task(kind: type[Model], choice: ModelChoice, seed: int, **shape: Any) 
     """
     if kind is Blip:
         return build_model(choice, seed)
-    found = _opened(choice) if choice.start_from else None
-    if found and TASKS[found.task].model is kind:
-        model, tokenizer = _continued(kind, choice, found)
+    start = _opened(choice) if choice.start_from else None
+    if start and TASKS[start.task].model is kind:
+        model, tokenizer = _continued(kind, choice, start)
         for name, value in shape.items():
             if (has := getattr(model.config, name)) != value:
                 raise ValueError(f"model.start_from {choice.start_from} has {name} {has}, this run needs {value}")
         return model, tokenizer
-    blip, tokenizer = _continued(Blip, choice, found) if found else build_model(choice, seed)
+    blip, tokenizer = _continued(Blip, choice, start) if start else build_model(choice, seed)
     torch.manual_seed(seed + 1)
     return kind.from_blip(blip, **shape), tokenizer
 
@@ -179,11 +179,11 @@ def _opened(choice: ModelChoice) -> checkpoint.Own | Foreign:
         raise FileNotFoundError(f"model.start_from: {error}; is its run finished?") from None
 
 
-def _continued(kind: type[Model], choice: ModelChoice, found: checkpoint.Own | Foreign) -> tuple[Model, Tokenizer]:
+def _continued(kind: type[Model], choice: ModelChoice, start: checkpoint.Own | Foreign) -> tuple[Model, Tokenizer]:
     """The model that a choice starts from, made ready to be trained as the choice says."""
     size, words = choice.image_size, choice.tokenizer
     try:
-        model, tokenizer = checkpoint.from_pretrained(found, kind, image_size=size, tokenizer=words)
+        model, tokenizer = checkpoint.from_pretrained(start, kind, image_size=size, tokenizer=words)
     except ValueError as error:
         raise ValueError(f"model.start_from {choice.start_from}: {error}") from None
     _refuse_contradiction(choice, model.config)
@@ -196,8 +196,8 @@ def _vision(choice: ModelChoice, config: VisionConfig) -> VisionConfig:
     if named not in (None, config.model):
         config = VisionConfig(named, image_size=config.image_size)
     names = ("image_size", "patch_size", "drop_path")
-    said = {name: getattr(choice, name) for name in names if getattr(choice, name) is not None}
-    return dataclasses.replace(config, patch_drop=choice.patch_drop, checkpoint=choice.checkpoint, **said)
+    chosen = {name: getattr(choice, name) for name in names if getattr(choice, name) is not None}
+    return dataclasses.replace(config, patch_drop=choice.patch_drop, checkpoint=choice.checkpoint, **chosen)
 
 
 def _trained_as(choice: ModelChoice, model: Model) -> Model:
@@ -220,9 +220,9 @@ def _refuse_contradiction(choice: ModelChoice, config: BlipConfig) -> None:
     if choice.patch_size not in (None, config.vision.patch_size):
         raise ValueError(f"{start} has its own patches, not of {choice.patch_size} pixels: leave model.patch_size out")
     if choice.size and _shape(PRESETS[choice.size]) != _shape(config):
-        found = [size for size, preset in PRESETS.items() if _shape(preset) == _shape(config)]
+        sizes = [size for size, preset in PRESETS.items() if _shape(preset) == _shape(config)]
         raise ValueError(
-            f"{start} is a model of {'size ' + found[0] if found else 'a size of its own'}, not {choice.size}: "
+            f"{start} is a model of {'size ' + sizes[0] if sizes else 'a size of its own'}, not {choice.size}: "
             "leave model.size out"
         )
 

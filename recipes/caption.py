@@ -105,11 +105,11 @@ def truth(images: Iterable[Id]) -> list[Grader]:
     except ValueError:
         return []
 
-    def told(captions: Captions) -> dict[str, float]:
-        found = grade(judge(scene, captions[image]) for image, scene in scenes.items())
-        return {f"attribute_{name}": found[name] for name in ("precision", "recall")} | {"all_true": found["true"]}
+    def scores(captions: Captions) -> dict[str, float]:
+        graded = grade(judge(scene, captions[image]) for image, scene in scenes.items())
+        return {f"attribute_{name}": graded[name] for name in ("precision", "recall")} | {"all_true": graded["true"]}
 
-    return [told]
+    return [scores]
 
 
 def main() -> None:

@@ -91,8 +91,8 @@ def demo(run: PretrainRun) -> dict[str, Any]:
         model, tokenizer = checkpoint.from_pretrained(folder)
         gallery = Gallery.open(run.held_out.source, model.vision.image_size)
         ranked = rank(model, tokenizer, *gallery, k=run.held_out.k).best_texts(3)
-        said = json.loads((rewriter.parent / "captions-test.json").read_text())
-        cards = _cards(run, {one["image_id"]: one["caption"] for one in said}, gallery, ranked)
+        captions = json.loads((rewriter.parent / "captions-test.json").read_text())
+        cards = _cards(run, {one["image_id"]: one["caption"] for one in captions}, gallery, ranked)
     scores |= {f"seconds_{name}": seconds for name, seconds in clock.seconds.items()} | {"seconds": clock.total()}
     page.write(out / "report.html", _page(out, scores, kinds, cards, run))
     files.write_bytes(out / "results.json", (json.dumps(scores, indent=1) + "\n").encode())
@@ -170,8 +170,8 @@ def clean(run: PretrainRun, writer: Path, filtering: Path, out: Path) -> Job:
 def truth_of_synthetic(job: Job) -> dict[str, float]:
     """Percent of the synthetic texts that are true in every word, of all and of those that the filter kept."""
     every, kept = world_capfilt.synthetic(job, SELECTION)
-    found = {"synthetic_true": every, "synthetic_true_kept": kept}
-    return {name: 100 * grade_captions(verdicts)["true"] for name, verdicts in found.items() if verdicts}
+    verdicts_by_name = {"synthetic_true": every, "synthetic_true_kept": kept}
+    return {name: 100 * grade_captions(verdicts)["true"] for name, verdicts in verdicts_by_name.items() if verdicts}
 
 
 # The page -------------------------------------------------------------------------------------------------------------

@@ -220,26 +220,26 @@ class BestModel:
         Its class and device are those of `model`.
         """
         best = dist.from_main(next((line for line in reversed(self._evaluated()) if line["eval"]["best"]), None))
-        found: dict[str, Any] = {"steps": result.steps, "kept": result.steps}
+        results: dict[str, Any] = {"steps": result.steps, "kept": result.steps}
         if best:
             scores = {name: value for name, value in best["eval"].items() if name != "best"}
-            found |= {"kept": best["step"], "epoch": best["epoch"], "validation": scores}
+            results |= {"kept": best["step"], "epoch": best["epoch"], "validation": scores}
         if "test" in self.evaluations:
-            found["test"] = self._tested(found) or self._test(model)
-        _in_main(lambda: _replace(self.out / RESULTS, json.dumps(found, indent=1) + "\n"))
+            results["test"] = self._tested(results) or self._test(model)
+        _in_main(lambda: _replace(self.out / RESULTS, json.dumps(results, indent=1) + "\n"))
         if dist.is_main():
-            print(f"the model of step {found['kept']} is in {self.folder}, its scores in {self.out / RESULTS}")
-        tested = {f"test_{name}": value for name, value in found.get("test", {}).items()}
-        return dataclasses.replace(result, metrics=found.get("validation", {}) | tested)
+            print(f"the model of step {results['kept']} is in {self.folder}, its scores in {self.out / RESULTS}")
+        tested = {f"test_{name}": value for name, value in results.get("test", {}).items()}
+        return dataclasses.replace(result, metrics=results.get("validation", {}) | tested)
 
-    def _tested(self, found: dict[str, Any]) -> Scores | None:
+    def _tested(self, results: dict[str, Any]) -> Scores | None:
         """The test's scores where a finished run has them already."""
         try:
             before = json.loads((self.out / RESULTS).read_bytes())
         except (OSError, ValueError):  # not there yet, or not whole
             before = {}
         # Where settings may change, the test set may be another, or be answered in another way.
-        same = not self.run.train.allow_change and all(before.get(name) == found[name] for name in found)
+        same = not self.run.train.allow_change and all(before.get(name) == results[name] for name in results)
         return dist.from_main(before.get("test") if same else None)
 
     def _test(self, model: Any) -> Scores:

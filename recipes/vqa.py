@@ -152,8 +152,8 @@ class VqaEvaluation(Evaluation):
             answers(model, tokenizer, ask(model, tokenizer, tokens, self.asked.texts[:1], [0]), config, candidates)
 
     def answers(self, model: Vqa) -> Answers:
-        found = answers_of(model, self.tokenizer, self.asked, self.config, self.candidates)
-        return {name: answer.words for name, answer in found.items()}
+        answered = answers_of(model, self.tokenizer, self.asked, self.config, self.candidates)
+        return {name: answer.words for name, answer in answered.items()}
 
     def scores(self, answers: Answers) -> dict[str, float]:
         return score(self.asked.questions, answers, resamples=0).named()

@@ -138,8 +138,8 @@ def web_right(kinds: dict[str, Kind], which: int) -> float:
 
 def aucs(kinds: dict[str, Kind]) -> dict[str, float]:
     """The filter's ROC AUC against all wrong web texts, and against each kind of them."""
-    found = {"filter_auc" if kind == "wrong" else f"filter_auc_{kind}": k.auc for kind, k in kinds.items()}
-    return {name: value for name, value in found.items() if value is not None}
+    by_kind = {"filter_auc" if kind == "wrong" else f"filter_auc_{kind}": k.auc for kind, k in kinds.items()}
+    return {name: value for name, value in by_kind.items() if value is not None}
 
 
 def fates(kinds: dict[str, Kind]) -> list[Sequence[str | float]]:

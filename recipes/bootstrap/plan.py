@@ -57,7 +57,7 @@ class _Seed:
     def __init__(self, run: BootstrapRun, out: Path, seed: int) -> None:
         self.run, self.seed, self.name = run, seed, f"seed-{seed}"
         self.out, self.held_out = out / self.name, out / "held-out"
-        self.found: dict[str, Stage] = {}
+        self.planned: dict[str, Stage] = {}
 
     def stages(self) -> list[Stage]:
         drawn = {**_plain(self.run.world), "seed": self.seed}
@@ -68,13 +68,13 @@ class _Seed:
             if row.cleaner:
                 self._cleaner(row.cleaner)
             self._row(row)
-        return list(self.found.values())
+        return list(self.planned.values())
 
     def _add(self, name: str, work: Callable[[Path], dict], settings: dict, needs: tuple[str, ...], cost: float) -> str:
         """Plan a stage unless that is done; returns its name among all."""
         full = f"{self.name}/{name}"
-        if full not in self.found:
-            self.found[full] = Stage(full, work, settings, needs, cost)
+        if full not in self.planned:
+            self.planned[full] = Stage(full, work, settings, needs, cost)
         return full
 
     # Images
@@ -117,15 +117,15 @@ class _Seed:
             self._step(run.model) * steps_of(run, row) + 4,
         )
         model = self.out / row.name / "pretrain" / "model"
-        told = self._by_recipe(world_capfilt.CAPTIONER, fine.captioner, fine.captioner_lr)
+        recipe = self._by_recipe(world_capfilt.CAPTIONER, fine.captioner, fine.captioner_lr)
         captioner = self._add(
             f"{row.name}/captioner", lambda folder: self._captioner(folder, model, fine, True),
-            told, (trained,), CAPTION_COST * self._step(run.model) * fine.captioner + 3,
+            recipe, (trained,), CAPTION_COST * self._step(run.model) * fine.captioner + 3,
         )  # fmt: skip
-        told = self._by_recipe(world_capfilt.FILTER, fine.retrieval, fine.retrieval_lr) | {"k": run.k}
+        recipe = self._by_recipe(world_capfilt.FILTER, fine.retrieval, fine.retrieval_lr) | {"k": run.k}
         searcher = self._add(
             f"{row.name}/retrieval", lambda folder: self._retrieval(folder, model, fine, True),
-            told, (trained,), FILTER_COST * self._step(run.model) * fine.retrieval + 4,
+            recipe, (trained,), FILTER_COST * self._step(run.model) * fine.retrieval + 4,
         )  # fmt: skip
         self._add(
             f"{row.name}/composition", lambda folder: self._composition(folder.parent), {"k": run.k},
@@ -201,17 +201,17 @@ class _Seed:
     def _composition(self, row: Path) -> dict[str, float]:
         """Captions and retrieval of images that show colour-shape pairs never seen before."""
         device = "cpu" if dist.on_cpu() else "cuda"
-        source, found = _source(self.held_out, "composition"), {}
+        source, scores = _source(self.held_out, "composition"), {}
         how = command.read(caption.CaptionRun, ["--config", world_capfilt.CAPTIONER, "--out", str(row)])
         model, tokenizer = checkpoint.from_pretrained(row / "captioner" / "model", device=device)
         pictures = Pictures.open(source)
-        said = captions_of(model, tokenizer, pictures, how.decode, prompt=how.data.prompt)
+        captions = captions_of(model, tokenizer, pictures, how.decode, prompt=how.data.prompt)
         for grader in caption.graders(pictures.references):
-            found |= {name: 100 * value for name, value in grader(said).items()}
+            scores |= {name: 100 * value for name, value in grader(captions).items()}
         model, tokenizer = checkpoint.from_pretrained(row / "retrieval" / "model", device=device)
         gallery = Gallery.open(source, model.vision.image_size)
-        found |= retrieval(model, tokenizer, *gallery, k=self.run.k, max_tokens=self.run.data.max_tokens)
-        return {**found, "captions": said}
+        scores |= retrieval(model, tokenizer, *gallery, k=self.run.k, max_tokens=self.run.data.max_tokens)
+        return {**scores, "captions": captions}
 
     # Cleaning
 
@@ -307,16 +307,16 @@ class _Seed:
         plan = ["plan", "--input", self.crawl, "--out", job, "--part-size", SIZE_OF_PARTS, "--seed", str(self.seed)]
         world_capfilt.carry_out(*plan, *world_capfilt.models(writer, reader, decode, run.data.max_tokens), *prompt)
         world_capfilt.carry_out("score", job, "--batch-size", BATCH)
-        found: dict[str, Any] = {}
+        truths: dict[str, Any] = {}
         for keep in dict.fromkeys(row.keep for row in ROWS.values() if row.cleaner == name):
             world_capfilt.carry_out(
                 "select", job, "--name", keep, "--replace", "--allow-empty", *CLEANERS[keep](threshold)
             )
             world_capfilt.carry_out("export", job, "--select", keep, "--to", folder / "clean" / keep, "--allow-empty")
-            found[keep] = _kept_truth(Job.open(str(job)), keep, folder / "clean" / keep)
+            truths[keep] = _kept_truth(Job.open(str(job)), keep, folder / "clean" / keep)
         world_capfilt.carry_out("report", job, "--select", "both", "--no-blur")
         world_capfilt.carry_out("verify", job)
-        return found
+        return truths
 
 
 def _kept_truth(job: Job, keep: str, clean: Path) -> dict[str, Any]:
@@ -324,7 +324,7 @@ def _kept_truth(job: Job, keep: str, clean: Path) -> dict[str, Any]:
     kinds = grade(job, keep)
     every, kept = world_capfilt.synthetic(job, keep)
     wrong = kinds["wrong"]
-    found = {
+    truth = {
         "texts": world_capfilt.kept(clean),
         "web": (kinds["right"].kept if "right" in kinds else 0) + wrong.kept,
         "synthetic": len(kept),
@@ -336,8 +336,8 @@ def _kept_truth(job: Job, keep: str, clean: Path) -> dict[str, Any]:
         "kinds": {kind: k._asdict() for kind, k in kinds.items()},
     }
     if kept:
-        found |= {"synthetic_wrong": _wrong(kept, "true"), "synthetic_claims_wrong": _wrong(kept, "precision")}
-    return found
+        truth |= {"synthetic_wrong": _wrong(kept, "true"), "synthetic_claims_wrong": _wrong(kept, "precision")}
+    return truth
 
 
 def _wrong(verdicts: list, name: str) -> float:

@@ -43,26 +43,26 @@ def complete(plan: stages.Stages) -> list[str]:
 
 def scores_of(plan: stages.Stages) -> dict[str, dict[int, dict[str, float]]]:
     """Scores by row, seed and column of all that is done to the end."""
-    found: dict[str, dict[int, dict[str, float]]] = {}
+    scores: dict[str, dict[int, dict[str, float]]] = {}
     for name in complete(plan):
         seed, row = name.removeprefix("seed-").split("/")
-        found.setdefault(row, {})[int(seed)] = _scores(plan, name.split("/")[0], row)
-    return found
+        scores.setdefault(row, {})[int(seed)] = _scores(plan, name.split("/")[0], row)
+    return scores
 
 
 def _scores(plan: stages.Stages, seed: str, row: str) -> dict[str, float]:
     trained, captioned, searched, composed = (plan.results(f"{seed}/{row}/{part}") for part in PARTS)
-    found = {**searched, **captioned}
-    found |= {f"{name}_zero_shot": trained[name] for name in trained if name.startswith(("tr@", "ir@"))}
-    found |= {f"{name}_composition": value for name, value in composed.items() if name != "captions"}
-    found |= {"steps": trained["steps"], "pairs": trained["pairs"], "noise_kept": 100.0}
+    scores = {**searched, **captioned}
+    scores |= {f"{name}_zero_shot": trained[name] for name in trained if name.startswith(("tr@", "ir@"))}
+    scores |= {f"{name}_composition": value for name, value in composed.items() if name != "captions"}
+    scores |= {"steps": trained["steps"], "pairs": trained["pairs"], "noise_kept": 100.0}
     if cleaner := ROWS[row].cleaner:
         kept = dict(plan.results(f"{seed}/capfilt/{cleaner}")[ROWS[row].keep])
         del kept["kinds"]
         if ROWS[row].keep == "captioner":  # nothing was filtered
             kept = {name: value for name, value in kept.items() if not name.startswith("filter_auc")}
-        found |= kept
-    return found
+        scores |= kept
+    return scores
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -112,16 +112,17 @@ def _question(run: BootstrapRun) -> str:
 def _crawl(plan: stages.Stages, run: BootstrapRun, seed: int) -> list[tuple[str, str, str]]:
     """What the crawl looked like, and what became of its texts, with some images."""
     folder = Path(run.out) / f"seed-{seed}" / "capfilt" / "own"
-    told = plan.results(f"seed-{seed}/capfilt/own")["both"]
-    kinds = {kind: Kind(**one) for kind, one in told["kinds"].items() if one["texts"]}
+    results = plan.results(f"seed-{seed}/capfilt/own")["both"]
+    kinds = {kind: Kind(**one) for kind, one in results["kinds"].items() if one["texts"]}
     written = (
-        f"Of the captioner's texts the filter threw out {told['synthetic_rejected']:.0f}%; of all of them "
-        f"{told['synthetic_wrong_before']:.0f}% say something false"
+        f"Of the captioner's texts the filter threw out {results['synthetic_rejected']:.0f}%; of all of them "
+        f"{results['synthetic_wrong_before']:.0f}% say something false"
     )
-    if "synthetic_wrong" in told:
+    if "synthetic_wrong" in results:
         written += (
-            f", of those that were kept {told['synthetic_wrong']:.0f}%, where {told['synthetic_claims_wrong']:.0f}% of "
-            "the single claims about shape, colour, size, place and number are false"
+            f", of those that were kept {results['synthetic_wrong']:.0f}%, where "
+            f"{results['synthetic_claims_wrong']:.0f}% of the single claims about shape, colour, size, place and number are "
+            "false"
         )
     fates = list(_fates(Job.open(str(folder / "job")), run.shown))
     link = f"seed-{seed}/capfilt/own/job/report/both/report.html"
@@ -179,8 +180,8 @@ def _changed(
     """The main columns drawn, and what two models say and how they learned."""
     plots = []
     for column in table.MAIN:
-        found = {ROWS[row].title: table.means(scores, row, column.name) for row in ROWS if row in scores}
-        spans = [(title, one.value, 2 * (one.error or 0.0)) for title, one in found.items() if one]
+        by_row = {ROWS[row].title: table.means(scores, row, column.name) for row in ROWS if row in scores}
+        spans = [(title, one.value, 2 * (one.error or 0.0)) for title, one in by_row.items() if one]
         plots.append(page.intervals(f"{column.title}, {column.group}", spans))
     sections = [
         (
@@ -195,31 +196,31 @@ def _changed(
         )
     ]
     if seed is not None and all(seed in scores.get(row, {}) for row in SHOWN_ROWS):
-        said = {row: plan.results(f"seed-{seed}/{row}/composition")["captions"] for row in SHOWN_ROWS}
+        captions = {row: plan.results(f"seed-{seed}/{row}/composition")["captions"] for row in SHOWN_ROWS}
         curves = {
-            f"{told}, {ROWS[row].title}": _curve(Path(run.out) / f"seed-{seed}" / row / "pretrain", name)
+            f"{loss}, {ROWS[row].title}": _curve(Path(run.out) / f"seed-{seed}" / row / "pretrain", name)
             for row in SHOWN_ROWS
-            for name, told in (("itc", "contrastive"), ("itm", "matching"))
+            for name, loss in (("itc", "contrastive"), ("itm", "matching"))
         }
         sections += [
             (
                 "What two captioners say of images unlike any that they have seen",
                 "Made in the same way of the model of the crawl as it is, and of the one after captioning and "
                 f"filtering (seed {seed}; the first images, not chosen). A tick: nothing false is said.",
-                page.notes(_side_by_side(said, run.shown), SIDE),
+                page.notes(_side_by_side(captions, run.shown), SIDE),
             ),
             ("How they learned", f"Two of the three losses of pre-training, seed {seed}.", page.curves(curves)),
         ]
     return sections
 
 
-def _side_by_side(said: dict[str, dict[str, str]], count: int) -> list[page.Note]:
+def _side_by_side(captions: dict[str, dict[str, str]], count: int) -> list[page.Note]:
     """The first images with the captions of each row."""
     notes = []
-    for name in list(said["both"])[:count]:
+    for name in list(captions["both"])[:count]:
         scene = scene_of(name)
         lines = [
-            (ROWS[row].title, page.Text(words[name], judge(scene, words[name]).true)) for row, words in said.items()
+            (ROWS[row].title, page.Text(words[name], judge(scene, words[name]).true)) for row, words in captions.items()
         ]
         notes.append(page.Note(draw(scene, SIDE), lines))
     return notes
@@ -231,7 +232,7 @@ def _curve(folder: Path, name: str) -> list[tuple[float, float]]:
 
 
 def _tables(scores: table.Scores) -> list[tuple[str, str, str]]:
-    told = [
+    tables = [
         (
             "All rows",
             "Means over seeds ± their standard errors, in percent but the ROC AUC. Claims true and claims made: of "
@@ -251,7 +252,7 @@ def _tables(scores: table.Scores) -> list[tuple[str, str, str]]:
             table.finding_table(scores),
         ),
     ]
-    return [(heading, intro, page.table(rows, head)) for heading, intro, (head, rows) in told if rows]
+    return [(heading, intro, page.table(rows, head)) for heading, intro, (head, rows) in tables if rows]
 
 
 def _made(run: BootstrapRun, seconds: dict[str, float]) -> tuple[str, str, str]:

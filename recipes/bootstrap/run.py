@@ -46,24 +46,24 @@ def bootstrap(run: BootstrapRun) -> dict[str, Any]:
 
 def _seeds(run: BootstrapRun) -> list[int]:
     """The seeds of a run, and those that others have worked on in its folder."""
-    found = [folder.name.removeprefix("seed-") for folder in Path(run.out).glob("seed-*")]
-    return sorted({*run.seeds, *(int(seed) for seed in found if seed.isdigit())})
+    names = [folder.name.removeprefix("seed-") for folder in Path(run.out).glob("seed-*")]
+    return sorted({*run.seeds, *(int(seed) for seed in names if seed.isdigit())})
 
 
 def spelled(args: list[str]) -> list[str]:
     """`--seeds 0 1 --rows neither both --table` as the parser of options takes it."""
-    found: list[str] = []
+    words: list[str] = []
     for arg in args:
         if arg == "--table":
-            found.append("--table=true")
+            words.append("--table=true")
         elif arg in ("--seeds", "--rows"):
-            found.append(f"{arg}=[]")
-        elif found and found[-1].startswith(("--seeds=[", "--rows=[")) and not arg.startswith("--"):
-            name, _, before = found[-1].partition("=")
-            found[-1] = f"{name}=[{', '.join([*filter(None, [before[1:-1]]), arg.strip('[]')])}]"
+            words.append(f"{arg}=[]")
+        elif words and words[-1].startswith(("--seeds=[", "--rows=[")) and not arg.startswith("--"):
+            name, _, before = words[-1].partition("=")
+            words[-1] = f"{name}=[{', '.join([*filter(None, [before[1:-1]]), arg.strip('[]')])}]"
         else:
-            found.append(arg)
-    return found
+            words.append(arg)
+    return words
 
 
 def main() -> None:
