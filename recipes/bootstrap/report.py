@@ -112,17 +112,16 @@ def _question(run: BootstrapRun) -> str:
 def _crawl(plan: stages.Stages, run: BootstrapRun, seed: int) -> list[tuple[str, str, str]]:
     """What the crawl looked like, and what became of its texts, with some images."""
     folder = Path(run.out) / f"seed-{seed}" / "capfilt" / "own"
-    results = plan.results(f"seed-{seed}/capfilt/own")["both"]
-    kinds = {kind: Kind(**one) for kind, one in results["kinds"].items() if one["texts"]}
+    kept = plan.results(f"seed-{seed}/capfilt/own")["both"]
+    kinds = {kind: Kind(**one) for kind, one in kept["kinds"].items() if one["texts"]}
     written = (
-        f"Of the captioner's texts the filter threw out {results['synthetic_rejected']:.0f}%; of all of them "
-        f"{results['synthetic_wrong_before']:.0f}% say something false"
+        f"Of the captioner's texts the filter threw out {kept['synthetic_rejected']:.0f}%; of all of them "
+        f"{kept['synthetic_wrong_before']:.0f}% say something false"
     )
-    if "synthetic_wrong" in results:
+    if "synthetic_wrong" in kept:
         written += (
-            f", of those that were kept {results['synthetic_wrong']:.0f}%, where "
-            f"{results['synthetic_claims_wrong']:.0f}% of the single claims about shape, colour, size, place and number are "
-            "false"
+            f", of those that were kept {kept['synthetic_wrong']:.0f}%, where {kept['synthetic_claims_wrong']:.0f}% of "
+            "the single claims about shape, colour, size, place and number are false"
         )
     fates = list(_fates(Job.open(str(folder / "job")), run.shown))
     link = f"seed-{seed}/capfilt/own/job/report/both/report.html"
