@@ -86,7 +86,7 @@ def test_fine_tuning_has_its_own_rates(done):
     rates = {stage: settings_of(run, stage)["train"]["lr"] for stage in ("both/captioner", "both/retrieval")}
     assert rates == {"both/captioner": run.fine_tuning.captioner_lr, "both/retrieval": run.fine_tuning.retrieval_lr}
     for stage, recipe in (("captioner", "caption_world"), ("filter", "filter_world")):
-        own = yaml.safe_load((CONFIGS / f"{recipe}.yaml").read_text())["train"]["lr"]
+        own = command.content(str(CONFIGS / f"{recipe}.yaml"))["train"]["lr"]
         assert settings_of(run, f"cleaners/{stage}")["train"]["lr"] == own != rates["both/captioner"]
 
 
