@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blip import dist
-from blip.data.image_files import find, read_images
+from blip.data.image_files import find, not_pictures, read_images
 from blip.data.transforms import EvalTransform
 from blip.errors import DataError
 from blip.inference.features import Features

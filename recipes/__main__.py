@@ -25,8 +25,8 @@ def main(args: list[str] | None = None) -> None:
         print(f"{__doc__.strip()}\n\nRecipes: {', '.join(RECIPES)}.")
         return
     if not args or args[0] not in RECIPES:
-        said = f"there is no {args[0]!r}" if args else "nothing is asked for"
-        fail(f"{said}; give one of {', '.join(RECIPES)} (blip-recipe --help explains)", WRONG_USE)
+        problem = f"there is no {args[0]!r}" if args else "nothing is asked for"
+        fail(f"{problem}; give one of {', '.join(RECIPES)} (blip-recipe --help explains)", WRONG_USE)
     recipe = import_module(f"recipes.{args[0]}")
     sys.argv = [f"blip-recipe {args[0]}", *args[1:]]
     run(recipe.main)

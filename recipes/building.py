@@ -1,10 +1,10 @@
-"""What recipes start from: a model of a size with its tokenizer and first weights, the data, and the embedded world."""
+"""What recipes start from: a model of a size, its tokenizer and first weights, the data, and the synthetic world."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -30,6 +30,8 @@ from blip.world import files
 
 Model = TypeVar("Model")
 """`Blip` or a task model of `blip.models.families`."""
+TrainingData = tuple[Draws | Stream, str]
+"""Training data as `blip.train.loop.fit` asks for it, and the fingerprint that tells it from other data."""
 
 
 @dataclass(frozen=True)
@@ -60,25 +62,72 @@ class ModelChoice:
     and, unless it is a .pth, tokenizer. A task model starts from a pre-trained `Blip`, or goes on from one of its own
     kind."""
 
+    @property
+    def origin(self) -> str:
+        """From what the model was trained, in words."""
+        return f"from {self.start_from}" if self.start_from else "from first weights"
+
 
 @dataclass(frozen=True)
-class WorldChoice:
-    """Pictures of the embedded world, drawn to disk before a run unless they are there."""
+class World:
+    """Data of the synthetic world, drawn to disk before a run unless they are there."""
 
     folder: str = "runs/world"
     """Where they go: FOLDER/train.json, FOLDER/val.json and FOLDER/test.json with their images."""
     train: int = 20000
-    """Training pictures."""
+    """Training images."""
     held_out: int = 200
-    """Pictures of each of val and test."""
+    """Images of each of val and test."""
     image_size: int = 64
     """Side, pixels."""
+
+    def draw(self) -> None:
+        """Have the main process write the splits that are not there yet; the others wait."""
+        if dist.is_main():
+            for split, count in (("train", self.train), ("val", self.held_out), ("test", self.held_out)):
+                if not (Path(self.folder) / self.file(split)).exists():
+                    self.write(split, count)
+        dist.barrier()
+
+    def file(self, split: str) -> str:
+        """Name of the file that is written last of a split."""
+        return f"{split}.json"
+
+    def write(self, split: str, count: int) -> object:
+        """Write a split."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class WorldChoice(World):
+    """Images of the synthetic world with captions, drawn to disk before a run unless they are there."""
+
     web: bool = False
-    """Noisy web texts on the training pictures instead of five true captions each."""
+    """Noisy web texts on the training images instead of five true captions each."""
     noise: float = files.NOISE
     """Share of web texts that are not right."""
     workers: int = 1
     """Processes that draw."""
+
+    def write(self, split: str, count: int) -> object:
+        """Write images and their captions."""
+        noise = {"web": self.web, "noise": self.noise} if split == "train" else {}
+        return files.write(self.folder, "json", split, count, size=self.image_size, workers=self.workers, **noise)
+
+
+@dataclass(frozen=True)
+class TaskData(DataConfig):
+    """What the model of a task is shown whose samples are not captions."""
+
+    crop_scale_min: float = 0.5
+    """Smallest share of the image that a random crop shows; 1 shows the whole image."""
+
+    samples = "samples"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.streaming or self.prompt.strip():
+            raise ValueError(f"data.streaming and data.prompt are not for {self.samples}")
 
 
 def build_model(choice: ModelChoice, seed: int) -> tuple[Blip, Tokenizer]:
@@ -102,19 +151,21 @@ def build_model(choice: ModelChoice, seed: int) -> tuple[Blip, Tokenizer]:
 
 
 def build_task(kind: type[Model], choice: ModelChoice, seed: int, **shape: Any) -> tuple[Model, Tokenizer]:
-    """A task model, which starts from the `Blip` of a choice, or goes on from the task model that `start_from` names.
+    """`Blip` itself, or a task model, which starts from the `Blip` of a choice or the task model that it names.
 
     What `Blip` lacks is a function of the seed; `shape` is what the task's `from_blip` takes. ValueError as in
     `build_model`, or if the task model that is gone on from has another shape.
     """
-    found = _opened(choice) if choice.start_from else None
-    if found and TASKS[found.task].model is kind:
-        model, tokenizer = _continued(kind, choice, found)
+    if kind is Blip:
+        return build_model(choice, seed)
+    start = _opened(choice) if choice.start_from else None
+    if start and TASKS[start.task].model is kind:
+        model, tokenizer = _continued(kind, choice, start)
         for name, value in shape.items():
             if (has := getattr(model.config, name)) != value:
                 raise ValueError(f"model.start_from {choice.start_from} has {name} {has}, this run needs {value}")
         return model, tokenizer
-    blip, tokenizer = _continued(Blip, choice, found) if found else build_model(choice, seed)
+    blip, tokenizer = _continued(Blip, choice, start) if start else build_model(choice, seed)
     torch.manual_seed(seed + 1)
     return kind.from_blip(blip, **shape), tokenizer
 
@@ -127,11 +178,11 @@ def _opened(choice: ModelChoice) -> checkpoint.Own | Foreign:
         raise FileNotFoundError(f"model.start_from: {error}; is its run finished?") from None
 
 
-def _continued(kind: type[Model], choice: ModelChoice, found: checkpoint.Own | Foreign) -> tuple[Model, Tokenizer]:
+def _continued(kind: type[Model], choice: ModelChoice, start: checkpoint.Own | Foreign) -> tuple[Model, Tokenizer]:
     """The model that a choice starts from, made ready to be trained as the choice says."""
     size, words = choice.image_size, choice.tokenizer
     try:
-        model, tokenizer = checkpoint.from_pretrained(found, kind, image_size=size, tokenizer=words)
+        model, tokenizer = checkpoint.from_pretrained(start, kind, image_size=size, tokenizer=words)
     except ValueError as error:
         raise ValueError(f"model.start_from {choice.start_from}: {error}") from None
     _refuse_contradiction(choice, model.config)
@@ -144,8 +195,8 @@ def _vision(choice: ModelChoice, config: VisionConfig) -> VisionConfig:
     if named not in (None, config.model):
         config = VisionConfig(named, image_size=config.image_size)
     names = ("image_size", "patch_size", "drop_path")
-    said = {name: getattr(choice, name) for name in names if getattr(choice, name) is not None}
-    return dataclasses.replace(config, patch_drop=choice.patch_drop, checkpoint=choice.checkpoint, **said)
+    chosen = {name: getattr(choice, name) for name in names if getattr(choice, name) is not None}
+    return dataclasses.replace(config, patch_drop=choice.patch_drop, checkpoint=choice.checkpoint, **chosen)
 
 
 def _trained_as(choice: ModelChoice, model: Model) -> Model:
@@ -168,9 +219,9 @@ def _refuse_contradiction(choice: ModelChoice, config: BlipConfig) -> None:
     if choice.patch_size not in (None, config.vision.patch_size):
         raise ValueError(f"{start} has its own patches, not of {choice.patch_size} pixels: leave model.patch_size out")
     if choice.size and _shape(PRESETS[choice.size]) != _shape(config):
-        found = [size for size, preset in PRESETS.items() if _shape(preset) == _shape(config)]
+        sizes = [size for size, preset in PRESETS.items() if _shape(preset) == _shape(config)]
         raise ValueError(
-            f"{start} is a model of {'size ' + found[0] if found else 'a size of its own'}, not {choice.size}: "
+            f"{start} is a model of {'size ' + sizes[0] if sizes else 'a size of its own'}, not {choice.size}: "
             "leave model.size out"
         )
 
@@ -182,14 +233,14 @@ def _shape(config: BlipConfig) -> tuple:
     return *eye, text.width, text.layers, text.heads, text.hidden, text.max_positions, config.embed_dim
 
 
-def build_feed(config: DataConfig, image_size: int, tokenizer: Tokenizer, seed: int) -> tuple[Draws | Stream, str]:
-    """Captioned images as `feed_of` gives them."""
+def build_feed(config: DataConfig, image_size: int, tokenizer: Tokenizer, seed: int) -> TrainingData:
+    """The captions of a run."""
     prepare = PrepareCaptions(TrainTransform(image_size, config), tokenizer, config)
     return feed_of(open_captions(config), prepare, seed)
 
 
-def feed_of(sources: Sequence[Any], prepare: Prepare, seed: int) -> tuple[Draws | Stream, str]:
-    """The training data as `train.fit` asks for it, and the fingerprint that tells it from other data."""
+def feed_of(sources: Sequence[Any], prepare: Prepare, seed: int) -> TrainingData:
+    """Samples that `prepare` makes of the records of some sources."""
     feed = (Stream if prepare.config.streaming else Draws)(sources, prepare, seed)
     _say_notes(sources)
     return feed, feed.fingerprint()
@@ -200,28 +251,3 @@ def _say_notes(sources: Sequence[Any]) -> None:
     if dist.is_main():
         for note in (note for source in sources for note in getattr(source, "notes", ())):
             print(f"note: {note}", file=sys.stderr, flush=True)
-
-
-def draw_world(choice: WorldChoice) -> None:
-    """Write the captioned pictures that are not there yet."""
-
-    def write(split: str, count: int) -> None:
-        noise = {"web": choice.web, "noise": choice.noise} if split == "train" else {}
-        size = {"size": choice.image_size, "workers": choice.workers}
-        files.write(choice.folder, "json", split, count, **size, **noise)
-
-    draw_splits(choice, write)
-
-
-def draw_splits(
-    choice: Any, write: Callable[[str, int], object], file: Callable[[str], str] = "{}.json".format
-) -> None:
-    """Have `write` draw the splits of a world whose `file` is not there yet, in the main process; the others wait.
-
-    `choice` says in which `folder` and how many there are to be, `train` and `held_out`.
-    """
-    if dist.is_main():
-        for split, count in (("train", choice.train), ("val", choice.held_out), ("test", choice.held_out)):
-            if not (Path(choice.folder) / file(split)).exists():
-                write(split, count)
-    dist.barrier()

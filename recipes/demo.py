@@ -1,11 +1,11 @@
-"""The whole story on the embedded world: learn from a noisy crawl, clean it with CapFilt, learn from what is left.
+"""The whole story on the synthetic world: learn from a noisy crawl, clean it with CapFilt, learn from what is left.
 
     blip-recipe demo            # `make demo`: 2 CPU cores, less than 10 minutes, no network
 
-TINY is pre-trained on a crawl of which 60% of the texts are wrong and a few pictures by people; fine-tuned on the
-latter, it becomes the captioner and the filter of CapFilt, whose data set another TINY is pre-trained on from nothing,
-for as many steps (paper, figure 3 and section 4.3). Options are those of `recipes.pretrain`. Writes report.html and
-results.json into runs/demo. Started again, it continues, or says again what it found.
+TINY is pre-trained on a crawl of which 60% of the texts are wrong and a few images with human captions; fine-tuned on
+the latter, it becomes the captioner and the filter of CapFilt, whose data set another TINY is pre-trained on from
+scratch, for as many steps (paper, figure 3 and section 4.3). Options are those of `recipes.pretrain`. Writes
+report.html and results.json into runs/demo. Started again, it continues, or says again what it found.
 """
 
 from __future__ import annotations
@@ -32,20 +32,21 @@ from blip.world.scene import scene_of
 from capfilt.calibrate.grade import Kind, grade
 from capfilt.run import Run as Job
 from eval.retrieval import Gallery, rank
-from recipes import caption, cleaning, command, retrieval
+from recipes import caption, command, retrieval, world_capfilt
 from recipes.building import WorldChoice
-from recipes.pretrain import Run, pretrain
+from recipes.pretrain import PretrainRun, pretrain
+from recipes.run import HeldOut
 
 CONFIG = "recipes/configs/pretrain_demo.yaml"
 SHARE = 0.3
 """Steps of a captioner or a filter, in steps of pre-training."""
 BY_PEOPLE = 0.15
-"""Pictures with people's captions, in pictures of the crawl."""
+"""Images with human captions, in images of the crawl."""
 DECODE, POLICY = "greedy", "web-else-syn"
 """The paper samples, and keeps every text that passes. So small a captioner is wrong too often when it samples (12% of
 its texts are true in every word, 33% of the likeliest), and its text is worse than a web text that passes."""
 SHOWN = 24
-"""Pictures on the page."""
+"""Images on the page."""
 TOLD = ("cider", "attribute_precision", "attribute_recall", "all_true")
 """Scores of captions."""
 AGAIN = "_bootstrapped"
@@ -54,7 +55,7 @@ SELECTION, THRESHOLD = "kept", 0.5
 """Of the texts with at least this P(match)."""
 
 
-def demo(run: Run) -> dict[str, Any]:
+def demo(run: PretrainRun) -> dict[str, Any]:
     """Carry out the story and write the page; returns what results.json holds, scores in percent but `filter_auc`."""
     out, clock = Path(run.out), Clock()
     with clock.part("pictures"):
@@ -71,7 +72,7 @@ def demo(run: Run) -> dict[str, Any]:
         _, filtering = retrieval.retrieve(filterer(noisy, folder, people))
     with clock.part("capfilt"):
         job = clean(run, writer, filtering, out)
-    sources = cleaning.bootstrapped(out / "clean", people)
+    sources = world_capfilt.bootstrapped(out / "clean", people)
     again = dataclasses.replace(run, data=dataclasses.replace(run.data, sources=sources))
     with clock.part("pretrain_bootstrapped"):
         second, folder = pretrain(again)
@@ -79,19 +80,19 @@ def demo(run: Run) -> dict[str, Any]:
         recaptioned, rewriter = caption.caption(captioner(again, folder, people))
     with clock.part("page"):
         kinds, synthetic = grade(job, SELECTION), truth_of_synthetic(job)
-        rescored = second.metrics | cleaning.tested(recaptioned.metrics)
+        rescored = second.metrics | world_capfilt.tested(recaptioned.metrics)
         scores = {
-            **first.metrics, **cleaning.tested(captioned.metrics),
+            **first.metrics, **world_capfilt.tested(captioned.metrics),
             **{f"{name}{AGAIN}": value for name, value in rescored.items()},
-            **cleaning.aucs(kinds), **synthetic, "texts_kept": cleaning.kept(out / "clean"),
-            "web_right": cleaning.web_right(kinds, 0), "web_right_kept": cleaning.web_right(kinds, 1),
+            **world_capfilt.aucs(kinds), **synthetic, "texts_kept": world_capfilt.kept(out / "clean"),
+            "web_right": world_capfilt.web_right(kinds, 0), "web_right_kept": world_capfilt.web_right(kinds, 1),
             "steps": second.steps,
         }  # fmt: skip
         model, tokenizer = checkpoint.from_pretrained(folder)
         gallery = Gallery.open(run.held_out.source, model.vision.image_size)
         ranked = rank(model, tokenizer, *gallery, k=run.held_out.k).best_texts(3)
-        said = json.loads((rewriter.parent / "captions-test.json").read_text())
-        cards = _cards(run, {one["image_id"]: one["caption"] for one in said}, gallery, ranked)
+        captions = json.loads((rewriter.parent / "captions-test.json").read_text())
+        cards = _cards(run, {one["image_id"]: one["caption"] for one in captions}, gallery, ranked)
     scores |= {f"seconds_{name}": seconds for name, seconds in clock.seconds.items()} | {"seconds": clock.total()}
     page.write(out / "report.html", _page(out, scores, kinds, cards, run))
     files.write_bytes(out / "results.json", (json.dumps(scores, indent=1) + "\n").encode())
@@ -118,42 +119,42 @@ class Clock:
 
 
 def draw(world: WorldChoice) -> None:
-    """The crawl as tar shards, with a few broken files, and pictures by people: few to learn from, two sets held out.
+    """The crawl as tar shards, some files broken, and images with human captions: few to learn from, two sets held out.
 
     What is there already is left alone.
     """
     folder, size, workers = Path(world.folder), world.image_size, world.workers
-    cleaning.draw_crawl(folder / "crawl", world.train, world.noise, 0, size, workers)
+    world_capfilt.draw_crawl(folder / "crawl", world.train, world.noise, 0, size, workers)
     few = max(8, round(BY_PEOPLE * world.train))
     for where, split, count, seed in (
         (folder / "human", "train", few, 1),
         (folder, "val", world.held_out, 0),
         (folder, "test", world.held_out, 0),
     ):
-        cleaning.draw_people(where, split, count, seed, size, workers)
+        world_capfilt.draw_people(where, split, count, seed, size, workers)
 
 
-def captioner(run: Run, start_from: Path, people: list[SourceConfig]) -> caption.Run:
-    """The captioning run that goes on from a pre-training run, on pictures with people's captions."""
+def captioner(run: PretrainRun, start_from: Path, people: list[SourceConfig]) -> caption.CaptionRun:
+    """The captioning run that goes on from a pre-training run, on images with human captions."""
     out, batch = Path(run.out) / "captioner", run.train.batch_size
     validation = SourceConfig(str(Path(run.held_out.source.path).with_name("val.json")))
     return dataclasses.replace(
-        cleaning.captioner(out, start_from, people, batch, _steps(run)),
-        validation=caption.HeldOut(validation, run.held_out.limit),
-        test=caption.HeldOut(run.held_out.source, run.held_out.limit),
+        world_capfilt.captioner(out, start_from, people, batch, _steps(run)),
+        validation=HeldOut(validation, run.held_out.limit),
+        test=HeldOut(run.held_out.source, run.held_out.limit),
     )
 
 
-def filterer(run: Run, start_from: Path, people: list[SourceConfig]) -> retrieval.Run:
-    """The retrieval run that makes a filter of a pre-training run's model, on the same pictures."""
-    return cleaning.filterer(Path(run.out) / "filter", start_from, people, run.train.batch_size, _steps(run))
+def filterer(run: PretrainRun, start_from: Path, people: list[SourceConfig]) -> retrieval.RetrievalRun:
+    """The retrieval run that makes a filter of a pre-training run's model, on the same images."""
+    return world_capfilt.filterer(Path(run.out) / "filter", start_from, people, run.train.batch_size, _steps(run))
 
 
-def _steps(run: Run) -> int:
+def _steps(run: PretrainRun) -> int:
     return max(1, round(SHARE * run.train.steps))
 
 
-def clean(run: Run, writer: Path, filtering: Path, out: Path) -> Job:
+def clean(run: PretrainRun, writer: Path, filtering: Path, out: Path) -> Job:
     """The job on the crawl, as `python -m capfilt run` does it: plan, score, select, export, report, verify.
 
     Stopped if it does not end well; it has said why.
@@ -161,22 +162,22 @@ def clean(run: Run, writer: Path, filtering: Path, out: Path) -> Job:
     inputs = [word for source in run.data.sources if source.kind == "web" for word in ("--input", source.path)]
     args = ["run", *inputs, "--out", out / "capfilt", "--to", out / "clean", "--no-blur"]
     args += ["--name", SELECTION, "--itm", str(THRESHOLD), "--policy", POLICY, "--allow-empty"]
-    args += cleaning.models(writer, filtering, DECODE, run.data.max_tokens)
-    cleaning.carry_out(*args, "--part-size", "1024", "--batch", "128")
+    args += world_capfilt.models(writer, filtering, DECODE, run.data.max_tokens)
+    world_capfilt.carry_out(*args, "--part-size", "1024", "--batch-size", "128")
     return Job.open(str(out / "capfilt"))
 
 
 def truth_of_synthetic(job: Job) -> dict[str, float]:
     """Percent of the synthetic texts that are true in every word, of all and of those that the filter kept."""
-    every, kept = cleaning.synthetic(job, SELECTION)
-    found = {"synthetic_true": every, "synthetic_true_kept": kept}
-    return {name: 100 * grade_captions(verdicts)["true"] for name, verdicts in found.items() if verdicts}
+    every, kept = world_capfilt.synthetic(job, SELECTION)
+    verdicts_by_name = {"synthetic_true": every, "synthetic_true_kept": kept}
+    return {name: 100 * grade_captions(verdicts)["true"] for name, verdicts in verdicts_by_name.items() if verdicts}
 
 
 # The page -------------------------------------------------------------------------------------------------------------
 
 
-def _cards(run: Run, captions: dict[str, str], gallery: Gallery, ranked: list[list[int]]) -> list[page.Card]:
+def _cards(run: PretrainRun, captions: dict[str, str], gallery: Gallery, ranked: list[list[int]]) -> list[page.Card]:
     path = Path(run.held_out.source.path)
     rows = json.loads(path.read_text())[: min(SHOWN, len(captions))]
     return [
@@ -196,7 +197,7 @@ SIDES = (("the crawl as it is", ""), ("after CapFilt", AGAIN))
 def _recalls(scores: dict[str, Any]) -> list[list[str | float]]:
     return [
         [f"{direction}, {stage}, {side}", *(scores[f"{key}@{r}{suffix}{again}"] for r in (1, 5, 10))]
-        for direction, key in (("picture to text", "tr"), ("text to picture", "ir"))
+        for direction, key in (("image to text", "tr"), ("text to image", "ir"))
         for stage, suffix in (("ITC alone", "_itc"), ("re-ranked", ""))
         for side, again in SIDES
     ]
@@ -206,7 +207,7 @@ def _captions(scores: dict[str, Any]) -> list[list[str | float]]:
     return [[side, *(scores[f"{name}{again}"] for name in TOLD)] for side, again in SIDES]
 
 
-def _page(out: Path, scores: dict[str, Any], kinds: dict[str, Kind], items: list[page.Card], run: Run) -> str:
+def _page(out: Path, scores: dict[str, Any], kinds: dict[str, Kind], items: list[page.Card], run: PretrainRun) -> str:
     def curves(folder: Path) -> str:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         logged = [line for line in lines if "losses" in line]
@@ -221,16 +222,16 @@ def _page(out: Path, scores: dict[str, Any], kinds: dict[str, Kind], items: list
     )
     link = escape(f"capfilt/report/{SELECTION}/report.html")
     return page.page(
-        "BLIP on the picture world",
+        "BLIP on the synthetic world",
         [
             (
                 "What happened",
-                f"A model of size {run.model.size} was pre-trained from random weights on a crawl of pictures with web "
-                "texts, most of them wrong, and on some more with captions by people. On the latter it was made a "
-                "captioner and a filter. CapFilt had the captioner write a text for each picture of the crawl, and "
+                f"A model of size {run.model.size} was pre-trained from random weights on a crawl of images with web "
+                "texts, most of them wrong, and on some more with human captions. On the latter it was made a "
+                "captioner and a filter. CapFilt had the captioner write a text for each image of the crawl, and "
                 "kept the web text where the filter said that it matches, else the captioner's where it said so of "
                 "that. A second model was pre-trained from the same random weights on what was kept and on the "
-                f"pictures with captions by people, for the same {scores['steps']} steps of "
+                f"images with human captions, for the same {scores['steps']} steps of "
                 f"{run.train.batch_size} pairs. All in {scores['seconds']:.0f} seconds.",
                 "",
             ),
@@ -239,18 +240,18 @@ def _page(out: Path, scores: dict[str, Any], kinds: dict[str, Kind], items: list
                 f"Right were {scores['web_right']:.0f}% of the web texts, and {scores['web_right_kept']:.0f}% of those "
                 f"that were kept.{synthetic} ROC AUC is the chance that the filter gives a right text more than a "
                 "wrong one.",
-                page.table(cleaning.fates(kinds), cleaning.FATES)
-                + f'<p><a href="{link}">The job\'s own report</a>: every row and text accounted for, pictures with '
+                page.table(world_capfilt.fates(kinds), world_capfilt.FATES)
+                + f'<p><a href="{link}">The job\'s own report</a>: every row and text accounted for, images with '
                 "what was kept and why.</p>",
             ),
             (
-                "Retrieval among held-out pictures, recall in percent",
+                "Retrieval among held-out images, recall in percent",
                 "The right one is among the first 1, 5 or 10, before and after the matching head looks at the best.",
                 page.table(_recalls(scores), ["", "R@1", "R@5", "R@10"]),
             ),
             (
-                "Captions of held-out pictures, greedy, percent",
-                "By a captioner made of either model, on people's captions for as many steps. CIDEr compares with five "
+                "Captions of held-out images, greedy, percent",
+                "By a captioner made of either model, on human captions for as many steps. CIDEr compares with five "
                 "reference captions. Every claim about shape, colour, size, place, relation, count and background is "
                 "checked against the scene: how many of those made are true, how many of those possible were made, and "
                 "how many captions say nothing false.",
@@ -259,7 +260,7 @@ def _page(out: Path, scores: dict[str, Any], kinds: dict[str, Kind], items: list
             ("The three losses on the crawl as it is", "Means over log windows.", curves(out / "noisy")),
             ("The three losses after CapFilt", "Another set of texts, so not to be compared.", curves(out)),
             (
-                "What it says of pictures it has never seen",
+                "What it says of images it has never seen",
                 "The second captioner's text, and the three texts that the second model ranks first; a mark says what "
                 "is right.",
                 page.cards(items),
@@ -269,12 +270,12 @@ def _page(out: Path, scores: dict[str, Any], kinds: dict[str, Kind], items: list
 
 
 def main() -> None:
-    run = command.read(Run, ["--config", CONFIG, "--out", "runs/demo", *sys.argv[1:]])
+    run = command.read(PretrainRun, ["--config", CONFIG, "--out", "runs/demo", *sys.argv[1:]])
     scores = demo(run)
     print(f"\n{'held-out retrieval, recall in percent':<56}  R@1    R@5   R@10")
     for name, *values in _recalls(scores):
         print(f"  {name:<52}", *(f"{value:6.1f}" for value in values))
-    print(f"\n{'captions of held-out pictures, percent':<40}   CIDEr  claims true  claims made  captions true")
+    print(f"\n{'captions of held-out images, percent':<40}   CIDEr  claims true  claims made  captions true")
     for name, *values in _captions(scores):
         print(f"  {name:<38}", "{:7.1f} {:12.1f} {:12.1f} {:14.1f}".format(*values))
     right, kept, auc = scores["web_right"], scores["web_right_kept"], scores.get("filter_auc", float("nan"))

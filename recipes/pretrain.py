@@ -8,7 +8,6 @@ The same command again continues where the last one stopped. The configs say mac
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,19 +15,19 @@ from torch import nn
 
 from blip import dist
 from blip.checkpoints import checkpoint
-from blip.data.ledger import Ledger
 from blip.data.settings import DataConfig, SourceConfig
 from blip.errors import DataError
 from blip.objectives.pretrain import Pretrain, PretrainConfig
-from blip.train.loop import Result, fit
+from blip.train.loop import Result
 from blip.train.settings import TrainConfig
 from eval.retrieval import Gallery, retrieval
 from recipes import command
-from recipes.building import ModelChoice, WorldChoice, build_feed, build_model, draw_world
+from recipes.building import ModelChoice, WorldChoice, build_feed
+from recipes.run import begin, card, train
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldOutPairs:
     """Held-out pairs on which retrieval is measured."""
 
     source: SourceConfig
@@ -40,7 +39,7 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Run:
+class PretrainRun:
     """A pre-training run. Every option can stand in the YAML file of `--config` or be given as `--any.option value`."""
 
     out: str
@@ -53,13 +52,13 @@ class Run:
     """The three losses."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How long and how fast."""
-    held_out: Held | None = None
+    held_out: HeldOutPairs | None = None
     """Evaluation during and after the run."""
     world: WorldChoice | None = None
-    """Draw the embedded world first."""
+    """Draw the synthetic world first."""
 
 
-def gallery(name: str, held: Held, image_size: int) -> Gallery:
+def gallery(name: str, held: HeldOutPairs, image_size: int) -> Gallery:
     """A held-out set, opened, so that what does not fit is said before the training.
 
     Raises DataError for rows that cannot be used or when there is no caption, ValueError for a `k` or `limit` below 1.
@@ -74,14 +73,11 @@ def gallery(name: str, held: Held, image_size: int) -> Gallery:
     return found
 
 
-def pretrain(run: Run) -> tuple[Result, Path]:
+def pretrain(run: PretrainRun) -> tuple[Result, Path]:
     """Carry out a run; returns how it ended and the model's folder."""
     out = Path(run.out)
-    dist.start(run.train.timeout)
-    if run.world:
-        draw_world(run.world)
-    model, tokenizer = build_model(run.model, run.train.seed)
-    feed, fingerprint = build_feed(run.data, model.vision.image_size, tokenizer, run.train.seed)
+    model, tokenizer = begin(run)
+    data = build_feed(run.data, model.vision.image_size, tokenizer, run.train.seed)
     objective = Pretrain(model, run.objective)
     evaluate = None
     if run.held_out:
@@ -91,31 +87,17 @@ def pretrain(run: Run) -> tuple[Result, Path]:
         def evaluate(objective: nn.Module) -> dict[str, float]:
             return retrieval(objective.model, tokenizer, *held, k=k, max_tokens=length)
 
-    result = fit(
-        objective,
-        feed,
-        run.train,
-        out=out,
-        evaluate=evaluate,
-        settings=dataclasses.asdict(run),
-        fingerprint=fingerprint,
-        ledger=Ledger(out / f"bad_samples-{dist.rank()}.jsonl", run.data.max_bad_fraction),
-    )
+    result = train(run, objective, data, evaluate)
     if dist.is_main():
-        checkpoint.save_pretrained(model, tokenizer, out / "model", card=_card(run, result))
+        about = f"Pre-trained for {result.steps} steps on {result.samples} pairs with `recipes.pretrain`."
+        scores = {name: f"{value:.2f}" for name, value in result.metrics.items()}
+        checkpoint.save_pretrained(model, tokenizer, out / "model", card=card(about, run.data.sources, scores))
         print(f"model written to {out / 'model'}")
     return result, out / "model"
 
 
-def _card(run: Run, result: Result) -> str:
-    lines = [f"Pre-trained for {result.steps} steps on {result.samples} pairs with `recipes.pretrain`.", ""]
-    lines += [f"- {source.path} ({source.kind})" for source in run.data.sources]
-    lines += [""] + [f"- {name}: {value:.2f}" for name, value in result.metrics.items()]
-    return "\n".join(lines)
-
-
 def main() -> None:
-    pretrain(command.read(Run))
+    pretrain(command.read(PretrainRun))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fine-tune a model that answers questions about pictures, and keep the best epoch by accuracy (paper, section 5.3).
+"""Fine-tune a model that answers questions about images, and keep the best epoch by accuracy (paper, section 5.3).
 
     accelerate launch -m recipes.vqa --config recipes/configs/vqa_world.yaml                # 2 cores
     torchrun --nproc_per_node 8 -m recipes.vqa --config recipes/configs/vqa_v2.yaml --out runs/vqa
@@ -12,14 +12,12 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from blip import dist
 from blip.data.prepare.questions import Id, PrepareQuestions, Questions, QuestionShards, open_questions, read_answers
-from blip.data.settings import DataConfig, PictureQuestions
+from blip.data.settings import PictureQuestions
 from blip.data.transforms import TrainTransform
 from blip.errors import DataError, counted
 from blip.inference.answering import ANSWERS, Candidates, answers, ask
@@ -29,110 +27,90 @@ from blip.objectives.pretrain import Vqa as Objective
 from blip.objectives.pretrain import VqaConfig
 from blip.tokenizer import Tokenizer
 from blip.train.loop import Result
-from blip.train.settings import TrainConfig
 from blip.world import questions
 from eval.vqa import QuestionSet, answers_of, evalai_results, score
-from recipes import command, keeping
-from recipes.building import ModelChoice, WorldChoice, build_task, draw_splits, feed_of
+from recipes import command
+from recipes.building import TaskData, WorldChoice, feed_of
+from recipes.run import BestModel, Evaluation, FineTuneRun, HeldOut, begin, fine_tune, open_evaluations
 
 Answers = dict[Id, str]
 """What a model answers, by question."""
 
 
 @dataclass(frozen=True)
-class Data(DataConfig):
+class VqaData(TaskData):
     """What the model is shown."""
 
     sources: list[PictureQuestions] = field(default_factory=list)
-    """The sources of a run, mixed by weight."""
     max_words: int = QUESTION_WORDS
     """Words kept of a question."""
     max_tokens: int = QUESTION_TOKENS
     """Word pieces kept of a question, first and last special tokens included."""
-    crop_scale_min: float = 0.5
-    """Smallest share of the image that a random crop shows; 1 shows the whole image."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.prompt.strip():
-            raise ValueError("data.prompt is not for questions")
+    samples = "questions"
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldOutQuestions(HeldOut):
     """Questions that are not trained on."""
 
     source: PictureQuestions
     """Where they are."""
-    limit: int | None = None
-    """Questions to use, from the first on; all when not given."""
-
-    def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit must be 1 or more, got {self.limit}")
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run. Every option can stand in the YAML file of `--config` or be given as `--any.option value`."""
+class QuestionWorld(WorldChoice):
+    """Images of the synthetic world with questions, drawn to disk before a run unless they are there."""
 
-    out: str
-    """Folder of the run: model/, results.json, results-*.json, metrics.jsonl, checkpoints/, config.yaml."""
-    model: ModelChoice = field(default_factory=ModelChoice)
-    """The model to fine-tune, usually `start_from` a pre-training run's."""
-    data: Data = field(default_factory=Data)
-    """What it is shown."""
+    def __post_init__(self) -> None:
+        if self.web:
+            raise ValueError("world.web is for captions: questions have true answers")
+
+    def file(self, split: str) -> str:
+        return questions.files(split)[1]
+
+    def write(self, split: str, count: int) -> object:
+        return questions.write(self.folder, split, count, size=self.image_size, workers=self.workers)
+
+
+@dataclass(frozen=True)
+class VqaRun(FineTuneRun):
+    """A VQA run. Every option can stand in the YAML file of `--config` or be given as `--any.option value`."""
+
+    data: VqaData = field(default_factory=VqaData)
     objective: VqaConfig = field(default_factory=VqaConfig)
     """The loss."""
-    train: TrainConfig = field(default_factory=TrainConfig)
-    """How long and how fast."""
     answers: AnswerConfig = field(default_factory=AnswerConfig)
-    """How held-out questions are answered."""
+    """How held-out questions are answered; the model with the best accuracy is kept."""
     candidates: str | None = None
     """File of the answers to choose from, a JSON list or one a line; the commonest of the sources when not given."""
     common: int = 3000
     """How many of the commonest; 0 to search for words instead of choosing."""
-    validation: Held | None = None
-    """Asked at every evaluation; the model with the best accuracy is kept. Without it the last model is."""
-    test: Held | None = None
-    """Asked once, at the end, of the model that was kept."""
-    world: WorldChoice | None = None
-    """Draw the embedded world and its questions first."""
+    validation: HeldOutQuestions | None = None
+    test: HeldOutQuestions | None = None
+    world: QuestionWorld | None = None
 
     def __post_init__(self) -> None:
         if self.common < 0:
             raise ValueError(f"common must be 0 or more, got {self.common}")
-        if self.world and self.world.web:
-            raise ValueError("world.web is for captions: questions have true answers")
 
 
-def answer(run: Run) -> tuple[Result, Path]:
-    """Carry out a run; returns how it ended, with the scores of the model that was kept, and that model's folder.
-
-    The scores are those of results.json: the validation's under their own names, the test's as `test_...`.
-    """
-    dist.start(run.train.timeout)
-    if run.world:
-        draw(run.world)
-    model, tokenizer = build_task(Vqa, run.model, run.train.seed)
+def answer(run: VqaRun) -> tuple[Result, Path]:
+    """Carry out a run; returns what `fine_tune` does."""
+    model, tokenizer = begin(run, Vqa)
     sources = open_questions(run.data)
     prepare = PrepareQuestions(TrainTransform(model.vision.image_size, run.data), tokenizer, run.data)
-    feed, fingerprint = feed_of(sources, prepare, run.train.seed)
+    data = feed_of(sources, prepare, run.train.seed)
     choices = chosen(run, sources, tokenizer)
-    given = run.answers, Candidates(choices, tokenizer) if choices else None, model, tokenizer
-    validation = Exam("validation", run.validation, *given) if run.validation else None
-    test = Exam("test", run.test, *given) if run.test else None
-    kept = Kept(Path(run.out), tokenizer, run, choices)
-    return keeping.fine_tune(Objective(model, run.objective), feed, fingerprint, run, kept, validation, test)
+    candidates = Candidates(choices, tokenizer) if choices else None
+    held_out = open_evaluations(run, VqaEvaluation, run.answers, candidates, model, tokenizer)
+    about = f"Answers questions about images; trained {run.model.origin} with `recipes.vqa`."
+    beside = {ANSWERS: json.dumps(choices, indent=0) + "\n"} if choices else {}
+    best = BestModel(run, tokenizer, held_out, by="accuracy", about=about, beside=beside)
+    return fine_tune(run, Objective(model, run.objective), data, best)
 
 
-def draw(world: WorldChoice) -> None:
-    """Write the questions, and the pictures, that are not there yet."""
-    write = partial(questions.write, world.folder, size=world.image_size, workers=world.workers)
-    draw_splits(world, write, file=lambda split: questions.files(split)[1])
-
-
-def chosen(run: Run, sources: Sequence[Questions | QuestionShards], tokenizer: Tokenizer) -> list[str]:
+def chosen(run: VqaRun, sources: Sequence[Questions | QuestionShards], tokenizer: Tokenizer) -> list[str]:
     """The answers to choose from, sorted; none where words are searched.
 
     Of the sources' commonest, those are left out that the tokenizer does not know in full.
@@ -144,22 +122,22 @@ def chosen(run: Run, sources: Sequence[Questions | QuestionShards], tokenizer: T
     return sorted(answer for answer in common if answer.strip() and not tokenizer.unknown_rate([answer]))
 
 
-class Exam:
-    """A held-out set: what a model answers, and how right that is."""
+class VqaEvaluation(Evaluation):
+    """Questions with answers: how many a model answers as people did."""
 
     def __init__(
         self,
         name: str,
-        held: Held,
+        held: HeldOutQuestions,
         config: AnswerConfig,
         candidates: Candidates | None,
         model: Vqa,
         tokenizer: Tokenizer,
     ) -> None:
-        """Opens it, and answers a question about nothing, so that what does not fit is said before the training.
+        """Try the first question on an empty image.
 
-        Raises DataError for pictures that are not there, or a question that nobody answered; ValueError for lengths
-        that do not fit the model.
+        Raises DataError for images that are not there, or a question that nobody answered; ValueError for lengths that
+        do not fit the model.
         """
         self.asked = QuestionSet(Questions(held.source), held.limit)
         self.config, self.candidates, self.tokenizer = config, candidates, tokenizer
@@ -173,37 +151,18 @@ class Exam:
             answers(model, tokenizer, ask(model, tokenizer, tokens, self.asked.texts[:1], [0]), config, candidates)
 
     def answers(self, model: Vqa) -> Answers:
-        """What the model answers; all processes share the work and each returns all."""
-        found = answers_of(model, self.tokenizer, self.asked, self.config, self.candidates)
-        return {name: said.words for name, said in found.items()}
+        answered = answers_of(model, self.tokenizer, self.asked, self.config, self.candidates)
+        return {name: answer.words for name, answer in answered.items()}
 
     def scores(self, answers: Answers) -> dict[str, float]:
-        """The official accuracy, as a fraction, and that of each type of answer."""
         return score(self.asked.questions, answers, resamples=0).named()
 
-
-class Kept(keeping.Kept):
-    """The model with the best accuracy, what it chooses from, and what it answered."""
-
-    kind = Vqa
-    selected_by = "accuracy"
-
-    def __init__(self, out: Path, tokenizer: Tokenizer, run: Run, choices: list[str]) -> None:
-        super().__init__(out, tokenizer, run)
-        self.choices = choices
-
-    def about(self, start: str) -> str:
-        return f"Answers questions about pictures; trained {start} with `recipes.vqa`."
-
-    def beside(self) -> dict[str, str]:
-        return {ANSWERS: json.dumps(self.choices, indent=0) + "\n"} if self.choices else {}
-
-    def written(self, name: str, answers: Answers) -> dict[str, str]:
+    def files(self, name: str, answers: Answers) -> dict[str, str]:
         return {f"results-{name}.json": evalai_results(answers)}
 
 
 def main() -> None:
-    answer(command.read(Run))
+    answer(command.read(VqaRun))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from blip.models.blip import Blip
 from blip.models.presets import BASE, LARGE, TINY
 from blip.models.settings import BlipConfig
 from blip.world import files as world_files
+from recipes import command as recipes_command
 
 DOCS = ROOT / "docs"
 SITE = [*PAGES, *sorted((DOCS / "api").glob("*"))]
@@ -230,7 +231,7 @@ def _draws(name: str, args: list[str]) -> bool:
     if "--world" in args:
         return False
     configs = [value for option, value in itertools.pairwise(args) if option == "--config"]
-    return any("\nworld:" in (ROOT / config).read_text() for config in configs)
+    return any("world" in recipes_command.content(str(ROOT / config)) for config in configs)
 
 
 def _writer(args: list[str]) -> list[str]:

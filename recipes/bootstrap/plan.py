@@ -1,4 +1,4 @@
-"""The stages of the bootstrapping experiment: pictures, models, jobs and rows of each seed, and what they do."""
+"""The stages of the bootstrapping experiment: images, models, jobs and rows of each seed, and what they do."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from blip import dist
 from blip.checkpoints import checkpoint
@@ -20,14 +18,15 @@ from capfilt.run import Run as Job
 from eval.captioning import captions_of
 from eval.images import Images
 from eval.retrieval import Gallery, retrieval
-from recipes import caption, cleaning, command, pretrain
+from recipes import caption, command, pretrain, world_capfilt
 from recipes import retrieval as retrieving
 from recipes.bootstrap.rows import CLEANERS, ROWS, TEACHER, Row
 from recipes.bootstrap.stages import Stage, Stages
 from recipes.building import ModelChoice
+from recipes.run import HeldOut
 
 if TYPE_CHECKING:
-    from recipes.bootstrap.settings import FineTuning, Run
+    from recipes.bootstrap.settings import BootstrapRun, FineTuning
 
 SECONDS = {"tiny": 0.26, "small": 0.94, "base": 12.0, "large": 40.0}
 """Of a pre-training step of 64 pairs on 2 CPU cores, by size; the time left is reckoned from them."""
@@ -37,12 +36,12 @@ SIZE_OF_PARTS, BATCH = "1024", "128"
 """Rows that a job commits together, and scores together."""
 
 
-def steps_of(run: Run, row: Row) -> int:
+def steps_of(run: BootstrapRun, row: Row) -> int:
     """Pre-training steps of a row."""
     return round((run.longer if row.longer else 1.0) * run.train.steps)
 
 
-def plan(run: Run, say: Callable[[str], None] = print) -> Stages:
+def plan(run: BootstrapRun, say: Callable[[str], None] = print) -> Stages:
     """All that has to be done for the rows and seeds of a run, what several rows need only once."""
     out = Path(run.out)
     world = _plain(run.world)
@@ -55,10 +54,10 @@ def plan(run: Run, say: Callable[[str], None] = print) -> Stages:
 class _Seed:
     """The stages of one seed."""
 
-    def __init__(self, run: Run, out: Path, seed: int) -> None:
+    def __init__(self, run: BootstrapRun, out: Path, seed: int) -> None:
         self.run, self.seed, self.name = run, seed, f"seed-{seed}"
         self.out, self.held_out = out / self.name, out / "held-out"
-        self.found: dict[str, Stage] = {}
+        self.planned: dict[str, Stage] = {}
 
     def stages(self) -> list[Stage]:
         drawn = {**_plain(self.run.world), "seed": self.seed}
@@ -69,23 +68,23 @@ class _Seed:
             if row.cleaner:
                 self._cleaner(row.cleaner)
             self._row(row)
-        return list(self.found.values())
+        return list(self.planned.values())
 
     def _add(self, name: str, work: Callable[[Path], dict], settings: dict, needs: tuple[str, ...], cost: float) -> str:
         """Plan a stage unless that is done; returns its name among all."""
         full = f"{self.name}/{name}"
-        if full not in self.found:
-            self.found[full] = Stage(full, work, settings, needs, cost)
+        if full not in self.planned:
+            self.planned[full] = Stage(full, work, settings, needs, cost)
         return full
 
     # Images
 
     def _draw(self, folder: Path) -> dict[str, Any]:
-        """Another crawl and other pictures by people for each seed: even seeds of scenes are crawls, odd are not."""
+        """A crawl and images with human captions of each seed's own: even seeds of scenes are crawls, odd are not."""
         world = self.run.world
         how = (world.image_size, world.workers)
-        cleaning.draw_crawl(folder / "crawl", world.crawl, world.noise, 2 * self.seed, *how)
-        cleaning.draw_people(folder / "people", "train", world.people, 2 * self.seed + 1, *how)
+        world_capfilt.draw_crawl(folder / "crawl", world.crawl, world.noise, 2 * self.seed, *how)
+        world_capfilt.draw_people(folder / "people", "train", world.people, 2 * self.seed + 1, *how)
         return {"crawl": world.crawl, "people": world.people}
 
     @property
@@ -118,15 +117,15 @@ class _Seed:
             self._step(run.model) * steps_of(run, row) + 4,
         )
         model = self.out / row.name / "pretrain" / "model"
-        told = self._by_recipe(cleaning.CAPTIONER, fine.captioner, fine.captioner_lr)
+        recipe = self._by_recipe(world_capfilt.CAPTIONER, fine.captioner, fine.captioner_lr)
         captioner = self._add(
             f"{row.name}/captioner", lambda folder: self._captioner(folder, model, fine, True),
-            told, (trained,), CAPTION_COST * self._step(run.model) * fine.captioner + 3,
+            recipe, (trained,), CAPTION_COST * self._step(run.model) * fine.captioner + 3,
         )  # fmt: skip
-        told = self._by_recipe(cleaning.FILTER, fine.retrieval, fine.retrieval_lr) | {"k": run.k}
+        recipe = self._by_recipe(world_capfilt.FILTER, fine.retrieval, fine.retrieval_lr) | {"k": run.k}
         searcher = self._add(
             f"{row.name}/retrieval", lambda folder: self._retrieval(folder, model, fine, True),
-            told, (trained,), FILTER_COST * self._step(run.model) * fine.retrieval + 4,
+            recipe, (trained,), FILTER_COST * self._step(run.model) * fine.retrieval + 4,
         )  # fmt: skip
         self._add(
             f"{row.name}/composition", lambda folder: self._composition(folder.parent), {"k": run.k},
@@ -145,18 +144,17 @@ class _Seed:
 
     def _by_recipe(self, config: str, steps: int, lr: float | None = None) -> dict[str, Any]:
         """What decides a fine-tuning run's results, beside what it starts from."""
-        recipe = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-        return {"steps": steps, "lr": lr, "recipe": recipe, **self._training()}
+        return {"steps": steps, "lr": lr, "recipe": command.content(config), **self._training()}
 
     def _step(self, model: ModelChoice) -> float:
         return SECONDS[model.size or "base"] * self.run.train.batch_size / 64
 
     def _pretrain(self, folder: Path, model: ModelChoice, steps: int, row: Row, k: int | None) -> dict[str, Any]:
-        """From nothing, unless the row goes on from the first model; measured as it is, without fine-tuning."""
+        """From scratch, unless the row goes on from the first model; measured as it is, without fine-tuning."""
         run = self.run
         if row.cleaner:
             clean = self._clean(row)
-            sources, web = cleaning.bootstrapped(clean, self.people), cleaning.kept(clean)
+            sources, web = world_capfilt.bootstrapped(clean, self.people), world_capfilt.kept(clean)
         else:
             sources, web = [SourceConfig(self.crawl, kind="web"), *self.people], run.world.crawl
         share, people_pairs = run.people_share, run.world.people
@@ -167,28 +165,28 @@ class _Seed:
         if row.continued:
             model = ModelChoice(start_from=str(self.out / TEACHER.name / "pretrain" / "model"))
         result, _ = pretrain.pretrain(
-            pretrain.Run(
+            pretrain.PretrainRun(
                 out=str(folder),
                 model=model,
                 data=dataclasses.replace(run.data, sources=[*crawled, dataclasses.replace(people, weight=weight)]),
                 objective=dataclasses.replace(run.objective, alpha_ramp_epochs=ramp),
                 train=dataclasses.replace(run.train, steps=steps, seed=self.seed),
-                held_out=pretrain.Held(_source(self.held_out, "test"), k=k) if k else None,
+                held_out=pretrain.HeldOutPairs(_source(self.held_out, "test"), k=k) if k else None,
             )
         )
         return {"steps": result.steps, "pairs": result.samples, **result.metrics}
 
     def _captioner(self, folder: Path, model: Path, how: FineTuning, measured: bool) -> dict[str, Any]:
-        settings = cleaning.captioner(folder, model, self.people, self.run.train.batch_size, how.captioner)
-        test = caption.HeldOut(_source(self.held_out, "test")) if measured else None
+        settings = world_capfilt.captioner(folder, model, self.people, self.run.train.batch_size, how.captioner)
+        test = HeldOut(_source(self.held_out, "test")) if measured else None
         train = self._fine(settings.train, how.captioner_lr)
         result, _ = caption.caption(dataclasses.replace(settings, train=train, test=test))
-        return cleaning.tested(result.metrics)
+        return world_capfilt.tested(result.metrics)
 
     def _retrieval(self, folder: Path, model: Path, how: FineTuning, measured: bool) -> dict[str, Any]:
-        settings = cleaning.filterer(folder, model, self.people, self.run.train.batch_size, how.retrieval)
+        settings = world_capfilt.filterer(folder, model, self.people, self.run.train.batch_size, how.retrieval)
         train = self._fine(settings.train, how.retrieval_lr)
-        test = pretrain.Held(_source(self.held_out, "test"), k=self.run.k) if measured else None
+        test = pretrain.HeldOutPairs(_source(self.held_out, "test"), k=self.run.k) if measured else None
         result, _ = retrieving.retrieve(dataclasses.replace(settings, train=train, test=test))
         return {name.removeprefix("test_"): value for name, value in result.metrics.items()}
 
@@ -201,19 +199,19 @@ class _Seed:
         )  # fmt: skip
 
     def _composition(self, row: Path) -> dict[str, float]:
-        """Captions and retrieval of pictures that show colour-shape pairs never seen before."""
+        """Captions and retrieval of images that show colour-shape pairs never seen before."""
         device = "cpu" if dist.on_cpu() else "cuda"
-        source, found = _source(self.held_out, "composition"), {}
-        how = command.read(caption.Run, ["--config", cleaning.CAPTIONER, "--out", str(row)])
+        source, scores = _source(self.held_out, "composition"), {}
+        how = command.read(caption.CaptionRun, ["--config", world_capfilt.CAPTIONER, "--out", str(row)])
         model, tokenizer = checkpoint.from_pretrained(row / "captioner" / "model", device=device)
         pictures = Images.open(source)
-        said = captions_of(model, tokenizer, pictures, how.decode, prompt=how.data.prompt)
+        captions = captions_of(model, tokenizer, pictures, how.decode, prompt=how.data.prompt)
         for grader in caption.graders(pictures.references):
-            found |= {name: 100 * value for name, value in grader(said).items()}
+            scores |= {name: 100 * value for name, value in grader(captions).items()}
         model, tokenizer = checkpoint.from_pretrained(row / "retrieval" / "model", device=device)
         gallery = Gallery.open(source, model.vision.image_size)
-        found |= retrieval(model, tokenizer, *gallery, k=self.run.k, max_tokens=self.run.data.max_tokens)
-        return {**found, "captions": said}
+        scores |= retrieval(model, tokenizer, *gallery, k=self.run.k, max_tokens=self.run.data.max_tokens)
+        return {**scores, "captions": captions}
 
     # Cleaning
 
@@ -270,32 +268,32 @@ class _Seed:
         return [
             self._add(
                 f"{folder}/captioner", lambda folder: self._captioner(folder, model, how, False),
-                self._by_recipe(cleaning.CAPTIONER, write, how.captioner_lr), needs,
+                self._by_recipe(world_capfilt.CAPTIONER, write, how.captioner_lr), needs,
                 CAPTION_COST * cost * write + 3,
             ),
             self._add(
                 f"{folder}/filter", lambda folder: self._retrieval(folder, model, how, False),
-                self._by_recipe(cleaning.FILTER, read, how.retrieval_lr), needs,
+                self._by_recipe(world_capfilt.FILTER, read, how.retrieval_lr), needs,
                 FILTER_COST * cost * read + 3,
             ),
         ]  # fmt: skip
 
     def _shared(self) -> str:
-        """One model that is captioner and filter: all three losses on people's pictures, for the captioner's steps."""
+        """One model that is captioner and filter: all three losses on human captions, for the captioner's steps."""
         steps = self.run.cleaners.captioner
         return self._add(
             "cleaners/shared", lambda folder: self._fine_tune_shared(folder, steps),
-            self._by_recipe(cleaning.CAPTIONER, steps),
+            self._by_recipe(world_capfilt.CAPTIONER, steps),
             (f"{self.name}/{TEACHER.name}/pretrain",),
             self._step(self.run.model) * steps + 3,
         )  # fmt: skip
 
     def _fine_tune_shared(self, folder: Path, steps: int) -> dict[str, Any]:
         start = self.out / TEACHER.name / "pretrain" / "model"
-        like = cleaning.captioner(folder, start, self.people, self.run.train.batch_size, steps)
+        like = world_capfilt.captioner(folder, start, self.people, self.run.train.batch_size, steps)
         data = dataclasses.replace(like.data, prompt="")  # texts are compared without, so they are written without
         result, _ = pretrain.pretrain(
-            pretrain.Run(
+            pretrain.PretrainRun(
                 out=str(folder), model=like.model, data=data, objective=self.run.objective, train=self._fine(like.train)
             )
         )
@@ -307,37 +305,39 @@ class _Seed:
         job, threshold = folder / "job", run.cleaning.threshold
         prompt = ["--prompt", ""] if name == "shared" else []
         plan = ["plan", "--input", self.crawl, "--out", job, "--part-size", SIZE_OF_PARTS, "--seed", str(self.seed)]
-        cleaning.carry_out(*plan, *cleaning.models(writer, reader, decode, run.data.max_tokens), *prompt)
-        cleaning.carry_out("score", job, "--batch", BATCH)
-        found: dict[str, Any] = {}
+        world_capfilt.carry_out(*plan, *world_capfilt.models(writer, reader, decode, run.data.max_tokens), *prompt)
+        world_capfilt.carry_out("score", job, "--batch", BATCH)
+        truths: dict[str, Any] = {}
         for keep in dict.fromkeys(row.keep for row in ROWS.values() if row.cleaner == name):
-            cleaning.carry_out("select", job, "--name", keep, "--replace", "--allow-empty", *CLEANERS[keep](threshold))
-            cleaning.carry_out("export", job, "--select", keep, "--to", folder / "clean" / keep, "--allow-empty")
-            found[keep] = _kept_truth(Job.open(str(job)), keep, folder / "clean" / keep)
-        cleaning.carry_out("report", job, "--select", "both", "--no-blur")
-        cleaning.carry_out("verify", job)
-        return found
+            world_capfilt.carry_out(
+                "select", job, "--name", keep, "--replace", "--allow-empty", *CLEANERS[keep](threshold)
+            )
+            world_capfilt.carry_out("export", job, "--select", keep, "--to", folder / "clean" / keep, "--allow-empty")
+            truths[keep] = _kept_truth(Job.open(str(job)), keep, folder / "clean" / keep)
+        world_capfilt.carry_out("report", job, "--select", "both", "--no-blur")
+        world_capfilt.carry_out("verify", job)
+        return truths
 
 
 def _kept_truth(job: Job, keep: str, clean: Path) -> dict[str, Any]:
     """What a selection holds, and how much of it is right; percent but the AUCs."""
     kinds = grade(job, keep)
-    every, kept = cleaning.synthetic(job, keep)
+    every, kept = world_capfilt.synthetic(job, keep)
     wrong = kinds["wrong"]
-    found = {
-        "texts": cleaning.kept(clean),
+    truth = {
+        "texts": world_capfilt.kept(clean),
         "web": (kinds["right"].kept if "right" in kinds else 0) + wrong.kept,
         "synthetic": len(kept),
         "noise_kept": 100 * wrong.kept / max(1, wrong.texts),
-        "web_wrong": 100 - cleaning.web_right(kinds, 1),
+        "web_wrong": 100 - world_capfilt.web_right(kinds, 1),
         "synthetic_wrong_before": _wrong(every, "true"),
         "synthetic_rejected": 100 - 100 * len(kept) / max(1, len(every)),
-        **cleaning.aucs(kinds),
+        **world_capfilt.aucs(kinds),
         "kinds": {kind: k._asdict() for kind, k in kinds.items()},
     }
     if kept:
-        found |= {"synthetic_wrong": _wrong(kept, "true"), "synthetic_claims_wrong": _wrong(kept, "precision")}
-    return found
+        truth |= {"synthetic_wrong": _wrong(kept, "true"), "synthetic_claims_wrong": _wrong(kept, "precision")}
+    return truth
 
 
 def _wrong(verdicts: list, name: str) -> float:
@@ -345,10 +345,10 @@ def _wrong(verdicts: list, name: str) -> float:
     return 100 - 100 * grade_captions(verdicts)[name]
 
 
-def _draw_held_out(run: Run, folder: Path) -> dict[str, Any]:
+def _draw_held_out(run: BootstrapRun, folder: Path) -> dict[str, Any]:
     world = run.world
     for split, count in (("test", world.test), ("composition", world.composition)):
-        cleaning.draw_people(folder, split, count, 0, world.image_size, world.workers)
+        world_capfilt.draw_people(folder, split, count, 0, world.image_size, world.workers)
     return {"test": world.test, "composition": world.composition}
 
 

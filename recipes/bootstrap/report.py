@@ -15,18 +15,19 @@ from blip import files
 from blip.app import page
 from blip.world.judge import judge
 from blip.world.scene import draw, scene_of
+from capfilt.calibrate.grade import Kind
 from capfilt.run import Run as Job
 from capfilt.select.choose import kept_of, scored_parts
-from recipes import cleaning
+from recipes import world_capfilt
 from recipes.bootstrap import stages, table
 from recipes.bootstrap.rows import ROWS
 
 if TYPE_CHECKING:
-    from recipes.bootstrap.settings import Run
+    from recipes.bootstrap.settings import BootstrapRun
 
 PARTS = ("pretrain", "captioner", "retrieval", "composition")
 SIDE = 160
-"""Of the pictures on the page, pixels."""
+"""Of the images on the page, pixels."""
 SHOWN_ROWS = ("neither", "both")
 """Whose captions are set side by side."""
 
@@ -42,32 +43,32 @@ def complete(plan: stages.Stages) -> list[str]:
 
 def scores_of(plan: stages.Stages) -> dict[str, dict[int, dict[str, float]]]:
     """Scores by row, seed and column of all that is done to the end."""
-    found: dict[str, dict[int, dict[str, float]]] = {}
+    scores: dict[str, dict[int, dict[str, float]]] = {}
     for name in complete(plan):
         seed, row = name.removeprefix("seed-").split("/")
-        found.setdefault(row, {})[int(seed)] = _scores(plan, name.split("/")[0], row)
-    return found
+        scores.setdefault(row, {})[int(seed)] = _scores(plan, name.split("/")[0], row)
+    return scores
 
 
 def _scores(plan: stages.Stages, seed: str, row: str) -> dict[str, float]:
     trained, captioned, searched, composed = (plan.results(f"{seed}/{row}/{part}") for part in PARTS)
-    found = {**searched, **captioned}
-    found |= {f"{name}_zero_shot": trained[name] for name in trained if name.startswith(("tr@", "ir@"))}
-    found |= {f"{name}_composition": value for name, value in composed.items() if name != "captions"}
-    found |= {"steps": trained["steps"], "pairs": trained["pairs"], "noise_kept": 100.0}
+    scores = {**searched, **captioned}
+    scores |= {f"{name}_zero_shot": trained[name] for name in trained if name.startswith(("tr@", "ir@"))}
+    scores |= {f"{name}_composition": value for name, value in composed.items() if name != "captions"}
+    scores |= {"steps": trained["steps"], "pairs": trained["pairs"], "noise_kept": 100.0}
     if cleaner := ROWS[row].cleaner:
         kept = dict(plan.results(f"{seed}/capfilt/{cleaner}")[ROWS[row].keep])
         del kept["kinds"]
         if ROWS[row].keep == "captioner":  # nothing was filtered
             kept = {name: value for name, value in kept.items() if not name.startswith("filter_auc")}
-        found |= kept
-    return found
+        scores |= kept
+    return scores
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def write(plan: stages.Stages, run: Run) -> dict[str, Any]:
+def write(plan: stages.Stages, run: BootstrapRun) -> dict[str, Any]:
     """Write all files anew from the stages that are done; returns what results.json holds, in which is no time."""
     out, scores = Path(run.out), scores_of(plan)
     out.mkdir(parents=True, exist_ok=True)
@@ -83,7 +84,7 @@ def write(plan: stages.Stages, run: Run) -> dict[str, Any]:
 # The page -------------------------------------------------------------------------------------------------------------
 
 
-def _page(plan: stages.Stages, run: Run, scores: table.Scores, seconds: dict[str, float]) -> str:
+def _page(plan: stages.Stages, run: BootstrapRun, scores: table.Scores, seconds: dict[str, float]) -> str:
     sections = [("The question", _question(run), "")]
     seed = min(scores.get("both", {}), default=None)
     if seed is not None:
@@ -95,36 +96,31 @@ def _page(plan: stages.Stages, run: Run, scores: table.Scores, seconds: dict[str
     return page.page("What captioning and filtering a noisy crawl are worth", sections)
 
 
-def _question(run: Run) -> str:
+def _question(run: BootstrapRun) -> str:
     world = run.world
     return (
-        "Pictures on the web come with texts, and most of these do not say what the picture shows. A model that learns "
+        "Images on the web come with texts, and most of these do not say what the image shows. A model that learns "
         "from such pairs learns noise. The BLIP paper's answer: train a model on the noisy pairs all the same; make of "
-        "it, with a few pictures that people have described, a captioner that writes a text for every picture of the "
+        "it, with a few images that people have described, a captioner that writes a text for every image of the "
         "crawl and a filter that throws out texts, found or written, that do not match; and train a new model on what "
         "is left. Is the new model better, and which part does it? Here that is asked in a small world that draws "
-        f"itself, so that the truth about every text is known. The crawl has {world.crawl:,} pictures, and "
+        f"itself, so that the truth about every text is known. The crawl has {world.crawl:,} images, and "
         f"{100 * world.noise:.0f}% of its texts are not right; people have described {world.people:,} others."
     )
 
 
-def _crawl(plan: stages.Stages, run: Run, seed: int) -> list[tuple[str, str, str]]:
-    """What the crawl looked like, and what became of its texts, with some pictures."""
+def _crawl(plan: stages.Stages, run: BootstrapRun, seed: int) -> list[tuple[str, str, str]]:
+    """What the crawl looked like, and what became of its texts, with some images."""
     folder = Path(run.out) / f"seed-{seed}" / "capfilt" / "own"
-    told = plan.results(f"seed-{seed}/capfilt/own")["both"]
-    rows = [
-        [cleaning.KINDS.get(kind, kind), f"{one['texts']:,}", f"{one['kept']:,}", 100 * one["kept"] / one["texts"],
-         "" if one["auc"] is None else f"{one['auc']:.3f}"]
-        for kind, one in sorted(told["kinds"].items(), key=lambda one: [*cleaning.KINDS, one[0]].index(one[0]))
-        if one["texts"]
-    ]  # fmt: skip
+    kept = plan.results(f"seed-{seed}/capfilt/own")["both"]
+    kinds = {kind: Kind(**one) for kind, one in kept["kinds"].items() if one["texts"]}
     written = (
-        f"Of the captioner's texts the filter threw out {told['synthetic_rejected']:.0f}%; of all of them "
-        f"{told['synthetic_wrong_before']:.0f}% say something false"
+        f"Of the captioner's texts the filter threw out {kept['synthetic_rejected']:.0f}%; of all of them "
+        f"{kept['synthetic_wrong_before']:.0f}% say something false"
     )
-    if "synthetic_wrong" in told:
+    if "synthetic_wrong" in kept:
         written += (
-            f", of those that were kept {told['synthetic_wrong']:.0f}%, where {told['synthetic_claims_wrong']:.0f}% of "
+            f", of those that were kept {kept['synthetic_wrong']:.0f}%, where {kept['synthetic_claims_wrong']:.0f}% of "
             "the single claims about shape, colour, size, place and number are false"
         )
     fates = list(_fates(Job.open(str(folder / "job")), run.shown))
@@ -132,7 +128,7 @@ def _crawl(plan: stages.Stages, run: Run, seed: int) -> list[tuple[str, str, str
     return [
         (
             "What the crawl looked like, and what was dropped and written",
-            f"Pictures of the crawl of seed {seed}: the text that was found with each, the text that the captioner "
+            f"Images of the crawl of seed {seed}: the text that was found with each, the text that the captioner "
             "wrote, and what the filter made of both. Ticks and crosses say what is true, which neither captioner nor "
             "filter was ever told.",
             page.notes(fates, SIDE),
@@ -140,14 +136,14 @@ def _crawl(plan: stages.Stages, run: Run, seed: int) -> list[tuple[str, str, str
         (
             "What the filter made of the found texts",
             f"{written}. ROC AUC is the chance that the filter gives a right text more than a wrong one of that kind.",
-            page.table(rows, cleaning.FATES)
+            page.table(world_capfilt.fates(kinds), world_capfilt.FATES)
             + f'<p><a href="{link}">The job\'s own report</a> accounts for every row and text.</p>',
         ),
     ]
 
 
 def _fates(job: Job, count: int) -> Iterator[page.Note]:
-    """Pictures of the crawl with both texts and what became of them, the kinds of web texts in turn."""
+    """Images of the crawl with both texts and what became of them, the kinds of web texts in turn."""
     kept: dict[tuple[str, int], set[str]] = {}
     for part, texts in kept_of(job, "both"):
         for row in texts.to_pylist():
@@ -160,7 +156,7 @@ def _fates(job: Job, count: int) -> Iterator[page.Note]:
             if row["status"] != "ok" or len(by_kind.setdefault(extra["kind"], [])) >= count:
                 continue
             by_kind[extra["kind"]].append(_fate(extra, row, kept.get((part.pid, number), set())))
-    kinds = [by_kind[kind] for kind in cleaning.KINDS if kind in by_kind]
+    kinds = [by_kind[kind] for kind in world_capfilt.KINDS if kind in by_kind]
     turns = [notes[turn] for turn in range(count) for notes in kinds if turn < len(notes)]
     yield from turns[:count]
 
@@ -177,51 +173,53 @@ def _fate(extra: dict[str, Any], row: dict[str, Any], kept: set[str]) -> page.No
     return page.Note(draw(scene, SIDE), lines)
 
 
-def _changed(plan: stages.Stages, run: Run, scores: table.Scores, seed: int | None) -> list[tuple[str, str, str]]:
+def _changed(
+    plan: stages.Stages, run: BootstrapRun, scores: table.Scores, seed: int | None
+) -> list[tuple[str, str, str]]:
     """The main columns drawn, and what two models say and how they learned."""
     plots = []
     for column in table.MAIN:
-        found = {ROWS[row].title: table.means(scores, row, column.name) for row in ROWS if row in scores}
-        spans = [(title, one.value, 2 * (one.error or 0.0)) for title, one in found.items() if one]
+        by_row = {ROWS[row].title: table.means(scores, row, column.name) for row in ROWS if row in scores}
+        spans = [(title, one.value, 2 * (one.error or 0.0)) for title, one in by_row.items() if one]
         plots.append(page.intervals(f"{column.title}, {column.group}", spans))
     sections = [
         (
             "What it changed",
             "Each dot is a model of the same size, pre-trained on the crawl as the name says for as many steps and "
-            "pictures (but where it says longer), then fine-tuned on people's pictures in the same way: the mean over "
-            "seeds, with two standard errors to either side. The grey line is the model of the crawl as it is. TR@1 "
-            "and IR@1: how often the first of all texts for a picture, or of all pictures for a text, is the right "
-            "one, in percent; zero-shot is before fine-tuning. CIDEr: how much captions resemble people's; zero-shot "
-            "is on pictures of colours and shapes never seen together.",
+            "images (but where it says longer), then fine-tuned on the images with human captions in the same way: the "
+            "mean over seeds, with two standard errors to either side. The grey line is the model of the crawl as it "
+            "is. TR@1 and IR@1: how often the first of all texts for an image, or of all images for a text, is the "
+            "right one, in percent; zero-shot is before fine-tuning. CIDEr: how much captions resemble human ones; "
+            "zero-shot is on images of colours and shapes never seen together.",
             f'<div class="curves">{"".join(plots)}</div>',
         )
     ]
     if seed is not None and all(seed in scores.get(row, {}) for row in SHOWN_ROWS):
-        said = {row: plan.results(f"seed-{seed}/{row}/composition")["captions"] for row in SHOWN_ROWS}
+        captions = {row: plan.results(f"seed-{seed}/{row}/composition")["captions"] for row in SHOWN_ROWS}
         curves = {
-            f"{told}, {ROWS[row].title}": _curve(Path(run.out) / f"seed-{seed}" / row / "pretrain", name)
+            f"{loss}, {ROWS[row].title}": _curve(Path(run.out) / f"seed-{seed}" / row / "pretrain", name)
             for row in SHOWN_ROWS
-            for name, told in (("itc", "contrastive"), ("itm", "matching"))
+            for name, loss in (("itc", "contrastive"), ("itm", "matching"))
         }
         sections += [
             (
-                "What two captioners say of pictures unlike any that they have seen",
+                "What two captioners say of images unlike any that they have seen",
                 "Made in the same way of the model of the crawl as it is, and of the one after captioning and "
-                f"filtering (seed {seed}; the first pictures, not chosen). A tick: nothing false is said.",
-                page.notes(_side_by_side(said, run.shown), SIDE),
+                f"filtering (seed {seed}; the first images, not chosen). A tick: nothing false is said.",
+                page.notes(_side_by_side(captions, run.shown), SIDE),
             ),
             ("How they learned", f"Two of the three losses of pre-training, seed {seed}.", page.curves(curves)),
         ]
     return sections
 
 
-def _side_by_side(said: dict[str, dict[str, str]], count: int) -> list[page.Note]:
-    """The first pictures with the captions of each row."""
+def _side_by_side(captions: dict[str, dict[str, str]], count: int) -> list[page.Note]:
+    """The first images with the captions of each row."""
     notes = []
-    for name in list(said["both"])[:count]:
+    for name in list(captions["both"])[:count]:
         scene = scene_of(name)
         lines = [
-            (ROWS[row].title, page.Text(words[name], judge(scene, words[name]).true)) for row, words in said.items()
+            (ROWS[row].title, page.Text(words[name], judge(scene, words[name]).true)) for row, words in captions.items()
         ]
         notes.append(page.Note(draw(scene, SIDE), lines))
     return notes
@@ -233,7 +231,7 @@ def _curve(folder: Path, name: str) -> list[tuple[float, float]]:
 
 
 def _tables(scores: table.Scores) -> list[tuple[str, str, str]]:
-    told = [
+    tables = [
         (
             "All rows",
             "Means over seeds ± their standard errors, in percent but the ROC AUC. Claims true and claims made: of "
@@ -253,10 +251,10 @@ def _tables(scores: table.Scores) -> list[tuple[str, str, str]]:
             table.finding_table(scores),
         ),
     ]
-    return [(heading, intro, page.table(rows, head)) for heading, intro, (head, rows) in told if rows]
+    return [(heading, intro, page.table(rows, head)) for heading, intro, (head, rows) in tables if rows]
 
 
-def _made(run: Run, seconds: dict[str, float]) -> tuple[str, str, str]:
+def _made(run: BootstrapRun, seconds: dict[str, float]) -> tuple[str, str, str]:
     hours = sum(seconds.values()) / 3600
     rows = [[name, f"{value:,.0f}"] for name, value in seconds.items()]
     settings = (

@@ -17,7 +17,7 @@ class Row:
     keep: str = "both"
     """Which of the job's texts: one of `CLEANERS`."""
     continued: bool = False
-    """Goes on from the model of the first row instead of starting from nothing."""
+    """Goes on from the model of the first row instead of starting from scratch."""
     longer: bool = False
     """Takes more steps."""
 

@@ -1,10 +1,10 @@
-"""The paper's Table 1 in kind, on the picture world: what captioning and filtering a noisy crawl are worth.
+"""The paper's Table 1 in kind, on the synthetic world: what captioning and filtering a noisy crawl are worth.
 
     blip-recipe bootstrap --config recipes/configs/bootstrap_world.yaml     # 2 CPU cores; it says how long
 
-For each seed a model is pre-trained on a noisy crawl, and becomes a captioner and a filter on a few pictures by people.
-CapFilt cleans the crawl with them in several ways, and on each result a model of the same size is pre-trained from
-nothing for as many steps, fine-tuned and measured (paper, sections 4.3 and 4.4). Writes results.json, table.md and
+For each seed a model is pre-trained on a noisy crawl, and becomes a captioner and a filter on a few images with human
+captions. CapFilt cleans the crawl with them in several ways, and on each result a model of the same size is pre-trained
+from scratch for as many steps, fine-tuned and measured (paper, sections 4.3 and 4.4). Writes results.json, table.md and
 report.html. The same command continues after a kill; started twice at once it shares the work. See docs/bootstrap.md.
 """
 
@@ -19,12 +19,12 @@ from blip import dist
 from recipes import command
 from recipes.bootstrap import plan, report
 from recipes.bootstrap.rows import ROWS
-from recipes.bootstrap.settings import Run
+from recipes.bootstrap.settings import BootstrapRun
 
 # The command ----------------------------------------------------------------------------------------------------------
 
 
-def bootstrap(run: Run) -> dict[str, Any]:
+def bootstrap(run: BootstrapRun) -> dict[str, Any]:
     """Do all that is not done, and write the table of all that is; returns what results.json holds."""
     dist.start()
     if dist.world() > 1:
@@ -44,30 +44,30 @@ def bootstrap(run: Run) -> dict[str, Any]:
     return report.write(everything, run)
 
 
-def _seeds(run: Run) -> list[int]:
+def _seeds(run: BootstrapRun) -> list[int]:
     """The seeds of a run, and those that others have worked on in its folder."""
-    found = [folder.name.removeprefix("seed-") for folder in Path(run.out).glob("seed-*")]
-    return sorted({*run.seeds, *(int(seed) for seed in found if seed.isdigit())})
+    names = [folder.name.removeprefix("seed-") for folder in Path(run.out).glob("seed-*")]
+    return sorted({*run.seeds, *(int(seed) for seed in names if seed.isdigit())})
 
 
 def spelled(args: list[str]) -> list[str]:
     """`--seeds 0 1 --rows neither both --table` as the parser of options takes it."""
-    found: list[str] = []
+    words: list[str] = []
     for arg in args:
         if arg == "--table":
-            found.append("--table=true")
+            words.append("--table=true")
         elif arg in ("--seeds", "--rows"):
-            found.append(f"{arg}=[]")
-        elif found and found[-1].startswith(("--seeds=[", "--rows=[")) and not arg.startswith("--"):
-            name, _, before = found[-1].partition("=")
-            found[-1] = f"{name}=[{', '.join([*filter(None, [before[1:-1]]), arg.strip('[]')])}]"
+            words.append(f"{arg}=[]")
+        elif words and words[-1].startswith(("--seeds=[", "--rows=[")) and not arg.startswith("--"):
+            name, _, before = words[-1].partition("=")
+            words[-1] = f"{name}=[{', '.join([*filter(None, [before[1:-1]]), arg.strip('[]')])}]"
         else:
-            found.append(arg)
-    return found
+            words.append(arg)
+    return words
 
 
 def main() -> None:
-    run = command.read(Run, spelled(sys.argv[1:]))
+    run = command.read(BootstrapRun, spelled(sys.argv[1:]))
     bootstrap(run)
     print((Path(run.out) / "table.md").read_text())
     print(f"{run.out}/report.html, {run.out}/results.json, {run.out}/table.md")

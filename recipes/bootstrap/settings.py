@@ -13,19 +13,19 @@ from recipes.building import ModelChoice
 
 
 @dataclass(frozen=True)
-class World:
-    """The pictures: a crawl and a few by people for each seed, and two held-out sets for all."""
+class BootstrapWorld:
+    """The images: a crawl and a few with human captions for each seed, and two held-out sets for all."""
 
     crawl: int = 16000
-    """Pictures of a crawl, with web texts."""
+    """Images of a crawl, with web texts."""
     noise: float = 0.6
     """Share of the web texts that are not right."""
     people: int = 2400
-    """Pictures with captions by people, which every model learns from, too."""
+    """Images with human captions, which every model learns from, too."""
     test: int = 200
-    """Held-out pictures for retrieval and captions."""
+    """Held-out images for retrieval and captions."""
     composition: int = 200
-    """Held-out pictures of colour-shape pairs that nobody has seen: the zero-shot captions."""
+    """Held-out images of colour-shape pairs that nobody has seen: the zero-shot captions."""
     image_size: int = 63
     """Side, pixels."""
     workers: int = 1
@@ -82,7 +82,7 @@ class Cleaning:
 
 
 @dataclass(frozen=True)
-class Run:
+class BootstrapRun:
     """The experiment. Every option can stand in the YAML file of `--config` or be given as `--any.option value`."""
 
     out: str
@@ -93,16 +93,16 @@ class Run:
     """Rows to work on; `--rows neither both` for some of them."""
     table: bool = False
     """Do nothing but print the table of what is done."""
-    world: World = field(default_factory=World)
-    """The pictures."""
+    world: BootstrapWorld = field(default_factory=BootstrapWorld)
+    """The images."""
     model: ModelChoice = field(default_factory=ModelChoice)
     """The models that are compared."""
     larger: Larger = field(default_factory=Larger)
     """Captioner and filter of the row with larger ones."""
     data: DataConfig = field(default_factory=DataConfig)
-    """How pictures and texts are read; the sources are the run's own."""
+    """How images and texts are read; the sources are the run's own."""
     people_share: float = 0.23
-    """Share of the pairs by people in every row's pre-training."""
+    """Share of the pairs with human captions in every row's pre-training."""
     objective: PretrainConfig = field(default_factory=PretrainConfig)
     """The three losses of pre-training; `alpha_ramp_epochs` are passes over the crawl as it is, for every row."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -118,7 +118,7 @@ class Run:
     k: int = 32
     """Candidates that are re-ranked in retrieval."""
     shown: int = 12
-    """Pictures in each part of the page."""
+    """Images in each part of the page."""
 
     def __post_init__(self) -> None:
         if unknown := [row for row in self.rows if row not in ROWS]:

@@ -55,8 +55,8 @@ class Stages:
             if missing := [need for need in stage.needs if need not in self.stages]:
                 raise ValueError(f"stage {stage.name} needs {', '.join(missing)} before it")
             self.stages[stage.name] = stage
-            told = [resume.plain(stage.settings), [self.fingerprints[need] for need in stage.needs]]
-            self.fingerprints[stage.name] = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+            parts = [resume.plain(stage.settings), [self.fingerprints[need] for need in stage.needs]]
+            self.fingerprints[stage.name] = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def record(self, name: str) -> dict[str, Any] | None:
         """What a stage that is done has left: `results`, `seconds`, `settings`, `fingerprint`; None before that.
@@ -65,28 +65,28 @@ class Stages:
         """
         path = self.out / name / RECORD
         try:
-            found = json.loads(path.read_bytes())
+            record = json.loads(path.read_bytes())
         except FileNotFoundError:
             return None
         except ValueError as error:
             raise ValueError(f"{path} cannot be read ({error}): remove {path.parent} to have it done again") from None
-        if found["fingerprint"] != self.fingerprints[name]:
-            lines = resume.drift(found["settings"], self.stages[name].settings) or ["something that it builds on"]
+        if record["fingerprint"] != self.fingerprints[name]:
+            lines = resume.drift(record["settings"], self.stages[name].settings) or ["something that it builds on"]
             raise ValueError(
                 f"{path.parent} was made with other settings: {'; '.join(lines)}. Go back to those, choose another "
                 "--out, or remove that folder and all that was made from it"
             )
-        return found
+        return record
 
     def done(self, names: Sequence[str]) -> bool:
         return all(self.record(name) for name in names)
 
     def results(self, name: str) -> dict[str, Any]:
         """The results of a stage that is done."""
-        found = self.record(name)
-        if found is None:
+        record = self.record(name)
+        if record is None:
             raise ValueError(f"stage {name} of {self.out} is not done")
-        return found["results"]
+        return record["results"]
 
     def carry_out(self, after_each: Callable[[], None] = lambda: None) -> None:
         """Do all that is not done yet, and wait for what other processes are doing; `after_each` follows each stage."""
@@ -139,13 +139,13 @@ class Stages:
         folder, began = self.out / stage.name, time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
         results = stage.work(folder)
-        said = {
+        record = {
             "fingerprint": self.fingerprints[stage.name],
             "settings": resume.plain(stage.settings),
             "seconds": round(time.monotonic() - began, 1),
             "results": results,
         }
-        files.replace_file(folder / RECORD, (json.dumps(said, indent=1) + "\n").encode())
+        files.replace_file(folder / RECORD, (json.dumps(record, indent=1) + "\n").encode())
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # nothing will go on from there
 
 

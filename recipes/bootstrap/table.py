@@ -73,14 +73,14 @@ class Mean:
             return "open"
         return "higher" if self.value > 0 else "lower"
 
-    def told(self, digits: int = 1, signed: bool = False) -> str:
+    def text(self, digits: int = 1, signed: bool = False) -> str:
         text = f"{self.value:{'+' if signed else ''}.{digits}f}"
         return text if self.error is None else f"{text} ± {self.error:.{digits}f}"
 
 
 def means(scores: Scores, row: str, column: str) -> Mean | None:
     """Of a row over its seeds; None where the column says nothing about it."""
-    return Mean.of([found[column] for found in scores.get(row, {}).values() if column in found])
+    return Mean.of([by_column[column] for by_column in scores.get(row, {}).values() if column in by_column])
 
 
 def difference(scores: Scores, row: str, other: str, column: str) -> Mean | None:
@@ -119,39 +119,39 @@ FINDINGS = (
 
 def findings(scores: Scores) -> list[dict[str, Any]]:
     """Each of the paper's findings with the paired differences here, and in how many main columns they agree."""
-    found = []
+    rows = []
     for one in FINDINGS:
         differences = {column.name: difference(scores, one.row, one.other, column.name) for column in MAIN}
         if any(value is None for value in differences.values()):
             continue
         verdicts = [value.verdict for value in differences.values()]
-        found.append(
+        rows.append(
             {
                 **one._asdict(),
                 "differences": {name: _plain(value) for name, value in differences.items()},
-                "says": _said(one, verdicts),
+                "says": _agreement(one, verdicts),
             }
         )
-    return found
+    return rows
 
 
-def _said(finding: Finding, verdicts: Sequence[str]) -> str:
+def _agreement(finding: Finding, verdicts: Sequence[str]) -> str:
     if "one seed" in verdicts:
         return "one seed says nothing"
     agree = verdicts.count("higher") if not finding.equal else verdicts.count("open") + verdicts.count("lower")
     against = verdicts.count("lower") if not finding.equal else verdicts.count("higher")
-    told = f"agrees in {agree} of {len(verdicts)}"
-    return f"{told}, the other way in {against}" if against else told
+    agreement = f"agrees in {agree} of {len(verdicts)}"
+    return f"{agreement}, the other way in {against}" if against else agreement
 
 
 def results(scores: Scores) -> dict[str, Any]:
     """Everything that is known, as JSON holds it: scores by row and seed, means, differences to the first row."""
-    columns = sorted({name for row in scores.values() for found in row.values() for name in found})
+    columns = sorted({name for row in scores.values() for by_column in row.values() for name in by_column})
     rows = {}
     for row in (name for name in ROWS if name in scores):
         rows[row] = {
             "title": ROWS[row].title,
-            "seeds": {str(seed): dict(found) for seed, found in sorted(scores[row].items())},
+            "seeds": {str(seed): dict(by_column) for seed, by_column in sorted(scores[row].items())},
             "mean": {name: _plain(means(scores, row, name)) for name in columns},
             "difference": {name: _plain(difference(scores, row, TEACHER.name, name)) for name in columns},
         }
@@ -174,9 +174,9 @@ def main_table(scores: Scores) -> tuple[list[str], list[list[str]]]:
     head = ["pre-trained on", *(f"{c.title}, {c.group}" for c in COLUMNS), "seeds"]
     rows = []
     for row in (name for name in ROWS if name in scores):
-        found = [(means(scores, row, column.name), column.digits) for column in COLUMNS]
+        cells = [(means(scores, row, column.name), column.digits) for column in COLUMNS]
         rows.append(
-            [ROWS[row].title, *(mean.told(digits) if mean else "" for mean, digits in found), str(len(scores[row]))]
+            [ROWS[row].title, *(mean.text(digits) if mean else "" for mean, digits in cells), str(len(scores[row]))]
         )
     return head, rows
 
@@ -186,14 +186,14 @@ def difference_table(scores: Scores) -> tuple[list[str], list[list[str]]]:
     head = ["difference to neither", *(f"{c.title}, {c.group}" for c in MAIN), "beyond 2 standard errors"]
     rows = []
     for row in (name for name in ROWS if name in scores and name != TEACHER.name):
-        found = [difference(scores, row, TEACHER.name, column.name) for column in MAIN]
-        if any(one is None for one in found):
+        paired = [difference(scores, row, TEACHER.name, column.name) for column in MAIN]
+        if any(one is None for one in paired):
             continue
-        verdicts = [one.verdict for one in found]
+        verdicts = [one.verdict for one in paired]
         rows.append(
             [
                 ROWS[row].title,
-                *(one.told(column.digits, True) + MARKS[one.verdict] for one, column in zip(found, MAIN, strict=True)),
+                *(one.text(column.digits, True) + MARKS[one.verdict] for one, column in zip(paired, MAIN, strict=True)),
                 "one seed" if "one seed" in verdicts else _beyond(verdicts),
             ]
         )
@@ -201,8 +201,8 @@ def difference_table(scores: Scores) -> tuple[list[str], list[list[str]]]:
 
 
 def _beyond(verdicts: Sequence[str]) -> str:
-    told = [f"{name} in {verdicts.count(name)}" for name in ("higher", "lower") if name in verdicts]
-    return f"{', '.join(told) or 'none'} of {len(verdicts)}"
+    counts = [f"{name} in {verdicts.count(name)}" for name in ("higher", "lower") if name in verdicts]
+    return f"{', '.join(counts) or 'none'} of {len(verdicts)}"
 
 
 def finding_table(scores: Scores) -> tuple[list[str], list[list[str]]]:
@@ -210,10 +210,10 @@ def finding_table(scores: Scores) -> tuple[list[str], list[list[str]]]:
     head = ["the paper's finding", *(f"{c.title}, {c.group}" for c in MAIN), "here"]
     rows = []
     for one in findings(scores):
-        found = [Mean(**dict(zip(("value", "error", "seeds"), value.values(), strict=True)))
+        differences = [Mean(**dict(zip(("value", "error", "seeds"), value.values(), strict=True)))
                  for value in one["differences"].values()]  # fmt: skip
-        told = (mean.told(1, True) + MARKS[mean.verdict] for mean in found)
-        rows.append([one["claim"], *told, one["says"]])
+        cells = (mean.text(1, True) + MARKS[mean.verdict] for mean in differences)
+        rows.append([one["claim"], *cells, one["says"]])
     return head, rows
 
 

@@ -131,7 +131,7 @@ def test_a_real_filter_finds_exchanged_captions(tmp_path, monkeypatch):
     """Fault 28 with a TINY filter trained for some minutes: 95% of random exchanges."""
     from capfilt.score.models import BlipScorer
     from recipes import command
-    from recipes.pretrain import Run as Training
+    from recipes.pretrain import PretrainRun as Training
     from recipes.pretrain import pretrain
 
     monkeypatch.chdir(tmp_path)

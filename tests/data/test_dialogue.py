@@ -25,11 +25,13 @@ from blip.models.dialogue import Dialogue
 from blip.nn.text import TextPass
 from blip.objectives.pretrain import Dialogue as Objective
 from blip.tokenizer import Tokenizer
+from blip.train.settings import TrainConfig
 from blip.world import dialogues
 from blip.world.scene import relations_of, scene, scene_of
 from eval.__main__ import main
 from eval.dialogue import evalai_json, ndcg, ranks, ranks_of, read_ranks, score
 from recipes import dialogue as recipe
+from recipes.building import ModelChoice
 
 
 def close(ours, theirs, tolerance=1e-5):
@@ -498,19 +500,21 @@ def finished(tmp_path_factory):
     """A run of a few steps on the world."""
     folder = tmp_path_factory.mktemp("run")
     held = {
-        name: recipe.Held(
+        name: recipe.HeldOutDialogues(
             Dialogues(str(folder / f"world/{name}.json"), relevance=str(folder / f"world/{name}-dense.json")), 1
         )
         for name in ("val", "test")
     }
-    run = recipe.Run(
+    run = recipe.DialogueRun(
         out=str(folder / "out"),
-        model=recipe.ModelChoice(size="tiny", tokenizer="world"),
-        data=recipe.Data(sources=[Dialogues(str(folder / "world/train.json"))], workers=0, max_tokens=30, max_words=20),
-        train=dataclasses.replace(recipe.TrainConfig(), steps=2, batch_size=2, warmup_steps=0, lr=1e-3),
+        model=ModelChoice(size="tiny", tokenizer="world"),
+        data=recipe.DialogueData(
+            sources=[Dialogues(str(folder / "world/train.json"))], workers=0, max_tokens=30, max_words=20
+        ),
+        train=dataclasses.replace(TrainConfig(), steps=2, batch_size=2, warmup_steps=0, lr=1e-3),
         validation=held["val"],
         test=held["test"],
-        world=recipe.World(str(folder / "world"), train=4, held_out=1),
+        world=recipe.DialogueWorld(str(folder / "world"), train=4, held_out=1),
     )
     return run, recipe.converse(run)
 

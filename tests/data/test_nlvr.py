@@ -31,12 +31,14 @@ from blip.nn.text import TextPass
 from blip.objectives.batch import SentenceBatch
 from blip.objectives.pretrain import Nlvr as Objective
 from blip.tokenizer import Tokenizer
+from blip.train.settings import TrainConfig
 from blip.world import pairs as world_pairs
 from blip.world.scene import scene_of
 from eval.__main__ import main
 from eval.nlvr import answers_of, read_results, results_csv, score
 from eval.runner import spread
 from recipes import nlvr as recipe
+from recipes.building import ModelChoice
 
 GOLDEN = Path(__file__).parents[1] / "goldens/nlvr.safetensors"
 ORIGINAL = NlvrModelConfig(
@@ -478,13 +480,15 @@ def test_the_world_is_written_as_nlvr2_and_read_back(tmp_path):
 def finished(tmp_path_factory):
     """A run of a few steps on the world."""
     folder = tmp_path_factory.mktemp("run")
-    world = recipe.World(str(folder / "world"), train=6, held_out=3, image_size=64)
-    held = {name: recipe.Held(PictureSentences(str(folder / f"world/{name}.json"))) for name in ("val", "test")}
-    run = recipe.Run(
+    world = recipe.PairWorld(str(folder / "world"), train=6, held_out=3, image_size=64)
+    held = {
+        name: recipe.HeldOutSentences(PictureSentences(str(folder / f"world/{name}.json"))) for name in ("val", "test")
+    }
+    run = recipe.NlvrRun(
         out=str(folder / "out"),
-        model=recipe.ModelChoice(size="tiny", tokenizer="world"),
-        data=recipe.Data(sources=[PictureSentences(str(folder / "world/train.json"))], workers=0),
-        train=dataclasses.replace(recipe.TrainConfig(), steps=3, batch_size=4, warmup_steps=0, eval_every=2, lr=1e-3),
+        model=ModelChoice(size="tiny", tokenizer="world"),
+        data=recipe.NlvrData(sources=[PictureSentences(str(folder / "world/train.json"))], workers=0),
+        train=dataclasses.replace(TrainConfig(), steps=3, batch_size=4, warmup_steps=0, eval_every=2, lr=1e-3),
         validation=held["val"],
         test=held["test"],
         world=world,
@@ -543,7 +547,7 @@ def test_a_model_for_another_number_of_pictures_is_refused(finished, tmp_path):
     row = {**ROW, "images": ["a.png", "b.png", "a.png"]}
     config = rows(tmp_path, row)
     three = dataclasses.replace(
-        run, out=str(tmp_path / "out"), model=recipe.ModelChoice(start_from=str(model)), validation=None, test=None,
+        run, out=str(tmp_path / "out"), model=ModelChoice(start_from=str(model)), validation=None, test=None,
         data=dataclasses.replace(run.data, sources=[config]), world=None,
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"model.start_from .* has images 2, this run needs 3"):

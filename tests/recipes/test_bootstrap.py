@@ -22,15 +22,15 @@ from recipes import command
 from recipes.bootstrap import plan
 from recipes.bootstrap.rows import ROWS, TEACHER
 from recipes.bootstrap.run import bootstrap, spelled
-from recipes.bootstrap.settings import Run
+from recipes.bootstrap.settings import BootstrapRun
 
 CONFIGS = Path(command.__file__).parent / "configs"
 EASY = [word for name in ("bootstrap_world", "bootstrap_easy") for word in ("--config", str(CONFIGS / f"{name}.yaml"))]
 SHORT = ["--seeds", "0", "--rows", "neither", "filter", "both", "both_larger", "both_shared", "continued"]
 
 
-def read(*args: str) -> Run:
-    return command.read(Run, spelled([*EASY, *args]))
+def read(*args: str) -> BootstrapRun:
+    return command.read(BootstrapRun, spelled([*EASY, *args]))
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def done(tmp_path_factory):
     return run, bootstrap(run)
 
 
-def settings_of(run: Run, stage: str) -> dict:
+def settings_of(run: BootstrapRun, stage: str) -> dict:
     return yaml.safe_load((Path(run.out) / "seed-0" / stage / "config.yaml").read_text())
 
 
@@ -86,7 +86,7 @@ def test_fine_tuning_has_its_own_rates(done):
     rates = {stage: settings_of(run, stage)["train"]["lr"] for stage in ("both/captioner", "both/retrieval")}
     assert rates == {"both/captioner": run.fine_tuning.captioner_lr, "both/retrieval": run.fine_tuning.retrieval_lr}
     for stage, recipe in (("captioner", "caption_world"), ("filter", "filter_world")):
-        own = yaml.safe_load((CONFIGS / f"{recipe}.yaml").read_text())["train"]["lr"]
+        own = command.content(str(CONFIGS / f"{recipe}.yaml"))["train"]["lr"]
         assert settings_of(run, f"cleaners/{stage}")["train"]["lr"] == own != rates["both/captioner"]
 
 
@@ -185,9 +185,9 @@ def test_rates_are_those_of_the_configs_unless_given():
 
 def test_a_recipe_is_the_same_when_only_its_comments_change(monkeypatch, tmp_path):
     run, name = read("--rows", "both", "--seeds", "3"), "seed-3/both/captioner"
-    before, text = plan.plan(run), Path(plan.cleaning.CAPTIONER).read_text()
+    before, text = plan.plan(run), yaml.safe_dump(command.content(plan.world_capfilt.CAPTIONER))
     config = tmp_path / "caption_world.yaml"
-    monkeypatch.setattr(plan.cleaning, "CAPTIONER", str(config))
+    monkeypatch.setattr(plan.world_capfilt, "CAPTIONER", str(config))
     config.write_text("# Another header\n" + text)
     assert plan.plan(run).fingerprints == before.fingerprints
     config.write_text(text.replace("batch_size: 64", "batch_size: 63"))

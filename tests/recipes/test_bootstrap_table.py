@@ -31,7 +31,7 @@ def test_means_and_paired_differences():
     assert paired.value == 10
     assert paired.error == pytest.approx(2 / math.sqrt(3))
     assert paired.verdict == "higher"
-    assert paired.told(1, True) == "+10.0 ± 1.2"
+    assert paired.text(1, True) == "+10.0 ± 1.2"
     within = table.difference(found, "both", "neither", "ir@1")  # 1, -1, 0
     assert (within.value, within.verdict) == (0.0, "open")
     assert table.difference(found, "neither", "both", "tr@1").verdict == "lower"

@@ -46,6 +46,7 @@ from eval.images import Images
 from recipes import caption as recipe
 from recipes import command
 from recipes.building import ModelChoice, build_feed, build_model
+from recipes.run import BestModel, HeldOut
 
 # The loss -------------------------------------------------------------------------------------------------------------
 
@@ -326,7 +327,7 @@ def job(args: list[str], kill: str = "", at: int = 0) -> None:
     """The recipe as its module runs it; the process kills itself at a moment, counted from 0, where asked to."""
     if kill:
         strike(kill, at)
-    command.run(lambda: recipe.caption(command.read(recipe.Run, args)))
+    command.run(lambda: recipe.caption(command.read(recipe.CaptionRun, args)))
 
 
 def strike(moment: str, at: int) -> None:
@@ -340,7 +341,7 @@ def strike(moment: str, at: int) -> None:
         if moment == "model half written" and name == "before rename" and path.name == ".new-model":
             maybe()
 
-    offer, test, step = recipe.Kept.offer, recipe.Kept._test, blip.train.loop._Run._step
+    offer, test, step = BestModel.offer, BestModel._test, blip.train.loop._Run._step
 
     def before(function):
         return lambda *args: (maybe(), function(*args))[1]
@@ -350,9 +351,9 @@ def strike(moment: str, at: int) -> None:
 
     files.checkpoint_event = event
     if moment == "model written, scores not":
-        recipe.Kept.offer = after(offer)
+        BestModel.offer = after(offer)
     if moment == "before the test":
-        recipe.Kept._test = before(test)
+        BestModel._test = before(test)
     if moment == "step":
         blip.train.loop._Run._step = after(step)
 
@@ -474,7 +475,7 @@ def test_a_killed_run_keeps_the_same_epoch_with_the_same_scores(zygote, tmp_path
 def test_a_finished_run_says_its_result_again_and_does_nothing(world, small, finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "out")
     monkeypatch.setattr(recipe, "captions_of", None)
-    run = command.read(recipe.Run, options(world, small, tmp_path / "out"))
+    run = command.read(recipe.CaptionRun, options(world, small, tmp_path / "out"))
     result, folder = recipe.caption(run)
     results = json.loads((finished / "results.json").read_text())
     assert result.metrics["cider"] == results["validation"]["cider"]
@@ -486,7 +487,7 @@ def test_a_finished_run_says_its_result_again_and_does_nothing(world, small, fin
 def test_without_validation_the_last_model_is_kept(world, small, tmp_path, monkeypatch):
     args = options(world, small, tmp_path / "out", "--train.steps=2")
     args = [arg for arg in args if not arg.startswith("--validation")]
-    result, folder = recipe.caption(command.read(recipe.Run, args))
+    result, folder = recipe.caption(command.read(recipe.CaptionRun, args))
     newest, _ = Checkpoints(tmp_path / "out", 1).newest()
     trained = read_tensors(newest / "objective.safetensors")
     for name, value in from_pretrained(folder)[0].state_dict().items():
@@ -496,23 +497,27 @@ def test_without_validation_the_last_model_is_kept(world, small, tmp_path, monke
     assert result.metrics == {f"test_{name}": value for name, value in results["test"].items()}
 
     asked = []
-    monkeypatch.setattr(recipe.Kept, "_test", lambda *_: asked.append("again") or {"cider": 9.0})
-    recipe.caption(command.read(recipe.Run, args))
+    monkeypatch.setattr(BestModel, "_test", lambda *_: asked.append("again") or {"cider": 9.0})
+    recipe.caption(command.read(recipe.CaptionRun, args))
     assert not asked
     # Another test set, and then another model in the same place: what was said of the old ones does not hold.
     changed = ["--test.limit", "2", "--train.allow_change", "true"]
-    assert recipe.caption(command.read(recipe.Run, [*args, *changed]))[0].metrics == {"test_cider": 9.0}
+    assert recipe.caption(command.read(recipe.CaptionRun, [*args, *changed]))[0].metrics == {"test_cider": 9.0}
     shutil.rmtree(tmp_path / "out/checkpoints")
-    recipe.caption(command.read(recipe.Run, [*args, "--train.lr", "0.01"]))
+    recipe.caption(command.read(recipe.CaptionRun, [*args, "--train.lr", "0.01"]))
     assert asked == ["again"] * 2
 
 
 # The choice of the best -----------------------------------------------------------------------------------------------
 
 
+def best_model(out, tokenizer) -> BestModel:
+    return BestModel(recipe.CaptionRun(str(out)), tokenizer, {}, by="cider", about="A captioner.")
+
+
 def test_the_first_of_the_best_is_kept(tmp_path, small, monkeypatch):
     model, tokenizer = from_pretrained(small)
-    kept, written = recipe.Kept(tmp_path, tokenizer, recipe.Run("out")), []
+    kept, written = best_model(tmp_path, tokenizer), []
     monkeypatch.setattr(kept, "write", lambda _, captions, scores: written.append(captions["a"]))
     with (tmp_path / "metrics.jsonl").open("w") as lines:
         for step, cider in enumerate([0.0, 0.3, 0.2, 0.3, 0.31], 1):
@@ -525,7 +530,7 @@ def test_the_first_of_the_best_is_kept(tmp_path, small, monkeypatch):
 
 def test_a_full_disk_stops_the_run(tmp_path, small, monkeypatch):
     model, tokenizer = from_pretrained(small)
-    kept = recipe.Kept(tmp_path, tokenizer, recipe.Run("out"))
+    kept = best_model(tmp_path, tokenizer)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
     with pytest.raises(files.WriteError, match="model"):
         kept.write(model)
@@ -589,7 +594,7 @@ def test_cocos_files_as_they_are(coco, small, tmp_path, layout):
         train = {"path": str(coco / "coco_karpathy_train.json")}
         held = [f"--{name}.source.path={coco / f'coco_karpathy_{split}.json'}" for name, split in VAL_TEST]
     args = [*FEW, *QUICK, "--model.start_from", str(small), "--data.sources", json.dumps([train]), *held]
-    run = command.read(recipe.Run, [*args, "--out", str(tmp_path)])
+    run = command.read(recipe.CaptionRun, [*args, "--out", str(tmp_path)])
     feed, _ = build_feed(run.data, 32, Tokenizer.load("world"), seed=0)
     assert len(feed) == 40, "an epoch shows eight pictures with five captions each"
     result, _ = recipe.caption(run)
@@ -605,9 +610,9 @@ VAL_TEST = (("validation", "val"), ("test", "test"))
 def test_the_references_of_an_image_are_taken_together(coco, small):
     rows = json.loads((coco / "coco_karpathy_train.json").read_text())
     model, tokenizer = from_pretrained(small)
-    held = recipe.HeldOut(SourceConfig(str(coco / "coco_karpathy_train.json")), limit=2)
-    run = recipe.Run("out", decode=DecodeConfig(beams=1, max_length=8))
-    exam = recipe.Exam("validation", held, run, model, tokenizer)
+    held = HeldOut(SourceConfig(str(coco / "coco_karpathy_train.json")), limit=2)
+    run = recipe.CaptionRun("out", decode=DecodeConfig(beams=1, max_length=8))
+    exam = recipe.CaptionEvaluation("validation", held, run, model, tokenizer)
     assert exam.pictures.references == {f"coco_{n}": [row["caption"] for row in rows[:5]] for n in (300, 301)}
     said = exam.scores({"coco_300": rows[0]["caption"], "coco_301": "nothing of the kind"})
     assert said["bleu_4"] > 0.3

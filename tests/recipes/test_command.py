@@ -17,19 +17,19 @@ from blip.errors import DataError
 from blip.train.resume import RunLocked
 from recipes import __main__ as programs
 from recipes import caption, command, dialogue, nlvr, pretrain, retrieval, vqa
-from recipes.bootstrap.settings import Run as Bootstrap
-from recipes.pretrain import Run
+from recipes.bootstrap.settings import BootstrapRun
+from recipes.pretrain import PretrainRun
 
 CONFIGS = Path(command.__file__).parent / "configs"
 OPTIONS = Path(__file__).parents[1] / "options.txt"
 RECIPES = {
-    "bootstrap": Bootstrap,
-    "caption": caption.Run,
-    "dialogue": dialogue.Run,
-    "nlvr": nlvr.Run,
-    "pretrain": pretrain.Run,
-    "retrieval": retrieval.Run,
-    "vqa": vqa.Run,
+    "bootstrap": BootstrapRun,
+    "caption": caption.CaptionRun,
+    "dialogue": dialogue.DialogueRun,
+    "nlvr": nlvr.NlvrRun,
+    "pretrain": pretrain.PretrainRun,
+    "retrieval": retrieval.RetrievalRun,
+    "vqa": vqa.VqaRun,
 }
 LAID_OVER = {
     "blip_2022": ("pretrain_base", "pretrain"),
@@ -48,12 +48,14 @@ LAID_OVER = {
     "vqa_world_small": ("vqa_world", "vqa"),
 }
 """Configs that only say what differs from another, or are not named after their recipe -> the other, and the recipe."""
+BASES = {"drawn", "finetune", "finetune_world"}
+"""Configs that others are based on, and that are no runs."""
 
 
 def refused(capsys, args: list[str]) -> str:
     """What is said of a command line that does not fit."""
     with pytest.raises(SystemExit) as stop:
-        command.read(Run, args)
+        command.read(PretrainRun, args)
     said = capsys.readouterr()
     assert stop.value.code == 2
     assert said.out == ""
@@ -177,20 +179,26 @@ def test_every_option_is_explained(capsys, recipe):
 def test_the_printed_config_is_the_run(capsys, tmp_path):
     args = ["--config", str(CONFIGS / "pretrain_base.yaml"), "--train.lr", "0.5", "--held_out.source.path", "a.json"]
     with pytest.raises(SystemExit) as stop:
-        command.read(Run, [*args, "--print-config"])
+        command.read(PretrainRun, [*args, "--print-config"])
     assert stop.value.code == 0
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out)
     assert yaml.safe_load(printed.read_text())["train"]["lr"] == 0.5
-    assert command.read(Run, ["--config", str(printed)]) == command.read(Run, args)
+    assert command.read(PretrainRun, ["--config", str(printed)]) == command.read(PretrainRun, args)
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted({path.stem for path in CONFIGS.glob("*.yaml")} - BASES))
 def test_every_config_is_a_run(name):
+    """What it says arrives, whether it is given alone or after the one that it is based on."""
     base, recipe = LAID_OVER.get(name, (name, name.split("_")[0]))
     args = [option for stem in dict.fromkeys([base, name]) for option in ("--config", str(CONFIGS / f"{stem}.yaml"))]
     run = command.read(RECIPES[recipe], args)
-    assert_arrived(yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()), run)
+    content = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    if "base" in content:
+        assert command.read(RECIPES[recipe], args[-2:]) == run
+        assert "base" not in command.content(args[-1])
+        del content["base"]
+    assert_arrived(content, run)
 
 
 def assert_arrived(content: dict, run: object) -> None:
@@ -207,11 +215,50 @@ def assert_arrived(content: dict, run: object) -> None:
 
 def test_a_config_is_laid_over_another():
     base, over = CONFIGS / "pretrain_base.yaml", CONFIGS / "blip_2022.yaml"
-    run = command.read(Run, ["--config", str(base), "--config", str(over)])
+    run = command.read(PretrainRun, ["--config", str(base), "--config", str(over)])
     assert_arrived(yaml.safe_load(over.read_text()), run)
     assert (run.train.clip, run.train.schedule, run.data.augment_magnitude) == (None, "epoch_decay", 5)
     assert (run.train.batch_size, run.model.vision_weights) == (90, "deit_base_patch16_224.fb_in1k")
     assert [source.kind for source in run.data.sources] == ["human", "web"]
+
+
+def based(folder, **files: str) -> list[str]:
+    """Files of options in folders of their own names; the first as an option."""
+    for name, content in files.items():
+        (folder / name).mkdir()
+        (folder / name / "run.yaml").write_text(content)
+    return ["--config", str(folder / next(iter(files)) / "run.yaml")]
+
+
+def test_a_config_states_what_differs_from_its_base(tmp_path):
+    """Mappings are merged over any number of files, lists and null take their place, paths start from the file."""
+    low = "data: {workers: 7, sources: [{path: a, weight: 5}, {path: b}]}\nheld_out: {source: {path: h}, k: 3}\n"
+    middle = "base: ../low/run.yaml\nout: x\ntrain:\n  betas: [0.5, 0.6]\n  lr: 1.0e-3\nworld: {train: 5}\n"
+    top = "base: ../middle/run.yaml\ntrain: {lr: 2.0e-3}\ndata: {sources: [{path: c}]}\nheld_out: {k: 4}\nworld: null\n"
+    config = based(tmp_path, top=top, middle=middle, low=low)
+    for args in (config, ["=".join(config)]):
+        run = command.read(PretrainRun, [*args, "--train.steps", "9"])
+        assert (run.out, run.data.workers, run.data.sources) == ("x", 7, [SourceConfig("c")])
+        assert (run.train.betas, run.train.lr, run.train.steps) == ((0.5, 0.6), 2e-3, 9)
+        assert (run.held_out.source.path, run.held_out.k, run.world) == ("h", 4, None)
+    assert command.read(PretrainRun, [*config, "--data.sources+", "{path: d}"]).data.sources[1] == SourceConfig("d")
+
+
+@pytest.mark.parametrize(
+    ("top", "low", "named"),
+    [
+        ("base: ../low/run.yaml", "base: ../top/run.yaml", "low/run.yaml: base ../top/run.yaml is itself based on"),
+        ("base: run.yaml", "", "top/run.yaml: base run.yaml is itself based on this file"),
+        ("base: gone.yaml", "", "top/gone.yaml: no such file"),
+        ("base: [../low/run.yaml]", "", "top/run.yaml: base must be the name of a file, got ['../low/run.yaml']"),
+        ("base: ../low/run.yaml", "out: x\nout: y", "low/run.yaml, line 2"),
+        ("base: ../low/run.yaml", "model: 5", "low/run.yaml: model must be a mapping"),
+        ("base: ../low/run.yaml", "train:\n  lr: null", "top/run.yaml: train.lr is null"),
+        ("base: ../low/run.yaml", "train:\n  sped: 3", "sped"),
+    ],
+)
+def test_a_base_that_does_not_fit_is_one_line_that_names_the_file(capsys, tmp_path, top, low, named):
+    assert named in refused(capsys, ["--out", "x", *based(tmp_path, top=top, low=low)])
 
 
 @pytest.mark.parametrize("how", ["file", "option"])
@@ -220,7 +267,7 @@ def test_a_new_list_of_sources_takes_nothing_from_the_old_one(tmp_path, how):
     old.write_text("out: x\ndata:\n  sources:\n    - {path: a.json, split: train, weight: 5}\n")
     new.write_text("data:\n  sources:\n    - path: b.json\n")
     given = ["--config", str(new)] if how == "file" else ["--data.sources", '[{"path": "b.json"}]']
-    run = command.read(Run, ["--config", str(old), *given, "--data.sources+", '{"path": "c.json"}'])
+    run = command.read(PretrainRun, ["--config", str(old), *given, "--data.sources+", '{"path": "c.json"}'])
     assert run.data.sources == [SourceConfig("b.json"), SourceConfig("c.json")]
 
 

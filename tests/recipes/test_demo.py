@@ -11,8 +11,8 @@ from blip.data.formats.sources import open_source
 from blip.data.settings import SourceConfig
 from capfilt.run import Run as Job
 from capfilt.verify import verify
-from recipes import cleaning, command, demo
-from recipes.pretrain import Run
+from recipes import command, demo, world_capfilt
+from recipes.pretrain import PretrainRun
 
 CONFIG = str(Path(command.__file__).parent / "configs" / "pretrain_demo.yaml")
 SMALL = ["--world.train", "60", "--world.held_out", "6", "--world.image_size", "32", "--model.image_size", "32"]
@@ -28,7 +28,7 @@ def told(tmp_path_factory):
         patch.chdir(folder)
         # Untrained models keep everything or nothing, so that a threshold of one half would leave this to chance.
         patch.setattr(demo, "THRESHOLD", 0.0)
-        run = command.read(Run, ["--config", CONFIG, "--out", "runs/demo", *SMALL])
+        run = command.read(PretrainRun, ["--config", CONFIG, "--out", "runs/demo", *SMALL])
         scores = demo.demo(run)
         yield folder / "runs/demo", run, scores
 
@@ -98,8 +98,8 @@ def test_nothing_kept_is_no_end(told, tmp_path):
     people = [SourceConfig("human/train.json")]
     (tmp_path / "clean").mkdir()
     (tmp_path / "clean" / "_SUCCESS").write_text('{"pairs": 0}')
-    assert cleaning.bootstrapped(tmp_path / "clean", people) == people
+    assert world_capfilt.bootstrapped(tmp_path / "clean", people) == people
     (tmp_path / "clean" / "_SUCCESS").write_text('{"pairs": 3}')
-    assert cleaning.bootstrapped(tmp_path / "clean", people) == [
+    assert world_capfilt.bootstrapped(tmp_path / "clean", people) == [
         SourceConfig(str(tmp_path / "clean" / "*.tar"), kind="web"), *people
     ]  # fmt: skip

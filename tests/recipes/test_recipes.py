@@ -24,7 +24,7 @@ from blip.tensors import read_tensors, write_tensors
 from blip.train.resume import Checkpoints
 from blip.world import files as world_files
 from recipes import command
-from recipes.pretrain import Run, pretrain
+from recipes.pretrain import PretrainRun, pretrain
 
 PICTURES = 60
 FEW = ["--model.size", "tiny", "--model.tokenizer", "world", "--model.image_size", "32", "--data.max_tokens", "40"]
@@ -40,7 +40,7 @@ def job(args: list[str], dropout: float = 0.0) -> None:
     tiny = PRESETS["tiny"]
     text = dataclasses.replace(tiny.text, dropout=dropout, attention_dropout=dropout)
     PRESETS["tiny"] = dataclasses.replace(tiny, text=text)
-    command.run(lambda: pretrain(command.read(Run, args)))
+    command.run(lambda: pretrain(command.read(PretrainRun, args)))
 
 
 class RecipeZygote(Zygote):
@@ -324,7 +324,7 @@ def test_a_held_out_set_that_does_not_work_is_said_before_the_training(tmp_path,
     asked = json.dumps(source | {k: v for k, v in held.items() if k in ("k", "limit")})
     args = options(world / "train.json", tmp_path / "out", "--held_out", asked)
     with pytest.raises(SystemExit) as stop:
-        command.run(lambda: pretrain(command.read(Run, args)))
+        command.run(lambda: pretrain(command.read(PretrainRun, args)))
     assert stop.value.code == 2
     assert named in capsys.readouterr().err
     assert not (tmp_path / "out/metrics.jsonl").exists()

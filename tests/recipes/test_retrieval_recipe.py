@@ -37,6 +37,7 @@ from eval.retrieval import Gallery, retrieval
 from recipes import command
 from recipes import retrieval as recipe
 from recipes.building import ModelChoice, build_feed, build_model
+from recipes.run import BestModel
 
 # The losses -----------------------------------------------------------------------------------------------------------
 
@@ -254,7 +255,10 @@ def world(tmp_path_factory):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_rows_of_one_picture_have_one_id(world, streaming):
     config = dataclasses.replace(
-        recipe.Run("out").data, sources=[SourceConfig(str(world / "many.json"))], workers=0, streaming=streaming
+        recipe.RetrievalRun("out").data,
+        sources=[SourceConfig(str(world / "many.json"))],
+        workers=0,
+        streaming=streaming,
     )
     feed, _ = build_feed(config, 32, Tokenizer.load("world"), seed=0)
     (batch,) = feed.batches(0, 1, 0, 1, 12)
@@ -291,7 +295,7 @@ def options(world, start, out, *more: str) -> list[str]:
 
 def job(args: list[str], kill_in_offer: int = -1) -> None:
     """The recipe as its module runs it; the process kills itself when evaluation number `kill_in_offer` is over."""
-    count, offer = iter(range(100)), recipe.Kept.offer
+    count, offer = iter(range(100)), BestModel.offer
 
     def struck(*given):
         found = offer(*given)
@@ -299,8 +303,8 @@ def job(args: list[str], kill_in_offer: int = -1) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return found
 
-    recipe.Kept.offer = struck
-    command.run(lambda: recipe.retrieve(command.read(recipe.Run, args)))
+    BestModel.offer = struck
+    command.run(lambda: recipe.retrieve(command.read(recipe.RetrievalRun, args)))
 
 
 class RetrievalZygote(Zygote):
@@ -379,7 +383,9 @@ def test_two_processes_draw_negatives_from_each_other(zygote, tmp_path, world, s
 )
 def test_bad_input_is_one_line_before_anything_is_trained(capsys, tmp_path, world, small, more, named):
     with pytest.raises(SystemExit) as stop:
-        command.run(lambda: recipe.retrieve(command.read(recipe.Run, options(world, small, tmp_path / "out", *more))))
+        command.run(
+            lambda: recipe.retrieve(command.read(recipe.RetrievalRun, options(world, small, tmp_path / "out", *more)))
+        )
     assert stop.value.code == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1

@@ -18,13 +18,12 @@ from blip.train.log import read_metrics
 from eval.vqa import QuestionSet, answers_of, read_results, score
 from recipes import command
 from recipes import vqa as recipe
-from recipes.building import WorldChoice
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    recipe.draw(WorldChoice(str(folder), train=12, held_out=4, image_size=32))
+    recipe.QuestionWorld(str(folder), train=12, held_out=4, image_size=32).draw()
     return folder
 
 
@@ -51,7 +50,7 @@ def options(world, start, out, *more: str) -> list[str]:
 
 
 def run(args: list[str]):
-    return recipe.answer(command.read(recipe.Run, args))
+    return recipe.answer(command.read(recipe.VqaRun, args))
 
 
 def test_a_run_keeps_the_best_model_and_its_answers(world, start, tmp_path):
@@ -139,6 +138,6 @@ def test_bad_input_is_one_line_before_anything_is_trained(capsys, tmp_path, worl
 
 
 def test_held_out_questions_need_answers(world):
-    held = recipe.Held(PictureQuestions(str(world / "questions-val.json")))
+    held = recipe.HeldOutQuestions(PictureQuestions(str(world / "questions-val.json")))
     with pytest.raises(DataError, match=r"validation\.source .* no answers to 20 questions \(0, 1, 2, 3, 4, \.\.\.\)"):
-        recipe.Exam("validation", held, AnswerConfig(), None, Vqa(SMALLEST), TOKENIZER)
+        recipe.VqaEvaluation("validation", held, AnswerConfig(), None, Vqa(SMALLEST), TOKENIZER)

@@ -1,6 +1,6 @@
-"""CapFilt on the picture world, step by step, as `recipes.demo` tells it once and `recipes.bootstrap` many times.
+"""CapFilt on the synthetic world, step by step, as `recipes.demo` tells it once and `recipes.bootstrap` many times.
 
-The pictures; a captioner and a filter made of a pre-trained model; the job, on the crawl; the data set that comes out
+The images; a captioner and a filter made of a pre-trained model; the job, on the crawl; the data set that comes out
 of it; and how much of what was kept is true.
 """
 
@@ -27,12 +27,12 @@ from recipes.building import ModelChoice
 CONFIGS = Path(__file__).parent / "configs"
 CAPTIONER, FILTER = str(CONFIGS / "caption_world.yaml"), str(CONFIGS / "filter_world.yaml")
 BROKEN = 0.0025
-"""Share of the crawl's files that are no picture."""
+"""Share of the crawl's files that are no image."""
 LONGEST = 40
 """Word pieces of a synthetic text, the prompt included."""
 KINDS = {
     "right": "right",
-    "mismatched": "of another picture",
+    "mismatched": "of another image",
     "near_miss": "one word wrong",
     "vague": "says nothing",
     "junk_around": "true, with junk around",
@@ -41,7 +41,7 @@ KINDS = {
 """Kinds of web texts in words."""
 
 
-# Pictures -------------------------------------------------------------------------------------------------------------
+# Images ---------------------------------------------------------------------------------------------------------------
 
 
 def draw_crawl(folder: Path, count: int, noise: float, seed: int, size: int, workers: int) -> None:
@@ -52,7 +52,7 @@ def draw_crawl(folder: Path, count: int, noise: float, seed: int, size: int, wor
 
 
 def draw_people(folder: Path, split: str, count: int, seed: int, size: int, workers: int) -> None:
-    """Pictures with captions by people, as a JSON list; left alone where it is there."""
+    """Images with human captions, as a JSON list; left alone where it is there."""
     if not (folder / f"{split}.json").exists():
         files.write(folder, "json", split, count, seed, size, workers=workers)
 
@@ -60,15 +60,15 @@ def draw_people(folder: Path, split: str, count: int, seed: int, size: int, work
 # The captioner and the filter -----------------------------------------------------------------------------------------
 
 
-def captioner(out: Path, start_from: Path, people: list[SourceConfig], batch: int, steps: int) -> caption.Run:
-    """The captioning run that goes on from a pre-trained model, on pictures with people's captions."""
-    settings = command.read(caption.Run, ["--config", CAPTIONER, "--out", str(out)])
+def captioner(out: Path, start_from: Path, people: list[SourceConfig], batch: int, steps: int) -> caption.CaptionRun:
+    """The captioning run that goes on from a pre-trained model, on images with human captions."""
+    settings = command.read(caption.CaptionRun, ["--config", CAPTIONER, "--out", str(out)])
     return _going_on(settings, start_from, people, batch, steps)
 
 
-def filterer(out: Path, start_from: Path, people: list[SourceConfig], batch: int, steps: int) -> retrieval.Run:
-    """The retrieval run that makes a filter of a pre-trained model, on the same pictures."""
-    settings = command.read(retrieval.Run, ["--config", FILTER, "--out", str(out)])
+def filterer(out: Path, start_from: Path, people: list[SourceConfig], batch: int, steps: int) -> retrieval.RetrievalRun:
+    """The retrieval run that makes a filter of a pre-trained model, on the same images."""
+    settings = command.read(retrieval.RetrievalRun, ["--config", FILTER, "--out", str(out)])
     return _going_on(settings, start_from, people, batch, steps)
 
 
@@ -107,7 +107,7 @@ def kept(clean: Path) -> int:
 
 
 def bootstrapped(clean: Path, people: list[SourceConfig]) -> list[SourceConfig]:
-    """What the next model learns from: the texts that were kept, if any, and people's."""
+    """What the next model learns from: the texts that were kept, if any, and the human captions."""
     return [*([SourceConfig(str(clean / "*.tar"), kind="web")] if kept(clean) else []), *people]
 
 
@@ -138,8 +138,8 @@ def web_right(kinds: dict[str, Kind], which: int) -> float:
 
 def aucs(kinds: dict[str, Kind]) -> dict[str, float]:
     """The filter's ROC AUC against all wrong web texts, and against each kind of them."""
-    found = {"filter_auc" if kind == "wrong" else f"filter_auc_{kind}": k.auc for kind, k in kinds.items()}
-    return {name: value for name, value in found.items() if value is not None}
+    by_kind = {"filter_auc" if kind == "wrong" else f"filter_auc_{kind}": k.auc for kind, k in kinds.items()}
+    return {name: value for name, value in by_kind.items() if value is not None}
 
 
 def fates(kinds: dict[str, Kind]) -> list[Sequence[str | float]]:

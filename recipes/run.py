@@ -1,0 +1,274 @@
+"""What training recipes share: how a run begins and trains, and the best model by held-out scores.
+
+A fine-tuning recipe states its settings (`FineTuneRun`), what it measures (an `Evaluation`), and hands model, data and
+objective to `fine_tune`. A run that is killed anywhere goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from blip import dist, files
+from blip.checkpoints import checkpoint
+from blip.data.ledger import Ledger
+from blip.data.settings import DataConfig, SourceConfig
+from blip.models.blip import Blip
+from blip.tensors import read_tensors
+from blip.tokenizer import Tokenizer
+from blip.train import log
+from blip.train.loop import Result, fit
+from blip.train.settings import TrainConfig
+from recipes.building import Model, ModelChoice, TrainingData, World, build_task
+
+Scores = dict[str, float]
+RESULTS = "results.json"
+
+
+# Settings -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Images with reference captions, or other data with the right answers, which are not trained on."""
+
+    source: SourceConfig
+    """Where they are; rows of one image are taken together."""
+    limit: int | None = None
+    """How many to use, from the first on; all when not given."""
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be 1 or more, got {self.limit}")
+
+
+@dataclass(frozen=True)
+class FineTuneRun:
+    """A fine-tuning run. Every option can stand in the YAML file of `--config` or be given as `--any.option value`."""
+
+    out: str
+    """Folder of the run: model/, results.json, held-out answers, metrics.jsonl, checkpoints/, config.yaml."""
+    model: ModelChoice = field(default_factory=ModelChoice)
+    """The model to fine-tune, usually `start_from` a pre-training run's."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What it is shown."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How long and how fast."""
+    validation: HeldOut | None = None
+    """Measured at every evaluation; the best model is kept. Without it the last model is."""
+    test: HeldOut | None = None
+    """Measured once, at the end, with the model that was kept."""
+    world: World | None = None
+    """Draw the synthetic world first."""
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+def begin(run: Any, kind: type[Model] = Blip, **shape: Any) -> tuple[Model, Tokenizer]:
+    """Start the processes, build the model and draw the world of a run; `kind` and `shape` are as in `build_task`."""
+    dist.start(run.train.timeout)
+    built = build_task(kind, run.model, run.train.seed, **shape)
+    if run.world:
+        run.world.draw()
+    return built
+
+
+def train(
+    run: Any, objective: nn.Module, data: TrainingData, evaluate: Callable[[nn.Module], Scores] | None = None
+) -> Result:
+    """Train by a run's settings, from its newest checkpoint on."""
+    feed, fingerprint = data
+    out = Path(run.out)
+    return fit(
+        objective,
+        feed,
+        run.train,
+        out=out,
+        evaluate=evaluate,
+        settings=dataclasses.asdict(run),
+        fingerprint=fingerprint,
+        ledger=Ledger(out / f"bad_samples-{dist.rank()}.jsonl", run.data.max_bad_fraction),
+    )
+
+
+def card(about: str, sources: Sequence[Any], scores: Mapping[str, str]) -> str:
+    """README.md of a model: what it is, what it has learned from, its scores."""
+    lines = [f"- {s.path} ({s.kind})" if isinstance(s, SourceConfig) else f"- {s.path}" for s in sources]
+    return "\n".join([about, "", *lines, "", *(f"- {name}: {value}" for name, value in scores.items())])
+
+
+def fine_tune(run: FineTuneRun, objective: nn.Module, data: TrainingData, best: BestModel) -> tuple[Result, Path]:
+    """Train the model of an objective, keep the best one, and test that.
+
+    Without a validation set the last model is kept. Returns how the run ended, with the scores of the model that was
+    kept, and that model's folder. The scores are those of results.json: the validation's under their own names, the
+    test's as `test_...`.
+    """
+    validation = best.evaluations.get("validation")
+
+    def evaluate(objective: nn.Module) -> Scores:
+        answers = validation.answers(objective.model)
+        return best.offer(objective.model, answers, validation.scores(answers))
+
+    result = train(run, objective, data, evaluate if validation else None)
+    if validation is None:
+        best.write(objective.model)
+    return best.conclude(result, objective.model), best.folder
+
+
+# Held-out scores ------------------------------------------------------------------------------------------------------
+
+
+class Evaluation:
+    """A held-out set: what a model answers, and how good that is.
+
+    It is opened before the training, so that what does not fit is said by then.
+    """
+
+    def answers(self, model: Any) -> Any:
+        """All that the scores are computed of; all processes return the same."""
+        raise NotImplementedError
+
+    def scores(self, answers: Any) -> Scores:
+        """Named scores."""
+        raise NotImplementedError
+
+    def files(self, name: str, answers: Any) -> dict[str, str]:
+        """Names and contents of the files that keep the answers on `name`, validation or test; none by default."""
+        return {}
+
+
+def open_evaluations(run: FineTuneRun, kind: Callable[..., Evaluation], *given: Any) -> dict[str, Evaluation]:
+    """The held-out sets that a run has, by name, each as `kind(name, settings, *given)`."""
+    return {name: kind(name, held, *given) for name in ("validation", "test") if (held := getattr(run, name))}
+
+
+def percent(score: float) -> str:
+    """A fraction, in percent."""
+    return f"{100 * score:.2f}"
+
+
+class BestModel:
+    """The best model so far and its answers, in the run's folder; metrics.jsonl is the record of what was best."""
+
+    def __init__(
+        self,
+        run: FineTuneRun,
+        tokenizer: Tokenizer,
+        evaluations: Mapping[str, Evaluation],
+        *,
+        by: str,
+        about: str,
+        shown: Callable[[float], str] = percent,
+        beside: Mapping[str, str] | None = None,
+    ) -> None:
+        """`by` is the score whose highest value is the best.
+
+        `about` begins the model's README.md, in which scores are `shown`; `beside` are names and contents of more files
+        of its folder.
+        """
+        self.out = Path(run.out)
+        self.folder = self.out / "model"
+        self.run, self.tokenizer, self.evaluations = run, tokenizer, evaluations
+        self.by, self.about, self.shown, self.beside = by, about, shown, beside or {}
+
+    def offer(self, model: Any, answers: Any, scores: Scores) -> Scores:
+        """Write a model that no earlier one equals; returns its scores with `best`, 1 or 0.
+
+        The scores get into metrics.jsonl afterwards: a run that is killed in between evaluates this step again.
+        """
+        earlier = [line["eval"][self.by] for line in self._evaluated()]
+        best = dist.from_main(all(scores[self.by] > value for value in earlier))
+        if best:
+            self.write(model, answers, scores)
+        return {**scores, "best": float(best)}
+
+    def write(self, model: Any, answers: Any = None, scores: Scores | None = None) -> None:
+        """Publish a model as the run's, from the main process; all raise if it could not be written."""
+
+        def publish() -> None:
+            results = self.out / RESULTS
+            if results.exists() and not self._is_published(model):  # they are of the model that stands there now
+                results.unlink()
+            if answers is not None:
+                self._record("validation", answers)
+            about = card(self.about, self.run.data.sources, {k: self.shown(v) for k, v in (scores or {}).items()})
+            checkpoint.save_pretrained(model, self.tokenizer, self.folder, card=about)
+            for file, content in self.beside.items():
+                _replace(self.folder / file, content)
+
+        _in_main(publish)
+
+    def _is_published(self, model: Any) -> bool:
+        try:
+            there = read_tensors(self.folder / checkpoint.WEIGHTS)
+        except (OSError, ValueError):  # not there yet, or not whole
+            return False
+        return all(name in there and torch.equal(v.cpu(), there[name]) for name, v in model.state_dict().items())
+
+    def conclude(self, result: Result, model: Any) -> Result:
+        """Test the model that was kept, write results.json, and give the result those scores.
+
+        Its class and device are those of `model`.
+        """
+        best = dist.from_main(next((line for line in reversed(self._evaluated()) if line["eval"]["best"]), None))
+        results: dict[str, Any] = {"steps": result.steps, "kept": result.steps}
+        if best:
+            scores = {name: value for name, value in best["eval"].items() if name != "best"}
+            results |= {"kept": best["step"], "epoch": best["epoch"], "validation": scores}
+        if "test" in self.evaluations:
+            results["test"] = self._tested(results) or self._test(model)
+        _in_main(lambda: _replace(self.out / RESULTS, json.dumps(results, indent=1) + "\n"))
+        if dist.is_main():
+            print(f"the model of step {results['kept']} is in {self.folder}, its scores in {self.out / RESULTS}")
+        tested = {f"test_{name}": value for name, value in results.get("test", {}).items()}
+        return dataclasses.replace(result, metrics=results.get("validation", {}) | tested)
+
+    def _tested(self, results: dict[str, Any]) -> Scores | None:
+        """The test's scores where a finished run has them already."""
+        try:
+            before = json.loads((self.out / RESULTS).read_bytes())
+        except (OSError, ValueError):  # not there yet, or not whole
+            before = {}
+        # Where settings may change, the test set may be another, or be answered in another way.
+        same = not self.run.train.allow_change and all(before.get(name) == results[name] for name in results)
+        return dist.from_main(before.get("test") if same else None)
+
+    def _test(self, model: Any) -> Scores:
+        kept, _ = checkpoint.from_pretrained(self.folder, type(model), device=next(model.parameters()).device)
+        test = self.evaluations["test"]
+        answers = test.answers(kept)
+        _in_main(lambda: self._record("test", answers))
+        return test.scores(answers)
+
+    def _record(self, name: str, answers: Any) -> None:
+        for file, content in self.evaluations[name].files(name, answers).items():
+            _replace(self.out / file, content)
+
+    def _evaluated(self) -> list[dict[str, Any]]:
+        return [line for line in log.read_metrics(self.out / "metrics.jsonl") if "eval" in line]
+
+
+def _in_main(action: Callable[[], None]) -> None:
+    """Write something in the main process; all raise if it could not."""
+    failure = None
+    if dist.is_main():
+        try:
+            action()
+        except files.WriteError as error:
+            failure = str(error)
+    failure = dist.from_main(failure)
+    if failure:
+        raise files.WriteError(failure)
+
+
+def _replace(path: Path, content: str) -> None:
+    files.replace_file(path, content.encode("utf-8", "replace"))
