@@ -489,14 +489,15 @@ def _metavar(one: Option) -> str:
 
 @functools.cache
 def docs(kind: type) -> dict[str, str]:
-    """The docstring of each field of a dataclass, on one line and without its full stop."""
+    """The docstring of each field of a dataclass or of what it inherits, on one line and without its full stop."""
     found: dict[str, str] = {}
     for one in reversed([one for one in kind.__mro__ if dataclasses.is_dataclass(one)]):
         (body,) = (node.body for node in ast.parse(textwrap.dedent(inspect.getsource(one))).body)
         for field, after in itertools.pairwise([*body, None]):
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
                 is_doc = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-                found[field.target.id] = " ".join(str(after.value.value).split()).rstrip(".") if is_doc else ""
+                doc = " ".join(str(after.value.value).split()).rstrip(".") if is_doc else ""
+                found[field.target.id] = doc or found.get(field.target.id, "")  # one that is only narrowed keeps its own
     return found
 
 
