@@ -286,11 +286,9 @@ def _typed(kind: Any, may_be_none: bool, value: Any, place: Place, is_text: bool
         return _scalar(kind, value, place, is_text)
     if origin is Literal:
         choices = {str(one): one for one in reversed(inner)}
-        return (
-            choices[str(value)]
-            if str(value) in choices
-            else _refuse(place, f"one of {', '.join(reversed(choices))}", value)
-        )
+        if str(value) not in choices:
+            _refuse(place, f"one of {', '.join(reversed(choices))}", value)
+        return choices[str(value)]
     if is_text and (isinstance(value, str) or value[0].startswith("[")):  # YAML's short form
         value, is_text = _loaded(value if isinstance(value, str) else " ".join(value), str(place)), False
     if origin is None:
