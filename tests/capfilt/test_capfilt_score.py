@@ -252,9 +252,7 @@ def test_batches_order_and_processes_change_nothing(tmp_path):
     """Faults 12 and 21: batch sizes, decoding in or out of this process, 1, 3 and 5 ranks."""
     folder = crawl(tmp_path / "in")
     base = scored(folder, tmp_path / "base")
-    for n, options in enumerate(
-        [ScoreOptions(batch=1, decode_workers=0), ScoreOptions(batch=7, decode_workers=2)]
-    ):
+    for n, options in enumerate([ScoreOptions(batch=1, decode_workers=0), ScoreOptions(batch=7, decode_workers=2)]):
         check_complete(scored(folder, tmp_path / f"b{n}", options=options).where, base)
     run = planned(folder, tmp_path / "ranks")
     for world in (3, 1, 5):  # the number of processes changes while the run is under way
