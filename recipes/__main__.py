@@ -12,25 +12,34 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from blip.app.exit import WRONG_USE, fail, run
+from blip.app import exit, options
 
-RECIPES = ("pretrain", "caption", "retrieval", "vqa", "nlvr", "dialogue", "bootstrap", "demo")
-"""Modules of this package with a `main` that reads the command line."""
+RECIPES = {
+    "pretrain": "pre-train on image-text pairs: ITC, ITM and LM with a momentum teacher",
+    "caption": "fine-tune a captioner",
+    "retrieval": "fine-tune for retrieval, or a filter for CapFilt",
+    "vqa": "fine-tune for visual question answering",
+    "nlvr": "fine-tune for sentences about several images",
+    "dialogue": "fine-tune for visual dialogue",
+    "bootstrap": "measure what captioning and filtering a crawl are worth, row by row",
+    "demo": "learn from a noisy crawl, clean it with CapFilt, learn from what is left",
+}
+"""Modules of this package with a `main` that reads the command line, and what each is for."""
 
 
-def main(args: list[str] | None = None) -> None:
+def main(args: list[str] | None = None) -> int:
     """Carry out a command line, or the process's own; what does not fit ends the process with status 2."""
     args = sys.argv[1:] if args is None else args
-    if args and args[0] in ("-h", "--help"):
-        print(f"{__doc__.strip()}\n\nRecipes: {', '.join(RECIPES)}.")
-        return
-    if not args or args[0] not in RECIPES:
-        problem = f"there is no {args[0]!r}" if args else "nothing is asked for"
-        fail(f"{problem}; give one of {', '.join(RECIPES)} (blip-recipe --help explains)", WRONG_USE)
-    recipe = import_module(f"recipes.{args[0]}")
-    sys.argv = [f"blip-recipe {args[0]}", *args[1:]]
-    run(recipe.main)
+    return exit.run(lambda: _carry_out(args))
+
+
+def _carry_out(args: list[str]) -> None:
+    name = options.verb("blip-recipe", args, RECIPES, __doc__)
+    if name is not None:
+        recipe = import_module(f"recipes.{name}")
+        sys.argv = [f"blip-recipe {name}", *args[1:]]
+        recipe.main()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -130,8 +130,8 @@ class Starter:
 
 
 def _serve():
-    from capfilt import verbs  # noqa: F401
     from capfilt.__main__ import main
+    from capfilt.commands import run  # noqa: F401
 
     done = {}
     for line in sys.stdin:

@@ -277,7 +277,7 @@ def _typed(kind: Any, may_be_none: bool, value: Any, place: Place, is_text: bool
 
     ValueError, naming the place, if it does not fit.
     """
-    if value is None or (is_text and value in ("null", ["null"])):
+    if value is None or (is_text and value in ("null", ["null"]) and "null" not in typing.get_args(kind)):
         if not may_be_none:
             raise ValueError(f"{place} is null; give a value, or leave it out for the default")
         return None
@@ -286,7 +286,9 @@ def _typed(kind: Any, may_be_none: bool, value: Any, place: Place, is_text: bool
         return _scalar(kind, value, place, is_text)
     if origin is Literal:
         choices = {str(one): one for one in reversed(inner)}
-        return choices[str(value)] if str(value) in choices else _refuse(place, f"one of {', '.join(choices)}", value)
+        if str(value) not in choices:
+            _refuse(place, f"one of {', '.join(reversed(choices))}", value)
+        return choices[str(value)]
     if is_text and (isinstance(value, str) or value[0].startswith("[")):  # YAML's short form
         value, is_text = _loaded(value if isinstance(value, str) else " ".join(value), str(place)), False
     if origin is None:
@@ -497,7 +499,9 @@ def docs(kind: type) -> dict[str, str]:
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
                 is_doc = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
                 doc = " ".join(str(after.value.value).split()).rstrip(".") if is_doc else ""
-                found[field.target.id] = doc or found.get(field.target.id, "")  # one that is only narrowed keeps its own
+                found[field.target.id] = doc or found.get(
+                    field.target.id, ""
+                )  # one that is only narrowed keeps its own
     return found
 
 

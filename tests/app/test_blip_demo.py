@@ -327,7 +327,7 @@ def test_wrong_use_is_one_line(monkeypatch, capfd, model, tmp_path):  # noqa: F8
         port = server.getsockname()[1]
         assert f"cannot listen at 127.0.0.1 port {port}" in refused(capfd, "--model", model, "--port", port)
     assert "cannot listen at 192.0.2.1" in refused(capfd, "--model", model, "--port", 7999, "--host", "192.0.2.1")
-    assert "--port: expected" in refused(capfd, "--port", "-1")
+    assert "port must be 1 or more, got -1" in refused(capfd, "--port", "-1")
     assert "is not a folder of pictures" in refused(capfd, "--model", model, "--folder", tmp_path / "gone")
     assert "no images in" in refused(capfd, "--model", model, "--folder", tmp_path)
 

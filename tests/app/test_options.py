@@ -41,7 +41,7 @@ class Train:
     """Peak rate."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decays."""
-    rule: Literal["old", "2022"] = "old"
+    rule: Literal["old", "2022", "null"] = "old"
     """What counts."""
 
 
@@ -100,6 +100,7 @@ def test_what_is_given_arrives_and_the_rest_is_the_default():
     assert run("--seeds", "7", "--seeds+", "8", "9").seeds == [7, 8, 9]
     assert isinstance(run("--train.lr", "2").train.lr, float)
     assert run("--train.lr", "null").train.lr is None
+    assert run("--train.rule", "null").train.rule == "null", "a choice"
 
 
 def test_words_of_a_name_are_joined_by_dashes_or_underscores():
@@ -140,7 +141,7 @@ WRONG = {
     "a number for yes": ("quick: 1", "quick: expected true or false, got 1"),
     "a list's length": ("train: {betas: [0.9]}", "train.betas: expected a list of 2 elements, got [0.9]"),
     "one for a list": ("seeds: 3", "seeds: expected a list, got 3"),
-    "a choice": ("train: {rule: new}", "train.rule: expected one of 2022, old, got 'new'"),
+    "a choice": ("train: {rule: new}", "train.rule: expected one of old, 2022, null, got 'new'"),
     "a key twice": ("quick: true\nquick: false", ", line 2: 'quick' stands there twice"),
     "a key twice within": ("train:\n  lr: 1\n  lr: 2", ", line 3: 'lr' stands there twice"),
     "a date that is none": ("out: 2020-99-99", "month must be in 1..12"),
@@ -238,7 +239,7 @@ def test_help_is_complete_and_in_groups(capsys, monkeypatch):
         "\nWhat several share:\n  --device TEXT               Where it computes (default: auto)\n",
         "\ntrain: Training:\n",
         "  --train.batch-size INT      Pairs at once (default: 4)\n",
-        "  --train.rule {old,2022}     What counts (default: old)\n",
+        "  --train.rule {old,2022,null}\n                              What counts (default: old)\n",
         "  --sources MAPPING [MAPPING ...]\n",
         "\neach of sources: What is read:\n  --sources.path TEXT         File or folder\n",
         "\nheld-out: What is measured on:\n",

@@ -104,7 +104,7 @@ def test_as_many_are_named_as_are_asked_for(features, tmp_path):
 
 
 def test_the_index_is_built_once_and_follows_the_folder(run, photos, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(search.options, "MODEL_VARIABLE", "OPENBLIP_MODEL")
+    monkeypatch.setattr(search, "MODEL_VARIABLE", "OPENBLIP_MODEL")
     status, out, err = run("search", "photos")
     assert (status, out) == (0, "")
     assert "11/11 pictures" in err
@@ -171,7 +171,7 @@ def test_search_says_what_is_wrong(run, photos):  # noqa: F811
         ("photos", "--sheet", "a.html"): "--sheet needs a TEXT",
         ("photos", "a", "--sheet", "a.pdf"): "ends in .html",
         ("photos", "!"): "text '!' cannot be compared",
-        ("photos", "a", "--top", "0"): "a whole number of 1 or more",
+        ("photos", "a", "--top", "0"): "top must be 1 or more, got 0",
         ("photos", "a", "--model", "./gone"): "./gone is not a model directory",
     }
     for args, said in wrong.items():

@@ -249,11 +249,18 @@ def test_a_threshold_is_of_the_kind_that_is_compared(column, by, bad, good):
         SelectConfig(by=by, **{column: value})
 
 
-@pytest.mark.parametrize("command", [["select", "--itm", "50", "--name", "x"], ["score", "--max-error-rate", "nan"]])
-def test_a_share_out_of_range_is_refused_by_the_command(tmp_path, capsys, command):
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["select", "--itm", "50", "--name", "x"], "0 to 1"),
+        (["score", "--max-error-rate", "1.5"], "0 to 1"),
+        (["score", "--max-error-rate", "nan"], "--max-error-rate: expected a number"),
+    ],
+)
+def test_a_share_out_of_range_is_refused_by_the_command(tmp_path, capsys, command, said):
     run = scored(crawl(tmp_path / "in", shards=1, rows=4), tmp_path / "run")
     assert main([command[0], run.where, *command[1:]]) == 2
-    assert "0 to 1" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("only", "other"), [("web", "syn"), ("syn", "web")])
@@ -540,12 +547,9 @@ def test_a_partial_run_says_so(tmp_path, capsys):
 
 def test_help_of_every_verb(capsys):
     for verb in ("plan", "score", "select", "export", "report", "verify", "calibrate", "status", "retry-failed", "run"):
-        with pytest.raises(SystemExit) as stop:
-            main([verb, "--help"])
-        assert stop.value.code == 0
+        assert main([verb, "--help"]) == 0
         assert "--" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        main(["run", "--help"])
+    assert main(["run", "--help"]) == 0
     said = capsys.readouterr().out
     assert "capfilt run --input cc --out try --scorer fake" in said  # something to begin with
     assert max(map(len, said.splitlines())) <= 120
