@@ -19,7 +19,7 @@ from blip.data.settings import DataConfig, PictureSentences
 from blip.data.transforms import TrainTransform
 from blip.errors import DataError
 from blip.models.nlvr import Nlvr
-from blip.objectives.pretrain import Nlvr as Objective
+from blip.objectives.nlvr import Nlvr as Objective
 from blip.tokenizer import Tokenizer
 from blip.train.loop import Result
 from blip.train.settings import TrainConfig

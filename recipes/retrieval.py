@@ -16,7 +16,7 @@ import torch
 from blip import dist
 from blip.data.settings import DataConfig
 from blip.models.blip import Blip
-from blip.objectives.pretrain import Retrieval, RetrievalConfig
+from blip.objectives.retrieval import Retrieval, RetrievalConfig
 from blip.tokenizer import Tokenizer
 from blip.train.loop import Result
 from blip.train.settings import TrainConfig

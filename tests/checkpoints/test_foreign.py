@@ -43,6 +43,7 @@ from blip.models.nlvr import Nlvr
 from blip.models.presets import BASE, LARGE
 from blip.models.vqa import Vqa
 from blip.nn.settings import VisionConfig
+from blip.objectives.caption import Caption, CaptionConfig
 from blip.tokenizer import Tokenizer
 from recipes.building import ModelChoice, build_model, build_task
 
@@ -217,7 +218,7 @@ def test_a_part_does_not_do_what_it_was_not_trained_for(tmp_path):
         lambda: write(matcher, words, image[:1], DecodeConfig(beams=1, max_length=8)),
         lambda: matcher.caption_logits(goldens.batch(0).ids, goldens.batch(0).keep, None),
         lambda: blip.objectives.pretrain.Pretrain(matcher, goldens.PRETRAIN),
-        lambda: blip.objectives.pretrain.Caption(matcher, blip.objectives.pretrain.CaptionConfig()),
+        lambda: Caption(matcher, CaptionConfig()),
         lambda: Vqa.from_blip(matcher),
     ):
         with pytest.raises(ValueError, match="cannot write"):

@@ -21,7 +21,7 @@ from stub_run import HERE, SEARCHED, Zygote, curve
 import blip
 from blip.models.presets import PRESETS
 from blip.tensors import read_tensors, write_tensors
-from blip.train.resume import Checkpoints
+from blip.train.state import Checkpoints
 from blip.world import files as world_files
 from recipes import command
 from recipes.pretrain import Run, pretrain
