@@ -473,6 +473,9 @@ def test_settings_that_touch_no_number_may_change(tmp_path):
     )
     assert drift.drift(old, kept) == []
     assert drift.drift(old, other) == ["decode.length_rule: generated -> 2022"]
+    assert drift.drift({"train": {"lr": 1}}, {"train": {"lr": 1, "towers": []}, "clip": None}) == []
+    locked = drift.drift({"train": {"lr": 1}}, {"train": {"lr": 1, "towers": [{"part": "vision"}]}})
+    assert locked == ["train.towers: [] -> [{'part': 'vision'}]"]
 
 
 def test_a_larger_batch_goes_on_where_the_data_was(tmp_path):
