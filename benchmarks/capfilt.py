@@ -36,7 +36,7 @@ from blip.models.presets import BASE
 from blip.models.settings import BlipConfig
 from blip.nn.pixels import MEAN, STD
 from blip.tokenizer import Tokenizer
-from blip.train.loop import keep_freed_memory
+from blip.train.memory import keep_freed_memory
 from capfilt.score.models import BlipScorer
 from capfilt.score.scorer import Item, Scores
 from capfilt.settings import ScoreConfig

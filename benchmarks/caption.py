@@ -25,7 +25,7 @@ from blip.inference.settings import DecodeConfig
 from blip.models.blip import Blip
 from blip.models.presets import BASE
 from blip.nn.context import Context
-from blip.train.loop import keep_freed_memory
+from blip.train.memory import keep_freed_memory
 
 CONFIG = dataclasses.replace(BASE, vision=dataclasses.replace(BASE.vision, image_size=384))
 PROMPT = [BASE.text.dec_id, 1037, 3861, 1997]

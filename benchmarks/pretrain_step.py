@@ -20,8 +20,9 @@ from benchmarks import report
 from blip.models.blip import Blip
 from blip.models.presets import BASE
 from blip.objectives.batch import Batch
+from blip.objectives.objective import Clock
 from blip.objectives.pretrain import Pretrain, PretrainConfig
-from blip.train.loop import keep_freed_memory
+from blip.train.memory import keep_freed_memory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import oracle
@@ -69,7 +70,7 @@ class Ours(Side):
 
     def step(self, bfloat16: bool = False) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            outcome = self.pretrain(self.next(), epoch=1.0)
+            outcome = self.pretrain(self.next(), Clock(epoch=1.0))
         sum(outcome.losses.values()).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -28,7 +28,7 @@ from blip.inference.matching import match
 from blip.models.blip import Blip, starting_with
 from blip.models.presets import BASE
 from blip.models.settings import BlipConfig
-from blip.train.loop import keep_freed_memory
+from blip.train.memory import keep_freed_memory
 from eval.retrieval import candidates
 
 CONFIG = dataclasses.replace(BASE, vision=dataclasses.replace(BASE.vision, image_size=384))

@@ -27,7 +27,7 @@ from blip.inference.settings import AnswerConfig
 from blip.models.presets import BASE
 from blip.models.vqa import Vqa
 from blip.nn.context import Context
-from blip.train.loop import keep_freed_memory
+from blip.train.memory import keep_freed_memory
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import oracle

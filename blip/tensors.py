@@ -122,7 +122,8 @@ def refuse_impostor(path: Path) -> bytes:
 
 def _refuse_other_than_safetensors(path: Path) -> None:
     head, size = refuse_impostor(path), path.stat().st_size
-    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+    pickled = head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")) and head[8:9] != b"{"
+    if pickled or head.startswith(b"PK\x03\x04"):  # a length, as of 640, may begin with the same bytes
         raise ValueError(f"{path} is a pickle and not safetensors, as its name says: give it the ending .pth")
     if size < 8 or struct.unpack("<Q", head[:8])[0] > size - 8:
         raise ValueError(f"{path} is cut short or not safetensors ({size:,} bytes): fetch or save it again")

@@ -100,7 +100,7 @@ def decided(config: ScoreConfig, planned: ScoreConfig | None = None, device: Any
     found = planned.precision if planned else "float32"
     if planned is None and config.scorer == "blip":
         from blip.dist import own_device
-        from blip.train.loop import multiplies_bfloat16
+        from blip.train.precision import multiplies_bfloat16
 
         device = device or own_device()
         found = "bfloat16" if device.type == "cuda" and multiplies_bfloat16(device) else "float32"

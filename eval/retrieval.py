@@ -188,8 +188,9 @@ def rank(
     """Compare all images with all texts by ITC, and the best `k` of each by ITM too.
 
     `images` yields normalised images (B, 3, S, S) in order, as often as asked for; `image_of_text` says which of them
-    each text belongs to; any number of texts per image, none included. `k` is cut to the size of the gallery. `batch`
-    is the number of texts that go through the model at once.
+    each text belongs to; any number of texts per image, none included. `k` is cut to the size of the gallery; with 0
+    nothing is re-ranked, and the cosines are the scores. `batch` is the number of texts that go through the model at
+    once.
 
     All processes have to call it: they share the batches of images and of texts, and each returns the whole. In
     float32 on a CPU the result is the same to the bit for any number of them.
@@ -228,6 +229,8 @@ def compare(
         mine = in_parts(list(texts), batch)[dist.rank() :: dist.world()]
         text_embeds = _in_turn(lambda: [embed_text(part) for part in mine])
         itc = cosines(torch.cat(image_embeds), torch.cat(text_embeds))
+        if k == 0:  # by cosines alone
+            return Ranking(itc, itc, torch.ones_like(itc).bool(), torch.ones_like(itc).bool())
         of_image, of_text = candidates(itc, k)
         pairs = of_image | of_text
         encoded = tokenizer.encode(list(texts), first="enc", max_length=max_tokens)

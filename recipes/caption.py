@@ -18,7 +18,7 @@ from blip.errors import DataError, counted
 from blip.inference.generate import write
 from blip.inference.settings import DecodeConfig
 from blip.models.blip import Blip
-from blip.objectives.pretrain import Caption, CaptionConfig
+from blip.objectives.caption import Caption, CaptionConfig
 from blip.tokenizer import Tokenizer
 from blip.train.loop import Result
 from blip.world.judge import grade, judge

@@ -16,7 +16,7 @@ from blip.data.settings import Dialogues
 from blip.data.transforms import TrainTransform
 from blip.errors import DataError
 from blip.models.dialogue import Dialogue
-from blip.objectives.pretrain import Dialogue as Objective
+from blip.objectives.dialogue import Dialogue as Objective
 from blip.tokenizer import Tokenizer
 from blip.train.loop import Result
 from blip.world import dialogues

@@ -17,7 +17,7 @@ from blip.data.settings import PictureSentences
 from blip.data.transforms import TrainTransform
 from blip.errors import DataError
 from blip.models.nlvr import Nlvr
-from blip.objectives.pretrain import Nlvr as Objective
+from blip.objectives.nlvr import Nlvr as Objective
 from blip.tokenizer import Tokenizer
 from blip.train.loop import Result
 from blip.world import pairs as world_pairs

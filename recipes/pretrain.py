@@ -1,6 +1,7 @@
-"""Pre-train BLIP on image-text pairs: ITC + ITM + LM with a momentum teacher (paper, section 3.2).
+"""Pre-train BLIP on image-text pairs: ITC + ITM + LM with a momentum teacher (paper, section 3.2), or CLIP's contrast.
 
     accelerate launch -m recipes.pretrain --config recipes/configs/pretrain_world.yaml        # 2 cores, minutes
+    accelerate launch -m recipes.pretrain --config recipes/configs/clip_world.yaml            # CLIP, minutes
     torchrun --nproc_per_node 8 -m recipes.pretrain --config recipes/configs/pretrain_base.yaml --out runs/base
 
 The same command again continues where the last one stopped. The configs say machine, time and score.
@@ -11,12 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import nn
-
 from blip import dist
 from blip.checkpoints import checkpoint
 from blip.data.settings import DataConfig, SourceConfig
 from blip.errors import DataError
+from blip.models.blip import Blip
+from blip.objectives.clip import Clip, ClipConfig
+from blip.objectives.objective import Objective
 from blip.objectives.pretrain import Pretrain, PretrainConfig
 from blip.train.loop import Result
 from blip.train.settings import TrainConfig
@@ -35,7 +37,7 @@ class HeldOutPairs:
     limit: int | None = None
     """Images to use; all when not given."""
     k: int = 128
-    """Candidates that are re-ranked."""
+    """Candidates that the matching head re-ranks; it is not asked where it is not trained (`clip`)."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class PretrainRun:
     """What it is shown."""
     objective: PretrainConfig = field(default_factory=PretrainConfig)
     """The three losses."""
+    clip: ClipConfig | None = None
+    """CLIP's contrast of the two towers within the batch, instead of the three losses; `{}` for its defaults."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How long and how fast."""
     held_out: HeldOutPairs | None = None
@@ -73,23 +77,30 @@ def gallery(name: str, held: HeldOutPairs, image_size: int) -> Gallery:
     return found
 
 
+def build_objective(run: PretrainRun, model: Blip) -> Objective:
+    """What the model learns by a run's settings."""
+    return Clip(model, run.clip) if run.clip else Pretrain(model, run.objective)
+
+
 def pretrain(run: PretrainRun) -> tuple[Result, Path]:
     """Carry out a run; returns how it ended and the model's folder."""
     out = Path(run.out)
     model, tokenizer = begin(run)
     data = build_feed(run.data, model.vision.image_size, tokenizer, run.train.seed)
-    objective = Pretrain(model, run.objective)
+    objective = build_objective(run, model)
     evaluate = None
     if run.held_out:
         held = gallery("held_out", run.held_out, model.vision.image_size)
-        k, length = run.held_out.k, run.data.max_tokens
+        k, length = 0 if run.clip else run.held_out.k, run.data.max_tokens
 
-        def evaluate(objective: nn.Module) -> dict[str, float]:
+        def evaluate(objective: Objective) -> dict[str, float]:
             return retrieval(objective.model, tokenizer, *held, k=k, max_tokens=length)
 
     result = train(run, objective, data, evaluate)
     if dist.is_main():
         about = f"Pre-trained for {result.steps} steps on {result.samples} pairs with `recipes.pretrain`."
+        if run.clip:
+            about += "\n\nTrained by CLIP's contrast: the two towers; match head and decoder are as they were."
         scores = {name: f"{value:.2f}" for name, value in result.metrics.items()}
         checkpoint.save_pretrained(model, tokenizer, out / "model", card=card(about, run.data.sources, scores))
         print(f"model written to {out / 'model'}")

@@ -15,7 +15,7 @@ import torch
 
 from blip.data.settings import DataConfig
 from blip.models.blip import Blip
-from blip.objectives.pretrain import Retrieval, RetrievalConfig
+from blip.objectives.retrieval import Retrieval, RetrievalConfig
 from blip.tokenizer import Tokenizer
 from blip.train.loop import Result
 from eval.retrieval import Ranking, rank

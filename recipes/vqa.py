@@ -23,8 +23,8 @@ from blip.errors import DataError, counted
 from blip.inference.answering import ANSWERS, Candidates, answers, ask
 from blip.inference.settings import QUESTION_TOKENS, QUESTION_WORDS, AnswerConfig
 from blip.models.vqa import Vqa
-from blip.objectives.pretrain import Vqa as Objective
-from blip.objectives.pretrain import VqaConfig
+from blip.objectives.vqa import Vqa as Objective
+from blip.objectives.vqa import VqaConfig
 from blip.tokenizer import Tokenizer
 from blip.train.loop import Result
 from blip.world import questions

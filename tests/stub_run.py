@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from blip import dist
 from blip.objectives.batch import Batch
+from blip.objectives.objective import Clock, Outcome
 from blip.train.loop import NonFinite, fit
 from blip.train.settings import TrainConfig
 
@@ -34,12 +35,6 @@ SEARCHED = os.pathsep.join(map(str, [HERE.parent, HERE, *sorted(path for path in
 
 WIDTH = 8
 QUICK = {"batch_size": 4, "lr": 1e-2, "warmup_steps": 3, "log_every": 1, "precision": "float32", "timeout": 60.0}
-
-
-class Outcome(NamedTuple):
-    losses: dict[str, Tensor]
-    health: dict[str, Tensor]
-    carry: Any
 
 
 class Numbers:
@@ -94,14 +89,14 @@ class Stub(nn.Module):
         self.fault = fault or Fault()
         self.calls = 0
 
-    def forward(self, batch: Batch, epoch: float) -> Outcome:
+    def forward(self, batch: Batch, clock: Clock) -> Outcome:
         flat = batch.image.flatten(1)
         states = self.head(self.student(flat))
         target = self.teacher(flat)
         wrong = target[torch.randint(len(target), (len(target),), device=target.device)]
         near, far = F.mse_loss(states, target), F.mse_loss(states, wrong)
         itc = near - 0.1 * far + 0.01 * (states @ self.queue.T).square().mean()
-        lm = F.mse_loss(states.sum(1), flat.sum(1)) * (1 + 0.1 * min(1.0, epoch))
+        lm = F.mse_loss(states.sum(1), flat.sum(1)) * (1 + 0.1 * min(1.0, clock.epoch))
         lm = self._break(lm)
         self.calls += 1
         return Outcome({"itc": itc, "lm": lm}, {"spread": states.detach().std()}, target.detach())

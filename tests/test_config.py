@@ -15,17 +15,19 @@ from blip.data import settings as data
 from blip.inference import settings as inference
 from blip.models import settings as models
 from blip.nn import settings as nn
-from blip.objectives import pretrain
+from blip.objectives import caption, clip, pretrain, retrieval, teacher, vqa
 from blip.train import settings as train
+from blip.train import towers
 
-GIVEN = {"path": "x", "policy": "fraction"}
+GIVEN = {"path": "x", "part": "x", "policy": "fraction"}
 """Values without which a class cannot be made, or a field means nothing."""
 
 
 def numbers():
     """Each field of a settings class that holds fractional numbers."""
     calibrate, score, select = capfilt.calibrate.threshold, capfilt.score.loop, capfilt.select.policies
-    ours = (nn, models, pretrain, data, train, inference)
+    objectives = (caption, clip, pretrain, retrieval, teacher, vqa)
+    ours = (nn, models, *objectives, data, train, towers, inference)
     for module in (*ours, calibrate, select, score, capfilt.settings):
         for name, kind in inspect.getmembers(module, inspect.isclass):
             if dataclasses.is_dataclass(kind) and kind.__module__ == module.__name__:
@@ -46,7 +48,7 @@ def test_nan_is_refused_by_name(kind, field, pair):
     ("kind", "values"),
     [
         (pretrain.PretrainConfig, {"temperature_min": 0.0}),
-        (pretrain.RetrievalConfig, {"temperature_min": 0.6}),
+        (retrieval.RetrievalConfig, {"temperature_min": 0.6}),
         (pretrain.PretrainConfig, {"alpha_ramp_epochs": -1.0}),
         (data.DataConfig, {"max_unknown": 50.0}),
         (train.TrainConfig, {"betas": (0.9, 1.0)}),

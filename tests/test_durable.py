@@ -13,7 +13,7 @@ from blip import files
 from blip.app.exit import one_line
 from blip.app.index import Index, Origin
 from blip.tensors import write_tensors
-from blip.train.resume import Checkpoints, State
+from blip.train.state import Checkpoints, State
 from capfilt.store.storage import Local
 
 

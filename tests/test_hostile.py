@@ -35,8 +35,8 @@ from blip.models.presets import TINY
 from blip.objectives.pretrain import Pretrain
 from blip.tensors import read_tensors
 from blip.tokenizer import Tokenizer
-from blip.train import resume
-from blip.train.resume import Checkpoints, State, restore
+from blip.train import drift
+from blip.train.state import Checkpoints, State, restore
 from capfilt.readers.tar import index
 from eval.metrics.java import NoJava, run_java
 
@@ -153,7 +153,7 @@ def test_programs_are_those_of_absolute_folders(tmp_path, monkeypatch):
     assert startup.program("java") is None
     with pytest.raises(NoJava, match="no java on PATH"):
         run_java(["-version"], 1.0, {})
-    assert resume.git_commit() is None
+    assert drift.git_commit() is None
 
 
 STARTS = {f"subprocess.{name}" for name in ("run", "Popen", "call", "check_call", "check_output")}
@@ -169,7 +169,7 @@ def test_every_child_is_started_by_its_absolute_path():
                     found[str(path.relative_to(ROOT))] = ast.unparse(node.args[0])
     assert found == {
         "blip/app/doctor.py": "[where, '-version']",
-        "blip/train/resume.py": "command",
+        "blip/train/drift.py": "command",
         "capfilt/score/pool.py": "startup.python('capfilt.score.pool', str(theirs.fileno()), str(errors.fileno()))",
         "eval/metrics/java.py": "command",
     }

@@ -183,7 +183,7 @@ def hardware() -> list[Finding]:
     import torch
 
     from blip.nn import linear
-    from blip.train.loop import multiplies_bfloat16
+    from blip.train.precision import multiplies_bfloat16
 
     if torch.cuda.is_available():
         findings = []
@@ -203,7 +203,7 @@ def hardware() -> list[Finding]:
 def _precision(device: str) -> Finding:
     import torch
 
-    from blip.train.loop import precision
+    from blip.train.precision import precision
     from blip.train.settings import TrainConfig
 
     training = str(precision(TrainConfig(precision="auto"), torch.device(device))).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""What a training step is given. B batch, T text tokens, S image side."""
+"""Batches: what a training step is given. B batch, T text tokens, S image side."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Batch(Movable):
     bad: list[Bad] = field(default_factory=list)
     """Samples that were replaced while this batch was made."""
     prompt: int = 0
-    """Word pieces after the first token that every text begins with: given to a writer, not asked of it."""
+    """Word pieces after the first token that every text begins with: given to the decoder, not learned."""
     image_ids: Tensor | None = None
     """(B,) int64, 0 or more: pairs of one image have the same, wherever in the data they are."""
 
@@ -60,7 +60,7 @@ class Batch(Movable):
 
 @dataclass
 class QuestionBatch(Batch):
-    """B images with a question each, and the answers that people gave: A in all, those of a question are neighbours."""
+    """B images with a question each, and the human answers: A in all, those of a question beside each other."""
 
     answer_ids: Tensor = field(kw_only=True)
     """(A, U) int64: [CLS] word pieces [SEP], then padding."""
@@ -97,7 +97,7 @@ class DialogueBatch(Movable):
 
 @dataclass
 class SentenceBatch(Movable):
-    """B sentences about K pictures each, texts padded on the right to the longest."""
+    """B sentences about K images each, texts padded on the right to the longest."""
 
     image: Tensor
     """(B, K, 3, S, S) float32, normalised."""

@@ -1,15 +1,29 @@
-"""The slow teacher and the queues of its features (paper, section 3.2, after MoCo and ALBEF).
+"""The momentum teacher, and what learns from it by contrast (paper, section 3.2, after MoCo and ALBEF).
 
-M rows pushed, Q queue, E width.
+B batch, K candidates of the batch itself, P image tokens, V vision width.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Self
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip.models.blip import Towers
+from blip import dist
+from blip.models import protocols
+from blip.models.blip import Blip, Towers
+from blip.objectives.batch import Batch
+from blip.objectives.contrast import Contrast, Similarities, check_temperature, embed
+from blip.objectives.negatives import Queue, Queued
+from blip.objectives.objective import Clock, Objective
+from blip.objectives.similarity import Pair, cosine
+from blip.objectives.targets import Distilled, Target
+from blip.settings import check_rates, require
+
+_MOST_QUEUED = 1 << 22
+"""Features in a queue; beyond that it is memory that is queued."""
 
 
 class Teacher(nn.Module):
@@ -28,35 +42,82 @@ class Teacher(nn.Module):
         torch._foreach_lerp_(list(mine), list(theirs), 1 - momentum)
 
 
-class _Ring(nn.Module):
-    """The last Q rows that were pushed, a ring of any size; what it began with until it is full."""
+@dataclass(frozen=True)
+class MomentumContrastConfig:
+    """A momentum teacher, its queues and the hard negatives drawn by its similarities."""
 
-    def __init__(self, features: Tensor) -> None:
+    queue_size: int = 57600
+    """Momentum features kept per modality; any size, 0 for none."""
+    momentum: float = 0.995
+    """Decay of the teacher's moving average, per step."""
+    alpha: float = 0.4
+    """Weight of the teacher's soft targets in the contrastive loss."""
+    alpha_ramp_epochs: float = 2.0
+    """Epochs over which alpha rises linearly from 0."""
+    temperature_min: float = 0.001
+    """Lower clamp of the learned temperature."""
+    temperature_max: float = 0.5
+    """Upper clamp of the learned temperature."""
+    negative_floor: float = 0.0
+    """Added to each hard-negative sampling weight; without it a row that underflows draws evenly from other images."""
+    negatives_all_ranks: bool = False
+    """Draw hard negatives from the batches of all processes, not only the local one."""
+    teacher_dropout: bool = False
+    """Leave dropout on in the teacher (2022: true)."""
+
+    def __post_init__(self) -> None:
+        require(self.queue_size >= 0, f"queue_size must be 0 or more, got {self.queue_size}")
+        most = f"queue_size must be at most {_MOST_QUEUED:,}, got {self.queue_size}"
+        require(self.queue_size <= _MOST_QUEUED, most)
+        require(0 <= self.momentum <= 1, f"momentum must be in [0, 1], got {self.momentum}")
+        require(0 <= self.alpha <= 1, f"alpha must be in [0, 1], got {self.alpha}")
+        check_rates(self, "alpha_ramp_epochs", "negative_floor")
+        check_temperature(self.temperature_min, self.temperature_max)
+
+
+class MomentumContrast(Objective):
+    """The two towers of a `Blip`, which learn from their momentum teacher by contrast with its features and queues."""
+
+    def __init__(self, model: Blip, config: MomentumContrastConfig) -> None:
         super().__init__()
-        self.register_buffer("features", features)
-        self.register_buffer("next", torch.zeros((), dtype=torch.long))
+        protocols.require(model, protocols.Embeds, protocols.Matches)
+        self.config = config
+        self.model = model
+        self.teacher = Teacher(model)
+        self.image_queue = Queue(config.queue_size, model.config.embed_dim)
+        self.text_queue = Queue(config.queue_size, model.config.embed_dim)
+        self.negatives = Queued(self.image_queue, self.text_queue)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.teacher.train(mode and self.config.teacher_dropout)
+        return self
+
+    def embed(self, batch: Batch) -> tuple[Tensor, Pair, Pair]:
+        """The student's image tokens (B, P, V), its embeddings and the teacher's."""
+        tokens, student = embed(self.model, batch)
+        with torch.no_grad():
+            _, teacher = embed(self.teacher.towers, batch)
+        return tokens, student, teacher
+
+    def contrast(self, student: Pair, teacher: Pair, target: Target, clock: Clock) -> tuple[Tensor, Similarities]:
+        """ITC and the batch's cosines (B, B); the clock sets the weight of the teacher's soft targets."""
+        config = self.config
+        ramp = config.alpha_ramp_epochs
+        alpha = config.alpha * min(1.0, clock.epoch / ramp) if ramp else config.alpha
+        contrast = Contrast(cosine, self.negatives, Distilled(target, alpha))
+        return contrast(student, teacher, self.model.temperature, teacher)
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether hard negatives come from other processes, too."""
+        return self.config.negatives_all_ranks and dist.world() > 1
 
     @torch.no_grad()
-    def push(self, features: Tensor) -> None:
-        """Overwrite the oldest with features (M, ...); of more than Q, the last Q remain."""
-        size = len(self.features)
-        if size == 0:
-            return
-        features = features[-size:]
-        index = (self.next + torch.arange(len(features), device=features.device)) % size
-        self.features.index_copy_(0, index, features.to(self.features.dtype))
-        self.next.copy_((self.next + len(features)) % size)
-
-
-class Queue(_Ring):
-    """The last Q features (Q, E) of one modality; random directions until it is full."""
-
-    def __init__(self, size: int, width: int) -> None:
-        super().__init__(F.normalize(torch.randn(size, width), dim=1))
-
-
-class IdQueue(_Ring):
-    """The image ids (Q,) of what feature queues of the same size hold; -100, no image's, until it is full."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__(torch.full((size,), -100))
+    def after_step(self, carries: list[Pair]) -> None:
+        """Clamp the temperature, move the teacher, put the step's features (the teacher's) in the queues."""
+        config = self.config
+        self.model.temperature.clamp_(config.temperature_min, config.temperature_max)
+        self.teacher.update(self.model, config.momentum)
+        for features in carries:
+            self.negatives.push(features)

@@ -6,16 +6,14 @@ function of the position in the stream. So the weights, the optimizer's moments 
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import math
 import struct
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,10 +27,15 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from blip import dist, files
 from blip.errors import DataError, Stopped, StuckSample, is_out_of_memory
 from blip.objectives.batch import Batch
-from blip.train import log, optim, resume
-from blip.train.resume import RunLock, RunLocked, State
+from blip.objectives.objective import Clock, Objective
+from blip.train import drift, log, optim
+from blip.train.lock import RunLock, RunLocked, only_writer
+from blip.train.memory import give_back_freed_memory, keep_freed_memory
+from blip.train.precision import all_multiply_bfloat16, precision
 from blip.train.settings import TrainConfig
 from blip.train.signals import Stopper
+from blip.train.state import Checkpoints, State, restore
+from blip.train.towers import TowerSchedule
 
 
 class Data(Protocol):
@@ -91,7 +94,7 @@ class LostPeer(Stopped):
 
 
 def fit(
-    objective: nn.Module,
+    objective: Objective,
     data: Data,
     config: TrainConfig,
     *,
@@ -103,12 +106,12 @@ def fit(
 ) -> Result:
     """Train an objective, continuing from the newest whole checkpoint in `out` if there is one.
 
-    `objective(batch, epoch)` returns named losses, which are summed; `objective.after_step(carries)` follows each
+    `objective(batch, clock)` returns named losses, which are summed; `objective.after_step(carries)` follows each
     update. `evaluate` is called in every process, in evaluation mode and without gradients, and the main process's
     numbers count. `settings` (the whole run's) and `fingerprint` (of the data) must be the same when a run continues.
 
     Raises ValueError for settings that cannot work or differ from the run in `out`, RunLocked if another process
-    writes there, NonFinite, OutOfMemory, LostPeer and atomic.WriteError as their names say, and Interrupted (exit
+    writes there, NonFinite, OutOfMemory, LostPeer and files.WriteError as their names say, and Interrupted (exit
     status 75) after SIGTERM, SIGUSR1 or SIGINT, once the state is saved.
     """
     notes = dist.set_aside()
@@ -121,7 +124,7 @@ def fit(
     if out.is_file():
         raise ValueError(f"{out} is a file; give the name of a directory for the run")
     settings = {"train": vars(config)} if settings is None else settings
-    with _only_writer(out) as lock, Stopper() as stopper, _explained(config):
+    with only_writer(out) as lock, Stopper() as stopper, _explained(config):
         run = _Run(objective, data, config, out, evaluate, settings, fingerprint, ledger, stopper, lock)
         for note in notes:
             run.progress.say(note)
@@ -136,7 +139,7 @@ class _Run:
 
     def __init__(
         self,
-        objective: nn.Module,
+        objective: Objective,
         data: Data,
         config: TrainConfig,
         out: Path,
@@ -174,17 +177,19 @@ class _Run:
         self.dtype = precision(config, self.device)
         objective.to(self.device).train()
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
-        self.optimizer = optim.build(objective, config, bfloat16=all_multiply_bfloat16(self.device))
+        self.towers = TowerSchedule(objective, config.towers)
+        scales, bfloat16 = self.towers.scales(), all_multiply_bfloat16(self.device)
+        self.optimizer = optim.build(objective, config, scales, bfloat16=bfloat16)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
         layout = {"world": self.world, "batch_size": config.batch_size, "accumulate": config.accumulate}
         self.facts = {
-            "settings": resume.plain(settings),
+            "settings": drift.plain(settings),
             "fingerprint": fingerprint,
             "layout": layout,
-            "versions": resume.versions(),
+            "versions": drift.versions(),
         }
-        self.checkpoints = resume.Checkpoints(out, config.keep_checkpoints)
+        self.checkpoints = Checkpoints(out, config.keep_checkpoints)
         self.state = self._restore()
         if config.compile:
             objective.compile()
@@ -198,30 +203,30 @@ class _Run:
 
     def _restore(self) -> State:
         """Choose a checkpoint in the main process and load it in all."""
-        path = said = refusal = None
+        path = newest = refusal = None
         if dist.is_main():
-            path, said = self.checkpoints.newest() or (None, None)
-            if said and not self.config.allow_change:
+            path, newest = self.checkpoints.newest() or (None, None)
+            if newest and not self.config.allow_change:
                 try:
                     facts = self.facts
-                    resume.refuse_drift(said, facts["settings"], facts["fingerprint"], facts["layout"], path)
+                    drift.refuse_drift(newest, facts["settings"], facts["fingerprint"], facts["layout"], path)
                 except ValueError as error:
                     refusal = str(error)
             if refusal is None:
                 self.checkpoints.discard_after(path)
-        path, said, refusal = dist.from_main((path, said, refusal))
+        path, newest, refusal = dist.from_main((path, newest, refusal))
         if refusal:
             raise ValueError(refusal)
         if path is None:
             return State()
-        saved = resume.restore(path, self.objective)
+        saved = restore(path, self.objective)
         chosen = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
         for group, values in zip(self.optimizer.param_groups, chosen, strict=True):
             group.update(values)
         if saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
-        return State(**{name: said[name] for name in State.__dataclass_fields__})
+        return State(**{name: newest[name] for name in State.__dataclass_fields__})
 
     def _open_logs(self, layout: dict[str, int]) -> None:
         state, config = self.state, self.config
@@ -231,7 +236,7 @@ class _Run:
         self.metrics: log.Metrics | None = None
         lines: list[dict[str, Any]] = []
         if dist.is_main():
-            resume.describe_run(self.out, self.facts["settings"], layout, f"{self.device} {self.dtype}")
+            drift.describe_run(self.out, self.facts["settings"], layout, f"{self.device} {self.dtype}")
             self.metrics = log.Metrics(self.out / "metrics.jsonl", state.step)
             lines = self.metrics.lines_before
         self.progress = log.Progress(self.total, state.step, dist.is_main())
@@ -242,7 +247,7 @@ class _Run:
         last = evaluated[-1] if evaluated else {"step": None, "eval": {}}
         self.evaluated, self.scores, self.losses = dist.from_main((last["step"], last["eval"], (logged or [{}])[-1]))
         if config.trackers:
-            flat = resume.flatten(self.facts["settings"])
+            flat = drift.flatten(self.facts["settings"])
             values = {k: v if isinstance(v, str | int | float | bool) else str(v) for k, v in flat.items()}
             self.accelerator.init_trackers("openblip", config=values)
 
@@ -299,10 +304,13 @@ class _Run:
         """One update; returns whether any process was asked to stop."""
         began = time.monotonic()
         state = self.state
+        clock = Clock(state.step, state.samples / len(self.data), state.step / self.total)
         rate = optim.learning_rate(state.step, self.config, self.steps_per_epoch, self.total)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        losses, health, carries, keys, host = self._forward_backward(batches)
+            group["lr"] = rate * group["lr_scale"]
+        for change in self.towers.set(clock):
+            self.progress.say(f"step {state.step}: {change}")
+        losses, health, carries, keys, host = self._forward_backward(batches, clock)
 
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -330,13 +338,14 @@ class _Run:
             self.pace[name] += value
         return stop > 0
 
-    def _forward_backward(self, batches: Iterator[Batch]) -> tuple[dict, dict, list[Any], list[str], list[float]]:
+    def _forward_backward(
+        self, batches: Iterator[Batch], clock: Clock
+    ) -> tuple[dict, dict, list[Any], list[str], list[float]]:
         """Gradients of one step; mean losses and health, carries, keys of the pairs, and (seconds waited, tokens)."""
         config, state = self.config, self.state
         losses: dict[str, Tensor] = {}
         health: dict[str, Tensor] = {}
         carries, keys, host = [], [], [0.0, 0.0]
-        epoch = state.samples / len(self.data)
         for micro in range(config.accumulate):
             waiting = time.monotonic()
             batch = next(batches)
@@ -350,7 +359,7 @@ class _Run:
             last = micro == config.accumulate - 1
             with nullcontext() if last else self.accelerator.no_sync(self.module):
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                    outcome = self.module(batch.to(self.device), epoch)
+                    outcome = self.module(batch.to(self.device), clock)
                 self.scaler.scale(sum(outcome.losses.values()) / config.accumulate).backward()
             for into, values in ((losses, outcome.losses), (health, outcome.health)):
                 for name, value in values.items():
@@ -480,22 +489,6 @@ def _enough(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 @contextmanager
-def _only_writer(out: Path) -> Iterator[RunLock | None]:
-    """The main process holds the run's lock, and is given it; all processes hear if it cannot."""
-    with ExitStack() as stack:
-        refusal = lock = None
-        if dist.is_main():
-            try:
-                lock = stack.enter_context(RunLock(out))
-            except RunLocked as error:
-                refusal = str(error)
-        refusal = dist.from_main(refusal)
-        if refusal:
-            raise RunLocked(refusal)
-        yield lock
-
-
-@contextmanager
 def _explained(config: TrainConfig) -> Iterator[None]:
     """Say in plain words what went wrong in one process and what in another."""
     try:
@@ -519,61 +512,3 @@ def seed_of(*numbers: int) -> int:
     """A seed that is a function of whole numbers, different for each combination."""
     digest = hashlib.blake2b(struct.pack(f"<{len(numbers)}q", *numbers), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def precision(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """The type of matrix products: as asked, or for `auto` bfloat16 where every process's hardware multiplies it."""
-    if config.precision == "auto":
-        return torch.bfloat16 if all_multiply_bfloat16(device) else torch.float32
-    if config.precision == "float16" and device.type != "cuda":
-        raise ValueError(f"train.precision float16 needs a CUDA device, not {device}; use bfloat16 or float32")
-    return getattr(torch, config.precision)
-
-
-def all_multiply_bfloat16(device: torch.device) -> bool:
-    """Whether every process's hardware multiplies bfloat16: replicas must compute in one number format."""
-    return not dist.any_process(not multiplies_bfloat16(device))
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware has bfloat16 matrix products (not an emulation), and oneDNN is allowed to use them."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    if hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False  # ONEDNN_MAX_CPU_ISA hides from it what the processor has
-    if hasattr(torch.cpu, "get_capabilities"):
-        found = torch.cpu.get_capabilities()
-        return any(found.get(name, False) for name in ("amx_bf16", "avx512_bf16", "sve_bf16", "bf16"))
-    return torch.cpu._is_avx512_bf16_supported()
-
-
-def keep_freed_memory() -> bool:
-    """Tell the C library to keep freed memory for the next step; returns whether it listened (glibc on Linux).
-
-    Without it a step on CPU spends 15 to 20% of its time on pages that it gave back and asks for again. Large blocks
-    are the ones that cost, and glibc lets no threshold above 32 MiB keep them, so it is told to map none at all.
-    """
-    trim_threshold, mmap_max = -1, -4
-    mallopt = _from_the_c_library("mallopt")
-    return bool(mallopt and mallopt(mmap_max, 0) and mallopt(trim_threshold, -1))
-
-
-def give_back_freed_memory() -> bool:
-    """Give freed memory back once in a while; returns whether there was some (glibc on Linux).
-
-    Blocks of ever other sizes, as of texts of other lengths, leave holes between those in use: kept for good, they add
-    up to several times what a step needs.
-    """
-    trim = _from_the_c_library("malloc_trim")
-    return bool(trim and trim(0))
-
-
-def _from_the_c_library(name: str) -> Callable[..., int] | None:
-    if sys.platform != "linux" or not dist.on_cpu():
-        return None
-    try:
-        return getattr(ctypes.CDLL(None), name)
-    except (OSError, AttributeError):
-        return None

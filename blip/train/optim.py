@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,31 +16,41 @@ _PLACES = ("pos_embed", "position", "cls_token", "temperature")
 """Names of parameters that say where or how, not what: never decayed unless everything is."""
 
 
-def parameter_groups(module: nn.Module, weight_decay: float, decay_all: bool = False) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups, decayed and not.
+def parameter_groups(
+    module: nn.Module, weight_decay: float, decay_all: bool = False, scales: Mapping[nn.Parameter, float] | None = None
+) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups, decayed and not; in two for each factor of the learning rate in `scales`.
 
     Norms, biases and anything else with fewer than two dimensions, position embeddings, the class token and the
     temperature are not decayed; with `decay_all` (2022) everything is. A shared parameter appears once.
     """
-    decayed: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         keep_as_is = parameter.ndim < 2 or any(word in name for word in _PLACES)
-        (rest if keep_as_is and not decay_all else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+        key = (scales or {}).get(parameter, 1.0), keep_as_is and not decay_all
+        groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": groups[scale, rest], "weight_decay": 0.0 if rest else weight_decay, "lr_scale": scale}
+        for scale, rest in sorted(groups)
+    ]
 
 
-def build(module: nn.Module, config: TrainConfig, bfloat16: bool = True) -> torch.optim.Optimizer:
+def build(
+    module: nn.Module,
+    config: TrainConfig,
+    scales: Mapping[nn.Parameter, float] | None = None,
+    bfloat16: bool = True,
+) -> torch.optim.Optimizer:
     """The optimizer of a run over `parameter_groups`; the module must be on its device already.
 
     `adamw` is fused AdamW for everything. `muon` leaves to AdamW what is not a matrix inside a transformer block, and
     gives each of those matrices an update with all its directions equally long, scaled to AdamW's size. It finds
-    that update in `bfloat16`, as PyTorch does, or in float32, for hardware that multiplies no bfloat16.
+    that update in `bfloat16`, as PyTorch does, or in float32, for hardware that multiplies no bfloat16. `scales` gives
+    parameters their own factor of the learning rate, which the loop reads in the `lr_scale` of each group.
     """
-    groups = parameter_groups(module, config.weight_decay, config.decay_all)
+    groups = parameter_groups(module, config.weight_decay, config.decay_all, scales)
     if not groups:
         raise ValueError(f"{type(module).__name__} has no trainable parameter")
     adamw = partial(torch.optim.AdamW, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from blip.settings import check_positive, check_rates, require
+from blip.train.towers import Tower
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class TrainConfig:
     decay: float = 0.9
     """Factor per epoch of `epoch_decay`."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """`muon` orthogonalises the updates of the blocks' matrices: fewer steps for a model that starts from nothing."""
+    """`muon` orthogonalises the updates of the blocks' matrices: fewer steps for a model trained from scratch."""
     weight_decay: float = 0.05
     """Decoupled weight decay."""
     decay_all: bool = False
@@ -44,6 +45,8 @@ class TrainConfig:
     """AdamW's epsilon."""
     clip: float | None = 1.0
     """Largest gradient norm (2022: none)."""
+    towers: list[Tower] = field(default_factory=list)
+    """Parts of the model that are locked for a time or learn more slowly; all others learn from the first step."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto` is bfloat16 where the hardware multiplies it natively, else float32."""
     compile: bool = False

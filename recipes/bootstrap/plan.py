@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from blip import dist
 from blip.checkpoints import checkpoint
 from blip.data.settings import SourceConfig
-from blip.train.resume import FREE_TO_CHANGE
+from blip.train.drift import FREE_TO_CHANGE, YOUNGER
 from blip.train.settings import TrainConfig
 from blip.world.judge import grade as grade_captions
 from capfilt.calibrate.grade import grade
@@ -357,5 +357,6 @@ def _source(folder: Path, split: str) -> SourceConfig:
 
 
 def _plain(settings: Any) -> dict[str, Any]:
-    """Settings that decide results."""
-    return {name: value for name, value in dataclasses.asdict(settings).items() if name not in FREE_TO_CHANGE}
+    """Settings that decide results; without those that runs of before do not name, where they are as they were."""
+    decisive = {name: value for name, value in dataclasses.asdict(settings).items() if name not in FREE_TO_CHANGE}
+    return {name: value for name, value in decisive.items() if name not in YOUNGER or value != YOUNGER[name]}

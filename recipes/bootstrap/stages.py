@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from blip import files
-from blip.train import resume
-from blip.train.resume import RunLock, RunLocked
+from blip.train import drift
+from blip.train.lock import RunLock, RunLocked
 
 RECORD = "stage.json"
 LOCKS = "locks"
@@ -55,7 +55,7 @@ class Stages:
             if missing := [need for need in stage.needs if need not in self.stages]:
                 raise ValueError(f"stage {stage.name} needs {', '.join(missing)} before it")
             self.stages[stage.name] = stage
-            parts = [resume.plain(stage.settings), [self.fingerprints[need] for need in stage.needs]]
+            parts = [drift.plain(stage.settings), [self.fingerprints[need] for need in stage.needs]]
             self.fingerprints[stage.name] = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def record(self, name: str) -> dict[str, Any] | None:
@@ -71,7 +71,7 @@ class Stages:
         except ValueError as error:
             raise ValueError(f"{path} cannot be read ({error}): remove {path.parent} to have it done again") from None
         if record["fingerprint"] != self.fingerprints[name]:
-            lines = resume.drift(record["settings"], self.stages[name].settings) or ["something that it builds on"]
+            lines = drift.drift(record["settings"], self.stages[name].settings) or ["something that it builds on"]
             raise ValueError(
                 f"{path.parent} was made with other settings: {'; '.join(lines)}. Go back to those, choose another "
                 "--out, or remove that folder and all that was made from it"
@@ -141,7 +141,7 @@ class Stages:
         results = stage.work(folder)
         record = {
             "fingerprint": self.fingerprints[stage.name],
-            "settings": resume.plain(stage.settings),
+            "settings": drift.plain(stage.settings),
             "seconds": round(time.monotonic() - began, 1),
             "results": results,
         }

@@ -172,11 +172,11 @@ def test_cores_and_memory(monkeypatch, tmp_path):
 
 
 def test_the_device_and_its_precision(monkeypatch):
-    from blip.train import loop
+    from blip.train import precision as formats
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for yes, word in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr(loop, "multiplies_bfloat16", lambda device, yes=yes: yes)
+        monkeypatch.setattr(formats, "multiplies_bfloat16", lambda device, yes=yes: yes)
         device, precision = doctor.hardware()
         assert device.said.startswith("cpu ")
         assert f"training in {word}" in precision.said
@@ -185,13 +185,13 @@ def test_the_device_and_its_precision(monkeypatch):
 def test_a_gpu(monkeypatch):
     from types import SimpleNamespace
 
-    from blip.train import loop
+    from blip.train import precision as formats
 
     card = SimpleNamespace(name="A Card", total_memory=80 << 30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
-    monkeypatch.setattr(loop, "multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr(formats, "multiplies_bfloat16", lambda device: False)
     found = doctor.hardware()
     assert [finding.said for finding in found[:2]] == [
         f"cuda:{i} A Card, 80.0 GB, no bfloat16: use float16" for i in range(2)

@@ -44,6 +44,7 @@ from blip.models.presets import BASE, LARGE
 from blip.models.video import embed_clip
 from blip.models.vqa import Vqa
 from blip.nn.settings import VisionConfig
+from blip.objectives.caption import Caption, CaptionConfig
 from blip.tokenizer import Tokenizer
 from eval.retrieval import retrieval
 from recipes.building import ModelChoice, build_model, build_task
@@ -218,7 +219,7 @@ def test_a_part_does_not_do_what_it_was_not_trained_for(tmp_path):
     for use in (
         lambda: write(matcher, words, image[:1], DecodeConfig(beams=1, max_length=8)),
         lambda: blip.objectives.pretrain.Pretrain(matcher, goldens.PRETRAIN),
-        lambda: blip.objectives.pretrain.Caption(matcher, blip.objectives.pretrain.CaptionConfig()),
+        lambda: Caption(matcher, CaptionConfig()),
         lambda: Vqa.from_blip(matcher),
     ):
         with pytest.raises(ValueError, match="is a Matcher and cannot generate texts: give a captioning or"):

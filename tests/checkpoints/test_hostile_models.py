@@ -357,10 +357,11 @@ def test_what_programs_write_is_still_read(saved, tmp_path):
     assert torch.equal(config_of.image_proj.weight, whole["image_proj.weight"].bfloat16().float())
 
 
-def test_a_header_whose_length_looks_like_a_web_page(tmp_path):
-    """15,392 is 0x3c20, which is " <" in the file."""
+@pytest.mark.parametrize("length", [15_392, 640])
+def test_a_header_whose_length_looks_like_a_web_page_or_a_pickle(tmp_path, length):
+    """15,392 is 0x3c20, which is " <" in the file; 640 is 0x0280, with which a pickle begins."""
     path = tmp_path / "a.safetensors"
-    said = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode().ljust(15_392)
+    said = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode().ljust(length)
     path.write_bytes(struct.pack("<Q", len(said)) + said + struct.pack("<f", 2.0))
     assert read_tensors(path)["a"].tolist() == [2.0]
 

@@ -15,6 +15,7 @@ from blip.checkpoints.table import from_theirs, to_theirs
 from blip.models.blip import Blip, starting_with
 from blip.nn.text import TextPass
 from blip.nn.vision import resize_positions
+from blip.objectives.objective import Clock
 from blip.objectives.pretrain import Pretrain
 
 TEXT = goldens.CONFIG.text
@@ -62,7 +63,7 @@ def draws(monkeypatch, results):
 
 def step(pretrain, number, draws, trim=True):
     noted = draws(number)
-    outcome = pretrain(goldens.batch(number, trim), epoch=float(number))
+    outcome = pretrain(goldens.batch(number, trim), Clock(epoch=float(number)))
     assert len(noted) == 2
     return outcome, noted
 

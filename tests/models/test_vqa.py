@@ -18,8 +18,9 @@ from blip.models.blip import Blip
 from blip.models.vqa import Vqa
 from blip.nn.text import TextPass
 from blip.objectives.batch import QuestionBatch
-from blip.objectives.pretrain import Vqa as Objective
-from blip.objectives.pretrain import VqaConfig
+from blip.objectives.objective import Clock
+from blip.objectives.vqa import Vqa as Objective
+from blip.objectives.vqa import VqaConfig
 
 TEXT = goldens.CONFIG.text
 LAYOUT = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
@@ -95,7 +96,7 @@ def test_every_tensor_of_the_original_has_a_place():
 
 def test_loss_and_every_gradient(model, golden):
     objective = Objective(model, VqaConfig()).train()
-    outcome = objective(batch(golden), epoch=0.0)
+    outcome = objective(batch(golden), Clock())
     close(outcome.losses["vqa"].detach(), golden["loss"])
     outcome.losses["vqa"].backward()
     table = original_vqa(model)

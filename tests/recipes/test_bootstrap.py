@@ -15,7 +15,7 @@ import yaml
 
 from blip.data.formats.sources import open_source
 from blip.data.settings import SourceConfig
-from blip.train.resume import drift
+from blip.train.drift import drift
 from capfilt.run import Run as Job
 from capfilt.verify import verify
 from recipes import command

@@ -32,13 +32,14 @@ from blip.data.transforms import EvalTransform
 from blip.inference.settings import CAPTION_PROMPT, DecodeConfig
 from blip.models.blip import Blip, starting_with
 from blip.objectives.batch import Batch
-from blip.objectives.pretrain import Caption, CaptionConfig
+from blip.objectives.caption import Caption, CaptionConfig
+from blip.objectives.objective import Clock
 from blip.tensors import read_tensors
 from blip.text import clean_caption
 from blip.tokenizer import Tokenizer
 from blip.train.log import read_metrics
 from blip.train.loop import fit
-from blip.train.resume import Checkpoints
+from blip.train.state import Checkpoints
 from blip.world import files as world_files
 from blip.world.scene import COLOURS, scene_of
 from eval.captioning import captions_of, score
@@ -86,7 +87,7 @@ def their_batch(original) -> Batch:
 
 
 def test_loss_and_every_gradient_of_the_original(captioner, original):
-    outcome = captioner(their_batch(original), epoch=0.0)
+    outcome = captioner(their_batch(original), Clock())
     torch.testing.assert_close(outcome.losses["lm"], original["loss"][0], rtol=1e-5, atol=1e-5)
     outcome.losses["lm"].backward()
     table = original_captioning(captioner.model)
@@ -101,7 +102,7 @@ def test_loss_and_every_gradient_of_the_original(captioner, original):
 
 
 def test_only_what_the_original_learned_gets_a_gradient(captioner, original):
-    captioner(their_batch(original), epoch=0.0).losses["lm"].backward()
+    captioner(their_batch(original), Clock()).losses["lm"].backward()
     table = original_captioning(captioner.model)
     learned = {row.ours for row in table.rows}
     for name, parameter in captioner.model.named_parameters():
@@ -112,7 +113,7 @@ def test_only_what_the_original_learned_gets_a_gradient(captioner, original):
 def test_loss_by_hand(prompt):
     objective, batch = build(), prompted(make_batch((9, 7, 12)), prompt)
     model = objective.model
-    loss = objective(batch, epoch=0.0).losses["lm"]
+    loss = objective(batch, Clock()).losses["lm"]
     context = model.context(model.vision(batch.image))
     logits = model.caption_logits(starting_with(batch.ids, CONFIG.text.dec_id), batch.keep, context)
     terms = []
@@ -128,17 +129,17 @@ def test_nothing_is_learned_of_the_prompt_but_it_is_read():
     other = batch.ids.clone()
     other[:, 1:4] = torch.tensor([50, 60, 70])
     assert not torch.equal(other, batch.ids)
-    before = objective(batch, epoch=0.0)
-    after = objective(dataclasses.replace(batch, ids=other), epoch=0.0)
+    before = objective(batch, Clock())
+    after = objective(dataclasses.replace(batch, ids=other), Clock())
     assert before.losses["lm"] != after.losses["lm"], "what follows depends on the prompt"
-    unmasked = objective(prompted(batch, 0), epoch=0.0)
+    unmasked = objective(prompted(batch, 0), Clock())
     assert unmasked.losses["lm"] != before.losses["lm"]
 
 
 def test_padding_changes_nothing():
     objective, batch = build(), prompted(make_batch((9, 5, 12)), 2)
     wide = dataclasses.replace(batch, ids=F.pad(batch.ids, (0, 11), value=77), keep=F.pad(batch.keep, (0, 11)))
-    a, b = objective(batch, epoch=0.0).losses["lm"], objective(wide, epoch=0.0).losses["lm"]
+    a, b = objective(batch, Clock()).losses["lm"], objective(wide, Clock()).losses["lm"]
     torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
@@ -157,7 +158,7 @@ def test_word_accuracy_is_of_the_words_that_are_asked_for(monkeypatch):
         return logits
 
     monkeypatch.setattr(objective.model.med, "vocabulary", vocabulary)
-    assert objective(batch, epoch=0.0).health["word_accuracy"].item() == pytest.approx((1 + 2) / 5)
+    assert objective(batch, Clock()).health["word_accuracy"].item() == pytest.approx((1 + 2) / 5)
 
 
 # Evaluation by epochs -------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from stub_run import HERE, SEARCHED, Zygote, curve
 import blip
 from blip.models.presets import PRESETS
 from blip.tensors import read_tensors, write_tensors
-from blip.train.resume import Checkpoints
+from blip.train.state import Checkpoints
 from blip.world import files as world_files
 from recipes import command
 from recipes.pretrain import PretrainRun, pretrain
@@ -115,6 +115,16 @@ def assert_same_run(a: Path, b: Path, steps: int) -> None:
 
 
 # A whole run
+
+
+def test_clip_trains_the_towers_and_ranks_by_cosines(zygote, world, tmp_path):
+    held = ["--held_out", json.dumps({"source": {"path": str(world / "test.json")}})]
+    finish(zygote, tmp_path, options(world / "train.json", tmp_path / "out", "--clip", "{}", *held))
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["losses"].keys() & {"itc", "itm", "lm"} == {"itc"}
+    scores = lines[-1]["eval"]
+    assert all(scores[f"{name}@{r}"] == scores[f"{name}@{r}_itc"] for name in ("tr", "ir") for r in (1, 5, 10))
+    assert {name.split(".")[0] for name in weights(tmp_path / "out")} == {"model"}, "no teacher and no queue"
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from stub_run import SEARCHED, Zygote, curve
+from test_losses import contrastive
 from test_objectives import NEGATIVES, build, make_batch
 
 from blip.checkpoints.checkpoint import from_pretrained, save_pretrained
@@ -25,11 +26,15 @@ from blip.data.formats.sources import Record
 from blip.data.prepare.captions import image_id_of
 from blip.data.settings import SourceConfig
 from blip.models.blip import Blip
-from blip.objectives import losses
+from blip.objectives import negatives
 from blip.objectives.batch import Batch
-from blip.objectives.losses import Embeddings, contrastive, matching, negatives_of_other_images
-from blip.objectives.pretrain import Pretrain, Retrieval, RetrievalConfig
-from blip.objectives.teacher import IdQueue
+from blip.objectives.matching import matching_loss
+from blip.objectives.negatives import IdQueue, hard_negatives
+from blip.objectives.objective import Clock
+from blip.objectives.pretrain import Pretrain
+from blip.objectives.retrieval import Retrieval, RetrievalConfig
+from blip.objectives.similarity import Embedded, Pair
+from blip.objectives.targets import SameImage
 from blip.tokenizer import Tokenizer
 from blip.train.log import read_metrics
 from blip.world import files
@@ -45,13 +50,13 @@ from recipes.run import BestModel
 def test_pairs_of_one_image_share_the_target_by_hand():
     """Ids 5, 5, 7 in the batch and 7, -100 in the queue: targets 1/2 1/2 0 0 0, the same again, and 0 0 1/2 1/2 0."""
     vectors = F.normalize(torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), dim=1)
-    pair = Embeddings(vectors[:3], vectors[3:6])
+    pair = Pair(Embedded(vectors[:3]), Embedded(vectors[3:6]))
     images, texts = vectors[6:], vectors[6:].flip(0)
     ids = torch.tensor([5, 5, 7])
     same = ids[:, None] == torch.tensor([5, 5, 7, 7, -100])
-    loss, _ = contrastive(pair, pair, images, texts, torch.tensor(0.1), 0.0, same)
+    loss, _ = contrastive(pair, pair, images, texts, torch.tensor(0.1), 0.0, SameImage(same))
     expected = 0.0
-    for query, everything in ((pair.image, [*pair.text, *texts]), (pair.text, [*pair.image, *images])):
+    for query, everything in ((vectors[:3], [*vectors[3:6], *texts]), (vectors[3:6], [*vectors[:3], *images])):
         for row, (a, b) in enumerate([(0, 1), (0, 1), (2, 3)]):
             logits = [float(query[row] @ key) / 0.1 for key in everything]
             log_z = math.log(sum(map(math.exp, logits)))
@@ -61,16 +66,16 @@ def test_pairs_of_one_image_share_the_target_by_hand():
 
 def test_soft_targets_are_mixed_with_the_shared_ones():
     vectors = F.normalize(torch.randn(14, 4, generator=torch.Generator().manual_seed(1)), dim=1)
-    student, teacher = Embeddings(vectors[:3], vectors[3:6]), Embeddings(vectors[6:9], vectors[9:12])
+    student, teacher = (Pair(Embedded(v[:3]), Embedded(v[3:])) for v in (vectors[:6], vectors[6:12]))
     queue, same = vectors[12:], torch.tensor([[1, 0, 1, 0, 1], [0, 1, 0, 0, 0], [1, 0, 1, 0, 1]]).bool()
     expected = 0
     for query, slow, key in (
-        (student.image, teacher.image, teacher.text), (student.text, teacher.text, teacher.image)
+        (vectors[:3], vectors[6:9], vectors[9:12]), (vectors[3:6], vectors[9:12], vectors[6:9])
     ):  # fmt: skip
         everything = torch.cat([key, queue])
         target = 0.4 * (slow @ everything.T / 0.2).softmax(1) + 0.6 * same / torch.tensor([[3.0], [1], [3]])
         expected += F.cross_entropy(query @ everything.T / 0.2, target) / 2
-    loss, _ = contrastive(student, teacher, queue, queue, torch.tensor(0.2), 0.4, same)
+    loss, _ = contrastive(student, teacher, queue, queue, torch.tensor(0.2), 0.4, SameImage(same))
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -78,7 +83,7 @@ def test_a_pair_of_the_same_image_is_never_a_negative():
     cosines = torch.tensor([[0.9, 0.8, 0.3, 0.1], [0.8, 0.9, 0.2, 0.2], [0.5, 0.1, 0.9, 0.4], [0.1, 0.2, 0.9, 0.3]])
     same = torch.tensor([3, 3, 4, 5])[:, None] == torch.tensor([3, 3, 4, 5])
     torch.manual_seed(0)
-    draws = [negatives_of_other_images(cosines, torch.tensor(0.1), 0.0, same) for _ in range(4000)]
+    draws = [hard_negatives(cosines, torch.tensor(0.1), 0.0, same) for _ in range(4000)]
     drawn = torch.stack([chosen for chosen, _ in draws])
     assert all(found.all() for _, found in draws)
     assert not same[torch.arange(4), drawn].any()
@@ -90,24 +95,24 @@ def test_a_row_that_underflows_draws_evenly_and_one_without_other_images_is_said
     cosines = torch.full((3, 3), -1.0).fill_diagonal_(1.0)
     torch.manual_seed(0)
     draws = torch.stack(
-        [negatives_of_other_images(cosines, torch.tensor(0.001), 0.0, torch.eye(3).bool())[0] for _ in range(2000)]
+        [hard_negatives(cosines, torch.tensor(0.001), 0.0, torch.eye(3).bool())[0] for _ in range(2000)]
     )
     for row in range(3):
         shares = draws[:, row].bincount(minlength=3) / 2000
         assert shares[row] == 0
         assert shares.max().item() == pytest.approx(0.5, abs=0.05)
     same = torch.tensor([[1, 1, 1], [0, 1, 0], [0, 0, 1]]).bool()
-    assert negatives_of_other_images(cosines, torch.tensor(0.1), 0.0, same)[1].tolist() == [False, True, True]
+    assert hard_negatives(cosines, torch.tensor(0.1), 0.0, same)[1].tolist() == [False, True, True]
     with pytest.raises(ValueError, match="at least 2 pairs"):
-        negatives_of_other_images(torch.ones(1, 1), torch.tensor(0.1), 0.0, torch.ones(1, 1).bool())
+        hard_negatives(torch.ones(1, 1), torch.tensor(0.1), 0.0, torch.ones(1, 1).bool())
 
 
 def test_rows_that_are_left_out_do_not_count():
     logits = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
     counted = torch.tensor([True, True, False, True, True, False])
     expected = F.cross_entropy(logits[counted], torch.tensor([1, 1, 0, 0]))
-    torch.testing.assert_close(matching(logits, 2, counted), expected)
-    torch.testing.assert_close(matching(logits, 2, torch.ones(6).bool()), matching(logits, 2))
+    torch.testing.assert_close(matching_loss(logits, 2, counted), expected)
+    torch.testing.assert_close(matching_loss(logits, 2, torch.ones(6).bool()), matching_loss(logits, 2))
 
 
 # The objective --------------------------------------------------------------------------------------------------------
@@ -129,11 +134,10 @@ def with_ids(batch: Batch, *ids: int) -> Batch:
 
 def test_where_all_images_differ_it_is_pre_training_without_lm(monkeypatch):
     answers = iter([*NEGATIVES] * 2)
-    monkeypatch.setattr(losses, "hard_negatives", lambda *_: next(answers))
-    monkeypatch.setattr(losses, "negatives_of_other_images", lambda *_: (next(answers), torch.ones(5).bool()))
+    monkeypatch.setattr(negatives, "hard_negatives", lambda *_: (next(answers), torch.ones(5).bool()))
     pretrain, batch = build(), with_ids(make_batch(), 1, 2, 3, 4, 5)
     ours = objective(pretrain)
-    a, b = pretrain(batch, epoch=1.0), ours(batch, epoch=1.0)
+    a, b = pretrain(batch, Clock(epoch=1.0)), ours(batch, Clock(epoch=1.0))
     assert list(b.losses) == ["itc", "itm"]
     for name in b.losses:
         torch.testing.assert_close(b.losses[name], a.losses[name], rtol=1e-5, atol=1e-6)
@@ -147,7 +151,7 @@ def test_where_all_images_differ_the_same_negatives_are_drawn():
     ours, found = objective(pretrain), []
     for one in (pretrain, ours):
         torch.manual_seed(4)
-        found.append(one(batch, epoch=1.0).losses["itm"])
+        found.append(one(batch, Clock(epoch=1.0)).losses["itm"])
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
@@ -166,7 +170,7 @@ def test_the_originals_losses_negatives_gradients_and_queues(monkeypatch, origin
     answers = iter([original["negative_image"], original["negative_text"]])
     noted = []
     monkeypatch.setattr(torch, "multinomial", lambda weights, _: (noted.append(weights), next(answers)[:, None])[1])
-    outcome = ours(dataclasses.replace(goldens.batch(0, trim=True), image_ids=original["image_ids"]), epoch=1.0)
+    outcome = ours(dataclasses.replace(goldens.batch(0, trim=True), image_ids=original["image_ids"]), Clock(epoch=1.0))
     found = torch.stack([outcome.losses["itc"], outcome.losses["itm"]])
     torch.testing.assert_close(found, original["losses"], rtol=1e-5, atol=1e-5)
     for weights, name in zip(noted, ("weights_t2i", "weights_i2t"), strict=True):
@@ -189,13 +193,13 @@ def test_the_originals_losses_negatives_gradients_and_queues(monkeypatch, origin
 
 def test_a_batch_of_one_image_has_no_negatives_and_learns_on():
     ours = objective(build())
-    outcome = ours(with_ids(make_batch(), 8, 8, 8, 8, 8), epoch=1.0)
+    outcome = ours(with_ids(make_batch(), 8, 8, 8, 8, 8), Clock(epoch=1.0))
     sum(outcome.losses.values()).backward()
     assert outcome.health["itm_without_negative"] == 1
     assert all(p.grad.isfinite().all() for p in ours.model.parameters() if p.grad is not None)
     logits = []
     ours.model.match_head.register_forward_hook(lambda _, __, output: logits.append(output))
-    itm = ours(with_ids(make_batch(), 8, 8, 8, 8, 8), epoch=1.0).losses["itm"]
+    itm = ours(with_ids(make_batch(), 8, 8, 8, 8, 8), Clock(epoch=1.0)).losses["itm"]
     torch.testing.assert_close(itm, F.cross_entropy(logits[0][:5], torch.ones(5).long()))
 
 
@@ -203,17 +207,17 @@ def test_ids_enter_their_queue_with_the_features():
     ours = objective(build(queue_size=7))
     before = ours.state_dict()["id_queue.features"].clone()
     assert before.tolist() == [-100] * 7
-    carry = ours(with_ids(make_batch(), 1, 2, 3, 4, 5), epoch=1.0).carry
+    carry = ours(with_ids(make_batch(), 1, 2, 3, 4, 5), Clock(epoch=1.0)).carry
     assert torch.equal(ours.id_queue.features, before), "forward changes nothing"
     ours.after_step([carry, carry])
     assert ours.id_queue.features.tolist() == [3, 4, 5, 4, 5, 1, 2]
     assert ours.text_queue.next.item() == ours.id_queue.next.item() == 3
-    assert torch.equal(ours.text_queue.features[5:], carry.features.text[:2])
+    assert torch.equal(ours.text_queue.features[5:], carry.features.text.vector[:2])
 
 
 def test_a_batch_without_ids_is_refused():
     with pytest.raises(ValueError, match=r"needs Batch\.image_ids"):
-        objective(build())(make_batch(), epoch=1.0)
+        objective(build())(make_batch(), Clock(epoch=1.0))
 
 
 def test_queue_of_ids_may_be_empty():

@@ -8,8 +8,9 @@ from stub_run import the_zygote
 from test_objectives import build, make_batch
 
 from blip import dist
-from blip.objectives import losses
+from blip.objectives import negatives
 from blip.objectives.batch import Batch
+from blip.objectives.objective import Clock
 
 # Of each process: the wrong image of its texts, the wrong text of its images, as rows of all ten pairs.
 NEGATIVES = (
@@ -64,12 +65,12 @@ def negatives_from_everywhere() -> None:
     pretrain, seen = build(negatives_all_ranks=True), []
     answers = iter(NEGATIVES[rank])
 
-    def drawn(cosines, temperature, floor, own):
-        seen.append((cosines.detach(), own))
-        return next(answers)
+    def drawn(cosines, temperature, floor, same):
+        seen.append((cosines.detach(), same))
+        return next(answers), None
 
-    losses.hard_negatives = drawn
-    outcome = pretrain(batch_of(rank), epoch=1.0)
+    negatives.hard_negatives = drawn
+    outcome = pretrain(batch_of(rank), Clock(epoch=1.0))
     sum(outcome.losses.values()).backward()
     ours = {name: p.grad for name, p in pretrain.model.named_parameters()}
 
@@ -87,30 +88,31 @@ def negatives_from_everywhere() -> None:
     images, texts = (torch.cat([features[i] for _, features in theirs]) for i in (0, 1))
     student_image = plain.model.embed_image(plain.model.vision(batch_of(rank).image))
     student_text = plain.model.embed_text(batch_of(rank).ids, batch_of(rank).keep)
-    for (cosines, own), by_hand in zip(seen, (student_text @ images.T, student_image @ texts.T), strict=True):
+    for (cosines, same), by_hand in zip(seen, (student_text @ images.T, student_image @ texts.T), strict=True):
         torch.testing.assert_close(cosines, by_hand.detach(), rtol=1e-5, atol=1e-5)
-        assert own.tolist() == list(range(rank * 5, rank * 5 + 5))
+        assert same.nonzero().tolist() == [[i, rank * 5 + i] for i in range(5)]
 
 
 def negatives_from_here() -> None:
     dist.start(60)
     pretrain, seen = build(negatives_all_ranks=False), []
-    real = losses.hard_negatives
-    losses.hard_negatives = lambda *args: (seen.append(args), real(*args))[1]
-    pretrain(batch_of(dist.rank()), epoch=1.0)
-    assert [(tuple(args[0].shape), args[3].tolist()) for args in seen] == [((5, 5), [0, 1, 2, 3, 4])] * 2
+    real = negatives.hard_negatives
+    negatives.hard_negatives = lambda *args: (seen.append(args), real(*args))[1]
+    pretrain(batch_of(dist.rank()), Clock(epoch=1.0))
+    assert [args[0].shape for args in seen] == [(5, 5)] * 2
+    assert all(torch.equal(args[3], torch.eye(5, dtype=torch.bool)) for args in seen)
 
 
 def queues_of_everyone() -> None:
     dist.start(60)
     pretrain = build(queue_size=13)
-    carry = pretrain(batch_of(dist.rank()), epoch=1.0).carry
+    carry = pretrain(batch_of(dist.rank()), Clock(epoch=1.0)).carry
     pretrain.after_step([carry])
     plain = build(queue_size=13)
-    features = [plain(batch_of(rank), epoch=1.0).carry for rank in (0, 1)]
+    features = [plain(batch_of(rank), Clock(epoch=1.0)).carry for rank in (0, 1)]
     for queue, before, parts in (
-        (pretrain.image_queue, plain.image_queue, [f.image for f in features]),
-        (pretrain.text_queue, plain.text_queue, [f.text for f in features]),
+        (pretrain.image_queue, plain.image_queue, [f.image.vector for f in features]),
+        (pretrain.text_queue, plain.text_queue, [f.text.vector for f in features]),
     ):
         torch.testing.assert_close(queue.features[:10], torch.cat(parts), rtol=1e-6, atol=1e-6)
         assert torch.equal(queue.features[10:], before.features[10:])
@@ -119,7 +121,7 @@ def queues_of_everyone() -> None:
         assert torch.equal(everywhere[:13], everywhere[13:])
     # A second step runs over the end of the ring: rows 0-2 at 10-12, rows 3-9 at 0-6.
     pretrain.after_step([carry])
-    rows = torch.cat([f.text for f in features])
+    rows = torch.cat([f.text.vector for f in features])
     torch.testing.assert_close(pretrain.text_queue.features[10:], rows[:3], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(pretrain.text_queue.features[:7], rows[3:], rtol=1e-6, atol=1e-6)
 

@@ -19,9 +19,10 @@ from stub_run import HERE, Fault, Numbers, Stub, curve, quick, the_zygote
 
 from blip import files
 from blip.tensors import read_pickled_tensors, read_tensors, write_tensors
-from blip.train import resume
+from blip.train import drift, lock
+from blip.train.lock import RunLock, RunLocked
 from blip.train.loop import Interrupted, fit
-from blip.train.resume import Checkpoints, RunLock, RunLocked, State
+from blip.train.state import Checkpoints, State, restore
 
 
 @pytest.fixture
@@ -135,7 +136,7 @@ def loaded(out: Path) -> int:
     """The number of the newest checkpoint, which all of its parts must carry."""
     path, said = Checkpoints(out, 2).newest()
     holder = Holder(-1)
-    extra = resume.restore(path, holder)
+    extra = restore(path, holder)
     assert said["step"] == int(holder.number[0]) == int(extra["optimizer"]["number"][0]), "a mixture was loaded"
     return said["step"]
 
@@ -408,7 +409,7 @@ def test_a_run_whose_folder_was_removed_writes_nothing_more(tmp_path, again):
 
 
 def test_without_the_systems_record_locks_there_is_one_writer_as_well(tmp_path, monkeypatch):
-    monkeypatch.setattr(resume, "fcntl", None)  # as on Windows
+    monkeypatch.setattr(lock, "fcntl", None)  # as on Windows
     with RunLock(tmp_path), monkeypatch.context() as other:
         other.setattr(RunLock, "_held_here", set())
         with pytest.raises(RunLocked, match=f"written to by process {os.getpid()}"), RunLock(tmp_path):
@@ -456,22 +457,25 @@ def test_other_settings_are_refused_and_listed(tmp_path, change, told):
 def test_other_data_or_processes_are_refused(tmp_path):
     said = {**FACTS, "layout": {"world": 2, "batch_size": 4, "accumulate": 1}, "fingerprint": "old"}
     with pytest.raises(ValueError, match=r"(?s)fingerprint old -> new.*world 2 -> 1.*2 processes of 4 pairs x 1"):
-        resume.refuse_drift(said, {}, "new", FACTS["layout"], tmp_path)
+        drift.refuse_drift(said, {}, "new", FACTS["layout"], tmp_path)
 
 
 def test_settings_that_touch_no_number_may_change(tmp_path):
     fit(Stub(), Numbers(), quick(steps=4, save_every=2), out=tmp_path)
     changed = quick(steps=4, save_every=3, log_every=2, keep_checkpoints=5, eval_every=2, timeout=5.0, skip_nonfinite=3)
     fit(Stub(), Numbers(), changed, out=tmp_path)
-    assert resume.drift({"data": {"workers": 2}}, {"data": {"workers": 8}}) == []
+    assert drift.drift({"data": {"workers": 2}}, {"data": {"workers": 8}}) == []
     # As a run that had too many unreadable samples advises.
-    assert resume.drift({"data": {"max_bad_fraction": 0.05}}, {"data": {"max_bad_fraction": 0.5}}) == []
-    assert resume.drift({"data": {"flip": 0.5, "crop": 1}}, {"data": {"crop": 1}}) == ["data.flip: 0.5 -> (not set)"]
+    assert drift.drift({"data": {"max_bad_fraction": 0.05}}, {"data": {"max_bad_fraction": 0.5}}) == []
+    assert drift.drift({"data": {"flip": 0.5, "crop": 1}}, {"data": {"crop": 1}}) == ["data.flip: 0.5 -> (not set)"]
     old, kept, other = (
         {"decode": {"beams": 3, **rule}} for rule in ({}, {"length_rule": "generated"}, {"length_rule": "2022"})
     )
-    assert resume.drift(old, kept) == []
-    assert resume.drift(old, other) == ["decode.length_rule: generated -> 2022"]
+    assert drift.drift(old, kept) == []
+    assert drift.drift(old, other) == ["decode.length_rule: generated -> 2022"]
+    assert drift.drift({"train": {"lr": 1}}, {"train": {"lr": 1, "towers": []}, "clip": None}) == []
+    locked = drift.drift({"train": {"lr": 1}}, {"train": {"lr": 1, "towers": [{"part": "vision"}]}})
+    assert locked == ["train.towers: [] -> [{'part': 'vision'}]"]
 
 
 def test_a_larger_batch_goes_on_where_the_data_was(tmp_path):

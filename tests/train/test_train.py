@@ -18,19 +18,13 @@ from torch import nn
 from blip.data.ledger import Ledger
 from blip.errors import DataError, StuckSample
 from blip.objectives.batch import Bad
+from blip.objectives.objective import Clock
 from blip.train import optim
-from blip.train.loop import (
-    NonFinite,
-    OutOfMemory,
-    fit,
-    give_back_freed_memory,
-    keep_freed_memory,
-    multiplies_bfloat16,
-    precision,
-    seed_of,
-)
-from blip.train.resume import Checkpoints
+from blip.train.loop import NonFinite, OutOfMemory, fit, seed_of
+from blip.train.memory import give_back_freed_memory, keep_freed_memory
+from blip.train.precision import multiplies_bfloat16, precision
 from blip.train.settings import TrainConfig
+from blip.train.state import Checkpoints
 from recipes.building import ModelChoice
 
 
@@ -56,8 +50,8 @@ class Plain(nn.Module):
         self.epochs: list[float] = []
         self.steps = 0
 
-    def forward(self, batch, epoch):
-        self.epochs.append(epoch)
+    def forward(self, batch, clock):
+        self.epochs.append(clock.epoch)
         return Outcome({"square": self.layer(batch.image.flatten(1)).square().mean()}, {})
 
     def after_step(self, carries):
@@ -115,7 +109,7 @@ def test_evaluation_does_not_disturb_training(tmp_path):
         assert not objective.training
         assert not torch.is_grad_enabled()
         torch.manual_seed(5), random.random(), np.random.rand(), torch.rand(100)
-        objective(Numbers().batch([0, 1, 2]), 0.0)
+        objective(Numbers().batch([0, 1, 2]), Clock())
         return {"score": torch.tensor(0.5)}
 
     stub = Stub()

@@ -1,0 +1,46 @@
+"""Fine-tuning of a captioner (paper, section 5.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from blip.models import protocols
+from blip.models.blip import Blip
+from blip.objectives.batch import Batch
+from blip.objectives.captioning import caption_pass, captioning_loss, token_accuracy
+from blip.objectives.objective import Clock, Objective, Outcome
+from blip.settings import require
+
+
+@dataclass(frozen=True)
+class CaptionConfig:
+    """The fine-tuning of a captioner (paper, section 5.2); the prompt is the data's."""
+
+    label_smoothing: float = 0.1
+    """Label smoothing of the language-modelling loss."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.label_smoothing < 1, f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+
+
+class Caption(Objective):
+    """LM alone: what makes a captioner of a pre-trained model.
+
+    The prompt that the batch's captions begin with is read and not learned.
+    """
+
+    def __init__(self, model: Blip, config: CaptionConfig) -> None:
+        super().__init__()
+        protocols.require(model, protocols.Generates)
+        self.config = config
+        self.model = model
+
+    def forward(self, batch: Batch, clock: Clock) -> Outcome:
+        """The language-modelling loss of a batch."""
+        model = self.model
+        context = model.context(model.vision(batch.image))
+        decode, targets = caption_pass(batch, model.config.text.dec_id, context)
+        (states,) = model.med([decode])
+        logits = model.med.vocabulary(states).float()
+        loss = captioning_loss(logits, targets, self.config.label_smoothing)
+        return Outcome({"lm": loss}, {"word_accuracy": token_accuracy(logits, targets)})

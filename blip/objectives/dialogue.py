@@ -1,0 +1,30 @@
+"""Fine-tuning for visual dialogue (paper, section 5.5). R rounds of C answers."""
+
+from __future__ import annotations
+
+import torch
+
+from blip.models import families
+from blip.objectives.batch import DialogueBatch
+from blip.objectives.matching import matching_loss
+from blip.objectives.objective import Clock, Objective, Outcome
+
+
+class Dialogue(Objective):
+    """True answers told from false ones, as ITM tells captions of an image from others."""
+
+    def __init__(self, model: families.dialogue.Dialogue) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: DialogueBatch, clock: Clock) -> Outcome:
+        """The matching loss of a batch."""
+        model, choices = self.model, batch.choices
+        context = model.context(batch.image, batch.caption_ids, batch.caption_keep)
+        logits = model.match(batch.ids, batch.keep, context.expand(len(batch.ids) // len(batch))).float()
+        rounds = logits.view(-1, choices, 2)
+        loss = matching_loss(torch.cat([rounds[:, 0], rounds[:, 1:].flatten(0, 1)]), positives=len(rounds))
+        with torch.no_grad():
+            best = (rounds[..., 1] - rounds[..., 0]).argmax(1)
+            health = {"answer_accuracy": (best == 0).float().mean()}
+        return Outcome({"itm": loss}, health)

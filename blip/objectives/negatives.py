@@ -1,0 +1,114 @@
+"""Negatives: what a batch is contrasted with, and which of it the matching head is shown.
+
+B batch, C candidates, Q queue, M rows pushed, E embedding width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip import dist
+from blip.objectives.similarity import Embedded, Pair
+
+# In the contrastive loss ----------------------------------------------------------------------------------------------
+
+
+class Candidates(NamedTuple):
+    """The C keys that a batch is compared with, in blocks, the first of which holds the batch's own partners."""
+
+    blocks: list[Embedded]
+    start: int
+    """Row i's partner is candidate `start + i`."""
+
+
+class Negatives(Protocol):
+    """Where candidates come from."""
+
+    def __call__(self, keys: Pair, modality: str) -> Candidates:
+        """The candidates of one modality, `image` or `text`, of which `keys` are the batch's own."""
+
+
+class InBatch:
+    """The batches of all processes, with gradient to each (CLIP, section 2.3)."""
+
+    def __call__(self, keys: Pair, modality: str) -> Candidates:
+        own: Embedded = getattr(keys, modality)
+        return Candidates([own.map(dist.gather_with_gradient)], dist.rank() * len(own.vector))
+
+
+class Queued:
+    """The process's own batch, then the last Q vectors of all processes (MoCo; ALBEF and BLIP, section 3.2)."""
+
+    def __init__(self, image: Queue, text: Queue) -> None:
+        self.image, self.text = image, text
+
+    def __call__(self, keys: Pair, modality: str) -> Candidates:
+        queue: Queue = getattr(self, modality)
+        return Candidates([getattr(keys, modality), Embedded(queue.features)], 0)
+
+    def push(self, keys: Pair) -> None:
+        """Take in the keys of all processes' batches."""
+        self.image.push(dist.gather(keys.image.vector))
+        self.text.push(dist.gather(keys.text.vector))
+
+
+class _Ring(nn.Module):
+    """The last Q rows that were pushed, a ring of any size; what it began with until it is full."""
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("features", features)
+        self.register_buffer("next", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def push(self, features: Tensor) -> None:
+        """Overwrite the oldest with features (M, ...); of more than Q, the last Q remain."""
+        size = len(self.features)
+        if size == 0:
+            return
+        features = features[-size:]
+        index = (self.next + torch.arange(len(features), device=features.device)) % size
+        self.features.index_copy_(0, index, features.to(self.features.dtype))
+        self.next.copy_((self.next + len(features)) % size)
+
+
+class Queue(_Ring):
+    """The last Q features (Q, E) of one modality; random directions until it is full."""
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__(F.normalize(torch.randn(size, width), dim=1))
+
+
+class IdQueue(_Ring):
+    """The image ids (Q,) of what feature queues of the same size hold; -100, no image's, until it is full."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(torch.full((size,), -100))
+
+
+# For the matching head ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def hard_negatives(cosines: Tensor, temperature: Tensor, floor: float, same: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw for each row of cosines (B, C) one negative, the likelier the more similar it is.
+
+    What `same` (B, C) marks, the row's partner and other pairs of its image, is never drawn. `floor` is added to every
+    weight; a row whose weights all underflow draws evenly. Returns (B,) indices into C, and (B,) bool: False where
+    every candidate is marked, so that the index means nothing. ValueError where C is 1.
+    """
+    if cosines.shape[1] < 2:
+        raise ValueError(
+            "matching draws negatives from the batch: it needs at least 2 pairs, set train.batch_size to 2 or more"
+        )
+    weights = F.softmax(cosines.float() / temperature, dim=1) + floor
+    # There is no drawing by NaN. The losses of such a batch are NaN themselves, which is for the loop to notice.
+    weights = weights.nan_to_num(nan=1.0).masked_fill_(same, 0)
+    weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, (~same).float())
+    found = ~same.all(1)
+    weights = torch.where(found[:, None], weights, 1.0)
+    return torch.multinomial(weights, 1).squeeze(1), found

@@ -1,0 +1,129 @@
+"""The settings of a run: written down where it runs, and held against those of the run that it continues."""
+
+from __future__ import annotations
+
+import json
+import platform
+import socket
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from blip import files
+from blip.startup import program
+
+FREE_TO_CHANGE = frozenset(
+    {"log_every", "save_every", "keep_checkpoints", "eval_every", "trackers", "skip_nonfinite", "allow_change"}
+    | {"workers", "worker_timeout", "max_bad_fraction", "timeout", "out"}
+)
+"""Settings that do not touch what is computed; all others must stay the same when a run continues."""
+YOUNGER = {"length_rule": "generated", "towers": [], "clip": None}
+"""Settings that older checkpoints do not name -> what was done then."""
+
+
+def plain(value: Any) -> Any:
+    """Settings as JSON holds them: paths as text, tuples as lists."""
+    return json.loads(json.dumps(value, default=str, sort_keys=True))
+
+
+def flatten(settings: dict, prefix: str = "") -> dict[str, Any]:
+    """{"train": {"lr": 1}} -> {"train.lr": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return flat
+
+
+def drift(before: dict, now: dict) -> list[str]:
+    """Lines `name: before -> now` for settings that differ and are not free to."""
+    old, new = flatten(plain(before)), flatten(plain(now))
+    for name in new.keys() - old.keys():
+        last = name.rpartition(".")[2]
+        if last in YOUNGER:
+            old[name] = YOUNGER[last]
+    gone = "(not set)"
+    return [
+        f"{name}: {old.get(name, gone)} -> {new.get(name, gone)}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name, gone) != new.get(name, gone) and not FREE_TO_CHANGE & set(name.split("."))
+    ]
+
+
+def refuse_drift(said: dict, settings: dict, fingerprint: str, layout: dict[str, int], where: Path) -> None:
+    """ValueError that lists what differs between a checkpoint and the run that would continue it."""
+    lines = drift(said["settings"], settings)
+    if said["fingerprint"] != fingerprint:
+        lines.append(f"data: fingerprint {said['fingerprint']} -> {fingerprint} (files or rows are not the same)")
+    before = said["layout"]
+    changed = [f"{name} {before[name]} -> {layout[name]}" for name in layout if before[name] != layout[name]]
+    if changed:
+        lines.append(
+            f"processes: {', '.join(changed)}; which pairs meet in a batch, and so the losses, would change. "
+            f"Continue with {before['world']} processes of {before['batch_size']} pairs x {before['accumulate']}"
+        )
+    if lines:
+        listed = "\n  ".join(lines)
+        raise ValueError(
+            f"{where} was made with other settings:\n  {listed}\n"
+            "Go back to those, choose a new output directory, or set train.allow_change to continue all the same."
+        )
+
+
+_VERSIONED = ("openblip", "torch", "torchvision", "timm", "transformers", "accelerate", "datasets", "pillow", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in _VERSIONED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def git_commit() -> str | None:
+    """Commit of the source tree this package runs from, with a + if it has changes; None outside a checkout."""
+    here, git = Path(__file__).resolve().parent, program("git")
+    if git is None:
+        return None
+
+    def ask(*words: str) -> str:
+        command = [git, "-C", str(here), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        if not ask("ls-files", Path(__file__).name):
+            return None
+        return ask("rev-parse", "HEAD") + ("+" if ask("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def describe_run(out: Path, settings: dict, layout: dict[str, int], device: str) -> None:
+    """Write config.yaml (the effective settings) and add this start to run.json (versions, commit, command, host)."""
+    files.replace_file(out / "config.yaml", yaml.safe_dump(plain(settings), sort_keys=False).encode())
+    start = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": socket.gethostname(),
+        "command": sys.argv,
+        "commit": git_commit(),
+        "versions": versions(),
+        "device": device,
+        **layout,
+    }
+    path = out / "run.json"
+    try:
+        starts = json.loads(path.read_bytes())["starts"]
+    except PermissionError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError):
+        starts = []
+    files.replace_file(path, json.dumps({"starts": [*starts, start]}, indent=1).encode())
