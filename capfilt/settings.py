@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from blip.data.settings import DataConfig
 from capfilt import schema
 from capfilt.select.rules import IMAGE_RULES, PRESETS
 
@@ -53,7 +54,7 @@ class ScoreConfig:
     """Words kept of a text before it is scored."""
     max_tokens: int = 35
     """Word pieces kept of a text before it is scored, special ones included."""
-    max_pixels: int = 178_956_970
+    max_pixels: int = DataConfig.max_pixels
     """Pictures with more pixels than this are not decoded."""
     lenient: bool = False
     """Decode truncated pictures as far as they go, and flag them, instead of refusing them (2022: true)."""
