@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 
 from blip.errors import DataError
-from capfilt.readers.rows import Source
 from capfilt.settings import ReadConfig, ScoreConfig
+from capfilt.sources import Source
 from capfilt.store import parts as part_files
 from capfilt.store.parts import Parts
 from capfilt.store.storage import Storage, open_storage

@@ -92,10 +92,6 @@ def decided(config: ScoreConfig, planned: ScoreConfig | None = None, device: Any
     return dataclasses.replace(config, dtype=found)
 
 
-NO_COLUMN = "none"
-"""As `caption_column`: images without texts."""
-
-
 @dataclass(frozen=True)
 class ReadConfig:
     """How the input is read."""

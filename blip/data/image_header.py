@@ -16,6 +16,8 @@ from PIL import Image
 
 from blip.errors import UnreadableImage
 
+MAX_BYTES = 256 << 20
+"""Encoded images larger than this are refused unread."""
 MAX_SIDE, MAX_ASPECT = 65_535, 1_000
 """Pixels of a side, and how many times it may be as long as the other."""
 MAX_SCANS = 100

@@ -9,23 +9,22 @@ import stat
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
-from torch import Tensor
 
-from blip.data.image_header import check_size, cut_off, screened, webp_size
+from blip.data.image_header import MAX_BYTES, check_size, cut_off, screened, webp_size
 from blip.data.settings import DataConfig
-from blip.data.transforms import EvalTransform
 from blip.errors import BadSample, DataError, Stopped, UnreadableImage
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """What is decoded. Pillow's other decoders are rarely needed for pictures of the web and are where its holes are."""
-MAX_BYTES = 256 << 20
-"""Encoded pictures larger than this are refused unread."""
 MAX_MEMORY = 1 << 30
 """Bytes that decoding one image may take, its file not counted."""
 _WEBP = 18
@@ -100,6 +99,8 @@ class ImageReader:
     """Read images for a model: a path or PIL image -> tensor (3, S, S), normalised as in evaluation."""
 
     def __init__(self, side: int, max_pixels: int = DataConfig.max_pixels) -> None:
+        from blip.data.transforms import EvalTransform  # PyTorch, without which images are read and decoded
+
         self.transform, self.max_pixels = EvalTransform(side), max_pixels
 
     def __call__(self, image: str | Path | Image.Image) -> Tensor:

@@ -18,7 +18,7 @@ from blip.data.images import FORMATS, UnreadableImage, model_input
 from blip.errors import BadSample
 from blip.text import clean_caption
 from capfilt import schema
-from capfilt.readers.rows import Row
+from capfilt.reading import Row
 from capfilt.select import rules
 from capfilt.select.phash import phash
 from capfilt.settings import ScoreConfig

@@ -26,10 +26,10 @@ from PIL import Image
 
 from blip import startup
 from blip.errors import Stopped
-from capfilt.readers import open_reader
-from capfilt.readers.rows import Reader, Row, Source
+from capfilt.reading import Reader, Row
 from capfilt.score.decoding import Decoded, prepare
 from capfilt.settings import ReadConfig, ScoreConfig
+from capfilt.sources import Source
 from capfilt.store.storage import open_storage
 
 _START = 300.0
@@ -85,7 +85,7 @@ class Decoder:
         if source.relpath not in self._readers:
             while len(self._readers) >= 4:
                 self._readers.pop(next(iter(self._readers)))
-            self._readers[source.relpath] = open_reader(source, self.setup.reading, self._storage)
+            self._readers[source.relpath] = Reader(source, self.setup.reading, self._storage)
         return self._readers[source.relpath]
 
 
@@ -191,9 +191,7 @@ class Pool:
     def _given_up(self, source: Source, number: int, outcome: str) -> Decoded:
         """The row at which a decoder died or hung twice; its bytes and texts are read here, which is harmless."""
         try:
-            row = next(
-                open_reader(source, self._setup.reading, open_storage(self._setup.where)).read(number, number + 1)
-            )
+            row = next(Reader(source, self._setup.reading, open_storage(self._setup.where)).read(number, number + 1))
         except Exception:
             row = Row(number, str(number))
         code = {"crash": "decoder_crashed", "timeout": "decoder_timeout"}[outcome]

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tarfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from blip.data.formats.rows import Columns, Row
+from blip.data.formats.values import captions_of, encodable
+from blip.data.image_header import MAX_BYTES
 from blip.errors import BadSample, DataError
+
+if TYPE_CHECKING:
+    from blip.data.formats.parquet import RowGroups
 
 IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
 TEXTS = frozenset({"txt", "caption"})
@@ -48,6 +55,8 @@ class Member(NamedTuple):
 
 
 _NONE = Member(0, -1)
+SLOTS = ("image", "text", "json")
+"""The members that a sample may have."""
 
 
 @dataclass(slots=True)
@@ -357,7 +366,7 @@ class _Grouped:
     def _halves(self) -> Iterator[tuple[str, str, Member]]:
         """The (stem, slot, member) of all samples."""
         for sample, stem in zip(self.samples, self._stems, strict=True):
-            for slot in ("image", "text", "json"):
+            for slot in SLOTS:
                 if (member := getattr(sample, slot)) is not _NONE:
                     yield stem, slot, member
 
@@ -498,6 +507,84 @@ def check_whole(where: str, shards: Sequence[Summary]) -> None:
     lacks = " or ".join(what for what, count in counts.items() if not count)
     members = next((f": {s.path.name}: {s.members}" for s in shards if s.members), "")
     raise DataError(f"{where}: no sample has {f'{lacks} member' if lacks else 'both an image and a caption'}{members}")
+
+
+def sample_row(number: int, sample: Sample, column: str | None, read: Callable[[Member], bytes]) -> Row:
+    """The row of a sample whose members `read` gives, which may raise BadSample.
+
+    Its caption is the text, or the JSON member's where there is no text or another column is asked for; a JSON member
+    that is no object is the caption itself.
+    """
+    values: dict[str, Any] = {}
+    in_text = sample.text.size >= 0 and column == TEXT_COLUMN
+    image: bytes | BadSample = BadSample("no image member", "no_image")
+    captions: list[str] | BadSample = BadSample("no caption member", "no_caption")
+    try:
+        told: Any = None
+        if sample.json.size >= 0:
+            told, values = _json(_whole(sample.json, read))
+        if column is None:
+            captions = []
+        elif in_text:
+            captions = [_whole(sample.text, read).decode("utf-8", "replace")]
+        elif sample.json.size >= 0:
+            captions = _caption_in(told, column)
+        if sample.image.size >= 0:
+            image = _whole(sample.image, read)
+    except BadSample as error:
+        image = error
+    return Row(number, sample.key, image, captions, values, Columns("", None if in_text else column))
+
+
+def _whole(member: Member, read: Callable[[Member], bytes]) -> bytes:
+    if member.size > MAX_BYTES:
+        raise BadSample(f"{member.size:,} bytes, more than the limit of {MAX_BYTES:,}", "too_many_bytes")
+    return read(member)
+
+
+def _json(content: bytes) -> tuple[Any, dict[str, Any]]:
+    """What a JSON member holds, or the BadSample that says why it is none; and its columns.
+
+    A member that is no object stands under `json` as it is.
+    """
+    text = content.decode("utf-8", "replace")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return BadSample(f"its .json member is not valid JSON: {error}", "no_caption"), {"json": encodable(text)}
+    return value, value if isinstance(value, dict) else {"json": value}
+
+
+def json_columns(content: bytes) -> dict[str, Any]:
+    """The columns of a JSON member."""
+    return _json(content)[1]
+
+
+def _caption_in(value: Any, column: str) -> list[str] | BadSample:
+    if isinstance(value, BadSample):
+        return value
+    if isinstance(value, dict) and column not in value:
+        have = ", ".join(sorted(value))[:200] or "nothing"
+        return BadSample(f"no caption: its .json member has no {column!r} (it has: {have})", "no_caption")
+    try:
+        return captions_of(value[column] if isinstance(value, dict) else value)
+    except BadSample as error:
+        return error
+
+
+class Tar:
+    """The samples of one shard by an index of where their members are."""
+
+    def __init__(self, index: RowGroups, column: str | None, read: Callable[[Member], bytes]):
+        self.index, self.column, self.read = index, column, read
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def rows(self, lo: int, hi: int) -> Iterator[Row]:
+        for number, entry in zip(range(lo, hi), self.index.values(lo, hi), strict=True):
+            members = (Member(entry[slot]["at"], entry[slot]["size"]) if entry[slot] else _NONE for slot in SLOTS)
+            yield sample_row(number, Sample(entry["key"], *members), self.column, self.read)
 
 
 def read_member(shard: Path, member: Member) -> bytes:
