@@ -244,7 +244,7 @@ def _module(name: str, args: list[str], is_module: bool) -> Reading:
         with mock.patch.object(command, "read", reads):
             settings = _stopped(module.main, name, args)
         return Reading(name, tuple(args), _flat(settings))
-    if name.startswith("blip.data."):
+    if name.startswith("blip.world."):
         from jsonargparse import capture_parser
 
         parser = capture_parser(lambda: module.main([]))

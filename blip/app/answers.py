@@ -64,32 +64,32 @@ class Form:
         """What a whole line is about; None if it is no answer of this command."""
         if re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", line):
             return None
-        said = line.decode("utf-8", "surrogateescape")
+        text = line.decode("utf-8", "surrogateescape")
         if self.as_json:
             try:
-                values = json.loads(said)
+                values = json.loads(text)
             except (ValueError, RecursionError):
                 return None
             ours = isinstance(values, dict) and tuple(values) == self.keys and isinstance(values[self.keys[0]], str)
             return values[self.keys[0]] if ours else None
-        values = said.split("\t")
+        values = text.split("\t")
         ours = len(values) == len(self.fields) and all(map(_is, values, self.fields))
         return values[0] if ours else None
 
     def begins(self, torn: bytes, names: Sequence[str]) -> bool:
         """Whether a line without its end can be the beginning of an answer about one of `names`."""
-        said = torn.decode("utf-8", "surrogateescape")
+        text = torn.decode("utf-8", "surrogateescape")
         if self.as_json:
             start = f'{{"{self.keys[0]}": "'
-            return start.startswith(said) or said.startswith(start)
-        about, tab, _ = said.partition("\t")
+            return start.startswith(text) or text.startswith(start)
+        about, tab, _ = text.partition("\t")
         return any(name == about if tab else name.startswith(about) for name in map(shown, names))
 
     def record(self) -> dict[str, Any]:
         """As it is kept beside the answers."""
         form = "JSON lines" if self.as_json else "text"
-        said = {"format": _FORMAT, "version": 1, "command": self.command, "form": form, **self.options}
-        return json.loads(json.dumps(said))
+        values = {"format": _FORMAT, "version": 1, "command": self.command, "form": form, **self.options}
+        return json.loads(json.dumps(values))
 
 
 def _is(value: str, kind: str) -> bool:
@@ -142,7 +142,7 @@ class Answers:
         elif before:
             self._say(f"{self.path} has the answers about {before} {self.unit} already: going on with {self.total}")
         if not isinstance(self._about, int) and hasattr(self._about, "walk"):
-            self._tell_of(self._about)
+            self._report(self._about)
         return self
 
     def _open(self, path: str) -> None:
@@ -152,7 +152,7 @@ class Answers:
             self.whole = False
             self._out = Path(path).open("w", **ways)  # a pipe or a device, which keeps nothing  # noqa: SIM115
             return
-        kept, about = _kept(path, self.form, self.names)
+        size, about = _resumable(path, self.form, self.names)
         record = json.dumps(self.form.record(), indent=1).encode() + b"\n"
         if self.whole:
             files.replace_file(Path(path + _OPTIONS), record)
@@ -160,19 +160,19 @@ class Answers:
         answered = set(about)
         self.to_do = [name for name in self.names if self.form.named(name) not in answered]
         self._out = Path(path).open("a", **ways)  # noqa: SIM115
-        if os.path.getsize(path) > kept:
-            os.truncate(path, kept)
-        if not kept:
+        if os.path.getsize(path) > size:
+            os.truncate(path, size)
+        if not size:
             files.replace_file(Path(path + _OPTIONS), record)
 
-    def _tell_of(self, found: Found) -> None:
-        for line in (not_pictures(found.left_out), *map(shown, found.walk.notes)):
+    def _report(self, images: Found) -> None:
+        for line in (not_pictures(images.left_out), *map(shown, images.walk.notes)):
             if line:
                 self._say(line)
-        for path, reason in found.walk.unreadable:
+        for path, reason in images.walk.unreadable:
             self.failure(path, reason)
-        if found.walk.unreadable:
-            self.advance(len(found.walk.unreadable))
+        if images.walk.unreadable:
+            self.advance(len(images.walk.unreadable))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._bar.close()
@@ -275,7 +275,7 @@ def refuse_page(option: str, path: str) -> None:
         )
 
 
-def _kept(path: str, form: Form, names: Sequence[str]) -> tuple[int, list[str]]:
+def _resumable(path: str, form: Form, names: Sequence[str]) -> tuple[int, list[str]]:
     """How many bytes of a file are whole answers, and what they are about; what is torn is answered again."""
     try:
         content = Path(path).read_bytes()
@@ -301,7 +301,7 @@ def _kept(path: str, form: Form, names: Sequence[str]) -> tuple[int, list[str]]:
         raise ValueError(f"{path} has no {path}{_OPTIONS} beside it that says how its answers were made: {another}")
     if content and record is not None:
         # A model may have moved; what its weights are is compared.
-        there, now = ({k: v for k, v in said.items() if k != "model"} for said in (record, form.record()))
+        there, now = ({k: v for k, v in record_of.items() if k != "model"} for record_of in (record, form.record()))
         other = [
             f"{k} {there.get(k)!r} there and {now.get(k)!r} now" for k in there | now if there.get(k) != now.get(k)
         ]
@@ -320,16 +320,16 @@ def _last_group(keys: Sequence[str]) -> int:
 def _recorded(path: Path) -> dict[str, Any] | None:
     """The options that are kept beside answers. ValueError for a file that is something else."""
     try:
-        said = json.loads(path.read_bytes())
+        record = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError):
-        said = None
-    if not isinstance(said, dict) or said.get("format") != _FORMAT:
+        record = None
+    if not isinstance(record, dict) or record.get("format") != _FORMAT:
         raise ValueError(f"{path} is there and is no record of options, so it is not written over: give another --out")
-    return said
+    return record
 
 
 def shown(name: str) -> str:
     """A file's name as one line: control characters, which could end a line or command a terminal, are escaped."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found.group())[1:-1], name)
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: repr(match.group())[1:-1], name)

@@ -77,19 +77,23 @@ def works(findings: list[Finding]) -> bool:
 def python() -> list[Finding]:
     wanted = importlib.metadata.metadata(installed.PROJECT).get("Requires-Python") or ">=3.11"
     floor = tuple(map(int, re.findall(r"\d+", wanted)))
-    said = f"{platform.python_version()} at {sys.executable}; openblip {importlib.metadata.version(installed.PROJECT)}"
+    versions = (
+        f"{platform.python_version()} at {sys.executable}; openblip {importlib.metadata.version(installed.PROJECT)}"
+    )
     if sys.version_info[: len(floor)] < floor:
-        return [Finding("python", WRONG, said, f"Python {wanted} is needed")]
-    return [Finding("python", OK, said), *tar_reader()]
+        return [Finding("python", WRONG, versions, f"Python {wanted} is needed")]
+    return [Finding("python", OK, versions), *tar_reader()]
 
 
 def tar_reader() -> list[Finding]:
     """Whether an archive can keep this Python's tarfile busy for hours; our own reader does not use that part."""
     if sys.version_info >= _TARFILE_MENDED.get(sys.version_info[:2], (3, 13, 0, "candidate", 2)):
         return []
-    said = f"an archive can hold up the tarfile of Python {platform.python_version()} for hours (CVE-2024-6232); "
-    said += "training and CapFilt read shards without that part of it"
-    return [Finding("tarfile", OK, said, "use Python 3.11.10, 3.12.6 or newer for programs that open foreign archives")]
+    detail = f"an archive can hold up the tarfile of Python {platform.python_version()} for hours (CVE-2024-6232); "
+    detail += "training and CapFilt read shards without that part of it"
+    return [
+        Finding("tarfile", OK, detail, "use Python 3.11.10, 3.12.6 or newer for programs that open foreign archives")
+    ]
 
 
 def core() -> list[Finding]:
@@ -108,8 +112,8 @@ def core() -> list[Finding]:
             try:
                 importlib.import_module(name)
             except Exception as error:
-                said = f"{here[name]} is there and cannot be imported: {_line(error)}"
-                faults.append(Finding(name, WRONG, said, f"install it again: pip install --force-reinstall {name}"))
+                detail = f"{here[name]} is there and cannot be imported: {_line(error)}"
+                faults.append(Finding(name, WRONG, detail, f"install it again: pip install --force-reinstall {name}"))
     listed = Finding("packages", OK, ", ".join(f"{name} {version}" for name, version in here.items()))
     return [*faults, listed, *(tested(name, here[name]) for name in installed.TESTED if name in here)]
 
@@ -119,8 +123,8 @@ def tested(name: str, version: str) -> Finding:
     oldest, newest = installed.TESTED[name]
     if _series(oldest) <= _series(version) <= _series(newest):
         return Finding(name, OK, f"{version}, of the series that are tested ({oldest} to {newest})")
-    said = f"{version} is not of the series that are tested ({oldest} to {newest}); it may do as well"
-    return Finding(name, OK, said)
+    detail = f"{version} is not of the series that are tested ({oldest} to {newest}); it may do as well"
+    return Finding(name, OK, detail)
 
 
 def _series(version: str) -> tuple[int, ...]:
@@ -129,15 +133,15 @@ def _series(version: str) -> tuple[int, ...]:
 
 def extras() -> list[Finding]:
     """What only some need."""
-    found = []
+    findings = []
     for extra, what in _EXTRAS.items():
         for one in installed.packages(extra):
             if one.fits:
-                found.append(Finding(extra, OK, f"{one.name} {one.version}, for {what}"))
+                findings.append(Finding(extra, OK, f"{one.name} {one.version}, for {what}"))
             else:
-                said = f"{one.name} {one.version + ' is too old' if one.version else 'is not installed'}, for {what}"
-                found.append(Finding(extra, MISSING, said, f"pip install '{installed.PROJECT}[{extra}]'"))
-    return found
+                detail = f"{one.name} {one.version + ' is too old' if one.version else 'is not installed'}, for {what}"
+                findings.append(Finding(extra, MISSING, detail, f"pip install '{installed.PROJECT}[{extra}]'"))
+    return findings
 
 
 def video() -> list[Finding]:
@@ -165,10 +169,10 @@ def java(seconds: float = _SECONDS) -> list[Finding]:
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         return [Finding("java", MISSING, f"{where} does not answer ({_line(error)})", remedy)]
-    said = (ran.stderr or ran.stdout).strip().splitlines()
-    if ran.returncode or not said:
+    output = (ran.stderr or ran.stdout).strip().splitlines()
+    if ran.returncode or not output:
         return [Finding("java", MISSING, f"{where} ends with status {ran.returncode}", remedy)]
-    return [Finding("java", OK, f"{said[0]}, for {need}")]
+    return [Finding("java", OK, f"{output[0]}, for {need}")]
 
 
 # What computes --------------------------------------------------------------------------------------------------------
@@ -182,18 +186,18 @@ def hardware() -> list[Finding]:
     from blip.train.loop import multiplies_bfloat16
 
     if torch.cuda.is_available():
-        found = []
+        findings = []
         for i in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(i)
             kind = "bfloat16" if multiplies_bfloat16(torch.device("cuda", i)) else "no bfloat16: use float16"
-            found.append(Finding("device", OK, f"cuda:{i} {card.name}, {_size(card.total_memory)}, {kind}"))
-        return [*found, _precision("cuda")]
-    said = f"cpu {_processor()}; kernels: {torch.backends.cpu.get_cpu_capability()}"
+            findings.append(Finding("device", OK, f"cuda:{i} {card.name}, {_size(card.total_memory)}, {kind}"))
+        return [*findings, _precision("cuda")]
+    detail = f"cpu {_processor()}; kernels: {torch.backends.cpu.get_cpu_capability()}"
     fast = [name for name, flag in (("AMX", "amx_bf16"), ("AVX512-BF16", "avx512_bf16")) if flag in _flags()]
     usual = "yes" if multiplies_bfloat16(torch.device("cpu")) else "no, so it would be slow"
-    said += f"; bfloat16 in hardware: {', '.join(fast) or usual}"
-    said += f"; float32 products by {'oneDNN' if linear.ONEDNN else 'MKL or what PyTorch has'}"
-    return [Finding("device", OK, said), _precision("cpu")]
+    detail += f"; bfloat16 in hardware: {', '.join(fast) or usual}"
+    detail += f"; float32 products by {'oneDNN' if linear.ONEDNN else 'MKL or what PyTorch has'}"
+    return [Finding("device", OK, detail), _precision("cpu")]
 
 
 def _precision(device: str) -> Finding:
@@ -212,25 +216,25 @@ def cores() -> list[Finding]:
 
     there = os.cpu_count() or 1
     mine = processes.cores()
-    said = f"{torch.get_num_threads()} threads compute; {mine} of {there} cores are this process's"
+    detail = f"{torch.get_num_threads()} threads compute; {mine} of {there} cores are this process's"
     share = _share()
     if share:
-        said += f", of which it gets {share:g} by the container's limit"
+        detail += f", of which it gets {share:g} by the container's limit"
     if os.environ.get("OMP_NUM_THREADS"):
-        said += f"; OMP_NUM_THREADS is {os.environ['OMP_NUM_THREADS']}"
+        detail += f"; OMP_NUM_THREADS is {os.environ['OMP_NUM_THREADS']}"
     if share and torch.get_num_threads() > share + 1:
-        return [Finding("cores", OK, said, f"set OMP_NUM_THREADS={max(1, int(share))}: more threads only wait")]
-    return [Finding("cores", OK, said)]
+        return [Finding("cores", OK, detail, f"set OMP_NUM_THREADS={max(1, int(share))}: more threads only wait")]
+    return [Finding("cores", OK, detail)]
 
 
 def memory() -> list[Finding]:
     """Main memory, and what a container may have of it."""
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    said = f"{_size(there)} of main memory"
+    detail = f"{_size(there)} of main memory"
     limit = _read("/sys/fs/cgroup/memory.max")
     if limit.isdigit() and int(limit) < there:
-        said += f", of which the container gets {_size(int(limit))}"
-    return [Finding("memory", OK, said)]
+        detail += f", of which the container gets {_size(int(limit))}"
+    return [Finding("memory", OK, detail)]
 
 
 def _share() -> float | None:
@@ -258,7 +262,7 @@ def disk(folder: Path) -> Finding:
     while not at.exists():
         at = at.parent
     free = shutil.disk_usage(at).free
-    said = f"{_size(free)} free for {folder}"
+    detail = f"{_size(free)} free for {folder}"
     remedy = "give a folder that is yours: blip doctor --out DIR, and out=DIR to the recipes"
     try:
         if not at.is_dir():
@@ -268,8 +272,8 @@ def disk(folder: Path) -> Finding:
     except OSError as error:
         return Finding("disk", WRONG, f"{at} cannot be written ({error.strerror})", remedy)
     if free < LITTLE_DISK:
-        return Finding("disk", OK, said, "checkpoints of a base model take about 3 GB each")
-    return Finding("disk", OK, said)
+        return Finding("disk", OK, detail, "checkpoints of a base model take about 3 GB each")
+    return Finding("disk", OK, detail)
 
 
 def cache() -> Finding:
@@ -280,10 +284,10 @@ def cache() -> Finding:
     at = where
     while not at.exists():
         at = at.parent
-    said = f"files of the hub are kept in {where}, {_size(shutil.disk_usage(at).free)} free"
+    detail = f"files of the hub are kept in {where}, {_size(shutil.disk_usage(at).free)} free"
     if not os.access(at, os.W_OK):
-        return Finding("cache", MISSING, f"{said}; it cannot be written", "set HF_HOME to a folder that is yours")
-    return Finding("cache", OK, said)
+        return Finding("cache", MISSING, f"{detail}; it cannot be written", "set HF_HOME to a folder that is yours")
+    return Finding("cache", OK, detail)
 
 
 def hub() -> list[Finding]:

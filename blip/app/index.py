@@ -124,7 +124,7 @@ class Index:
         """
         remedy = "delete the folder, or build it anew with --rebuild"
         try:
-            said = json.loads((where / _LIST).read_bytes())
+            listing = json.loads((where / _LIST).read_bytes())
         except FileNotFoundError:
             return None
         except PermissionError:
@@ -132,11 +132,11 @@ class Index:
         except (OSError, ValueError) as error:
             raise DataError(f"{where / _LIST} cannot be read ({error}); {remedy}") from None
         try:
-            if (said["format"], said["version"]) != (FORMAT, VERSION):
-                raise ValueError(f"{said['format']} version {said['version']} instead of {FORMAT} {VERSION}")
-            entries = [Entry(*values) for values in said["files"]]
-            embeddings = read_tensors(where / _plain_name(said["embeddings"]))["embeddings"]
-            return cls(folder, where, Origin(**said["model"]), entries, embeddings)
+            if (listing["format"], listing["version"]) != (FORMAT, VERSION):
+                raise ValueError(f"{listing['format']} version {listing['version']} instead of {FORMAT} {VERSION}")
+            entries = [Entry(*values) for values in listing["files"]]
+            embeddings = read_tensors(where / _plain_name(listing["embeddings"]))["embeddings"]
+            return cls(folder, where, Origin(**listing["model"]), entries, embeddings)
         except PermissionError:
             raise
         except (KeyError, TypeError, ValueError, OSError) as error:
@@ -146,9 +146,9 @@ class Index:
         """Put the index on disk; what stood there stays until it is whole. files.WriteError if the disk is full."""
         self.where.mkdir(parents=True, exist_ok=True)
         old = _embeddings_of(self.where)
-        said: dict[str, Any] = {"format": FORMAT, "version": VERSION, "model": asdict(self.origin)}
+        listing: dict[str, Any] = {"format": FORMAT, "version": VERSION, "model": asdict(self.origin)}
         listed = [list(asdict(entry).values()) for entry in self.entries]
-        name = f"embeddings-{hashlib.sha256(json.dumps([said, listed]).encode()).hexdigest()[:16]}.safetensors"
+        name = f"embeddings-{hashlib.sha256(json.dumps([listing, listed]).encode()).hexdigest()[:16]}.safetensors"
         # A folder of its own, as safetensors has a temporary beside the file that it writes.
         unfinished = files.partial(self.where / name)
         try:
@@ -162,15 +162,15 @@ class Index:
             shutil.rmtree(unfinished, ignore_errors=True)
         files.checkpoint_event("after rename", self.where / name)
         rows = ",\n".join(map(json.dumps, listed))
-        head = json.dumps(said | {"embeddings": name})[:-1]
+        head = json.dumps(listing | {"embeddings": name})[:-1]
         files.replace_file(self.where / _LIST, f'{head}, "files": [\n{rows}\n]}}\n'.encode())
         self._sweep({old} - {name}, name)
 
-    def _sweep(self, old: set[str | None], kept: str) -> None:
+    def _sweep(self, old: set[str | None], current: str) -> None:
         """Remove embeddings that no list names any more; others' that are new may be about to get one."""
         for path in self.where.glob("embeddings-*.safetensors"):
             with contextlib.suppress(OSError):
-                abandoned = path.name != kept and path.stat().st_mtime < time.time() - _UNLISTED_SECONDS
+                abandoned = path.name != current and path.stat().st_mtime < time.time() - _UNLISTED_SECONDS
                 if _NAME.fullmatch(path.name) and (abandoned or path.name in old):
                     path.unlink()
 
@@ -186,12 +186,12 @@ class Index:
         paths: Sequence[str],
         stale: Sequence[str],
         features: Features,
-        tell: Callable[[list[Picture]], None] = lambda pictures: None,
+        on_batch: Callable[[list[Picture]], None] = lambda pictures: None,
     ) -> Index:
         """The index of exactly `paths`, of which `stale` are looked at again; it is on disk when this returns.
 
-        A file whose bytes the index knows, under whatever name, is not embedded again. `tell` is called with each batch
-        that was looked at.
+        A file whose bytes the index knows, under whatever name, is not embedded again. `on_batch` is called with each
+        batch that was read.
         """
         vectors = dict(zip((entry.path for entry in self.readable), self.embeddings, strict=True))
         by_bytes = {entry.sha256: vectors[entry.path] for entry in self.readable}
@@ -209,15 +209,15 @@ class Index:
                     entries[name] = Entry(name, *(before[picture.path] or (0, 0)), picture.digest, picture.reason)
                     if not picture.reason:
                         vectors[name] = by_bytes[picture.digest]
-                tell(pictures)
+                on_batch(pictures)
                 if time.monotonic() - saved > _SAVE_SECONDS:
                     self._of(paths, entries, vectors, features).write()
                     saved = time.monotonic()
         finally:
-            found = self._of(paths, entries, vectors, features)
-            if found.entries != self.entries or not (self.where / _LIST).exists():
-                found.write()
-        return found
+            index = self._of(paths, entries, vectors, features)
+            if index.entries != self.entries or not (self.where / _LIST).exists():
+                index.write()
+        return index
 
     def _of(self, paths: Sequence[str], entries: dict[str, Entry], vectors: dict[str, Tensor], like: Features) -> Index:
         listed = [entries[name] for path in paths if (name := _within(path, self.folder)) in entries]
@@ -261,7 +261,7 @@ def _within(path: str, folder: Path) -> str:
 
 def _stat(path: str) -> tuple[int, int] | None:
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return None
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns

@@ -38,16 +38,16 @@ def packages(extra: str = "") -> list[Package]:
         lines = metadata.requires(PROJECT) or []
     except metadata.PackageNotFoundError:
         raise LookupError(f"{PROJECT} is not installed, so nobody knows what it needs: pip install -e .") from None
-    found = []
+    packages_needed = []
     for requirement in map(Requirement, lines):
         ours = requirement.marker is None if not extra else _of_extra(requirement, extra)
         if ours:
             version = _version(requirement.name)
             fits = version is not None and requirement.specifier.contains(version, prereleases=True)
-            found.append(Package(requirement.name, str(requirement.specifier), version, fits))
-    if not found:
+            packages_needed.append(Package(requirement.name, str(requirement.specifier), version, fits))
+    if not packages_needed:
         raise LookupError(f"{PROJECT} has no extra {extra!r}; install it again: pip install -e .")
-    return found
+    return packages_needed
 
 
 def require(extra: str, what: str) -> None:

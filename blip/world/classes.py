@@ -1,8 +1,8 @@
-"""Writes pictures of the world sorted into folders by what they show, for zero-shot classification.
+"""Writes images of the world sorted into folders by what they show, for zero-shot classification.
 
     python -m blip.world.classes --out runs/world-shapes --by shape --count 200
 
-Scenes of a single thing, so that a picture has one right class; the same settings give the same bytes.
+Scenes of a single thing, so that an image has one right class; the same settings give the same bytes.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def write(
 
     Args:
         out: Folder to write; it must not be there.
-        by: Class of a picture: the shape of its one thing, or the colour.
+        by: Class of an image: the shape of its one thing, or the colour.
         split: train, val and test share no scene; composition shows colour-shape pairs that no other split has.
-        count: How many pictures, of as many of each class as scenes come.
-        seed: Of the scenes.
-        size: Side of the pictures, pixels.
+        count: How many images, of as many of each class as scenes come.
+        seed: Random seed of the scenes.
+        size: Side of the images, pixels.
 
     Returns:
         The folders of the classes. ValueError for a count below 1, FileExistsError for what is there already.
@@ -67,13 +67,13 @@ def write(
 
 def single(seed: int, split: Split, count: int) -> list[Scene]:
     """The first `count` scenes of a split that show one thing."""
-    found: list[Scene] = []
+    scenes: list[Scene] = []
     for i in numbers():
         made = scene(seed, i, split)
         if len(made.things) == 1:
-            found.append(made)
-        if len(found) == count:
-            return found
+            scenes.append(made)
+        if len(scenes) == count:
+            return scenes
     raise AssertionError
 
 

@@ -1,4 +1,4 @@
-"""Clips of the picture world: one thing moves from one side to the other, the others stay.
+"""Clips of the synthetic world: one thing moves from one side to the other, the others stay.
 
     python -m blip.world.clips --out runs/world-clips --split test --count 100
 
@@ -38,8 +38,8 @@ _CHECKS = 12
 
 
 @dataclass(frozen=True)
-class Clip:
-    """A scene in which the thing `moving` crosses the picture."""
+class MovingScene:
+    """A scene in which the thing `moving` crosses the image."""
 
     scene: Scene
     """As it begins."""
@@ -61,7 +61,7 @@ class Clip:
         return replace(self.scene, things=tuple(things))
 
 
-def clip(seed: int, i: int, split: Split = "train") -> Clip:
+def clip(seed: int, i: int, split: Split = "train") -> MovingScene:
     """Clip `i` of a split: things look like those of one of the split's scenes, and one of them moves."""
     dice = Dice("clip", seed, split, i)
     while True:
@@ -71,9 +71,9 @@ def clip(seed: int, i: int, split: Split = "train") -> Clip:
             things = list(made.things)
             things[moving] = _placed(things[moving], direction)
             begun = replace(made, things=tuple(things))
-            found = Clip(begun, moving, direction, int(seed), split, int(i))
-            if all(_clear(found.at(Fraction(step, _CHECKS)), moving) for step in range(_CHECKS + 1)):
-                return found
+            candidate = MovingScene(begun, moving, direction, int(seed), split, int(i))
+            if all(_clear(candidate.at(Fraction(step, _CHECKS)), moving) for step in range(_CHECKS + 1)):
+                return candidate
 
 
 def _placed(thing: Thing, direction: str) -> Thing:
@@ -104,20 +104,20 @@ def _clear(made: Scene, moving: int) -> bool:
     )
 
 
-def frames(made: Clip, count: int, size: int = 64) -> list[Image.Image]:
-    """`count` (2 or more) pictures of a clip from beginning to end, RGB, size x size pixels."""
+def frames(made: MovingScene, count: int, size: int = 64) -> list[Image.Image]:
+    """`count` (2 or more) images of a clip from beginning to end, RGB, size x size pixels."""
     return [draw(made.at(Fraction(n, count - 1)), size) for n in range(count)]
 
 
-def captions(made: Clip) -> list[str]:
+def captions(made: MovingScene) -> list[str]:
     """Five true captions, which differ in wording and in what else they tell, 4 to about 20 words, lower case."""
     dice = Dice("clip captions", made.seed, made.split, made.i)
     thing, moves = made.scene.things[made.moving], _MOVES[made.direction]
-    others = [_a(_look(other)) for n, other in enumerate(made.scene.things) if n != made.moving]
+    others = [_a(_appearance(other)) for n, other in enumerate(made.scene.things) if n != made.moving]
     stays = f"while {' and '.join(others)} {'stays' if len(others) == 1 else 'stay'} in place"
     texts: list[str] = []
     while len(texts) < 5:
-        what = _a(dice.choice((_look(thing), f"{thing.size} {_look(thing)}", f"{thing.colour} thing")))
+        what = _a(dice.choice((_appearance(thing), f"{thing.size} {_appearance(thing)}", f"{thing.colour} thing")))
         text = f"{what} {dice.choice(moves)}"
         if others and dice.chance(0.5):
             text += f" {stays}"
@@ -126,31 +126,31 @@ def captions(made: Clip) -> list[str]:
     return texts
 
 
-def questions(made: Clip) -> list[tuple[str, str]]:
+def questions(made: MovingScene) -> list[tuple[str, str]]:
     """Questions about the movement with their answers: which way, what, its colour, how many, and two of yes or no."""
     dice = Dice("clip questions", made.seed, made.split, made.i)
     thing = made.scene.things[made.moving]
     other = dice.choice([way for way in DIRECTIONS if way != made.direction])
-    asked = made.direction if dice.chance(0.5) else other
-    still = [_look(t) for n, t in enumerate(made.scene.things) if n != made.moving]
-    named = _look(thing) if not still or dice.chance(0.5) else dice.choice(still)
+    direction = made.direction if dice.chance(0.5) else other
+    still = [_appearance(t) for n, t in enumerate(made.scene.things) if n != made.moving]
+    named = _appearance(thing) if not still or dice.chance(0.5) else dice.choice(still)
     shapes = [t.shape for t in made.scene.things]
-    found = [
-        (f"which way does the {_look(thing)} move", made.direction),
+    pairs = [
+        (f"which way does the {_appearance(thing)} move", made.direction),
         ("what colour is the thing that moves", thing.colour),
         ("what shape is the thing that moves", thing.shape),
         ("how many things are there", str(len(shapes))),
-        (f"does something move {asked}", "yes" if asked == made.direction else "no"),
-        (f"does the {named} move", "yes" if named == _look(thing) else "no"),
+        (f"does something move {direction}", "yes" if direction == made.direction else "no"),
+        (f"does the {named} move", "yes" if named == _appearance(thing) else "no"),
     ]
-    return found
+    return pairs
 
 
 ANSWERS = (*DIRECTIONS, *COLOURS, *SHAPES, "1", "2", "3", "yes", "no")
 """All that is ever answered."""
 
 
-def _look(thing: Thing) -> str:
+def _appearance(thing: Thing) -> str:
     return f"{thing.colour} {thing.shape}"
 
 
@@ -177,7 +177,7 @@ def write(
         split: train, val and test share no scene; composition shows colour-shape pairs that no other split has.
         count: How many clips.
         seed: Of the clips.
-        size: Side of the pictures, pixels; even.
+        size: Side of the images, pixels; even.
         length: Frames of a clip, 8 a second.
         overwrite: Replace what an earlier call wrote for this split.
 
@@ -194,18 +194,18 @@ def write(
     unfinished = out / f".writing-{split}-{os.getpid()}"
     unfinished.mkdir(parents=True)
     try:
-        videos, sentences, asked = [], [], []
+        videos, sentences, questions_of_clips = [], [], []
         for i in range(count):
             made = clip(seed, i, split)
             _encode(unfinished / f"{made.video_id}.mp4", frames(made, length, size))
             videos.append({"video_id": made.video_id, "split": split, "id": i})
             sentences += [{"video_id": made.video_id, "caption": text} for text in captions(made)]
-            asked += [{"video_id": made.video_id, "question": q, "answer": a} for q, a in questions(made)]
+            questions_of_clips += [{"video_id": made.video_id, "question": q, "answer": a} for q, a in questions(made)]
         (out / "videos").mkdir(exist_ok=True)
         for path in sorted(unfinished.iterdir()):
             path.replace(out / "videos" / path.name)
         _json(products[0], {"videos": videos, "sentences": [s | {"sen_id": n} for n, s in zip(numbers(), sentences)]})
-        _json(products[1], [row | {"id": n} for n, row in zip(numbers(), asked)])
+        _json(products[1], [row | {"id": n} for n, row in zip(numbers(), questions_of_clips)])
     finally:
         shutil.rmtree(unfinished)
     return products
@@ -217,15 +217,15 @@ def _json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
-def _encode(path: Path, pictures: list[Image.Image]) -> None:
+def _encode(path: Path, images: list[Image.Image]) -> None:
     av = pyav()
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("mpeg4", rate=8)
-        stream.width, stream.height = pictures[0].size
-        stream.pix_fmt, stream.bit_rate = "yuv420p", 50 * pictures[0].size[0] ** 2
+        stream.width, stream.height = images[0].size
+        stream.pix_fmt, stream.bit_rate = "yuv420p", 50 * images[0].size[0] ** 2
         stream.codec_context.thread_count = 1
-        for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        for image in images:
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
         container.mux(stream.encode())
 
 

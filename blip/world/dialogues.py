@@ -1,4 +1,4 @@
-"""Dialogues about scenes of the picture world: ten rounds of question and answer, in the format of VisDial v1.0.
+"""Dialogues about scenes of the synthetic world: ten rounds of question and answer, in the format of VisDial v1.0.
 
     python -m blip.world.dialogues --out runs/world-dialogue --count 2000
 
@@ -65,7 +65,7 @@ _NEAR = 0.5
 
 
 @dataclass(frozen=True)
-class Answer:
+class Reply:
     """What an answer says, and its wording."""
 
     kind: str
@@ -73,16 +73,16 @@ class Answer:
     text: str
 
 
-def _answers() -> tuple[Answer, ...]:
-    found = []
+def _answers() -> tuple[Reply, ...]:
+    replies = []
     for kind, values in _VALUES.items():
         for value in values:
             article = "an" if value[:1] in tuple("aeiou") else "a"
             for form in _FORMS[kind]:
                 be = "is" if value == "one" else "are"
                 text = form.format(value, a=f"{article} {value}", at=f"{_at(value)} the {value}", be=be)
-                found.append(Answer(kind, value, text))
-    return tuple(found)
+                replies.append(Reply(kind, value, text))
+    return tuple(replies)
 
 
 def _at(place: str) -> str:
@@ -102,8 +102,8 @@ class Turn:
     """A question, its answer, the candidates, and how right each of these is."""
 
     question: str
-    answer: Answer
-    options: tuple[Answer, ...]
+    answer: Reply
+    options: tuple[Reply, ...]
     relevance: tuple[float, ...]
     kind: str
     """What is asked."""
@@ -126,32 +126,32 @@ def dialogue(one: Scene) -> Talk:
     caption = dice.choice(captions(one))
     manner = dice.below(3)
     turns: list[Turn] = []
-    asked: set[tuple[str, str]] = set()
+    subjects: set[tuple[str, str]] = set()
     spoken: Thing | None = None
     while len(turns) < ROUNDS:
         about_it = spoken is not None and dice.chance(_IT)
         kind = dice.choice(tuple(_OF_IT if about_it else _OF_SCENE))
-        ask = _OF_IT[kind] if about_it else _OF_SCENE[kind]
-        found = ask(dice, one, spoken)
-        if found is None:
+        question_of = _OF_IT[kind] if about_it else _OF_SCENE[kind]
+        turn = question_of(dice, one, spoken)
+        if turn is None:
             continue
-        question, (meant, value), thing = found
+        question, (meant, value), thing = turn
         # "what colour is it" may come again when "it" is another thing.
         subject = (question, str(one.things.index(spoken)) if about_it else "")
         # Nor is what the last answer has just told.
-        if subject in asked or (about_it and kind == turns[-1].kind):
+        if subject in subjects or (about_it and kind == turns[-1].kind):
             continue
-        asked.add(subject)
+        subjects.add(subject)
         turns.append(Turn(question, *_answered(dice, meant, value, kind, manner), kind, about_it))
         spoken = thing or spoken
     return Talk(one, caption, tuple(turns))
 
 
 def _answered(
-    dice: Dice, kind: str, value: str, asked: str, manner: int
-) -> tuple[Answer, tuple[Answer, ...], tuple[float, ...]]:
+    dice: Dice, kind: str, value: str, subject: str, manner: int
+) -> tuple[Reply, tuple[Reply, ...], tuple[float, ...]]:
     """The answer, the candidates, and how right each is. Who answers does so in the same manner all along."""
-    forms = [0, 1, 3] if asked == "relation" else [0, 2, 3]  # "yes it is", "yes there is"
+    forms = [0, 1, 3] if subject == "relation" else [0, 2, 3]  # "yes it is", "yes there is"
     form = forms[manner] if kind in ("yes", "no") else manner
     answer = [a for a in _LIKE[kind] if (a.kind, a.value) == (kind, value)][form]
     # All answers to such a question are among the candidates, and others fill up.
@@ -159,7 +159,7 @@ def _answered(
     return answer, tuple(options), tuple(_right(a, kind, value) for a in options)
 
 
-def _right(answer: Answer, kind: str, value: str) -> float:
+def _right(answer: Reply, kind: str, value: str) -> float:
     """How right an answer is, 0 to 1, where `value` is the truth."""
     if answer.kind != kind:
         return 0.0
@@ -179,9 +179,9 @@ def _truth(holds: bool) -> tuple[str, str]:
     return ("yes" if holds else "no"), ""
 
 
-def _only(one: Scene, **looks: str) -> bool:
+def _only(one: Scene, **attributes: str) -> bool:
     """Whether one thing alone looks so."""
-    return sum(all(getattr(t, name) == value for name, value in looks.items()) for t in one.things) == 1
+    return sum(all(getattr(t, name) == value for name, value in attributes.items()) for t in one.things) == 1
 
 
 def _a(name: str) -> str:
@@ -289,17 +289,17 @@ def write(
     size: int = 64,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Write dialogues as VisDial v1.0 comes: SPLIT.json, SPLIT-dense.json and SPLIT/ with the pictures.
+    """Write dialogues as VisDial v1.0 comes: SPLIT.json, SPLIT-dense.json and SPLIT/ with the images.
 
-    A dialogue has an `image` beside VisDial's keys, since scenes are not numbered like COCO's pictures. The dense
+    A dialogue has an `image` beside VisDial's keys, since scenes are not numbered like COCO's images. The dense
     annotations are of one round of each dialogue, as in VisDial. The same settings give the same bytes.
 
     Args:
         out: Folder to write into; several splits may share one.
         split: train, val and test share no scene; composition shows colour-shape pairs that no other split has.
         count: How many dialogues.
-        seed: Of the scenes; another seed gives other pictures of the same splits.
-        size: Side of the pictures, pixels.
+        seed: Random seed of the scenes; another seed gives other images of the same splits.
+        size: Side of the images, pixels.
         overwrite: Replace what an earlier call wrote for this split.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Writes the picture world out in the formats that real data sets come in, so that the real readers read it.
+"""Writes the synthetic world out in the formats that real data sets come in, so that the real readers read it.
 
     python -m blip.world.files --out runs/world --format tar --count 20000 --web true
     python -m blip.world.files --out runs/world-human --format json --split test --count 200
@@ -34,7 +34,7 @@ from blip.world.text import NOISE, captions, description, web_text
 
 JPEG_QUALITY = 92
 BREAKS = ("truncated", "html", "empty")
-"""How a salted picture is broken: cut in half, a web page in its place, or no bytes at all."""
+"""How a salted image is broken: cut in half, a web page in its place, or no bytes at all."""
 _PAGE = b"<!DOCTYPE html>\n<html><head><title>404 Not Found</title></head><body><h1>Not Found</h1></body></html>\n"
 
 PRODUCTS = {
@@ -47,8 +47,8 @@ PRODUCTS = {
 
 
 @dataclass(frozen=True)
-class Row:
-    """One picture as the bytes of its file, and its record: image_id, caption, and the truth where there is some."""
+class EncodedImage:
+    """One image as the bytes of its file, and its record: image_id, caption, and the truth where there is some."""
 
     image: bytes
     record: dict[str, Any]
@@ -82,25 +82,25 @@ def write(
     workers: int = 1,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Write pictures of the embedded world with captions, or with noisy web texts whose truth is recorded.
+    """Write images of the synthetic world with captions, or with noisy web texts whose truth is recorded.
 
     A record has `image_id` (it leads back to the scene) and `caption`: five captions, with a `description` beside them
     that tells everything, or one web text, with its `kind` (right, mismatched, near_miss, vague or junk_around). Where
     files are broken on purpose, `broken` says how, or is empty. tar: shards of .jpg, .txt (one caption) and .json (the
     record). json: SPLIT.json beside images/SPLIT. imagefolder: SPLIT with a metadata.jsonl. parquet:
-    `data/SPLIT-*.parquet` with the pictures inside.
+    `data/SPLIT-*.parquet` with the images inside.
 
     Args:
         out: Folder to write into; several splits may share one.
         format: tar shards, a json list, an imagefolder or parquet.
         split: train, val and test share no scene; composition shows colour-shape pairs that no other split has.
-        count: How many pictures.
-        seed: Of the scenes; another seed gives other pictures of the same splits.
-        size: Side of the pictures, pixels.
+        count: How many images.
+        seed: Random seed of the scenes; another seed gives other images of the same splits.
+        size: Side of the images, pixels.
         web: Web texts with noise instead of five true captions.
         noise: Share of web texts that are not a right caption.
-        broken: How many pictures to break: cut short, a web page instead, or empty, in turn.
-        shard: Pictures in one tar or parquet file.
+        broken: How many images to break: cut short, a web page instead, or empty, in turn.
+        shard: Images in one tar or parquet file.
         workers: Processes that draw.
         overwrite: Replace what an earlier call wrote for this format and split.
 
@@ -116,7 +116,7 @@ def write(
     settings = _Settings(split, seed, size, web, noise, _breaks(seed, split, count, broken))
 
     def fill(folder: Path) -> None:
-        rows = progress(_rows(settings, count, workers), count, "pictures", f"{format} {split}")
+        rows = progress(_rows(settings, count, workers), count, "images", f"{format} {split}")
         _WRITERS[format](folder, split, rows, -(-count // shard), shard)
 
     return publish(out, [pattern.format(split=split) for pattern in PRODUCTS[format]], fill, overwrite)
@@ -130,10 +130,10 @@ def _check(**least_one: int) -> None:
 
 def progress(rows: Iterable[Any], total: int, unit: str, what: str) -> Iterator[Any]:
     """The same rows, with a line that says how many are done, once that takes longer than a moment."""
-    with bar(total, what, unit) as told:
+    with bar(total, what, unit) as shown:
         for row in rows:
             yield row
-            told.update()
+            shown.update()
 
 
 def publish(out: Path, products: Sequence[str], fill: Callable[[Path], None], overwrite: bool = False) -> list[Path]:
@@ -166,7 +166,7 @@ def _publish(path: Path, unfinished: Path, out: Path) -> Path:
 
 
 def _breaks(seed: int, split: str, count: int, broken: int) -> dict[int, str]:
-    """Which pictures to break, and how."""
+    """Which images to break, and how."""
     dice, chosen = Dice("broken", seed, split), {}
     while len(chosen) < broken:
         chosen.setdefault(dice.below(count), BREAKS[len(chosen) % len(BREAKS)])
@@ -176,7 +176,7 @@ def _breaks(seed: int, split: str, count: int, broken: int) -> dict[int, str]:
 # ---- rows
 
 
-def _rows(settings: _Settings, count: int, workers: int) -> Iterator[Row]:
+def _rows(settings: _Settings, count: int, workers: int) -> Iterator[EncodedImage]:
     make = partial(make_row, settings)
     if workers == 1:
         yield from map(make, range(count))
@@ -188,8 +188,8 @@ def _rows(settings: _Settings, count: int, workers: int) -> Iterator[Row]:
             yield from pool.map(make, portion, chunksize=64)
 
 
-def make_row(settings: _Settings, i: int) -> Row:
-    """Picture `i` with its record."""
+def make_row(settings: _Settings, i: int) -> EncodedImage:
+    """Image `i` with its record."""
     made = scene(settings.seed, i, settings.split)
     record: dict[str, Any] = {"image_id": made.image_id}
     if settings.web:
@@ -199,11 +199,11 @@ def make_row(settings: _Settings, i: int) -> Row:
         record["description"] = description(made)
     if settings.broken:
         record["broken"] = settings.broken.get(i, "")
-    return Row(_break(jpeg(draw(made, settings.size)), record.get("broken", "")), record)
+    return EncodedImage(_break(jpeg(draw(made, settings.size)), record.get("broken", "")), record)
 
 
 def jpeg(image: Any) -> bytes:
-    """A picture as the bytes of its file."""
+    """An image as the bytes of its file."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return buffer.getvalue()
@@ -216,7 +216,7 @@ def _break(image: bytes, how: str) -> bytes:
 # ---- formats
 
 
-def _write_tar(folder: Path, split: str, rows: Iterable[Row], shards: int, shard: int) -> None:
+def _write_tar(folder: Path, split: str, rows: Iterable[EncodedImage], shards: int, shard: int) -> None:
     rows = iter(rows)
     for k in range(shards):
         with tarfile.open(folder / f"{split}-{k:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -235,7 +235,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(member, io.BytesIO(content))
 
 
-def _write_json(folder: Path, split: str, rows: Iterable[Row], shards: int, shard: int) -> None:
+def _write_json(folder: Path, split: str, rows: Iterable[EncodedImage], shards: int, shard: int) -> None:
     images = folder / "images" / split
     images.mkdir(parents=True)
     records = []
@@ -246,7 +246,7 @@ def _write_json(folder: Path, split: str, rows: Iterable[Row], shards: int, shar
     (folder / f"{split}.json").write_text(f"[\n{lines}\n]\n")
 
 
-def _write_imagefolder(folder: Path, split: str, rows: Iterable[Row], shards: int, shard: int) -> None:
+def _write_imagefolder(folder: Path, split: str, rows: Iterable[EncodedImage], shards: int, shard: int) -> None:
     images = folder / split
     images.mkdir()
     with (images / "metadata.jsonl").open("w") as metadata:
@@ -255,7 +255,7 @@ def _write_imagefolder(folder: Path, split: str, rows: Iterable[Row], shards: in
             metadata.write(json.dumps({"file_name": row.file_name, **row.record}) + "\n")
 
 
-def _write_parquet(folder: Path, split: str, rows: Iterable[Row], shards: int, shard: int) -> None:
+def _write_parquet(folder: Path, split: str, rows: Iterable[EncodedImage], shards: int, shard: int) -> None:
     (folder / "data").mkdir()
     rows = iter(rows)
     for k in range(shards):
@@ -265,7 +265,7 @@ def _write_parquet(folder: Path, split: str, rows: Iterable[Row], shards: int, s
 
 
 def _schema(row: dict[str, Any]) -> pyarrow.Schema:
-    """Arrow types, with the note by which `datasets` knows that `image` is a picture."""
+    """Arrow types, with the note by which `datasets` knows that `image` is an image."""
     string = pyarrow.string()
     types = {name: string if isinstance(value, str) else pyarrow.list_(string) for name, value in row.items()}
     types["image"] = pyarrow.struct([("bytes", pyarrow.binary()), ("path", string)])
@@ -275,7 +275,7 @@ def _schema(row: dict[str, Any]) -> pyarrow.Schema:
     return pyarrow.schema(list(types.items()), {"huggingface": json.dumps({"info": {"features": features}})})
 
 
-_WRITERS: dict[str, Callable[[Path, str, Iterable[Row], int, int], None]] = {
+_WRITERS: dict[str, Callable[[Path, str, Iterable[EncodedImage], int, int], None]] = {
     "tar": _write_tar,
     "json": _write_json,
     "imagefolder": _write_imagefolder,

@@ -1,6 +1,6 @@
 """Reads a text about a scene back to what it claims, and says which claims are true.
 
-This is how captions of the picture world are graded: by attribute precision (of what was said, how much is true) and
+This is how captions of the synthetic world are graded: by attribute precision (of what was said, how much is true) and
 recall (of what could be said, how much was). It reads words, not templates, so a model's broken grammar is read too.
 """
 
@@ -58,7 +58,7 @@ class Mention:
 
 @dataclass
 class Relation:
-    """`subject` is `name` (of) `objects`, positions in `Claims.mentions`; "between" has two objects."""
+    """`subject` is `name` (of) `objects`, positions in `Statements.mentions`; "between" has two objects."""
 
     subject: int
     name: str
@@ -66,8 +66,8 @@ class Relation:
 
 
 @dataclass
-class Claims:
-    """Everything that a text says about a picture."""
+class Statements:
+    """Everything that a text says about an image."""
 
     mentions: list[Mention] = field(default_factory=list)
     relations: list[Relation] = field(default_factory=list)
@@ -86,7 +86,7 @@ class Verdict:
 
     @property
     def true(self) -> bool:
-        """Whether the text says something about the picture, and nothing false."""
+        """Whether the text says something about the image, and nothing false."""
         return self.said.total() > 0 and self.right == self.said
 
     @property
@@ -103,7 +103,7 @@ class Verdict:
         return self.recalled.total() / self.possible.total()
 
 
-def parse(text: str) -> Claims:
+def parse(text: str) -> Statements:
     """What a text claims; words that it does not know are passed over."""
     return _Reader(re.findall(r"[a-z0-9']+|[^\sa-z0-9']", text.lower())).read()
 
@@ -111,8 +111,8 @@ def parse(text: str) -> Claims:
 def judge(scene: Scene, text: str) -> Verdict:
     """Compare a text with a scene under the pairing of mentions with things that makes most of it true."""
     claims = parse(text)
-    said = Counter(name for mention in claims.mentions for name, _ in mention.claims())
-    said.update(relation=len(claims.relations))
+    claimed = Counter(name for mention in claims.mentions for name, _ in mention.claims())
+    claimed.update(relation=len(claims.relations))
     pairing = _pairing(scene, claims)
     right: Counter[str] = Counter()
     for mention, thing in zip(claims.mentions, pairing, strict=False):
@@ -134,12 +134,12 @@ def judge(scene: Scene, text: str) -> Verdict:
         ("background", claims.background, scene.background.kind),
     ):
         if value is not None:
-            said[name] += 1
+            claimed[name] += 1
             right[name] += value == truth
             recalled[name] += value == truth
     n = len(scene.things)
     possible = Counter(shape=n, colour=n, size=n, place=n, relation=n * (n - 1) // 2, count=1, background=1)
-    return Verdict(+right, +said, +recalled, possible)
+    return Verdict(+right, +claimed, +recalled, possible)
 
 
 def grade(verdicts: Iterable[Verdict]) -> dict[str, float]:
@@ -147,14 +147,14 @@ def grade(verdicts: Iterable[Verdict]) -> dict[str, float]:
     verdicts = list(verdicts)
     parts = ("right", "said", "recalled", "possible")
     sums = {part: sum((getattr(v, part) for v in verdicts), Counter()) for part in parts}
-    right, said, recalled, possible = (sums[part] for part in parts)
+    right, claimed, recalled, possible = (sums[part] for part in parts)
     result = {
-        "precision": right.total() / max(said.total(), 1),
+        "precision": right.total() / max(claimed.total(), 1),
         "recall": recalled.total() / max(possible.total(), 1),
         "true": sum(v.true for v in verdicts) / max(len(verdicts), 1),
     }
     for name in ATTRIBUTES:
-        result[f"precision/{name}"] = right[name] / max(said[name], 1)
+        result[f"precision/{name}"] = right[name] / max(claimed[name], 1)
         result[f"recall/{name}"] = recalled[name] / max(possible[name], 1)
     return result
 
@@ -168,7 +168,7 @@ def _holds(relation: Relation, pairing: list[Thing | None]) -> bool:
     return relation.name in relations_of(subject, objects[0])
 
 
-def _pairing(scene: Scene, claims: Claims) -> list[Thing | None]:
+def _pairing(scene: Scene, claims: Statements) -> list[Thing | None]:
     """For each mention the thing that it is taken to mean, each thing at most once."""
     mentions = claims.mentions[:_MOST_MENTIONS]
     best: tuple[float, list[Thing | None]] = (-1.0, [])
@@ -195,14 +195,14 @@ class _Reader:
 
     def __init__(self, words: list[str]) -> None:
         self.words = words
-        self.claims = Claims()
+        self.claims = Statements()
         self.adjectives: dict[str, str] = {}
         self.number: int | None = None
         self.definite = False
         self.last: int | None = None
         self.open: Relation | None = None
 
-    def read(self) -> Claims:
+    def read(self) -> Statements:
         at = 0
         while at < len(self.words):
             at += self._step(at)

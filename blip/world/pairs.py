@@ -1,9 +1,9 @@
-"""Pairs of scenes of the picture world with a sentence that is true or false of them, in the format of NLVR2.
+"""Pairs of scenes of the synthetic world with a sentence that is true or false of them, in the format of NLVR2.
 
     python -m blip.world.pairs --out runs/world-pairs --sets 2500
 
 A set is some pairs made of the same few scenes and a sentence about them, true of half of the pairs. So neither the
-sentence alone nor a picture alone says which it is, and often the two pictures have only changed places.
+sentence alone nor an image alone says which it is, and often the two images have only changed places.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ def pairs(seed: int, number: int, split: str = "train") -> list[Pair]:
 # Sentences ------------------------------------------------------------------------------------------------------------
 
 
-class _Look:
+class _Description:
     """Things of a shape, of a colour, or of both, and how they are called."""
 
     def __init__(self, dice: Dice, one: Scene) -> None:
-        thing, told = dice.choice(one.things), dice.choice(("both", "both", "shape", "colour"))
-        self.shape = None if told == "colour" else thing.shape
-        self.colour = None if told == "shape" else thing.colour
+        thing, attributes = dice.choice(one.things), dice.choice(("both", "both", "shape", "colour"))
+        self.shape = None if attributes == "colour" else thing.shape
+        self.colour = None if attributes == "shape" else thing.colour
         noun = self.shape or "thing"
         self.plural = f"{self.colour or ''} {noun}{'es' if noun == 'cross' else 's'}".strip()
         name = f"{self.colour or ''} {noun}".strip()
@@ -83,37 +83,41 @@ class _Look:
 
 def _on_a_side(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
     """ "the left picture shows a red star" """
-    look = _Look(dice, a)
+    described = _Description(dice, a)
     side = dice.choice(("left", "right"))
     shows = dice.choice(("shows", "contains", "has"))
-    return f"the {side} picture {shows} {look.name}", lambda x, y: bool(look.of(x if side == "left" else y))
+    return f"the {side} picture {shows} {described.name}", lambda x, y: bool(described.of(x if side == "left" else y))
 
 
 def _in_both(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
     """ "both pictures show a star" """
-    look = _Look(dice, a)
-    sentence = dice.choice((f"both pictures show {look.name}", f"there is {look.name} in each picture"))
-    return sentence, lambda x, y: bool(look.of(x) and look.of(y))
+    described = _Description(dice, a)
+    sentence = dice.choice((f"both pictures show {described.name}", f"there is {described.name} in each picture"))
+    return sentence, lambda x, y: bool(described.of(x) and described.of(y))
 
 
 def _in_one(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
     """ "only one picture shows a star" """
-    look = _Look(dice, a)
-    sentence = dice.choice((f"only one picture shows {look.name}", f"exactly one picture contains {look.name}"))
-    return sentence, lambda x, y: bool(look.of(x)) != bool(look.of(y))
+    described = _Description(dice, a)
+    sentence = dice.choice(
+        (f"only one picture shows {described.name}", f"exactly one picture contains {described.name}")
+    )
+    return sentence, lambda x, y: bool(described.of(x)) != bool(described.of(y))
 
 
 def _in_none(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
     """ "neither picture shows a star", or that there is one at all"""
-    look = _Look(dice, a)
+    described = _Description(dice, a)
     if dice.chance(0.5):
-        return f"neither picture shows {look.name}", lambda x, y: not (look.of(x) or look.of(y))
-    return f"there is at least one {look.name.split(' ', 1)[1]}", lambda x, y: bool(look.of(x) or look.of(y))
+        return f"neither picture shows {described.name}", lambda x, y: not (described.of(x) or described.of(y))
+    return f"there is at least one {described.name.split(' ', 1)[1]}", lambda x, y: bool(
+        described.of(x) or described.of(y)
+    )
 
 
 def _one_and_other(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
     """ "one picture shows a red star and the other a blue ring" """
-    first, second = _Look(dice, a), _Look(dice, b)
+    first, second = _Description(dice, a), _Description(dice, b)
 
     def truth(x: Scene, y: Scene) -> bool:
         return bool((first.of(x) and second.of(y)) or (first.of(y) and second.of(x)))
@@ -154,7 +158,7 @@ def _as_many(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
 
 def _related(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
     """ "in one picture a star is above a ring" """
-    first, second = _Look(dice, a), _Look(dice, a)
+    first, second = _Description(dice, a), _Description(dice, a)
     relation = dice.choice(RELATIONS)
 
     def holds(one: Scene) -> bool:
@@ -206,18 +210,18 @@ def write(
     size: int = 64,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Write pairs of pictures with sentences as NLVR2 comes: SPLIT.json, an object a line, and SPLIT/ with pictures.
+    """Write pairs of images with sentences as NLVR2 comes: SPLIT.json, an object a line, and SPLIT/ with images.
 
     A row has `identifier` (split, set, pair, sentence), `sentence`, `label` ("True" or "False"), `kind` (what the
-    sentence is about) and `scenes`, which leads back to the two scenes. The pictures of row dev-3-1-0 are
+    sentence is about) and `scenes`, which leads back to the two scenes. The images of row dev-3-1-0 are
     dev-3-1-img0.png and dev-3-1-img1.png. The same settings give the same bytes.
 
     Args:
         out: Folder to write into; several splits may share one.
         split: train, val and test share no scene; composition shows colour-shape pairs that no other split has.
         sets: How many sets, of four pairs each.
-        seed: Of the scenes; another seed gives other pictures of the same splits.
-        size: Side of the pictures, pixels.
+        seed: Random seed of the scenes; another seed gives other images of the same splits.
+        size: Side of the images, pixels.
         overwrite: Replace what an earlier call wrote for this split.
 
     Returns:
@@ -242,8 +246,8 @@ def write(
 
 def _row(pair: Pair) -> dict:
     scenes = [pair.left.image_id, pair.right.image_id]
-    said = {"identifier": pair.identifier, "sentence": pair.sentence, "label": str(pair.label)}
-    return {**said, "kind": pair.kind, "scenes": scenes}
+    row = {"identifier": pair.identifier, "sentence": pair.sentence, "label": str(pair.label)}
+    return {**row, "kind": pair.kind, "scenes": scenes}
 
 
 def main(args: list[str] | None = None) -> None:

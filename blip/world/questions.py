@@ -1,9 +1,9 @@
-"""Questions about scenes of the picture world, each with ten annotators' answers, in the format of VQA v2.
+"""Questions about scenes of the synthetic world, each with ten annotators' answers, in the format of VQA v2.
 
     python -m blip.world.questions --out runs/world --count 20000
     python -m blip.world.questions --out runs/world --split val --count 500
 
-Written beside the pictures and captions of `world_files`, which are drawn first where they are not there. Each scene
+Written beside the images and captions of `blip.world.files`, which are drawn first where they are not there. Each scene
 has a question of each of `KINDS`. Most annotators give the true answer; some are content with another word for it, or
 are mistaken, never so many that the true answer would not count in full.
 """
@@ -74,13 +74,13 @@ class Asked:
 
 
 def questions(scene: Scene) -> list[Asked]:
-    """A question of each of `KINDS`, all of which the picture answers."""
+    """A question of each of `KINDS`, all of which the image answers."""
     dice = Dice("vqa", scene.seed, scene.split, scene.i)
-    found = []
+    pairs = []
     for kind in KINDS:
         start, rest, answer = _ASK[kind](dice, scene)
-        found.append(Asked(f"{start} {rest}?", answer, _annotated(dice, answer), kind, start))
-    return found
+        pairs.append(Asked(f"{start} {rest}?", answer, _annotated(dice, answer), kind, start))
+    return pairs
 
 
 def _annotated(dice: Dice, answer: str) -> list[str]:
@@ -141,16 +141,16 @@ def _count(dice: Dice, scene: Scene) -> tuple[str, str, str]:
 
 def _relation(dice: Dice, scene: Scene) -> tuple[str, str, str]:
     """What stands in a relation to a thing, or where the only thing is."""
-    asked = []
+    candidates = []
     for thing in scene.things:
         for relation in RELATIONS:
             there = [o for o in scene.things if o is not thing and relation in relations_of(o, thing)]
             if len(there) == 1:
-                asked.append((thing, relation, there[0]))
-    if not asked:
+                candidates.append((thing, relation, there[0]))
+    if not candidates:
         thing = dice.choice(scene.things)
         return "where is", f"the {_name(dice, scene, thing)}", thing.place
-    thing, relation, there = dice.choice(asked)
+    thing, relation, there = dice.choice(candidates)
     about = f"{_TO[relation]} the {_name(dice, scene, thing)}"
     if dice.chance(0.5):
         return "what shape is", about, there.shape
@@ -165,20 +165,20 @@ def _yes_no(dice: Dice, scene: Scene) -> tuple[str, str, str]:
     if pairs and dice.chance(0.5):
         a, b = dice.choice(pairs)
         relation = dice.choice(relations_of(a, b))
-        said = relation if true else OPPOSITE[relation]
-        return "is the", f"{_name(dice, scene, a)} {_TO[said]} the {_name(dice, scene, b)}", _said(true)
-    look = (thing.colour, thing.shape)
-    looks = {(t.colour, t.shape) for t in scene.things}
+        stated = relation if true else OPPOSITE[relation]
+        return "is the", f"{_name(dice, scene, a)} {_TO[stated]} the {_name(dice, scene, b)}", _yes_or_no(true)
+    pair = (thing.colour, thing.shape)
+    present = {(t.colour, t.shape) for t in scene.things}
     if not true:
         never = frozenset() if scene.split == "composition" else HELD_OUT
-        while look in looks or look in never:
+        while pair in present or pair in never:
             other = dice.choice(tuple(COLOURS)), dice.choice(SHAPES)
-            look = (other[0], thing.shape) if dice.chance(0.5) else (thing.colour, other[1])
-    article = "an" if look[0][0] in "aeiou" else "a"
-    return "is there", f"{article} {look[0]} {look[1]}", _said(true)
+            pair = (other[0], thing.shape) if dice.chance(0.5) else (thing.colour, other[1])
+    article = "an" if pair[0][0] in "aeiou" else "a"
+    return "is there", f"{article} {pair[0]} {pair[1]}", _yes_or_no(true)
 
 
-def _said(true: bool) -> str:
+def _yes_or_no(true: bool) -> str:
     return "yes" if true else "no"
 
 
@@ -208,17 +208,17 @@ def write(
     workers: int = 1,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Write questions about the first pictures of a split, and the pictures where they are not there.
+    """Write questions about the first images of a split, and the images where they are not there.
 
     `questions-SPLIT.json` and `annotations-SPLIT.json` are VQA v2's format; each question also says the path of its
-    picture. The same settings give the same bytes.
+    image. The same settings give the same bytes.
 
     Args:
-        out: Folder of the pictures, as `world_files` writes them in json format.
+        out: Folder of the images, as `blip.world.files` writes them in json format.
         split: train, val and test share no scene; composition shows colour-shape pairs that no other split has.
-        count: How many pictures.
-        seed: Of the scenes.
-        size: Side of the pictures, pixels, where they are drawn.
+        count: How many images.
+        seed: Random seed of the scenes.
+        size: Side of the images, pixels, where they are drawn.
         workers: Processes that draw.
         overwrite: Replace the questions and answers that an earlier call wrote.
 
@@ -232,34 +232,34 @@ def write(
         world_files.write(out, "json", split, count, seed, size, workers=workers)
     last = out / "images" / split / f"{scene(seed, count - 1, split).image_id}.jpg"
     if not last.exists():
-        raise ValueError(f"{out} holds other pictures of {split} than {count} of seed {seed}: there is no {last}")
+        raise ValueError(f"{out} holds other images of {split} than {count} of seed {seed}: there is no {last}")
 
     def fill(folder: Path) -> None:
-        asked, annotated = [], []
-        for i in progress(range(count), count, "pictures", f"questions {split}"):
+        listed, annotated = [], []
+        for i in progress(range(count), count, "images", f"questions {split}"):
             for one, row in _rows(seed, split, i):
-                asked.append(one)
+                listed.append(one)
                 annotated.append(row)
         about = {"info": {"description": "questions about the embedded picture world"}, "data_subtype": split}
-        for name, key, rows in zip(files(split), ("questions", "annotations"), (asked, annotated), strict=True):
+        for name, key, rows in zip(files(split), ("questions", "annotations"), (listed, annotated), strict=True):
             (folder / name).write_text(json.dumps({**about, key: rows}))
 
     return publish(out, list(files(split)), fill, overwrite)
 
 
 def _rows(seed: int, split: str, i: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """The questions about picture `i` and their annotations."""
+    """The questions about image `i` and their annotations."""
     made = scene(seed, i, split)
-    found = []
-    for number, asked in enumerate(questions(made)):
+    rows = []
+    for number, one in enumerate(questions(made)):
         ids = {"image_id": i, "question_id": i * 1000 + number}
         answers = [
-            {"answer": said, "answer_confidence": "yes", "answer_id": k} for k, said in enumerate(asked.answers, 1)
+            {"answer": given, "answer_confidence": "yes", "answer_id": k} for k, given in enumerate(one.answers, 1)
         ]
-        kinds = {"question_type": asked.question_type, "answer_type": asked.answer_type}
-        question = {**ids, "image": f"images/{split}/{made.image_id}.jpg", "question": asked.question}
-        found.append((question, {**ids, **kinds, "multiple_choice_answer": asked.answer, "answers": answers}))
-    return found
+        kinds = {"question_type": one.question_type, "answer_type": one.answer_type}
+        question = {**ids, "image": f"images/{split}/{made.image_id}.jpg", "question": one.question}
+        rows.append((question, {**ids, **kinds, "multiple_choice_answer": one.answer, "answers": answers}))
+    return rows
 
 
 def main(args: list[str] | None = None) -> None:

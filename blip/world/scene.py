@@ -1,8 +1,8 @@
-"""The embedded picture world: scenes of one to three things on a background, and how they are drawn.
+"""The synthetic world: scenes of one to three things on a background, and how they are drawn.
 
 A scene is a pure function of (seed, split, i): the same on every machine, in every process, and nothing is stored.
-`world_text` says what people and the web would write about a scene; `world_judge` reads a text back and grades it;
-`world_files` writes pictures and texts in the formats that real data sets come in. Questions, pairs and clips start
+`blip.world.text` says what people and the web would write about a scene, and `blip.world.judge` reads a text back and
+grades it. `blip.world.files` writes images and texts in the formats of real data sets. Questions, pairs and clips start
 from the same `Scene` and their own `Dice` key, so adding one never changes what is there.
 """
 
@@ -32,7 +32,7 @@ COLOURS = {
     "pink": (255, 140, 190),
 }
 RADII = {"small": (134, 149), "large": (206, 222)}
-"""Smallest and largest radius of each size, thousandths of the picture's side: 18 and 27 px across at 64 px."""
+"""Smallest and largest radius of each size, thousandths of the image's side: 18 and 27 px across at 64 px."""
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
 """Names of the cells of a 3 x 3 grid, row by row."""
 BACKGROUNDS = ("plain", "gradient", "speckled")
@@ -103,7 +103,7 @@ class Dice:
 
 @dataclass(frozen=True)
 class Thing:
-    """One thing of a scene; lengths in thousandths of the picture's side, y downwards."""
+    """One thing of a scene; lengths in thousandths of the image's side, y downwards."""
 
     shape: str
     colour: str
@@ -143,7 +143,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows; `things` are in painting order, the furthest first, and no two share colour and shape."""
+    """What an image shows; `things` are in painting order, the furthest first, and no two share colour and shape."""
 
     seed: int
     split: str
@@ -164,7 +164,7 @@ def scene(seed: int, i: int, split: str = "train") -> Scene:
     one, whatever the seeds; a colour-shape pair of `HELD_OUT` is only ever seen in `composition`.
     """
     if split not in SPLITS:
-        raise ValueError(f"the picture world has no split {split!r}, only {', '.join(SPLITS)}")
+        raise ValueError(f"the synthetic world has no split {split!r}, only {', '.join(SPLITS)}")
     dice = Dice("scene", seed, split, i)
     while True:
         things = _things(dice, held_out=split == "composition")
@@ -214,16 +214,16 @@ def is_between(middle: Thing, a: Thing, b: Thing) -> bool:
 
 def _things(dice: Dice, held_out: bool) -> tuple[Thing, ...]:
     count = dice.choice(_COUNTS)
-    looks: list[tuple[str, str]] = [dice.choice(sorted(HELD_OUT))] if held_out else []
-    while len(looks) < count:
-        look = (dice.choice(tuple(COLOURS)), dice.choice(SHAPES))
-        if look not in HELD_OUT and look not in looks:
-            looks.append(look)
-    looks = dice.shuffled(looks)
-    sizes = [dice.choice(tuple(RADII)) for _ in looks]
+    pairs: list[tuple[str, str]] = [dice.choice(sorted(HELD_OUT))] if held_out else []
+    while len(pairs) < count:
+        pair = (dice.choice(tuple(COLOURS)), dice.choice(SHAPES))
+        if pair not in HELD_OUT and pair not in pairs:
+            pairs.append(pair)
+    pairs = dice.shuffled(pairs)
+    sizes = [dice.choice(tuple(RADII)) for _ in pairs]
     while True:
         cells = dice.shuffled(range(9))
-        things = tuple(_thing(dice, *look, size, cell) for look, size, cell in zip(looks, sizes, cells, strict=False))
+        things = tuple(_thing(dice, *pair, size, cell) for pair, size, cell in zip(pairs, sizes, cells, strict=False))
         if all(_apart(a, b) for n, a in enumerate(things) for b in things[:n]):
             return things
 
@@ -248,7 +248,7 @@ def _background(dice: Dice) -> Background:
 
 
 def draw(scene: Scene, size: int = 64) -> Image.Image:
-    """The picture of a scene: RGB, size x size pixels, antialiased.
+    """The image of a scene: RGB, size x size pixels, antialiased.
 
     Vertices are rounded to fractions of a pixel and everything after that is whole numbers, so that the pixels do not
     depend on the machine.

@@ -1,7 +1,7 @@
-"""What is written about a scene: five captions as people would write them, or one text as found on the web.
+"""What is written about a scene: five captions as a person would write them, or one text as found on the web.
 
 Every caption is true. Web text is right, or wrong in a recorded way, so that a filter can be graded against the truth.
-Templates are written so that `world_judge` reads each claim back; it is never told which template was used.
+Templates are written so that `blip.world.judge` reads each claim back; it is never told which template was used.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ _AFTER = ("- best price online", "| shop now", "(photo by admin)", "#{n}", "... 
 
 
 class WebText(NamedTuple):
-    """A text found beside a picture, and the truth about it: one of `KINDS`."""
+    """A text found beside an image, and the truth about it: one of `KINDS`."""
 
     text: str
     kind: str
@@ -276,7 +276,7 @@ def _vague(dice: Dice, scene: Scene) -> str:
 
 
 def _junk_around(dice: Dice, scene: Scene) -> str:
-    """What a less specific caption tells, inside words that have nothing to do with the picture."""
+    """What a less specific caption tells, inside words that have nothing to do with the image."""
     text = _brief(dice, scene)
     before, after = dice.choice(((1, 0), (0, 1), (1, 1)))
     parts = [_filled(dice, dice.choice(_BEFORE))] * before + [text] + [_filled(dice, dice.choice(_AFTER))] * after

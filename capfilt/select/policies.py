@@ -94,7 +94,7 @@ class Texts(NamedTuple):
     score: np.ndarray
 
 
-class Verdict(NamedTuple):
+class Decisions(NamedTuple):
     """For each text whether it is kept, its reason as an index into `reasons`, and its rank in the row or -1."""
 
     kept: np.ndarray
@@ -103,19 +103,19 @@ class Verdict(NamedTuple):
     rank: np.ndarray
 
 
-def choose(texts: Texts, config: SelectConfig, cut: float | None) -> Verdict:
+def choose(texts: Texts, config: SelectConfig, cut: float | None) -> Decisions:
     """Apply the policy; `cut` is the score that `fraction` found for all texts together."""
     return _POLICIES[config.policy](texts, config, cut)
 
 
-def _passes(texts: Texts, config: SelectConfig) -> Verdict:
+def _passes(texts: Texts, config: SelectConfig) -> Decisions:
     name, web, syn = config.column, config.threshold(WEB), config.threshold(SYN)
     kept = texts.score >= np.where(texts.source == WEB, web, syn)
     reasons = [f"{name} below {web:g}", f"{name} at least {web:g}", f"{name} below {syn:g}", f"{name} at least {syn:g}"]
-    return Verdict(kept, kept + 2 * (texts.source != WEB), reasons, np.full(len(kept), -1))
+    return Decisions(kept, kept + 2 * (texts.source != WEB), reasons, np.full(len(kept), -1))
 
 
-def _blip(texts: Texts, config: SelectConfig, cut: float | None) -> Verdict:
+def _blip(texts: Texts, config: SelectConfig, cut: float | None) -> Decisions:
     return _passes(texts, config)
 
 
@@ -130,16 +130,16 @@ def _ranks(texts: Texts) -> np.ndarray:
     return ranks
 
 
-def _rank_k(texts: Texts, config: SelectConfig, cut: float | None) -> Verdict:
+def _rank_k(texts: Texts, config: SelectConfig, cut: float | None) -> Decisions:
     ranks = _ranks(texts)
     kept = ranks < config.k
     name = config.column
-    return Verdict(
+    return Decisions(
         kept, kept.astype(int), [f"not of the best {config.k} by {name}", f"of the best {config.k} by {name}"], ranks
     )
 
 
-def _web_else_syn(texts: Texts, config: SelectConfig, cut: float | None) -> Verdict:
+def _web_else_syn(texts: Texts, config: SelectConfig, cut: float | None) -> Decisions:
     verdict = _passes(texts, config)
     rows = int(texts.row.max()) + 1 if len(texts.row) else 0
     web_passed = np.zeros(rows, dtype=bool)
@@ -153,13 +153,13 @@ def _web_else_syn(texts: Texts, config: SelectConfig, cut: float | None) -> Verd
     second = syn_kept & (ranks != best[texts.row])
     reason = np.where(spare, 4, np.where(second, 5, verdict.reason))
     reasons = [*verdict.reasons, "the web text passes", "a better synthetic text passes"]
-    return Verdict(verdict.kept & ~spare & ~second, reason, reasons, ranks)
+    return Decisions(verdict.kept & ~spare & ~second, reason, reasons, ranks)
 
 
-def _fraction(texts: Texts, config: SelectConfig, cut: float | None) -> Verdict:
+def _fraction(texts: Texts, config: SelectConfig, cut: float | None) -> Decisions:
     kept = texts.score >= (np.inf if cut is None else cut)
     best = f"the best {config.fraction:g} by {config.column}"
-    return Verdict(kept, kept.astype(int), [f"not of {best}", f"of {best}"], np.full(len(kept), -1))
+    return Decisions(kept, kept.astype(int), [f"not of {best}", f"of {best}"], np.full(len(kept), -1))
 
 
 def cut_of(scores: np.ndarray, fraction: float) -> float | None:
@@ -170,7 +170,7 @@ def cut_of(scores: np.ndarray, fraction: float) -> float | None:
     return float(np.partition(scores, len(scores) - keep)[len(scores) - keep])
 
 
-_POLICIES: dict[str, Callable[[Texts, SelectConfig, float | None], Verdict]] = {
+_POLICIES: dict[str, Callable[[Texts, SelectConfig, float | None], Decisions]] = {
     "blip": _blip,
     "threshold-table": _blip,
     "rank-k": _rank_k,

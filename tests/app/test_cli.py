@@ -616,7 +616,7 @@ def test_the_literal_name_of_a_folder_is_no_glob(tmp_path, monkeypatch):
 
 LEAVING = """
 import atexit, ctypes, threading, time
-from blip.commands.ending import leave
+from blip.app.exit import leave
 libc = ctypes.CDLL(None)
 libc.__cxa_atexit(libc.abort, None, None)  # as a library of C++ does whose thread still runs when it is unloaded
 atexit.register(print, "done at the end")

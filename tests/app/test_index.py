@@ -104,7 +104,7 @@ def test_a_stopped_build_goes_on(update, folder):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        update(tell=stop)
+        update(on_batch=stop)
     kept = Index.read(folder, folder / "ix")
     assert 0 < len(kept.readable) < 3
     index, seen = update()

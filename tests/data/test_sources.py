@@ -644,7 +644,7 @@ def karpathys_own(images=123_287):
 READ = """
 import resource, sys
 from pathlib import Path
-from blip.data.json_rows import read_rows
+from blip.data.formats.json_rows import read_rows
 rows = list(read_rows(Path(sys.argv[1])))
 print(len(rows), len(rows[-1][1]["caption"]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
 """

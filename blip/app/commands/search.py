@@ -74,13 +74,15 @@ def run(chosen: argparse.Namespace) -> int:
     from blip import files
     from blip.app.answers import Answers, Form, refuse_out, refuse_page, shown
     from blip.app.loaded import load
+    from blip.data.images import ImageReader
     from blip.inference.features import Features
 
     refuse_out(chosen.out)
     if chosen.sheet:
         refuse_page("--sheet", chosen.sheet)
     loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
-    features = Features(loaded.model, loaded.tokenizer, batch=chosen.batch)
+    reader = ImageReader(loaded.model.config.vision.image_size)
+    features = Features(loaded.model, loaded.tokenizer, reader, batch=chosen.batch)
     with loaded.computing():
         embeds = features.embed_text(chosen.queries)
         index, failed = up_to_date(chosen, found, features)
