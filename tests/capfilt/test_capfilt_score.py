@@ -495,7 +495,7 @@ def test_what_reads_a_file_is_missing_and_no_row_is_to_blame(tmp_path, monkeypat
             raise ImportError("No module named 'av'")
             yield
 
-    monkeypatch.setattr(pool, "open_reader", lambda *_: Reader())
+    monkeypatch.setattr(pool, "Reader", lambda *_: Reader())
     with pytest.raises(pool.BrokenDecoder, match="No module named 'av'"):
         score(run, make_fake, HERE, io.StringIO())
     assert not run.parts.present()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -103,11 +103,17 @@ def choose(
     wanted = getattr(asked, which)
     if which == "caption" and wanted == NO_COLUMN:
         return None
-    for name in (wanted, *(_KNOWN[which] if known and wanted == getattr(Columns(), which) else ())):
-        if name in names:
-            return name
+    found = found_column(names, wanted, which) if known or wanted in names else None
+    if found is not None:
+        return found
     have = ", ".join(sorted(map(str, names)))[:200] or "nothing"
     raise DataError(f"{where} has no column {wanted!r} (it has: {have}); set {which}_column")
+
+
+def found_column(names: Collection[str], wanted: str, which: str) -> str | None:
+    """The column of the image or the caption, `wanted` or what is known to be used in place of the default; or None."""
+    known = _KNOWN[which] if wanted == getattr(Columns(), which) else ()
+    return next((name for name in (wanted, *known) if name in names), None)
 
 
 def plain_columns(values: Mapping[str, Any], *taken: str | None) -> dict[str, Any]:
