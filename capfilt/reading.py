@@ -268,7 +268,8 @@ class Reader:
         if source.kind == "hosted":
             self.root = config.image_root or ("" if source.path.startswith(HUB) else source.path)
         # img2dataset's folder was listed by us, so that it may be a link; what the images in it are may not lead out.
-        self.listed = source.kind == "listed" and source.path.endswith(".parquet") and not config.image_root
+        listed = source.kind == "listed" and source.path.endswith(".parquet") and not config.image_root
+        self.folder = source.path.removesuffix(".parquet") if listed else None
 
     def read(self, lo: int, hi: int) -> Iterator[Row]:
         """Rows lo to hi (exclusive), in order. Raises OSError when the file cannot be read."""
@@ -290,22 +291,18 @@ class Reader:
         return done
 
     def _bytes(self, image: bytes | str) -> bytes:
-        if isinstance(image, str):
-            return read_image(image, self._root_of(image)) if not self.listed else self._in_folder(image)
-        if len(image) > images.MAX_BYTES:
-            raise UnreadableImage("too_many_bytes", f"{len(image):,} bytes")
-        return image
+        if isinstance(image, bytes):
+            if len(image) > images.MAX_BYTES:
+                raise UnreadableImage("too_many_bytes", f"{len(image):,} bytes")
+            return image
+        if self.folder:
+            return read_image(os.path.basename(image), self.folder)
+        root = self.root
+        if self.source.kind == "hosted":  # files in the cache that the hub fills itself may be opened, too
+            from blip.data.formats.hosted import CACHE, in_cache
 
-    def _in_folder(self, image: str) -> bytes:
-        return read_image(os.path.basename(image), self.source.path.removesuffix(".parquet"))
-
-    def _root_of(self, image: str) -> str:
-        """Files in the cache that the hub fills itself may be opened; others only under the image root."""
-        if self.source.kind != "hosted":
-            return self.root
-        from blip.data.formats.hosted import CACHE, in_cache
-
-        return CACHE if in_cache(image) else self.root or CACHE
+            root = CACHE if in_cache(image) else root or CACHE
+        return read_image(image, root)
 
 
 def _unreadable(value: Any) -> bool:

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 from blip.data.formats.values import captions_of, image_of
 from blip.errors import BadSample, DataError
-
-T = TypeVar("T")
 
 FIRST_ROWS = 64
 """Rows of a file that are looked at for the columns there are, and of which one must be usable."""
@@ -67,20 +65,27 @@ class Format(Protocol):
 
 def row_of(number: int, values: Mapping[str, Any], columns: Columns) -> Row:
     """A row by the values of its columns, any of which may be the BadSample that reading it has given."""
-    image = _held(values, columns.image, image_of, "no_image")
-    captions = [] if columns.caption is None else _held(values, columns.caption, captions_of, "no_caption")
+    image: bytes | str | BadSample
+    captions: list[str] | BadSample
+    try:
+        image = image_of(values[columns.image])
+    except KeyError:
+        image = _without(values, columns.image, "no_image")
+    except BadSample as error:
+        image = error
+    try:
+        captions = [] if columns.caption is None else captions_of(values[columns.caption])
+    except KeyError:
+        captions = _without(values, columns.caption, "no_caption")
+    except BadSample as error:
+        captions = error
     key = values.get("key")
     return Row(number, str(key if isinstance(key, str | int) else number), image, captions, values, columns)
 
 
-def _held(values: Mapping[str, Any], column: str, read: Callable[[Any], T], code: str) -> T | BadSample:
-    try:
-        if column in values:
-            return read(values[column])
-        have = ", ".join(sorted(map(str, values)))[:200] or "nothing"
-        return BadSample(f"the row has no {column!r} (it has: {have})", code)
-    except BadSample as error:
-        return error
+def _without(values: Mapping[str, Any], column: str, code: str) -> BadSample:
+    have = ", ".join(sorted(map(str, values)))[:200] or "nothing"
+    return BadSample(f"the row has no {column!r} (it has: {have})", code)
 
 
 def choose_columns(names: Sequence[str], asked: Columns, where: str | Path) -> Columns:

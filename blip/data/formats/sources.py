@@ -31,9 +31,9 @@ from blip.data.formats.folder import Downloaded
 from blip.data.formats.hosted import in_cache, load_parquet, open_dataset, rows_at
 from blip.data.formats.json_rows import Note
 from blip.data.formats.parquet import chosen_columns, parquet_file
-from blip.data.formats.rows import FIRST_ROWS, NO_COLUMN, Columns, Row, row_of
+from blip.data.formats.rows import FIRST_ROWS, NO_COLUMN, Columns, Row
 from blip.data.formats.splits import check_split, refuse_split
-from blip.data.formats.tars import Member, Sample, Shard, Summary, check_whole, read_member, sample_row
+from blip.data.formats.tars import Member, Shard, Summary, check_whole, read_member, sample_row
 from blip.data.formats.values import captions_of, encodable, image_of
 from blip.data.paths import check_name, check_spec, contained
 from blip.data.settings import SourceConfig
@@ -104,7 +104,11 @@ def record(key: str, image: Any, captions: Any, root: Path | None) -> Record:
 
 def record_of(key: str, row: Row, root: Path | None) -> Record:
     """The Record of a row, whose path, if it has one, starts at `root`. Raises BadSample for what it lacks."""
-    return record(key, row.image, row.captions, root)
+    for value in (row.image, row.captions):
+        if isinstance(value, BadSample):
+            raise value
+    image = row.image if isinstance(row.image, bytes) else _contained_in_any(row.image, root)
+    return Record(key, image, captions_of(row.captions) if not row.captions else row.captions)
 
 
 # Lists ----------------------------------------------------------------------------------------------------------------
@@ -275,7 +279,8 @@ class Mapped:
         except Exception:  # a value that Python cannot hold, which is that row's fault
             values = next(rows_at(self._data, int(row), int(row) + 1))
         root = self._roots[self._file_of(row)] if self._roots else self._root
-        return record_of(self.key(row), row_of(row, values, self._columns), root)
+        image, caption = self._columns
+        return record(self.key(row), values[image], caption and values[caption], root)
 
     def identity(self) -> str:
         features = str(self._data.features)
@@ -354,9 +359,10 @@ def tell(shards: Sequence[Summary]) -> None:
 
 def tar_record(shard: Path, key: str, image: Member, caption: tuple[Member, bool], column: str) -> Record:
     """Read one sample of a shard. Raises BadSample when a part is missing."""
-    slot = "json" if caption[1] else "text"
-    sample = Sample(key, image, **{slot: caption[0]})
-    return record_of(key, sample_row(0, sample, column, functools.partial(read_member, shard)), None)
+    said = caption[0] if caption[0].size >= 0 else None
+    text, told = (None, said) if caption[1] else (said, None)
+    read = functools.partial(read_member, shard)
+    return record_of(key, sample_row(0, key, image if image.size >= 0 else None, text, told, column, read), None)
 
 
 # Opening --------------------------------------------------------------------------------------------------------------

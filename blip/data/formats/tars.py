@@ -55,6 +55,8 @@ class Member(NamedTuple):
 
 
 _NONE = Member(0, -1)
+_IN_TEXT = Columns("", None)
+"""The columns of a sample whose caption is no column."""
 SLOTS = ("image", "text", "json")
 """The members that a sample may have."""
 
@@ -509,31 +511,38 @@ def check_whole(where: str, shards: Sequence[Summary]) -> None:
     raise DataError(f"{where}: no sample has {f'{lacks} member' if lacks else 'both an image and a caption'}{members}")
 
 
-def sample_row(number: int, sample: Sample, column: str | None, read: Callable[[Member], bytes]) -> Row:
+def sample_row(
+    number: int,
+    key: str,
+    image: Member | None,
+    text: Member | None,
+    json: Member | None,
+    column: str | None,
+    read: Callable[[Member], bytes],
+) -> Row:
     """The row of a sample whose members `read` gives, which may raise BadSample.
 
     Its caption is the text, or the JSON member's where there is no text or another column is asked for; a JSON member
     that is no object is the caption itself.
     """
+    in_text = text is not None and column == TEXT_COLUMN
+    content: bytes | BadSample | None = None
+    captions: list[str] | BadSample | None = [] if column is None else None
     values: dict[str, Any] = {}
-    in_text = sample.text.size >= 0 and column == TEXT_COLUMN
-    image: bytes | BadSample = BadSample("no image member", "no_image")
-    captions: list[str] | BadSample = BadSample("no caption member", "no_caption")
     try:
-        told: Any = None
-        if sample.json.size >= 0:
-            told, values = _json(_whole(sample.json, read))
-        if column is None:
-            captions = []
-        elif in_text:
-            captions = [_whole(sample.text, read).decode("utf-8", "replace")]
-        elif sample.json.size >= 0:
-            captions = _caption_in(told, column)
-        if sample.image.size >= 0:
-            image = _whole(sample.image, read)
+        if json is not None:
+            captions, values = _json(_whole(json, read), None if in_text else column)
+        if in_text:
+            captions = [_whole(text, read).decode("utf-8", "replace")]
+        if image is not None:
+            content = _whole(image, read)
     except BadSample as error:
-        image = error
-    return Row(number, sample.key, image, captions, values, Columns("", None if in_text else column))
+        content = error
+    if content is None:
+        content = BadSample("no image member", "no_image")
+    if captions is None:
+        captions = BadSample("no caption member", "no_caption")
+    return Row(number, key, content, captions, values, _IN_TEXT if in_text else Columns("", column))
 
 
 def _whole(member: Member, read: Callable[[Member], bytes]) -> bytes:
@@ -542,34 +551,34 @@ def _whole(member: Member, read: Callable[[Member], bytes]) -> bytes:
     return read(member)
 
 
-def _json(content: bytes) -> tuple[Any, dict[str, Any]]:
-    """What a JSON member holds, or the BadSample that says why it is none; and its columns.
+def _json(content: bytes, column: str | None) -> tuple[list[str] | BadSample, dict[str, Any]]:
+    """The captions that a JSON member holds in a column, or why it holds none; and all its columns.
 
-    A member that is no object stands under `json` as it is.
+    None are looked for in no column. A member that is no object stands under `json` as it is.
     """
     text = content.decode("utf-8", "replace")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        return BadSample(f"its .json member is not valid JSON: {error}", "no_caption"), {"json": encodable(text)}
-    return value, value if isinstance(value, dict) else {"json": value}
+        fault = [] if column is None else BadSample(f"its .json member is not valid JSON: {error}", "no_caption")
+        return fault, {"json": encodable(text)}
+    values = value if isinstance(value, dict) else {"json": value}
+    if column is None:
+        return [], values
+    try:
+        if not isinstance(value, dict):
+            return captions_of(value), values
+        if column in value:
+            return captions_of(value[column]), values
+        have = ", ".join(sorted(value))[:200] or "nothing"
+        return BadSample(f"no caption: its .json member has no {column!r} (it has: {have})", "no_caption"), values
+    except BadSample as error:
+        return error, values
 
 
 def json_columns(content: bytes) -> dict[str, Any]:
     """The columns of a JSON member."""
-    return _json(content)[1]
-
-
-def _caption_in(value: Any, column: str) -> list[str] | BadSample:
-    if isinstance(value, BadSample):
-        return value
-    if isinstance(value, dict) and column not in value:
-        have = ", ".join(sorted(value))[:200] or "nothing"
-        return BadSample(f"no caption: its .json member has no {column!r} (it has: {have})", "no_caption")
-    try:
-        return captions_of(value[column] if isinstance(value, dict) else value)
-    except BadSample as error:
-        return error
+    return _json(content, None)[1]
 
 
 class Tar:
@@ -583,8 +592,8 @@ class Tar:
 
     def rows(self, lo: int, hi: int) -> Iterator[Row]:
         for number, entry in zip(range(lo, hi), self.index.values(lo, hi), strict=True):
-            members = (Member(entry[slot]["at"], entry[slot]["size"]) if entry[slot] else _NONE for slot in SLOTS)
-            yield sample_row(number, Sample(entry["key"], *members), self.column, self.read)
+            image, text, json = (span and Member(span["at"], span["size"]) for span in map(entry.get, SLOTS))
+            yield sample_row(number, entry["key"], image, text, json, self.column, self.read)
 
 
 def read_member(shard: Path, member: Member) -> bytes:
