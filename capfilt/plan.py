@@ -12,20 +12,20 @@ from typing import Any
 
 import pyarrow as pa
 
-from blip.data.formats.finding import Found
+from blip.data.formats.finding import FoundFile
 from blip.data.formats.splits import check_split
 from blip.data.paths import local
 from blip.errors import DataError
 from capfilt.reading import describe, find
 from capfilt.run import PLAN, Part, Run
 from capfilt.settings import ReadConfig, ScoreConfig, at_least, decided, has_gpu, resolve
-from capfilt.sources import HUB, Source, is_remote
+from capfilt.sources import HUB, PlannedSource, is_remote
 from capfilt.store import parts as part_files
 from capfilt.store.identity import differences, fingerprint, part_id
 from capfilt.store.storage import Storage, open_storage
 
 
-def _find_all(specs: Sequence[str], split: str | None) -> list[Found]:
+def _find_all(specs: Sequence[str], split: str | None) -> list[FoundFile]:
     """What all inputs mean. DataError if a file is among them twice."""
     files = [one for spec in specs for one in find(spec, split)]
     (path, times), *_ = Counter(one.path for one in files).most_common(1) or [("", 0)]
@@ -110,8 +110,8 @@ def anchored(reading: ReadConfig) -> ReadConfig:
 
 
 def _describe_all(
-    files: Sequence[Found], root: str, reading: ReadConfig, storage: Storage, seen: Counter[str] | None = None
-) -> list[Source]:
+    files: Sequence[FoundFile], root: str, reading: ReadConfig, storage: Storage, seen: Counter[str] | None = None
+) -> list[PlannedSource]:
     counts = [Counter() for _ in files]  # one each, as threads count
     with ThreadPoolExecutor(4) as pool:
         found = list(
@@ -122,7 +122,7 @@ def _describe_all(
     return found
 
 
-def write_parts(storage: Storage, number: int, sources: Sequence[Source], size: int, mark: str) -> None:
+def write_parts(storage: Storage, number: int, sources: Sequence[PlannedSource], size: int, mark: str) -> None:
     """Write plan/NUMBER.parquet with the parts of some sources, `mark` being the run's fingerprint."""
     rows = [
         Part(part_id(s.relpath, s.size, s.content, lo, min(lo + size, s.rows), mark), s.relpath, lo,
@@ -158,7 +158,7 @@ def drift(run: Run, resolved: dict[str, Any], reading: ReadConfig, part_size: in
     return differences(before, json.loads(json.dumps(now)))
 
 
-def extend(out: str, inputs: Sequence[str]) -> tuple[Run, list[Source]]:
+def extend(out: str, inputs: Sequence[str]) -> tuple[Run, list[PlannedSource]]:
     """Add the files that a plan does not know yet, with its own settings; what it knows keeps its ids."""
     run = Run.open(out)
     specs = list(inputs) or run.reading.inputs

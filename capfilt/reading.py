@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from blip.data import images
 from blip.data.formats import rows, table, tars
-from blip.data.formats.finding import Found, file_format, find_one
+from blip.data.formats.finding import FoundFile, file_format, find_one
 from blip.data.formats.folder import Downloaded
 from blip.data.formats.parquet import Parquet, RowGroups, chosen_columns, parquet_file
 from blip.data.formats.rows import NO_COLUMN, Columns, Format
@@ -32,7 +32,7 @@ from blip.data.paths import alternatives, contained, is_plain_path
 from blip.errors import BadSample, DataError, UnreadableImage, shown
 from capfilt import schema
 from capfilt.settings import ReadConfig
-from capfilt.sources import HUB, Source, content_of, dataset_content, is_remote, open_file, read_range, stat_of
+from capfilt.sources import HUB, PlannedSource, content_of, dataset_content, is_remote, open_file, read_range, stat_of
 from capfilt.store import parts as part_files
 from capfilt.store.storage import Local, Storage
 
@@ -50,7 +50,7 @@ ENTRIES = pa.schema(
 
 
 @dataclass
-class Row:
+class InputRow:
     """One row of the input as it is stored."""
 
     number: int
@@ -67,13 +67,13 @@ class Row:
 # Finding files --------------------------------------------------------------------------------------------------------
 
 
-def find(spec: str, split: str | None = None) -> list[Found]:
+def find(spec: str, split: str | None = None) -> list[FoundFile]:
     """The files that an input means, in a fixed order. DataError for what is not there or may not be read.
 
     Of an image folder with a folder for each split, that of `split`.
     """
     if spec.startswith(HUB):
-        return [Found("dataset", spec)]
+        return [FoundFile("dataset", spec)]
     found = []
     for name in alternatives(spec):
         if is_remote(name):
@@ -86,7 +86,7 @@ def find(spec: str, split: str | None = None) -> list[Found]:
     return [one._replace(path=str(one.path)) for one in found]
 
 
-def _remote(spec: str) -> list[Found]:
+def _remote(spec: str) -> list[FoundFile]:
     import fsspec
 
     files, inside = fsspec.core.url_to_fs(spec)
@@ -94,7 +94,7 @@ def _remote(spec: str) -> list[Found]:
     found = sorted(files.glob(inside)) if "*" in inside else [inside] if files.exists(inside) else []
     if not found:
         raise DataError(f"input {spec}: no such object")
-    kinds = [Found(file_format(Path(p), "input"), f"{scheme}://{p.lstrip('/')}") for p in found]
+    kinds = [FoundFile(file_format(Path(p), "input"), f"{scheme}://{p.lstrip('/')}") for p in found]
     if any(one.format == "json" for one in kinds):
         raise DataError(f"input {spec}: only tar and parquet are read from an object store; copy lists here")
     return kinds
@@ -104,8 +104,8 @@ def _remote(spec: str) -> list[Found]:
 
 
 def describe(
-    found: Found, relpath: str, config: ReadConfig, storage: Storage, seen: Counter[str] | None = None
-) -> Source:
+    found: FoundFile, relpath: str, config: ReadConfig, storage: Storage, seen: Counter[str] | None = None
+) -> PlannedSource:
     """What a file is and how many rows it has; its index of rows is written where the format needs one.
 
     `seen` counts the splits that lists have.
@@ -120,7 +120,7 @@ def describe(
     if kind == "parquet":
         file = open_parquet(path)
         chosen_columns(file.schema_arrow, asked(config), path)
-        return Source("parquet", path, relpath, size, mtime, content, file.metadata.num_rows, declared=declared)
+        return PlannedSource("parquet", path, relpath, size, mtime, content, file.metadata.num_rows, declared=declared)
     if kind == "tar":
         index, damage, notes = index_tar(path)
         check_column(path, index, config)
@@ -133,7 +133,7 @@ def describe(
     if declared is not None and declared > len(index):
         damage = f"{damage or 'samples are missing'} (readable {len(index)}, declared {declared} in stats.json)"
     kind = "tar" if kind == "tar" else "listed"
-    return Source(kind, path, relpath, size, mtime, content, len(index), name, damage, declared, tuple(notes))
+    return PlannedSource(kind, path, relpath, size, mtime, content, len(index), name, damage, declared, tuple(notes))
 
 
 def _declared(path: str) -> int | None:
@@ -167,12 +167,12 @@ def open_dataset(path: str, split: str | None) -> Any:
     return hosted.open_dataset(name, split, revision or None)
 
 
-def _dataset(path: str, relpath: str, config: ReadConfig) -> Source:
+def _dataset(path: str, relpath: str, config: ReadConfig) -> PlannedSource:
     data = open_dataset(path, config.split)
     chosen_columns(data.features.arrow_schema, asked(config), path)
     size = sum(os.path.getsize(f["filename"]) for f in data.cache_files)
     content = dataset_content(path) or hashlib.sha256(data._fingerprint.encode()).hexdigest()[:16]
-    return Source("hosted", path, relpath, size, 0.0, content, len(data))
+    return PlannedSource("hosted", path, relpath, size, 0.0, content, len(data))
 
 
 def index_tar(path: str) -> tuple[pa.Table, str | None, list[str]]:
@@ -234,7 +234,7 @@ def _index_files(path: str, config: ReadConfig) -> tuple[pa.Table, str | None, l
     return _index(found.rows()), damage, notes
 
 
-def _index(found: Iterable[rows.Row]) -> pa.Table:
+def _index(found: Iterable[rows.StoredRow]) -> pa.Table:
     """Rows of a list as a table, so that Python objects for only some exist at once."""
     blocks, block = [], []
     for row in found:
@@ -260,7 +260,7 @@ def _index(found: Iterable[rows.Row]) -> pa.Table:
 class Reader:
     """Rows of one source by number, with the bytes of their images."""
 
-    def __init__(self, source: Source, config: ReadConfig, storage: Storage) -> None:
+    def __init__(self, source: PlannedSource, config: ReadConfig, storage: Storage) -> None:
         """`storage` is the run, where the indexes are."""
         self.source = source
         self.opened = _open(source, config, storage)
@@ -271,15 +271,15 @@ class Reader:
         listed = source.kind == "listed" and source.path.endswith(".parquet") and not config.image_root
         self.folder = source.path.removesuffix(".parquet") if listed else None
 
-    def read(self, lo: int, hi: int) -> Iterator[Row]:
+    def read(self, lo: int, hi: int) -> Iterator[InputRow]:
         """Rows lo to hi (exclusive), in order. Raises OSError when the file cannot be read."""
         for row in self.opened.rows(lo, hi):
             yield self._with_image(row)
 
-    def _with_image(self, row: rows.Row) -> Row:
+    def _with_image(self, row: rows.StoredRow) -> InputRow:
         texts = [] if isinstance(row.captions, BadSample) else row.captions
         extra = row.values if self.source.kind == "listed" else row.others()
-        done = Row(row.number, row.key, texts=texts, extra=extra)
+        done = InputRow(row.number, row.key, texts=texts, extra=extra)
         try:
             if isinstance(row.image, BadSample):
                 raise row.image
@@ -318,7 +318,7 @@ def read_image(name: str, root: str) -> bytes:
         raise UnreadableImage(error.code, f"{error.reason}: {shown(name)}") from None
 
 
-def _open(source: Source, config: ReadConfig, storage: Storage) -> Format:
+def _open(source: PlannedSource, config: ReadConfig, storage: Storage) -> Format:
     if source.kind == "tar":
         column = None if config.caption_column == NO_COLUMN else config.caption_column
         return tars.Tar(open_index(storage, source), column, functools.partial(_member, source.path))
@@ -340,7 +340,7 @@ def _member(path: str, member: tars.Member) -> bytes:
         raise BadSample(error.strerror or str(error), "unreadable") from None
 
 
-def open_index(storage: Storage, source: Source) -> RowGroups:
+def open_index(storage: Storage, source: PlannedSource) -> RowGroups:
     """The index of a source's rows."""
     assert source.index is not None
     if isinstance(storage, Local):
@@ -357,9 +357,11 @@ class Entries:
     def __len__(self) -> int:
         return len(self.index)
 
-    def rows(self, lo: int, hi: int) -> Iterator[rows.Row]:
+    def rows(self, lo: int, hi: int) -> Iterator[rows.StoredRow]:
         for number, entry in zip(range(lo, hi), self.index.values(lo, hi), strict=True):
             image = entry["image"]
             if image is None:
                 image = BadSample(entry.get("fault") or "no image path in the row", "no_image")
-            yield rows.Row(number, entry["key"], image, entry["texts"] or [], json.loads(entry["extra"]), Columns())
+            yield rows.StoredRow(
+                number, entry["key"], image, entry["texts"] or [], json.loads(entry["extra"]), Columns()
+            )

@@ -15,7 +15,7 @@ _HEAD, _SPOTS, _SPOT = 1 << 16, 16, 1 << 12
 
 
 @dataclass(frozen=True)
-class Source:
+class PlannedSource:
     """One input file (or data set) as it was when the plan was made."""
 
     kind: str
@@ -105,7 +105,7 @@ def dataset_content(path: str) -> str | None:
     return h.hexdigest()[:16]
 
 
-def changed(source: Source) -> str | None:
+def changed(source: PlannedSource) -> str | None:
     """How a source differs from what was planned; None if it does not. A file that was only copied does not."""
     if source.kind == "hosted":
         now = dataset_content(source.path)

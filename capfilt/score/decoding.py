@@ -18,7 +18,7 @@ from blip.data.images import FORMATS, UnreadableImage, model_input
 from blip.errors import BadSample
 from blip.text import clean_caption
 from capfilt import schema
-from capfilt.reading import Row
+from capfilt.reading import InputRow
 from capfilt.select import rules
 from capfilt.select.phash import phash
 from capfilt.settings import ScoreConfig
@@ -50,7 +50,7 @@ class Decoded:
     """Texts beyond those that a row may have."""
 
 
-def prepare(row: Row, sides: tuple[int, ...], config: ScoreConfig) -> Decoded:
+def prepare(row: InputRow, sides: tuple[int, ...], config: ScoreConfig) -> Decoded:
     """Decode, resize and note what there is to note; nothing that a row holds raises."""
     texts, left_out, note = rules.limited(row.texts)
     norm = [_clean(text, config.max_words) for text in texts]

@@ -23,7 +23,7 @@ _EXPECTED = (
 )
 
 
-class Found(NamedTuple):
+class FoundFile(NamedTuple):
     """A file, or the folder of a saved data set."""
 
     format: str
@@ -33,7 +33,7 @@ class Found(NamedTuple):
     """Whether all of it is the split asked for, as it lies in a folder of that name."""
 
 
-def find(spec: str, format: str = "auto", split: str | None = None) -> list[Found]:
+def find(spec: str, format: str = "auto", split: str | None = None) -> list[FoundFile]:
     """What a path, a glob, a range {000..012}, a list {a,b} or a::b, a file URL or a folder means.
 
     A name that exists as it is written is no pattern. DataError for what is not there, whose format nobody can tell, or
@@ -46,7 +46,7 @@ def find(spec: str, format: str = "auto", split: str | None = None) -> list[Foun
     return found
 
 
-def find_one(name: str, what: str, format: str = "auto", split: str | None = None) -> list[Found]:
+def find_one(name: str, what: str, format: str = "auto", split: str | None = None) -> list[FoundFile]:
     """What one path or glob means; errors call it a `what` (source, input)."""
     paths = [Path(path) for path in present(name, what)]
     return [
@@ -56,10 +56,10 @@ def find_one(name: str, what: str, format: str = "auto", split: str | None = Non
     ]
 
 
-def _file(path: Path, what: str, format: str) -> Found:
+def _file(path: Path, what: str, format: str) -> FoundFile:
     if format != "auto":
-        return Found(format, path)
-    return Found(file_format(path, what), path)
+        return FoundFile(format, path)
+    return FoundFile(file_format(path, what), path)
 
 
 def file_format(path: Path, what: str) -> str:
@@ -78,14 +78,14 @@ def _unknown(where: str, why: str) -> DataError:
     )
 
 
-def _in(folder: Path, what: str, format: str, split: str | None) -> list[Found]:
+def _in(folder: Path, what: str, format: str, split: str | None) -> list[FoundFile]:
     """A saved data set, an image folder, img2dataset's output, or shards of one format."""
     if format in ("auto", "dataset") and is_dataset(folder):
-        return [Found("dataset", folder)]
+        return [FoundFile("dataset", folder)]
     if format in ("auto", "imagefolder"):
         chosen = metadata(folder / split) if split else []
         if chosen:
-            return [Found("imagefolder", file, True) for file in chosen]
+            return [FoundFile("imagefolder", file, True) for file in chosen]
     found = {
         kind: sorted(file for ending in ends for file in folder.glob(f"*.{ending}")) for kind, ends in _SHARDS.items()
     }
@@ -103,7 +103,7 @@ def _in(folder: Path, what: str, format: str, split: str | None) -> list[Found]:
     return _all(folder, what, kind, found[kind])
 
 
-def _all(folder: Path, what: str, kind: str, files: Sequence[Path]) -> list[Found]:
+def _all(folder: Path, what: str, kind: str, files: Sequence[Path]) -> list[FoundFile]:
     if kind == "imagefolder" and not files:
         raise DataError(f"{what} {folder}: no metadata.jsonl or metadata.csv with file_name and a caption column")
     if not files:
@@ -111,7 +111,7 @@ def _all(folder: Path, what: str, kind: str, files: Sequence[Path]) -> list[Foun
             f"{what} {folder}: a folder without shards (.tar, .parquet, .jsonl, .ndjson), metadata.jsonl, metadata.csv "
             "or a saved data set"
         )
-    return [Found("files" if kind == "parquet" and images_beside(f).is_dir() else kind, f) for f in files]
+    return [FoundFile("files" if kind == "parquet" and images_beside(f).is_dir() else kind, f) for f in files]
 
 
 def is_dataset(folder: str | Path) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from blip.data.formats.parquet import parquet_file, values_of
-from blip.data.formats.rows import Columns, Row, choose, row_of
+from blip.data.formats.rows import Columns, StoredRow, choose, row_of
 from blip.data.formats.tars import IMAGES
 from blip.errors import DataError
 
@@ -52,6 +52,6 @@ class Downloaded:
         self.gone = sum(row["image"] is None for row in self.values)
         """Images that were there and are not any more."""
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[StoredRow]:
         for number, values in enumerate(self.values):
             yield row_of(number, values, self.columns)

@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 
 from blip.data.formats.parquet import check_columns, common_schema, parquet_file, values_of
-from blip.data.formats.rows import Columns, Row, row_of
+from blip.data.formats.rows import Columns, StoredRow, row_of
 from blip.data.formats.splits import parts_of, refuse_split
 from blip.data.paths import check_name, under
 from blip.errors import DataError
@@ -86,7 +86,7 @@ class Hosted:
     def __len__(self) -> int:
         return len(self.data)
 
-    def rows(self, lo: int, hi: int) -> Iterator[Row]:
+    def rows(self, lo: int, hi: int) -> Iterator[StoredRow]:
         for number, values in zip(range(lo, hi), rows_at(self.data, lo, hi), strict=True):
             yield row_of(number, values, self.columns)
 

@@ -14,7 +14,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from blip.data.formats.rows import Columns, Row, choose_columns, row_of
+from blip.data.formats.rows import Columns, StoredRow, choose_columns, row_of
 from blip.errors import BadSample, DataError
 
 _MEDIA = {"Audio", "Video", "Pdf", "Nifti", "ClassLabel"}
@@ -254,7 +254,7 @@ class Parquet:
     def __len__(self) -> int:
         return len(self.groups)
 
-    def rows(self, lo: int, hi: int) -> Iterator[Row]:
+    def rows(self, lo: int, hi: int) -> Iterator[StoredRow]:
         for number, values in zip(range(lo, hi), self.groups.values(lo, hi), strict=True):
             yield row_of(number, values, self.columns)
 

@@ -33,7 +33,7 @@ class Columns(NamedTuple):
 
 
 @dataclass(slots=True)
-class Row:
+class StoredRow:
     """One row as it is stored: nothing is decoded, and no file that it names is opened."""
 
     number: int
@@ -59,11 +59,11 @@ class Format(Protocol):
 
     def __len__(self) -> int: ...
 
-    def rows(self, lo: int, hi: int) -> Iterator[Row]:
+    def rows(self, lo: int, hi: int) -> Iterator[StoredRow]:
         """Rows lo to hi (exclusive), in order."""
 
 
-def row_of(number: int, values: Mapping[str, Any], columns: Columns) -> Row:
+def row_of(number: int, values: Mapping[str, Any], columns: Columns) -> StoredRow:
     """A row by the values of its columns, any of which may be the BadSample that reading it has given."""
     image: bytes | str | BadSample
     captions: list[str] | BadSample
@@ -80,7 +80,7 @@ def row_of(number: int, values: Mapping[str, Any], columns: Columns) -> Row:
     except BadSample as error:
         captions = error
     key = values.get("key")
-    return Row(number, str(key if isinstance(key, str | int) else number), image, captions, values, columns)
+    return StoredRow(number, str(key if isinstance(key, str | int) else number), image, captions, values, columns)
 
 
 def _without(values: Mapping[str, Any], column: str, code: str) -> BadSample:

@@ -25,13 +25,13 @@ from PIL import Image
 
 from blip import dist
 from blip.data.formats import table
-from blip.data.formats.finding import Found, find, format_of
+from blip.data.formats.finding import FoundFile, find, format_of
 from blip.data.formats.finding import shard_files as shard_files
 from blip.data.formats.folder import Downloaded
 from blip.data.formats.hosted import in_cache, load_parquet, open_dataset, rows_at
 from blip.data.formats.json_rows import Note
 from blip.data.formats.parquet import chosen_columns, parquet_file
-from blip.data.formats.rows import FIRST_ROWS, NO_COLUMN, Columns, Row
+from blip.data.formats.rows import FIRST_ROWS, NO_COLUMN, Columns, StoredRow
 from blip.data.formats.splits import check_split, refuse_split
 from blip.data.formats.tars import Member, Shard, Summary, check_whole, read_member, sample_row
 from blip.data.formats.values import captions_of, encodable, image_of
@@ -102,7 +102,7 @@ def record(key: str, image: Any, captions: Any, root: Path | None) -> Record:
     return Record(key, _contained_in_any(image, root) if isinstance(image, str) else image, texts)
 
 
-def record_of(key: str, row: Row, root: Path | None) -> Record:
+def record_of(key: str, row: StoredRow, root: Path | None) -> Record:
     """The Record of a row, whose path, if it has one, starts at `root`. Raises BadSample for what it lacks."""
     for value in (row.image, row.captions):
         if isinstance(value, BadSample):
@@ -122,13 +122,13 @@ def annotated(
         yield row.image, row.captions, row.number
 
 
-class Table:
+class ListedRows:
     """Annotation rows as two Arrow columns: some 100 bytes a row, shared with the workers instead of copied.
 
     A row that cannot be used has the reason in place of its image, and no captions.
     """
 
-    def __init__(self, config: SourceConfig, found: Sequence[Found]):
+    def __init__(self, config: SourceConfig, found: Sequence[FoundFile]):
         self.weight, self.kind = config.weight, config.kind
         self.files = [one.path for one in found]
         self._config = dataclasses.replace(config, split=None) if all(one.of_split for one in found) else config
@@ -146,13 +146,13 @@ class Table:
         self._file_of = np.concatenate([b[3] for b in blocks])
         self._check_some_exist()
 
-    def _read(self, one: Found, seen: Counter[str]) -> Iterator[Row]:
+    def _read(self, one: FoundFile, seen: Counter[str]) -> Iterator[StoredRow]:
         if one.format != "files":
             return table.rows(one.path, asked(self._config), self._config.split, seen, self.notes.append)
         refuse_split(self._config.split, self._config.path, "parquet sources")
         return Downloaded(one.path, asked(self._config)).rows()
 
-    def _rows(self, found: Sequence[Found], seen: Counter[str]) -> Iterator[tuple[str, list[str] | None, int, int]]:
+    def _rows(self, found: Sequence[FoundFile], seen: Counter[str]) -> Iterator[tuple[str, list[str] | None, int, int]]:
         """(image path, captions, row number, number of the file); (reason, None, ...) for a row that cannot be used.
 
         DataError if the image of none of a file's first rows can be used, or no row at all.
@@ -375,7 +375,7 @@ def open_source(config: SourceConfig) -> Source:
         return _open_dataset(config)
     found = find(config.path, "auto" if kind == "files" else kind, config.split)
     if kind not in ("parquet", "tar"):
-        return Table(config, found)
+        return ListedRows(config, found)
     refuse_split(config.split, config.path, f"{kind} sources")
     files = [one.path for one in found]
     return _open_parquet(config, files) if kind == "parquet" else Tars(config, files)

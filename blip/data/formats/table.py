@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from blip.data.formats.json_rows import Note, rows_or_faults
-from blip.data.formats.rows import FIRST_ROWS, Columns, Row, choose_columns, row_of
+from blip.data.formats.rows import FIRST_ROWS, Columns, StoredRow, choose_columns, row_of
 from blip.data.formats.splits import of_split
 from blip.errors import BadSample, DataError
 
@@ -19,7 +19,7 @@ def rows(
     split: str | None = None,
     seen: Counter[str] | None = None,
     note: Note | None = None,
-) -> Iterator[Row]:
+) -> Iterator[StoredRow]:
     """The rows of a file that are of a split, those that cannot be used included; never all of them at once.
 
     `seen` counts the splits there are, `note` is told what is left out. DataError names the file and the row where the
@@ -38,6 +38,6 @@ def rows(
     for number, values in itertools.chain(first, found):
         if isinstance(values, BadSample):
             fault = BadSample(f"the row {values.reason}", "no_image")
-            yield Row(number, str(number), fault, fault, {}, columns)
+            yield StoredRow(number, str(number), fault, fault, {}, columns)
         else:
             yield row_of(number, values, columns)

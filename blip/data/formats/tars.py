@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from blip.data.formats.rows import Columns, Row
+from blip.data.formats.rows import Columns, StoredRow
 from blip.data.formats.values import captions_of, encodable
 from blip.data.image_header import MAX_BYTES
 from blip.errors import BadSample, DataError
@@ -62,7 +62,7 @@ SLOTS = ("image", "text", "json")
 
 
 @dataclass(slots=True)
-class Sample:
+class TarSample:
     """The members of one key: the name up to the ending, a second sample of the same name being KEY#2."""
 
     key: str
@@ -91,7 +91,7 @@ class Sample:
 class Headers:
     """What the headers of a shard say."""
 
-    samples: list[Sample]
+    samples: list[TarSample]
     """In the order of their first member, wherever in the file the others are."""
     twice: list[str]
     """Keys that occur more than once."""
@@ -329,10 +329,10 @@ class _Grouped:
     """Samples by key. The ending is what follows the last dot, as names of pictures have dots of their own."""
 
     def __init__(self) -> None:
-        self.samples: list[Sample] = []
+        self.samples: list[TarSample] = []
         self._stems: list[str] = []  # of the samples: their keys without a copy's number
         self._copies: dict[str, int] = {}
-        self._latest: dict[str, Sample] = {}
+        self._latest: dict[str, TarSample] = {}
         self._endings: dict[str, tuple[str, int]] = {}  # the first name of each, and how many there are
         self._hidden, self._fields = ("", 0), False
 
@@ -360,7 +360,7 @@ class _Grouped:
         sample = self._latest.get(stem)
         if sample is None or getattr(sample, slot) is not _NONE:
             copy = self._copies[stem] = self._copies.get(stem, 0) + 1
-            sample = self._latest[stem] = Sample(stem if copy == 1 else f"{stem}#{copy}")
+            sample = self._latest[stem] = TarSample(stem if copy == 1 else f"{stem}#{copy}")
             self.samples.append(sample)
             self._stems.append(stem)
         setattr(sample, slot, member)
@@ -519,7 +519,7 @@ def sample_row(
     json: Member | None,
     column: str | None,
     read: Callable[[Member], bytes],
-) -> Row:
+) -> StoredRow:
     """The row of a sample whose members `read` gives, which may raise BadSample.
 
     Its caption is the text, or the JSON member's where there is no text or another column is asked for; a JSON member
@@ -542,7 +542,7 @@ def sample_row(
         content = BadSample("no image member", "no_image")
     if captions is None:
         captions = BadSample("no caption member", "no_caption")
-    return Row(number, key, content, captions, values, _IN_TEXT if in_text else Columns("", column))
+    return StoredRow(number, key, content, captions, values, _IN_TEXT if in_text else Columns("", column))
 
 
 def _whole(member: Member, read: Callable[[Member], bytes]) -> bytes:
@@ -590,7 +590,7 @@ class Tar:
     def __len__(self) -> int:
         return len(self.index)
 
-    def rows(self, lo: int, hi: int) -> Iterator[Row]:
+    def rows(self, lo: int, hi: int) -> Iterator[StoredRow]:
         for number, entry in zip(range(lo, hi), self.index.values(lo, hi), strict=True):
             image, text, json = (span and Member(span["at"], span["size"]) for span in map(entry.get, SLOTS))
             yield sample_row(number, entry["key"], image, text, json, self.column, self.read)
