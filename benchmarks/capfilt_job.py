@@ -28,7 +28,7 @@ from PIL import Image
 
 from benchmarks import report as figures
 from capfilt import plan
-from capfilt.readers import tar
+from capfilt.reading import MEMBERS
 from capfilt.run import Run
 from capfilt.schema import ANNOTATIONS
 from capfilt.score.loop import ScoreOptions, score
@@ -82,7 +82,7 @@ def annotated(folder: Path, rows: int, part_size: int) -> Run:
     run = plan.make(str(folder / "run"), ScoreConfig(scorer="fake"), ReadConfig([str(folder / "in")]), part_size)
     (source,) = run.sources.values()
     index = parts.decode(run.storage.read(source.index)).take(np.arange(rows) % 200)
-    run.storage.write(source.index, parts.encode(index.cast(tar.INDEX), {"source": source.relpath}, 1024))
+    run.storage.write(source.index, parts.encode(index.cast(MEMBERS), {"source": source.relpath}, 1024))
     big = dataclasses.replace(source, rows=rows)
     job = {**run.job, "inputs": [dataclasses.asdict(big)]}
     plan.write_parts(run.storage, 0, [big], part_size, run.fingerprint)

@@ -29,16 +29,28 @@ _LONGEST = 1000
 
 
 class BadSample(Exception):
-    """One sample cannot be used; it is replaced by another and written to the ledger."""
+    """One sample cannot be used; it is replaced by another and written to the ledger.
 
-    def __init__(self, reason: str):
+    `code` says why in a word that programs go by, `reason` in words for people.
+    """
+
+    def __init__(self, reason: str, code: str = "unreadable"):
         reason = reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]}..."
         super().__init__(reason)
-        self.reason = reason
+        self.reason, self.code = reason, code
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.reason, self.code)
 
 
 class UnreadableImage(BadSample):
-    """An image that cannot be decoded, or that may not be."""
+    """An image that cannot be read or decoded, or that may not be."""
+
+    def __init__(self, code: str, detail: str):
+        super().__init__(detail, code)
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.code, self.reason)
 
 
 class DataError(Stopped):

@@ -22,11 +22,11 @@ import pyarrow.parquet as pq
 
 from blip.errors import DataError
 from capfilt.exported import BEGUN, COUNTED, MARKERS, OURS, count
-from capfilt.readers import open_reader
-from capfilt.readers.rows import changed
+from capfilt.reading import Reader
 from capfilt.run import Part, Run
 from capfilt.select.choose import kept_of, nothing_kept, read_account
 from capfilt.settings import at_least
+from capfilt.sources import changed
 from capfilt.store.faults import fault_point
 from capfilt.store.identity import differences
 from capfilt.store.storage import Storage, open_storage
@@ -197,7 +197,7 @@ class _Images:
             reason = changed(source)
             if reason:
                 raise DataError(f"source_changed: {source.path}: {reason}; its images cannot be exported")
-            self._open = part.source, open_reader(source, self.run.reading, self.run.storage)
+            self._open = part.source, Reader(source, self.run.reading, self.run.storage)
         image = next(self._open[1].read(note["source_row"], note["source_row"] + 1)).image
         if image is None or hashlib.sha256(image).hexdigest() != note["image_sha256"]:
             raise DataError(f"{part.source} row {note['source_row']}: the image is not the one that was scored")

@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 
 from blip.errors import DataError
-from capfilt.readers.rows import Source
 from capfilt.settings import ReadConfig, ScoreConfig, of_record
+from capfilt.sources import PlannedSource
 from capfilt.store import parts as part_files
 from capfilt.store.parts import Parts
 from capfilt.store.storage import Storage, open_storage
@@ -43,7 +43,7 @@ class Run:
         self.config = ScoreConfig(**of_record(job["settings"]))
         self.reading = ReadConfig(**job["reading"])
         self.parts = Parts(storage)
-        self.sources: dict[str, Source] = {}
+        self.sources: dict[str, PlannedSource] = {}
         self.plan: list[Part] = []
         self.plans = 0
         self._read()
@@ -84,14 +84,14 @@ class Run:
 
     def _add(self, sources: list[dict[str, Any]]) -> None:
         for values in sources:
-            source = Source(**{**values, "notes": tuple(values["notes"])})
+            source = PlannedSource(**{**values, "notes": tuple(values["notes"])})
             self.sources[source.relpath] = source
 
     @property
     def rows(self) -> int:
         return sum(part.rows for part in self.plan)
 
-    def damaged(self) -> list[Source]:
+    def damaged(self) -> list[PlannedSource]:
         return [source for source in self.sources.values() if source.damage]
 
     def share(self, rank: int, world: int) -> list[Part]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pyarrow as pa
 
+from blip.errors import BadSample
+
 VERSION = 2
 
 OK, NO_TEXT = "ok", "no_text"
@@ -48,6 +50,20 @@ ERROR_CODES = (
     "not_finite",
     "rule",
 )
+STATUS_OF = (
+    dict.fromkeys(("truncated",), "truncated")
+    | dict.fromkeys(("too_many_pixels", "too_many_bytes", "too_much_memory", "too_much_work"), "too_large")
+    | dict.fromkeys(("no_image", "missing_file", "path_refused", "not_a_file"), "no_image")
+    | {"unreadable": "source_error"}
+)
+"""The status of a row whose image cannot be used, by the code of the error; `decode_error` for all others."""
+_SAME_CODE = {"not_a_file": "unreadable"}
+
+
+def problem(error: BadSample) -> tuple[str, str, str]:
+    """(status, error code, detail) of a row whose image cannot be used."""
+    return STATUS_OF.get(error.code, "decode_error"), _SAME_CODE.get(error.code, error.code), error.reason
+
 
 _texts, _floats, _counts = pa.list_(pa.string()), pa.list_(pa.float32()), pa.list_(pa.int32())
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from blip.app.options import option
+from blip.data.settings import DataConfig
 from capfilt import schema
 from capfilt.select.rules import IMAGE_RULES, PRESETS
 
@@ -54,7 +55,7 @@ class ScoreConfig:
     """Words kept of a text before it is scored."""
     max_tokens: int = 35
     """Word pieces kept of a text before it is scored, special ones included."""
-    max_pixels: int = 178_956_970
+    max_pixels: int = DataConfig.max_pixels
     """Pictures with more pixels than this are not decoded."""
     lenient: bool = False
     """Decode truncated pictures as far as they go, and flag them, instead of refusing them (2022: true)."""
@@ -105,10 +106,6 @@ def decided(config: ScoreConfig, planned: ScoreConfig | None = None, device: Any
         device = device or own_device()
         found = "bfloat16" if device.type == "cuda" and multiplies_bfloat16(device) else "float32"
     return dataclasses.replace(config, precision=found)
-
-
-NO_COLUMN = "none"
-"""As `caption_column`: images without texts."""
 
 
 @dataclass(frozen=True)

@@ -206,7 +206,7 @@ def read_ranks(path: Path) -> Ranks:
         if not isinstance(place[0], int | str) or not isinstance(place[1], int) or not _whole(given):
             raise DataError(f"{path}: row {number} is {str(row)[:60]}; {expected}")
         if place in found:
-            raise DataError(f"{path}: row {number}: image {place[0]} round {place[1]} is there twice")
+            raise DataError(f"{path}: row {number}: duplicate image {place[0]}, round {place[1]}")
         found[place] = given
     return found
 

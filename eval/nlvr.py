@@ -170,7 +170,7 @@ def read_results(path: Path) -> dict[str, bool]:
             raise DataError(f"{path}: line {number} is {','.join(row)[:60]!r}; expected ID,True or ID,False")
         name = row[0].strip()
         if name in found:
-            raise DataError(f"{path}: {name} is there twice, in lines {lines[name]} and {number}")
+            raise DataError(f"{path}: duplicate sentence {name}, in lines {lines[name]} and {number}")
         found[name], lines[name] = row[1].strip().lower() == "true", number
     if not found:
         raise DataError(f"{path} is empty; expected lines of ID,True or ID,False")

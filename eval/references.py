@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from blip.data.formats.json_rows import CSV, read_rows, same_id
+from blip.data.formats.rows import FIRST_ROWS, found_column
 from blip.data.formats.splits import check_split, of_split, refuse_split
 from blip.data.formats.values import kind_of
 from blip.errors import DataError, counted, shown
@@ -47,7 +48,10 @@ def read_references(
         entries = _plain(path, value, split)
     else:
         rows = value if isinstance(value, list) else [value]
-        entries = _rows(path, rows, split, image_column, caption_column)
+        names = {name for row in rows[:FIRST_ROWS] if isinstance(row, dict) for name in row}
+        image = found_column(names, image_column, "image") or image_column
+        caption = found_column(names, caption_column, "caption") or caption_column
+        entries = _rows(path, rows, split, image, caption)
     found = list(entries)
     if not found:
         raise DataError(f"{path}: no images")
@@ -149,7 +153,7 @@ def _coco(path: Path, value: dict, split: str | None) -> Iterator[ImageCaptions]
             raise DataError(f"{where} is {kind_of(image)}; expected an object with an id")
         name = image_id(image["id"], where)
         if name in entries:
-            raise DataError(f"{where}: image {name} is there twice")
+            raise DataError(f"{where}: duplicate image {name}")
         domain = image.get("domain")
         entries[name] = ImageCaptions(
             name, [], _text(image.get("file_name")), domain if isinstance(domain, str) else None
@@ -203,7 +207,7 @@ def _plain(path: Path, value: dict, split: str | None) -> Iterator[ImageCaptions
         if not isinstance(captions, list):
             raise DataError(f"{where} has {kind_of(captions)}; expected a list of captions")
         if name in seen:
-            raise DataError(f"{where} is there twice")
+            raise DataError(f"{path}: duplicate image {key}")
         seen.add(name)
         yield ImageCaptions(name, [_caption(caption, where) for caption in captions])
 

@@ -24,7 +24,8 @@ import blip
 from blip import files, startup
 from blip.checkpoints.initial import initial_text, initial_vision
 from blip.checkpoints.weights import read_weights
-from blip.data.formats.sources import expand, open_source
+from blip.data.formats.finding import find
+from blip.data.formats.sources import open_source
 from blip.data.formats.tars import Shard
 from blip.data.images import decode
 from blip.data.settings import SourceConfig
@@ -37,7 +38,7 @@ from blip.tensors import read_tensors
 from blip.tokenizer import Tokenizer
 from blip.train import drift
 from blip.train.state import Checkpoints, State, restore
-from capfilt.readers.tar import index
+from capfilt.reading import index_tar
 from eval.metrics.java import NoJava, run_java
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -413,7 +414,7 @@ def test_what_the_user_names_may_be_anywhere_on_this_machine(folder, monkeypatch
     (folder / "images/s-1.tar").symlink_to(shard)
     monkeypatch.chdir(folder / "images")
     for spec in ("../s-0.tar", str(shard), "s-1.tar", "../s-{0..0}.tar", "../*.tar"):
-        assert [f.resolve() for f in expand(spec)] == [shard]
+        assert [one.path.resolve() for one in find(spec)] == [shard]
         assert open_source(SourceConfig(spec))[0].captions == ["hello"]
 
 
@@ -571,7 +572,7 @@ def test_sizes_that_cannot_be_are_refused(case, folder):
     (folder / "s.tar").write_bytes(content)
     with pytest.raises(DataError, match=r"s\.tar is not a whole tar file"):
         Shard(folder / "s.tar")
-    rows, damage, _ = index(str(folder / "s.tar"))
+    rows, damage, _ = index_tar(str(folder / "s.tar"))
     assert (rows["key"].to_pylist(), bool(damage)) == (["a"], True)
 
 

@@ -240,7 +240,7 @@ def read_picture(path: str | None, transform: Callable[[Image.Image], T]) -> tup
     try:
         data = images.read(Path(path))
         if len(data) > MAX_BYTES:
-            raise UnreadableImage(f"{len(data):,} bytes, more than the limit of {MAX_BYTES:,}")
+            raise UnreadableImage("too_many_bytes", f"{len(data):,} bytes, more than the limit of {MAX_BYTES:,}")
         return images.model_input(data, MAX_PIXELS, transform), hashlib.sha256(data).hexdigest()
     except UnreadableImage as error:
         raise ValueError(f"this picture cannot be used: {error.reason}") from None

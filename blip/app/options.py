@@ -366,7 +366,7 @@ def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Plac
 
 
 def _loaded(text: str, called: str, has_lines: bool = False) -> Any:
-    """What YAML reads in a text; ValueError if it is not YAML, or if a key stands there twice."""
+    """What YAML reads in a text; ValueError if it is not YAML, or for a duplicate key."""
     import yaml
 
     class _OneKeyLoader(yaml.SafeLoader):
@@ -377,7 +377,7 @@ def _loaded(text: str, called: str, has_lines: bool = False) -> Any:
             for key, _ in node.value:
                 said = None if isinstance(key, yaml.ScalarNode) else "an option's name must be a word"
                 if said or key.value in seen:
-                    said = said or f"{key.value!r} stands there twice"
+                    said = said or f"duplicate key {key.value!r}"
                     raise yaml.constructor.ConstructorError(None, None, said, key.start_mark)
                 seen.add(key.value)
             return super().construct_mapping(node, deep)

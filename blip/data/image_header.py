@@ -16,6 +16,8 @@ from PIL import Image
 
 from blip.errors import UnreadableImage
 
+MAX_BYTES = 256 << 20
+"""Encoded images larger than this are refused unread."""
 MAX_SIDE, MAX_ASPECT = 65_535, 1_000
 """Pixels of a side, and how many times it may be as long as the other."""
 MAX_SCANS = 100
@@ -68,11 +70,11 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
     """Raise UnreadableImage for too many pixels, or for a side or an aspect ratio that no photograph has."""
     by = f"{width:,} x {height:,} pixels by its header"
     if width * height > max_pixels:
-        raise UnreadableImage(f"{by}, more than the limit of {max_pixels:,}")
+        raise UnreadableImage("too_many_pixels", f"{by}, more than the limit of {max_pixels:,}")
     if max(width, height) > MAX_SIDE:
-        raise UnreadableImage(f"{by}, more than the limit of {MAX_SIDE:,} for a side")
+        raise UnreadableImage("too_many_pixels", f"{by}, more than the limit of {MAX_SIDE:,} for a side")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise UnreadableImage(f"{by}, more than the limit of {MAX_ASPECT:,} to 1")
+        raise UnreadableImage("too_many_pixels", f"{by}, more than the limit of {MAX_ASPECT:,} to 1")
 
 
 def count_frames(data: bytes, image: Image.Image) -> int:
@@ -89,7 +91,7 @@ def count_frames(data: bytes, image: Image.Image) -> int:
 
 
 def _too_many(what: str, most: int) -> UnreadableImage:
-    return UnreadableImage(f"too much work to decode: more than {most:,} {what}")
+    return UnreadableImage("too_much_work", f"too much work to decode: more than {most:,} {what}")
 
 
 # JPEG -----------------------------------------------------------------------------------------------------------------
@@ -197,7 +199,9 @@ def _check_packed(data: bytes, packed: int) -> None:
     width, height, depth, colour = struct.unpack(">IIBB", data[16:26].ljust(10, b"\0"))
     raw = height * (width * depth * _PNG_CHANNELS.get(colour, 4) // 8 + 2)
     if packed > 2 * raw + (1 << 20):
-        raise UnreadableImage(f"too much work to decode: {packed:,} compressed bytes for {width:,} x {height:,} pixels")
+        raise UnreadableImage(
+            "too_much_work", f"too much work to decode: {packed:,} compressed bytes for {width:,} x {height:,} pixels"
+        )
 
 
 def _joined(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
@@ -263,11 +267,19 @@ def _bmp(data: bytes) -> None:
     if compression in (1, 2):
         if pixels > _RUN_LENGTH_PIXELS:
             raise UnreadableImage(
+                "too_many_pixels",
                 f"{width:,} x {height:,} pixels by its header, more than the limit of {_RUN_LENGTH_PIXELS:,} for a "
-                "run-length encoded bitmap"
+                "run-length encoded bitmap",
             )
         if len(data) > 2 * (pixels + height) + _PNG_TEXT_BYTES:
-            raise UnreadableImage(f"too much work to decode: {len(data):,} bytes for {width:,} x {height:,} pixels")
+            raise UnreadableImage(
+                "too_much_work", f"too much work to decode: {len(data):,} bytes for {width:,} x {height:,} pixels"
+            )
+
+
+def cut_off(data: bytes) -> bool:
+    """Whether a WEBP has fewer bytes than its header says, which its decoder does not tell from other damage."""
+    return data.startswith(b"RIFF") and data[8:12] == b"WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data)
 
 
 def webp_size(data: bytes) -> tuple[int, int] | None:

@@ -9,23 +9,22 @@ import stat
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
-from torch import Tensor
 
-from blip.data.image_header import check_size, screened, webp_size
+from blip.data.image_header import MAX_BYTES, check_size, cut_off, screened, webp_size
 from blip.data.settings import DataConfig
-from blip.data.transforms import EvalTransform
 from blip.errors import BadSample, DataError, Stopped, UnreadableImage
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """What is decoded. Pillow's other decoders are rarely needed for pictures of the web and are where its holes are."""
-MAX_BYTES = 256 << 20
-"""Encoded pictures larger than this are refused unread."""
 MAX_MEMORY = 1 << 30
 """Bytes that decoding one image may take, its file not counted."""
 _WEBP = 18
@@ -44,14 +43,15 @@ _TURNS = {
 """What sets an image upright, by its EXIF orientation."""
 
 _OTHER = {
-    b"version https://git-lfs": "is a git-LFS pointer, not the picture: run `git lfs pull`",
     b"%PDF": "is a PDF document",
-    b"II*\0": "is a TIFF picture",
-    b"MM\0*": "is a TIFF picture",
+    b"II*\0": "is a TIFF image",
+    b"MM\0*": "is a TIFF image",
     b"PK\x03\x04": "is a zip archive",
     b"\x1f\x8b": "is a gzip file",
     b"8BPS": "is a Photoshop document",
 }
+_CUT_OFF = ("truncated", "broken data stream", "unexpected end")
+"""How Pillow, which has no codes, says that pixels end or break before they are all there."""
 
 
 def decode(image: bytes | Path | Image.Image, max_pixels: int, at_least: int | None = None) -> Image.Image:
@@ -68,11 +68,17 @@ def decode(image: bytes | Path | Image.Image, max_pixels: int, at_least: int | N
             return _turned(_rgb(image), _turn(image))
         data = read(image) if isinstance(image, Path) else image
         if foreign := _foreign(data):
-            raise UnreadableImage(foreign)
+            raise UnreadableImage(*foreign)
         try:
             return _decode(data, max_pixels, at_least)
         except Image.DecompressionBombError:
-            raise UnreadableImage(f"more pixels than the limit of {max_pixels:,}") from None
+            raise UnreadableImage("too_many_pixels", f"more pixels than the limit of {max_pixels:,}") from None
+        except (OSError, ValueError):
+            if not cut_off(data):
+                raise
+            raise UnreadableImage(
+                "truncated", f"is cut off: it has {len(data):,} bytes, fewer than its header says"
+            ) from None
 
 
 def model_input(
@@ -93,6 +99,8 @@ class ImageReader:
     """Read images for a model: a path or PIL image -> tensor (3, S, S), normalised as in evaluation."""
 
     def __init__(self, side: int, max_pixels: int = DataConfig.max_pixels) -> None:
+        from blip.data.transforms import EvalTransform  # PyTorch, without which images are read and decoded
+
         self.transform, self.max_pixels = EvalTransform(side), max_pixels
 
     def __call__(self, image: str | Path | Image.Image) -> Tensor:
@@ -118,11 +126,13 @@ def own_fault() -> Iterator[None]:
     except (BadSample, Stopped):
         raise
     except UnidentifiedImageError:
-        raise UnreadableImage(f"not one of {', '.join(FORMATS)}, or damaged in its first bytes") from None
+        reason = f"not one of {', '.join(FORMATS)}, or damaged in its first bytes"
+        raise UnreadableImage("not_an_image", reason) from None
     except MemoryError:
-        raise UnreadableImage("too little memory to decode it") from None
+        raise UnreadableImage("too_much_memory", "too little memory to decode it") from None
     except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, struct.error, IndexError, ...
-        raise UnreadableImage(f"{type(error).__name__}: {str(error)[:200]}") from None
+        code = "truncated" if any(words in str(error) for words in _CUT_OFF) else "decoder_error"
+        raise UnreadableImage(code, f"{type(error).__name__}: {str(error)[:200]}") from None
 
 
 def read(path: Path) -> bytes:
@@ -131,32 +141,34 @@ def read(path: Path) -> bytes:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a named pipe must not block
             info = os.fstat(file.fileno())
             if not stat.S_ISREG(info.st_mode):
-                raise UnreadableImage("not a regular file")
+                raise UnreadableImage("not_a_file", "not a regular file")
             if info.st_size > MAX_BYTES:
-                raise UnreadableImage(f"{info.st_size:,} bytes, more than the limit of {MAX_BYTES:,}")
+                raise UnreadableImage("too_many_bytes", f"{info.st_size:,} bytes, more than the limit of {MAX_BYTES:,}")
             return file.read()
     except (FileNotFoundError, NotADirectoryError):
-        raise UnreadableImage("no such file") from None
+        raise UnreadableImage("missing_file", "no such file") from None
     except OSError as error:
-        raise UnreadableImage(f"cannot be read: {error.strerror}") from None
+        raise UnreadableImage("unreadable", f"cannot be read: {error.strerror}") from None
 
 
-def _foreign(data: bytes) -> str | None:
-    """What bytes are that no picture decoder could read, for the commonest accidents."""
+def _foreign(data: bytes) -> tuple[str, str] | None:
+    """The code and what to say of bytes that no image decoder could read, for the commonest accidents."""
     if not data:
-        return "is empty (0 bytes)"
+        return "empty_file", "is empty (0 bytes)"
+    if data.startswith(b"version https://git-lfs"):
+        return "git_lfs_pointer", "is a git-LFS pointer, not the image: run `git lfs pull`"
     for start, what in _OTHER.items():
         if data.startswith(start):
-            return what
+            return "other_format", what
     if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1"):
-        return "is a HEIC picture"
+        return "other_format", "is a HEIC image"
     if data[4:12] in (b"ftypavif", b"ftypavis"):
-        return "is an AVIF picture"
+        return "other_format", "is an AVIF image"
     text = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
-        return "is an HTML page, not a picture: the download failed"
+        return "html_page", "is an HTML page, not an image: the download failed"
     if text.startswith((b"<svg", b"<?xml")):
-        return "is XML or SVG"
+        return "xml_or_svg", "is XML or SVG"
     return None
 
 
@@ -186,7 +198,8 @@ def _as_stored(data: bytes, max_pixels: int, at_least: int | None) -> tuple[Imag
 
 def _check_memory(size: float) -> None:
     if size > MAX_MEMORY:
-        raise UnreadableImage(f"needs {size / 2**30:.1f} GiB to decode by its header, more than the limit of 1 GiB")
+        reason = f"needs {size / 2**30:.1f} GiB to decode by its header, more than the limit of 1 GiB"
+        raise UnreadableImage("too_much_memory", reason)
 
 
 def _stored(mode: str) -> int:

@@ -211,8 +211,9 @@ def contained(name: str, root: str | Path, linked: Sequence[str] = ()) -> Path:
     """
     reason = check_name(name, root)
     if reason:
-        raise BadSample(reason)
+        raise BadSample(reason, "path_refused")
     path = os.path.realpath(os.path.join(root, name))
     if not any(under(path, top) for top in (os.path.realpath(root), *linked)):
-        raise BadSample(f"image {shown(name)} is a link that leads outside {root}: set image_root to / to allow it")
+        reason = f"image {shown(name)} is a link that leads outside {root}: set image_root to / to allow it"
+        raise BadSample(reason, "path_refused")
     return Path(path)

@@ -23,12 +23,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from blip.data.draws import ATTEMPTS, LEFT_OUT, PROBES, Prepare, Sample, check_process
 from blip.data.formats.json_rows import CSV, Note, Row, rows_or_faults
-from blip.data.formats.parquet import check_columns, parquet_file, rows_of
+from blip.data.formats.parquet import chosen_columns, parquet_file, rows_of
 from blip.data.formats.sources import (
     CURE,
     FIRST_ROWS,
     Record,
     annotated,
+    asked,
     digest,
     format_of,
     record,
@@ -36,7 +37,6 @@ from blip.data.formats.sources import (
     shard_files,
     tar_record,
     tell,
-    together,
 )
 from blip.data.formats.splits import check_split, parts_of, refuse_split
 from blip.data.formats.tars import Shard, check_whole
@@ -75,9 +75,9 @@ class CaptionShards:
         if self.format not in ("tar", "parquet", "json"):
             raise DataError(f"source {config.path}: streaming reads tar, parquet and jsonl shards, not {self.format}")
         if self.format != "json":
-            refuse_split(config.split, f"source {config.path}", f"{self.format} files")
+            refuse_split(config.split, config.path, f"{self.format} sources")
         self.files = shard_files(config.path, self.format)
-        self.root = root_of(config, together(self.files))
+        root_of(config, self.files[0].parent)
         self.notes: list[str] = []
         """What is to be said about the source at the start."""
         self.rows = self._estimate()
@@ -93,7 +93,7 @@ class CaptionShards:
         if self.format == "parquet":
             files = [parquet_file(f) for f in self.files]
             for path, file in zip(self.files, files, strict=True):
-                check_columns(file.schema_arrow, path, c.image_column, c.caption_column)
+                chosen_columns(file.schema_arrow, asked(c), path)
             return sum(file.metadata.num_rows for file in files)
         if self.format == "json":  # one mark in a CSV file may swallow many rows
             for file in (f for f in self.files[1:] if f.suffix.lower() in CSV):
@@ -122,7 +122,7 @@ class CaptionShards:
             rows += sum(1 for _ in self._annotated(file, self.notes.append, seen))
             if rows and seen.keys() >= set(parts_of(split)):
                 break
-        check_split(split, f"source {self.config.path}", seen)
+        check_split(split, self.config.path, seen)
         for file in self.files[read:]:
             first = [row for _, row in itertools.islice(rows_or_faults(file), PROBES) if isinstance(row, dict)]
             if first and not any("split" in row for row in first):
@@ -131,9 +131,8 @@ class CaptionShards:
 
     def _annotated(
         self, file: Path, note: Note | None = None, seen: Counter[str] | None = None
-    ) -> Iterator[tuple[str | BadSample, list[str], int]]:
-        columns = self.config.image_column, self.config.caption_column
-        return annotated(self.config, file, self.root, columns, note, seen)
+    ) -> Iterator[tuple[str | BadSample, list[str] | BadSample, int]]:
+        return annotated(self.config, file, note, seen)
 
     def _shard(self, file: Path) -> Shard:
         return Shard(file, self.config.caption_column, allow_truncated=self.config.allow_truncated)
@@ -150,19 +149,19 @@ class CaptionShards:
                 yield Bad(key, error.reason)
 
     def _readers(self, file: Path, part: int, parts: int) -> Iterator[tuple[str, Callable[[], Record]]]:
-        image, caption = self.config.image_column, self.config.caption_column
         if self.format == "tar":
-            shard = self._shard(file)
+            shard, column = self._shard(file), self.config.caption_column
             for i in range(part, len(shard), parts):
                 key = f"{file.name}/{shard.names[i]}"
-                yield key, lambda i=i, key=key: tar_record(file, key, shard.image(i), shard.caption(i), caption)
+                yield key, lambda i=i, key=key: tar_record(file, key, shard.image(i), shard.caption(i), column)
             return
-        root = self.root
+        root = root_of(self.config, file.parent)
         if self.format == "json":
             rows = self._annotated(file)
         else:
-            root = root_of(self.config, file.parent)
-            read = rows_of(parquet_file(file), file, (image, caption))
+            opened = parquet_file(file)
+            image, caption = chosen_columns(opened.schema_arrow, asked(self.config), file)
+            read = rows_of(opened, file, (image, caption))
             rows = ((values[image], values[caption], number) for number, values in enumerate(read))
         for image_value, captions, number in itertools.islice(rows, part, None, parts):
             key = f"{file.name}:{number}"

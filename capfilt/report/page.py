@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from blip.app.page import STYLE
 from blip.data.images import model_input, small
 from capfilt import __version__
-from capfilt.readers import open_reader
+from capfilt.reading import Reader
 from capfilt.report.counts import BINS, Numbers, ReportOptions
 from capfilt.run import Run
 from capfilt.schema import USABLE
@@ -295,7 +295,7 @@ class Cards:
             return ""
         source = self.run.sources[self.parts[pid].source]
         try:
-            reader = open_reader(source, self.run.reading, self.run.storage)
+            reader = Reader(source, self.run.reading, self.run.storage)
             found = next(reader.read(note["source_row"], note["source_row"] + 1))
             image = model_input(
                 found.image or b"", self.run.config.max_pixels, lambda image: small(image, _SIDE), _SIDE

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from capfilt.readers.rows import plain
+from blip.data.formats.values import encodable
 from capfilt.run import Part
 from capfilt.schema import ANNOTATIONS
 from capfilt.score.decoding import Decoded
@@ -58,7 +58,7 @@ def annotation(row: Decoded, relpath: str, scores: Scores | None) -> dict[str, A
         "source_uri": relpath,
         "source_row": row.number,
         "key": row.key,
-        "url": plain(url) if isinstance(url, str) else None,
+        "url": encodable(url) if isinstance(url, str) else None,
         "extra_json": json.dumps(row.extra, sort_keys=True),
         **row.facts,
         "web_text": row.texts,

@@ -17,7 +17,8 @@ from blip.data.image_header import count_frames, screened
 from blip.data.images import FORMATS, UnreadableImage, model_input
 from blip.errors import BadSample
 from blip.text import clean_caption
-from capfilt.readers.rows import Row
+from capfilt import schema
+from capfilt.reading import InputRow
 from capfilt.select import rules
 from capfilt.select.phash import phash
 from capfilt.settings import ScoreConfig
@@ -26,23 +27,6 @@ from capfilt.store.faults import decode_fault
 T = TypeVar("T")
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
-_REASONS = (
-    ("is empty", "decode_error", "empty_file"),
-    ("is a git-LFS", "decode_error", "git_lfs_pointer"),
-    ("is an HTML", "decode_error", "html_page"),
-    ("is XML", "decode_error", "xml_or_svg"),
-    ("is a", "decode_error", "other_format"),
-    ("not one of", "decode_error", "not_an_image"),
-    ("pixels by its header", "too_large", "too_many_pixels"),
-    ("more pixels than", "too_large", "too_many_pixels"),
-    ("GiB to decode", "too_large", "too_much_memory"),
-    ("too little memory", "too_large", "too_much_memory"),
-    ("too much work", "too_large", "too_much_work"),
-    ("truncated", "truncated", "truncated"),
-    ("broken data stream", "truncated", "truncated"),
-    ("unexpected end", "truncated", "truncated"),
-)
-"""What blip.data.images says -> (status, error code); the first that fits."""
 _CONSTANT = 4
 """Grey levels between the darkest and the brightest place of a picture that shows nothing."""
 
@@ -66,7 +50,7 @@ class Decoded:
     """Texts beyond those that a row may have."""
 
 
-def prepare(row: Row, sides: tuple[int, ...], config: ScoreConfig) -> Decoded:
+def prepare(row: InputRow, sides: tuple[int, ...], config: ScoreConfig) -> Decoded:
     """Decode, resize and note what there is to note; nothing that a row holds raises."""
     texts, left_out, note = rules.limited(row.texts)
     norm = [_clean(text, config.max_words) for text in texts]
@@ -114,12 +98,12 @@ def _see(data: bytes, done: Decoded, sides: tuple[int, ...], config: ScoreConfig
     try:
         done.pixels, done.facts["phash64"], (width, height) = model_input(data, config.max_pixels, note, at_least)
     except UnreadableImage as error:
-        status, code = next((s[1:] for s in _REASONS if s[0] in error.reason), ("decode_error", "decoder_error"))
+        status, code, detail = schema.problem(error)
         if status != "too_large":
             _header(data, done.facts)
         lenient = _lenient(data, note) if status == "truncated" and config.lenient else None
         if lenient is None:
-            _fail(done.facts, status, code, error.reason)
+            _fail(done.facts, status, code, detail)
             return False
         done.pixels, done.facts["phash64"], _ = lenient
         done.flags.append("image.truncated")

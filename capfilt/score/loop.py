@@ -18,7 +18,6 @@ from typing import Any, TextIO
 from blip.errors import DataError
 from blip.processes import cores
 from capfilt import __version__
-from capfilt.readers.rows import changed
 from capfilt.run import Part, Run
 from capfilt.schema import FAULTS, OK
 from capfilt.score import annotate
@@ -28,6 +27,7 @@ from capfilt.score.pool import BrokenDecoder, Inline, Pool, Setup, Task
 from capfilt.score.progress import Progress
 from capfilt.score.scorer import Item, OutOfMemory, Scorer, Scores
 from capfilt.settings import DONE, FAILED_PARTS, INTERRUPTED, WRONG, ScoreOptions
+from capfilt.sources import changed
 from capfilt.store.storage import host
 
 _CHUNK = 16

@@ -26,10 +26,10 @@ from PIL import Image
 
 from blip import startup
 from blip.errors import Stopped
-from capfilt.readers import open_reader
-from capfilt.readers.rows import Reader, Row, Source
+from capfilt.reading import InputRow, Reader
 from capfilt.score.decoding import Decoded, prepare
 from capfilt.settings import ReadConfig, ScoreConfig
+from capfilt.sources import PlannedSource
 from capfilt.store.storage import open_storage
 
 _START = 300.0
@@ -54,7 +54,7 @@ class Setup:
 class Task:
     """Rows lo to hi of a source."""
 
-    source: Source
+    source: PlannedSource
     lo: int
     hi: int
 
@@ -77,15 +77,15 @@ class Decoder:
                 raise BrokenDecoder(f"what reads {task.source.path} is missing: {error}") from None
             except Exception as error:  # whatever a damaged file makes its library raise
                 problem = ("source_error", "unreadable", f"{type(error).__name__}: {error}")
-                row = Row(number, str(number), problem=problem)
+                row = InputRow(number, str(number), problem=problem)
                 rows = reader.read(number + 1, task.hi)
             yield prepare(row, self.setup.sides, self.setup.config)
 
-    def _reader(self, source: Source) -> Reader:
+    def _reader(self, source: PlannedSource) -> Reader:
         if source.relpath not in self._readers:
             while len(self._readers) >= 4:
                 self._readers.pop(next(iter(self._readers)))
-            self._readers[source.relpath] = open_reader(source, self.setup.reading, self._storage)
+            self._readers[source.relpath] = Reader(source, self.setup.reading, self._storage)
         return self._readers[source.relpath]
 
 
@@ -188,14 +188,12 @@ class Pool:
             failed = at
         return rows
 
-    def _given_up(self, source: Source, number: int, outcome: str) -> Decoded:
+    def _given_up(self, source: PlannedSource, number: int, outcome: str) -> Decoded:
         """The row at which a decoder died or hung twice; its bytes and texts are read here, which is harmless."""
         try:
-            row = next(
-                open_reader(source, self._setup.reading, open_storage(self._setup.where)).read(number, number + 1)
-            )
+            row = next(Reader(source, self._setup.reading, open_storage(self._setup.where)).read(number, number + 1))
         except Exception:
-            row = Row(number, str(number))
+            row = InputRow(number, str(number))
         code = {"crash": "decoder_crashed", "timeout": "decoder_timeout"}[outcome]
         image, row.image = row.image, None
         row.problem = (outcome, code, "the decoder died or hung on this row twice")
@@ -318,7 +316,7 @@ def _try_out() -> None:
     """Decode an image that nothing is wrong with. RuntimeError if that does not work here."""
     file = io.BytesIO()
     Image.new("RGB", (8, 8), (200, 30, 30)).save(file, "JPEG")
-    done = prepare(Row(0, "", file.getvalue(), ["a red square"]), (8,), ScoreConfig(scorer="fake"))
+    done = prepare(InputRow(0, "", file.getvalue(), ["a red square"]), (8,), ScoreConfig(scorer="fake"))
     if done.facts["status"] != "ok":
         raise RuntimeError(f"a sound image is not decoded: {done.facts['error_detail']}")
 

@@ -87,7 +87,7 @@ def test_extending_keeps_what_is_there(tmp_path):
     assert len(annotations(extended)) == 82
     assert plan.extend(str(tmp_path / "run"), [str(folder / "later")])[1] == []
     write_tar(folder / "00002.tar", sample("z", 502))
-    with pytest.raises(DataError, match=r"00002\.tar is given twice"):
+    with pytest.raises(DataError, match=r"duplicate input .*00002\.tar"):
         plan.extend(str(tmp_path / "run"), [str(folder), str(folder / "00002.tar")])
 
 

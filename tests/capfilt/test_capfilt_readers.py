@@ -18,7 +18,7 @@ from blip.errors import BadSample, DataError
 from blip.objectives.batch import Bad
 from capfilt.__main__ import main
 from capfilt.export import export
-from capfilt.readers import open_reader
+from capfilt.reading import Reader
 from capfilt.report.write import report
 from capfilt.run import Run
 from capfilt.select.choose import select
@@ -31,7 +31,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 
 def rows_of(run):
-    readers = {s.relpath: open_reader(s, run.reading, run.storage) for s in run.sources.values()}
+    readers = {s.relpath: Reader(s, run.reading, run.storage) for s in run.sources.values()}
     return [row for part in run.plan for row in readers[part.source].read(part.lo, part.hi)]
 
 
@@ -106,7 +106,7 @@ def test_the_column_of_a_tar_is_heeded(tmp_path, column, texts):
 def test_a_column_that_no_sample_of_a_tar_has_is_refused(tmp_path, column, text, extra, has):
     members = [m for m in sample("a", 0, extra=extra) if text or not m[0].endswith(".txt")]
     path = write_tar(tmp_path / "a.tar", members)
-    with pytest.raises(DataError, match=rf"none has no column '{column}' \(it has: {has}\); set --caption-column"):
+    with pytest.raises(DataError, match=rf"none has no column '{column}' \(it has: {has}\); set caption_column"):
         planned(path, tmp_path / "run", reading={"caption_column": column})
     assert planned(path, tmp_path / "run", reading={"caption_column": "none"}).rows == 1
 
@@ -206,7 +206,7 @@ def test_image_folder(folder, tmp_path):
 
 def test_a_wrong_column_is_said_with_those_there_are(folder, tmp_path):
     (folder / "a.json").write_text(json.dumps(listing("photo")))
-    with pytest.raises(DataError, match=r"no column 'image' \(it has: caption, n, photo\); set --image-column"):
+    with pytest.raises(DataError, match=r"no column 'image' \(it has: caption, n, photo\); set image_column"):
         planned(folder / "a.json", tmp_path / "run")
     check(planned(folder / "a.json", tmp_path / "run", reading={"image_column": "photo"}))
     without = planned(folder / "a.json", tmp_path / "n", reading={"image_column": "photo", "caption_column": "none"})
@@ -250,7 +250,7 @@ def test_a_column_that_was_asked_for_is_not_replaced_by_another(tmp_path, kind):
         path = folder / ("00000.parquet" if kind == "img2dataset" else "a.parquet")
         pq.write_table(pa.Table.from_pylist(rows), path)
     where = folder if kind == "img2dataset" else path
-    with pytest.raises(DataError, match=r"no column 'captoin' .*set --caption-column"):
+    with pytest.raises(DataError, match=r"no column 'captoin' .*set caption_column"):
         planned(where, tmp_path / "run", reading={"caption_column": "captoin"})
     assert rows_of(planned(where, tmp_path / "text", reading={"caption_column": "text"}))[0].texts == ["another"]
 
@@ -297,7 +297,7 @@ def test_saved_datasets(tmp_path):
     data = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     datasets.DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(str(tmp_path / "set"))
     check(planned(tmp_path / "set", tmp_path / "run", part_size=2, reading={"split": "train"}))
-    with pytest.raises(DataError, match="set --split to one of train, test"):
+    with pytest.raises(DataError, match="set split to one of train, test"):
         planned(tmp_path / "set", tmp_path / "other")
 
 
@@ -543,7 +543,7 @@ def test_a_split_is_refused_where_there_is_none(tmp_path, read, kind):
         (tmp_path / "a.jpg").write_bytes(jpeg(0))
         path.write_text(json.dumps([{"image": "a.jpg", "caption": "a"}]))
     assert read(path, tmp_path / "all") == [["a"]]
-    with pytest.raises(DataError, match=rf"a\.{kind}.* no splits, so split 'train' would not be heeded: leave it out"):
+    with pytest.raises(DataError, match=rf"a\.{kind}.* no splits; remove `split: train` and list only the files"):
         read(path, tmp_path / "run", "train")
 
 

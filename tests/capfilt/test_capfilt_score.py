@@ -71,6 +71,12 @@ def rotated():
     return buffer.getvalue()
 
 
+def lossless():
+    buffer = io.BytesIO()
+    Image.effect_noise((60, 60), 80).convert("RGB").save(buffer, "WEBP", lossless=True)
+    return buffer.getvalue()
+
+
 def deep():
     buffer = io.BytesIO()
     Image.new("I;16", (8, 8), 40000).save(buffer, "PNG")
@@ -79,6 +85,8 @@ def deep():
 
 ODD = {
     "truncated": (jpeg(1, (200, 200))[:-300], "truncated", "truncated"),
+    "cut_webp": (jpeg(1, (200, 200), "WEBP")[:-20], "truncated", "truncated"),
+    "cut_lossless_webp": (lossless()[:-1], "truncated", "truncated"),
     "page": (b"<!DOCTYPE html><html></html>", "decode_error", "html_page"),
     "empty": (b"", "decode_error", "empty_file"),
     "svg": (b"<svg xmlns='x'/>", "decode_error", "xml_or_svg"),
@@ -157,7 +165,9 @@ def test_error_details_name_no_addresses(tmp_path, monkeypatch):
     from capfilt.score import decoding
 
     def refuse(*_):
-        raise decoding.UnreadableImage("OSError: cannot identify <_io.BytesIO object at 0x7f00aa11bb22>")
+        raise decoding.UnreadableImage(
+            "decoder_error", "OSError: cannot identify <_io.BytesIO object at 0x7f00aa11bb22>"
+        )
 
     monkeypatch.setattr(decoding, "model_input", refuse)
     (row,) = annotations(scored(write_tar(tmp_path / "a.tar", sample("a", 0)), tmp_path / "run", status=2)).to_pylist()
@@ -483,7 +493,7 @@ def test_what_reads_a_file_is_missing_and_no_row_is_to_blame(tmp_path, monkeypat
             raise ImportError("No module named 'av'")
             yield
 
-    monkeypatch.setattr(pool, "open_reader", lambda *_: Reader())
+    monkeypatch.setattr(pool, "Reader", lambda *_: Reader())
     with pytest.raises(pool.BrokenDecoder, match="No module named 'av'"):
         score(run, make_fake, HERE, io.StringIO())
     assert not run.parts.present()

@@ -57,7 +57,7 @@ BAD = {
     "marks behind a backslash": ('image,caption\n1.jpg,"a \\"b\\" c"\n', "line 2: text follows a closing"),
     "vertical bars": ("image|caption\n1.jpg|a\n", r"line 1: the fields are separated by vertical bars \(\|\)"),
     "zero bytes": ("image,caption\n1.jpg,a\n\0\0\0\0", "line 3 holds NUL characters"),
-    "a column twice": ("image,caption,image\n1.jpg,a,2.jpg\n", "line 1: the header has the column 'image' twice"),
+    "a column twice": ("image,caption,image\n1.jpg,a,2.jpg\n", "line 1: duplicate column 'image' in the header"),
     "a header without names": (",\n1.jpg,a\n", "line 1: the header names no column"),
     "empty": ("", "is empty; expected a header"),
     "only blank lines": ("\n\n", "is empty; expected a header"),

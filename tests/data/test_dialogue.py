@@ -178,7 +178,7 @@ def test_a_file_that_does_not_fit_is_named(tmp_path, changes, said):
 def test_one_dialogue_an_image(tmp_path):
     twice = talk()
     twice["data"]["dialogs"] *= 2
-    with pytest.raises(DataError, match=r"image 7 is there twice, in val.json:0 and val.json:1"):
+    with pytest.raises(DataError, match=r"duplicate image 7, in val.json:0 and val.json:1"):
         Conversations(written(tmp_path, twice))
 
 
@@ -393,7 +393,10 @@ def test_ranks_that_do_not_fit_are_named(tmp_path):
         ("[]", r'expected \[\{"image_id"'),
         ('[{"image_id": 1}]', r"row 0 is .*; expected"),
         ('[{"image_id": 1, "round_id": 1, "ranks": [1.5]}]', r"row 0 is .*; expected"),
-        ('[{"image_id": 1, "round_id": 1, "ranks": [1]}, {"image_id": 1, "round_id": 1, "ranks": [1]}]', "there twice"),
+        (
+            '[{"image_id": 1, "round_id": 1, "ranks": [1]}, {"image_id": 1, "round_id": 1, "ranks": [1]}]',
+            "duplicate image 1, round 1",
+        ),
     ],
 )
 def test_a_file_of_ranks_that_does_not_fit_is_named(tmp_path, content, said):

@@ -165,8 +165,9 @@ def test_every_truncation_is_refused_even_if_a_library_allowed_them(kind, monkey
 
 
 def test_the_error_travels_between_processes():
-    error = pickle.loads(pickle.dumps(UnreadableImage("because")))
+    error = pickle.loads(pickle.dumps(UnreadableImage("truncated", "because")))
     assert (type(error), error.reason, str(error)) == (UnreadableImage, "because", "because")
+    assert error.code == "truncated"
 
 
 def png_claiming(width, height):

@@ -246,7 +246,7 @@ ROW = {"images": ["a.png", "b.png"], "sentence": "left is red", "label": "True",
         ({"images": ["a.png", "http://x/b.png"]}, r"row 1: image 'http://x/b.png' is an address"),
         ({"images": None, "identifier": "x"}, r"row 1 has neither 'images' nor an 'identifier' such as"),
         ({"images": None, "identifier": "dev-1-0-1", "directory": "../x"}, r"row 1: the directory is '../x'"),
-        ({"identifier": "dev-1-0-0"}, r"dev-1-0-0 is there twice, in dev.json:0 and dev.json:1"),
+        ({"identifier": "dev-1-0-0"}, r"duplicate sentence dev-1-0-0, in dev.json:0 and dev.json:1"),
         ({"images": ["a.png", "b.png", "a.png"]}, r"dev.json:1 has 3 images, dev.json:0 has 2"),
     ],
 )
@@ -403,7 +403,7 @@ def test_scores_by_hand(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("dev-1-0-0,True\ndev-1-0-0,False\n", r"dev-1-0-0 is there twice, in lines 1 and 2"),
+        ("dev-1-0-0,True\ndev-1-0-0,False\n", r"duplicate sentence dev-1-0-0, in lines 1 and 2"),
         ("dev-1-0-0,maybe\n", r"line 1 is 'dev-1-0-0,maybe'; expected ID,True"),
         ("dev-1-0-0\n", r"line 1 is 'dev-1-0-0'; expected"),
         ("", r"is empty; expected lines"),

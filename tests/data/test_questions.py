@@ -155,7 +155,7 @@ def test_questions_and_annotations_of_two_splits(folder):
     ):
         Questions(dataclasses.replace(config, annotations=write(folder, "b.json", other)))
     other["annotations"] *= 2
-    with pytest.raises(DataError, match="question 71 is there twice"):
+    with pytest.raises(DataError, match="duplicate question 71"):
         Questions(dataclasses.replace(config, annotations=write(folder, "b.json", other)))
     with pytest.raises(DataError, match=r"image_name .* does not go with 7"):
         Questions(dataclasses.replace(config, image_name="{picture}.jpg"))

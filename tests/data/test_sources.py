@@ -22,7 +22,7 @@ from blip.data.paths import alternatives, check_name, contained, matching
 from blip.data.settings import SourceConfig
 from blip.data.stream import Shards
 from blip.errors import BadSample, DataError
-from capfilt.readers.tar import index
+from capfilt.reading import index_tar
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +128,10 @@ def test_cocos_ids_may_be_numbers_or_texts(folder, name, name_there):
 
 def test_ids_that_are_written_otherwise_are_others(folder):
     source = open_source(coco(folder, annotations=[0, 10], name=int, name_there=lambda i: "007" if i else "0"))
-    assert (len(source), source[0].captions) == (1, ["picture 0"])
+    assert (len(source), source[0].captions) == (5, ["picture 0"])
+    for row in range(1, 5):
+        with pytest.raises(BadSample, match="the row has no caption"):
+            source[row]
     assert "1 of 2 annotations are of no image in the file, such as image_id '007'" in source.notes[0]
 
 
@@ -176,10 +179,12 @@ def test_coco_files_that_hold_no_captions_are_refused(folder, case):
 @pytest.mark.parametrize("sentences", [None, 3, "text", [None, 3], [{"tokens": ["a"]}], [{"raw": None}]])
 def test_an_image_of_karpathy_without_sentences_is_a_bad_row(folder, sentences):
     value = karpathy()
-    value["images"][1]["sentences"], value["images"][2]["sentences"] = sentences, []
+    value["images"][1]["sentences"], value["images"][2]["sentences"] = sentences, []  # both go to the ledger
     (folder / "k.json").write_text(json.dumps(value))
     source = open_source(SourceConfig(str(folder / "k.json")))
-    assert [source.key(row) for row in range(len(source))] == [f"k.json:{i}" for i in (0, 1, 3, 4)]
+    assert [source.key(row) for row in range(len(source))] == [f"k.json:{i}" for i in range(5)]
+    with pytest.raises(BadSample, match="the row has no caption: its list is empty"):
+        source[2]
     if sentences == "text":
         assert source[1].captions == ["text"]
         return
@@ -257,7 +262,7 @@ def test_a_split_that_a_source_does_not_have_is_refused(folder, kind):
         datasets.Dataset.from_dict(columns).save_to_disk(folder / "x.dataset")
     path = str(folder / f"x.{kind}")
     assert len(open_source(SourceConfig(path))) == 1
-    with pytest.raises(DataError, match=r"x\..*no splits.*'train'"):
+    with pytest.raises(DataError, match=r"x\..*no splits; remove `split: train`"):
         open_source(SourceConfig(path, split="train"))
 
 
@@ -295,6 +300,8 @@ def test_a_folder_of_shards_with_other_files_beside_them(folder):
     write_tar(folder / "00000.tar", range(5))
     pq.write_table(pa.table({"url": ["http://x"]}), folder / "00000.parquet")
     (folder / "00000_stats.json").write_text("{}")
+    assert len(open_source(SourceConfig(str(folder)))) == 5  # as img2dataset writes both
+    (folder / "00000.parquet").rename(folder / "other.parquet")
     with pytest.raises(DataError, match=r"files ending in \.parquet, \.tar"):
         open_source(SourceConfig(str(folder)))
     assert len(open_source(SourceConfig(str(folder), format="tar"))) == 5
@@ -321,7 +328,7 @@ def test_names_with_dots_and_copies_are_samples_of_their_own(folder):
     keys = ["d.e/v1.0", "d.e/v1.5", "d.e/x", "d.e/x#2", "lone.seg"]
     assert [source.key(i) for i in range(len(source))] == [f"s.tar/{key}" for key in keys]
     assert [(red(source[i]), source[i].captions) for i in range(4)] == [(i, [text]) for i, text in enumerate("abcd")]
-    assert index(str(folder / "s.tar"))[0]["key"].to_pylist() == [*keys[:4], "d.e/x.seg", "d.e/x.boxes", keys[4]]
+    assert index_tar(str(folder / "s.tar"))[0]["key"].to_pylist() == [*keys[:4], "d.e/x.seg", "d.e/x.boxes", keys[4]]
 
 
 def test_a_column_that_is_asked_for_is_that_of_the_json(folder):
@@ -502,9 +509,9 @@ STRUCTURE = {
     "numbers": ("[1, 2]", r"row 0: the row is not an object but 1, and no other"),
     "after the end": (json.dumps(rows()) + " {}", r"row 5 is behind the end of the list"),
     "empty list": ("[]", r"no rows"),
-    "no image": (json.dumps([{"caption": "x", "url": "y"}]), r"row 0: .*no 'image' \(it has: caption, url\)"),
-    "no caption": (json.dumps([{"image": "images/0.png"}]), r"row 0: .*no 'caption' .*set .*caption_column"),
-    "empty captions": (json.dumps([{"image": "images/0.png", "caption": []}]), r"no rows"),
+    "no image": (json.dumps([{"caption": "x", "url": "y"}]), r"no column 'image' \(it has: caption, url\)"),
+    "no caption": (json.dumps([{"image": "images/0.png"}]), r"no column 'caption' .*set caption_column"),
+    "empty captions": (json.dumps([{"image": "images/0.png", "caption": []}]), r"row 0: the row has no caption"),
     "number as caption": (json.dumps([{"image": "images/0.png", "caption": 3}]), r"row 0: .*no caption.*found 3"),
     "null image": (json.dumps([{"image": None, "caption": "x"}]), r"row 0: the row has no image"),
     "all pictures missing": (json.dumps([{"image": "no/0.png", "caption": "x"}]), r"none of its images.*image_root"),
@@ -535,7 +542,7 @@ def test_other_structure_errors(folder):
     with pytest.raises(DataError, match=r"a\.parquet is not readable parquet"):
         open_source(SourceConfig(str(folder / "a.parquet")))
     pq.write_table(pa.table({"img": [b""], "caption": ["x"]}), folder / "b.parquet")
-    with pytest.raises(DataError, match=r"no column 'image'.*img, caption.*image_column"):
+    with pytest.raises(DataError, match=r"no column 'image'.*caption, img.*image_column"):
         open_source(SourceConfig(str(folder / "b.parquet")))
     with pytest.raises(DataError, match="image_root /nowhere is not a folder"):
         open_source(SourceConfig(str(folder / "b.parquet"), image_root="/nowhere"))
@@ -682,11 +689,18 @@ def test_identity_tells_data_apart(folder):
     assert first != open_source(SourceConfig(str(folder / "a.json"))).identity()
 
 
-def test_pictures_without_captions_are_left_out(folder):
-    (folder / "a.json").write_text(json.dumps(rows(5, lambda i: [f"x {i}"] if i % 2 else [])))
+def test_images_without_captions_are_rows_for_the_ledger(folder):
+    """Wherever in the file they are, and however many there are of them."""
+    data = [{"image": "images/0.png", "caption": []}] * 99 + rows(5, lambda i: [f"x {i}"] if i % 2 else [])
+    (folder / "a.json").write_text(json.dumps(data))
     source = open_source(SourceConfig(str(folder / "a.json")))
-    assert [(source.key(r), source[r].captions) for r in range(2)] == [("a.json:1", ["x 1"]), ("a.json:3", ["x 3"])]
-    assert len(source) == 2
+    assert len(source) == 104
+    assert [(source.key(r), source[r].captions) for r in (100, 102)] == [
+        ("a.json:100", ["x 1"]), ("a.json:102", ["x 3"]),
+    ]  # fmt: skip
+    for row in (0, 98, 99, 101, 103):
+        with pytest.raises(BadSample, match="the row has no caption"):
+            source[row]
 
 
 def test_real_photographs_and_emoji(real_data):

@@ -295,13 +295,12 @@ def test_only_the_split_asked_for_is_shown(tmp_path):
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_a_split_that_shards_do_not_have_is_refused(tmp_path, kind):
     source = write(tmp_path, kind, shards=1, each=4)
-    with pytest.raises(DataError, match=rf"{kind} files have no splits, so split 'train' would not be heeded"):
+    with pytest.raises(DataError, match=rf"{kind} sources have no splits; remove `split: train`"):
         CaptionShards(SourceConfig(source.path, split="train"))
 
 
 def test_rows_are_named_by_their_place_in_the_file(tmp_path):
     annotated(tmp_path / "a", [{"caption": []}, {"caption": "x", "image": "gone.jpg"}, {"caption": "y"}])
-    assert [r.key for r in all_records(SourceConfig(str(tmp_path / "a/list.jsonl")))] == [
-        "list.jsonl:1",
-        "list.jsonl:2",
-    ]
+    found = all_records(SourceConfig(str(tmp_path / "a/list.jsonl")))
+    assert [r.key for r in found] == ["list.jsonl:0", "list.jsonl:1", "list.jsonl:2"]
+    assert found[0].reason == "the row has no caption: its list is empty"

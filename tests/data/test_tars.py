@@ -14,7 +14,7 @@ from blip.data.settings import SourceConfig
 from blip.data.stream import Shards
 from blip.errors import BadSample, DataError
 from capfilt.__main__ import main
-from capfilt.readers.tar import index
+from capfilt.reading import index_tar
 
 JPEG = b"\xff\xd8 not looked at \xff\xd9"
 
@@ -71,7 +71,7 @@ def readers(path, **options):
     """The rows that training, streaming and CapFilt see of a shard."""
     config = SourceConfig(str(path), **options)
     streamed = Shards(config)
-    return len(open_source(config)), len(list(streamed.read(path))), index(str(path))[0].num_rows
+    return len(open_source(config)), len(list(streamed.read(path))), index_tar(str(path))[0].num_rows
 
 
 # Joined archives ------------------------------------------------------------------------------------------------------
@@ -446,8 +446,8 @@ def test_remote_shards_go_through_the_same_function(tmp_path):
     files.pipe("/tars/both.tar", archive(pair("a")) + archive(pair("b")))
     files.pipe("/tars/torn.tar", WHOLE[:1024] + b"\0" * 512 + WHOLE[1536:])
     try:
-        assert index("memory://tars/both.tar")[0]["key"].to_pylist() == ["a", "b"]
-        table, damage, _ = index("memory://tars/torn.tar")
+        assert index_tar("memory://tars/both.tar")[0]["key"].to_pylist() == ["a", "b"]
+        table, damage, _ = index_tar("memory://tars/torn.tar")
         assert (table.num_rows, damage.startswith("zeros from byte 1,024 to 1,536")) == (1, True)
     finally:
         files.rm("/tars", recursive=True)

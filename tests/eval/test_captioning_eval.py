@@ -385,7 +385,7 @@ BROKEN_REFERENCES = {
     "odd id": ('[{"image_id": 1.5, "caption": "a"}]', "row 0 has 1.5"),
     "an id of two images": ('[{"image": "a", "img_id": 1}, {"image": "b", "img_id": 1}]', "row 1: image id 1 is also"),
     "no caption text": ('[{"image": "a", "caption": [null]}]', "row 0: a caption is nothing (null)"),
-    "image twice": ('{"images": [{"id": 1}, {"id": 1}], "annotations": []}', "images[1]: image 1 is there twice"),
+    "image twice": ('{"images": [{"id": 1}, {"id": 1}], "annotations": []}', "images[1]: duplicate image 1"),
     "unknown image": (
         '{"images": [{"id": 1}], "annotations": [{"image_id": 2, "caption": "a"}]}',
         "annotations[0] is about",
@@ -631,3 +631,10 @@ def test_the_page_shows_the_best_and_the_worst_and_asks_nobody(tmp_path):
     assert "b" * 301 not in everything
     assert len(report(record, scores.cider, references, captions, None, shown=1)) < 20_000
     assert report(record, scores.cider, references, captions, None, shown=0).count('class="card"') == 0
+
+
+def test_lists_have_the_columns_that_training_takes(tmp_path):
+    rows = [{"file_name": f"{i}.jpg", "text": [f"a {i}", "b"]} for i in range(2)]
+    (tmp_path / "a.ndjson").write_text("\n".join(map(json.dumps, rows)))
+    found = read_references(tmp_path / "a.ndjson")
+    assert [(entry.image, entry.captions) for entry in found] == [("0.jpg", ["a 0", "b"]), ("1.jpg", ["a 1", "b"])]

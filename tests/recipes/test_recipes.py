@@ -259,8 +259,8 @@ def changed(world: Path, folder: Path, change) -> Path:
         ("", ["none.json", "empty"]),
         ("{[", ["none.json", "row 0", "JSON"]),
         ('[{"image": "a.jpg", "caption": "a"},', ["none.json", "cut off"]),
-        ('[{"caption": "a"}]', ["none.json", "row 0", "no 'image'", "image_column"]),
-        ('[{"image": "a.jpg"}]', ["none.json", "row 0", "no 'caption'", "caption_column"]),
+        ('[{"caption": "a"}]', ["none.json", "no column 'image'", "image_column"]),
+        ('[{"image": "a.jpg"}]', ["none.json", "no column 'caption'", "caption_column"]),
         ('[{"image": "a.jpg", "caption": "a"}]', ["none.json", "a.jpg", "image_root"]),
     ],
 )

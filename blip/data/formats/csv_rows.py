@@ -29,7 +29,7 @@ def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     names = [name.strip() for name in names]
     twice = next((name for name in names if name and names.count(name) > 1), None)
     if twice is not None:
-        raise DataError(f"{path}: line {line}: the header has the column {twice!r} twice; rename one of them")
+        raise DataError(f"{path}: line {line}: duplicate column {twice!r} in the header; rename one of them")
     if not any(names):
         raise DataError(f"{path}: line {line}: the header names no column; expected a header such as image,caption")
     named = [(at, name) for at, name in enumerate(names) if name]

@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 
 from blip.data.formats.parquet import check_columns, common_schema, parquet_file, values_of
+from blip.data.formats.rows import Columns, StoredRow, row_of
 from blip.data.formats.splits import parts_of, refuse_split
 from blip.data.paths import check_name, under
 from blip.errors import DataError
@@ -44,10 +45,10 @@ def load_parquet(files: Sequence[Path], image: str, caption: str) -> datasets.Da
         raise DataError(f"{named}: {_cache_trouble(error) or f'not readable parquet: {_first_cause(error)}'}") from None
 
 
-def open_dataset(path: str, split: str | None, revision: str | None = None, option: str = "split") -> datasets.Dataset:
+def open_dataset(path: str, split: str | None, revision: str | None = None) -> datasets.Dataset:
     """A folder written by save_to_disk, or the data set of that name on the hub, and of it one split (or `a+b`).
 
-    Raises DataError that says what it is instead, which splits there are (set by `option`), or that the cache cannot
+    Raises DataError that says what it is instead, which splits there are , or that the cache cannot
     be written.
     """
     try:
@@ -56,16 +57,16 @@ def open_dataset(path: str, split: str | None, revision: str | None = None, opti
         else:
             data = datasets.load_dataset(path, split=split, revision=revision)
     except Exception as error:  # datasets raises what its readers raise
-        what = "neither a folder written by save_to_disk nor a data set that the hub gives"
+        what = "cannot open as a dataset, neither as a folder written by save_to_disk nor from the hub"
         raise DataError(f"{path}: {_cache_trouble(error) or f'{what}: {_first_cause(error)}'}") from None
     if isinstance(data, dict):
         wanted = parts_of(split) if split else []
         if not wanted or any(name not in data for name in wanted):
-            raise DataError(f"{path}: set {option} to one of {', '.join(data)}, got {split!r}")
+            raise DataError(f"{path}: set split to one of {', '.join(data)}, got {split!r}")
         chosen = [data[name] for name in wanted]
         return chosen[0] if len(chosen) == 1 else datasets.concatenate_datasets(chosen)
     if os.path.isdir(path):
-        refuse_split(split, path, "data sets saved by themselves")
+        refuse_split(split, path, "data sets that were saved by themselves")
     return data
 
 
@@ -74,6 +75,20 @@ def rows_at(data: datasets.Dataset, lo: int, hi: int) -> Iterator[dict[str, Any]
     stored = data.with_format("arrow")
     for at in range(lo, hi, 64):
         yield from values_of(stored[at : min(at + 64, hi)])
+
+
+class Hosted:
+    """The rows of a data set, all its columns."""
+
+    def __init__(self, data: datasets.Dataset, columns: Columns):
+        self.data, self.columns = data, columns
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def rows(self, lo: int, hi: int) -> Iterator[StoredRow]:
+        for number, values in zip(range(lo, hi), rows_at(self.data, lo, hi), strict=True):
+            yield row_of(number, values, self.columns)
 
 
 def in_cache(name: str) -> bool:

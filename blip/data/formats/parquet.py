@@ -5,6 +5,7 @@ Imports nothing heavy.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from blip.data.formats.rows import Columns, StoredRow, choose_columns, row_of
 from blip.errors import BadSample, DataError
 
 _MEDIA = {"Audio", "Video", "Pdf", "Nifti", "ClassLabel"}
@@ -35,21 +37,15 @@ def parquet_file(path: str | Path, file: IO[bytes] | None = None) -> pq.ParquetF
 # Columns --------------------------------------------------------------------------------------------------------------
 
 
-def check_columns(
-    schema: pa.Schema,
-    where: str | Path,
-    image: str,
-    caption: str | None,
-    options: tuple[str, str] = ("image_column", "caption_column"),
-) -> None:
+def check_columns(schema: pa.Schema, where: str | Path, image: str, caption: str | None) -> None:
     """Raise DataError unless a table has one column of images and one of captions (None: is not asked for one).
 
     Images are bytes, paths, or {bytes, path}; captions are strings or lists of strings. The error names the file, the
-    column, its type, what was expected, which columns would do and the options that choose them.
+    column, its type, what was expected, and which columns would do.
     """
-    _check_column(schema, where, image, options[0], "image bytes, a path, or {bytes, path}", _holds_images, caption)
+    _check_column(schema, where, image, "image_column", "image bytes, a path, or {bytes, path}", _holds_images, caption)
     if caption is not None:
-        _check_column(schema, where, caption, options[1], "a string or a list of strings", _holds_captions, image)
+        _check_column(schema, where, caption, "caption_column", "a string or a list of strings", _holds_captions, image)
 
 
 def _check_column(
@@ -212,6 +208,55 @@ def _value(table: pa.Table | pa.RecordBatch, column: int, row: int) -> Any:
         raise
     except Exception as error:
         return BadSample(f"column {table.schema.names[column]!r} cannot be read: {type(error).__name__}: {error}")
+
+
+class RowGroups:
+    """A parquet file from which any rows can be had without reading all of it; the last group is kept."""
+
+    def __init__(self, file: IO[bytes] | str) -> None:
+        self.file = pq.ParquetFile(file)
+        groups = range(self.file.metadata.num_row_groups)
+        self._ends = list(itertools.accumulate(self.file.metadata.row_group(g).num_rows for g in groups))
+        self._kept: tuple[int, pa.Table] | None = None
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def values(self, lo: int, hi: int) -> Iterator[dict[str, Any]]:
+        """Rows lo to hi (exclusive) by `values_of`."""
+        start = 0
+        for g, end in enumerate(self._ends):
+            if lo < end and hi > start:
+                table = self._group(g).slice(max(lo - start, 0), min(hi, end) - max(lo, start))
+                for at in range(0, len(table), _TOGETHER):
+                    yield from values_of(table.slice(at, _TOGETHER))
+            start = end
+
+    def _group(self, g: int) -> pa.Table:
+        if self._kept is None or self._kept[0] != g:
+            self._kept = g, self.file.read_row_group(g, use_threads=False)
+        return self._kept[1]
+
+
+def chosen_columns(schema: pa.Schema, asked: Columns, where: str | Path) -> Columns:
+    """The columns of image and caption, each there once and of a type that holds them. DataError if not."""
+    columns = choose_columns(schema.names, asked, where)
+    check_columns(schema, where, *columns)
+    return columns
+
+
+class Parquet:
+    """The rows of one parquet file, all its columns."""
+
+    def __init__(self, groups: RowGroups, columns: Columns):
+        self.groups, self.columns = groups, columns
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def rows(self, lo: int, hi: int) -> Iterator[StoredRow]:
+        for number, values in zip(range(lo, hi), self.groups.values(lo, hi), strict=True):
+            yield row_of(number, values, self.columns)
 
 
 def rows_of(file: pq.ParquetFile, where: str | Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -18,12 +18,9 @@ _NAMED = 20
 
 
 def refuse_split(split: str | None, where: str | Path, kind: str) -> None:
-    """Raise DataError for a split asked of data that has none, as `parquet files` (`kind`): all would be taken."""
+    """Raise DataError for a split asked of data that has none, as `parquet sources` (`kind`): all would be taken."""
     if split:
-        raise DataError(
-            f"{where}: {kind} have no splits, so split {split!r} would not be heeded: leave it out, and give only the "
-            "files to use as path"
-        )
+        raise DataError(f"{where}: {kind} have no splits; remove `split: {split}` and list only the files to use")
 
 
 def parts_of(split: str) -> list[str]:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tarfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from blip.data.formats.rows import Columns, StoredRow
+from blip.data.formats.values import captions_of, encodable
+from blip.data.image_header import MAX_BYTES
 from blip.errors import BadSample, DataError
+
+if TYPE_CHECKING:
+    from blip.data.formats.parquet import RowGroups
 
 IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
 TEXTS = frozenset({"txt", "caption"})
@@ -48,10 +55,14 @@ class Member(NamedTuple):
 
 
 _NONE = Member(0, -1)
+_IN_TEXT = Columns("", None)
+"""The columns of a sample whose caption is no column."""
+SLOTS = ("image", "text", "json")
+"""The members that a sample may have."""
 
 
 @dataclass(slots=True)
-class Sample:
+class TarSample:
     """The members of one key: the name up to the ending, a second sample of the same name being KEY#2."""
 
     key: str
@@ -80,7 +91,7 @@ class Sample:
 class Headers:
     """What the headers of a shard say."""
 
-    samples: list[Sample]
+    samples: list[TarSample]
     """In the order of their first member, wherever in the file the others are."""
     twice: list[str]
     """Keys that occur more than once."""
@@ -318,10 +329,10 @@ class _Grouped:
     """Samples by key. The ending is what follows the last dot, as names of pictures have dots of their own."""
 
     def __init__(self) -> None:
-        self.samples: list[Sample] = []
+        self.samples: list[TarSample] = []
         self._stems: list[str] = []  # of the samples: their keys without a copy's number
         self._copies: dict[str, int] = {}
-        self._latest: dict[str, Sample] = {}
+        self._latest: dict[str, TarSample] = {}
         self._endings: dict[str, tuple[str, int]] = {}  # the first name of each, and how many there are
         self._hidden, self._fields = ("", 0), False
 
@@ -349,7 +360,7 @@ class _Grouped:
         sample = self._latest.get(stem)
         if sample is None or getattr(sample, slot) is not _NONE:
             copy = self._copies[stem] = self._copies.get(stem, 0) + 1
-            sample = self._latest[stem] = Sample(stem if copy == 1 else f"{stem}#{copy}")
+            sample = self._latest[stem] = TarSample(stem if copy == 1 else f"{stem}#{copy}")
             self.samples.append(sample)
             self._stems.append(stem)
         setattr(sample, slot, member)
@@ -357,7 +368,7 @@ class _Grouped:
     def _halves(self) -> Iterator[tuple[str, str, Member]]:
         """The (stem, slot, member) of all samples."""
         for sample, stem in zip(self.samples, self._stems, strict=True):
-            for slot in ("image", "text", "json"):
+            for slot in SLOTS:
                 if (member := getattr(sample, slot)) is not _NONE:
                     yield stem, slot, member
 
@@ -498,6 +509,91 @@ def check_whole(where: str, shards: Sequence[Summary]) -> None:
     lacks = " or ".join(what for what, count in counts.items() if not count)
     members = next((f": {s.path.name}: {s.members}" for s in shards if s.members), "")
     raise DataError(f"{where}: no sample has {f'{lacks} member' if lacks else 'both an image and a caption'}{members}")
+
+
+def sample_row(
+    number: int,
+    key: str,
+    image: Member | None,
+    text: Member | None,
+    json: Member | None,
+    column: str | None,
+    read: Callable[[Member], bytes],
+) -> StoredRow:
+    """The row of a sample whose members `read` gives, which may raise BadSample.
+
+    Its caption is the text, or the JSON member's where there is no text or another column is asked for; a JSON member
+    that is no object is the caption itself.
+    """
+    in_text = text is not None and column == TEXT_COLUMN
+    content: bytes | BadSample | None = None
+    captions: list[str] | BadSample | None = [] if column is None else None
+    values: dict[str, Any] = {}
+    try:
+        if json is not None:
+            captions, values = _json(_whole(json, read), None if in_text else column)
+        if in_text:
+            captions = [_whole(text, read).decode("utf-8", "replace")]
+        if image is not None:
+            content = _whole(image, read)
+    except BadSample as error:
+        content = error
+    if content is None:
+        content = BadSample("no image member", "no_image")
+    if captions is None:
+        captions = BadSample("no caption member", "no_caption")
+    return StoredRow(number, key, content, captions, values, _IN_TEXT if in_text else Columns("", column))
+
+
+def _whole(member: Member, read: Callable[[Member], bytes]) -> bytes:
+    if member.size > MAX_BYTES:
+        raise BadSample(f"{member.size:,} bytes, more than the limit of {MAX_BYTES:,}", "too_many_bytes")
+    return read(member)
+
+
+def _json(content: bytes, column: str | None) -> tuple[list[str] | BadSample, dict[str, Any]]:
+    """The captions that a JSON member holds in a column, or why it holds none; and all its columns.
+
+    None are looked for in no column. A member that is no object stands under `json` as it is.
+    """
+    text = content.decode("utf-8", "replace")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        fault = [] if column is None else BadSample(f"its .json member is not valid JSON: {error}", "no_caption")
+        return fault, {"json": encodable(text)}
+    values = value if isinstance(value, dict) else {"json": value}
+    if column is None:
+        return [], values
+    try:
+        if not isinstance(value, dict):
+            return captions_of(value), values
+        if column in value:
+            return captions_of(value[column]), values
+        have = ", ".join(sorted(value))[:200] or "nothing"
+        return BadSample(f"no caption: its .json member has no {column!r} (it has: {have})", "no_caption"), values
+    except BadSample as error:
+        return error, values
+
+
+def json_columns(content: bytes) -> dict[str, Any]:
+    """The columns of a JSON member."""
+    return _json(content, None)[1]
+
+
+class Tar:
+    """The samples of one shard by an index of where their members are."""
+
+    def __init__(self, index: RowGroups, column: str | None, read: Callable[[Member], bytes]):
+        self.index, self.column, self.read = index, column, read
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def rows(self, lo: int, hi: int) -> Iterator[StoredRow]:
+        for number, entry in zip(range(lo, hi), self.index.values(lo, hi), strict=True):
+            image, text, json = (span and Member(span["at"], span["size"]) for span in map(entry.get, SLOTS))
+            yield sample_row(number, entry["key"], image, text, json, self.column, self.read)
 
 
 def read_member(shard: Path, member: Member) -> bytes:

@@ -23,11 +23,12 @@ def image_of(value: Any) -> bytes | str:
         return value
     if isinstance(value, str):
         if encodable(value) != value:
-            raise BadSample(f"image {value[:60]!r} is not a path: it holds half a character")
+            raise BadSample(f"image {value[:60]!r} is not a path: it holds half a character", "no_image")
         return value
     if value is None:
-        raise BadSample("the row has no image")
-    raise BadSample(f"the row has no image: expected bytes, a path or {{bytes, path}}, found {kind_of(value)}")
+        raise BadSample("the row has no image", "no_image")
+    reason = f"the row has no image: expected bytes, a path or {{bytes, path}}, found {kind_of(value)}"
+    raise BadSample(reason, "no_image")
 
 
 def captions_of(value: Any) -> list[str]:
@@ -44,8 +45,11 @@ def captions_of(value: Any) -> list[str]:
         if texts:
             return texts
     if value is None:
-        raise BadSample("the row has no caption")
-    raise BadSample(f"the row has no caption: expected a text or a list of texts, found {kind_of(value)}")
+        raise BadSample("the row has no caption", "no_caption")
+    if value == []:
+        raise BadSample("the row has no caption: its list is empty", "no_caption")
+    reason = f"the row has no caption: expected a text or a list of texts, found {kind_of(value)}"
+    raise BadSample(reason, "no_caption")
 
 
 def encodable(text: str) -> str:

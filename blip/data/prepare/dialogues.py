@@ -140,7 +140,7 @@ def _refuse_repeated(path: Path, dialogues: Sequence[Conversation]) -> None:
     for dialogue in dialogues:
         if dialogue.image_id in first:
             raise DataError(
-                f"{path}: image {dialogue.image_id} is there twice, in {first[dialogue.image_id]} and "
+                f"{path}: duplicate image {dialogue.image_id}, in {first[dialogue.image_id]} and "
                 f"{dialogue.where}; expected one dialogue an image"
             )
         first[dialogue.image_id] = dialogue.where

@@ -287,7 +287,7 @@ def annotations(path: Path) -> dict[Id, Question]:
         where = f"{path}: annotation {number}"
         name = _id(row, "question_id", where)
         if name in found:
-            raise DataError(f"{where}: question {name} is there twice")
+            raise DataError(f"{where}: duplicate question {name}")
         answers = _answers(row.get("answers"), where)
         if not answers:
             raise DataError(f"{where} (question {name}) has no answers")

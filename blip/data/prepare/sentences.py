@@ -167,7 +167,7 @@ def _refuse_repeated(path: Path, examples: Sequence[Example]) -> None:
     for example in examples:
         if example.id in first:
             raise DataError(
-                f"{path}: {example.id} is there twice, in {first[example.id]} and {example.where}; "
+                f"{path}: duplicate sentence {example.id}, in {first[example.id]} and {example.where}; "
                 "expected each id once"
             )
         first[example.id] = example.where

@@ -1,0 +1,139 @@
+"""Which files a path that a user gave means, and of which format they are: the one rule of training and CapFilt."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from blip.data.formats.folder import images_beside, metadata
+from blip.data.paths import alternatives, check_spec, is_pattern, present
+from blip.data.settings import SourceConfig
+from blip.errors import DataError
+
+_ENDINGS = dict.fromkeys((".json", ".jsonl", ".ndjson", ".csv", ".tsv"), "json")
+_ENDINGS |= {".parquet": "parquet", ".tar": "tar"}
+_SHARDS = {"tar": ("tar",), "parquet": ("parquet",), "json": ("jsonl", "ndjson")}
+"""What of a folder is a shard, by the ending."""
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
+_EXPECTED = (
+    f"expected {', '.join(_ENDINGS)} files, a folder of shards (.tar, .parquet, .jsonl, .ndjson), or one with "
+    "metadata.jsonl"
+)
+
+
+class FoundFile(NamedTuple):
+    """A file, or the folder of a saved data set."""
+
+    format: str
+    """json, imagefolder (its metadata), files (img2dataset's parquet), parquet, tar or dataset."""
+    path: Path
+    of_split: bool = False
+    """Whether all of it is the split asked for, as it lies in a folder of that name."""
+
+
+def find(spec: str, format: str = "auto", split: str | None = None) -> list[FoundFile]:
+    """What a path, a glob, a range {000..012}, a list {a,b} or a::b, a file URL or a folder means.
+
+    A name that exists as it is written is no pattern. DataError for what is not there, whose format nobody can tell, or
+    which is meant more than once.
+    """
+    found = [one for name in alternatives(spec) for one in find_one(check_spec(name), "source", format, split)]
+    twice = next((path for path, times in Counter(one.path for one in found).items() if times > 1), None)
+    if twice is not None:
+        raise DataError(f"source {spec} means {twice} more than once")
+    return found
+
+
+def find_one(name: str, what: str, format: str = "auto", split: str | None = None) -> list[FoundFile]:
+    """What one path or glob means; errors call it a `what` (source, input)."""
+    paths = [Path(path) for path in present(name, what)]
+    return [
+        one
+        for path in paths
+        for one in (_in(path, what, format, split) if path.is_dir() else [_file(path, what, format)])
+    ]
+
+
+def _file(path: Path, what: str, format: str) -> FoundFile:
+    if format != "auto":
+        return FoundFile(format, path)
+    return FoundFile(file_format(path, what), path)
+
+
+def file_format(path: Path, what: str) -> str:
+    """The format of a file by its ending. DataError if it is none that is read."""
+    if path.name.endswith(_COMPRESSED):
+        raise DataError(f"{path} is compressed, which leaves no way to a single sample: unpack it to a plain .tar")
+    known = _ENDINGS.get(path.suffix.lower())
+    if known is None:
+        raise _unknown(f"{what} {path}", f"files ending in {path.suffix or 'nothing'}")
+    return known
+
+
+def _unknown(where: str, why: str) -> DataError:
+    return DataError(
+        f"{where}: cannot tell its format ({why}); {_EXPECTED}, or set format (dataset for a name on the hub)"
+    )
+
+
+def _in(folder: Path, what: str, format: str, split: str | None) -> list[FoundFile]:
+    """A saved data set, an image folder, img2dataset's output, or shards of one format."""
+    if format in ("auto", "dataset") and is_dataset(folder):
+        return [FoundFile("dataset", folder)]
+    if format in ("auto", "imagefolder"):
+        chosen = metadata(folder / split) if split else []
+        if chosen:
+            return [FoundFile("imagefolder", file, True) for file in chosen]
+    found = {
+        kind: sorted(file for ending in ends for file in folder.glob(f"*.{ending}")) for kind, ends in _SHARDS.items()
+    }
+    found["imagefolder"] = metadata(folder)
+    if format != "auto":
+        return _all(folder, what, format, found.get(format, []))
+    tars = {file.stem for file in found["tar"]}
+    found["parquet"] = [file for file in found["parquet"] if file.stem not in tars]  # which img2dataset writes beside
+    kinds = [kind for kind in ("tar", "parquet") if found[kind]]
+    kinds += ["imagefolder"] * bool(metadata(folder, within=bool(not kinds)))
+    if len(kinds) > 1:
+        endings = sorted({file.suffix for kind in kinds for file in found[kind]})
+        raise _unknown(f"{what} {folder}", f"files ending in {', '.join(endings)}")
+    kind = kinds[0] if kinds else "json"
+    return _all(folder, what, kind, found[kind])
+
+
+def _all(folder: Path, what: str, kind: str, files: Sequence[Path]) -> list[FoundFile]:
+    if kind == "imagefolder" and not files:
+        raise DataError(f"{what} {folder}: no metadata.jsonl or metadata.csv with file_name and a caption column")
+    if not files:
+        raise DataError(
+            f"{what} {folder}: a folder without shards (.tar, .parquet, .jsonl, .ndjson), metadata.jsonl, metadata.csv "
+            "or a saved data set"
+        )
+    return [FoundFile("files" if kind == "parquet" and images_beside(f).is_dir() else kind, f) for f in files]
+
+
+def is_dataset(folder: str | Path) -> bool:
+    """Whether a folder was written by save_to_disk."""
+    return any(Path(folder, name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+
+
+def format_of(config: SourceConfig) -> str:
+    """The format that `auto` means for this path. Raises DataError when it cannot tell."""
+    if config.format != "auto":
+        return config.format
+    path = Path(check_spec(config.path))
+    if not (path.exists() or path.suffix or is_pattern(config.path)):
+        raise _unknown(f"source {config.path}", "no such file")
+    found = find(config.path, split=config.split)
+    formats = {one.format for one in found}
+    if len(formats) != 1:
+        endings = ", ".join(sorted({one.path.suffix or "nothing" for one in found}))
+        raise _unknown(f"source {config.path}", f"files ending in {endings}")
+    return formats.pop()
+
+
+def shard_files(path: str, kind: str) -> list[Path]:
+    """The files of a path, where a folder means its files of one format."""
+    return [one.path for one in find(path, kind)]

@@ -1,0 +1,121 @@
+"""The files that a run reads, of this machine or of an object store, and what tells each from other files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+HUB = "hf:"
+"""What the name of a data set on the hub begins with."""
+REMOTE = ("s3://", "gs://", "gcs://", "az://", "abfs://", "abfss://", "hf://", "memory://")
+_HEAD, _SPOTS, _SPOT = 1 << 16, 16, 1 << 12
+
+
+@dataclass(frozen=True)
+class PlannedSource:
+    """One input file (or data set) as it was when the plan was made."""
+
+    kind: str
+    """tar, listed, parquet or hosted."""
+    path: str
+    relpath: str
+    """Path under the input root; part of every sample id."""
+    size: int
+    mtime: float
+    content: str
+    """Hash of a sample of the bytes, or the store's tag."""
+    rows: int
+    index: str | None = None
+    """Name of the index of rows in the run's folder."""
+    damage: str | None = None
+    """What is wrong with the file, where only a part of it can be read."""
+    declared: int | None = None
+    """Rows that the crawl's own statistics promise."""
+    notes: tuple[str, ...] = ()
+
+
+def is_remote(path: str) -> bool:
+    return path.startswith(REMOTE)
+
+
+def open_file(path: str) -> IO[bytes]:
+    """A readable, seekable file of this machine or of an object store."""
+    if not is_remote(path):
+        return open(path, "rb")
+    import fsspec
+
+    return fsspec.open(path, "rb").open()
+
+
+def read_range(path: str, start: int, size: int) -> bytes:
+    """`size` bytes of a file from `start`. OSError if there are fewer."""
+    if is_remote(path):
+        import fsspec
+
+        files, inside = fsspec.core.url_to_fs(path)
+        content = files.cat_file(inside, start=start, end=start + size)
+    else:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            content = os.pread(handle, size, start)
+        finally:
+            os.close(handle)
+    if len(content) != size:
+        raise OSError(f"{path} ends before byte {start + size:,}: it was cut off")
+    return content
+
+
+def stat_of(path: str) -> tuple[int, float, str | None]:
+    """(bytes, seconds of the last change, the store's tag or None). FileNotFoundError if it is gone."""
+    if not is_remote(path):
+        info = os.stat(path)
+        return info.st_size, info.st_mtime, None
+    import fsspec
+
+    files, inside = fsspec.core.url_to_fs(path)
+    files.invalidate_cache()
+    info = files.info(inside)
+    tag = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("checksum")
+    return int(info["size"]), 0.0, str(tag) if tag else None
+
+
+def content_of(path: str) -> str:
+    """A hash of a file's size, beginning, end and 16 places between: quick for any size."""
+    size, _, tag = stat_of(path)
+    h = hashlib.sha256(f"{size} {tag or ''}".encode())
+    if tag is None:
+        with open_file(path) as file:
+            h.update(file.read(_HEAD))
+            for i in range(1, _SPOTS + 1):
+                file.seek(max(0, (size - _SPOT) * i // _SPOTS))
+                h.update(file.read(_SPOT))
+    return h.hexdigest()[:16]
+
+
+def dataset_content(path: str) -> str | None:
+    """A hash of a saved data set's files; None for one on the hub, whose revision fixes it."""
+    if path.startswith(HUB):
+        return None
+    h = hashlib.sha256()
+    for file in sorted(Path(path).rglob("*.arrow")):
+        h.update(f"{file.relative_to(path)} {content_of(str(file))}".encode())
+    return h.hexdigest()[:16]
+
+
+def changed(source: PlannedSource) -> str | None:
+    """How a source differs from what was planned; None if it does not. A file that was only copied does not."""
+    if source.kind == "hosted":
+        now = dataset_content(source.path)
+        return None if now in (None, source.content) else "the data set has other content now"
+    try:
+        size, mtime, _ = stat_of(source.path)
+    except FileNotFoundError:
+        return "the file is gone"
+    if size != source.size:
+        return f"the file had {source.size:,} bytes and has {size:,} now"
+    if (is_remote(source.path) or mtime != source.mtime) and content_of(source.path) != source.content:
+        return "the file's content is another now"
+    return None
