@@ -152,11 +152,11 @@ def test_broken_options_are_one_line_that_names_what(capsys, tmp_path, monkeypat
 EXPLAINED = {
     "bootstrap": "Steps of the row that trains longer, in steps of the others (default: 2.0)",
     "pretrain": "Weight of the teacher's soft targets in the contrastive loss (default: 0.4)",
-    "caption": "Of the language-modelling loss (default: 0.1)",
+    "caption": "Label smoothing of the language-modelling loss (default: 0.1)",
     "retrieval": "Epochs over which alpha rises linearly from 0 (default: 1.0)",
     "nlvr": "Word pieces kept of a sentence, first and last special tokens included (default: 64)",
     "dialogue": "False answers shown beside each true one (default: 2)",
-    "vqa": "Of the loss of an answer's words (default: 0.1)",
+    "vqa": "Label smoothing of the loss of an answer's words (default: 0.1)",
 }
 
 
