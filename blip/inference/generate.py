@@ -69,6 +69,7 @@ def write(
 
     `prompt` is what every text begins with, or one beginning for each. The rest is as in `generate`.
     """
+    require(model, Generates)
     text, weight = model.config.text, model.decoder.word.weight
     tokenizer.check(text)
     rows = len(images) if isinstance(images, Tensor) else len(images) * images.fan
