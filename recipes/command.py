@@ -31,7 +31,7 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
         if not isinstance(key, yaml.ScalarNode):
             raise yaml.constructor.ConstructorError(None, None, "an option's name must be a word", key.start_mark)
         if key.value in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value!r}", key.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands there twice", key.start_mark)
         seen.add(key.value)
     return loader.construct_mapping(node, deep=True)
 
