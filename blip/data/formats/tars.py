@@ -592,7 +592,10 @@ class Tar:
 
     def rows(self, lo: int, hi: int) -> Iterator[StoredRow]:
         for number, entry in zip(range(lo, hi), self.index.values(lo, hi), strict=True):
-            image, text, json = (span and Member(span["at"], span["size"]) for span in map(entry.get, SLOTS))
+            image, text, json = entry["image"], entry["text"], entry["json"]
+            image = image and Member(image["at"], image["size"])
+            text = text and Member(text["at"], text["size"])
+            json = json and Member(json["at"], json["size"])
             yield sample_row(number, entry["key"], image, text, json, self.column, self.read)
 
 
