@@ -6,7 +6,8 @@ import os
 import sys
 from typing import NoReturn
 
-from blip.app import exit, options
+from blip import options
+from blip.app import exit
 
 ABOUT = """\
 Clean a noisy crawl of images and texts: a captioner writes, a filter reads, and what matches is kept.

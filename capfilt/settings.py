@@ -7,8 +7,8 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from blip.app.options import option
 from blip.data.settings import DataConfig
+from blip.options import option
 from capfilt import schema
 from capfilt.select.rules import IMAGE_RULES, PRESETS
 

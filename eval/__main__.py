@@ -12,7 +12,8 @@ import sys
 from importlib import import_module
 from typing import Any, NoReturn
 
-from blip.app import exit, options
+from blip import options
+from blip.app import exit
 from eval.options import COMMANDS
 
 _STOPPED = 130

@@ -12,7 +12,8 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from blip.app import exit, options
+from blip import options
+from blip.app import exit
 
 RECIPES = {
     "pretrain": "pre-train on image-text pairs: ITC, ITM and LM with a momentum teacher",

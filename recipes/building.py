@@ -126,8 +126,8 @@ class TaskData(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.streaming or self.prompt.strip():
-            raise ValueError(f"data.streaming and data.prompt are not for {self.samples}")
+        if self.prompt.strip():
+            raise ValueError(f"data.prompt is not for {self.samples}")
 
 
 def build_model(choice: ModelChoice, seed: int) -> tuple[Blip, Tokenizer]:

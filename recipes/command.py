@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeVar
 
-from blip.app import options
+from blip import options
 from blip.app.exit import WRONG_USE, fail, one_line, run
-from blip.app.options import content
+from blip.options import content
 
 __all__ = ["WRONG_USE", "content", "fail", "read", "run"]
 
@@ -20,7 +22,8 @@ def read(settings: type[Settings], args: Sequence[str] | None = None) -> Setting
 
     `--help` lists every option with its meaning, `--print-config` prints the effective YAML.
     """
-    args, recipe = sys.argv[1:] if args is None else args, settings.__module__.split(".")[1]
+    args = sys.argv[1:] if args is None else args
+    recipe = Path(inspect.getfile(settings)).relative_to(Path(__file__).parent).parts[0].removesuffix(".py")
     try:
         return options.read(settings, args, f"blip-recipe {recipe}", files=True)
     except (ValueError, OSError) as error:

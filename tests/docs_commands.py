@@ -236,10 +236,7 @@ def _module(name: str, args: list[str], is_module: bool) -> Reading:
     if name.startswith("recipes."):
         return _ours(name, args, module.main)
     if name.startswith("blip.world."):
-        from jsonargparse import capture_parser
-
-        parser = capture_parser(lambda: module.main([]))
-        return Reading(name, tuple(args), _flat(_quietly(lambda: parser.parse_args(args))))
+        return _ours(name, args, lambda: module.main(args))
     real_parse = argparse.ArgumentParser.parse_args
 
     def parses(parser: argparse.ArgumentParser, *given: Any) -> None:
@@ -251,7 +248,7 @@ def _module(name: str, args: list[str], is_module: bool) -> Reading:
 
 def _ours(program: str, args: list[str], main: Any) -> Reading:
     """What the one function that reads options makes of them."""
-    from blip.app import options
+    from blip import options
 
     real = options.read
 

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from blip.app import exit, options
+from blip import options
+from blip.app import exit
 from blip.errors import Stopped
 
 COMMANDS = {

@@ -17,7 +17,7 @@ from PIL import Image
 from blip.data.ahead import read_ahead
 from blip.data.folders import Walk, files
 from blip.data.formats.tars import IMAGES
-from blip.data.images import ImageReader, UnreadableImage, model_input, read
+from blip.data.images import UnreadableImage, model_input, read
 from blip.data.paths import alternatives, matching
 from blip.data.settings import DataConfig
 from blip.errors import DataError
@@ -135,6 +135,8 @@ def read_images(
 
 def reader(side: int) -> Callable[[Sequence[str | Path | Image.Image], int], Iterator[list[Tensor]]]:
     """What `Features` reads images by: (images, batch) -> lists of tensors (3, side, side), read ahead."""
+    from blip.data.transforms import ImageReader  # with torch, for which wrong use need not wait
+
     return functools.partial(read_ahead, read=ImageReader(side))
 
 

@@ -15,11 +15,10 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from blip.data.image_header import MAX_BYTES, check_size, cut_off, screened, webp_size
-from blip.data.settings import DataConfig
-from blip.errors import BadSample, DataError, Stopped, UnreadableImage
+from blip.errors import BadSample, Stopped, UnreadableImage
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 T = TypeVar("T")
 
@@ -93,23 +92,6 @@ def model_input(
     """
     with own_fault():
         return transform(decode(image, max_pixels, at_least))
-
-
-class ImageReader:
-    """Read images for a model: a path or PIL image -> tensor (3, S, S), normalised as in evaluation."""
-
-    def __init__(self, side: int, max_pixels: int = DataConfig.max_pixels) -> None:
-        from blip.data.transforms import EvalTransform  # PyTorch, without which images are read and decoded
-
-        self.transform, self.max_pixels = EvalTransform(side), max_pixels
-
-    def __call__(self, image: str | Path | Image.Image) -> Tensor:
-        """DataError names an image that cannot be used."""
-        try:
-            return model_input(Path(image) if isinstance(image, str) else image, self.max_pixels, self.transform)
-        except BadSample as error:
-            named = image if isinstance(image, str | Path) else "a picture"
-            raise DataError(f"{named} cannot be used: {error}") from None
 
 
 def small(image: Image.Image, side: int) -> Image.Image:

@@ -8,6 +8,7 @@ The same settings give the same bytes. Files appear under their names only when 
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import multiprocessing
@@ -25,8 +26,8 @@ from typing import Any, Literal
 
 import pyarrow
 import pyarrow.parquet
-from jsonargparse import auto_cli
 
+from blip import options
 from blip.errors import DataError
 from blip.train.log import bar
 from blip.world.scene import Dice, Split, draw, scene
@@ -285,8 +286,10 @@ _WRITERS: dict[str, Callable[[Path, str, Iterable[EncodedImage], int, int], None
 
 def command_line(write: Callable[..., Iterable[Path]], args: list[str] | None = None) -> None:
     """A command line whose options are those of `write`; a setting or folder that will not do is said in one line."""
+    program = f"python -m blip.world.{Path(inspect.getfile(write)).stem}"
     try:
-        written = auto_cli(write, args=args, as_positional=False, allow_abbrev=False)
+        chosen = options.read(options.of_function(write), sys.argv[1:] if args is None else args, program)
+        written = write(**vars(chosen))
     except (DataError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(*written, sep="\n")

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from blip.app.options import flat, option
+from blip.options import flat, option
 from capfilt.settings import DONE, WRONG, ReadConfig, ScoreConfig, decided, resolve
 
 EXAMPLE = """\

@@ -7,7 +7,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 
-from blip.app.options import flat, option
+from blip.options import flat, option
 from capfilt.commands import export, plan, report, score, select, verify
 from capfilt.select.policies import SelectConfig
 from capfilt.settings import DONE, FAILED_PARTS, WRONG, ReportOptions, ScoreOptions

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from blip.app.options import argument, flat
+from blip.options import argument, flat
 from capfilt.commands.plan import refuse_drift
 from capfilt.settings import ScoreConfig, ScoreOptions
 

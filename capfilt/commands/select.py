@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from blip.app.options import argument, flat, option
+from blip.options import argument, flat, option
 from capfilt.select.policies import SelectConfig
 from capfilt.settings import DONE
 

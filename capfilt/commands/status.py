@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from blip.app.options import argument
+from blip.options import argument
 from capfilt.settings import DONE
 
 EXAMPLE = ""

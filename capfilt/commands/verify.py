@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from blip.app.options import argument
+from blip.options import argument
 
 EXAMPLE = ""
 

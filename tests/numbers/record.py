@@ -36,7 +36,7 @@ CONFIGS = "recipes/configs/"
 STEPS, SHORT, BATCH, SAVED = 6, 3, 8, 3
 """Steps of a run, and of one in the short form; pairs in each; steps before its checkpoint."""
 LIBRARIES = ("torch", "torch._dynamo", "torchvision", "timm", "transformers", "tokenizers", "accelerate", "datasets")
-LIBRARIES += ("transformers.models.auto.tokenization_auto", "jsonargparse", "pyarrow.parquet")
+LIBRARIES += ("transformers.models.auto.tokenization_auto", "pyarrow.parquet")
 """Imported once, for all processes: what takes seconds."""
 RENAMED: dict[str, str] = {}
 """Arguments that have another name since: they are given the new way where the old one is refused with status 2."""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 from blip.app.commands.shared import ImageOptions, ModelOptions
 from blip.app.exit import SOME_FAILED
-from blip.app.options import option
 from blip.inference.settings import CAPTION_PROMPT, DECODE_PRESETS, DecodeConfig
+from blip.options import option
 
 if TYPE_CHECKING:
     from blip.app.answers import Answers

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from blip.app.commands.shared import ImageOptions, ModelOptions, at_least
 from blip.app.exit import SOME_FAILED
-from blip.app.options import option
 from blip.errors import DataError
+from blip.options import option
 
 EXAMPLE = """examples:
   blip classify photo.jpg --classes "dog,cat,polar bear" --model runs/retrieval/model

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from blip.app.commands.shared import TokenizerOption, at_least
-from blip.app.options import argument, option
+from blip.options import argument, option
 
 if TYPE_CHECKING:
     from blip.checkpoints.foreign import Account

@@ -7,8 +7,8 @@ import sys
 from dataclasses import dataclass
 
 from blip.app.commands.shared import ModelOptions, at_least
-from blip.app.options import option
 from blip.inference.settings import CAPTION_PROMPT
+from blip.options import option
 
 EXAMPLE = """examples:
   blip demo --model runs/demo/model

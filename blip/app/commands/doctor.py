@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blip.app.exit import SOME_FAILED
-from blip.app.options import option
+from blip.options import option
 
 EXAMPLE = """examples:
   blip doctor

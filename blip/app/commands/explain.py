@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from blip.app.commands.shared import ModelOptions
-from blip.app.options import argument, option
+from blip.options import argument, option
 
 if TYPE_CHECKING:
     from PIL import Image

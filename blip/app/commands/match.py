@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from blip.app.commands.shared import AnswerOptions, ModelOptions
 from blip.app.exit import SOME_FAILED
-from blip.app.options import argument
+from blip.options import argument
 
 EXAMPLE = """examples:
   blip match photo.jpg "a dog on the beach" "a cat" --model runs/retrieval/model

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from blip.app.commands.shared import MODEL_VARIABLE, AnswerOptions, ModelOptions, at_least
 from blip.app.exit import SOME_FAILED
-from blip.app.options import argument, option
+from blip.options import argument, option
 
 if TYPE_CHECKING:
     from blip.app.index import Index
@@ -79,7 +79,7 @@ def run(chosen: SearchOptions) -> int:
     from blip import files
     from blip.app.answers import Answers, Form, refuse_out, refuse_page, shown
     from blip.app.loaded import load
-    from blip.data.images import ImageReader
+    from blip.data.transforms import ImageReader
     from blip.inference.features import Features
 
     refuse_out(chosen.out)

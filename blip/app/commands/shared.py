@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from blip.app.options import argument, option
+from blip.options import argument, option
 
 MODEL_VARIABLE = "OPENBLIP_MODEL"
 """Environment variable with the model that is used where no --model is given."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from blip.app.commands.shared import MODEL_VARIABLE, ImageOptions, ModelOptions, at_least
 from blip.app.exit import SOME_FAILED
-from blip.app.options import argument, option
+from blip.options import argument, option
 
 if TYPE_CHECKING:
     from blip.app.answers import Answers

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pytest
 
 from blip.app import cli
-from blip.app.options import argument, content, docs, flat, option, options_of, read, verb, walk
+from blip.options import argument, content, docs, flat, option, options_of, read, verb, walk
 from capfilt import __main__ as capfilt
 from eval.__main__ import COMMANDS as MEASURES
 

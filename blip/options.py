@@ -492,17 +492,33 @@ def _metavar(one: Option) -> str:
 @functools.cache
 def docs(kind: type) -> dict[str, str]:
     """The docstring of each field of a dataclass or of what it inherits, on one line and without its full stop."""
-    found: dict[str, str] = {}
+    explained = {field.name: field.metadata["doc"] for field in dataclasses.fields(kind) if "doc" in field.metadata}
+    if explained:
+        return explained
     for one in reversed([one for one in kind.__mro__ if dataclasses.is_dataclass(one)]):
         (body,) = (node.body for node in ast.parse(textwrap.dedent(inspect.getsource(one))).body)
         for field, after in itertools.pairwise([*body, None]):
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
                 is_doc = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
                 doc = " ".join(str(after.value.value).split()).rstrip(".") if is_doc else ""
-                found[field.target.id] = doc or found.get(
-                    field.target.id, ""
-                )  # one that is only narrowed keeps its own
-    return found
+                # A field that is only narrowed keeps its explanation.
+                explained[field.target.id] = doc or explained.get(field.target.id, "")
+    return explained
+
+
+def of_function(function: Callable[..., Any]) -> type:
+    """A dataclass of a function's parameters, explained by the `Args:` of its docstring."""
+    about, _, after = inspect.getdoc(function).partition("\n\nArgs:\n")
+    lines = re.findall(r"^ +(\w+): ((?:.|\n {5,})+)", after.partition("\n\n")[0], re.MULTILINE)
+    explained = {name: " ".join(text.split()).rstrip(".") for name, text in lines}
+    hints, fields = typing.get_type_hints(function), []
+    for one in inspect.signature(function).parameters.values():
+        default = dataclasses.MISSING if one.default is one.empty else one.default
+        kind = str if hints[one.name] == str | Path else hints[one.name]
+        fields.append((one.name, kind, dataclasses.field(default=default, metadata={"doc": explained[one.name]})))
+    made = dataclasses.make_dataclass("Options", fields, frozen=True)
+    made.__doc__ = about
+    return made
 
 
 # Programs -------------------------------------------------------------------------------------------------------------
