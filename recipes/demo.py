@@ -163,7 +163,7 @@ def clean(run: PretrainRun, writer: Path, filtering: Path, out: Path) -> Job:
     args = ["run", *inputs, "--out", out / "capfilt", "--to", out / "clean", "--no-blur"]
     args += ["--name", SELECTION, "--itm", str(THRESHOLD), "--policy", POLICY, "--allow-empty"]
     args += world_capfilt.models(writer, filtering, DECODE, run.data.max_tokens)
-    world_capfilt.carry_out(*args, "--part-size", "1024", "--batch-size", "128")
+    world_capfilt.carry_out(*args, "--part-size", "1024", "--batch", "128")
     return Job.open(str(out / "capfilt"))
 
 

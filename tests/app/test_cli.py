@@ -375,7 +375,7 @@ def test_pictures_that_cannot_be_read_are_listed_and_the_others_answered(run, ph
     assert [line for line in said if line.startswith("photos/")] == [
         "photos/gone.png: no such file",
         "photos/p0.gif: is empty (0 bytes)",
-        "photos/p5.jpg: is an HTML page, not a picture: the download failed",
+        "photos/p5.jpg: is an HTML page, not an image: the download failed",
         "photos/pipe.png: not a regular file",
     ]
     assert said[-1] == "4 of 15 pictures could not be used"

@@ -52,7 +52,7 @@ def test_embeddings_are_those_of_each_picture(update, folder, features):
     assert seen == 3
     assert [entry.path for entry in index.readable] == ["a.png", "b.png", "deep/c.png"]
     assert [entry.reason for entry in index.entries if entry.reason] == [
-        "is an HTML page, not a picture: the download failed"
+        "is an HTML page, not an image: the download failed"
     ]
     torch.testing.assert_close(index.embeddings, features.embed_image([folder / e.path for e in index.readable]))
     again = Index.read(folder, folder / "ix")

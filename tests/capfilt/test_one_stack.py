@@ -11,7 +11,7 @@ from capfilt_crawl import jpeg, planned, sample, write_tar
 
 from blip.data.formats.sources import open_source
 from blip.data.settings import SourceConfig
-from blip.data.stream import Shards
+from blip.data.stream import CaptionShards
 from blip.errors import BadSample, DataError
 from blip.objectives.batch import Bad
 from capfilt.reading import Reader
@@ -208,7 +208,7 @@ def by_number(path, split):
 
 
 def in_order(path, split):
-    opened = Shards(SourceConfig(path, split=split))
+    opened = CaptionShards(SourceConfig(path, split=split))
     records = [record for file in opened.files for record in opened.read(file)]
     return [None if isinstance(record, Bad) else record.captions for record in records]
 

@@ -5,7 +5,7 @@ import pytest
 from blip.data.formats.csv_rows import csv_records, csv_rows
 from blip.data.formats.json_rows import read_rows
 from blip.data.settings import SourceConfig
-from blip.data.stream import Shards
+from blip.data.stream import CaptionShards
 from blip.errors import DataError
 from capfilt.calibrate.audit import read_labels
 from eval.nlvr import read_results
@@ -90,7 +90,7 @@ def test_a_later_file_of_a_stream_is_looked_at_before_anything_is_read(tmp_path)
     (tmp_path / "0.csv").write_text("image,caption\n1.jpg,a\n")
     (tmp_path / "1.csv").write_text('image,caption\n1.jpg,"a\n2.jpg,b\n')
     with pytest.raises(DataError, match=r"1\.csv: line 2: a quotation mark is opened and never closed"):
-        Shards(SourceConfig(str(tmp_path / "*.csv")))
+        CaptionShards(SourceConfig(str(tmp_path / "*.csv")))
 
 
 @pytest.mark.parametrize("read", [read_references, read_results, read_labels])

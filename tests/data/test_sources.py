@@ -20,7 +20,7 @@ from blip.data.formats.tars import Shard
 from blip.data.images import decode
 from blip.data.paths import alternatives, check_name, contained, matching
 from blip.data.settings import SourceConfig
-from blip.data.stream import Shards
+from blip.data.stream import CaptionShards
 from blip.errors import BadSample, DataError
 from capfilt.reading import index_tar
 
@@ -142,7 +142,7 @@ def test_annotations_of_images_that_were_taken_out_are_counted(folder):
     assert source.notes == [f"{folder}/c.json: {note}"]
     (planned_source,) = planned(folder / "c.json", folder.parent / "run").sources.values()
     assert planned_source.notes == (note,)
-    assert Shards(SourceConfig(str(folder / "c.json"))).notes == source.notes
+    assert CaptionShards(SourceConfig(str(folder / "c.json"))).notes == source.notes
 
 
 def test_images_of_coco_that_lack_something_are_bad_rows(folder):

@@ -11,7 +11,7 @@ import pytest
 from blip.data.formats.sources import open_source
 from blip.data.formats.tars import read_headers, read_member
 from blip.data.settings import SourceConfig
-from blip.data.stream import Shards
+from blip.data.stream import CaptionShards
 from blip.errors import BadSample, DataError
 from capfilt.__main__ import main
 from capfilt.reading import index_tar
@@ -70,7 +70,7 @@ def shard(tmp_path):
 def readers(path, **options):
     """The rows that training, streaming and CapFilt see of a shard."""
     config = SourceConfig(str(path), **options)
-    streamed = Shards(config)
+    streamed = CaptionShards(config)
     return len(open_source(config)), len(list(streamed.read(path))), index_tar(str(path))[0].num_rows
 
 
@@ -370,7 +370,7 @@ def test_hidden_members_are_left_out_and_counted(shard, caplog, capsys):
 
 def test_a_shard_of_hidden_members_only_is_named(shard, capsys):
     path = shard(archive(pair("._a")))
-    for opened in (open_source, Shards):
+    for opened in (open_source, CaptionShards):
         with pytest.raises(DataError, match=r"no sample has .*s\.tar: its members are 2 hidden ones like '\._a\.jpg'"):
             opened(SourceConfig(str(path)))
     assert plan(path) == 2
@@ -416,7 +416,7 @@ def test_a_shard_without_a_whole_sample_is_refused_by_names(case, shard, capsys)
     names, seen = AMBIGUOUS[case]
     path = shard(archive(*(member(name.format(i), b"x") for i in range(10, 40) for name in names)))
     told = f"its members are {seen}; expected NAME.jpg (or .png"
-    for opened in (open_source, Shards):
+    for opened in (open_source, CaptionShards):
         with pytest.raises(DataError, match="no sample has") as caught:
             opened(SourceConfig(str(path)))
         assert f"s.tar: {told}" in str(caught.value)

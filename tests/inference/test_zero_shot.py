@@ -68,7 +68,7 @@ def test_command_says_what_is_wrong(run, photos):  # noqa: F811
         ("photos", "--classes", "a,b", "--template", "x"): "needs one {}",
         ("photos", "--classes-file", "gone.txt"): "gone.txt",
         ("photos", "--classes-file", "latin.txt"): "not UTF-8",
-        ("photos", "--classes", "a", "--classes-file", "b"): "not allowed with",
+        ("photos", "--classes", "a", "--classes-file", "b"): "give either --classes",
     }
     for args, said in wrong.items():
         status, out, err = run("classify", *args)

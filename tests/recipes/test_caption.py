@@ -647,7 +647,7 @@ def rows_with(tmp_path, world, **change) -> str:
     [
         (["--data.sources", "[]"], "no data: give at least one source"),
         (["--data.sources", '[{"path": "gone.json"}]'], "gone.json"),
-        (["--data.sources", "NO CAPTIONS"], "held.json: no rows"),
+        (["--data.sources", "NO CAPTIONS"], "held.json: row 0: the row has no caption"),
         (["--validation.source", "NO CAPTIONS"], "held.json: no reference captions for 6 images ("),
         (["--test.source", "ONE WITHOUT"], "held.json: no reference captions for 1 image (world-0-val-000001)"),
         (["--validation.source.path", "gone.json"], "gone.json"),

@@ -34,6 +34,7 @@ RECIPES = {
 LAID_OVER = {
     "blip_2022": ("pretrain_base", "pretrain"),
     "caption_large_coco": ("caption_coco", "caption"),
+    "clip_world": ("pretrain_world", "pretrain"),
     "filter_coco": ("retrieval_coco", "retrieval"),
     "filter_world": ("filter_world", "retrieval"),
     "nlvr2": ("nlvr2", "nlvr"),
@@ -250,10 +251,10 @@ def test_a_config_states_what_differs_from_its_base(tmp_path):
         ("base: ../low/run.yaml", "base: ../top/run.yaml", "low/run.yaml: base ../top/run.yaml is itself based on"),
         ("base: run.yaml", "", "top/run.yaml: base run.yaml is itself based on this file"),
         ("base: gone.yaml", "", "top/gone.yaml: no such file"),
-        ("base: [../low/run.yaml]", "", "top/run.yaml: base must be the name of a file, got ['../low/run.yaml']"),
+        ("base: [../low/run.yaml]", "", "top/run.yaml: base: expected text, got ['../low/run.yaml']"),
         ("base: ../low/run.yaml", "out: x\nout: y", "low/run.yaml, line 2"),
-        ("base: ../low/run.yaml", "model: 5", "low/run.yaml: model must be a mapping"),
-        ("base: ../low/run.yaml", "train:\n  lr: null", "top/run.yaml: train.lr is null"),
+        ("base: ../low/run.yaml", "model: 5", "low/run.yaml: model: expected a mapping of options, got 5"),
+        ("base: ../low/run.yaml", "train:\n  lr: null", "low/run.yaml: train.lr is null"),
         ("base: ../low/run.yaml", "train:\n  sped: 3", "sped"),
     ],
 )
