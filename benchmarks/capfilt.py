@@ -1,12 +1,12 @@
-"""CapFilt's scoring, ours against transformers' BLIP with the same weights, pictures and web texts to scores.
+"""CapFilt's scoring, ours against transformers' BLIP with the same weights, images and web texts to scores.
 
     python -m benchmarks.capfilt      # BASE, 384 px, batch 8, float32 and bfloat16; about 5 minutes on 2 cores
 
 Ours is the job's own scorer: a text is written by nucleus sampling, then web and synthetic text are matched with the
-picture; it gives the joint embeddings' cosines as well. The other side does as transformers' documentation shows:
+image; it gives the joint embeddings' cosines as well. The other side does as transformers' documentation shows:
 `BlipForConditionalGeneration.generate`, then `BlipForImageTextRetrieval` once for the web texts and once for the
-synthetic ones, each call with its own look at the pictures. Captioner and filter have weights of their own. Both sides
-run in one process, in turn, at equal precision and batch, from decoded pictures to numbers. The weights are random, so
+synthetic ones, each call with its own look at the images. Captioner and filter have weights of their own. Both sides
+run in one process, in turn, at equal precision and batch, from decoded images to numbers. The weights are random, so
 every text is written to 20 tokens, with about the entropy of a trained captioner's (benchmarks/caption.py); web texts
 have the lengths of COCO's captions. What the job costs beside its models is in benchmarks/capfilt_job.py.
 """
@@ -66,7 +66,7 @@ def blip(config: BlipConfig, seed: int) -> Blip:
 
 
 def batch(side: int, size: int) -> list[Item]:
-    """Decoded pictures with a web text each."""
+    """Decoded images with a web text each."""
     dice = np.random.default_rng(1)
     lengths = [n - 2 for n, share in COCO_LENGTHS.items() for _ in range(share)]  # without [CLS] and [SEP]
     return [
@@ -134,12 +134,12 @@ def transformers_config(config: BlipConfig) -> transformers.BlipConfig:
         "max_position_embeddings": text.max_positions, "bos_token_id": text.dec_id, "sep_token_id": text.sep_id,
         "eos_token_id": text.sep_id, "pad_token_id": text.pad_id, "encoder_hidden_size": eye.width or 768,
     }  # fmt: skip
-    pictures = {
+    images = {
         "image_size": eye.image_size, "patch_size": eye.patch_size or 16, "hidden_size": eye.width or 768,
         "num_hidden_layers": eye.depth or 12, "num_attention_heads": eye.heads or 12,
         "intermediate_size": 4 * (eye.width or 768), "layer_norm_eps": 1e-6, "initializer_range": 0.02,
     }  # fmt: skip
-    return transformers.BlipConfig(text_config=words, vision_config=pictures, image_text_hidden_size=config.embed_dim)
+    return transformers.BlipConfig(text_config=words, vision_config=images, image_text_hidden_size=config.embed_dim)
 
 
 def check_equal(captioner: Blip, filter: Blip, words: Tokenizer, theirs: Theirs, items: list[Item]) -> None:
@@ -154,7 +154,7 @@ def check_equal(captioner: Blip, filter: Blip, words: Tokenizer, theirs: Theirs,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="timed batches of each side (default 3)")
-    parser.add_argument("--batch", type=int, default=8, help="pictures at once (default 8)")
+    parser.add_argument("--batch", type=int, default=8, help="images at once (default 8)")
     parser.add_argument("--precision", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--smoke", action="store_true", help="two narrow layers at 64 px: whether it runs, no figures")
     given = parser.parse_args()

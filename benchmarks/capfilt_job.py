@@ -2,8 +2,8 @@
 
     python -m benchmarks.capfilt_job                 # about five minutes on 2 cores; --rows 100000 for less
 
-Scores are made out of hashes. Of the million rows one in thirty has a broken picture, a third break a rule, and one
-picture in twenty is a copy. The overhead is the wall time of a whole job over the time its models pretend to work.
+Scores are made out of hashes. Of the million rows one in thirty has a broken image, a third break a rule, and one
+image in twenty is a copy. The overhead is the wall time of a whole job over the time its models pretend to work.
 Every verb runs in a process of its own, start-up included, so that its peak memory is known.
 """
 
@@ -47,7 +47,7 @@ def crawl(folder: Path, rows: int, side: int) -> Path:
         for i in range(rows):
             buffer = io.BytesIO()
             Image.fromarray(np.roll(pixels, i, 0)).resize((side, side)).save(buffer, "JPEG", quality=90)
-            for ending, content in (("jpg", buffer.getvalue()), ("txt", f"a picture with number {i}".encode())):
+            for ending, content in (("jpg", buffer.getvalue()), ("txt", f"an image with number {i}".encode())):
                 member = tarfile.TarInfo(f"{i:06d}.{ending}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
@@ -77,7 +77,7 @@ def overhead(folder: Path, rows: int, seconds: float) -> dict[str, float]:
 
 
 def annotated(folder: Path, rows: int, part_size: int) -> Run:
-    """A run whose parts are written directly, row for row what scoring would write; its pictures are 200 in turn."""
+    """A run whose parts are written directly, row for row what scoring would write; its images are 200 in turn."""
     crawl(folder / "in", 200, 400)
     run = plan.make(str(folder / "run"), ScoreConfig(scorer="fake"), ReadConfig([str(folder / "in")]), part_size)
     (source,) = run.sources.values()

@@ -1,4 +1,4 @@
-"""Captioning, ours against transformers' BLIP with the same weights, picture to token ids.
+"""Captioning, ours against transformers' BLIP with the same weights, image to token ids.
 
     python -m benchmarks.caption      # BASE, 384 px, batch 1 and 8, float32 and bfloat16; about 10 minutes on 2 cores
 

@@ -36,7 +36,7 @@ CONFIG = PretrainConfig(alpha_ramp_epochs=0)
 
 
 def batches(size: int, count: int, image_size: int = 224) -> list[Batch]:
-    """Random pictures and word pieces with COCO's lengths."""
+    """Random images and word pieces with COCO's lengths."""
     g = torch.Generator().manual_seed(size)
     lengths = torch.tensor([n for n, share in COCO_LENGTHS.items() for _ in range(share)])
     made = []

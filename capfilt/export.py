@@ -35,7 +35,7 @@ FORMATS = ("wds", "parquet", "json", "uids")
 _GROUP = 256
 """Rows of a parquet file that are written together."""
 _ENDING = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
-"""MPO is a JPEG with more pictures behind it, as telephones and cameras write."""
+"""MPO is a JPEG with more images behind it, as telephones and cameras write."""
 _PASSED_ON = ("sample_id", "source_uri", "source_row", "key", "url", "image_sha256", "width", "height",
               "web_text", "syn_text", "itm_web", "itm_syn", "itc_web", "itc_syn", "extra_json")  # fmt: skip
 
@@ -253,7 +253,7 @@ def _row(sample: Kept) -> dict[str, Any]:
 
 
 def _hosted_schema() -> pa.Schema:
-    """Arrow types, with the note by which `datasets` knows that `image` is a picture."""
+    """Arrow types, with the note by which `datasets` knows that `image` is an image."""
     text, number = {"dtype": "string", "_type": "Value"}, {"dtype": "float32", "_type": "Value"}
     features = {
         "image": {"_type": "Image"},

@@ -56,9 +56,9 @@ class ScoreConfig:
     max_tokens: int = 35
     """Word pieces kept of a text before it is scored, special ones included."""
     max_pixels: int = DataConfig.max_pixels
-    """Pictures with more pixels than this are not decoded."""
+    """Images with more pixels than this are not decoded."""
     lenient: bool = False
-    """Decode truncated pictures as far as they go, and flag them, instead of refusing them (2022: true)."""
+    """Decode truncated images as far as they go, and flag them, instead of refusing them (2022: true)."""
     draft: bool = False
     """Decode large JPEGs at a fraction of their size: twice as fast, slightly other pixels."""
     rules_first: str | None = None
@@ -133,7 +133,7 @@ class ScoreOptions:
     decode_workers: int | None = None
     """Decoding processes; 0 decodes in this one. By the number of cores when not given."""
     decode_timeout: float = 60.0
-    """Seconds after which a picture that will not be decoded is given up."""
+    """Seconds after which an image that will not be decoded is given up."""
     limit: int | None = None
     """Score about so many rows, taken from all over the input, and stop; a later run continues with the rest."""
     max_error_rate: float = 0.2
@@ -187,9 +187,9 @@ class ReportOptions:
     select: str | None = None
     """Name of a selection; every text with P(match) of at least 0.5 when not given."""
     per_group: int = 12
-    """Pictures of each group."""
+    """Images of each group."""
     no_blur: bool = False
-    """Show pictures at once; they are blurred until pointed at, for nobody has looked at them yet."""
+    """Show images at once; they are blurred until pointed at, for nobody has looked at them yet."""
     to: str | None = None
     """Where to write the page: report/NAME in the run when not given."""
 

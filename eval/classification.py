@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blip import dist
-from blip.data.image_files import find, not_pictures, read_images
+from blip.data.image_files import find, not_images, read_images
 from blip.data.transforms import EvalTransform
 from blip.errors import DataError
 from blip.inference.features import Features
@@ -35,10 +35,10 @@ def evaluate(options: ClassificationOptions, runner: Runner) -> Iterator[tuple[s
         chances = classify(features, data, templates)
     if not dist.is_main():
         return
-    if left_out := not_pictures(data.left_out):
+    if left_out := not_images(data.left_out):
         print(left_out, file=sys.stderr)
     runner.out.write("results.json", results(data, chances))
-    runner.record("model", "source", pictures=len(data.paths), classes=len(data.names))
+    runner.record("model", "source", images=len(data.paths), classes=len(data.names))
     runner.record(templates=templates)
     runner.times = 1
     yield from accuracy(chances, data.labels).items()

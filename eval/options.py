@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from blip.data.settings import Dialogues, PictureQuestions, PictureSentences, SourceConfig
+from blip.data.settings import Dialogues, ImageQuestions, ImageSentences, SourceConfig
 from blip.inference.settings import CAPTION_PROMPT, DECODE_PRESETS, AnswerConfig, DecodeConfig
 
 
@@ -241,7 +241,7 @@ class NlvrOptions(_Resampled, _Machine):
         blip-eval nlvr --model runs/nlvr_boxes/model --source.path nlvr/dev/dev.json --source.part val --out runs/scores
     """
 
-    source: PictureSentences
+    source: ImageSentences
     """Sentences with their images and labels."""
     model: str | None = None
     """Model that answers: a folder, or a name on the hub."""
@@ -305,7 +305,7 @@ class VqaOptions(_Resampled, _Machine):
             --source.annotations v2_mscoco_val2014_annotations.json
     """
 
-    source: PictureQuestions
+    source: ImageQuestions
     """Questions with their images, and human answers where there are any."""
     model: str | None = None
     """Model that answers: a folder, or a name on the hub."""

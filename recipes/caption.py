@@ -68,18 +68,18 @@ class CaptionEvaluation(Evaluation):
         Raises DataError for an image without references or that is not there, ValueError for a length of captions that
         does not fit the model or the prompt.
         """
-        self.pictures = Images.open(held.source, held.limit)
+        self.images = Images.open(held.source, held.limit)
         self.tokenizer, self.decode, self.prompt = tokenizer, run.decode, run.data.prompt
-        references = self.pictures.references
+        references = self.images.references
         if bare := [image for image, captions in references.items() if not captions]:
             raise DataError(f"{name}.source {held.source.path}: no reference captions for {counted(bare, 'image')}")
         self.graders = graders(references)
-        self.pictures.image(0)
+        self.images.image(0)
         side = model.vision.image_size
         write(model.eval(), tokenizer, torch.zeros(1, 3, side, side), run.decode, prompt=self.prompt, keys=[""])
 
     def answers(self, model: Blip) -> Captions:
-        return captions_of(model, self.tokenizer, self.pictures, self.decode, prompt=self.prompt)
+        return captions_of(model, self.tokenizer, self.images, self.decode, prompt=self.prompt)
 
     def scores(self, captions: Captions) -> dict[str, float]:
         return {name: value for grader in self.graders for name, value in grader(captions).items()}

@@ -40,7 +40,7 @@ from recipes.run import HeldOut
 CONFIG = "recipes/configs/pretrain_demo.yaml"
 SHARE = 0.3
 """Steps of a captioner or a filter, in steps of pre-training."""
-BY_PEOPLE = 0.15
+HUMAN_SHARE = 0.15
 """Images with human captions, in images of the crawl."""
 DECODE, POLICY = "greedy", "web-else-syn"
 """The paper samples, and keeps every text that passes. So small a captioner is wrong too often when it samples (12% of
@@ -125,7 +125,7 @@ def draw(world: WorldChoice) -> None:
     """
     folder, size, workers = Path(world.folder), world.image_size, world.workers
     world_capfilt.draw_crawl(folder / "crawl", world.train, world.noise, 0, size, workers)
-    few = max(8, round(BY_PEOPLE * world.train))
+    few = max(8, round(HUMAN_SHARE * world.train))
     for where, split, count, seed in (
         (folder / "human", "train", few, 1),
         (folder, "val", world.held_out, 0),

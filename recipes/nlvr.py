@@ -13,7 +13,7 @@ from pathlib import Path
 
 from blip import dist
 from blip.data.prepare.sentences import PrepareSentences, Sentences, open_sentences
-from blip.data.settings import PictureSentences
+from blip.data.settings import ImageSentences
 from blip.data.transforms import TrainTransform
 from blip.errors import DataError
 from blip.models.nlvr import Nlvr
@@ -34,7 +34,7 @@ Answers = dict[str, bool]
 class NlvrData(TaskData):
     """What the model is shown."""
 
-    sources: list[PictureSentences] = field(default_factory=list)
+    sources: list[ImageSentences] = field(default_factory=list)
     max_words: int = MAX_WORDS
     """Words kept of a sentence."""
     max_tokens: int = 64
@@ -47,7 +47,7 @@ class NlvrData(TaskData):
 class HeldOutSentences(HeldOut):
     """Sentences that are not trained on."""
 
-    source: PictureSentences
+    source: ImageSentences
     """Where they are."""
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from blip.data.prepare.questions import Id, PrepareQuestions, Questions, QuestionShards, open_questions, read_answers
-from blip.data.settings import PictureQuestions
+from blip.data.settings import ImageQuestions
 from blip.data.transforms import TrainTransform
 from blip.errors import DataError, counted
 from blip.inference.answering import ANSWERS, Candidates, answers, ask
@@ -41,7 +41,7 @@ Answers = dict[Id, str]
 class VqaData(TaskData):
     """What the model is shown."""
 
-    sources: list[PictureQuestions] = field(default_factory=list)
+    sources: list[ImageQuestions] = field(default_factory=list)
     max_words: int = QUESTION_WORDS
     """Words kept of a question."""
     max_tokens: int = QUESTION_TOKENS
@@ -54,7 +54,7 @@ class VqaData(TaskData):
 class HeldOutQuestions(HeldOut):
     """Questions that are not trained on."""
 
-    source: PictureQuestions
+    source: ImageQuestions
     """Where they are."""
 
 

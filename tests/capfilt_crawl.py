@@ -45,7 +45,7 @@ def write_tar(path, members, format=tarfile.PAX_FORMAT):
 
 
 def sample(key, i, text=None, extra=None):
-    members = [(f"{key}.jpg", jpeg(i)), (f"{key}.txt", (text or f"Picture number {i}!").encode())]
+    members = [(f"{key}.jpg", jpeg(i)), (f"{key}.txt", (text or f"Image number {i}!").encode())]
     return members + ([(f"{key}.json", json.dumps(extra).encode())] if extra is not None else [])
 
 

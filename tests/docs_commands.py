@@ -1,7 +1,7 @@
 """The commands of README.md and docs/: found, read to the end by the parser that is theirs, and told what they need.
 
 What a command reads has to be there for a reader who went through the pages: a folder of `runs/` that a command of
-these pages writes, or the reader's own pictures (`photo.jpg`, `photos/`) and files (`mine/`). What reads anything else
+these pages writes, or the reader's own images (`photo.jpg`, `photos/`) and files (`mine/`). What reads anything else
 says so, `# needs COCO`, and that mark is all that tests know of such a command.
 """
 

@@ -3,7 +3,7 @@
     OPENBLIP_DATA=... python tests/real_shards.py OUT [--photos N] [--emoji N]
     python -m capfilt run --input OUT --out RUN --captioner MODEL --filter MODEL --to CLEAN
 
-Every third caption is another picture's. A sample's .json says its `kind`: right, planted or broken, and for a broken
+Every third caption is another image's. A sample's .json says its `kind`: right, planted or broken, and for a broken
 image what Pillow makes of it (`outcome`). No test data is part of the project: OPENBLIP_DATA names its folder.
 """
 
@@ -36,8 +36,8 @@ def samples(data, photos, emoji):
     for i, one in enumerate(json.loads((data / "broken_images" / "manifest.json").read_text())):
         record = {"kind": "broken", "file": one["file"], "outcome": one["outcome"]}
         content = (data / "broken_images" / one["file"]).read_bytes()
-        # Whatever it is, the crawl has called it a picture.
-        found.append((content, (".jpg", ".png")[i % 2], f"a picture with number {i}", record))
+        # Whatever it is, the crawl has called it an image.
+        found.append((content, (".jpg", ".png")[i % 2], f"an image with number {i}", record))
     random.Random(0).shuffle(found)
     return found
 

@@ -38,7 +38,7 @@ QUICK = {"batch_size": 4, "lr": 1e-2, "warmup_steps": 3, "log_every": 1, "precis
 
 
 class Numbers:
-    """An endless stream over `size` pairs: position p is pair p % size; a pair's picture is a function of its index."""
+    """An endless stream over `size` pairs: position p is pair p % size; a pair's image is a function of its index."""
 
     def __init__(self, size: int = 32, delay: float = 0.0):
         self.size, self.delay = size, delay
@@ -150,7 +150,7 @@ def curve(out: Path) -> dict[int, dict[str, float]]:
     """Losses by step of a run's metrics.jsonl; every step must be there once."""
     lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "losses" in line]
-    assert steps == list(range(1, len(steps) + 1)), "a step is missing or there twice"
+    assert steps == list(range(1, len(steps) + 1)), "a step is missing or repeated"
     return {line["step"]: line["losses"] for line in lines if "losses" in line}
 
 

@@ -1,7 +1,7 @@
 """README.md and docs/: what they tell a reader to type works, what they link to is there, and the reference builds.
 
 `docs_commands` finds the commands and reads them by their own parsers. The pages for newcomers are walked for real, in
-a temporary folder, with fewer pictures and steps than they say.
+a temporary folder, with fewer images and steps than they say.
 """
 
 import ast
@@ -316,7 +316,7 @@ def module_of(words: list[str]) -> tuple[str, list[str]] | None:
 
 @cache
 def my_files(folder: Path) -> None:
-    """What the page about fine-tuning says a reader has, with pictures; some photographs."""
+    """What the page about fine-tuning says a reader has, with images; some photographs."""
     text = (DOCS / "finetuning.md").read_text()
     found = re.findall(r"`(mine/[\w-]+\.json)`, and [^`]*`(mine/[\w-]+\.json)`.*?```json\n(.*?)```", text, re.S)
     assert len(found) == 4, "captions, questions, pairs, dialogue"
@@ -325,8 +325,8 @@ def my_files(folder: Path) -> None:
         for name in (train, held_out):
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(json.dumps(rows))
-        for picture in set(re.findall(r'"(pictures/\w+\.jpg)"', content)):
-            draw(folder / "mine" / picture)
+        for image in set(re.findall(r'"(pictures/\w+\.jpg)"', content)):
+            draw(folder / "mine" / image)
     answers = [{"question_id": row["question_id"], "answer": "two"} for row in json.loads(found[1][2])]
     (folder / "mine/answers.json").write_text(json.dumps(answers))
     for name in ("photo.jpg", "photos/1.jpg", "photos/2.jpg"):

@@ -278,7 +278,7 @@ LOADS = {
     "a checkpoint's objective": lambda folder, model: checkpoint(folder, model, "objective.safetensors"),
     "tokenizer.json": lambda folder, model: tokenizer_file(folder, model, "tokenizer.json"),
     "vocab.txt": lambda folder, model: tokenizer_file(folder, model, "vocab.txt"),
-    "an array of objects as a picture": numpy_objects,
+    "an array of objects as an image": numpy_objects,
     "a data set's script": script_of_a_data_set,
 }
 
@@ -368,7 +368,7 @@ def test_a_second_name_for_a_tensor_that_is_not_there(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """set/images/0.png to 2.png, and beside the set a picture and a folder that are nobody's business."""
+    """set/images/0.png to 2.png, and beside the set an image and a folder that are nobody's business."""
     folder = tmp_path / "set"
     (folder / "images").mkdir(parents=True)
     for i in range(3):
@@ -470,7 +470,7 @@ def rows_parquet_struct(folder: Path, name: str) -> SourceConfig:
 
 
 def rows_dataset(folder: Path, name: str) -> SourceConfig:
-    """As somebody may have edited it; `datasets` itself would look at the picture while it saves."""
+    """As somebody may have edited it; `datasets` itself would look at the image while it saves."""
     struct = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
     features = datasets.Features({"image": struct, "caption": datasets.Value("string")})
     rows = {"image": [{"bytes": None, "path": name}], "caption": ["x"]}

@@ -22,14 +22,14 @@ from tqdm import tqdm
 
 from blip import files
 from blip.data.formats.tars import IMAGES
-from blip.data.image_files import not_pictures
+from blip.data.image_files import not_images
 from blip.train.log import clock
 
 if TYPE_CHECKING:
     from blip.data.image_files import FoundImages, ImageFile
 
 _FEW = 5
-"""So many pictures are answered without talk of progress."""
+"""So many images are answered without talk of progress."""
 _SECONDS = 10.0
 """Between two lines of progress where there is no terminal."""
 
@@ -108,7 +108,7 @@ class Answers:
         self,
         path: str | None,
         about: FoundImages | Sequence[str] | int,
-        unit: str = "pictures",
+        unit: str = "images",
         form: Form | None = None,
         *,
         whole: bool = False,
@@ -166,7 +166,7 @@ class Answers:
             files.replace_file(Path(path + _OPTIONS), record)
 
     def _report(self, images: FoundImages) -> None:
-        for line in (not_pictures(images.left_out), *map(shown, images.walk.notes)):
+        for line in (not_images(images.left_out), *map(shown, images.walk.notes)):
             if line:
                 self._say(line)
         for path, reason in images.walk.unreadable:
@@ -221,14 +221,14 @@ class Answers:
         self.failed += 1
         self._say(f"{shown(name)}: {reason}")
 
-    def readable(self, pictures: Iterable[ImageFile]) -> list[ImageFile]:
+    def readable(self, files: Iterable[ImageFile]) -> list[ImageFile]:
         """Those that could be read; a failure is told of each other."""
         read = []
-        for picture in pictures:
-            if picture.reason:
-                self.failure(picture.path, picture.reason)
+        for image in files:
+            if image.reason:
+                self.failure(image.path, image.reason)
             else:
-                read.append(picture)
+                read.append(image)
         return read
 
     def advance(self, count: int) -> None:

@@ -42,22 +42,22 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_BYTES, MAX_PIXELS = 5 << 20, 20_000_000
-"""Of a picture that is given to the page."""
+"""Of an image that is given to the page."""
 MOST_CAPTIONS, MOST_TEXTS, MOST_FOUND, MOST_LETTERS = 10, 20, 60, 2000
 """Asked for at once; letters are those of one text field."""
 _BATCH = 16
 _SIDE = 640
-"""Longer side of the pictures that are shown, pixels."""
+"""Longer side of the images that are shown, pixels."""
 _REPORT_BYTES = 20 << 20
 
 
 @dataclass(frozen=True)
 class Found:
-    """A picture of the folder that fits a text."""
+    """An image of the folder that fits a text."""
 
     name: str
     """From the folder."""
-    picture: Image.Image
+    image: Image.Image
     """Small."""
     itc: float
     itm: float | None
@@ -65,7 +65,7 @@ class Found:
 
 
 class Demo:
-    """Models, an index of pictures and a CapFilt run, ready to answer; safe to call from several threads.
+    """Models, an index of images and a CapFilt run, ready to answer; safe to call from several threads.
 
     What lies on this machine is chosen by whoever starts the page and by nobody who uses it.
     """
@@ -95,7 +95,7 @@ class Demo:
         if self.run and not (self.run / "job.json").is_file():
             raise ValueError(f"{run} is not the folder of a CapFilt run: it has no job.json")
 
-    # One picture --------------------------------------------------------------------------------------------------
+    # One image --------------------------------------------------------------------------------------------------
 
     def caption(
         self,
@@ -107,9 +107,9 @@ class Demo:
         seed: int = 0,
         prompt: str | None = None,
     ) -> list[Text]:
-        """Captions of a picture, as `blip caption --method beam|nucleus --num N` writes them of the same file."""
+        """Captions of an image, as `blip caption --method beam|nucleus --num N` writes them of the same file."""
         one = self.captioner
-        pixels, digest = read_picture(path, EvalTransform(one.model.config.vision.image_size))
+        pixels, digest = read_image(path, EvalTransform(one.model.config.vision.image_size))
         if not 1 <= num <= MOST_CAPTIONS:
             raise ValueError(f"ask for 1 to {MOST_CAPTIONS} captions, not {num}")
         begin = self.prompt if prompt is None else _short(prompt)
@@ -123,11 +123,11 @@ class Demo:
             raise ValueError(f"the beginning {prompt!r} has words that the model does not know; leave it empty")
 
     def ask(self, path: str | None, question: str, top: int = 3) -> list[Answer]:
-        """The likeliest answers to a question about a picture, as `blip vqa --top N` gives them."""
+        """The likeliest answers to a question about an image, as `blip vqa --top N` gives them."""
         if self.vqa is None:
             raise ValueError("there is no model for questions: start the page with --vqa DIR, as recipes.vqa writes it")
         one = self.vqa
-        pixels, _ = read_picture(path, EvalTransform(one.model.config.vision.image_size))
+        pixels, _ = read_image(path, EvalTransform(one.model.config.vision.image_size))
         cleaned = clean_question(_short(question))
         if not cleaned:
             raise ValueError("type a question first")
@@ -137,29 +137,29 @@ class Demo:
 
     def match(self, path: str | None, texts: str) -> list[tuple[str, float, float]]:
         """Texts, one a line -> each with its cosine (ITC) and the probability that it fits (ITM), as they came."""
-        picture, _ = read_picture(path, lambda image: image)
+        image, _ = read_image(path, lambda decoded: decoded)
         lines = list(dict.fromkeys(line.strip() for line in _short(texts).splitlines() if line.strip()))
         if not lines:
             raise ValueError("type a text first, or several, one a line")
         if len(lines) > MOST_TEXTS:
             raise ValueError(f"give at most {MOST_TEXTS} texts at once, not {len(lines)}")
         with self._lock, self.matcher.computing():
-            found = self.features.match([picture], lines)
+            found = self.features.match([image], lines)
         return list(zip(lines, found.itc[0].tolist(), found.probability[0].tolist(), strict=True))
 
     def look(self, path: str | None, text: str) -> tuple[float, list[tuple[str, Image.Image]]]:
-        """The probability that a text fits, and the picture under the map of the whole text and of each word."""
-        picture, _ = read_picture(path, _small)
+        """The probability that a text fits, and the image under the map of the whole text and of each word."""
+        image, _ = read_image(path, _small)
         if not text.strip():
             raise ValueError("type a text first")
         with self._lock, self.matcher.computing():
-            found = explain(self.features, picture, _short(text))
-        return found.probability, explain_command.pictures(picture, found)
+            found = explain(self.features, image, _short(text))
+        return found.probability, explain_command.images(image, found)
 
     # A folder -----------------------------------------------------------------------------------------------------
 
     def refresh(self, tell: Callable[[int, int], None] = lambda done, total: None) -> tuple[int, int]:
-        """Bring the index up to date -> pictures that can be searched, and that cannot be used.
+        """Bring the index up to date -> images that can be searched, and that cannot be used.
 
         `tell` is called with how many of the new ones are done, and how many there are.
         """
@@ -168,36 +168,36 @@ class Demo:
         with self._lock, self.matcher.computing():
             stale, done = index.stale(paths), 0
 
-            def count(pictures: list[ImageFile]) -> None:
+            def count(batch: list[ImageFile]) -> None:
                 nonlocal done
-                done += len(pictures)
+                done += len(batch)
                 tell(done, len(stale))
 
             self.index = index.updated(paths, stale, self.features, count)
         return self.counts()
 
     def counts(self) -> tuple[int, int]:
-        """How many pictures of the folder can be searched, and how many cannot be used."""
+        """How many images of the folder can be searched, and how many cannot be used."""
         index = self._searched()
         return len(index.readable), len(index.entries) - len(index.readable)
 
     def search(self, text: str, top: int = 12, rerank: int = 16) -> list[Found]:
-        """The pictures of the folder that fit a text best, as `blip search --top N` finds them."""
+        """The images of the folder that fit a text best, as `blip search --top N` finds them."""
         index = self._searched()
         if not text.strip():
             raise ValueError("type what to look for first")
         if not 1 <= top <= MOST_FOUND:
-            raise ValueError(f"ask for 1 to {MOST_FOUND} pictures, not {top}")
+            raise ValueError(f"ask for 1 to {MOST_FOUND} images, not {top}")
         with self._lock, self.matcher.computing():
             embed = self.features.embed_text([_short(text)])
             hits = search_command.find_one(index, self.features, self.matcher, _short(text), embed, top, rerank)
         found = []
         for hit in hits:
             try:
-                picture = images.model_input(hit.path, DataConfig.max_pixels, _small, _SIDE)
+                image = images.model_input(hit.path, DataConfig.max_pixels, _small, _SIDE)
             except UnreadableImage:  # it went away since it was indexed
                 continue
-            found.append(Found(str(hit.path.relative_to(index.folder)), picture, hit.itc, hit.itm))
+            found.append(Found(str(hit.path.relative_to(index.folder)), image, hit.itc, hit.itm))
         return found
 
     def _searched(self) -> Index:
@@ -230,20 +230,20 @@ def probability(answer: Answer | Text) -> float:
     return math.exp(answer.logprob)
 
 
-def read_picture(path: str | None, transform: Callable[[Image.Image], T]) -> tuple[T, str]:
-    """A file that somebody gave the page -> what `transform` makes of the picture, and the SHA-256 of its bytes.
+def read_image(path: str | None, transform: Callable[[Image.Image], T]) -> tuple[T, str]:
+    """A file that somebody gave the page -> what `transform` makes of the image, and the SHA-256 of its bytes.
 
     ValueError if it will not do.
     """
     if not path:
-        raise ValueError("choose a picture first")
+        raise ValueError("choose an image first")
     try:
         data = images.read(Path(path))
         if len(data) > MAX_BYTES:
             raise UnreadableImage("too_many_bytes", f"{len(data):,} bytes, more than the limit of {MAX_BYTES:,}")
         return images.model_input(data, MAX_PIXELS, transform), hashlib.sha256(data).hexdigest()
     except UnreadableImage as error:
-        raise ValueError(f"this picture cannot be used: {error.reason}") from None
+        raise ValueError(f"this image cannot be used: {error.reason}") from None
 
 
 def _small(image: Image.Image) -> Image.Image:

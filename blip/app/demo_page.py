@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 _WAITING = 64
 """Questions that may wait for the model; later ones are told so."""
 _KEPT = 3600
-"""Seconds that an uploaded picture stays."""
+"""Seconds that an uploaded image stays."""
 _MOST_BYTES = MAX_BYTES + (64 << 10)
-"""Of a request's body: a picture and what is around it in a form."""
+"""Of a request's body: an image and what is around it in a form."""
 _LOCAL = ("127.0.0.1", "localhost", "[::1]")
 _POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
@@ -68,14 +68,12 @@ def upload() -> gr.Image:
 
     The methods are put on the field itself, as Gradio writes a file beside the code of any class made from its own.
     """
-    made = gr.Image(
-        label="Picture", sources=["upload", "clipboard"], type="filepath", height=360, buttons=["fullscreen"]
-    )
+    made = gr.Image(label="Image", sources=["upload", "clipboard"], type="filepath", height=360, buttons=["fullscreen"])
     keep = made.async_move_resource_to_block_cache
 
     async def keep_own(path: str | Path | None) -> str | None:
         if "://" in str(path or ""):
-            raise gr.Error("Pictures are not fetched; upload the file.", print_exception=False)
+            raise gr.Error("Images are not fetched; upload the file.", print_exception=False)
         return await keep(path)
 
     made.async_move_resource_to_block_cache = keep_own
@@ -237,7 +235,7 @@ def _environment(folder: str) -> Iterator[None]:
 
 
 def serve(demo: Demo, host: str, port: int | None, say: Callable[[str], None]) -> None:
-    """Show the page until a key press or SIGTERM ends it; the pictures that were given to it go with it."""
+    """Show the page until a key press or SIGTERM ends it; the images that were given to it go with it."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with serving(demo, host, port) as address:
         say(f"{address} shows the page; Ctrl-C ends it")
@@ -251,17 +249,17 @@ def layout(demo: Demo) -> gr.Blocks:
     """The page; nothing listens yet."""
     model = {"concurrency_limit": 1, "concurrency_id": "model"}  # one question at a time is with the model
     with gr.Blocks(title="BLIP", analytics_enabled=False, delete_cache=(600, _KEPT), fill_width=False) as made:
-        gr.Markdown("# BLIP\nA model that describes pictures, answers questions about them and finds them by words.")
-        with gr.Tab("A picture"), gr.Row():
+        gr.Markdown("# BLIP\nA model that describes images, answers questions about them and finds them by words.")
+        with gr.Tab("An image"), gr.Row():
             with gr.Column(scale=2):
-                picture = upload()
+                image = upload()
                 megapixels = MAX_PIXELS // 1_000_000
                 gr.Markdown(f"JPEG, PNG, WEBP, GIF or BMP; up to {MAX_BYTES >> 20} MB and {megapixels} million pixels.")
             with gr.Column(scale=3):
-                _caption(demo, picture, model)
-                _ask(demo, picture, model)
-                _match(demo, picture, model)
-                _look(demo, picture, model)
+                _caption(demo, image, model)
+                _ask(demo, image, model)
+                _match(demo, image, model)
+                _look(demo, image, model)
         with gr.Tab("A folder"):
             _search(demo, model)
         with gr.Tab("A CapFilt run"):
@@ -269,7 +267,7 @@ def layout(demo: Demo) -> gr.Blocks:
     return made
 
 
-def _caption(demo: Demo, picture: gr.Image, model: dict[str, Any]) -> None:
+def _caption(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
     with gr.Tab("Describe"):
         ways = [("search for the likeliest (beam)", "beam"), ("draw by chance (nucleus)", "nucleus")]
         method = gr.Radio(ways, value="beam", label="How")
@@ -286,7 +284,7 @@ def _caption(demo: Demo, picture: gr.Image, model: dict[str, Any]) -> None:
             found = demo.caption(path, way, int(count), top_p=float(share), seed=int(of or 0), prompt=begin)
             return captions(found)
 
-        inputs = [picture, method, num, top_p, seed, prompt]
+        inputs = [image, method, num, top_p, seed, prompt]
         button.click(_friendly(show), inputs, said, api_name="caption", **model)
 
 
@@ -300,7 +298,7 @@ def captions(found: list[Text]) -> str:
     return f"<ol>{''.join(rows)}</ol>"
 
 
-def _ask(demo: Demo, picture: gr.Image, model: dict[str, Any]) -> None:
+def _ask(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
     with gr.Tab("Ask"):
         if demo.vqa is None:
             gr.Markdown(
@@ -317,10 +315,10 @@ def _ask(demo: Demo, picture: gr.Image, model: dict[str, Any]) -> None:
             return bars(("answer", "probability", ""), found)
 
         for start in (button.click, question.submit):
-            start(_friendly(show), [picture, question], said, api_name="ask", **model)
+            start(_friendly(show), [image, question], said, api_name="ask", **model)
 
 
-def _match(demo: Demo, picture: gr.Image, model: dict[str, Any]) -> None:
+def _match(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
     with gr.Tab("Match"):
         texts = gr.Textbox(
             label="Texts that may fit, one a line", lines=4, placeholder="a dog on the beach\na cat", max_length=2000
@@ -331,7 +329,7 @@ def _match(demo: Demo, picture: gr.Image, model: dict[str, Any]) -> None:
         def show(path: str | None, lines: str) -> str:
             return matches(demo.match(path, lines))
 
-        button.click(_friendly(show), [picture, texts], said, api_name="match", **model)
+        button.click(_friendly(show), [image, texts], said, api_name="match", **model)
 
 
 def matches(found: list[tuple[str, float, float]]) -> str:
@@ -351,7 +349,7 @@ def bars(head: tuple[str, str, str], rows: list[tuple[str, float, str]]) -> str:
     return f'<table><tr><th>{text}</th><th colspan="2">{share}</th><th class="n">{more}</th></tr>{cells}</table>'
 
 
-def _look(demo: Demo, picture: gr.Image, model: dict[str, Any]) -> None:
+def _look(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
     with gr.Tab("Where it looks"):
         text = gr.Textbox(label="What may be seen in it", placeholder="a dog next to a red bicycle", max_length=300)
         button = gr.Button("Show where", variant="primary")
@@ -367,7 +365,7 @@ def _look(demo: Demo, picture: gr.Image, model: dict[str, Any]) -> None:
             return told, [(image, word) for word, image in shown]
 
         for start in (button.click, text.submit):
-            start(_friendly(show), [picture, text], [said, maps], api_name="look", **model)
+            start(_friendly(show), [image, text], [said, maps], api_name="look", **model)
 
 
 def _search(demo: Demo, model: dict[str, Any]) -> None:
@@ -378,22 +376,22 @@ def _search(demo: Demo, model: dict[str, Any]) -> None:
         return
     with gr.Row():
         text = gr.Textbox(label="What to look for", placeholder="a red bicycle", max_length=300, scale=3)
-        top = gr.Slider(1, MOST_FOUND, value=12, step=1, label="Pictures", scale=2)
+        top = gr.Slider(1, MOST_FOUND, value=12, step=1, label="Images", scale=2)
     button = gr.Button("Search", variant="primary")
     state = gr.HTML(_counted(*demo.counts()), elem_id="indexed", elem_classes="answer")
     found = gr.Gallery(
         show_label=False, columns=4, object_fit="contain", height=560, elem_id="found", buttons=["fullscreen"],
         format="jpeg", interactive=False,
     )  # fmt: skip
-    again = gr.Button("Look for new and changed pictures", size="sm")
+    again = gr.Button("Look for new and changed images", size="sm")
 
     def show(words: str, count: float) -> list[tuple[Image.Image, str]]:
         hits = demo.search(words, int(count))
-        return [(hit.picture, _hit(n, hit.name, hit.itc, hit.itm)) for n, hit in enumerate(hits, 1)]
+        return [(hit.image, _hit(n, hit.name, hit.itc, hit.itm)) for n, hit in enumerate(hits, 1)]
 
     def refresh(progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
         def tell(done: int, total: int) -> None:
-            progress((done, total), desc="Looking at pictures", unit="pictures")
+            progress((done, total), desc="Looking at images", unit="images")
 
         return _counted(*demo.refresh(tell))
 
@@ -405,7 +403,7 @@ def _search(demo: Demo, model: dict[str, Any]) -> None:
 def _counted(readable: int, unreadable: int) -> str:
     left = f"; {unreadable:,} files cannot be used" if unreadable else ""
     told = "Below each that is found: how well the text fits (ITM), the cosine (ITC) and its name."
-    return f"<p>{readable:,} pictures can be searched{left}. {told}</p>"
+    return f"<p>{readable:,} images can be searched{left}. {told}</p>"
 
 
 def _hit(rank: int, name: str, itc: float, itm: float | None) -> str:

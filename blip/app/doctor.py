@@ -32,7 +32,7 @@ _EXTRAS = {
     "trackio": "a tracker of training",
 }
 TOKENIZERS = ("google-bert/bert-base-uncased", "bert-base-uncased")
-"""The vocabulary of the released models, as the hub calls it; the embedded world brings its own."""
+"""The vocabulary of the released models, as the hub calls it; the synthetic world brings its own."""
 _TARFILE_MENDED = {(3, 11): (3, 11, 10), (3, 12): (3, 12, 6)}
 """First releases of two series without CVE-2024-6232; later series never had it, but for candidates of 3.13.0."""
 LITTLE_DISK = 5 << 30
@@ -307,7 +307,7 @@ def hub() -> list[Finding]:
     else:
         remedy = "give models and tokenizers as local paths, or set HTTPS_PROXY"
         first = Finding("hub", MISSING, f"{constants.ENDPOINT} cannot be reached", remedy)
-    world = Finding("tokenizer", OK, f"of the embedded world, {len(Tokenizer.load('world')):,} pieces")
+    world = Finding("tokenizer", OK, f"of the synthetic world, {len(Tokenizer.load('world')):,} pieces")
     for name in TOKENIZERS:
         if isinstance(try_to_load_from_cache(name, "tokenizer.json"), str):
             return [first, world, Finding("tokenizer", OK, f"{name} is in the local cache")]

@@ -1,11 +1,11 @@
-"""An index of a folder's pictures: their joint embeddings on disk, brought up to date when files change.
+"""An index of a folder's images: their joint embeddings on disk, brought up to date when files change.
 
     index = Index.read(folder, where) or Index(folder, where, Origin.of(features, "runs/base/model", "float32"))
     index = index.updated(paths, index.stale(paths), features)
     values, rows = index.nearest(features.embed_text(["a red bicycle"]), 10)
 
 `index.json` lists the files and names the safetensors file with their embeddings; it is replaced last and in one
-rename, so a reader sees the old or the new index. N pictures, E embedding width, Q queries.
+rename, so a reader sees the old or the new index. N images, E embedding width, Q queries.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Entry:
 
 @dataclass
 class Index:
-    """Pictures of a folder with their embeddings."""
+    """Images of a folder with their embeddings."""
 
     folder: Path
     where: Path
@@ -99,16 +99,16 @@ class Index:
     def __post_init__(self) -> None:
         self.readable = [entry for entry in self.entries if not entry.reason]
         if len(self.readable) != len(self.embeddings):
-            raise ValueError(f"{len(self.readable)} pictures have {len(self.embeddings)} embeddings")
+            raise ValueError(f"{len(self.readable)} images have {len(self.embeddings)} embeddings")
 
     def paths(self, rows: Sequence[int]) -> list[Path]:
-        """Where the pictures of some rows of `embeddings` are."""
+        """Where the images of some rows of `embeddings` are."""
         return [self.folder / self.readable[row].path for row in rows]
 
     def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Embeddings (Q, E) -> the k largest cosines and their rows, (Q, K) each, best first; K <= k is what there is.
 
-        A plain product, 14 ms a query among 100,000 pictures and 0.14 s among a million (one core, E = 256): about what
+        A plain product, 14 ms a query among 100,000 images and 0.14 s among a million (one core, E = 256): about what
         encoding the text takes, so an approximate search would gain little.
         """
         cosines = queries.float().cpu() @ self.embeddings.T
@@ -177,7 +177,7 @@ class Index:
     # Building -----------------------------------------------------------------------------------------------------
 
     def stale(self, paths: Sequence[str]) -> list[str]:
-        """Which of some pictures are not here as they are on disk, by size and time of change."""
+        """Which of some images are not here as they are on disk, by size and time of change."""
         known = {entry.path: (entry.size, entry.mtime_ns) for entry in self.entries}
         return [path for path in paths if known.get(_within(path, self.folder)) != _stat(path)]
 
@@ -186,7 +186,7 @@ class Index:
         paths: Sequence[str],
         stale: Sequence[str],
         features: Features,
-        on_batch: Callable[[list[ImageFile]], None] = lambda pictures: None,
+        on_batch: Callable[[list[ImageFile]], None] = lambda batch: None,
     ) -> Index:
         """The index of exactly `paths`, of which `stale` are looked at again; it is on disk when this returns.
 
@@ -199,17 +199,17 @@ class Index:
         entries = {entry.path: entry for entry in self.entries if entry.path not in again}
         saved = time.monotonic()
         try:
-            for before, pictures in _looked_at(stale, features):
-                fresh = {p.digest: p for p in pictures if not p.reason and p.digest not in by_bytes}
+            for before, batch in _looked_at(stale, features):
+                fresh = {p.digest: p for p in batch if not p.reason and p.digest not in by_bytes}
                 if fresh:
-                    images = torch.stack([picture.pixels for picture in fresh.values()])
+                    images = torch.stack([image.pixels for image in fresh.values()])
                     by_bytes |= zip(fresh, features.embed_image(images).cpu(), strict=True)
-                for picture in pictures:
-                    name = _within(picture.path, self.folder)
-                    entries[name] = Entry(name, *(before[picture.path] or (0, 0)), picture.digest, picture.reason)
-                    if not picture.reason:
-                        vectors[name] = by_bytes[picture.digest]
-                on_batch(pictures)
+                for image in batch:
+                    name = _within(image.path, self.folder)
+                    entries[name] = Entry(name, *(before[image.path] or (0, 0)), image.digest, image.reason)
+                    if not image.reason:
+                        vectors[name] = by_bytes[image.digest]
+                on_batch(batch)
                 if time.monotonic() - saved > _SAVE_SECONDS:
                     self._of(paths, entries, vectors, features).write()
                     saved = time.monotonic()
@@ -229,13 +229,13 @@ class Index:
 def _looked_at(
     paths: Sequence[str], features: Features
 ) -> Iterator[tuple[dict[str, tuple[int, int] | None], list[ImageFile]]]:
-    """Batches of pictures with the files' sizes and times from before they were read."""
+    """Batches of images with the files' sizes and times from before they were read."""
     size = 64 * features.batch
     for start in range(0, len(paths), size):
         part = paths[start : start + size]
         before = {path: _stat(path) for path in part}
-        for pictures in read_images(part, EvalTransform(features.image_size), features.batch):
-            yield before, pictures
+        for batch in read_images(part, EvalTransform(features.image_size), features.batch):
+            yield before, batch
 
 
 def _embeddings_of(where: Path) -> str | None:
@@ -249,7 +249,7 @@ def _embeddings_of(where: Path) -> str | None:
 
 
 def _plain_name(name: str) -> str:
-    """A name that leads nowhere else, as an index may come with somebody's pictures."""
+    """A name that leads nowhere else, as an index may come with somebody's images."""
     if not _NAME.fullmatch(name):
         raise ValueError(f"{name!r} is no file of an index")
     return name

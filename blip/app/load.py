@@ -23,7 +23,7 @@ def load(
     """Read a model for its features; `where`, `tokenizer` and what is raised as in `checkpoint.from_pretrained`.
 
     Weights are turned into `dtype` on `device`; with another `image_size` (pixels) the positions are resized.
-    ValueError also for a captioner's checkpoint, which cannot compare texts with pictures.
+    ValueError also for a captioner's checkpoint, which cannot compare texts with images.
     """
     model, words = checkpoint.from_pretrained(where, image_size=image_size, tokenizer=tokenizer)
     return Features(model.to(device, dtype), words, reader(model.config.vision.image_size), batch=batch)

@@ -1,6 +1,6 @@
-"""A run as one HTML page: figures, loss curves, and held-out pictures with what the model says of them.
+"""A run as one HTML page: figures, loss curves, and held-out images with what the model says of them.
 
-The page needs nothing else: pictures and curves stand in it, and it asks no server for anything.
+The page needs nothing else: images and curves stand in it, and it asks no server for anything.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from blip.files import write_bytes
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569")
 SHOWN, LONGEST = 5, 300
-"""References shown of a picture, and characters of a text."""
+"""References shown of an image, and characters of a text."""
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:0 auto;max-width:1080px;padding:24px;color:#1e293b;background:#fff}
 h1{font-size:26px;margin:0 0 4px}h2{font-size:19px;margin:32px 0 8px}p{margin:4px 0 12px;max-width:760px}
@@ -35,7 +35,7 @@ figure{margin:0;display:inline-block}figcaption{font-size:13px;color:#475569}.cu
 
 @dataclass(frozen=True)
 class Text:
-    """A text about a picture and whether it is right; None where nobody knows."""
+    """A text about an image and whether it is right; None where nobody knows."""
 
     words: str
     right: bool | None = None
@@ -43,9 +43,9 @@ class Text:
 
 @dataclass(frozen=True)
 class Card:
-    """One picture with the model's caption and the texts it ranks first."""
+    """One image with the model's caption and the texts it ranks first."""
 
-    picture: Image.Image
+    image: Image.Image
     caption: Text
     retrieved: Sequence[Text]
     reference: str
@@ -53,11 +53,11 @@ class Card:
 
 @dataclass(frozen=True)
 class Captioned:
-    """A caption with what people wrote about the same picture; without the picture where it is not at hand."""
+    """A caption with human captions of the same image; without the image where it is not at hand."""
 
     name: str
-    """Which picture it is."""
-    picture: Image.Image | None
+    """Which image it is."""
+    image: Image.Image | None
     caption: str
     score: float
     references: Sequence[str]
@@ -65,9 +65,9 @@ class Captioned:
 
 @dataclass(frozen=True)
 class Note:
-    """One picture with labelled texts about it."""
+    """One image with labelled texts about it."""
 
-    picture: Image.Image
+    image: Image.Image
     lines: Sequence[tuple[str, Text]]
     """A label, and the text that it is about."""
 
@@ -107,7 +107,7 @@ def cards(items: Sequence[Card], side: int = 224) -> str:
 
 
 def captioned(items: Sequence[Captioned], side: int = 224) -> str:
-    """Pictures with their captions, scores and up to `SHOWN` references; long texts are cut."""
+    """Images with their captions, scores and up to `SHOWN` references; long texts are cut."""
     return f'<div class="grid">{"".join(_captioned(item, side) for item in items)}</div>'
 
 
@@ -170,23 +170,23 @@ def _plot(name: str, points: list[tuple[float, float]], colour: str, width: int,
 def _card(item: Card, side: int) -> str:
     ranked = "".join(f"<li>{_text(text)}</li>" for text in item.retrieved)
     return (
-        f'<div class="card"><img alt="{_safe(item.reference)}" src="{_inline(item.picture, side)}">'
+        f'<div class="card"><img alt="{_safe(item.reference)}" src="{_inline(item.image, side)}">'
         f'<div class="said">{_text(item.caption)}</div><ol>{ranked}</ol></div>'
     )
 
 
 def _captioned(item: Captioned, side: int) -> str:
-    picture = f'<img alt="{_safe(item.name)}" src="{_inline(item.picture, side)}">' if item.picture else ""
+    image = f'<img alt="{_safe(item.name)}" src="{_inline(item.image, side)}">' if item.image else ""
     written = "".join(f"<li>{_safe(_cut(text))}</li>" for text in item.references[:SHOWN])
     return (
-        f'<div class="card">{picture}<div class="said">{_safe(_cut(item.caption)) or "(nothing)"}</div>'
+        f'<div class="card">{image}<div class="said">{_safe(_cut(item.caption)) or "(nothing)"}</div>'
         f"<div>{_safe(_cut(item.name))}: {item.score:.1f}</div><ol>{written}</ol></div>"
     )
 
 
 def _note(item: Note, side: int) -> str:
     lines = "".join(f'<div class="line"><b>{_safe(label)}</b> {_text(text)}</div>' for label, text in item.lines)
-    return f'<div class="card"><img alt="" src="{_inline(item.picture, side)}">{lines}</div>'
+    return f'<div class="card"><img alt="" src="{_inline(item.image, side)}">{lines}</div>'
 
 
 def _cut(text: str) -> str:
@@ -198,11 +198,11 @@ def _text(text: Text) -> str:
     return f'<span class="{kind}">{_safe(text.words)}{mark}</span>'
 
 
-def _inline(picture: Image.Image, side: int) -> str:
-    """A picture with its longer side of so many pixels, as the address of itself."""
+def _inline(image: Image.Image, side: int) -> str:
+    """An image with its longer side of so many pixels, as the address of itself."""
     buffer = io.BytesIO()
-    width, height = (max(1, round(side * length / max(picture.size))) for length in picture.size)
-    picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=80)
+    width, height = (max(1, round(side * length / max(image.size))) for length in image.size)
+    image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

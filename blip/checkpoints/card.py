@@ -78,7 +78,7 @@ def card(layout: Layout, origin: Origin, model: Any) -> str:
     body = [
         f"# A BLIP for {layout.name}, in the layout of {program}",
         "",
-        f"Converted by openblip from {origin.name} ({origin.layout}). Pictures of {side} x {side} pixels, "
+        f"Converted by openblip from {origin.name} ({origin.layout}). Images of {side} x {side} pixels, "
         f"a vocabulary of {model.config.text.vocab_size} word pieces.",
         "",
     ]

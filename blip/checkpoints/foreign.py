@@ -267,7 +267,7 @@ class Foreign:
         count = patches.shape[1] - 1 if patches.ndim == 3 and kernel.ndim == 4 else 0
         side = isqrt(max(count, 0))
         if count < 1 or side * side != count:
-            raise ValueError(f"{self.source}: {self._vision_name('pos_embed')} is not of a square picture")
+            raise ValueError(f"{self.source}: {self._vision_name('pos_embed')} is not of a square image")
         width, patch = kernel.shape[0], kernel.shape[2]
         blocks = "visual_encoder.blocks." if self.layout.program == "original" else "vision_model.encoder.layers."
         depth = self._count(blocks)

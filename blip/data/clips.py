@@ -39,7 +39,7 @@ class UnreadableClip(BadSample):
 def read_frames(path: Path, count: int, max_pixels: int) -> list[Image.Image]:
     """`count` frames of a video: 0, n / count, 2 n / count, ... of its n frames, rounded down, as in the original.
 
-    Upright RGB pictures. A clip with fewer frames shows some of them several times. `max_pixels` is held against a
+    Upright RGB images. A clip with fewer frames shows some of them several times. `max_pixels` is held against a
     frame's size before anything is decoded. Raises UnreadableClip, whatever the decoder raised; DataError without PyAV.
     """
     av = pyav()
@@ -86,7 +86,7 @@ def _open(path: Path) -> BinaryIO:
 
 def _sampled(container: InputContainer, file: BinaryIO, count: int, max_pixels: int) -> list[Image.Image]:
     if not container.streams.video:
-        raise UnreadableClip("has no pictures: it is sound, or damaged")
+        raise UnreadableClip("has no images: it is sound, or damaged")
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
     check_size(stream.codec_context.width, stream.codec_context.height, max_pixels)

@@ -58,7 +58,7 @@ class FoundImages(NamedTuple):
         return len(self.paths) + len(self.walk.unreadable)
 
 
-def not_pictures(endings: Counter[str]) -> str:
+def not_images(endings: Counter[str]) -> str:
     """What to say of files that were left out, if there are any."""
     common = ", ".join(ending for ending, _ in endings.most_common(5)) + ", ..." * (len(endings) > 5)
     return f"left out {endings.total()} files that are not named like images ({common})" if endings else ""

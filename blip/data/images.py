@@ -1,4 +1,4 @@
-"""Bytes that nobody vouches for -> an RGB picture, or one error that says why not."""
+"""Bytes that nobody vouches for -> an RGB image, or one error that says why not."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""What is decoded. Pillow's other decoders are rarely needed for pictures of the web and are where its holes are."""
+"""What is decoded. Pillow's other decoders are rarely needed for images of the web and are where its holes are."""
 MAX_MEMORY = 1 << 30
 """Bytes that decoding one image may take, its file not counted."""
 _WEBP = 18
@@ -118,7 +118,7 @@ def own_fault() -> Iterator[None]:
 
 
 def read(path: Path) -> bytes:
-    """The bytes of a picture's file. Raises UnreadableImage if it is missing, too large or not a regular file."""
+    """The bytes of an image's file. Raises UnreadableImage if it is missing, too large or not a regular file."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a named pipe must not block
             info = os.fstat(file.fileno())
@@ -155,7 +155,7 @@ def _foreign(data: bytes) -> tuple[str, str] | None:
 
 
 def _decode(data: bytes, max_pixels: int, at_least: int | None) -> Image.Image:
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # a library that sets it would fill half a picture with grey in silence
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # a library that sets it would fill half an image with grey in silence
     if size := webp_size(data):  # Pillow lets the decoder allocate the canvas before anybody can look
         check_size(*size, max_pixels)
         _check_memory(size[0] * size[1] * _WEBP)

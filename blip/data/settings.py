@@ -27,7 +27,7 @@ class SourceConfig:
     weight: float = 1.0
     """Passes over this source in one epoch; 0.5 shows half of it, a different half each epoch."""
     kind: Literal["human", "web"] = "human"
-    """Written by people for the image, or found beside it."""
+    """Written by a human for the image, or found beside it."""
     allow_truncated: bool = False
     """Use the samples of a tar shard before the byte where it is cut off or damaged, instead of stopping."""
 
@@ -36,7 +36,7 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
-class PictureQuestions:
+class ImageQuestions:
     """Questions about images: VQA v2's files, the 2022 release's, easy-VQA's, or a list of rows."""
 
     path: str
@@ -69,7 +69,7 @@ class PictureQuestions:
 
 
 @dataclass(frozen=True)
-class PictureSentences:
+class ImageSentences:
     """Sentences about several images: NLVR2's or NLVR's annotations, or a list of {images, sentence, label}."""
 
     path: str

@@ -1,4 +1,4 @@
-"""Where a model looks when it matches a text with a picture: cross-attention weighted by what it does for the answer.
+"""Where a model looks when it matches a text with an image: cross-attention weighted by what it does for the answer.
 
 The probabilities with which a layer's text tokens look at image tokens, times the gradient of the match logit with
 respect to them where that is positive, averaged over heads (as ALBEF's and BLIP's authors show their models). A
@@ -28,7 +28,7 @@ _STOPS = ((0, 0, 96), (0, 64, 255), (0, 224, 224), (255, 232, 0), (224, 0, 0))
 
 @dataclass(frozen=True)
 class Explanation:
-    """How parts of a picture speak for a text."""
+    """How parts of an image speak for a text."""
 
     words: list[str]
     """W words of the text as the model reads it."""
@@ -37,19 +37,19 @@ class Explanation:
     whole: Tensor
     """(G, G), the mean over the text's word pieces."""
     probability: float
-    """That the text fits the picture."""
+    """That the text fits the image."""
 
 
-def explain(features: Features, picture: ImageInput, text: str, layer: int | None = None) -> Explanation:
-    """Which patches of a picture make the model say that a text fits.
+def explain(features: Features, image: ImageInput, text: str, layer: int | None = None) -> Explanation:
+    """Which patches of an image make the model say that a text fits.
 
     `layer` is the cross-attention to ask, from 0 and not the last; 7 of 12 unless given, as shown by the authors.
-    ValueError for another layer or a text without words, DataError for a picture that cannot be read.
+    ValueError for another layer or a text without words, DataError for an image that cannot be read.
     """
     model, tokenizer = features.model, features.tokenizer
     words, pieces = _words(features, text)
     ids = torch.tensor([[tokenizer.enc_id, *(i for word in pieces for i in word), tokenizer.sep_id]])
-    (tokens,) = features.tokens([picture])
+    (tokens,) = features.tokens([image])
     found = evidence(model, tokens, ids.to(features.device), _layer(model, layer))
     patches = found.weighted[1:-1, model.vision.vit.num_prefix_tokens :].cpu()  # without [ENC], [SEP], class token
     side = round(patches.shape[1] ** 0.5)
@@ -128,20 +128,20 @@ def _words(features: Features, text: str) -> tuple[list[str], list[list[int]]]:
     try:
         words = clean_caption(text, features.max_tokens).split()
     except BadSample as error:
-        raise ValueError(f"text {text!r} cannot be compared with pictures: {error}") from None
+        raise ValueError(f"text {text!r} cannot be compared with images: {error}") from None
     longest = features.max_tokens - 2
     pieces = [features.tokenizer.pieces(word, longest + 2)[1:-1] for word in words]
     fits = sum(sum(map(len, pieces[: i + 1])) <= longest for i in range(len(words)))
     return words[:fits], pieces[:fits]
 
 
-def overlay(picture: Image.Image, heat: Tensor, strongest: float) -> Image.Image:
-    """A picture under the colours of a map (G, G), of which `strongest` is the hottest; blue is no evidence."""
+def overlay(image: Image.Image, heat: Tensor, strongest: float) -> Image.Image:
+    """An image under the colours of a map (G, G), of which `strongest` is the hottest; blue is no evidence."""
     grey = (heat / max(strongest, 1e-12)).clamp(0, 1).mul(255).round().to(torch.uint8).numpy()
-    smooth = Image.fromarray(grey).resize(picture.size, Image.Resampling.BICUBIC)
+    smooth = Image.fromarray(grey).resize(image.size, Image.Resampling.BICUBIC)
     table = [_colour(level)[channel] for channel in range(3) for level in range(256)]
     coloured = Image.merge("RGB", (smooth, smooth, smooth)).point(table)
-    return Image.blend(picture.convert("RGB"), coloured, 0.5)
+    return Image.blend(image.convert("RGB"), coloured, 0.5)
 
 
 def _colour(level: int) -> tuple[int, int, int]:

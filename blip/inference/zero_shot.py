@@ -1,6 +1,6 @@
 """Zero-shot classification: a class is the mean embedding of what prompt templates make of its name.
 
-C classes, N pictures, E embedding width.
+C classes, N images, E embedding width.
 """
 
 from __future__ import annotations
@@ -51,6 +51,6 @@ def class_embeddings(features: Features, names: Sequence[str], templates: Sequen
 
 
 def probabilities(features: Features, image_embeds: Tensor, classes: Tensor) -> Tensor:
-    """Pictures (N, E) and classes (C, E) -> (N, C), a softmax over classes at the temperature that ITC learned."""
+    """Images (N, E) and classes (C, E) -> (N, C), a softmax over classes at the temperature that ITC learned."""
     with torch.no_grad():
         return (cosines(image_embeds, classes) / features.model.temperature.float()).softmax(-1)

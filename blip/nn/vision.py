@@ -82,7 +82,7 @@ def _build(config: VisionConfig, options: dict[str, Any]) -> nn.Module:
 
 @torch.no_grad()
 def _start_narrow(vit: nn.Module, gain: float) -> None:
-    """First weights for a narrow ViT that learns from nothing: linear maps that keep the scale of what they are given,
+    """First weights for a narrow ViT that learns from scratch: linear maps that keep the scale of what they are given,
     and positions as sines and cosines, large and short enough that neighbouring patches are far apart."""
     for module in vit.modules():
         if isinstance(module, nn.Linear):

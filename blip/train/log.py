@@ -199,7 +199,7 @@ class Alarms:
             )
         if self.starved == self.windows:
             raised.append(
-                f"{data_wait:.0%} of the time goes into waiting for data: raise data.workers, store smaller pictures, "
+                f"{data_wait:.0%} of the time goes into waiting for data: raise data.workers, store smaller images, "
                 "or put the data on a faster disk"
             )
         return raised

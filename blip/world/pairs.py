@@ -82,7 +82,7 @@ class _Description:
 
 
 def _on_a_side(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
-    """ "the left picture shows a red star" """
+    """ "the left image shows a red star" """
     described = _Description(dice, a)
     side = dice.choice(("left", "right"))
     shows = dice.choice(("shows", "contains", "has"))
@@ -90,14 +90,14 @@ def _on_a_side(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
 
 
 def _in_both(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
-    """ "both pictures show a star" """
+    """ "both images show a star" """
     described = _Description(dice, a)
     sentence = dice.choice((f"both pictures show {described.name}", f"there is {described.name} in each picture"))
     return sentence, lambda x, y: bool(described.of(x) and described.of(y))
 
 
 def _in_one(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
-    """ "only one picture shows a star" """
+    """ "only one image shows a star" """
     described = _Description(dice, a)
     sentence = dice.choice(
         (f"only one picture shows {described.name}", f"exactly one picture contains {described.name}")
@@ -106,7 +106,7 @@ def _in_one(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
 
 
 def _in_none(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
-    """ "neither picture shows a star", or that there is one at all"""
+    """ "neither image shows a star", or that there is one at all"""
     described = _Description(dice, a)
     if dice.chance(0.5):
         return f"neither picture shows {described.name}", lambda x, y: not (described.of(x) or described.of(y))
@@ -116,7 +116,7 @@ def _in_none(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
 
 
 def _one_and_other(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
-    """ "one picture shows a red star and the other a blue ring" """
+    """ "one image shows a red star and the other a blue ring" """
     first, second = _Description(dice, a), _Description(dice, b)
 
     def truth(x: Scene, y: Scene) -> bool:
@@ -126,7 +126,7 @@ def _one_and_other(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
 
 
 def _how_many(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
-    """ "there are four shapes in the two pictures" """
+    """ "there are four shapes in the two images" """
     total = len(a.things) + len(b.things)
     number = _NUMBERS[total]
     sentence = dice.choice((f"there are {number} things in the two pictures", f"the two pictures show {number} shapes"))
@@ -134,7 +134,7 @@ def _how_many(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
 
 
 def _more(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
-    """ "there are more shapes in the left picture" """
+    """ "there are more shapes in the left image" """
     side, more = dice.choice(("left", "right")), dice.choice(("more", "fewer"))
 
     def truth(x: Scene, y: Scene) -> bool:
@@ -145,7 +145,7 @@ def _more(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
 
 
 def _as_many(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
-    """ "both pictures show two shapes" """
+    """ "both images show two shapes" """
     count = len(a.things)
     shapes = "shape" if count == 1 else "shapes"
     if dice.chance(0.5):
@@ -157,7 +157,7 @@ def _as_many(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
 
 
 def _related(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
-    """ "in one picture a star is above a ring" """
+    """ "in one image a star is above a ring" """
     first, second = _Description(dice, a), _Description(dice, a)
     relation = dice.choice(RELATIONS)
 
@@ -170,7 +170,7 @@ def _related(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
 
 
 def _background(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
-    """ "the left picture has a plain background" """
+    """ "the left image has a plain background" """
     kind = dice.choice(BACKGROUNDS)
     side = dice.choice(("left", "right", "both"))
     if side == "both":

@@ -36,7 +36,7 @@ class Label:
 
 
 def write(run: Run, count: int) -> list[str]:
-    """Write report/audit.csv, to be filled in, and report/audit.html with the pictures; returns what to do."""
+    """Write report/audit.csv, to be filled in, and report/audit.html with the images; returns what to do."""
     drawn = draw(run, count)
     buffer = io.StringIO()
     writer = csv.writer(buffer)
@@ -94,7 +94,7 @@ def _page(run: Run, drawn: Sequence[dict]) -> str:
 
     cards = Cards(run, SelectConfig(), Whole(Copies()))
     rows = "".join(
-        f"<tr><td>{cards.picture(*entry['at'])}</td><td><code>{entry['id']}</code><p>{escape(entry['text'][:500])}</p></td></tr>"
+        f"<tr><td>{cards.image(*entry['at'])}</td><td><code>{entry['id']}</code><p>{escape(entry['text'][:500])}</p></td></tr>"
         for entry in drawn
     )
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -102,7 +102,7 @@ def _page(run: Run, drawn: Sequence[dict]) -> str:
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
         f'content="{policy}"><title>Audit</title><style>{style}</style>'
-        f"</head><body><h1>Does the text say what the picture shows?</h1><table>{rows}</table></body></html>\n"
+        f"</head><body><h1>Does the text say what the image shows?</h1><table>{rows}</table></body></html>\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""Grading a filter where the truth about each web text is recorded beside it, as the picture world does."""
+"""Grading a filter where the truth about each web text is recorded beside it, as the synthetic world does."""
 
 from __future__ import annotations
 

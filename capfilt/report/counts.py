@@ -1,4 +1,4 @@
-"""Reporting: what a run found, counted part by part, and a page of pictures with what is kept of each and why."""
+"""Reporting: what a run found, counted part by part, and a page of images with what is kept of each and why."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def _offer_scored(numbers: Numbers, group: str, row: np.ndarray, score: np.ndarr
 
 
 def _collect_repeated(run: Run, done: list[Part], numbers: Numbers, most: int) -> None:
-    """Pictures that all got the commonest synthetic caption, if it is common enough to be a fault."""
+    """Images that all got the commonest synthetic caption, if it is common enough to be a fault."""
     ((caption, n),) = numbers.captions["syn"].most_common(1) or [("", 0)]
     if n < 3:
         return

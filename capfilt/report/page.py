@@ -28,7 +28,7 @@ from capfilt.select.choose import Whole, select_part
 from capfilt.select.policies import SelectConfig
 
 _LIMIT = 4_500_000
-"""Bytes of pictures and texts on the page, so that all of it stays under 5 MB."""
+"""Bytes of images and texts on the page, so that all of it stays under 5 MB."""
 _SIDE, _LONGEST = 160, 240
 _DROPS = ("rules", "duplicates", "duplicate_bits", "contamination", "shared", "human")
 """Settings of a selection that drop texts whatever its policy says."""
@@ -234,14 +234,14 @@ def _made(said: dict[str, Any]) -> str:
     return f"<p>{escape(speed)}; openblip {__version__}.</p><table>{config}{facts}</table>"
 
 
-# Pictures -------------------------------------------------------------------------------------------------------------
+# Images -------------------------------------------------------------------------------------------------------------
 
 
 def _examples(cards: Cards, numbers: Numbers, options: ReportOptions, room: int) -> str:
     """Groups of cards, as many as there is room for."""
-    shown = ["<h2>Pictures</h2><p>They were drawn by hash, so that the same run shows the same ones.</p>"]
+    shown = ["<h2>Images</h2><p>They were drawn by hash, so that the same run shows the same ones.</p>"]
     if not options.no_blur:
-        shown.append('<p><label><input type="checkbox" id="clear"> show pictures clearly</label></p>')
+        shown.append('<p><label><input type="checkbox" id="clear"> show images clearly</label></p>')
     for group, members in numbers.examples.items():
         blur = "" if options.no_blur else " blur"
         body = []
@@ -271,7 +271,7 @@ class Cards:
         where = f"{note['source_uri']}:{note['source_row']} {note['key']}"
         trouble = f"{note['status']}: {note['error_detail'] or ''}" if note["status"] not in USABLE else ""
         return (
-            f'<div class="card">{self.picture(pid, row)}{said}'
+            f'<div class="card">{self.image(pid, row)}{said}'
             f'<div class="no">{escape(_cut(trouble))}</div><div class="from">{escape(_cut(where))}</div></div>'
         )
 
@@ -288,8 +288,8 @@ class Cards:
             self._texts[pid] = select_part(self.run, self.parts[pid], self.config, self.whole, account)
         return self._texts[pid]
 
-    def picture(self, pid: str, row: int) -> str:
-        """The picture of a row, small, as an element; nothing where there is none."""
+    def image(self, pid: str, row: int) -> str:
+        """The image of a row, small, as an element; nothing where there is none."""
         note = self._note(pid, row)
         if note["status"] not in USABLE:
             return ""
@@ -301,7 +301,7 @@ class Cards:
                 found.image or b"", self.run.config.max_pixels, lambda image: small(image, _SIDE), _SIDE
             )
         except Exception:  # whatever a file that was changed meanwhile makes its library raise
-            return '<p class="no">the picture is not there any more</p>'
+            return '<p class="no">the image is not there any more</p>'
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=60)
         inside = base64.b64encode(buffer.getvalue()).decode()

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _CONSTANT = 4
-"""Grey levels between the darkest and the brightest place of a picture that shows nothing."""
+"""Grey levels between the darkest and the brightest place of an image that shows nothing."""
 
 
 @dataclass
@@ -128,7 +128,7 @@ def _header(data: bytes, facts: dict) -> bool:
 
 
 def _lenient(data: bytes, note: Callable[[Image.Image], T]) -> T | None:
-    """`note` of a truncated picture with grey in place of what is missing, as the original release trained on."""
+    """`note` of a truncated image with grey in place of what is missing, as the original release trained on."""
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     try:
         with Image.open(io.BytesIO(screened(data)), formats=FORMATS) as image:
@@ -140,7 +140,7 @@ def _lenient(data: bytes, note: Callable[[Image.Image], T]) -> T | None:
 
 
 def _ruled_out(data: bytes, done: Decoded, preset: str) -> bool:
-    """Whether the rules on image files leave a picture out before it is decoded."""
+    """Whether the rules on image files leave an image out before it is decoded."""
     if not _header(data, done.facts):
         return False
     facts = done.facts

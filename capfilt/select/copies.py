@@ -1,4 +1,4 @@
-"""What only the whole crawl can tell: copies of a picture, pictures that must not be used, texts that many share.
+"""What only the whole crawl can tell: copies of an image, images that must not be used, texts that many share.
 
 Like all rules it drops nothing at scoring: hashes are annotated, and a selection compares them.
 """
@@ -31,11 +31,11 @@ class Copies:
     rows: dict[str, np.ndarray] = field(default_factory=dict)
     """(N,) of FINE, DUPLICATE and CONTAMINATED for the rows of a part."""
     shared: dict[str, np.ndarray] = field(default_factory=dict)
-    """(T,) bool for the web texts of a part: whether too many pictures have it."""
+    """(T,) bool for the web texts of a part: whether too many images have it."""
 
 
 class Listed(NamedTuple):
-    """Pictures that must not be used: (M,) uint64 each."""
+    """Images that must not be used: (M,) uint64 each."""
 
     sha256: np.ndarray
     phash64: np.ndarray
@@ -57,7 +57,7 @@ class _Seen(NamedTuple):
 
 
 def find(run: Run, done: list[Part], config: SelectConfig) -> Copies:
-    """Compare the rows of a run as a selection wants it; of alike pictures the first in the plan is fine."""
+    """Compare the rows of a run as a selection wants it; of alike images the first in the plan is fine."""
     if not (config.duplicates or config.contamination or config.shared):
         return Copies()
     seen = {part.pid: _look(run, part) for part in done}
@@ -72,7 +72,7 @@ def find(run: Run, done: list[Part], config: SelectConfig) -> Copies:
 def _look(run: Run, part: Part) -> _Seen:
     table = run.parts.read(part.pid, _COLUMNS)
     if "phash64" not in table.column_names:
-        raise DataError(f"{run.where} was scored before pictures had hashes; plan and score another run")
+        raise DataError(f"{run.where} was scored before images had hashes; plan and score another run")
     texts = table["web_text_norm"].combine_chunks()
     lengths = np.asarray(pc.fill_null(pc.list_value_length(texts), 0))
     return _Seen(
@@ -114,7 +114,7 @@ def _judge_rows(seen: list[_Seen], config: SelectConfig) -> np.ndarray:
 
 
 def _judge_texts(seen: list[_Seen], most: int) -> list[np.ndarray]:
-    """Texts that more than `most` pictures have; one that a picture has twice counts once."""
+    """Texts that more than `most` images have; one that an image has twice counts once."""
     once = [np.unique(np.stack([s.texts, s.text_rows.astype(np.uint64)]), axis=1)[0] for s in seen]
     texts, counts = np.unique(np.concatenate(once), return_counts=True)
     common = texts[(counts > most) & (texts != 0)]
@@ -122,7 +122,7 @@ def _judge_texts(seen: list[_Seen], most: int) -> list[np.ndarray]:
 
 
 def read_list(where: str) -> Listed:
-    """Hashes of pictures that must not be used: a file of hashes in hex, or a run that has looked at the pictures.
+    """Hashes of images that must not be used: a file of hashes in hex, or a run that has looked at the images.
 
     A line of 64 digits is the SHA-256 of a file, one of 16 a perceptual hash; # begins a comment. DataError names the
     line that is neither.
@@ -144,5 +144,5 @@ def read_list(where: str) -> Listed:
         if line:
             digests[len(line)].append(line)
     if not any(digests.values()):
-        raise DataError(f"contamination {where} lists no pictures")
+        raise DataError(f"contamination {where} lists no images")
     return Listed(*(np.unique(phash.numbers([d[:16] for d in digests[n]])[0]) for n in (64, 16)))

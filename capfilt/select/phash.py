@@ -1,4 +1,4 @@
-"""Perceptual hashes: 64 bits that hardly change when a picture is scaled, compressed again or recoloured a little.
+"""Perceptual hashes: 64 bits that hardly change when an image is scaled, compressed again or recoloured a little.
 
 The bits are those of `imagehash.phash`, so lists that were made with that package can be used. It is not a dependency:
 it brings scipy and PyWavelets for what are ten lines here.
@@ -13,7 +13,7 @@ from PIL import Image
 
 BITS = 64
 MOST = 6
-"""Bits apart at which pictures may still count as alike; more takes too long on millions of them."""
+"""Bits apart at which images may still count as alike; more takes too long on millions of them."""
 _SIDE, _LOW = 32, 8
 _WAVES = np.cos(np.pi / _SIDE * np.outer(np.arange(_LOW), np.arange(_SIDE) + 0.5))
 """(8, 32), the slowest waves of a discrete cosine transform."""
@@ -22,7 +22,7 @@ _BLOCK = 1 << 18
 
 
 def phash(image: Image.Image) -> str:
-    """16 hex digits: which of the 8 x 8 slowest waves of a picture are stronger than their median, row by row."""
+    """16 hex digits: which of the 8 x 8 slowest waves of an image are stronger than their median, row by row."""
     grey = np.asarray(image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS), dtype=np.float64)
     # Rounded, so that a wave which is not there is 0 on every machine.
     waves = np.round(_WAVES @ grey @ _WAVES.T, 6)

@@ -43,17 +43,17 @@ class SelectConfig:
     rules: str | None = None
     """Preset of rules that also drop: align, datacomp-basic, laion or junk."""
     duplicates: Literal["sha256", "phash64"] | None = None
-    """Of pictures with the same bytes (sha256), or that look the same (phash64), keep the texts of the first only."""
+    """Of images with the same bytes (sha256), or that look the same (phash64), keep the texts of the first only."""
     duplicate_bits: int = 0
-    """Of 64, in how many perceptual hashes of pictures that look the same may differ; 2 to 4 finds other sizes and
-    qualities of a picture."""
+    """Of 64, in how many perceptual hashes of images that look the same may differ; 2 to 4 finds other sizes and
+    qualities of an image."""
     contamination: str | None = None
-    """Pictures that must not be used, such as a test set's: a file of SHA-256 or perceptual hashes in hex, one a line,
+    """Images that must not be used, such as a test set's: a file of SHA-256 or perceptual hashes in hex, one a line,
     or a run that has scored them (`--scorer fake` is enough)."""
     shared: int | None = None
-    """Drop web texts that more pictures have than this; ALIGN takes 10."""
+    """Drop web texts that more images have than this; ALIGN takes 10."""
     human: str | None = None
-    """Pattern of input files whose texts were written by people: all are kept, and nothing synthetic beside them."""
+    """Pattern of input files with human captions: all are kept, and nothing synthetic beside them."""
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:

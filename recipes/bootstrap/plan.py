@@ -204,9 +204,9 @@ class _Seed:
         source, scores = _source(self.held_out, "composition"), {}
         how = command.read(caption.CaptionRun, ["--config", world_capfilt.CAPTIONER, "--out", str(row)])
         model, tokenizer = checkpoint.from_pretrained(row / "captioner" / "model", device=device)
-        pictures = Images.open(source)
-        captions = captions_of(model, tokenizer, pictures, how.decode, prompt=how.data.prompt)
-        for grader in caption.graders(pictures.references):
+        images = Images.open(source)
+        captions = captions_of(model, tokenizer, images, how.decode, prompt=how.data.prompt)
+        for grader in caption.graders(images.references):
             scores |= {name: 100 * value for name, value in grader(captions).items()}
         model, tokenizer = checkpoint.from_pretrained(row / "retrieval" / "model", device=device)
         gallery = Gallery.open(source, model.vision.image_size)

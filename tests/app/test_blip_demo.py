@@ -210,7 +210,7 @@ HOSTILE = {
     "an HTML page": (b"<!doctype html><html></html>", "is an HTML page"),
     "nothing": (b"", "empty"),
     "noise": (os.urandom(2000), "not one of JPEG"),
-    "half a picture": (png(1)[:-40], "cannot be used"),
+    "half an image": (png(1)[:-40], "cannot be used"),
     "a TIFF": (encoded((4, 4), "TIFF"), "TIFF"),
     "an SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'><script>1</script></svg>", "XML or SVG"),
     "6 MB": (png(1) + b"\0" * 6_000_000, "more than the limit of 5,242,880"),
@@ -220,13 +220,13 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_files_that_are_no_pictures_are_told_of(desk, tmp_path, case):
+def test_files_that_are_no_images_are_told_of(desk, tmp_path, case):
     content, told = HOSTILE[case]
     (tmp_path / "p.png").write_bytes(content)
     start = time.monotonic()
     for use in (desk.caption, lambda path: desk.match(path, "a"), lambda path: desk.ask(path, "a"),
                 lambda path: desk.look(path, "a")):  # fmt: skip
-        with pytest.raises(ValueError, match="this picture cannot be used: ") as stop:
+        with pytest.raises(ValueError, match="this image cannot be used: ") as stop:
             use(str(tmp_path / "p.png"))
         assert told in str(stop.value)
         assert str(tmp_path) not in str(stop.value)
@@ -240,7 +240,7 @@ def test_twenty_million_pixels_are_still_taken(desk, tmp_path):
 
 
 WRONG = {
-    "no picture": (lambda d, p: d.caption(None), "choose a picture first"),
+    "no image": (lambda d, p: d.caption(None), "choose an image first"),
     "too many captions": (lambda d, p: d.caption(p, "nucleus", 11), "1 to 10 captions, not 11"),
     "no captions": (lambda d, p: d.caption(p, "nucleus", 0), "1 to 10 captions, not 0"),
     "a share above one": (lambda d, p: d.caption(p, "nucleus", 1, top_p=2.0), "top_p must be"),
@@ -328,7 +328,7 @@ def test_wrong_use_is_one_line(monkeypatch, capfd, model, tmp_path):  # noqa: F8
         assert f"cannot listen at 127.0.0.1 port {port}" in refused(capfd, "--model", model, "--port", port)
     assert "cannot listen at 192.0.2.1" in refused(capfd, "--model", model, "--port", 7999, "--host", "192.0.2.1")
     assert "port must be 1 or more, got -1" in refused(capfd, "--port", "-1")
-    assert "is not a folder of pictures" in refused(capfd, "--model", model, "--folder", tmp_path / "gone")
+    assert "is not a folder of images" in refused(capfd, "--model", model, "--folder", tmp_path / "gone")
     assert "no images in" in refused(capfd, "--model", model, "--folder", tmp_path)
 
 

@@ -41,7 +41,7 @@ def png(seed: int, level: int = 6) -> bytes:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    """A folder with a model that has something else to say of every picture, and sometimes comes to an end."""
+    """A folder with a model that has something else to say of every image, and sometimes comes to an end."""
     tokenizer = Tokenizer.load("world")
     torch.manual_seed(3)
     model = Blip(blip.BlipConfig(TINY.vision, tokenizer.text_config(TINY.text), TINY.embed_dim)).eval()
@@ -94,10 +94,10 @@ def by_name(out: str) -> dict[str, list[str]]:
 
 def test_captions_are_those_of_the_library(run, photos, model):
     status, out, err = run("photos")
-    assert (status, err) == (0, "11/11 pictures  " + err.partition("  ")[2])
+    assert (status, err) == (0, "11/11 images  " + err.partition("  ")[2])
     names, captions = zip(*(line.split("\t") for line in out.splitlines()), strict=True)
     assert list(names) == [f"photos/p{i}.png" for i in range(1, 12)]
-    assert len(set(captions)) > 5, "the test needs captions that depend on their pictures"
+    assert len(set(captions)) > 5, "the test needs captions that depend on their images"
     loaded, tokenizer = blip.from_pretrained(model)
     for name, said in zip(names, captions, strict=True):
         images = EvalTransform(64)(Image.open(name).convert("RGB"))[None]
@@ -185,7 +185,7 @@ def test_a_killed_run_goes_on_and_leaves_the_file_of_one_that_was_not(run, photo
     status, out, err = run("photos", "--out", "whole", "--batch", 3, *FORMS[form])
     assert (status, out) == (0, "")
     done = 5 if (form, cut) == ("json", "within an image") else 4
-    assert f"the answers about {done} pictures already: going on with {11 - done}" in err
+    assert f"the answers about {done} images already: going on with {11 - done}" in err
     assert len(seen) == 11 - done
     assert Path("whole").read_bytes() == whole
     # Once more, and there is nothing to do.
@@ -312,7 +312,7 @@ def test_answers_appear_as_they_are_made(run, photos, tmp_path, monkeypatch):
     assert seen == [None, 0, 4, 8]
 
 
-# Which pictures
+# Which images
 
 
 def test_files_folders_and_globs_are_taken_once_in_natural_order(tmp_path, monkeypatch):
@@ -346,21 +346,21 @@ def test_reading_ahead_is_in_order_and_bounded(tmp_path):
     ahead = image_files.read_images(paths, lambda image: begun.append(image.size) or torch.zeros(3, 4, 4), 4)
     assert not begun
     first = next(ahead)
-    assert [picture.path for picture in first] == paths[:4]
+    assert [one.path for one in first] == paths[:4]
     assert len(begun) <= 2 * 4 + 8, "one batch is out, one and what the threads hold may be made"
     assert (640, 480) in begun, "whole, as in evaluation"
     rest = list(ahead)
-    assert [picture.path for batch in (first, *rest) for picture in batch] == paths
+    assert [one.path for batch in (first, *rest) for one in batch] == paths
     assert [len(batch) for batch in rest] == [4] * 14
-    unread = [picture for batch in (first, *rest) for picture in batch if picture.reason]
-    assert [picture.path for picture in unread] == paths[::7]
-    assert {picture.reason for picture in unread} == {"is empty (0 bytes)"}
+    unread = [one for batch in (first, *rest) for one in batch if one.reason]
+    assert [one.path for one in unread] == paths[::7]
+    assert {one.reason for one in unread} == {"is empty (0 bytes)"}
 
 
 # What is off
 
 
-def test_pictures_that_cannot_be_read_are_listed_and_the_others_answered(run, photos):
+def test_images_that_cannot_be_read_are_listed_and_the_others_answered(run, photos):
     expected = by_name(run("photos", *DRAWN)[1])
     (photos / "p5.jpg").write_bytes(b"<html>404</html>")
     (photos / "p0.gif").write_bytes(b"")
@@ -378,10 +378,10 @@ def test_pictures_that_cannot_be_read_are_listed_and_the_others_answered(run, ph
         "photos/p5.jpg: is an HTML page, not an image: the download failed",
         "photos/pipe.png: not a regular file",
     ]
-    assert said[-1] == "4 of 15 pictures could not be used"
+    assert said[-1] == "4 of 15 images could not be used"
 
 
-def test_no_picture_at_all_can_be_read(run, photos):
+def test_no_image_at_all_can_be_read(run, photos):
     (photos / "p1.png").write_bytes(b"x")
     assert run("photos/p1.png")[:2] == (1, "")
 
@@ -483,7 +483,7 @@ def test_a_key_press_stops_it_and_keeps_what_is_there(run, photos, monkeypatch):
     status, out, err = run("photos", "--batch", 2)
     assert status == 130
     assert out.count("\n") == 4
-    assert err.splitlines()[-1] == "stopped after 4 of 11 pictures"
+    assert err.splitlines()[-1] == "stopped after 4 of 11 images"
 
 
 def test_out_of_memory_names_the_remedy(run, photos, monkeypatch):
@@ -532,7 +532,7 @@ def test_progress_is_told_in_lines_where_there_is_no_terminal(run, photos, monke
     for words in said:
         assert words[1:2] + words[3:5] + words[6:] == ["pictures", "a", "second", "left"]
         assert float(words[2]) > 0
-    assert run("photos/p1.png", "photos/p2.png")[2] == "", "two pictures need no progress"
+    assert run("photos/p1.png", "photos/p2.png")[2] == "", "two images need no progress"
 
 
 def test_on_a_terminal_there_is_a_bar_and_the_answers_are_as_ever(run, photos, monkeypatch):
@@ -567,7 +567,7 @@ def test_the_script_is_installed():
     assert found.load() is cli.command
 
 
-# Real pictures
+# Real images
 
 
 def test_real_photographs(run, real_data):
@@ -582,7 +582,7 @@ def test_real_photographs(run, real_data):
     assert again == {name: found[name] for name in some}
 
 
-def test_real_broken_pictures(run, real_data):
+def test_real_broken_images(run, real_data):
     folder = real_data / "broken_images"
     paths = [path for path in folder.iterdir() if path.suffix[1:].lower() in IMAGES]
     refused = {}
@@ -596,7 +596,7 @@ def test_real_broken_pictures(run, real_data):
     said = dict(line.split(": ", 1) for line in err.splitlines() if line.startswith(str(folder)))
     assert said == refused
     assert {line["path"] for line in lines(out)} == {str(path) for path in paths} - refused.keys()
-    assert err.splitlines()[-1] == f"{len(refused)} of {len(paths)} pictures could not be used"
+    assert err.splitlines()[-1] == f"{len(refused)} of {len(paths)} images could not be used"
 
 
 def test_the_literal_name_of_a_folder_is_no_glob(tmp_path, monkeypatch):

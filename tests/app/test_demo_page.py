@@ -34,7 +34,7 @@ from blip.app.demo_page import is_local, serving
 from blip.app.index import Index, Origin
 from blip.app.loaded import load
 
-PICTURES = 12
+IMAGES = 12
 _REAL, _LOOK_UP = socket.socket.connect, socket.getaddrinfo
 _HERE = ("127.0.0.1", "::1", "localhost")
 
@@ -63,17 +63,17 @@ def abroad():
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
+def images(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
-    for i in range(PICTURES):
+    for i in range(IMAGES):
         (folder / f"p{i}.png").write_bytes(png(i))
     return folder
 
 
 @pytest.fixture(scope="module")
-def whole(model, vqa_model, capfilt_run, pictures) -> Demo:  # noqa: F811
+def whole(model, vqa_model, capfilt_run, images) -> Demo:  # noqa: F811
     made = answering(model, vqa_model, run=capfilt_run)
-    made.index = Index(pictures, pictures / ".blip-index", Origin.of(made.features, model, "float32"))
+    made.index = Index(images, images / ".blip-index", Origin.of(made.features, model, "float32"))
     made.refresh()
     return made
 
@@ -153,8 +153,8 @@ def test_files_of_the_machine_are_refused(address, abroad, route, path):
     assert abroad == []
 
 
-def test_not_even_those_it_shows(address, whole, pictures):
-    for path in (pictures / "p1.png", Path(whole.run, "job.json"), Path(__file__)):
+def test_not_even_those_it_shows(address, whole, images):
+    for path in (images / "p1.png", Path(whole.run, "job.json"), Path(__file__)):
         assert httpx.get(f"{address}/gradio_api/file={path}").status_code == 403
 
 
@@ -214,11 +214,11 @@ def test_what_is_uploaded_lies_in_a_folder_of_its_own(address):
     assert said.headers["x-content-type-options"] == "nosniff"
 
 
-def ask_raw(address: str, picture: dict) -> str:
-    """What the page is told when a question names this for a picture, without anything being uploaded."""
+def ask_raw(address: str, image: dict) -> str:
+    """What the page is told when a question names this for an image, without anything being uploaded."""
     config = httpx.get(f"{address}/config").json()
     (number,) = [one["id"] for one in config["dependencies"] if one["api_name"] == "match"]
-    body = {"fn_index": number, "data": [picture, "a star"], "session_hash": os.urandom(6).hex()}
+    body = {"fn_index": number, "data": [image, "a star"], "session_hash": os.urandom(6).hex()}
     assert httpx.post(f"{address}/gradio_api/queue/join", json=body).status_code == 200
     with httpx.stream("GET", f"{address}/gradio_api/queue/data", params={"session_hash": body["session_hash"]},
                       timeout=60) as stream:  # fmt: skip
@@ -242,31 +242,31 @@ def test_a_question_cannot_name_files_or_addresses(address, abroad, given):
 
 
 @pytest.mark.parametrize("case", [name for name in HOSTILE if name != "6 MB"])
-def test_files_that_are_no_pictures_get_a_friendly_line(client, tmp_path, case):
+def test_files_that_are_no_images_get_a_friendly_line(client, tmp_path, case):
     content, told = HOSTILE[case]
     (tmp_path / "p.png").write_bytes(content)
-    with pytest.raises(Exception, match="this picture cannot be used: ") as stop:
+    with pytest.raises(Exception, match="this image cannot be used: ") as stop:
         client.predict(handle_file(tmp_path / "p.png"), "a star", api_name="/match")
     assert told in str(stop.value)
     assert str(tmp_path) not in str(stop.value)
     assert "Traceback" not in str(stop.value)
 
 
-def test_an_error_of_ours_tells_no_details(client, whole, pictures, monkeypatch, capfd):
+def test_an_error_of_ours_tells_no_details(client, whole, images, monkeypatch, capfd):
     def fall(*_):
         raise RuntimeError("the secret is /root/secret")
 
     monkeypatch.setattr(whole, "match", fall)
     with pytest.raises(Exception, match="Something went wrong") as stop:
-        client.predict(handle_file(pictures / "p1.png"), "a star", api_name="/match")
+        client.predict(handle_file(images / "p1.png"), "a star", api_name="/match")
     assert "secret" not in str(stop.value)
     assert "the secret is" in capfd.readouterr().err
 
 
-def test_twenty_at_once_all_get_their_own_answer(client, whole, pictures):
-    paths = [str(pictures / f"p{i % PICTURES}.png") for i in range(20)]
+def test_twenty_at_once_all_get_their_own_answer(client, whole, images):
+    paths = [str(images / f"p{i % IMAGES}.png") for i in range(20)]
     expected = {path: demo_page.matches(whole.match(path, "\n".join(TEXTS))) for path in set(paths)}
-    assert len(set(expected.values())) == PICTURES
+    assert len(set(expected.values())) == IMAGES
     with ThreadPoolExecutor(20) as pool:
         ask = lambda path: client.predict(handle_file(path), "\n".join(TEXTS), api_name="/match")  # noqa: E731
         assert list(pool.map(ask, paths)) == [expected[path] for path in paths]
@@ -323,13 +323,13 @@ def page(browser, address):
 
 
 @pytest.mark.parametrize(("label", "method"), [("search for", "beam"), ("draw by", "nucleus")])
-def test_describe(page, whole, pictures, label, method):
-    page.upload(pictures / "p3.png")
+def test_describe(page, whole, images, label, method):
+    page.upload(images / "p3.png")
     page.view.get_by_text(label).first.click()
     page.press("Describe it")
     page.view.locator("#captions li").first.wait_for()
     said = page.view.locator("#captions li").all_inner_texts()
-    expected = whole.caption(str(pictures / "p3.png"), method, 3)
+    expected = whole.caption(str(images / "p3.png"), method, 3)
     assert len(said) == 3
     for line, text in zip(said, expected, strict=True):
         assert line.startswith(text.words)
@@ -337,12 +337,12 @@ def test_describe(page, whole, pictures, label, method):
     page.shot(f"describe-{method}")
 
 
-def test_ask(page, whole, pictures):
-    page.upload(pictures / "p3.png")
+def test_ask(page, whole, images):
+    page.upload(images / "p3.png")
     page.tab("Ask")
     page.view.get_by_label("Question").fill(QUESTION)
     page.press("Ask it")
-    best = whole.ask(str(pictures / "p3.png"), QUESTION, 5)
+    best = whole.ask(str(images / "p3.png"), QUESTION, 5)
     page.view.locator("#answers td").first.wait_for()
     rows = page.view.locator("#answers tr").all_inner_texts()[1:]
     for row, answer in zip(rows, best, strict=True):
@@ -351,14 +351,14 @@ def test_ask(page, whole, pictures):
     page.shot("ask")
 
 
-def test_match(page, whole, pictures):
-    page.upload(pictures / "p4.png")
+def test_match(page, whole, images):
+    page.upload(images / "p4.png")
     page.tab("Match")
     page.view.get_by_label("Texts that may fit").fill("\n".join(TEXTS))
     page.press("Compare")
     page.view.locator("#matches td").first.wait_for()
     rows = page.view.locator("#matches tr").all_inner_texts()[1:]
-    found = sorted(whole.match(str(pictures / "p4.png"), "\n".join(TEXTS)), key=lambda one: -one[2])
+    found = sorted(whole.match(str(images / "p4.png"), "\n".join(TEXTS)), key=lambda one: -one[2])
     for row, (text, itc, itm) in zip(rows, found, strict=True):
         assert text in row  # markup in it included
         assert f"{100 * itm:.1f}%" in row
@@ -366,13 +366,13 @@ def test_match(page, whole, pictures):
     page.shot("match")
 
 
-def test_look(page, whole, pictures):
-    page.upload(pictures / "p4.png")
+def test_look(page, whole, images):
+    page.upload(images / "p4.png")
     page.tab("Where it looks")
     page.view.get_by_label("What may be seen in it").fill(TEXTS[0])
     page.press("Show where")
     page.view.locator("#maps img").nth(3).wait_for()
-    chance, shown = whole.look(str(pictures / "p4.png"), TEXTS[0])
+    chance, shown = whole.look(str(images / "p4.png"), TEXTS[0])
     assert f"{100 * chance:.1f}%" in page.view.locator("#looks").inner_text()
     said = page.view.locator("#maps").inner_text()
     assert all(name in said for name, _ in shown)
@@ -380,23 +380,23 @@ def test_look(page, whole, pictures):
     page.shot("look")
 
 
-def test_search(page, whole, pictures):
+def test_search(page, whole, images):
     page.tab("A folder")
-    assert f"{PICTURES} pictures can be searched" in page.view.locator("#indexed").inner_text()
+    assert f"{IMAGES} images can be searched" in page.view.locator("#indexed").inner_text()
     page.view.get_by_label("What to look for").fill(TEXTS[0])
     page.press("Search")
-    page.view.locator("#found img").nth(PICTURES - 1).wait_for()
+    page.view.locator("#found img").nth(IMAGES - 1).wait_for()
     hits = whole.search(TEXTS[0], 12)
     said = page.view.locator("#found").inner_text()
     at = [said.index(f"{n}. {100 * hit.itm:.1f}% ({hit.itc:.3f}) {hit.name}") for n, hit in enumerate(hits, 1)]
     assert at == sorted(at)
     page.shot("search")
-    (pictures / "new.png").write_bytes(png(77))
+    (images / "new.png").write_bytes(png(77))
     try:
-        page.press("Look for new and changed pictures")
-        page.view.get_by_text(f"{PICTURES + 1} pictures can be searched").wait_for()
+        page.press("Look for new and changed images")
+        page.view.get_by_text(f"{IMAGES + 1} images can be searched").wait_for()
     finally:
-        (pictures / "new.png").unlink()
+        (images / "new.png").unlink()
         whole.refresh()
 
 
@@ -416,9 +416,9 @@ def test_capfilt(page, whole):
     page.shot("capfilt")
 
 
-def test_a_mistake_is_told_on_the_page(page, pictures, tmp_path):
+def test_a_mistake_is_told_on_the_page(page, images, tmp_path):
     page.press("Describe it")
-    page.view.get_by_text("choose a picture first").wait_for()
+    page.view.get_by_text("choose an image first").wait_for()
     (tmp_path / "page.png").write_bytes(b"<!doctype html><html></html>")
     page.view.locator("input[type=file]").first.set_input_files(str(tmp_path / "page.png"))
     page.view.wait_for_timeout(500)
@@ -428,7 +428,7 @@ def test_a_mistake_is_told_on_the_page(page, pictures, tmp_path):
     page.view.close()
 
 
-def test_a_large_picture_is_told_of_before_it_is_sent(browser, address, tmp_path):
+def test_a_large_image_is_told_of_before_it_is_sent(browser, address, tmp_path):
     page = Page(browser, address)
     (tmp_path / "large.png").write_bytes(png(1) + b"\0" * 6_000_000)
     page.view.locator("input[type=file]").first.set_input_files(str(tmp_path / "large.png"))
@@ -469,8 +469,8 @@ sys.exit(cli.main(sys.argv[1:]))
 @pytest.mark.parametrize(
     ("sent", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )
-def test_the_command_needs_no_network_and_leaves_nothing(model, pictures, tmp_path, sent, status):  # noqa: F811
-    shutil.copytree(pictures, tmp_path / "photos", ignore=shutil.ignore_patterns(".*"))
+def test_the_command_needs_no_network_and_leaves_nothing(model, images, tmp_path, sent, status):  # noqa: F811
+    shutil.copytree(images, tmp_path / "photos", ignore=shutil.ignore_patterns(".*"))
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     environment |= {"TMPDIR": str(tmp_path), "HTTP_PROXY": "http://127.0.0.1:9", "PYTHONPATH": os.getcwd()}
     process = subprocess.Popen(

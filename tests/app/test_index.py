@@ -31,7 +31,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def update(folder, features, monkeypatch):
-    """Bring the index up to date; returns it and how many pictures the model saw."""
+    """Bring the index up to date; returns it and how many images the model saw."""
 
     def update(names=("a.png", "b.png", "broken.png", "deep/c.png"), **options):
         seen = []
@@ -47,7 +47,7 @@ def update(folder, features, monkeypatch):
     return update
 
 
-def test_embeddings_are_those_of_each_picture(update, folder, features):
+def test_embeddings_are_those_of_each_image(update, folder, features):
     index, seen = update()
     assert seen == 3
     assert [entry.path for entry in index.readable] == ["a.png", "b.png", "deep/c.png"]
@@ -100,7 +100,7 @@ def test_an_unchanged_index_is_not_written(update, folder):
 
 
 def test_a_stopped_build_goes_on(update, folder):
-    def stop(pictures):
+    def stop(images):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

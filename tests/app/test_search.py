@@ -68,7 +68,7 @@ def test_match_names_what_it_cannot_use(run, photos):  # noqa: F811
 
 
 def by_hand(features, query, rerank):
-    """All pictures in order, one at a time."""
+    """All images in order, one at a time."""
     paths = [f"photos/p{i}.png" for i in range(1, 12)]
     found = features.match(paths, [query])
     order = found.itc[:, 0].argsort(descending=True, stable=True).tolist()
@@ -107,7 +107,7 @@ def test_the_index_is_built_once_and_follows_the_folder(run, photos, monkeypatch
     monkeypatch.setattr(search, "MODEL_VARIABLE", "OPENBLIP_MODEL")
     status, out, err = run("search", "photos")
     assert (status, out) == (0, "")
-    assert "11/11 pictures" in err
+    assert "11/11 images" in err
     assert sorted(p.name.partition("-")[0] for p in (photos / ".blip-index").iterdir()) == ["embeddings", "index.json"]
     _, first, err = run("search", "photos", "a star", "--top", 11, "--rerank", 0)
     assert err == ""
@@ -123,7 +123,7 @@ def test_the_index_is_built_once_and_follows_the_folder(run, photos, monkeypatch
     names = {line.split("\t")[1] for line in out.splitlines()}
     assert names == {f"photos/p{i}.png" for i in range(3, 13)}
     status, again, err = run("search", "photos", "a star", "--top", 20, "--rerank", 0)
-    assert (status, again, err) == (0, out, ""), "a picture that is known to be broken is not complained about again"
+    assert (status, again, err) == (0, out, ""), "an image that is known to be broken is not complained about again"
 
 
 def test_an_index_of_another_model_is_refused_by_both_names(run, photos, model, tmp_path):  # noqa: F811

@@ -17,7 +17,7 @@ HERE = {"decode_workers": 0}
 
 
 class Honest(FakeScorer):
-    """A filter that knows: the number in the text is that of the picture, or only near it."""
+    """A filter that knows: the number in the text is that of the image, or only near it."""
 
     def _match(self, text, seen, shift):
         said = int(text.split()[-1]) if text.split()[-1].isdigit() else -1
@@ -36,16 +36,16 @@ numbers = {}
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run whose filter is honest about the number in each picture's text."""
+    """A run whose filter is honest about the number in each image's text."""
     folder = tmp_path_factory.mktemp("calibrate")
-    members = [m for i in range(60) for m in sample(f"{i:03d}", i, f"picture {i}")]
+    members = [m for i in range(60) for m in sample(f"{i:03d}", i, f"image {i}")]
     write_tar(folder / "in" / "a.tar", members)
     learn(folder / "in" / "a.tar", folder)
     return scored(folder / "in" / "a.tar", folder / "run", maker=make_honest)
 
 
 def learn(path, folder):
-    """Which pixels are of which picture."""
+    """Which pixels are of which image."""
     import hashlib
 
     from capfilt.score.pool import Decoder, Setup, Task

@@ -1,4 +1,4 @@
-"""Copies of pictures, pictures that must not be used, and texts that many pictures share."""
+"""Copies of images, images that must not be used, and texts that many images share."""
 
 import hashlib
 import io
@@ -38,12 +38,12 @@ def encoded(image, form="PNG", **more):
 
 def test_hashes_are_those_of_imagehash():
     assert [phash.phash(pattern(i)) for i in range(5)] == GOLDEN
-    # A picture of one colour has no waves but the first, and no noise in place of the others.
+    # An image of one colour has no waves but the first, and no noise in place of the others.
     assert phash.phash(Image.new("RGB", (50, 40), (90, 80, 70))) == "8000000000000000"
     assert phash.phash(Image.new("RGB", (50, 40))) == "0000000000000000"
 
 
-def test_scaled_and_compressed_pictures_stay_near():
+def test_scaled_and_compressed_images_stay_near():
     for i in range(5):
         small = pattern(i).resize((40, 30), Image.Resampling.BICUBIC)
         for quality, most in ((20, 0), (8, 4)):
@@ -70,7 +70,7 @@ def test_near_ones_are_all_found(bits, monkeypatch):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Pictures 0 to 4; 0 again as it is, 1 in another size, and a broken file of which there are two."""
+    """Images 0 to 4; 0 again as it is, 1 in another size, and a broken file of which there are two."""
     folder = tmp_path_factory.mktemp("copies")
     shrunk = encoded(pattern(1).resize((60, 45), Image.Resampling.BICUBIC), "JPEG", quality=8)  # 2 bits away
     images = [*(encoded(pattern(i)) for i in range(5)), encoded(pattern(0)), shrunk, b"<html>", b"<html>"]
@@ -117,7 +117,7 @@ def test_duplicates(run):
 
 
 class Small(FakeScorer):
-    """A device on which one picture does not fit."""
+    """A device on which one image does not fit."""
 
     def score(self, items):
         if any("heavy" in text for item in items for text in item.texts):
@@ -135,7 +135,7 @@ def test_the_first_that_could_be_used_stays(tmp_path, how):
     assert dropped(run, how, duplicates=how)[0] == {"c": whole("rule duplicate")}
 
 
-def test_pictures_that_must_not_be_used(run, tmp_path):
+def test_images_that_must_not_be_used(run, tmp_path):
     listed = tmp_path / "list.txt"
     sha = hashlib.sha256(encoded(pattern(3))).hexdigest()
     listed.write_text(f"# a test set\n{sha}  # by its bytes\n\n{GOLDEN[1].upper()}\n")
@@ -152,7 +152,7 @@ def test_a_run_on_a_test_set_is_a_list(run, tmp_path):
     assert dropped(run, "test", contamination=test.where)[0] == {"4": whole("rule contaminated")}
 
 
-@pytest.mark.parametrize(("content", "error"), [("12345\n", "line 1: expected 64 hex"), ("# none\n", "no pictures")])
+@pytest.mark.parametrize(("content", "error"), [("12345\n", "line 1: expected 64 hex"), ("# none\n", "no images")])
 def test_a_wrong_list_is_said(run, tmp_path, content, error, capsys):
     (tmp_path / "list.txt").write_text(content)
     for where, said in ((tmp_path / "list.txt", error), (tmp_path / "gone.txt", "no such file")):
@@ -162,13 +162,13 @@ def test_a_wrong_list_is_said(run, tmp_path, content, error, capsys):
     assert "duplicate_bits must be 0 to 6" in capsys.readouterr().err
 
 
-def test_texts_that_many_pictures_share(run):
+def test_texts_that_many_images_share(run):
     only_web = {("web", "rule shared>2")}
     assert dropped(run, "shared", shared=2)[0] == {"1": only_web, "2": only_web, "3": only_web}
     assert dropped(run, "shared3", shared=3)[0] == {}
 
 
-def test_a_text_that_one_picture_has_often_is_not_shared(tmp_path):
+def test_a_text_that_one_image_has_often_is_not_shared(tmp_path):
     members = [("a.jpg", jpeg(0)), ("a.json", b'{"caption": ["one", "one", "one", "two"]}')]
     members += [("b.jpg", jpeg(1)), ("b.txt", b"two")]
     run = scored(write_tar(tmp_path / "a.tar", members), tmp_path / "run")
@@ -178,5 +178,5 @@ def test_a_text_that_one_picture_has_often_is_not_shared(tmp_path):
 def test_the_best_share_is_of_what_rules_leave(run):
     _, account = dropped(run, "best", policy="fraction", fraction=0.5, duplicates="sha256")
     counted = Counter(reason.partition(":")[0] for reason, n in account["reasons"].items() for _ in range(n))
-    assert counted["kept"] == 6  # of 7 pictures with 2 texts each, 1 is a copy
+    assert counted["kept"] == 6  # of 7 images with 2 texts each, 1 is a copy
     assert "rule duplicate" in Path(report(run, ReportOptions(select="best"))).read_text()

@@ -376,7 +376,7 @@ def held(pid):
 def soaked(starter, folder, rows, parts, kills):
     """Score so many rows with kills all over the run; returns it and what its last process held, over time."""
     (folder / "0.jpg").write_bytes(jpeg(0, (8, 8)))
-    (folder / "a.json").write_text(json.dumps([{"image": "0.jpg", "caption": f"picture {i}"} for i in range(rows)]))
+    (folder / "a.json").write_text(json.dumps([{"image": "0.jpg", "caption": f"image {i}"} for i in range(rows)]))
     run = planned(folder / "a.json", folder / "run", part_size=-(-rows // parts))
     command = ("score", run.where, "--decode-workers", "0")
     for kill in range(kills):

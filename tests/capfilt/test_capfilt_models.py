@@ -46,7 +46,7 @@ def models():
     return tiny(0), tiny(1)
 
 
-def pictures(n=6, side=50):
+def photos(n=6, side=50):
     dice = np.random.default_rng(0)
     return [Image.fromarray(dice.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(n)]
 
@@ -62,19 +62,19 @@ TEXTS = [
 
 
 def items(sides):
-    small = [[np.asarray(p.resize((s, s), Image.Resampling.BICUBIC)) for s in sides] for p in pictures()]
+    small = [[np.asarray(p.resize((s, s), Image.Resampling.BICUBIC)) for s in sides] for p in photos()]
     return [Item(f"{i:032x}", pixels, texts) for i, (pixels, texts) in enumerate(zip(small, TEXTS, strict=True))]
 
 
 @torch.no_grad()
-def one_by_one(captioner, filter, config, picture, texts, key):
+def one_by_one(captioner, filter, config, photo, texts, key):
     """The straightforward way: nothing shared, nothing batched."""
     decode = dataclasses.replace(DECODE_PRESETS[config.decode], num=config.captions, seed=config.seed)
     model, tokenizer = captioner
-    image = EvalTransform(model.vision.image_size)(picture)[None]
+    image = EvalTransform(model.vision.image_size)(photo)[None]
     said = write(model, tokenizer, image, decode, prompt="a picture of", keys=[key])[0]
     model, tokenizer = filter
-    image = EvalTransform(model.vision.image_size)(picture)[None]
+    image = EvalTransform(model.vision.image_size)(photo)[None]
     found = []
     for text in [*texts, *(clean_caption(t.words, 30) if t.words.strip() else "" for t in said)]:
         ids, keep = tokenizer.encode([text], first=config.itm_token, max_length=config.max_tokens)
@@ -92,8 +92,8 @@ def test_equal_to_one_by_one(models, token, decode):
     config = ScoreConfig(filter="f", decode=decode, captions=2 if decode == "capfilt_2022" else 1, itm_token=token)
     scorer = BlipScorer(captioner, filter, config)
     assert not scorer.shared
-    for item, picture, scores in zip(items(scorer.sides), pictures(), scorer.score(items(scorer.sides)), strict=True):
-        said, found = one_by_one(captioner, filter, config, picture, item.texts, item.sample_id)
+    for item, photo, scores in zip(items(scorer.sides), photos(), scorer.score(items(scorer.sides)), strict=True):
+        said, found = one_by_one(captioner, filter, config, photo, item.texts, item.sample_id)
         assert [t.text for t in scores.syn] == [t.words for t in said]
         assert [t.finished for t in scores.syn] == [t.finished for t in said]
         assert [t.logprob for t in scores.syn] == pytest.approx([t.logprob for t in said], abs=1e-4)
@@ -184,7 +184,7 @@ def test_equal_towers_are_one(models):
 def test_towers_of_two_sizes(models):
     scorer = BlipScorer(tiny(3, 48), models[1], ScoreConfig(filter="f"))
     assert scorer.sides == (48, 32)
-    said, found = one_by_one(tiny(3, 48), models[1], scorer.config, pictures()[0], TEXTS[0], f"{0:032x}")
+    said, found = one_by_one(tiny(3, 48), models[1], scorer.config, photos()[0], TEXTS[0], f"{0:032x}")
     scores = scorer.score(items(scorer.sides)[:1])[0]
     assert scores.syn[0].text == said[0].words
     assert scores.web[0].margin == pytest.approx(found[0][1], abs=1e-4)
@@ -305,13 +305,13 @@ def theirs(kind, table, model):
         "max_position_embeddings": text.max_positions, "encoder_hidden_size": eye.width, "pad_token_id": text.pad_id,
         "bos_token_id": text.dec_id, "eos_token_id": text.sep_id, "sep_token_id": text.sep_id,
     }  # fmt: skip
-    pictures = {
+    photos = {
         "image_size": eye.image_size, "patch_size": eye.patch_size, "hidden_size": eye.width,
         "num_hidden_layers": eye.depth, "num_attention_heads": eye.heads, "intermediate_size": 4 * eye.width,
         "layer_norm_eps": 1e-6, "initializer_range": 0.02,
     }  # fmt: skip
     config = transformers.BlipConfig(
-        text_config=words, vision_config=pictures, image_text_hidden_size=model.config.embed_dim
+        text_config=words, vision_config=photos, image_text_hidden_size=model.config.embed_dim
     )
     other = kind(config).eval()
     other.load_state_dict(to_theirs(table(model), model.state_dict()), strict=True)
@@ -320,11 +320,11 @@ def theirs(kind, table, model):
 
 @torch.no_grad()
 def test_equal_to_transformers(models):
-    """Fault 26, on random weights: the same greedy captions of 20 pictures, logits of ITM and cosines to 1e-4."""
+    """Fault 26, on random weights: the same greedy captions of 20 images, logits of ITM and cosines to 1e-4."""
     (captioner, words), (filter, _) = models
     writer = theirs(transformers.BlipForConditionalGeneration, transformers_captioning, captioner)
     matcher = theirs(transformers.BlipForImageTextRetrieval, transformers_matching, filter)
-    shown = pictures(20)
+    shown = photos(20)
     texts = [TEXTS[i % 4] or ["a large blue moon at the top"] for i in range(20)]
     # transformers puts no [ENC] first.
     scorer = BlipScorer(*models, ScoreConfig(filter="f", decode="greedy", itm_token="cls"))
@@ -348,7 +348,7 @@ def test_equal_to_transformers(models):
 # The job --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_whole_job_on_the_picture_world(models, tmp_path, capsys):
+def test_the_whole_job_on_the_image_world(models, tmp_path, capsys):
     files.write(tmp_path / "crawl", "tar", count=40, size=32, web=True, broken=3, shard=20)
     for name, (model, tokenizer) in zip(("captioner", "filter"), models, strict=True):
         save_pretrained(model, tokenizer, tmp_path / name)

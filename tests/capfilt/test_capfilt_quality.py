@@ -1,4 +1,4 @@
-"""The quality loop on the picture world, where the truth about every text is known: wrong texts in, right ones out."""
+"""The quality loop on the synthetic world, where the truth about every text is known: wrong in, right out."""
 
 import hashlib
 import io

@@ -35,7 +35,7 @@ def rows_of(run):
     return [row for part in run.plan for row in readers[part.source].read(part.lo, part.hi)]
 
 
-def check(run, n=5, text="picture {}", keys=None):
+def check(run, n=5, text="image {}", keys=None):
     rows = rows_of(run)
     assert [row.image for row in rows] == [jpeg(i) for i in range(n)]
     assert [row.texts for row in rows] == [[text.format(i)] for i in range(n)]
@@ -92,7 +92,7 @@ def test_repeated_keys_are_different_samples(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("column", "texts"), [("caption", ["text"]), ("alt", ["other"]), ("none", [])])
-def test_the_column_of_a_tar_is_heeded(tmp_path, column, texts):
+def test_the_column_of_a_tar_is_honoured(tmp_path, column, texts):
     path = write_tar(tmp_path / "a.tar", sample("a", 0, "text", {"caption": "x", "alt": "other", "none": "y"}))
     (row,) = rows_of(planned(path, tmp_path / "run", reading={"caption_column": column}))
     assert row.texts == texts
@@ -171,7 +171,7 @@ def test_a_tar_that_reaches_out_is_refused_whole(tmp_path, kind):
 
 
 def test_pickles_in_tars_are_not_even_read(tmp_path):
-    members = [*sample("a", 0, "picture 0"), ("a.pyd", b"cos\nsystem\n"), ("a.pth", b"x"), ("a.pkl", b"x")]
+    members = [*sample("a", 0, "image 0"), ("a.pyd", b"cos\nsystem\n"), ("a.pth", b"x"), ("a.pkl", b"x")]
     check(planned(write_tar(tmp_path / "a.tar", members), tmp_path / "run"), 1)
 
 
@@ -179,7 +179,7 @@ def test_pickles_in_tars_are_not_even_read(tmp_path):
 
 
 def listing(column="image", caption="caption"):
-    return [{column: f"images/{i}.jpg", caption: f"picture {i}", "n": i} for i in range(5)]
+    return [{column: f"images/{i}.jpg", caption: f"image {i}", "n": i} for i in range(5)]
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_json(folder, tmp_path, name):
 
 
 def test_image_folder(folder, tmp_path):
-    text = "\n".join(json.dumps({"file_name": f"images/{i}.jpg", "text": f"picture {i}"}) for i in range(5))
+    text = "\n".join(json.dumps({"file_name": f"images/{i}.jpg", "text": f"image {i}"}) for i in range(5))
     (folder / "metadata.jsonl").write_text(text)
     check(planned(folder, tmp_path / "run"))
 
@@ -215,14 +215,14 @@ def test_a_wrong_column_is_said_with_those_there_are(folder, tmp_path):
 
 @pytest.mark.parametrize("name", ["a.csv", "A.CSV"])
 def test_csv_as_spreadsheets_write_it(folder, tmp_path, name):
-    rows = [f"images/{i}.jpg,picture {i}" for i in range(5)]
+    rows = [f"images/{i}.jpg,image {i}" for i in range(5)]
     (folder / name).write_text("\n".join(["image,caption", *rows]), encoding="utf-8-sig")
     check(planned(folder / name, tmp_path / "run"))
 
 
-@pytest.mark.parametrize("row", ["images/0.jpg,picture 0,more", "images/0.jpg", 'images/0.jpg,"picture 0'])
+@pytest.mark.parametrize("row", ["images/0.jpg,image 0,more", "images/0.jpg", 'images/0.jpg,"image 0'])
 def test_a_csv_row_that_is_not_as_wide_as_its_head_refuses_the_file(folder, tmp_path, row):
-    (folder / "a.csv").write_text(f"image,caption\nimages/1.jpg,picture 1\n{row}\n")
+    (folder / "a.csv").write_text(f"image,caption\nimages/1.jpg,image 1\n{row}\n")
     with pytest.raises(DataError, match=r"a\.csv: line 3"):
         planned(folder / "a.csv", tmp_path / "run")
 
@@ -286,14 +286,14 @@ def test_parquet(folder, tmp_path, kind):
         "bytes": jpeg,
         "path": lambda i: f"images/{i}.jpg",
     }[kind]
-    rows = [{"image": image(i), "caption": f"picture {i}", "n": i} for i in range(5)]
+    rows = [{"image": image(i), "caption": f"image {i}", "n": i} for i in range(5)]
     pq.write_table(pa.Table.from_pylist(rows), folder / "a.parquet", row_group_size=2)
     rows = check(planned(folder / "a.parquet", tmp_path / "run", part_size=3))
     assert [r.extra for r in rows] == [{"n": i} for i in range(5)]
 
 
 def test_saved_datasets(tmp_path):
-    rows = [{"image": {"bytes": jpeg(i), "path": None}, "caption": f"picture {i}", "n": i} for i in range(5)]
+    rows = [{"image": {"bytes": jpeg(i), "path": None}, "caption": f"image {i}", "n": i} for i in range(5)]
     data = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     datasets.DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(str(tmp_path / "set"))
     check(planned(tmp_path / "set", tmp_path / "run", part_size=2, reading={"split": "train"}))
@@ -305,9 +305,7 @@ def test_saved_datasets(tmp_path):
 
 
 def img2dataset_rows():
-    good = [
-        {"key": f"{i:09d}", "status": "success", "caption": f"picture {i}", "url": f"http://x/{i}"} for i in range(5)
-    ]
+    good = [{"key": f"{i:09d}", "status": "success", "caption": f"image {i}", "url": f"http://x/{i}"} for i in range(5)]
     return [*good, {"key": "000000005", "status": "failed_to_download", "caption": "gone", "url": "http://x/5"}]
 
 
@@ -334,7 +332,7 @@ def test_img2dataset_files(tmp_path):
 
 def test_img2dataset_tars_and_parquet(tmp_path):
     folder = tmp_path / "set"
-    write_tar(folder / "00000.tar", [m for i in range(5) for m in sample(f"{i:09d}", i, f"picture {i}", {"url": "u"})])
+    write_tar(folder / "00000.tar", [m for i in range(5) for m in sample(f"{i:09d}", i, f"image {i}", {"url": "u"})])
     pq.write_table(pa.Table.from_pylist(img2dataset_rows()), folder / "00000.parquet")
     run = planned(folder, tmp_path / "run")  # the parquet beside the tar is a description, not an input
     check(run)
@@ -346,7 +344,7 @@ def test_img2dataset_tars_and_parquet(tmp_path):
 
 
 def test_a_parquet_file_damaged_inside_gives_rows_that_say_so(tmp_path):
-    rows = [{"image": jpeg(i), "caption": f"picture {i}"} for i in range(6)]
+    rows = [{"image": jpeg(i), "caption": f"image {i}"} for i in range(6)]
     path = tmp_path / "a.parquet"
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=3, compression="zstd", use_dictionary=False)
     content = bytearray(path.read_bytes())
@@ -486,7 +484,7 @@ def test_columns_of_other_types_are_refused_at_the_start(tmp_path, read, case, k
 
 
 @STACKS
-def test_a_feature_that_is_no_image_and_a_column_that_is_there_twice(tmp_path, read):
+def test_a_feature_that_is_no_image_and_a_column_that_is_repeated(tmp_path, read):
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.ClassLabel(names=["cat", "dog"])})
     data = datasets.Dataset.from_dict({"image": [{"bytes": jpeg(0), "path": None}], "caption": [0]}, features)
     data.to_parquet(tmp_path / "a.parquet")
@@ -530,7 +528,7 @@ def test_all_ways_to_pack_images_and_captions(tmp_path, read, packed):
     [(read, kind) for read in (by_number, by_stream, by_capfilt) for kind in ("parquet", "tar", "json")] + WITH_SAVED,
 )
 def test_a_split_is_refused_where_there_is_none(tmp_path, read, kind):
-    """Also where a column has that name, which would be heeded by some formats and not by others."""
+    """Also where a column has that name, which would be honoured by some formats and not by others."""
     path = tmp_path / f"a.{kind}"
     columns = {"image": [jpeg(0)], "caption": ["a"], "split": ["train"]}
     if kind == "tar":

@@ -190,7 +190,7 @@ def test_the_slider_counts(browser, page):
     assert view.errors == []
 
 
-def test_pictures_are_blurred_until_somebody_wants_to_see(browser, page):
+def test_images_are_blurred_until_somebody_wants_to_see(browser, page):
     view = opened(browser, page)
     look = "() => getComputedStyle(document.querySelector('.card img')).filter"
     assert "blur" in view.evaluate(look)

@@ -126,7 +126,7 @@ def test_every_odd_image_has_its_status_and_harms_no_other(tmp_path):
     assert (rows["odd_turned"]["width"], rows["odd_turned"]["height"]) == (10, 30)
     assert rows["odd_gif"]["n_frames"] == rows["odd_webp"]["n_frames"] == 2
     assert "image.animated" in rows["odd_gif"]["rule_flags"]
-    # The same picture with the same id: only its row number in the file, and so its id, may be another.
+    # The same image with the same id: only its row number in the file, and so its id, may be another.
     same = ["image_sha256", "width", "status", "web_text", "itm_web", "itc_web", "rule_flags"]
     for row in annotations(clean).to_pylist():
         assert {k: rows[row["key"]][k] for k in same} == {k: row[k] for k in same}
@@ -134,14 +134,14 @@ def test_every_odd_image_has_its_status_and_harms_no_other(tmp_path):
 
 
 @pytest.mark.slow
-def test_broken_pictures_among_many_harm_no_neighbour(tmp_path):
+def test_broken_images_among_many_harm_no_neighbour(tmp_path):
     """Fault 7: 3.5% of 2,400; the rest is the same to the bit as where the broken ones are whole."""
     broken = [content for content, status, _ in ODD.values() if status != "ok"]
     runs = []
     for name in ("whole", "mixed"):
         images = [jpeg(i) if name == "whole" or i * 7919 % 200 >= 7 else broken[i % len(broken)] for i in range(2400)]
         members = [(f"{i:04d}.jpg", image) for i, image in enumerate(images)]
-        members += [(f"{i:04d}.txt", f"picture {i}".encode()) for i in range(2400)]
+        members += [(f"{i:04d}.txt", f"image {i}".encode()) for i in range(2400)]
         options = replace(HERE, batch=32)
         runs.append(scored(write_tar(tmp_path / name / "a.tar", members), tmp_path / f"{name}-run", options=options))
     whole, mixed = (annotations(run).to_pylist() for run in runs)
@@ -155,7 +155,7 @@ def test_broken_pictures_among_many_harm_no_neighbour(tmp_path):
 
 
 def test_lenient_decodes_and_flags_what_strict_refuses(tmp_path):
-    path = write_tar(tmp_path / "a.tar", [("a.jpg", ODD["truncated"][0]), ("a.txt", b"half a picture")])
+    path = write_tar(tmp_path / "a.tar", [("a.jpg", ODD["truncated"][0]), ("a.txt", b"half an image")])
     (row,) = annotations(scored(path, tmp_path / "run", lenient=True)).to_pylist()
     assert row["status"] == "ok"
     assert "image.truncated" in row["rule_flags"]
@@ -433,7 +433,7 @@ def test_an_error_is_tried_again_and_then_written_down(tmp_path, monkeypatch, ca
 
 
 @pytest.mark.parametrize("what", ["abort", "hang"])
-def test_a_picture_that_kills_the_decoder_costs_one_row(tmp_path, monkeypatch, what):
+def test_a_image_that_kills_the_decoder_costs_one_row(tmp_path, monkeypatch, what):
     """Fault 8."""
     folder = crawl(tmp_path / "in", shards=1)
     base = {r["key"]: r for r in annotations(scored(folder, tmp_path / "base")).to_pylist()}

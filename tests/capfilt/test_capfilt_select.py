@@ -468,12 +468,12 @@ def test_an_older_export_goes_when_that_is_asked_for(run, half, tmp_path, form):
 
 
 @pytest.mark.parametrize("form", ["wds", "parquet", "json"])
-def test_pictures_of_telephones_are_exported(tmp_path, form):
-    """A JPEG with more pictures behind it, which Pillow calls MPO."""
+def test_images_of_telephones_are_exported(tmp_path, form):
+    """A JPEG with more images behind it, which Pillow calls MPO."""
     buffer = io.BytesIO()
     first, second = (Image.open(io.BytesIO(jpeg(i, (64, 48)))) for i in (1, 2))
     first.save(buffer, "MPO", save_all=True, append_images=[second])
-    tar = write_tar(tmp_path / "in" / "a.tar", [("0.jpg", buffer.getvalue()), ("0.txt", b"two pictures in one")])
+    tar = write_tar(tmp_path / "in" / "a.tar", [("0.jpg", buffer.getvalue()), ("0.txt", b"two images in one")])
     run = scored(tar, tmp_path / "run")
     assert annotations(run)["format"].to_pylist() == ["MPO"]
     select(run, "all", SelectConfig(itm=0))

@@ -425,7 +425,7 @@ BY_NAME = [
 
 @pytest.mark.parametrize(("name", "expected"), BY_NAME)
 def test_initial_vision_of_a_family_by_name(monkeypatch, tmp_path, name, expected):
-    """At full depth, resized to another picture; the file of random weights stands for the hub's."""
+    """At full depth, resized to another image; the file of random weights stands for the hub's."""
     assert architecture(name) == expected
     vit = of_family(name.partition(".")[0], None)
     side = 8 * vit.patch_embed.patch_size[0]

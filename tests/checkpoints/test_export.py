@@ -99,7 +99,7 @@ def loaded(kind, folder):
     return found.eval()
 
 
-def pictures(side=(50, 40)):
+def images(side=(50, 40)):
     draw = random.Random(5)
     return [Image.frombytes("RGB", side, draw.randbytes(3 * side[0] * side[1])) for _ in range(3)]
 
@@ -122,14 +122,14 @@ def test_a_captioner_says_the_same_in_transformers(model, kept, words, tmp_path)
     )
     for prompt in ("", "w4 w7"):
         given = {"text": [prompt] * 3} if prompt else {}
-        inputs = processor(images=pictures(), return_tensors="pt", **given)
+        inputs = processor(images=images(), return_tensors="pt", **given)
         said = theirs.generate(**inputs, num_beams=3, max_length=12, min_length=5)
         start = len(prompt.split()) + 1
         ours = write(model, words, inputs.pixel_values, BEAMS, prompt=prompt)
         assert [text.words for (text,) in ours] == [words.decode([row[start:].tolist()])[0] for row in said]
         assert processor.batch_decode(said, skip_special_tokens=True)[0].startswith(prompt)
     transform = EvalTransform(32)
-    ours = torch.stack([transform(picture) for picture in pictures()])
+    ours = torch.stack([transform(image) for image in images()])
     assert float((inputs.pixel_values - ours).abs().max()) < 0.03, "its default processor resizes a little otherwise"
     assert theirs.generation_config.num_beams == 3
 
@@ -141,7 +141,7 @@ def test_a_matcher_says_the_same_in_transformers(model, kept, words, tmp_path):
     theirs = loaded(BlipForImageTextRetrieval, tmp_path / "out")
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
     texts = ["w3 w9", "w4", "w8 w1 w2 w7 w30 w31"]
-    inputs = processor(images=pictures(), text=texts, padding=True, return_tensors="pt")
+    inputs = processor(images=images(), text=texts, padding=True, return_tensors="pt")
     assert inputs.input_ids[:, 0].tolist() == [TEXT.enc_id] * 3
     ids, keep = words.encode(texts, first="enc", max_length=30)
     tokens = model.vision(inputs.pixel_values)
@@ -158,8 +158,8 @@ def test_an_answerer_says_the_same_in_transformers(answerer, words, tmp_path):
     assert run(tmp_path / "model", tmp_path / "out", "--to", "transformers") == 0
     theirs = loaded(BlipForQuestionAnswering, tmp_path / "out")
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
-    for picture, question in zip(pictures(), ("w3 w9", "w4", "w8 w1 w2 w7"), strict=True):
-        inputs = processor(images=picture, text=question, return_tensors="pt")
+    for image, question in zip(images(), ("w3 w9", "w4", "w8 w1 w2 w7"), strict=True):
+        inputs = processor(images=image, text=question, return_tensors="pt")
         said = theirs.generate(**inputs, num_beams=3, max_length=10)[0, 1:].tolist()
         context = ask(answerer, words, answerer.vision(inputs.pixel_values), [question], [0])
         ((best,),) = answers(answerer, words, context, AnswerConfig(), None, 1)
@@ -315,7 +315,7 @@ def test_the_lines_of_a_card_run(kept, answerer, words, tmp_path, capsys):
         run(source, tmp_path / use, "--to", "transformers", "--use", use)
         lines = re.search(r"```python\n(.*?)```", (tmp_path / use / "README.md").read_text(), re.DOTALL)[1]
         capsys.readouterr()
-        exec(lines, {"FOLDER": str(tmp_path / use), "image": pictures()[0]})
+        exec(lines, {"FOLDER": str(tmp_path / use), "image": images()[0]})
         assert capsys.readouterr().out.strip()
 
 
@@ -393,7 +393,7 @@ def test_a_command_takes_the_file_and_what_it_was_converted_to(tmp_path, capsys,
     heads = {"vision": 2, "text": 2}
     path = released.pth(tmp_path / "in", "pretraining", beside=False, attention_heads=heads)
     vocabulary = str(released.vocabulary(tmp_path / "words"))
-    pictures()[0].save("p.png")
+    images()[0].save("p.png")
     assert run(path, "ours", "--tokenizer", vocabulary) == 0
     assert run("ours", "theirs", "--to", "transformers", "--use", "captioning") == 0
     assert run("ours", "matching", "--to", "transformers", "--use", "matching") == 0
@@ -441,7 +441,7 @@ def test_every_command_of_the_page_runs(tmp_path, monkeypatch, capsys):
         path = released.pth(tmp_path, name, beside=False, attention_heads={"vision": 2, "text": 2})
         path.rename(f"{released_name}.pth")
     (tmp_path / "vocab.txt").write_text("\n".join([*PIECES, *(f"w{i}" for i in range(97 - len(PIECES)))]) + "\n")
-    pictures()[0].save("photo.jpg")
+    images()[0].save("photo.jpg")
     lines = [line for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
     assert len(lines) >= 9
     for line in lines:

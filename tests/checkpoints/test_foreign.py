@@ -123,8 +123,8 @@ def test_a_pretraining_file_computes_what_the_original_did(tmp_path):
 def test_files_of_tasks_compute_what_the_original_did(tmp_path):
     golden = load_file(goldens.HERE / "nlvr.safetensors")
     model, _ = load(released.pth(tmp_path, "nlvr"), "nlvr")
-    pictures = golden["image"].unflatten(0, (2, 4)).transpose(0, 1)
-    close(model.judge(golden["ids"].long(), golden["keep"], model.contexts(pictures)), golden["logits"], 1e-4)
+    images = golden["image"].unflatten(0, (2, 4)).transpose(0, 1)
+    close(model.judge(golden["ids"].long(), golden["keep"], model.contexts(images)), golden["logits"], 1e-4)
 
     golden = load_file(goldens.HERE / "vqa.safetensors")
     model, words = load(released.pth(tmp_path, "vqa"), "vqa")
@@ -521,7 +521,7 @@ def damaged(name, change):
         (
             "pretraining",
             lambda s: s.update({"visual_encoder.pos_embed": torch.zeros(1, 18, 32)}),
-            "not of a square picture",
+            "not of a square image",
         ),
         (
             "pretraining",
@@ -571,8 +571,8 @@ def damaged(name, change):
         ),
         ("captioning", put(POSITIONS_OF_CAPTIONS, lambda t: torch.zeros(10**12, 0)), "a.pth: "),
         ("captioning", put(POSITIONS_OF_CAPTIONS, lambda t: torch.zeros(0, 24)), "a.pth: text.max_positions must be"),
-        ("captioning", put("visual_encoder.pos_embed", lambda t: t[:, :1]), "not of a square picture"),
-        ("captioning", put("visual_encoder.pos_embed", lambda t: t[:, :0]), "not of a square picture"),
+        ("captioning", put("visual_encoder.pos_embed", lambda t: t[:, :1]), "not of a square image"),
+        ("captioning", put("visual_encoder.pos_embed", lambda t: t[:, :0]), "not of a square image"),
         ("captioning", put("visual_encoder.patch_embed.proj.weight", lambda t: torch.zeros(0, 3, 8, 8)), "a.pth: "),
         (
             "captioning",

@@ -104,8 +104,8 @@ BROKEN = {
     "gone": (lambda p: p.unlink(), "no such file"),
     "empty": (lambda p: p.write_bytes(b""), "is empty"),
     "a page": (lambda p: p.write_bytes(b"<html>not found</html>" * 50), "cannot be decoded"),
-    "cut in its table": (lambda p: cut(p, 0.5), "cannot be decoded|has no pictures"),
-    "sound": (sound, "has no pictures: it is sound"),
+    "cut in its table": (lambda p: cut(p, 0.5), "cannot be decoded|has no images"),
+    "sound": (sound, "has no images: it is sound"),
     "a folder": (lambda p: (p.unlink(), p.mkdir()), "Is a directory|not a regular file"),
     "a pipe": (lambda p: (p.unlink(), os.mkfifo(p)), "not a regular file"),
 }
@@ -140,7 +140,7 @@ def test_a_file_cannot_make_another_be_opened(tmp_path, monkeypatch, name):
 
 
 def test_a_clip_that_is_cut_short_is_refused(tmp_path):
-    """Where the table stands before the pictures, so that it can be opened."""
+    """Where the table stands before the images, so that it can be opened."""
     path = tmp_path / "a.avi"
     encode(path)
     content = path.read_bytes()

@@ -97,9 +97,9 @@ def test_what_answers_look_at_is_the_image_and_the_caption():
         model = random_model(sees)
         image, captions, caption_keep, ids, keep = asked(model)
         whole = model.match(ids, keep, model.context(image, captions, caption_keep).expand(4))
-        other_picture = model.match(ids, keep, model.context(image.flip(0), captions, caption_keep).expand(4))
+        other_image = model.match(ids, keep, model.context(image.flip(0), captions, caption_keep).expand(4))
         other_caption = model.match(ids, keep, model.context(image, captions.roll(1, 1), caption_keep).expand(4))
-        assert (whole - other_picture).abs().max() > 1e-3
+        assert (whole - other_image).abs().max() > 1e-3
         assert (whole - other_caption).abs().max() > 1e-3
 
 
@@ -207,7 +207,7 @@ def test_dense_annotations_that_do_not_fit_are_named(tmp_path, rows, said):
         ("train", "train2014/COCO_train2014_000000000007.jpg"),
     ],
 )
-def test_pictures_are_found_by_their_number(tmp_path, split, name):
+def test_images_are_found_by_their_number(tmp_path, split, name):
     value = talk(split=split)
     del value["data"]["dialogs"][0]["image"]
     config = written(tmp_path, value)
@@ -405,7 +405,7 @@ def test_a_file_of_ranks_that_does_not_fit_is_named(tmp_path, content, said):
         read_ranks(tmp_path / "r.json")
 
 
-def test_a_missing_picture_is_named(tmp_path):
+def test_a_missing_image_is_named(tmp_path):
     source = Conversations(written(tmp_path, talk(data__dialogs__0__image="gone.png")))
     with pytest.raises(DataError, match=r"val.json:0, image 7, cannot be evaluated: gone.png: no such file"):
         ranks_of(random_model(), TOKENIZER, source)
@@ -420,7 +420,7 @@ def test_without_right_answers_ranks_are_made_and_not_scored(tmp_path):
         score(source, ranked)
 
 
-# The picture world ----------------------------------------------------------------------------------------------------
+# The synthetic world -------------------------------------------------------------------------------------------------
 
 
 def test_dialogues_of_the_world_are_fixed_and_true():

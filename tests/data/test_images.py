@@ -42,7 +42,7 @@ def test_rgb_is_left_as_it_is():
     assert (np.asarray(image) == pixels).all()
 
 
-def test_a_path_and_a_picture_are_decoded_too(tmp_path):
+def test_a_path_and_a_image_are_decoded_too(tmp_path):
     image = Image.fromarray(noise())
     path = tmp_path / "ünïcode name.png"
     image.save(path)
@@ -110,7 +110,7 @@ def test_exif_orientation_is_applied():
     assert got.getpixel((8, 28))[0] < 50
 
 
-def test_an_opened_picture_is_what_its_file_is():
+def test_an_opened_image_is_what_its_file_is():
     """Upright too, and refused in the same way."""
     exif = Image.Exif()
     exif[274] = 6
@@ -140,7 +140,7 @@ ACCIDENTS = {
     "PDF": b"%PDF-1.7 ...",
     "HEIC": b"\0\0\0\x18ftypheic" + bytes(40),
     "gzip": b"\x1f\x8b\x08\0\0\0\0\0",
-    "not one of": b"hello, I am not a picture",
+    "not one of": b"hello, I am not an image",
 }
 
 
@@ -390,7 +390,7 @@ def test_the_limit_is_ours():
     assert why(data, 9_999) == "100 x 100 pixels by its header, more than the limit of 9,999"
 
 
-def test_a_large_legal_picture_warns_nobody(recwarn, monkeypatch):
+def test_a_large_legal_image_warns_nobody(recwarn, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8000)  # Pillow warns above this, below our limit
     assert decode(encoded(Image.new("1", (100, 100))), LIMIT).size == (100, 100)
     assert not recwarn.list

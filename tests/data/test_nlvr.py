@@ -19,7 +19,7 @@ from blip.checkpoints.layouts import original_nlvr
 from blip.checkpoints.table import from_theirs, to_theirs
 from blip.data.draws import Draws
 from blip.data.prepare.sentences import PrepareSentences, Sentences, cut, open_sentences, read_images, sentence_batch
-from blip.data.settings import DataConfig, PictureSentences
+from blip.data.settings import DataConfig, ImageSentences
 from blip.data.stream import Stream
 from blip.data.transforms import TrainTransform
 from blip.errors import BadSample, DataError
@@ -73,14 +73,14 @@ def original(golden):
     return model
 
 
-def pictures(golden):
-    """The original has all first pictures before all second ones."""
+def images(golden):
+    """The original has all first images before all second ones."""
     return golden["image"].unflatten(0, (2, 4)).transpose(0, 1)
 
 
 def batch_of(golden):
     ids, keep = golden["ids"].long(), golden["keep"]
-    return SentenceBatch(pictures(golden), ids, keep, golden["labels"], [str(i) for i in range(4)])
+    return SentenceBatch(images(golden), ids, keep, golden["labels"], [str(i) for i in range(4)])
 
 
 @pytest.mark.parametrize("few", [False, True])
@@ -88,7 +88,7 @@ def test_logits_are_the_originals(original, golden, few):
     original.eval()
     ids, keep = golden["ids"].long(), golden["keep"]
     with torch.no_grad():
-        seen = original.contexts(pictures(golden), queries=6 if few else None)
+        seen = original.contexts(images(golden), queries=6 if few else None)
         close(original.judge(ids, keep, seen), golden["logits"], 1e-4)
 
 
@@ -143,7 +143,7 @@ def test_neither_padding_nor_batch_change_an_answer():
 
 
 @torch.no_grad()
-def test_each_picture_has_its_own_place():
+def test_each_image_has_its_own_place():
     model = random_model(images=3)
     image, ids, keep = asked(model, images=3)
     straight = model.judge(ids, keep, model.contexts(image))
@@ -154,7 +154,7 @@ def test_each_picture_has_its_own_place():
 
 
 @torch.no_grad()
-def test_copies_of_one_picture_start_as_the_pretrained_model_reads_it():
+def test_copies_of_one_image_start_as_the_pretrained_model_reads_it():
     """Where there is one layer, it averages, and the mean of equal looks is the look that was pre-trained."""
     torch.manual_seed(0)
     text = dataclasses.replace(SMALLEST.text, layers=3)
@@ -175,7 +175,7 @@ def test_copies_of_one_picture_start_as_the_pretrained_model_reads_it():
     close(ours, theirs)
 
 
-def test_another_number_of_pictures_is_refused():
+def test_another_number_of_images_is_refused():
     model = random_model()
     image, _, _ = asked(model, images=3)
     with pytest.raises(ValueError, match=r"\[5, 3, 3.* the model takes \(B, 2, 3, S, S\)"):
@@ -193,13 +193,13 @@ def dev(real_data, tmp_path_factory):
 
 
 def test_the_real_nlvr2_is_read(dev):
-    source = Sentences(PictureSentences(str(dev)))
+    source = Sentences(ImageSentences(str(dev)))
     assert (len(source), source.count) == (6982, 2)
     first = source[0]
     assert (first.id, first.label) == ("dev-850-0-0", False)
     assert [path.name for path in first.images] == ["dev-850-0-img0.png", "dev-850-0-img1.png"]
     assert first.group == "dev-850-0"
-    parts = {part: Sentences(PictureSentences(str(dev), part=part)) for part in ("train", "val")}
+    parts = {part: Sentences(ImageSentences(str(dev), part=part)) for part in ("train", "val")}
     assert len(parts["train"]) + len(parts["val"]) == 6982
     assert 0.15 < len(parts["val"]) / 6982 < 0.25
     assert not {e.fold for e in parts["train"].examples} & {e.fold for e in parts["val"].examples}
@@ -208,7 +208,7 @@ def test_the_real_nlvr2_is_read(dev):
 
 
 def test_the_real_nlvr_is_read(real_data):
-    source = Sentences(PictureSentences(str(real_data / "nlvr/dev/dev.json")))
+    source = Sentences(ImageSentences(str(real_data / "nlvr/dev/dev.json")))
     assert (len(source), source.count) == (5934, 3)
     assert all(e.images[0].exists() for e in source.examples)
     boxes = read_images(source[0], 10**8)
@@ -219,18 +219,18 @@ def test_the_real_nlvr_is_read(real_data):
 
 
 @pytest.mark.parametrize(("size", "lefts"), [((400, 100), (0, 150, 300)), ((300, 100), (0, 100, 200))])
-def test_a_wide_picture_is_cut_into_squares(size, lefts):
-    picture = Image.fromarray(np.tile(np.arange(size[0]) % 256, (size[1], 1)).astype(np.uint8))
-    for left, box in zip(lefts, cut(picture, 3), strict=True):
-        np.testing.assert_array_equal(np.asarray(box), np.asarray(picture)[:, left : left + 100])
+def test_a_wide_image_is_cut_into_squares(size, lefts):
+    image = Image.fromarray(np.tile(np.arange(size[0]) % 256, (size[1], 1)).astype(np.uint8))
+    for left, box in zip(lefts, cut(image, 3), strict=True):
+        np.testing.assert_array_equal(np.asarray(box), np.asarray(image)[:, left : left + 100])
 
 
-def rows(folder, *rows, name="dev.json", pictures=True):
+def rows(folder, *rows, name="dev.json", images=True):
     (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if pictures:
+    if images:
         for color, path in (("red", "a.png"), ("blue", "b.png")):
             Image.new("RGB", (40, 30), color).save(folder / path)
-    return PictureSentences(str(folder / name))
+    return ImageSentences(str(folder / name))
 
 
 ROW = {"images": ["a.png", "b.png"], "sentence": "left is red", "label": "True", "identifier": "dev-1-0-0"}
@@ -255,7 +255,7 @@ def test_a_row_that_does_not_fit_is_named(tmp_path, change, said):
         Sentences(rows(tmp_path, ROW, {**ROW, "identifier": "dev-1-0-1", **change}))
 
 
-def test_a_missing_picture_of_a_pair_is_named(tmp_path):
+def test_a_missing_image_of_a_pair_is_named(tmp_path):
     source = Sentences(rows(tmp_path, ROW, {**ROW, "identifier": "dev-1-1-0", "images": ["a.png", "gone.png"]}))
     source.check_some_exist()
     with pytest.raises(BadSample, match=r"gone.png: no such file"):
@@ -269,12 +269,12 @@ def test_a_missing_picture_of_a_pair_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["", "dev", "images/dev", "images/dev/7", "7"])
-def test_pictures_are_found_where_nlvr2_puts_them(tmp_path, layout):
+def test_images_are_found_where_nlvr2_puts_them(tmp_path, layout):
     (tmp_path / layout).mkdir(parents=True, exist_ok=True)
     for k in range(2):
         Image.new("RGB", (4, 4)).save(tmp_path / layout / f"dev-1-2-img{k}.png")
     row = {"identifier": "dev-1-2-0", "sentence": "x", "label": "True", "directory": 7}
-    source = Sentences(rows(tmp_path, row, pictures=False))
+    source = Sentences(rows(tmp_path, row, images=False))
     assert source[0].images == tuple(tmp_path / layout / f"dev-1-2-img{k}.png" for k in range(2))
 
 
@@ -293,7 +293,7 @@ def red_and_blue(tmp_path, sentence, **settings):
     ("sentence", "moves"),
     [("a thing is red", True), ("the Right one is red", False), ("the first is red", False), ("it is bright", True)],
 )
-def test_pictures_change_places_where_the_sentence_allows_it(tmp_path, sentence, moves):
+def test_images_change_places_where_the_sentence_allows_it(tmp_path, sentence, moves):
     pairs = red_and_blue(tmp_path, sentence, flip=0.0)
     first = [bool(pairs[(epoch, 0)].images[0, 0].mean() > 0) for epoch in range(40)]
     assert (0.2 < np.mean(first) < 0.8) if moves else all(first)
@@ -362,20 +362,20 @@ def test_scores_are_the_official_ones_to_the_last_digit(real_data, dev, name, tm
         pytest.skip(f"{name} not at hand")
     wanted = json.loads((folder / "nlvr2_expected.json").read_text())[name]
     answers = read_results(folder / name)
-    examples = Sentences(PictureSentences(str(dev))).examples
+    examples = Sentences(ImageSentences(str(dev))).examples
     found = score(examples, answers, resamples=0)
     assert [f"accuracy={found['accuracy']}", f"consistency={found['consistency']}"] == wanted["official"]
     for part in ("balanced", "unbalanced"):
         path = tmp_path / f"{part}.json"
         path.write_bytes(gzip.decompress((real_data / f"nlvr2/{part}/{part}_dev.json.gz").read_bytes()))
-        some = score(Sentences(PictureSentences(str(path))).examples, answers, resamples=0)
+        some = score(Sentences(ImageSentences(str(path))).examples, answers, resamples=0)
         assert 100 * some["accuracy"] == pytest.approx(float(wanted[part][0]), abs=1e-12)
 
 
 def test_nlvr_scores_are_the_official_ones_to_the_last_digit(real_data):
     folder = real_data / "eval_references"
     wanted = json.loads((folder / "nlvr_expected.json").read_text())["nlvr_dev_p90.csv"]
-    examples = Sentences(PictureSentences(str(real_data / "nlvr/dev/dev.json"))).examples
+    examples = Sentences(ImageSentences(str(real_data / "nlvr/dev/dev.json"))).examples
     found = score(examples, read_results(folder / "nlvr_dev_p90.csv"))
     assert [f"precision={found['accuracy']}", f"consistency={found['consistency']}"] == wanted
     assert found["accuracy_low"] < found["accuracy"] < found["accuracy_high"]
@@ -391,7 +391,7 @@ def test_scores_by_hand(tmp_path):
     right = {e.id: e.label for e in examples}
     found = score(examples, {**right, "dev-1-3-1": True}, resamples=10)
     assert (found["accuracy"], found["consistency"], found["majority"]) == (0.75, 0.5, 0.75)
-    assert (found["accuracy_low"], found["accuracy_high"]) == (0.75, 0.75), "one set of pictures, so nothing to draw"
+    assert (found["accuracy_low"], found["accuracy_high"]) == (0.75, 0.75), "one set of images, so nothing to draw"
     del right["dev-1-3-1"]
     with pytest.raises(DataError, match=r"no answers for 1 example \(dev-1-3-1\) of 4; give all, or allow_partial"):
         score(examples, right)
@@ -426,7 +426,7 @@ def test_results_are_written_as_the_official_scripts_take_them(tmp_path):
     assert results_csv(boxed, answers).startswith("dev-1-0-0,false\n")
 
 
-# The picture world ----------------------------------------------------------------------------------------------------
+# The synthetic world -------------------------------------------------------------------------------------------------
 
 
 def test_sets_of_the_world_are_balanced_and_fixed():
@@ -462,7 +462,7 @@ def test_what_the_worlds_sentences_say_is_true():
 
 def test_the_world_is_written_as_nlvr2_and_read_back(tmp_path):
     world_pairs.write(tmp_path, "val", 5, size=16)
-    source = Sentences(PictureSentences(str(tmp_path / "val.json")))
+    source = Sentences(ImageSentences(str(tmp_path / "val.json")))
     assert (len(source), source.count, sum(e.label for e in source.examples)) == (20, 2, 10)
     pairs = [pair for number in range(5) for pair in world_pairs.pairs(0, number, "val")]
     assert [e.sentence for e in source.examples] == [pair.sentence for pair in pairs]
@@ -483,12 +483,12 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     world = recipe.PairWorld(str(folder / "world"), train=6, held_out=3, image_size=64)
     held = {
-        name: recipe.HeldOutSentences(PictureSentences(str(folder / f"world/{name}.json"))) for name in ("val", "test")
+        name: recipe.HeldOutSentences(ImageSentences(str(folder / f"world/{name}.json"))) for name in ("val", "test")
     }
     run = recipe.NlvrRun(
         out=str(folder / "out"),
         model=ModelChoice(size="tiny", tokenizer="world"),
-        data=recipe.NlvrData(sources=[PictureSentences(str(folder / "world/train.json"))], workers=0),
+        data=recipe.NlvrData(sources=[ImageSentences(str(folder / "world/train.json"))], workers=0),
         train=dataclasses.replace(TrainConfig(), steps=3, batch_size=4, warmup_steps=0, eval_every=2, lr=1e-3),
         validation=held["val"],
         test=held["test"],
@@ -520,12 +520,12 @@ def test_the_command_measures_what_the_run_measured(finished, tmp_path, capsys):
 
 
 def answer_all(model: str, path: str, out: str) -> None:
-    """What each process of two does: the command, and examples of which a picture cannot be read."""
+    """What each process of two does: the command, and examples of which an image cannot be read."""
     dist.start(60)
     assert spread(list(range(7)), lambda n: [n, -n]) == [found for n in range(7) for found in (n, -n)]
     main(["nlvr2", "--model", model, "--source.path", path, "--batch", "5", "--out", out, "--device", "cpu"])
     loaded, tokenizer = from_pretrained(model, Nlvr)
-    examples = Sentences(PictureSentences(path)).examples
+    examples = Sentences(ImageSentences(path)).examples
     examples[7] = dataclasses.replace(examples[7], images=(Path(out) / "gone.png", *examples[7].images[1:]))
     with pytest.raises(DataError, match=r"cannot be evaluated: gone\.png"):
         answers_of(loaded, tokenizer, examples, batch=5)
@@ -543,7 +543,7 @@ def test_two_processes_leave_the_files_that_one_leaves_and_fail_together(finishe
     assert len(read_results(tmp_path / "two/results.csv")) == 12
 
 
-def test_a_model_for_another_number_of_pictures_is_refused(finished, tmp_path):
+def test_a_model_for_another_number_of_images_is_refused(finished, tmp_path):
     run, (_, model) = finished
     row = {**ROW, "images": ["a.png", "b.png", "a.png"]}
     config = rows(tmp_path, row)
@@ -565,9 +565,9 @@ def test_a_plain_model_is_refused_with_what_to_do(tmp_path, capsys):
 
 
 def test_an_answer_ignores_what_else_is_asked(tmp_path):
-    """The evaluator's pictures are never augmented, and its answers do not depend on the batch."""
+    """The evaluator's images are never augmented, and its answers do not depend on the batch."""
     world_pairs.write(tmp_path, "val", 6, size=16)
-    examples = Sentences(PictureSentences(str(tmp_path / "val.json"))).examples
+    examples = Sentences(ImageSentences(str(tmp_path / "val.json"))).examples
     torch.manual_seed(0)
     tokenizer = Tokenizer.load("world")
     vision = dataclasses.replace(SMALLEST.vision, image_size=16, patch_size=8)

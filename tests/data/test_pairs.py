@@ -29,7 +29,7 @@ SIZE = 16
 
 
 class Made:
-    """A source of numbered pictures; `bad` rows are unreadable, `does` is done before a row is given."""
+    """A source of numbered images; `bad` rows are unreadable, `does` is done before a row is given."""
 
     def __init__(self, n, *, name="made", weight=1.0, bad=(), captions=1, does=None):
         self.n, self.name, self.weight, self.bad, self.does = n, name, weight, frozenset(bad), does
@@ -51,7 +51,7 @@ class Made:
             raise BadSample("made so")
         image = np.full((24, 24, 3), row % 256, np.uint8)
         image[: row % 24] = 255
-        captions = [f"picture {row} words {c}" for c in range(self.captions)]
+        captions = [f"image {row} words {c}" for c in range(self.captions)]
         return Record(self.key(row), Image.fromarray(image), captions)
 
 
@@ -144,7 +144,7 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index(tokenizer):
 
 
 def test_a_copy_sent_to_another_process_makes_the_same_samples(tokenizer, tmp_path):
-    rows = [{"image": f"{i}.png", "caption": f"picture {i}"} for i in range(6)]
+    rows = [{"image": f"{i}.png", "caption": f"image {i}"} for i in range(6)]
     for i in range(6):
         Image.new("RGB", (20, 20), (i * 40, 0, 0)).save(tmp_path / f"{i}.png")
     (tmp_path / "a.json").write_text(json.dumps(rows))

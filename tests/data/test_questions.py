@@ -9,7 +9,7 @@ from PIL import Image
 
 from blip.data.draws import Draws
 from blip.data.prepare.questions import PrepareQuestions, Questions, open_questions, read_answers, weighed
-from blip.data.settings import DataConfig, PictureQuestions
+from blip.data.settings import DataConfig, ImageQuestions
 from blip.data.stream import Stream
 from blip.data.transforms import EvalTransform
 from blip.errors import DataError
@@ -20,7 +20,7 @@ WORLD = Tokenizer.load("world")
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two pictures under the names that VQA v2 and others use."""
+    """Two images under the names that VQA v2 and others use."""
     for name in ("val2014/COCO_val2014_000000000007.png", "a.png", "images/0.png", "images/1.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (8, 8), "red").save(tmp_path / name)
@@ -42,7 +42,7 @@ def official(folder, answers=("red", "red", "orange"), **more):
     found = {"annotations": [{"question_id": 70, "image_id": 7, **kinds, "answers": rows}]}
     paths = write(folder, "q.json", questions), write(folder, "a.json", found)
     name = "val2014/COCO_val2014_{image_id:012d}.png"
-    return PictureQuestions(paths[0], annotations=paths[1], image_name=name, **more)
+    return ImageQuestions(paths[0], annotations=paths[1], image_name=name, **more)
 
 
 def pairs(*configs, **options):
@@ -70,7 +70,7 @@ def test_the_releases_files(folder):
         {"dataset": "vqa", "image": "a.png", "question": "Is it red?", "question_id": "5", "answer": given},
         {"dataset": "vg", "image": "a.png", "question": "What?", "answer": "red"},
     ]
-    source = Questions(PictureQuestions(write(folder, "vqa_train.json", rows)))
+    source = Questions(ImageQuestions(write(folder, "vqa_train.json", rows)))
     assert [source.question(row).id for row in range(2)] == [5, 1]
     assert [source.question(row).weight for row in range(2)] == pytest.approx([1.0, 0.2])
     found = pairs(source.config)
@@ -84,36 +84,36 @@ def test_the_releases_files(folder):
 
 def test_easy_vqa_and_lists_by_their_columns(folder):
     easy = Questions(
-        PictureQuestions(write(folder, "easy.json", [["is it red?", "yes", 1], ["which colour?", "red", 0]]))
+        ImageQuestions(write(folder, "easy.json", [["is it red?", "yes", 1], ["which colour?", "red", 0]]))
     )
     assert [easy.question(row).image for row in range(2)] == ["images/1.png", "images/0.png"]
     assert [easy.question(row).answer_type for row in range(2)] == ["yes/no", "other"]
     rows = [{"qid": 9, "image_name": "0.png", "question": "How many?", "answer": 3, "answer_type": "OPEN"}]
-    config = PictureQuestions(
+    config = ImageQuestions(
         write(folder, "rad.json", rows), image_root=str(folder / "images"), image_column="image_name", id_column="qid"
     )
     assert Questions(config).question(0)[:4] == (9, "How many?", "0.png", ["3"])
     lines = folder / "some.jsonl"
     lines.write_text('{"image": "a.png", "question": "What?", "answers": [{"answer": "red"}, {"answer": "blue"}]}\n')
-    assert Questions(PictureQuestions(str(lines))).question(0).answers == ["red", "blue"]
+    assert Questions(ImageQuestions(str(lines))).question(0).answers == ["red", "blue"]
 
 
 def test_real_files(real_data):
     photos = Questions(
-        PictureQuestions(
+        ImageQuestions(
             str(real_data / "photos/vqa_v2.json"), image_column="file_name", image_root=str(real_data / "photos/images")
         )
     )
     assert len(photos) == 17
     assert all(len(photos.question(row).answers) == 10 for row in range(17))
-    rad = PictureQuestions(
+    rad = ImageQuestions(
         str(real_data / "vqa_rad/questions.json"), image_root=str(real_data / "vqa_rad/images"),
         image_column="image_name", id_column="qid",
     )  # fmt: skip
     found = Questions(rad)
     found.check_some_exist()
     assert (len(found), found.question(0).answers) == (2283, ["Yes"])
-    easy = Questions(PictureQuestions(str(real_data / "easy_vqa/test/questions.json")))
+    easy = Questions(ImageQuestions(str(real_data / "easy_vqa/test/questions.json")))
     easy.check_some_exist()
     assert len(easy.answers()) == 13
     assert set(easy.answers()) == set(read_answers(real_data / "easy_vqa/answers.txt"))
@@ -125,7 +125,7 @@ BROKEN = {
     "a text for a question": ("q.json", {"questions": ["what"]}, r"row 0 has no id in 'question_id'"),
     "no id": ("q.json", {"questions": [{"question": "a", "image": "a.png"}]}, "row 0 has no id in 'question_id'"),
     "an empty question": ("q.json", [{**ROW, "question": " "}], "row 0 has no text in 'question'"),
-    "no picture": ("q.json", [{"question": "a", "answer": "b"}], "row 0 has no text in 'image'"),
+    "no image": ("q.json", [{"question": "a", "answer": "b"}], "row 0 has no text in 'image'"),
     "an answer that is none": ("q.json", [{**ROW, "answer": [None]}], "an answer is None"),
     "an id twice": ("q.json", [{**ROW, "question_id": 1}] * 2, r"1 question ids .*\(1\)"),
     "an address": ("q.json", [{**ROW, "image": "http://x/a.png"}], "is an address"),
@@ -144,7 +144,7 @@ def test_what_does_not_fit_is_named(name, folder):
     if value is None:
         (folder / file).write_text('{"questions": [{"image_id"')
     with pytest.raises(DataError, match=said):
-        Questions(PictureQuestions(path))
+        Questions(ImageQuestions(path))
 
 
 def test_questions_and_annotations_of_two_splits(folder):
@@ -164,7 +164,7 @@ def test_questions_and_annotations_of_two_splits(folder):
         Questions(dataclasses.replace(config, path=str(folder / "list.json")))
 
 
-def test_nothing_is_learned_from_questions_without_answers_or_pictures(folder):
+def test_nothing_is_learned_from_questions_without_answers_or_images(folder):
     config = official(folder)
     with pytest.raises(DataError, match="question 70 and 0 others have no answers to learn from"):
         pairs(dataclasses.replace(config, annotations=None))
@@ -188,17 +188,17 @@ def test_a_question_with_sides_is_not_mirrored(folder):
     from blip.data.transforms import TrainTransform
 
     data = DataConfig(max_unknown=1.0, flip=1.0, crop_scale_min=1.0, augment_ops=0)
-    source = Questions(PictureQuestions(write(folder, "s.json", rows)))
+    source = Questions(ImageQuestions(write(folder, "s.json", rows)))
     found = Draws([source], PrepareQuestions(TrainTransform(8, data), WORLD, data), seed=0)
     plain = EvalTransform(8)(image)
     mirrored = [not torch.equal(found[(0, row)].images, plain) for row in range(3)]
     assert mirrored == [False, False, True]
 
 
-def test_a_picture_that_cannot_be_read_is_replaced(folder):
+def test_a_image_that_cannot_be_read_is_replaced(folder):
     (folder / "b.png").write_bytes(b"<html>")
     rows = [{"image": name, "question": "what?", "answer": "red"} for name in ("b.png", "a.png")]
-    found = pairs(PictureQuestions(write(folder, "s.json", rows)))[(0, 0)]
+    found = pairs(ImageQuestions(write(folder, "s.json", rows)))[(0, 0)]
     assert found.bad[0].key == "s.json:0 question 0"
     assert found.key == "s.json:1 question 1"
 
@@ -210,7 +210,7 @@ def test_lists_are_streamed_and_a_row_that_does_not_fit_is_one_bad_sample(folder
     for s in range(2):
         lines = [json.dumps(row) for row in rows[4 * s : 4 * s + 4]]
         (folder / f"s-{s}.jsonl").write_text("\n".join([*lines, "[}"] if s else lines) + "\n")
-    config = DataConfig([PictureQuestions(str(folder / "s-*.jsonl"), weight=0.5)], streaming=True, shuffle_buffer=3)
+    config = DataConfig([ImageQuestions(str(folder / "s-*.jsonl"), weight=0.5)], streaming=True, shuffle_buffer=3)
     config = dataclasses.replace(config, max_unknown=1.0, workers=0)
     (shards,) = sources = open_questions(config)
     prepare = PrepareQuestions(EvalTransform(8), WORLD, config)
@@ -233,7 +233,7 @@ def test_lists_are_streamed_and_a_row_that_does_not_fit_is_one_bad_sample(folder
 
 
 def test_what_cannot_be_streamed_says_so(folder):
-    easy = PictureQuestions(write(folder, "easy.json", [["is it red?", "yes", 1]]))
+    easy = ImageQuestions(write(folder, "easy.json", [["is it red?", "yes", 1]]))
     asked = dataclasses.replace(official(folder), annotations=None)
     for config, named in ((official(folder), "q.json"), (asked, "q.json"), (easy, "easy.json")):
         with pytest.raises(DataError, match=f"data.streaming reads lists of rows .*, and {named} is VQA v2's or easy"):

@@ -33,11 +33,11 @@ def png(value):
 
 def rows(fault):
     """Eight good rows, and the faulty one as the sixth."""
-    good = [{"image": f"images/{i}.png", "caption": f"picture {i}"} for i in range(GOOD)]
+    good = [{"image": f"images/{i}.png", "caption": f"image {i}"} for i in range(GOOD)]
     return [*good[:AT], fault, *good[AT:]]
 
 
-IMAGE, CAPTION = "images/0.png", "a picture"
+IMAGE, CAPTION = "images/0.png", "an image"
 FAULTS = {
     "null caption": {"image": IMAGE, "caption": None},
     "number as caption": {"image": IMAGE, "caption": 3},
@@ -156,7 +156,7 @@ CASES += [("tar", c) for c in ("null caption", "number as caption", "object as c
 
 @pytest.mark.parametrize(("kind", "case"), CASES)
 def test_one_faulty_row_costs_one_row(folder, kind, case):
-    expected = [f"picture {i}" for i in range(GOOD)]
+    expected = [f"image {i}" for i in range(GOOD)]
     expected.insert(AT, None)
     config = write(folder, kind, case)
     assert by_number(config) == expected
@@ -166,12 +166,12 @@ def test_one_faulty_row_costs_one_row(folder, kind, case):
 
 @pytest.mark.parametrize("case", ["null caption", "no caption", "null image", "nothing", "number", "half a character"])
 def test_the_first_row_may_be_the_faulty_one(folder, case):
-    good = [{"image": f"images/{i}.png", "caption": f"picture {i}"} for i in range(3)]
+    good = [{"image": f"images/{i}.png", "caption": f"image {i}"} for i in range(3)]
     for path, text in (("a.json", json.dumps([FAULTS[case], *good])),
                        ("a.jsonl", "\n".join(map(json.dumps, [FAULTS[case], *good])))):  # fmt: skip
         (folder / path).write_text(text)
         config = SourceConfig(str(folder / path))
-        expected = [None, "picture 0", "picture 1", "picture 2"]
+        expected = [None, "image 0", "image 1", "image 2"]
         assert by_number(config) == in_sequence(config) == by_capfilt(config) == expected
         os.rename(folder / "run", folder / f"run-{path}")
 
@@ -179,11 +179,11 @@ def test_the_first_row_may_be_the_faulty_one(folder, case):
 @pytest.mark.parametrize("case", LINES)
 def test_the_first_line_may_be_the_broken_one(folder, case):
     line = LINES[case] if isinstance(LINES[case], bytes) else LINES[case].encode()
-    good = [json.dumps({"image": f"images/{i}.png", "caption": f"picture {i}"}).encode() for i in range(3)]
+    good = [json.dumps({"image": f"images/{i}.png", "caption": f"image {i}"}).encode() for i in range(3)]
     (folder / "a.jsonl").write_bytes(b"\n".join([line, *good]))
     config = SourceConfig(str(folder / "a.jsonl"))
     expected = ["a"] if case == "byte order mark" else [None]  # which is where one may be
-    expected += ["picture 0", "picture 1", "picture 2"]
+    expected += ["image 0", "image 1", "image 2"]
     assert by_number(config) == in_sequence(config) == by_capfilt(config) == expected
 
 

@@ -49,11 +49,11 @@ def folder(tmp_path):
     return folder
 
 
-def rows(n=5, captions=lambda i: f"picture {i}"):
+def rows(n=5, captions=lambda i: f"image {i}"):
     return [{"image": f"images/{i}.png", "caption": captions(i)} for i in range(n)]
 
 
-def check(source, key, captions=lambda i: [f"picture {i}"], n=5):
+def check(source, key, captions=lambda i: [f"image {i}"], n=5):
     assert len(source) == n
     for i in range(n):
         record = source[i]
@@ -115,7 +115,7 @@ def test_cocos_captions(folder):
 def coco(folder, images=range(5), annotations=range(5), name=lambda i: 100 + i, name_there=lambda i: 100 + i):
     value = {
         "images": [{"id": name(i), "file_name": f"images/{i}.png"} for i in images],
-        "annotations": [{"image_id": name_there(i), "caption": f"picture {i}"} for i in annotations],
+        "annotations": [{"image_id": name_there(i), "caption": f"image {i}"} for i in annotations],
     }
     (folder / "c.json").write_text(json.dumps(value))
     return SourceConfig(str(folder / "c.json"))
@@ -128,7 +128,7 @@ def test_cocos_ids_may_be_numbers_or_texts(folder, name, name_there):
 
 def test_ids_that_are_written_otherwise_are_others(folder):
     source = open_source(coco(folder, annotations=[0, 10], name=int, name_there=lambda i: "007" if i else "0"))
-    assert (len(source), source[0].captions) == (5, ["picture 0"])
+    assert (len(source), source[0].captions) == (5, ["image 0"])
     for row in range(1, 5):
         with pytest.raises(BadSample, match="the row has no caption"):
             source[row]
@@ -157,7 +157,7 @@ def test_images_of_coco_that_lack_something_are_bad_rows(folder):
         reasons.append(caught.value.reason)
     assert reasons[:3] == ["the row has no image", "the row has no id", "the row is not an object but nothing (null)"]
     assert reasons[3].startswith("the row has no caption")
-    assert source[4].captions == ["picture 4"]
+    assert source[4].captions == ["image 4"]
 
 
 OTHER_COCO = {
@@ -195,7 +195,7 @@ def test_an_image_of_karpathy_without_sentences_is_a_bad_row(folder, sentences):
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 @pytest.mark.parametrize("column", ["caption", "text"])
 def test_imagefolder(folder, kind, column):
-    data = [{"file_name": f"{i}.png", column: f"picture {i}"} for i in range(5)]
+    data = [{"file_name": f"{i}.png", column: f"image {i}"} for i in range(5)]
     with (folder / "images" / f"metadata.{kind}").open("w", newline="") as file:
         if kind == "jsonl":
             file.write("\n".join(map(json.dumps, data)))
@@ -210,7 +210,7 @@ def test_imagefolder(folder, kind, column):
 
 
 def test_a_csv_file_as_spreadsheets_save_it(folder):
-    lines = ["file_name,text", *(f"{i}.png,picture {i}" for i in range(5))]
+    lines = ["file_name,text", *(f"{i}.png,image {i}" for i in range(5))]
     (folder / "images" / "metadata.csv").write_text("\n".join(lines), encoding="utf-8-sig")  # begins with a mark
     check(open_source(SourceConfig(str(folder / "images"))), lambda i: f"metadata.csv:{i}")
 
@@ -222,7 +222,7 @@ def as_struct(i):
 @pytest.mark.parametrize("kind", ["bytes", "struct", "path", "hf"])
 def test_parquet(folder, kind):
     value = {"bytes": lambda i: png(i * 10), "path": lambda i: f"images/{i}.png"}.get(kind, as_struct)
-    columns = {"image": [value(i) for i in range(5)], "caption": [f"picture {i}" for i in range(5)], "id": [0] * 5}
+    columns = {"image": [value(i) for i in range(5)], "caption": [f"image {i}" for i in range(5)], "id": [0] * 5}
     if kind == "hf":
         data = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
         data.to_parquet(folder / "a.parquet")
@@ -233,7 +233,7 @@ def test_parquet(folder, kind):
 
 def test_parquet_shards_name_their_rows(folder):
     for shard, numbers in (("a", [0, 1]), ("b", [2, 3, 4])):
-        columns = {"image": [png(i * 10) for i in numbers], "caption": [f"picture {i}" for i in numbers]}
+        columns = {"image": [png(i * 10) for i in numbers], "caption": [f"image {i}" for i in numbers]}
         pq.write_table(pa.table(columns), folder / f"{shard}.parquet")
     source = open_source(SourceConfig(str(folder / "*.parquet")))
     check(source, lambda i: f"a.parquet:{i}" if i < 2 else f"b.parquet:{i - 2}")
@@ -287,7 +287,7 @@ def add(tar, name, data, **attributes):
 
 def write_tar(path, numbers, interleaved=False, kind="txt"):
     def caption(i):
-        return f"picture {i}".encode() if kind == "txt" else json.dumps({"caption": f"picture {i}", "n": i}).encode()
+        return f"image {i}".encode() if kind == "txt" else json.dumps({"caption": f"image {i}", "n": i}).encode()
 
     with tarfile.open(path, "w") as tar:
         members = [(f"d/{i:03}.png", png(i * 10)) for i in numbers], [(f"d/{i:03}.{kind}", caption(i)) for i in numbers]
@@ -514,7 +514,7 @@ STRUCTURE = {
     "empty captions": (json.dumps([{"image": "images/0.png", "caption": []}]), r"row 0: the row has no caption"),
     "number as caption": (json.dumps([{"image": "images/0.png", "caption": 3}]), r"row 0: .*no caption.*found 3"),
     "null image": (json.dumps([{"image": None, "caption": "x"}]), r"row 0: the row has no image"),
-    "all pictures missing": (json.dumps([{"image": "no/0.png", "caption": "x"}]), r"none of its images.*image_root"),
+    "all images missing": (json.dumps([{"image": "no/0.png", "caption": "x"}]), r"none of its images.*image_root"),
     "nested": ('[{"image": ' + "[" * 100_000, r"row 0 is not valid JSON"),
     "endless number": ('[{"image": ' + "1" * 10_000 + "}]", r"row 0 is not valid JSON"),
     "latin-1": (json.dumps(rows()).encode() + b'{"image": "\xe9"}', r"not UTF-8"),
@@ -550,7 +550,7 @@ def test_other_structure_errors(folder):
         open_sources([])
 
 
-def test_missing_pictures_and_odd_values_are_found_at_access(folder):
+def test_missing_images_and_odd_values_are_found_at_access(folder):
     (folder / "a.json").write_text(json.dumps([*rows(2), {"image": "images/gone.png", "caption": "x"}]))
     assert open_source(SourceConfig(str(folder / "a.json")))[2].image.name == "gone.png"
     table = pa.table({"image": [png(0), None], "caption": [None, "x"]})
@@ -598,9 +598,7 @@ def test_a_row_that_is_too_long_is_said_to_be(folder, monkeypatch):
         source = open_source(SourceConfig(str(folder / "a.jsonl")))
         with pytest.raises(BadSample, match="the row is longer than 500 characters"):
             source[at]
-        assert sorted(source[row].captions[0] for row in range(5) if row != at) == [
-            f"picture {i}" for i in (0, 1, 3, 4)
-        ]
+        assert sorted(source[row].captions[0] for row in range(5) if row != at) == [f"image {i}" for i in (0, 1, 3, 4)]
 
 
 @pytest.mark.parametrize("text", [lambda d: "".join(json.dumps(r, indent=1) for r in d),
@@ -779,7 +777,7 @@ def test_sources_by_lists_urls_and_globs(tmp_path, place, kind):
         if kind == "tar":
             write_tar(folder / f"{name}.tar", numbers)
         else:
-            columns = {"image": [png(i * 10) for i in numbers], "caption": [f"picture {i}" for i in numbers]}
+            columns = {"image": [png(i * 10) for i in numbers], "caption": [f"image {i}" for i in numbers]}
             pq.write_table(pa.table(columns), folder / f"{name}.parquet")
     specs = [f"{folder}/*.{kind}", f"{folder}/{{a,b}}.{kind}", f"{folder}/a.{kind}::{folder}/b.{kind}"]
     for spec in (*specs, f"file://{folder}/*.{kind}".replace(" ", "%20"), str(folder)):

@@ -33,16 +33,16 @@ def write(folder, kind, shards, each, name="s", bad=()):
         if kind == "tar":
             with tarfile.open(path, "w") as tar:
                 for i, image in zip(numbers, images, strict=True):
-                    for ending, data in (("jpg", image), ("txt", f"picture {i}".encode())):
+                    for ending, data in (("jpg", image), ("txt", f"image {i}".encode())):
                         info = tarfile.TarInfo(f"{name}{i:05}.{ending}")
                         info.size = len(data)
                         tar.addfile(info, io.BytesIO(data))
         elif kind == "parquet":
-            pq.write_table(pa.table({"image": images, "caption": [f"picture {i}" for i in numbers]}), path)
+            pq.write_table(pa.table({"image": images, "caption": [f"image {i}" for i in numbers]}), path)
         else:
             for i, image in zip(numbers, images, strict=True):
                 (folder / f"{name}{i}.jpg").write_bytes(image)
-            lines = [json.dumps({"image": f"{name}{i}.jpg", "caption": f"picture {i}"}) for i in numbers]
+            lines = [json.dumps({"image": f"{name}{i}.jpg", "caption": f"image {i}"}) for i in numbers]
             path.write_text("\n".join(lines) + "\n")
     return SourceConfig(str(folder / f"{name}-*.{kind}"))
 
@@ -63,7 +63,7 @@ def keys(loader):
 
 
 def number(batch, tokenizer):
-    return [t.removeprefix("picture ").replace(" ", "") for t in tokenizer.decode(batch.ids)]
+    return [t.removeprefix("image ").replace(" ", "") for t in tokenizer.decode(batch.ids)]
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet", "jsonl"])

@@ -342,7 +342,7 @@ def test_names_and_sizes_are_those_that_tarfile_finds():
         assert [s.key for s in found.samples] == [m.name.rpartition(".")[0] for m in members]
 
 
-def test_a_size_in_an_extended_header_is_heeded():
+def test_a_size_in_an_extended_header_is_honoured():
     content = archive(pax({"size": b"700"}), block("a.jpg") + b"x" * 700 + b"\0" * 324, pair("b"))
     assert [s.image for s in read(content).samples] == [(1536, 700), (3072, len(JPEG))]
 

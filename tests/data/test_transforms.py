@@ -14,13 +14,13 @@ from blip.text import clean_caption, clean_question, is_sided
 PLAIN = {"crop_scale_min": 1.0, "augment_ops": 0}
 
 
-def picture(width=97, height=61, seed=0):
+def noise_image(width=97, height=61, seed=0):
     low = np.random.default_rng(seed).integers(40, 180, (7, 9, 3), dtype=np.uint8)
     return Image.fromarray(low).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def test_evaluation_is_bicubic_resizing_and_clip_normalisation():
-    image = picture()
+    image = noise_image()
     pixels = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC), dtype=np.float64) / 255
     mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
     expected = ((pixels - mean) / std).transpose(2, 0, 1)
@@ -34,12 +34,12 @@ def test_evaluation_is_what_transformers_does_for_released_checkpoints():
         from transformers import BlipImageProcessorPil as Processor
     except ImportError:
         pytest.skip("this transformers has no processor that resizes with Pillow")
-    theirs = Processor(size={"height": 48, "width": 48})(picture(), return_tensors="pt")["pixel_values"][0]
-    assert (EvalTransform(48)(picture()) - theirs).abs().max() < 1e-5
+    theirs = Processor(size={"height": 48, "width": 48})(noise_image(), return_tensors="pt")["pixel_values"][0]
+    assert (EvalTransform(48)(noise_image()) - theirs).abs().max() < 1e-5
 
 
 def test_training_is_a_function_of_the_key():
-    transform, image = TrainTransform(32, DataConfig()), picture()
+    transform, image = TrainTransform(32, DataConfig()), noise_image()
     first = transform(image, 1, 2, 3)
     torch.manual_seed(5), random.seed(5), np.random.seed(5)
     assert torch.equal(first, transform(image, 1, 2, 3))
@@ -49,7 +49,7 @@ def test_training_is_a_function_of_the_key():
 
 
 def test_training_neither_reads_nor_moves_the_global_generators():
-    transform, image = TrainTransform(32, DataConfig()), picture()
+    transform, image = TrainTransform(32, DataConfig()), noise_image()
     torch.manual_seed(0), random.seed(0), np.random.seed(0)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     for k in range(20):
@@ -66,7 +66,7 @@ def test_the_generators_come_back_after_an_error():
 
 
 def mirrored(config, sided):
-    image = picture(32, 32)
+    image = noise_image(32, 32)
     transform = TrainTransform(32, config)
     plain, other = normalise(image), normalise(ImageOps.mirror(image))
     seen = [transform(image, k, sided=sided) for k in range(200)]
@@ -98,7 +98,7 @@ def test_crops_show_at_least_their_share():
 
 
 def test_unnormalise_undoes_normalise():
-    image = picture()
+    image = noise_image()
     assert (unnormalise(normalise(image)) * 255).round().byte().numpy().transpose(1, 2, 0).tolist() == np.asarray(
         image
     ).tolist()
@@ -109,7 +109,7 @@ def affine(image, matrix):
 
 
 def originals(image, magnitude):
-    """The original's ten operations at a magnitude, written from its table of strengths: all pictures one may give."""
+    """The original's ten operations at a magnitude, written from its table of strengths: all images one may give."""
     from PIL import ImageEnhance
 
     m = magnitude / 10
@@ -131,7 +131,7 @@ def originals(image, magnitude):
 
 @pytest.mark.parametrize("magnitude", [5, 7])
 def test_augmentation_has_the_originals_operations_strengths_and_frequencies(magnitude):
-    image = picture(32, 32, seed=3)
+    image = noise_image(32, 32, seed=3)
     table = {}
     for name, results in originals(image, magnitude).items():
         for result in results:
@@ -147,7 +147,7 @@ def test_augmentation_has_the_originals_operations_strengths_and_frequencies(mag
 
 
 def test_two_operations_at_magnitude_5_leave_42_percent_as_they_are():
-    image = picture(16, 16, seed=3)
+    image = noise_image(16, 16, seed=3)
     transform = TrainTransform(16, DataConfig(crop_scale_min=1.0, flip=0.0, augment_magnitude=5))
     same = normalise(image)
     unchanged = sum(torch.equal(transform(image, k), same) for k in range(2000)) / 2000

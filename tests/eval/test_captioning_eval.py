@@ -1,4 +1,4 @@
-"""Caption metrics by hand, by the official code's numbers and by loops; files, pictures, two processes, the page."""
+"""Caption metrics by hand, by the official code's numbers and by loops; files, images, two processes, the page."""
 
 import dataclasses
 import json
@@ -499,33 +499,33 @@ def captioner() -> tuple[Blip, Tokenizer]:
 DECODE = DecodeConfig(beams=2, max_length=9, min_length=3)
 
 
-def test_pictures_of_a_source(tmp_path):
+def test_images_of_a_source(tmp_path):
     config = draw(tmp_path)
-    pictures = Images.open(config)
-    assert list(pictures.references) == list(range(100, 107))
-    assert pictures.references[103] == ["a star 3", "a red square"]
-    assert pictures.image(3).size == (23, 30)
-    parts = list(pictures.batches([0, 2, 4, 6, 5], 2, 16))
+    images = Images.open(config)
+    assert list(images.references) == list(range(100, 107))
+    assert images.references[103] == ["a star 3", "a red square"]
+    assert images.image(3).size == (23, 30)
+    parts = list(images.batches([0, 2, 4, 6, 5], 2, 16))
     assert [ids for ids, _ in parts] == [[100, 102], [104, 106], [105]]
     assert parts[0][1].shape == (2, 3, 16, 16)
     assert not torch.equal(parts[0][1][0], parts[0][1][1])
     assert list(Images.open(config, limit=2).references) == [100, 101]
-    only = pictures.only([105, 1, 101])
+    only = images.only([105, 1, 101])
     assert [e.id for e in only.entries] == [105, 101]
     assert only.image(0).size == (25, 30)
 
 
-def test_pictures_of_other_formats(tmp_path):
+def test_images_of_other_formats(tmp_path):
     draw(tmp_path)
     rows = json.loads((tmp_path / "list.json").read_text())
     lines = [json.dumps({"file_name": row["image"], "text": row["caption"][0]}) for row in rows]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
-    pictures = Images.open(SourceConfig(str(tmp_path)), limit=3)
-    assert pictures.references["metadata.jsonl:2"] == ["a star 2"]
-    assert pictures.image(2).size == (22, 30)
+    images = Images.open(SourceConfig(str(tmp_path)), limit=3)
+    assert images.references["metadata.jsonl:2"] == ["a star 2"]
+    assert images.image(2).size == (22, 30)
 
 
-def test_a_picture_that_is_too_much_for_the_transform_is_named(tmp_path, monkeypatch):
+def test_a_image_that_is_too_much_for_the_transform_is_named(tmp_path, monkeypatch):
     def fail(self, image, *key):
         raise MemoryError
 
@@ -534,15 +534,15 @@ def test_a_picture_that_is_too_much_for_the_transform_is_named(tmp_path, monkeyp
         list(Images.open(draw(tmp_path)).batches(range(3), 2, 16))
 
 
-def test_pictures_that_cannot_be_used_are_named(tmp_path):
-    pictures = Images.open(draw(tmp_path, broken=(4,)))
+def test_images_that_cannot_be_used_are_named(tmp_path):
+    images = Images.open(draw(tmp_path, broken=(4,)))
     with pytest.raises(DataError, match=r"image 104 \(4.png\) cannot be evaluated: is an HTML page"):
-        pictures.image(4)
+        images.image(4)
     with pytest.raises(DataError, match="image 104"):
-        list(pictures.batches(range(7), 3, 16))
+        list(images.batches(range(7), 3, 16))
     (tmp_path / "5.png").unlink()
     with pytest.raises(DataError, match=r"image 105 \(5.png\) cannot be evaluated: no such file"):
-        pictures.image(5)
+        images.image(5)
     (tmp_path / "bad.json").write_text(
         '[{"image": "../../etc/passwd", "image_id": 1, "caption": "a"}, {"image_id": 2}]'
     )
@@ -553,21 +553,21 @@ def test_pictures_that_cannot_be_used_are_named(tmp_path):
         outside.image(1)
 
 
-def test_captions_are_those_of_each_picture_alone(tmp_path):
+def test_captions_are_those_of_each_image_alone(tmp_path):
     model, tokenizer = captioner()
-    pictures = Images.open(draw(tmp_path))
-    found = captions_of(model, tokenizer, pictures, DECODE, prompt="a ", batch=3)
+    images = Images.open(draw(tmp_path))
+    found = captions_of(model, tokenizer, images, DECODE, prompt="a ", batch=3)
     assert model.training, "left as it was"
     assert list(found) == list(range(100, 107))
     assert len(set(found.values())) > 1
     for batch in (1, 50):
-        assert captions_of(model, tokenizer, pictures, DECODE, prompt="a ", batch=batch) == found
-    assert captions_of(model, tokenizer, pictures, dataclasses.replace(DECODE, num=2), prompt="a ") == found
+        assert captions_of(model, tokenizer, images, DECODE, prompt="a ", batch=batch) == found
+    assert captions_of(model, tokenizer, images, dataclasses.replace(DECODE, num=2), prompt="a ") == found
     drawn = DecodeConfig(method="nucleus", max_length=9, min_length=3, seed=4)
-    once = captions_of(model, tokenizer, pictures, drawn)
-    assert captions_of(model, tokenizer, pictures, drawn, batch=2) == once
-    assert captions_of(model, tokenizer, pictures.only([104, 101]), drawn) == {i: once[i] for i in (104, 101)}
-    scores = quick(pictures.references, found)
+    once = captions_of(model, tokenizer, images, drawn)
+    assert captions_of(model, tokenizer, images, drawn, batch=2) == once
+    assert captions_of(model, tokenizer, images.only([104, 101]), drawn) == {i: once[i] for i in (104, 101)}
+    scores = quick(images.references, found)
     assert scores.images == 7
 
 
@@ -575,7 +575,7 @@ COUNTS = (1, 2, 5, 7)
 
 
 def write_captions(whole: str, broken: str, out: str) -> None:
-    """What each of two processes does: sets of several sizes, then one with a picture that only the second is given."""
+    """What each of two processes does: sets of several sizes, then one with an image that only the second is given."""
     dist.start(60)
     model, tokenizer = captioner()
     for count in COUNTS:
@@ -602,29 +602,29 @@ def test_two_processes_write_each_caption_once_and_fail_together(tmp_path):
 
 
 def test_a_length_that_does_not_fit_is_refused(tmp_path):
-    pictures = Images.open(draw(tmp_path, 2))
+    images = Images.open(draw(tmp_path, 2))
     with pytest.raises(ValueError, match="max_length"):
-        captions_of(*captioner(), pictures, dataclasses.replace(DECODE, max_length=500))
+        captions_of(*captioner(), images, dataclasses.replace(DECODE, max_length=500))
 
 
 # The page -------------------------------------------------------------------------------------------------------------
 
 
 def test_the_page_shows_the_best_and_the_worst_and_asks_nobody(tmp_path):
-    pictures = Images.open(draw(tmp_path, broken=(6,)))
-    references = pictures.references | {100: ['<script src="http://x.example/a.js"></script>', "b" * 5000]}
+    images = Images.open(draw(tmp_path, broken=(6,)))
+    references = images.references | {100: ['<script src="http://x.example/a.js"></script>', "b" * 5000]}
     captions = {i: f"a star {i}" for i in references} | {101: "<b>zebra</b> & co", 106: "nothing known"}
     scores = score(references, captions, tokenizer="python", resamples=10)
     record = scores.values | scores.facts()
-    html = report(record | {"prompt": "a "}, scores.cider, references, captions, pictures, shown=4)
+    html = report(record | {"prompt": "a "}, scores.cider, references, captions, images, shown=4)
     best, worst = html.split("<h2>Worst by CIDEr</h2>")
     assert (best.count('class="card"'), worst.count('class="card"')) == (2, 2)
     ordered = sorted(scores.cider, key=scores.cider.get, reverse=True)
     assert f"{ordered[0]}: {100 * scores.cider[ordered[0]]:.1f}" in best
     assert f"{ordered[-1]}: {100 * scores.cider[ordered[-1]]:.1f}" in worst
-    everything = report(record, scores.cider, references, captions, pictures, shown=60)
+    everything = report(record, scores.cider, references, captions, images, shown=60)
     assert everything.count('class="card"') == 7
-    assert everything.count("<img ") == 6, "an unreadable picture is only not shown"
+    assert everything.count("<img ") == 6, "an unreadable image is only not shown"
     assert everything.count('src="data:image/jpeg;base64,') == 6
     assert "<script" not in everything
     assert "&lt;b&gt;zebra&lt;/b&gt; &amp; co" in everything

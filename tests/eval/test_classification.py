@@ -88,7 +88,7 @@ def test_two_processes_classify_as_one_does(folder, model, tmp_path):  # noqa: F
 def test_command(folder, model, tmp_path, capsys):  # noqa: F811
     args = ["classification", "--model", model, "--source", str(folder), "--device", "cpu"]
     (tmp_path / "t.txt").write_text("a {}\n\nthe {}\n", encoding="utf-8-sig")  # as some editors save it
-    (folder / "moon/notes.md").write_text("no picture")
+    (folder / "moon/notes.md").write_text("no image")
     main([*args, "--out", str(tmp_path / "out"), "--templates", str(tmp_path / "t.txt")])
     scores = json.loads((tmp_path / "out/scores.json").read_text())
     assert (scores["pictures"], scores["classes"], scores["templates"]) == (5, 3, ["a {}", "the {}"])

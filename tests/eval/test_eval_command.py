@@ -62,7 +62,7 @@ WRONG = {
     "neither": (["captioning"], "--results FILE"),
     "both": (["captioning", *SCORE, "--model", "m"], "either"),
     "no references": (["captioning", "--results", "r.json"], "--references FILE"),
-    "no pictures": (["captioning", "--model", "m", "--out", "o"], "--source.path FILE"),
+    "no images": (["captioning", "--model", "m", "--out", "o"], "--source.path FILE"),
     "no out": (["captioning", "--model", "m", "--source.path", "s"], "--out DIR"),
     "no path": (["captioning", "--model", "m", "--out", "o", "--source.split", "test"], "--source.path is required"),
     "typo": (["captioning", "--modle", "m"], "did you mean --model?"),
@@ -212,7 +212,7 @@ def test_a_model_writes_and_is_scored(tmp_path, model, capsys):
     assert found["decode"]["beams"] == 3
     page = (tmp_path / "out" / "captions.html").read_text()
     assert page.count("<img ") == 7
-    # What was written can be scored again, with the pictures or with references from elsewhere.
+    # What was written can be scored again, with the images or with references from elsewhere.
     again = [
         "captioning",
         "--results",
@@ -232,7 +232,7 @@ def test_a_model_writes_and_is_scored(tmp_path, model, capsys):
     assert "left out for want of a result: 5" in capsys.readouterr().out
 
 
-def test_pictures_without_references_are_captioned_only(tmp_path, model, capsys):
+def test_images_without_references_are_captioned_only(tmp_path, model, capsys):
     draw(tmp_path, 3)
     images = [{"id": i, "file_name": f"{i}.png", "domain": "in-domain"} for i in range(3)]
     (tmp_path / "test.json").write_text(json.dumps({"images": images}))
@@ -243,7 +243,7 @@ def test_pictures_without_references_are_captioned_only(tmp_path, model, capsys)
     assert "without references there is nothing to score" in capsys.readouterr().out
 
 
-def test_a_picture_that_is_not_there_stops_it_before_anything_is_written(tmp_path, model, capsys):
+def test_a_image_that_is_not_there_stops_it_before_anything_is_written(tmp_path, model, capsys):
     source = draw(tmp_path, 3, broken=(2,))
     args = ["captioning", "--model", model, "--source.path", source.path, "--out", str(tmp_path / "out"), *SHORT]
     with pytest.raises(SystemExit) as stop:

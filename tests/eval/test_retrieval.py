@@ -42,7 +42,7 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
@@ -66,13 +66,13 @@ def test_candidates_are_the_best_of_each_row_and_each_column():
     assert of_text.tolist() == [[True, False, False], [False, True, True]]
 
 
-def by_hand(model, pictures, k):
+def by_hand(model, images, k):
     """Every pair scored alone."""
     model.eval()
     with torch.no_grad():
         cosines, scores = torch.zeros(5, 7), torch.zeros(5, 7)
-        for i, picture in enumerate(pictures):
-            tokens = model.vision(picture[None])
+        for i, image in enumerate(images):
+            tokens = model.vision(image[None])
             for j, text in enumerate(TEXTS):
                 cosines[i, j] = (
                     model.embed_image(tokens)
@@ -92,30 +92,30 @@ def by_hand(model, pictures, k):
 
 @pytest.mark.parametrize("k", [1, 3, 100])
 @pytest.mark.parametrize("batch", [1, 4, 256])
-def test_reranking_equals_scoring_every_pair_alone(model, pictures, k, batch):
-    found = retrieval(model.train(), Letters(), list(pictures.split(2)), TEXTS, OWNER, k=k, batch=batch)
+def test_reranking_equals_scoring_every_pair_alone(model, images, k, batch):
+    found = retrieval(model.train(), Letters(), list(images.split(2)), TEXTS, OWNER, k=k, batch=batch)
     assert model.training
-    for name, value in by_hand(model, pictures, k).items():
+    for name, value in by_hand(model, images, k).items():
         assert found[name] == pytest.approx(value), name
 
 
-def test_a_gallery_that_does_not_fit_is_refused(model, pictures):
+def test_a_gallery_that_does_not_fit_is_refused(model, images):
     with pytest.raises(ValueError, match="names image 7"):
-        retrieval(model, Letters(), [pictures], ["a"], [7])
+        retrieval(model, Letters(), [images], ["a"], [7])
     with pytest.raises(ValueError, match="2 texts but 1"):
-        retrieval(model, Letters(), [pictures], ["a", "b"], [0])
+        retrieval(model, Letters(), [images], ["a", "b"], [0])
     with pytest.raises(ValueError, match="nothing to retrieve"):
-        retrieval(model, Letters(), [pictures], [], [])
+        retrieval(model, Letters(), [images], [], [])
 
 
 @pytest.mark.parametrize("kept", [0, 1 << 30])
-def test_each_image_is_looked_at_once_if_there_is_room_and_projected_once(model, pictures, monkeypatch, kept):
+def test_each_image_is_looked_at_once_if_there_is_room_and_projected_once(model, images, monkeypatch, kept):
     monkeypatch.setattr("eval.retrieval.KEPT_BYTES", kept)
     seen, projected = [], []
     model.vision.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
     context = model.med.context
     monkeypatch.setattr(model.med, "context", lambda x, **how: (projected.append(len(x)), context(x, **how))[1])
-    rank(model, Letters(), list(pictures.split(2)), TEXTS, OWNER, k=3, batch=2)
+    rank(model, Letters(), list(images.split(2)), TEXTS, OWNER, k=3, batch=2)
     assert sum(seen) == (5 if kept else 10)
     assert sum(projected) == 5
 
@@ -159,7 +159,7 @@ def test_two_processes_rank_as_one_does_and_fail_together(tmp_path, one_thread):
             assert (tmp_path / f"two-{batch}-{process}").read_text() == alone
 
 
-def test_pictures_are_taken_once_by_their_id(tmp_path):
+def test_images_are_taken_once_by_their_id(tmp_path):
     draw(tmp_path, 3)
     names = ["0.png", "1.png", "0.png", "2.png"]
     rows = [{"image": name, "image_id": 9 - int(name[0]), "caption": f"text {i}."} for i, name in enumerate(names)]

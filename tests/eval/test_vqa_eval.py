@@ -13,7 +13,7 @@ from blip import dist
 from blip.app import cli
 from blip.checkpoints.checkpoint import from_pretrained, save_pretrained
 from blip.data.prepare.questions import Question, Questions
-from blip.data.settings import PictureQuestions
+from blip.data.settings import ImageQuestions
 from blip.errors import DataError
 from blip.inference.answering import ANSWERS, Candidates
 from blip.inference.settings import AnswerConfig
@@ -43,7 +43,7 @@ def test_spelling_is_evened_out_as_officially(references):
 
 
 def official(references) -> list[Question]:
-    config = PictureQuestions(
+    config = ImageQuestions(
         str(references / "vqa_q.json"), annotations=str(references / "vqa_a.json"), image_name="{image_id}.jpg"
     )
     source = Questions(config)
@@ -151,7 +151,7 @@ def test_results_are_read_back(tmp_path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A model with candidates, and questions about seven pictures."""
+    """A model with candidates, and questions about seven images."""
     folder = tmp_path_factory.mktemp("vqa")
     torch.manual_seed(5)
     model = Vqa.from_blip(Blip(SMALLEST)).eval()
@@ -164,10 +164,8 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def source_of(folder: Path, **more) -> PictureQuestions:
-    return PictureQuestions(
-        str(folder / "questions-val.json"), annotations=str(folder / "annotations-val.json"), **more
-    )
+def source_of(folder: Path, **more) -> ImageQuestions:
+    return ImageQuestions(str(folder / "questions-val.json"), annotations=str(folder / "annotations-val.json"), **more)
 
 
 def test_each_question_is_answered_whatever_the_batch(folder):
@@ -178,7 +176,7 @@ def test_each_question_is_answered_whatever_the_batch(folder):
     assert list(found[0]) == [question.id for question in questions.questions]
     words = [[answer.words for answer in one.values()] for one in found]
     assert words[0] == words[1] == words[2]
-    assert len(set(words[0])) > 1, "the test needs answers that depend on pictures and questions"
+    assert len(set(words[0])) > 1, "the test needs answers that depend on images and questions"
     for other in found[1:]:
         assert [a.logprob for a in other.values()] == pytest.approx([a.logprob for a in found[0].values()], abs=1e-4)
     free = answers_of(model, tokenizer, questions, AnswerConfig(max_length=5))
@@ -187,7 +185,7 @@ def test_each_question_is_answered_whatever_the_batch(folder):
 
 
 def answer_all(folder: str, out: str) -> None:
-    """What each process of two does: the command, and questions of which a picture cannot be read."""
+    """What each process of two does: the command, and questions of which an image cannot be read."""
     folder = Path(folder)
     dist.start(60)
     source = source_of(folder)
@@ -200,11 +198,11 @@ def answer_all(folder: str, out: str) -> None:
 
 
 def test_two_processes_leave_the_files_that_one_leaves_and_fail_together(folder, tmp_path):
-    pictures = folder / "broken/images/val"
-    pictures.mkdir(parents=True)
+    images = folder / "broken/images/val"
+    images.mkdir(parents=True)
     for path in sorted((folder / "images/val").iterdir()):
-        (pictures / path.name).write_bytes(path.read_bytes())
-    (pictures / "world-0-val-000003.jpg").write_bytes(b"")
+        (images / path.name).write_bytes(path.read_bytes())
+    (images / "world-0-val-000003.jpg").write_bytes(b"")
     zygote = the_zygote()
     arguments = {"folder": str(folder), "out": str(tmp_path / "two")}
     pids = zygote.spawn(tmp_path / "log", world=2, module="test_vqa_eval", function="answer_all", **arguments)
@@ -264,7 +262,7 @@ def command(capfd, *args: str) -> tuple[int, str, str]:
     return status, said.out, said.err
 
 
-def test_a_question_about_pictures(folder, capfd):
+def test_a_question_about_images(folder, capfd):
     images, model = folder / "images/val", ["--model", folder / "model"]
     status, out, _ = command(capfd, images, "What colour is the star?", *model)
     assert status == 0

@@ -34,17 +34,17 @@ def features(model, tokenizer):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def photos():
     return [Image.effect_noise((40 + i, 30), 90 + i).convert("RGB") for i in range(3)]
 
 
 @pytest.fixture(scope="module")
-def theirs(matcher: BlipForImageTextRetrieval, features, pictures):  # noqa: F811
+def theirs(matcher: BlipForImageTextRetrieval, features, photos):  # noqa: F811
     """Cosine, match logits and [ENC] state of one pair by transformers, without padding."""
 
     @torch.no_grad()
     def of(i: int, text: str):
-        pixels = EvalTransform(32)(pictures[i])[None]
+        pixels = EvalTransform(32)(photos[i])[None]
         ids, _ = features.tokenizer.encode([text], first="cls", max_length=30)
         enc, _ = features.tokenizer.encode([text], first="enc", max_length=30)
         cosine = matcher(input_ids=ids, pixel_values=pixels, use_itm_head=False).itm_score
@@ -57,9 +57,9 @@ def theirs(matcher: BlipForImageTextRetrieval, features, pictures):  # noqa: F81
 
 
 @pytest.mark.parametrize("batch", [1, 2, 8])
-def test_every_picture_with_every_text(model, tokenizer, pictures, theirs, batch):  # noqa: F811
+def test_every_image_with_every_text(model, tokenizer, photos, theirs, batch):  # noqa: F811
     read = reader(32)
-    found = Features(model, tokenizer, read, batch=batch, max_tokens=30).match(pictures, TEXTS)
+    found = Features(model, tokenizer, read, batch=batch, max_tokens=30).match(photos, TEXTS)
     assert found.itc.shape == (3, 4)
     assert found.logits.shape == (3, 4, 2)
     assert found.logits[..., 1].std() > 0.01, "the test needs pairs that differ"
@@ -72,34 +72,34 @@ def test_every_picture_with_every_text(model, tokenizer, pictures, theirs, batch
             close(found.score[i, j], logits[1] + cosine)
 
 
-def test_cosines_are_exact_under_autocast(features, pictures):
+def test_cosines_are_exact_under_autocast(features, photos):
     """In bfloat16 they would have three digits, and ties."""
     with torch.autocast("cpu", torch.bfloat16):
-        found = features.match(pictures, TEXTS)
-        images, words = features.embed_image(pictures), features.embed_text(TEXTS)
+        found = features.match(photos, TEXTS)
+        images, words = features.embed_image(photos), features.embed_text(TEXTS)
     assert found.itc.dtype == found.logits.dtype == torch.float32
     close(found.itc, images @ words.T)
 
 
-def test_pairs_and_one_picture(features, pictures, theirs):
-    pairs = features.ground(pictures, TEXTS[:3])
+def test_pairs_and_one_image(features, photos, theirs):
+    pairs = features.ground(photos, TEXTS[:3])
     assert pairs.shape == (3, 24)
     for i in range(3):
         close(pairs[i], theirs(i, TEXTS[i])[2])
-    one = features.ground(pictures[1:2], TEXTS)
+    one = features.ground(photos[1:2], TEXTS)
     for j, text in enumerate(TEXTS):
         close(one[j], theirs(1, text)[2])
     with pytest.raises(ValueError, match="3 images and 2 texts"):
-        features.ground(pictures, TEXTS[:2])
+        features.ground(photos, TEXTS[:2])
 
 
-def test_embeddings_by_paths_pictures_and_tensors(features, pictures, tmp_path):
-    for i, picture in enumerate(pictures):
-        picture.save(tmp_path / f"{i}.png")
-    paths = [tmp_path / "0.png", str(tmp_path / "1.png"), pictures[2]]
-    expected = features.embed_image(torch.stack([EvalTransform(32)(picture) for picture in pictures]))
+def test_embeddings_by_paths_images_and_tensors(features, photos, tmp_path):
+    for i, image in enumerate(photos):
+        image.save(tmp_path / f"{i}.png")
+    paths = [tmp_path / "0.png", str(tmp_path / "1.png"), photos[2]]
+    expected = features.embed_image(torch.stack([EvalTransform(32)(image) for image in photos]))
     assert torch.equal(features.embed_image(paths), expected)
-    close(features.embed_image(pictures) @ features.embed_text(TEXTS).T, features.match(pictures, TEXTS).itc)
+    close(features.embed_image(photos) @ features.embed_text(TEXTS).T, features.match(photos, TEXTS).itc)
     close(expected.norm(dim=1), torch.ones(3))
     assert features.embed_image([]).shape == (0, 16) == features.embed_text([]).shape
 
@@ -108,10 +108,10 @@ def test_texts_are_cleaned(features):
     assert torch.equal(features.embed_text(["  W3. w9!"]), features.embed_text(["w3 w9"]))
 
 
-def test_what_cannot_be_used_is_named(features, pictures, tmp_path):
+def test_what_cannot_be_used_is_named(features, photos, tmp_path):
     (tmp_path / "a.png").write_bytes(b"<html>")
     with pytest.raises(DataError, match=r"a.png cannot be used: is an HTML page"):
-        features.embed_image([pictures[0], tmp_path / "a.png"])
+        features.embed_image([photos[0], tmp_path / "a.png"])
     with pytest.raises(ValueError, match=r"'\.\.\.' cannot be compared"):
         features.embed_text(["w1", "..."])
     with pytest.raises(ValueError, match="list of texts"):
@@ -119,19 +119,19 @@ def test_what_cannot_be_used_is_named(features, pictures, tmp_path):
     with pytest.raises(ValueError, match="list or a tensor"):
         features.embed_image("a.png")
     with pytest.raises(ValueError, match="nothing to match"):
-        features.match(pictures, [])
+        features.match(photos, [])
 
 
-def test_load_honours_type_and_size(model, tokenizer, tmp_path, pictures):  # noqa: F811
+def test_load_honours_type_and_size(model, tokenizer, tmp_path, photos):  # noqa: F811
     blip.save_pretrained(model, tokenizer, tmp_path / "model")
     exact = blip.load(tmp_path / "model")
     found = blip.load(tmp_path / "model", dtype=torch.bfloat16, image_size=48)
     assert (exact.dtype, found.dtype, found.device) == (torch.float32, torch.bfloat16, torch.device("cpu"))
     assert {p.dtype for p in found.model.parameters()} == {torch.bfloat16}
     assert found.read.keywords["read"].transform.image_size == 48
-    assert found.embed_image(pictures).dtype == found.match(pictures, TEXTS).logits.dtype == torch.float32
+    assert found.embed_image(photos).dtype == found.match(photos, TEXTS).logits.dtype == torch.float32
     half = blip.load(tmp_path / "model", dtype=torch.bfloat16)
-    torch.testing.assert_close(half.embed_image(pictures), exact.embed_image(pictures), atol=0.03, rtol=0)
+    torch.testing.assert_close(half.embed_image(photos), exact.embed_image(photos), atol=0.03, rtol=0)
     with pytest.raises(FileNotFoundError, match="not a model directory"):
         blip.load(tmp_path / "gone")
 
@@ -143,11 +143,11 @@ def test_importing_the_package_brings_no_torch():
     assert {"load", "Features", "Matches"} <= set(blip.__all__)
 
 
-def test_chosen_texts_are_those_that_are_matched(model, features, pictures):  # noqa: F811
+def test_chosen_texts_are_those_that_are_matched(model, features, photos):  # noqa: F811
     """Images with no text, few and more than go through the model at once, in any order, equal all with all."""
-    tokens = torch.cat(list(features.tokens(pictures)))
+    tokens = torch.cat(list(features.tokens(photos)))
     ids, keep = features._read(TEXTS, "enc")
-    everything = features.match(pictures, TEXTS).logits
+    everything = features.match(photos, TEXTS).logits
     chosen = [torch.tensor([0, 2, 1, 3]), torch.tensor([], dtype=torch.int64), torch.tensor([3])]
     for batch in (1, 2, 3, 100):
         found = matching.match(model, tokens, ids, keep, chosen, batch)
@@ -158,7 +158,7 @@ def test_chosen_texts_are_those_that_are_matched(model, features, pictures):  # 
         matching.match(model, tokens, ids, keep, chosen[:2])
 
 
-def test_a_picture_that_is_too_much_for_the_transform_is_named(model, tokenizer, tmp_path, monkeypatch):  # noqa: F811
+def test_a_image_that_is_too_much_for_the_transform_is_named(model, tokenizer, tmp_path, monkeypatch):  # noqa: F811
     path = tmp_path / "a.png"
     Image.new("RGB", (40, 30)).save(path)
     made = Features(model, tokenizer, reader(32))

@@ -1,4 +1,4 @@
-"""The bootstrapping experiment with a few pictures and steps: machinery, files, and that a kill changes nothing."""
+"""The bootstrapping experiment with a few images and steps: machinery, files, and that a kill changes nothing."""
 
 import dataclasses
 import json
@@ -71,9 +71,9 @@ def test_models_learn_from_what_their_row_says(done):
         where = f"capfilt/{ROWS[row].cleaner}/clean/{ROWS[row].keep}/*.tar" if ROWS[row].cleaner else "crawl/*.tar"
         assert web["path"].endswith(where)
         pairs = len(open_source(SourceConfig(web["path"])))
-        by_people = people["weight"] * run.world.people
-        assert by_people / (by_people + pairs) == pytest.approx(run.people_share, abs=0.01)
-        ramp = told["objective"]["alpha_ramp_epochs"] * (by_people + pairs)
+        human = people["weight"] * run.world.people
+        assert human / (human + pairs) == pytest.approx(run.people_share, abs=0.01)
+        ramp = told["objective"]["alpha_ramp_epochs"] * (human + pairs)
         assert ramp == pytest.approx(8 * run.world.crawl / (1 - run.people_share), rel=0.01)
         start = told["model"]["start_from"]
         assert (start or "").endswith("neither/pretrain/model") == (row == "continued")
@@ -109,7 +109,7 @@ def test_selections_keep_web_texts_all_texts_or_what_passes(done):
     run, _ = done
     found = json.loads((Path(run.out) / "seed-0/capfilt/own/stage.json").read_text())["results"]
     assert found["filter"]["synthetic"] == 0
-    usable = run.world.crawl  # 0.25% of 48 pictures are broken: none
+    usable = run.world.crawl  # 0.25% of 48 images are broken: none
     assert (found["captioner"]["web"], found["captioner"]["synthetic"]) == (usable, usable)
     assert found["captioner"]["noise_kept"] == 100
     assert found["both"]["web"] == found["filter"]["web"]

@@ -258,7 +258,7 @@ def world_tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with the splits of the embedded world."""
+    """A folder with the splits of the synthetic world."""
     folder = tmp_path_factory.mktemp("world")
     for split, count in (("train", 20), ("val", 6), ("test", 4)):
         world_files.write(folder, "json", split, count, size=32)
@@ -389,7 +389,7 @@ def zygote() -> CaptionZygote:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A TINY model for pictures of 32 pixels."""
+    """A TINY model for images of 32 pixels."""
     folder = tmp_path_factory.mktemp("small") / "model"
     save_pretrained(*build_model(ModelChoice(size="tiny", tokenizer="world", image_size=32), seed=3), folder)
     return folder
@@ -426,12 +426,12 @@ def test_what_the_kept_model_says_is_what_was_scored(finished, world):
     results = json.loads((finished / "results.json").read_text())
     decode = DecodeConfig(beams=1, max_length=20)
     for name, file in (("validation", "val.json"), ("test", "test.json")):
-        pictures = Images.open(SourceConfig(str(world / file)))
+        images = Images.open(SourceConfig(str(world / file)))
         written = {
             row["image_id"]: row["caption"] for row in json.loads((finished / f"captions-{name}.json").read_text())
         }
-        assert captions_of(model, tokenizer, pictures, decode, prompt=CAPTION_PROMPT) == written
-        scores = score(pictures.references, written, tokenizer="python", resamples=0).values
+        assert captions_of(model, tokenizer, images, decode, prompt=CAPTION_PROMPT) == written
+        scores = score(images.references, written, tokenizer="python", resamples=0).values
         assert scores == {key: results[name][key] for key in scores}
 
 
@@ -449,7 +449,7 @@ def assert_untouched(before: dict, after: dict) -> None:
         assert torch.equal(after[name], value) == inside.startswith(idle), name
 
 
-def test_two_processes_share_the_pictures_and_leave_alone_what_does_not_write(zygote, tmp_path, world, small):
+def test_two_processes_share_the_images_and_leave_alone_what_does_not_write(zygote, tmp_path, world, small):
     zygote.finish(tmp_path / "log", options(world, small, tmp_path / "out", "--train.steps", "3"), world=2)
     before, after = (from_pretrained(folder)[0].state_dict() for folder in (small, tmp_path / "out/model"))
     assert_untouched(before, after)
@@ -541,7 +541,7 @@ def test_a_full_disk_stops_the_run(tmp_path, small, monkeypatch):
 # Scores ---------------------------------------------------------------------------------------------------------------
 
 
-def test_only_the_picture_world_is_graded_by_its_truth(world):
+def test_only_the_image_world_is_graded_by_its_truth(world):
     rows = json.loads((world / "val.json").read_text())
     (told,) = recipe.truth([row["image_id"] for row in rows])
     assert told({row["image_id"]: row["caption"][0] for row in rows}) == {
@@ -561,7 +561,7 @@ QUICK = ["--train.steps", "2", "--train.epochs", "1"]
 
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory):
-    """COCO as it lies on disk: pictures in train2014 and val2014, Karpathy's file and the release's three."""
+    """COCO as it lies on disk: images in train2014 and val2014, Karpathy's file and the release's three."""
     root, tokens = tmp_path_factory.mktemp("coco"), iter(range(100))
     splits = {"train": "train2014", "restval": "val2014", "val": "val2014", "test": "val2014"}
     images, rows = [], {"train": [], "val": [], "test": []}
@@ -570,7 +570,7 @@ def coco(tmp_path_factory):
         name = f"COCO_{folder}_{cocoid:012}.jpg"
         (root / folder).mkdir(exist_ok=True)
         Image.new("RGB", (40, 30), (next(tokens), 90, 200)).save(root / folder / name)
-        captions = [f"A picture of {word} red stars." for word in ("two", "three", "four", "five", "six")]
+        captions = [f"An image of {word} red stars." for word in ("two", "three", "four", "five", "six")]
         sentences = [{"raw": caption, "tokens": caption.lower().split()} for caption in captions]
         images.append({"filepath": folder, "filename": name, "cocoid": cocoid, "split": split, "sentences": sentences})
         if split in ("train", "restval"):
@@ -597,7 +597,7 @@ def test_cocos_files_as_they_are(coco, small, tmp_path, layout):
     args = [*FEW, *QUICK, "--model.start_from", str(small), "--data.sources", json.dumps([train]), *held]
     run = command.read(recipe.CaptionRun, [*args, "--out", str(tmp_path)])
     feed, _ = build_feed(run.data, 32, Tokenizer.load("world"), seed=0)
-    assert len(feed) == 40, "an epoch shows eight pictures with five captions each"
+    assert len(feed) == 40, "an epoch shows eight images with five captions each"
     result, _ = recipe.caption(run)
     assert 0 <= result.metrics["cider"] <= 10
     for name, ids in (("validation", [308, 309]), ("test", [310, 311])):
@@ -614,7 +614,7 @@ def test_the_references_of_an_image_are_taken_together(coco, small):
     held = HeldOut(SourceConfig(str(coco / "coco_karpathy_train.json")), limit=2)
     run = recipe.CaptionRun("out", decode=DecodeConfig(beams=1, max_length=8))
     exam = recipe.CaptionEvaluation("validation", held, run, model, tokenizer)
-    assert exam.pictures.references == {f"coco_{n}": [row["caption"] for row in rows[:5]] for n in (300, 301)}
+    assert exam.images.references == {f"coco_{n}": [row["caption"] for row in rows[:5]] for n in (300, 301)}
     said = exam.scores({"coco_300": rows[0]["caption"], "coco_301": "nothing of the kind"})
     assert said["bleu_4"] > 0.3
     assert set(said) == {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "cider", "rouge_l"}
@@ -635,7 +635,7 @@ def refused(capsys, args: list[str]) -> str:
 
 
 def rows_with(tmp_path, world, **change) -> str:
-    """val.json with the pictures' full paths, and its second row changed."""
+    """val.json with the images' full paths, and its second row changed."""
     rows = [{**row, "image": str(world / row["image"])} for row in json.loads((world / "val.json").read_text())]
     rows[1].update(change)
     (tmp_path / "held.json").write_text(json.dumps(rows))
@@ -652,7 +652,7 @@ def rows_with(tmp_path, world, **change) -> str:
         (["--test.source", "ONE WITHOUT"], "held.json: no reference captions for 1 image (world-0-val-000001)"),
         (["--validation.source.path", "gone.json"], "gone.json"),
         (["--validation.limit", "0"], "limit must be 1 or more, got 0"),
-        (["--validation.source", "NO PICTURES"], "image world-0-val-000000"),
+        (["--validation.source", "NO IMAGES"], "image world-0-val-000000"),
         (["--model.start_from", "/gone/model"], "error: model.start_from: /gone/model is not a model directory"),
         (["--model.size", "base"], "leave model.size out"),
         (["--model.image_size", "72"], "72 is not a multiple"),
@@ -672,14 +672,14 @@ def test_bad_input_is_one_line_before_anything_is_trained(capsys, tmp_path, monk
         more = [more[0], json.dumps([source] if "data" in more[0] else source)]
     if more[1] == "ONE WITHOUT":
         more = [more[0], rows_with(tmp_path, world, caption=[])]
-    if more[1] == "NO PICTURES":
+    if more[1] == "NO IMAGES":
         shutil.copy(world / "val.json", tmp_path)
         more = [more[0], json.dumps({"path": "val.json"})]
     assert named in refused(capsys, options(world, small, tmp_path / "out", *more))
     assert not (tmp_path / "out/metrics.jsonl").exists()
 
 
-def test_a_picture_that_breaks_an_evaluation_is_named_and_the_run_can_go_on(capsys, tmp_path, world, small):
+def test_a_image_that_breaks_an_evaluation_is_named_and_the_run_can_go_on(capsys, tmp_path, world, small):
     held = rows_with(tmp_path, world, image=str(tmp_path / "broken.jpg"))
     (tmp_path / "broken.jpg").write_bytes(b"<html>")
     args = options(world, small, tmp_path / "out", *QUICK, "--validation.source", held.replace(str(world), "/"))

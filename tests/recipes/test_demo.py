@@ -1,4 +1,4 @@
-"""The demo with a few pictures and steps: all parts of the story, its figures and its page."""
+"""The demo with a few images and steps: all parts of the story, its figures and its page."""
 
 import json
 from html.parser import HTMLParser
@@ -50,7 +50,7 @@ def test_the_second_training_sees_what_the_job_exported(told):
     assert job.rows == run.world.train == 60
     assert verify(job.where).status() == 0
     source = open_source(SourceConfig(str(out / "clean" / "*.tar")))
-    assert len(source) == scores["texts_kept"] > 55  # a text of each picture that is not broken
+    assert len(source) == scores["texts_kept"] > 55  # a text of each image that is not broken
     noisy, again = ((folder / "config.yaml").read_text() for folder in (out / "noisy", out))
     assert "world/crawl/*.tar" in noisy
     assert "world/crawl" not in again
@@ -94,7 +94,7 @@ def test_started_again_it_says_the_same(told, monkeypatch):
 
 
 def test_nothing_kept_is_no_end(told, tmp_path):
-    """A filter that keeps nothing leaves the pictures by people to learn from."""
+    """A filter that keeps nothing leaves the human-captioned images to learn from."""
     people = [SourceConfig("human/train.json")]
     (tmp_path / "clean").mkdir()
     (tmp_path / "clean" / "_SUCCESS").write_text('{"pairs": 0}')

@@ -26,7 +26,7 @@ from blip.world import files as world_files
 from recipes import command
 from recipes.pretrain import PretrainRun, pretrain
 
-PICTURES = 60
+IMAGES = 60
 FEW = ["--model.size", "tiny", "--model.tokenizer", "world", "--model.image_size", "32", "--data.max_tokens", "40"]
 FEW += ["--objective.queue_size", "13", "--train.batch_size", "4", "--train.steps", "4", "--train.precision", "float32"]
 FEW += ["--train.warmup_steps", "2", "--train.lr", "1e-3", "--train.log_every", "1", "--train.timeout", "20"]
@@ -68,9 +68,9 @@ def zygote() -> RecipeZygote:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """A folder with train.json and test.json of the embedded world."""
+    """A folder with train.json and test.json of the synthetic world."""
     folder = tmp_path_factory.mktemp("world")
-    world_files.write(folder, "json", "train", PICTURES, size=32)
+    world_files.write(folder, "json", "train", IMAGES, size=32)
     world_files.write(folder, "json", "test", 10, size=32)
     return folder
 
@@ -244,7 +244,7 @@ def test_torchrun(zygote, tmp_path, world):
 
 
 def changed(world: Path, folder: Path, change) -> Path:
-    """A copy of the annotations after `change(rows)`, with the same pictures."""
+    """A copy of the annotations after `change(rows)`, with the same images."""
     rows = json.loads((world / "train.json").read_text())
     change(rows)
     shutil.copytree(world / "images", folder / "images")
@@ -275,8 +275,8 @@ def test_a_bad_file_is_one_line_with_the_remedy(zygote, tmp_path, content, named
 
 
 @pytest.mark.parametrize("bad", [0, 1, 7])
-def test_broken_pictures_are_replaced_counted_and_listed(zygote, tmp_path, bad):
-    world_files.write(tmp_path, "json", "train", PICTURES, size=32, broken=bad)
+def test_broken_images_are_replaced_counted_and_listed(zygote, tmp_path, bad):
+    world_files.write(tmp_path, "json", "train", IMAGES, size=32, broken=bad)
     broken = [i for i, row in enumerate(json.loads((tmp_path / "train.json").read_text())) if row.get("broken")]
     assert len(broken) == bad
     epochs = ["--train.steps", "15", "--data.max_bad_fraction", "0.5", "--objective.queue_size", "0"]
@@ -287,8 +287,8 @@ def test_broken_pictures_are_replaced_counted_and_listed(zygote, tmp_path, bad):
     assert all(entry["reason"] for entry in found)
 
 
-def test_too_many_broken_pictures_stop_the_run(zygote, tmp_path):
-    world_files.write(tmp_path, "json", "train", PICTURES, size=32, broken=20)
+def test_too_many_broken_images_stop_the_run(zygote, tmp_path):
+    world_files.write(tmp_path, "json", "train", IMAGES, size=32, broken=20)
     args = options(tmp_path / "train.json", tmp_path / "out", "--train.batch_size", "20", "--train.steps", "12")
     said = refused(zygote, tmp_path, args)
     for word in ("samples drawn", "data.max_bad_fraction", "train.json:", "bad_samples-0.jsonl"):

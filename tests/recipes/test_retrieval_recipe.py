@@ -229,7 +229,7 @@ def test_queue_of_ids_may_be_empty():
 # Image ids ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_picture_is_known_by_its_file_or_bytes(tmp_path):
+def test_a_image_is_known_by_its_file_or_bytes(tmp_path):
     drawn = Image.new("RGB", (4, 4))
     ids = [
         image_id_of(Record(key, image, ["a"]))
@@ -246,7 +246,7 @@ def test_a_picture_is_known_by_its_file_or_bytes(tmp_path):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with the splits of the embedded world, and many.json with a row for each caption."""
+    """A folder with the splits of the synthetic world, and many.json with a row for each caption."""
     folder = tmp_path_factory.mktemp("world")
     for split, count in (("train", 16), ("val", 6), ("test", 4)):
         files.write(folder, "json", split, count, size=32)
@@ -257,7 +257,7 @@ def world(tmp_path_factory):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_rows_of_one_picture_have_one_id(world, streaming):
+def test_rows_of_one_image_have_one_id(world, streaming):
     config = dataclasses.replace(
         recipe.RetrievalRun("out").data,
         sources=[SourceConfig(str(world / "many.json"))],
@@ -267,9 +267,9 @@ def test_rows_of_one_picture_have_one_id(world, streaming):
     feed, _ = build_feed(config, 32, Tokenizer.load("world"), seed=0)
     (batch,) = feed.batches(0, 1, 0, 1, 12)
     rows = json.loads((world / "many.json").read_text())
-    pictures = [rows[int(key.split(":")[1])]["image"] for key in batch.keys]
+    images = [rows[int(key.split(":")[1])]["image"] for key in batch.keys]
     same = batch.image_ids[:, None] == batch.image_ids
-    assert same.tolist() == [[a == b for b in pictures] for a in pictures]
+    assert same.tolist() == [[a == b for b in images] for a in images]
     assert torch.equal(batch.to(torch.device("cpu")).image_ids, batch.image_ids)
 
 
@@ -283,7 +283,7 @@ FEW += ["--objective.queue_size", "13", "--validation.k", "3", "--test.k", "3"]
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A TINY model for pictures of 32 pixels."""
+    """A TINY model for images of 32 pixels."""
     folder = tmp_path_factory.mktemp("small") / "model"
     save_pretrained(*build_model(ModelChoice(size="tiny", tokenizer="world", image_size=32), seed=3), folder)
     return folder

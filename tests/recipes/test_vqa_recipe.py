@@ -1,4 +1,4 @@
-"""The question-answering recipe: a whole run on the picture world, the model that is kept, and what it refuses."""
+"""The question-answering recipe: a whole run on the synthetic world, the model that is kept, and what it refuses."""
 
 import json
 
@@ -8,7 +8,7 @@ from test_checkpoint import SMALLEST, TOKENIZER
 
 from blip.checkpoints.checkpoint import from_pretrained, save_pretrained
 from blip.data.prepare.questions import Questions
-from blip.data.settings import PictureQuestions
+from blip.data.settings import ImageQuestions
 from blip.errors import DataError
 from blip.inference.answering import ANSWERS, Candidates
 from blip.inference.settings import AnswerConfig
@@ -69,7 +69,7 @@ def test_a_run_keeps_the_best_model_and_its_answers(world, start, tmp_path):
     choices = json.loads((folder / ANSWERS).read_text())
     assert {"yes", "no", "1", "2"} <= set(choices)
     for name, split in (("validation", "val"), ("test", "test")):
-        source = PictureQuestions(
+        source = ImageQuestions(
             str(world / f"questions-{split}.json"), annotations=str(world / f"annotations-{split}.json")
         )
         asked = QuestionSet(Questions(source))
@@ -138,6 +138,6 @@ def test_bad_input_is_one_line_before_anything_is_trained(capsys, tmp_path, worl
 
 
 def test_held_out_questions_need_answers(world):
-    held = recipe.HeldOutQuestions(PictureQuestions(str(world / "questions-val.json")))
+    held = recipe.HeldOutQuestions(ImageQuestions(str(world / "questions-val.json")))
     with pytest.raises(DataError, match=r"validation\.source .* no answers to 20 questions \(0, 1, 2, 3, 4, \.\.\.\)"):
         recipe.VqaEvaluation("validation", held, AnswerConfig(), None, Vqa(SMALLEST), TOKENIZER)

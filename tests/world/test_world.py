@@ -1,4 +1,4 @@
-"""The picture world: the same everywhere, split without overlap, told truly, written in formats that others read."""
+"""The synthetic world: the same everywhere, split without overlap, told truly, written in formats that others read."""
 
 import hashlib
 import io
@@ -140,7 +140,7 @@ def test_sizes_at_64_pixels():
             assert low <= pixels.any(1).sum() <= high
 
 
-def test_a_larger_picture_shows_the_same():
+def test_a_larger_image_shows_the_same():
     for i in range(30):
         made = world.scene(10, i)
         if made.background.kind != "speckled":

@@ -21,7 +21,7 @@ def test_a_clip_is_a_function_of_its_numbers():
     assert {len(made.scene.things) for made in CLIPS} == {1, 2, 3}
 
 
-def test_one_thing_crosses_the_picture_and_the_others_stay():
+def test_one_thing_crosses_the_image_and_the_others_stay():
     for made in CLIPS:
         begun, ended = made.at(Fraction(0)).things, made.at(Fraction(1)).things
         across, down = DIRECTIONS[made.direction]
@@ -34,7 +34,7 @@ def test_one_thing_crosses_the_picture_and_the_others_stay():
                 assert (b.column - a.column, b.row - a.row) == (2 * across, 2 * down)
             else:
                 assert a == b
-        # The picture changes where the thing is and nowhere else.
+        # The image changes where the thing is and nowhere else.
         first, last = (np.asarray(frame).astype(int) for frame in frames(made, 2, 64))
         changed = np.argwhere(np.abs(first - last).sum(2) > 30)
         assert len(changed) > 20

@@ -1,4 +1,4 @@
-"""Questions about the picture world: true, answered by the picture, in VQA v2's format, the same everywhere."""
+"""Questions about the synthetic world: true, answered by the image, in VQA v2's format, the same everywhere."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from blip.data.prepare.questions import Questions
-from blip.data.settings import PictureQuestions
+from blip.data.settings import ImageQuestions
 from blip.tokenizer import Tokenizer
 from blip.world.questions import ANNOTATORS, KINDS, questions, write
 from blip.world.scene import HELD_OUT, relations_of, scene
@@ -101,7 +101,7 @@ def test_held_out_looks_are_only_asked_about_in_composition():
 def test_files_are_read_back_and_the_same_every_time(tmp_path):
     paths = write(tmp_path, "val", 6, size=32)
     assert [path.name for path in paths] == ["questions-val.json", "annotations-val.json"]
-    source = Questions(PictureQuestions(str(paths[0]), annotations=str(paths[1])))
+    source = Questions(ImageQuestions(str(paths[0]), annotations=str(paths[1])))
     source.check_some_exist()
     assert len(source) == 6 * len(KINDS)
     asked = questions(scene(0, 2, "val"))

@@ -1,4 +1,4 @@
-"""`blip caption`: what pictures show, in words."""
+"""`blip caption`: what images show, in words."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ EXAMPLE = """examples:
   blip caption photo.jpg --model runs/caption/model
   blip caption photos/ 'more/*.png' --num 3 --method nucleus --json --out captions.jsonl
 
-A caption depends on the bytes of its picture, the model and these options; not on the other pictures, their order, the
-file's name or --batch. Exit status: 0, or 1 if some pictures could not be used, or 2 for wrong use."""
+A caption depends on the bytes of its image, the model and these options; not on the other images, their order, the
+file's name or --batch. Exit status: 0, or 1 if some images could not be used, or 2 for wrong use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class CaptionOptions(ImageOptions, ModelOptions):
 
 
 def run(chosen: CaptionOptions) -> int:
-    """Caption the pictures that the options name; returns the exit status."""
+    """Caption the images that the options name; returns the exit status."""
     config = chosen.decoding()
     from blip.data.image_files import find, read_images
 
@@ -95,12 +95,12 @@ def run(chosen: CaptionOptions) -> int:
     ways = {**dataclasses.asdict(config), "prompt": chosen.prompt, **loaded.options(chosen.model)} if chosen.out else {}
     form = Form("caption", chosen.json, keys, "tt", ways, config.num)
     with Answers(chosen.out, found, form=form) as answers:
-        for pictures in read_images(answers.to_do, EvalTransform(side), chosen.batch):
-            if read := answers.readable(pictures):
-                images = torch.stack([picture.pixels for picture in read])
-                for picture, texts in zip(read, describe(images, [picture.digest for picture in read]), strict=True):
-                    _answer(answers, picture.path, texts, chosen.json)
-            answers.advance(len(pictures))
+        for files in read_images(answers.to_do, EvalTransform(side), chosen.batch):
+            if read := answers.readable(files):
+                images = torch.stack([image.pixels for image in read])
+                for image, texts in zip(read, describe(images, [image.digest for image in read]), strict=True):
+                    _answer(answers, image.path, texts, chosen.json)
+            answers.advance(len(files))
     return SOME_FAILED if answers.failed else 0
 
 

@@ -1,4 +1,4 @@
-"""`blip classify`: which of some classes a picture shows, by their names alone."""
+"""`blip classify`: which of some classes an image shows, by their names alone."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ EXAMPLE = """examples:
   blip classify photo.jpg --classes "dog,cat,polar bear" --model runs/retrieval/model
   blip classify photos/ --classes-file imagenet.txt --top 5 --template "a photo of a {}." --json
 
-One line for each picture and class, the likeliest --top of them: path, class, probability. The probabilities of all
-classes add up to 1, so they say nothing about a picture that shows none of them: see blip match. Exit status: 0, or 1
-if some pictures could not be used, or 2 for wrong use."""
+One line for each image and class, the likeliest --top of them: path, class, probability. The probabilities of all
+classes add up to 1, so they say nothing about an image that shows none of them: see blip match. Exit status: 0, or 1
+if some images could not be used, or 2 for wrong use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class ClassifyOptions(ImageOptions, ModelOptions):
 
 
 def run(chosen: ClassifyOptions) -> int:
-    """Classify the pictures that the options name; returns the exit status."""
+    """Classify the images that the options name; returns the exit status."""
     names = _names(chosen)
     from blip.data.image_files import find, read_images
 
@@ -64,20 +64,20 @@ def run(chosen: ClassifyOptions) -> int:
     form = Form("classify", chosen.json, keys, "ttn", ways | loaded.options(chosen.model) if chosen.out else {},
                 min(chosen.top, len(names)))  # fmt: skip
     with Answers(chosen.out, found, form=form) as answers:
-        for pictures in read_images(answers.to_do, EvalTransform(features.image_size), chosen.batch):
-            if read := answers.readable(pictures):
+        for images in read_images(answers.to_do, EvalTransform(features.image_size), chosen.batch):
+            if read := answers.readable(images):
                 with loaded.computing():
-                    embeds = features.embed_image(torch.stack([picture.pixels for picture in read]))
+                    embeds = features.embed_image(torch.stack([image.pixels for image in read]))
                 best = probabilities(features, embeds, classes).topk(min(chosen.top, len(names)), dim=1)
-                for picture, chances, numbers in zip(read, best.values.tolist(), best.indices.tolist(), strict=True):
+                for image, chances, numbers in zip(read, best.values.tolist(), best.indices.tolist(), strict=True):
                     likeliest = [names[number] for number in numbers]
                     if chosen.json:
                         values = {"classes": likeliest, "probability": [round(chance, 5) for chance in chances]}
-                        answers.json({"path": picture.path, **values})
+                        answers.json({"path": image.path, **values})
                     else:
                         for name, chance in zip(likeliest, chances, strict=True):
-                            answers.text(picture.path, shown(name), f"{chance:.4f}")
-            answers.advance(len(pictures))
+                            answers.text(image.path, shown(name), f"{chance:.4f}")
+            answers.advance(len(images))
     return SOME_FAILED if answers.failed else 0
 
 

@@ -15,7 +15,7 @@ EXAMPLE = """examples:
   blip demo --model runs/retrieval/model --captioner runs/caption/model --vqa runs/vqa/model \\
             --folder photos --capfilt run
 
-Describe a picture, ask about it, match texts with it and see where the model looks; search a folder; look into a
+Describe an image, ask about it, match texts with it and see where the model looks; search a folder; look into a
 CapFilt run. The page is for this machine alone, unless --host lets others in, and asks no other machine for anything.
 It needs Gradio: pip install 'openblip[demo]'. Exit status: 2 for wrong use, 130 when a key press ended it."""
 
@@ -53,7 +53,7 @@ def run(chosen: DemoOptions) -> int:
     if chosen.port is not None:
         _check_port(chosen.host, chosen.port)
     if chosen.folder and not os.path.isdir(chosen.folder):
-        raise ValueError(f"{chosen.folder} is not a folder of pictures")
+        raise ValueError(f"{chosen.folder} is not a folder of images")
     from blip.data.image_files import find
 
     found = find([chosen.folder]) if chosen.folder else None

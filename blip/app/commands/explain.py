@@ -1,4 +1,4 @@
-"""`blip explain`: where the model looks when it says that a text fits a picture."""
+"""`blip explain`: where the model looks when it says that a text fits an image."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 EXAMPLE = """examples:
   blip explain photo.jpg "a dog next to a red bicycle" --out explained.html --model runs/retrieval/model
 
-A page with the picture once for each word and once for the whole text, red where the cross-attention finds what speaks
+A page with the image once for each word and once for the whole text, red where the cross-attention finds what speaks
 for a match. A line tells the probability of a match. Exit status: 0, or 2 for wrong use."""
 
 _SIDE = 2048
-"""Longer side of the pictures that are shown, pixels: there is one for each word."""
+"""Longer side of the images that are shown, pixels: there is one for each word."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ def run(chosen: ExplainOptions) -> int:
     from blip.errors import DataError
 
     try:
-        picture = decode(Path(chosen.image), DataConfig.max_pixels)
+        original = decode(Path(chosen.image), DataConfig.max_pixels)
     except UnreadableImage as error:
         raise DataError(f"{chosen.image}: {error.reason}") from None
 
@@ -68,8 +68,8 @@ def run(chosen: ExplainOptions) -> int:
     loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
     with loaded.computing():
         read = reader(loaded.model.config.vision.image_size)
-        found = explain(Features(loaded.model, loaded.tokenizer, read), picture, chosen.text, chosen.layer)
-    panels = pictures(small(picture, _SIDE), found)
+        found = explain(Features(loaded.model, loaded.tokenizer, read), original, chosen.text, chosen.layer)
+    panels = images(small(original, _SIDE), found)
     if chosen.out.endswith((".html", ".htm")):
         total = max(float(found.maps.sum()), 1e-12)
         shares = [100.0, *(100 * float(heat.sum()) / total for heat in found.maps)]
@@ -94,17 +94,17 @@ def run(chosen: ExplainOptions) -> int:
     return 0
 
 
-def pictures(picture: Image.Image, found: Explanation) -> list[tuple[str, Image.Image]]:
-    """The picture under the whole text's map and under each word's, which share a scale."""
+def images(original: Image.Image, found: Explanation) -> list[tuple[str, Image.Image]]:
+    """The image under the whole text's map and under each word's, which share a scale."""
     from blip.inference.explain import overlay
 
     strongest = float(found.maps.max())
-    words = [(word, overlay(picture, heat, strongest)) for word, heat in zip(found.words, found.maps, strict=True)]
-    return [("the whole text", overlay(picture, found.whole, float(found.whole.max()))), *words]
+    words = [(word, overlay(original, heat, strongest)) for word, heat in zip(found.words, found.maps, strict=True)]
+    return [("the whole text", overlay(original, found.whole, float(found.whole.max()))), *words]
 
 
 def strip(shown: list[tuple[str, Image.Image]], side: int = 224) -> Image.Image:
-    """Pictures side by side with their names below."""
+    """Images side by side with their names below."""
     from PIL import Image, ImageDraw
 
     made = Image.new("RGB", (side * len(shown), side + 20), "white")

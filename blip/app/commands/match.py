@@ -1,4 +1,4 @@
-"""`blip match`: how well texts fit pictures, by ITC and by ITM."""
+"""`blip match`: how well texts fit images, by ITC and by ITM."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ EXAMPLE = """examples:
   blip match photo.jpg "a dog on the beach" "a cat" --model runs/retrieval/model
   blip match photos/ "a dog" --json
 
-One line for each picture and text: path, ITC (cosine, -1 to 1), ITM (probability that the text fits), text. ITM looks
+One line for each image and text: path, ITC (cosine, -1 to 1), ITM (probability that the text fits), text. ITM looks
 closely; ITC is what a search begins with.
-Exit status: 0, or 1 if some pictures could not be used, or 2 for wrong use."""
+Exit status: 0, or 1 if some images could not be used, or 2 for wrong use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class MatchOptions(AnswerOptions, ModelOptions):
 
 
 def run(chosen: MatchOptions) -> int:
-    """Match the picture or pictures with the texts; returns the exit status."""
+    """Match the image or images with the texts; returns the exit status."""
     from blip.data.image_files import find, read_images
 
     found = find([chosen.image])
@@ -49,17 +49,17 @@ def run(chosen: MatchOptions) -> int:
     ways = {"texts": chosen.texts, **loaded.options(chosen.model)} if chosen.out else {}
     form = Form("match", chosen.json, ("path", "texts", "itc", "itm"), "tnnt", ways, len(chosen.texts))
     with Answers(chosen.out, found, form=form) as answers:
-        for pictures in read_images(answers.to_do, EvalTransform(features.image_size), chosen.batch):
-            if read := answers.readable(pictures):
+        for images in read_images(answers.to_do, EvalTransform(features.image_size), chosen.batch):
+            if read := answers.readable(images):
                 with loaded.computing():
-                    matches = features.match(torch.stack([picture.pixels for picture in read]), chosen.texts)
+                    matches = features.match(torch.stack([image.pixels for image in read]), chosen.texts)
                 itc, itm = matches.itc.tolist(), matches.probability.tolist()
-                for picture, cosines, chances in zip(read, itc, itm, strict=True):
+                for image, cosines, chances in zip(read, itc, itm, strict=True):
                     if chosen.json:
                         values = {"itc": [round(v, 5) for v in cosines], "itm": [round(v, 5) for v in chances]}
-                        answers.json({"path": picture.path, "texts": chosen.texts, **values})
+                        answers.json({"path": image.path, "texts": chosen.texts, **values})
                     else:
                         for text, cosine, chance in zip(chosen.texts, cosines, chances, strict=True):
-                            answers.text(picture.path, f"{cosine:.4f}", f"{chance:.4f}", shown(text))
-            answers.advance(len(pictures))
+                            answers.text(image.path, f"{cosine:.4f}", f"{chance:.4f}", shown(text))
+            answers.advance(len(images))
     return SOME_FAILED if answers.failed else 0

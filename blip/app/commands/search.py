@@ -1,4 +1,4 @@
-"""`blip search`: the pictures of a folder that fit a text best."""
+"""`blip search`: the images of a folder that fit a text best."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ EXAMPLE = """examples:
   blip search photos/ "a dog on the beach" --model runs/retrieval/model
   blip search photos/ "a red bicycle" "a market" --top 20 --sheet found.html
 
-The first search looks at every picture and keeps their embeddings in FOLDER/.blip-index; later ones look at new and
+The first search looks at every image and keeps their embeddings in FOLDER/.blip-index; later ones look at new and
 changed files only. The --rerank nearest by ITC are compared closely with the text, by ITM. One line for each text and
-picture, the best first: text, path, score, ITC (cosine), ITM (probability). Without a TEXT the index is brought up to
-date. Exit status: 0, or 1 if some of the pictures looked at could not be used, or 2 for wrong use."""
+image, the best first: text, path, score, ITC (cosine), ITM (probability). Without a TEXT the index is brought up to
+date. Exit status: 0, or 1 if some of the images looked at could not be used, or 2 for wrong use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class SearchOptions(AnswerOptions, ModelOptions):
 
 
 class Hit(NamedTuple):
-    """A picture that was found."""
+    """An image that was found."""
 
     path: Path
     score: float
@@ -66,7 +66,7 @@ class Hit(NamedTuple):
 def run(chosen: SearchOptions) -> int:
     """Bring the index up to date and look for the texts; returns the exit status."""
     if not os.path.isdir(chosen.folder):
-        raise ValueError(f"{chosen.folder} is not a folder of pictures")
+        raise ValueError(f"{chosen.folder} is not a folder of images")
     if chosen.sheet and not chosen.queries:
         raise ValueError("--sheet needs a TEXT to look for")
     if chosen.sheet and not chosen.sheet.endswith((".html", ".htm")):
@@ -119,7 +119,7 @@ def run(chosen: SearchOptions) -> int:
 def find_one(
     index: Index, features: Features, loaded: Loaded, query: str, embed: object, top: int, rerank: int
 ) -> list[Hit]:
-    """The `top` pictures by score, the `rerank` nearest by ITC first; as many as are indexed."""
+    """The `top` images by score, the `rerank` nearest by ITC first; as many as are indexed."""
     cosines, rows = (part[0].tolist() for part in index.nearest(embed, max(top, rerank)))
     paths = index.paths(rows)
     hits = [Hit(path, cosine, cosine, None) for path, cosine in zip(paths, cosines, strict=True)]
@@ -133,7 +133,7 @@ def find_one(
 
 
 def up_to_date(chosen: SearchOptions, found: FoundImages, features: Features) -> tuple[Index, int]:
-    """The index of the folder as it is now, and how many pictures could not be used; progress is told on stderr."""
+    """The index of the folder as it is now, and how many images could not be used; progress is told on stderr."""
     from blip import files
     from blip.app.answers import Answers
     from blip.app.index import Index, Origin
@@ -153,9 +153,9 @@ def up_to_date(chosen: SearchOptions, found: FoundImages, features: Features) ->
         raise ValueError(f"the index {where} cannot be written: give --index DIR to keep it elsewhere")
     with Answers(None, found._replace(paths=stale)) as answers:
 
-        def tell(pictures: list) -> None:
-            answers.readable(pictures)
-            answers.advance(len(pictures))
+        def tell(images: list) -> None:
+            answers.readable(images)
+            answers.advance(len(images))
 
         try:
             index = index.updated(found.paths, stale, features, tell)
@@ -174,22 +174,22 @@ def _precision(name: str) -> str:
     return "float32" if name == "auto" else name
 
 
-def sheet(answered: list[tuple[str, list[Hit]]], folder: str, pictures: int) -> str:
-    """A page with the pictures that were found, which needs nothing else."""
+def sheet(answered: list[tuple[str, list[Hit]]], folder: str, images: int) -> str:
+    """A page with the images that were found, which needs nothing else."""
     from blip.app import page
     from blip.data.images import UnreadableImage, model_input, small
     from blip.data.settings import DataConfig
 
     def card(rank: int, hit: Hit) -> page.Captioned:
         try:
-            picture = model_input(hit.path, DataConfig.max_pixels, lambda image: small(image, 2048))
+            thumbnail = model_input(hit.path, DataConfig.max_pixels, lambda image: small(image, 2048))
         except UnreadableImage:  # it went away since it was found
-            picture = None
+            thumbnail = None
         said = f"{rank}. cosine {hit.itc:.3f}" + ("" if hit.itm is None else f", match {100 * hit.itm:.1f}%")
-        return page.Captioned(str(hit.path), picture, said, hit.score, [])
+        return page.Captioned(str(hit.path), thumbnail, said, hit.score, [])
 
     sections = [
-        (query, f"The best of {pictures} pictures.", page.captioned([card(n, hit) for n, hit in enumerate(hits, 1)]))
+        (query, f"The best of {images} images.", page.captioned([card(n, hit) for n, hit in enumerate(hits, 1)]))
         for query, hits in answered
     ]
-    return page.page(f"Pictures of {folder}", sections)
+    return page.page(f"Images of {folder}", sections)

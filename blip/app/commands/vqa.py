@@ -1,4 +1,4 @@
-"""`blip vqa`: answers to a question about pictures."""
+"""`blip vqa`: answers to a question about images."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ EXAMPLE = """examples:
   blip vqa photos/ "how many people are there?" --top 3 --json
   blip vqa photo.jpg "is it raining?" --candidates answers.txt
 
-One line for each picture and answer: path, answer, probability. Answers are chosen among the candidates that the model
+One line for each image and answer: path, answer, probability. Answers are chosen among the candidates that the model
 was trained with, among those of --candidates, or written freely (--method generate). A probability is that of these
-very words. Exit status: 0, or 1 if some pictures could not be used, or 2 for wrong use."""
+very words. Exit status: 0, or 1 if some images could not be used, or 2 for wrong use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class VqaOptions(ImageOptions, ModelOptions):
 
 
 def run(chosen: VqaOptions) -> int:
-    """Answer the question about the pictures that the options name; returns the exit status."""
+    """Answer the question about the images that the options name; returns the exit status."""
     from blip.text import clean_question
 
     question = clean_question(chosen.question)
@@ -87,12 +87,12 @@ def run(chosen: VqaOptions) -> int:
     form = Form("vqa", chosen.json, keys, "ttn", _ways(chosen, loaded, candidates) if chosen.out else {},
                 min(chosen.top, len(candidates)) if candidates else 1)  # fmt: skip
     with Answers(chosen.out, found, form=form) as out:
-        for pictures in read_images(out.to_do, EvalTransform(side), chosen.batch):
-            if read := out.readable(pictures):
-                said = reply(torch.stack([picture.pixels for picture in read]))
-                for picture, best in zip(read, said, strict=True):
-                    _give(out, picture.path, chosen.question, best, chosen.json)
-            out.advance(len(pictures))
+        for files in read_images(out.to_do, EvalTransform(side), chosen.batch):
+            if read := out.readable(files):
+                said = reply(torch.stack([image.pixels for image in read]))
+                for image, best in zip(read, said, strict=True):
+                    _give(out, image.path, chosen.question, best, chosen.json)
+            out.advance(len(files))
     return SOME_FAILED if out.failed else 0
 
 

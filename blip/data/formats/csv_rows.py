@@ -20,7 +20,7 @@ _SUFFIX = re.compile(r"\.\w{1,5}\Z")
 def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield (line from 1, row) of a file, rows by the names in its header; columns without a name are left out.
 
-    Raises as `csv_records`, and DataError for a header in which a name is there twice or no column has one.
+    Raises as `csv_records`, and DataError for a header in which a name is repeated or no column has one.
     """
     records = csv_records(path)
     line, names = next(records, (0, []))

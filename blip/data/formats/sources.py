@@ -1,4 +1,4 @@
-"""Where image-text pairs come from. A source gives a row's encoded picture and captions; it never decodes.
+"""Where image-text pairs come from. A source gives a row's encoded image and captions; it never decodes.
 
 Nothing that data says is fetched or executed: image paths are files under a folder that the user named, shards are
 local files.
@@ -54,7 +54,7 @@ class Record:
     key: str
     """`file:row` or `shard/member`, for people and for the ledger."""
     image: bytes | Path | Image.Image
-    """Encoded, or where it is, or (from a source that draws) the picture itself."""
+    """Encoded, or where it is, or (from a source that draws) the image itself."""
     captions: list[str]
     """One or more; one of them is shown per epoch."""
 

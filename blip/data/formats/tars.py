@@ -326,7 +326,7 @@ def _field(stem: str) -> tuple[str, str]:
 
 
 class _Grouped:
-    """Samples by key. The ending is what follows the last dot, as names of pictures have dots of their own."""
+    """Samples by key. The ending is what follows the last dot, as names of images have dots of their own."""
 
     def __init__(self) -> None:
         self.samples: list[TarSample] = []
@@ -434,7 +434,7 @@ class _Grouped:
 
 
 class Shard:
-    """The samples of one tar file that training can use: a picture with a caption, or what lacks one of them.
+    """The samples of one tar file that training can use: an image with a caption, or what lacks one of them.
 
     A half sample beside a whole one (`7.seg.png` beside `7.jpg` and `7.txt`) is something else about that: left out.
     """

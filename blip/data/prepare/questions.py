@@ -23,7 +23,7 @@ from blip.data.formats.json_rows import Row, read_rows
 from blip.data.formats.sources import Record, record, shard_files
 from blip.data.paths import check_name, check_spec
 from blip.data.prepare.captions import image_id_of
-from blip.data.settings import DataConfig, PictureQuestions
+from blip.data.settings import DataConfig, ImageQuestions
 from blip.data.stream import ListShards
 from blip.errors import BadSample, DataError, shown
 from blip.keyed import Purpose
@@ -61,7 +61,7 @@ class Questions:
 
     kind = "human"
 
-    def __init__(self, config: PictureQuestions) -> None:
+    def __init__(self, config: ImageQuestions) -> None:
         """Reads the file. DataError names file, row and id of what does not fit, and what was expected."""
         self.config, self.weight = config, config.weight
         self.path = Path(check_spec(config.path))
@@ -132,7 +132,7 @@ def _record(key: str, question: Question, root: Path) -> QuestionRecord:
 class QuestionShards(ListShards):
     """The questions of lists of rows, read in sequence."""
 
-    def __init__(self, config: PictureQuestions) -> None:
+    def __init__(self, config: ImageQuestions) -> None:
         """Raises DataError for files of other formats, too."""
         files = shard_files(config.path, "json")
         for file in files:
@@ -173,7 +173,7 @@ def _columns(block: Sequence[Question]) -> pa.Table:
     return pa.table({n: pa.array([plain(getattr(q, n)) for q in block], kind) for n, kind in _TYPES.items()})
 
 
-def _root(config: PictureQuestions, path: Path) -> Path:
+def _root(config: ImageQuestions, path: Path) -> Path:
     if config.image_root is None:
         return Path(os.path.abspath(path.parent))
     root = Path(os.path.abspath(check_spec(config.image_root)))
@@ -194,7 +194,7 @@ def _refuse_repeated(path: Path, ids: Sequence[Id]) -> None:
 # Formats --------------------------------------------------------------------------------------------------------------
 
 
-def _rows(config: PictureQuestions, path: Path, root: Path) -> Iterator[Question]:
+def _rows(config: ImageQuestions, path: Path, root: Path) -> Iterator[Question]:
     """The questions of a file in any of the formats. Raises DataError."""
     if _is_whole(path):
         value = load(path)
@@ -245,7 +245,7 @@ def _easy(path: Path, rows: list[Any]) -> Iterator[Question]:
         yield Question(number, text, f"images/{image}.png", [answer], 1.0, " ".join(text.split()[:2]), kind)
 
 
-def _official(config: PictureQuestions, path: Path, value: dict[str, Any]) -> Iterator[Question]:
+def _official(config: ImageQuestions, path: Path, value: dict[str, Any]) -> Iterator[Question]:
     """VQA v2: {questions: [{image_id, question, question_id}]}, and {annotations: [{question_id, answers, ...}]}."""
     questions = value.get("questions")
     if not isinstance(questions, list):
@@ -296,7 +296,7 @@ def annotations(path: Path) -> dict[Id, Question]:
     return found
 
 
-def _image(config: PictureQuestions, row: dict[str, Any], subset: Any, where: str) -> str:
+def _image(config: ImageQuestions, row: dict[str, Any], subset: Any, where: str) -> str:
     number = _id(row, "image_id", where)
     if config.image_name is None and not isinstance(subset, str):
         raise DataError(
@@ -309,13 +309,13 @@ def _image(config: PictureQuestions, row: dict[str, Any], subset: Any, where: st
         raise DataError(f"{where}: image_name {config.image_name!r} does not go with {number!r}: {error!r}") from None
 
 
-def _listed(config: PictureQuestions, path: Path) -> Iterator[Question]:
+def _listed(config: ImageQuestions, path: Path) -> Iterator[Question]:
     """A list or lines of {image, question, answer}: the 2022 release's, and others by their columns."""
     for number, row in read_rows(path):
         yield _question(config, number, row, f"{path}: row {number}")
 
 
-def _question(config: PictureQuestions, number: int, row: Row, where: str) -> Question:
+def _question(config: ImageQuestions, number: int, row: Row, where: str) -> Question:
     """A row of such a list. Raises DataError."""
     column = "answers" if config.answer_column not in row and "answers" in row else config.answer_column
     weight = config.answer_weight

@@ -23,7 +23,7 @@ from blip.data.formats.json_rows import Row, read_rows
 from blip.data.formats.sources import FIRST_ROWS, record, shard_files
 from blip.data.images import decode, own_fault
 from blip.data.paths import check_name, check_spec
-from blip.data.settings import DataConfig, PictureSentences
+from blip.data.settings import DataConfig, ImageSentences
 from blip.data.stream import ListShards
 from blip.errors import BadSample, DataError, shown
 from blip.keyed import Purpose, mix
@@ -79,7 +79,7 @@ class Sentences:
 
     kind = "human"
 
-    def __init__(self, config: PictureSentences) -> None:
+    def __init__(self, config: ImageSentences) -> None:
         """Reads the file. DataError names file, row and id of what does not fit, and what was expected."""
         self.config, self.weight = config, config.weight
         self.path = Path(check_spec(config.path))
@@ -116,7 +116,7 @@ class Sentences:
 class SentenceShards(ListShards):
     """The examples of annotation files, read in sequence."""
 
-    def __init__(self, config: PictureSentences) -> None:
+    def __init__(self, config: ImageSentences) -> None:
         """Raises DataError when there are no examples, or none of the first images is there."""
         files = shard_files(config.path, "json")
         self._find = {file: _finder(config, file) for file in files}
@@ -139,7 +139,7 @@ class SentenceShards(ListShards):
         return found
 
 
-def _check_some_exist(config: PictureSentences, examples: Sequence[Example]) -> None:
+def _check_some_exist(config: ImageSentences, examples: Sequence[Example]) -> None:
     if not any(image.exists() for example in examples for image in example.images):
         raise DataError(
             f"source {config.path}: none of its images is there; looked for {examples[0].images[0]}. "
@@ -155,7 +155,7 @@ def _check_count(example: Example, first: Example) -> None:
         )
 
 
-def _is_wanted(example: Example, config: PictureSentences) -> bool:
+def _is_wanted(example: Example, config: ImageSentences) -> bool:
     if config.part == "all":
         return True
     held = mix(Purpose.HELD_OUT, *example.fold.encode()) % 1000 < 1000 * config.held_out
@@ -176,7 +176,7 @@ def _refuse_repeated(path: Path, examples: Sequence[Example]) -> None:
 # Rows -----------------------------------------------------------------------------------------------------------------
 
 
-def _finder(config: PictureSentences, path: Path) -> _Finder:
+def _finder(config: ImageSentences, path: Path) -> _Finder:
     root = Path(os.path.abspath(check_spec(config.image_root))) if config.image_root else path.absolute().parent
     if not root.is_dir():
         raise DataError(f"source {config.path}: image_root {root} is not a folder")
