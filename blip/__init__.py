@@ -1,4 +1,4 @@
-"""BLIP: one image encoder and one text transformer that embeds, matches and writes.
+"""BLIP: one image encoder and one text transformer that embeds, matches and generates.
 
     blip.load("runs/demo/model").match(["photo.jpg"], ["a dog", "a cat"]).probability
     model, tokenizer = blip.from_pretrained("runs/demo/model")
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any  # noqa: E402
 
 if TYPE_CHECKING:
     from blip.checkpoints.checkpoint import from_pretrained, push_to_hub, save_pretrained
-    from blip.inference.features import Features, Matches, load
+    from blip.inference.features import Features, MatchScores, load
     from blip.inference.generate import write
     from blip.inference.settings import DECODE_PRESETS, DecodeConfig
     from blip.models.blip import Blip
@@ -36,7 +36,7 @@ _WHERE = {
     "DecodeConfig": "blip.inference.settings",
     "DECODE_PRESETS": "blip.inference.settings",
     "Features": "blip.inference.features",
-    "Matches": "blip.inference.features",
+    "MatchScores": "blip.inference.features",
     "load": "blip.app.load",
     "write": "blip.inference.generate",
     "Tokenizer": "blip.tokenizer",
@@ -44,6 +44,7 @@ _WHERE = {
     "save_pretrained": "blip.checkpoints.checkpoint",
     "push_to_hub": "blip.checkpoints.checkpoint",
 }
+_RENAMED = {"Matches": "MatchScores"}
 __all__ = [
     "BASE",
     "DECODE_PRESETS",
@@ -54,7 +55,7 @@ __all__ = [
     "BlipConfig",
     "DecodeConfig",
     "Features",
-    "Matches",
+    "MatchScores",
     "Tokenizer",
     "from_pretrained",
     "load",
@@ -65,6 +66,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        raise AttributeError(f"blip.{name} is now blip.{_RENAMED[name]}")
     if name not in _WHERE:
         raise AttributeError(f"module 'blip' has no attribute {name!r}")
     return getattr(import_module(_WHERE[name]), name)

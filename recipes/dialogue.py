@@ -16,7 +16,7 @@ from blip.data.settings import Dialogues
 from blip.data.transforms import TrainTransform
 from blip.errors import DataError
 from blip.models.dialogue import Dialogue
-from blip.objectives.dialogue import Dialogue as Objective
+from blip.objectives.dialogue import DialogueObjective
 from blip.tokenizer import Tokenizer
 from blip.train.loop import Result
 from blip.world import dialogues
@@ -101,7 +101,7 @@ def converse(run: DialogueRun) -> tuple[Result, Path]:
     held_out = open_evaluations(run, DialogueEvaluation, data.max_tokens, tokenizer)
     about = f"Ranks answers in dialogues about images; trained {run.model.origin} with `recipes.dialogue`."
     best = BestModel(run, tokenizer, held_out, by="mrr", about=about, shown="{:.4f}".format)
-    return fine_tune(run, Objective(model), feed_of(sources, prepare, run.train.seed), best)
+    return fine_tune(run, DialogueObjective(model), feed_of(sources, prepare, run.train.seed), best)
 
 
 class DialogueEvaluation(Evaluation):

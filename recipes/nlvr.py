@@ -17,7 +17,7 @@ from blip.data.settings import ImageSentences
 from blip.data.transforms import TrainTransform
 from blip.errors import DataError
 from blip.models.nlvr import Nlvr
-from blip.objectives.nlvr import Nlvr as Objective
+from blip.objectives.nlvr import NlvrObjective
 from blip.tokenizer import Tokenizer
 from blip.train.loop import Result
 from blip.world import pairs as world_pairs
@@ -91,7 +91,7 @@ def judge(run: NlvrRun) -> tuple[Result, Path]:
     held_out = open_evaluations(run, NlvrEvaluation, images, tokenizer)
     about = f"Tells whether a sentence is true of several images; trained {run.model.origin} with `recipes.nlvr`."
     best = BestModel(run, tokenizer, held_out, by="accuracy", about=about)
-    return fine_tune(run, Objective(model), data, best)
+    return fine_tune(run, NlvrObjective(model), data, best)
 
 
 class NlvrEvaluation(Evaluation):

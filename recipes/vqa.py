@@ -23,8 +23,7 @@ from blip.errors import DataError, counted
 from blip.inference.answering import ANSWERS, Candidates, answers, ask
 from blip.inference.settings import QUESTION_TOKENS, QUESTION_WORDS, AnswerConfig
 from blip.models.vqa import Vqa
-from blip.objectives.vqa import Vqa as Objective
-from blip.objectives.vqa import VqaConfig
+from blip.objectives.vqa import VqaConfig, VqaObjective
 from blip.tokenizer import Tokenizer
 from blip.train.loop import Result
 from blip.world import questions
@@ -107,7 +106,7 @@ def answer(run: VqaRun) -> tuple[Result, Path]:
     about = f"Answers questions about images; trained {run.model.origin} with `recipes.vqa`."
     beside = {ANSWERS: json.dumps(choices, indent=0) + "\n"} if choices else {}
     best = BestModel(run, tokenizer, held_out, by="accuracy", about=about, beside=beside)
-    return fine_tune(run, Objective(model, run.objective), data, best)
+    return fine_tune(run, VqaObjective(model, run.objective), data, best)
 
 
 def chosen(run: VqaRun, sources: Sequence[Questions | QuestionShards], tokenizer: Tokenizer) -> list[str]:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from blip.app.loaded import Loaded
     from blip.data.image_files import ImageFile
     from blip.inference.answering import Answer, Candidates
-    from blip.inference.generate import Text
+    from blip.inference.generate import CaptionText
 
 T = TypeVar("T")
 
@@ -106,7 +106,7 @@ class Demo:
         top_p: float | None = None,
         seed: int = 0,
         prompt: str | None = None,
-    ) -> list[Text]:
+    ) -> list[CaptionText]:
         """Captions of an image, as `blip caption --method beam|nucleus --num N` writes them of the same file."""
         one = self.captioner
         pixels, digest = read_image(path, EvalTransform(one.model.config.vision.image_size))
@@ -226,7 +226,7 @@ class Demo:
         return path.read_text("utf-8", "replace")
 
 
-def probability(answer: Answer | Text) -> float:
+def probability(answer: Answer | CaptionText) -> float:
     return math.exp(answer.logprob)
 
 

@@ -31,7 +31,7 @@ from blip.errors import DataError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from blip.inference.generate import Text
+    from blip.inference.generate import CaptionText
 
 _WAITING = 64
 """Questions that may wait for the model; later ones are told so."""
@@ -288,7 +288,7 @@ def _caption(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
         button.click(_friendly(show), inputs, said, api_name="caption", **model)
 
 
-def captions(found: list[Text]) -> str:
+def captions(found: list[CaptionText]) -> str:
     """Captions as an HTML list."""
     rows = [
         f"<li>{html.escape(text.words) or '(nothing)'} <small>log-probability {text.logprob:.2f}"

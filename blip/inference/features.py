@@ -30,7 +30,7 @@ MAX_TOKENS = 35
 """Word pieces kept of a text that is compared with images (paper, section 5.1)."""
 
 
-class Matches(NamedTuple):
+class MatchScores(NamedTuple):
     """How well N images and M texts fit each other."""
 
     itc: Tensor
@@ -128,7 +128,7 @@ class Features:
         return torch.cat(found).float()
 
     @torch.no_grad()
-    def match(self, images: Sequence[ImageInput] | Tensor, texts: Sequence[str]) -> Matches:
+    def match(self, images: Sequence[ImageInput] | Tensor, texts: Sequence[str]) -> MatchScores:
         """Every image with every text, by ITC and by ITM."""
         words = self.embed_text(texts)
         ids, keep = self._read(texts, "enc")
@@ -139,7 +139,7 @@ class Features:
             logits += matching.match(self.model, tokens, ids, keep, chosen, 8 * self.batch)
         if not logits or not texts:
             raise ValueError(f"nothing to match: {len(images)} images and {len(texts)} texts")
-        return Matches(cosines(torch.cat(embeds), words), torch.stack(logits))
+        return MatchScores(cosines(torch.cat(embeds), words), torch.stack(logits))
 
     def _read(self, texts: Sequence[str], first: str) -> tuple[Tensor, Tensor]:
         if isinstance(texts, str):

@@ -30,7 +30,7 @@ _SHRINK = 0.75
 """Share of rows still being written from which on the others are left out; it costs a copy of the contexts."""
 
 
-class Written(NamedTuple):
+class GeneratedIds(NamedTuple):
     """Texts, `num` of each row: beams best first, samples in the order of their numbers."""
 
     ids: Tensor
@@ -44,7 +44,7 @@ class Written(NamedTuple):
     """(R, num) bool, ended by [SEP] rather than by max_length."""
 
 
-class Text(NamedTuple):
+class CaptionText(NamedTuple):
     """A text that was written."""
 
     words: str
@@ -64,7 +64,7 @@ def write(
     *,
     prompt: str | Sequence[str] = "",
     keys: Sequence[str] | None = None,
-) -> list[list[Text]]:
+) -> list[list[CaptionText]]:
     """Write about images (B, 3, S, S), image tokens (B, P, V) or a context: `config.num` texts for each.
 
     `prompt` is what every text begins with, or one beginning for each. The rest is as in `generate`.
@@ -85,7 +85,7 @@ def write(
     lengths = keep.sum(1).tolist()
     said = [ids[n:] for row, n in zip(found.ids.tolist(), lengths, strict=True) for ids in row]
     logprobs, finished = found.logprobs.sum(-1).flatten().tolist(), found.finished.flatten().tolist()
-    texts = [Text(*values) for values in zip(tokenizer.decode(said), logprobs, finished, strict=True)]
+    texts = [CaptionText(*values) for values in zip(tokenizer.decode(said), logprobs, finished, strict=True)]
     return [texts[i : i + config.num] for i in range(0, len(texts), config.num)]
 
 
@@ -106,7 +106,7 @@ def generate(
     keep: Tensor,
     config: DecodeConfig,
     keys: Sequence[str] | None = None,
-) -> Written:
+) -> GeneratedIds:
     """Continue prompts, ids (R, P) that start with [DEC], `keep` (R, P) bool a prefix of every row.
 
     The rows look at `context` in its order, `context.fan` neighbours at each image; their prompts may differ in length.
@@ -430,7 +430,7 @@ def _seeds(config: DecodeConfig, keys: Sequence[str]) -> Tensor:
     return torch.tensor([[_signed(s) for s in row] for row in seeds])
 
 
-def _assemble(parts: list[tuple[Tensor, _Found]], prompts: Tensor, keep: Tensor, num: int, pad_id: int) -> Written:
+def _assemble(parts: list[tuple[Tensor, _Found]], prompts: Tensor, keep: Tensor, num: int, pad_id: int) -> GeneratedIds:
     """The texts of all rows in the caller's order, behind their prompts."""
     order = torch.cat([number for number, _ in parts]).argsort()
     found = _Found(*(torch.cat(part)[order, :num] for part in zip(*(found for _, found in parts), strict=True)))
@@ -441,7 +441,7 @@ def _assemble(parts: list[tuple[Tensor, _Found]], prompts: Tensor, keep: Tensor,
     ids = torch.nn.functional.pad(ids, (0, steps), value=pad_id).scatter(2, place, found.words)
     logprobs = torch.zeros_like(ids, dtype=torch.float32).scatter(2, place, found.logprobs)
     longest = int((lengths.squeeze(2) + found.count).max())
-    return Written(ids[..., :longest], logprobs[..., :longest], found.scores, found.finished)
+    return GeneratedIds(ids[..., :longest], logprobs[..., :longest], found.scores, found.finished)
 
 
 def _signed(x: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from blip.models import inherit
 from blip.models.blip import Blip, Matcher, med, starting_with
-from blip.models.inherit import Origin
+from blip.models.inherit import WeightOrigin
 from blip.models.protocols import Matches, require
 from blip.models.settings import DialogueModelConfig
 from blip.nn.context import Context
@@ -43,14 +43,14 @@ class Dialogue(nn.Module):
         inherit.copy(model, blip, model.origin())
         return model.train(blip.training)
 
-    def origin(self) -> Origin:
+    def origin(self) -> WeightOrigin:
         """Where first weights come from; only where images and texts differ in width something is new."""
         fresh = {name: "brings captions to the width of images" for name in self.state_dict() if "caption_proj" in name}
         copied = {name: name for name in self.state_dict() if name not in fresh}
         heads = [f"{name}.{kind}" for name in ("image_proj", "text_proj") for kind in ("weight", "bias")]
         left = dict.fromkeys(["temperature", *heads], "nothing is contrasted")
         left |= dict.fromkeys(inherit.generating(self.config.text.layers), "nothing is generated")
-        return Origin(copied, fresh, left)
+        return WeightOrigin(copied, fresh, left)
 
     def context(self, image: Tensor, caption_ids: Tensor, caption_keep: Tensor, queries: int | None = None) -> Context:
         """Images (B, 3, S, S) with captions (B, T) that start with [CLS] -> what the rows of dialogues attend to.

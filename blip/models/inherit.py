@@ -11,7 +11,7 @@ from blip.models.blip import Blip, Captioner, Matcher
 
 
 @dataclass(frozen=True)
-class Origin:
+class WeightOrigin:
     """What becomes of the tensors of a pre-trained `Blip`, and what each of a task model starts from."""
 
     copied: dict[str, str]
@@ -22,7 +22,7 @@ class Origin:
     """Names in `Blip` that the task has no use for -> why."""
 
 
-def copy(model: nn.Module, blip: Blip | Captioner | Matcher, origin: Origin) -> None:
+def copy(model: nn.Module, blip: Blip | Captioner | Matcher, origin: WeightOrigin) -> None:
     """Give a task model its first weights. ValueError unless every tensor of both is accounted for and fits."""
     ours, theirs = model.state_dict(), blip.state_dict()
     named = set(origin.copied) | set(origin.fresh)
@@ -43,7 +43,7 @@ def _refuse(where: str, names: set[str]) -> None:
 
 
 def under(prefix: str, state: Mapping[str, Tensor], source: str) -> dict[str, str]:
-    """Names of a part's tensors under `prefix` -> the same under `source`: what `Origin.copied` says of it."""
+    """Names of a part's tensors under `prefix` -> the same under `source`: what `WeightOrigin.copied` says of it."""
     return {f"{prefix}.{name}": f"{source}.{name}" for name in state}
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from blip.models import inherit
 from blip.models.blip import Blip, Matcher
-from blip.models.inherit import Origin
+from blip.models.inherit import WeightOrigin
 from blip.models.protocols import Matches, require
 from blip.models.settings import NlvrModelConfig
 from blip.nn.context import Context, project
@@ -71,7 +71,7 @@ class Nlvr(nn.Module):
         inherit.copy(model, blip, model.origin())
         return model.train(blip.training)
 
-    def origin(self) -> Origin:
+    def origin(self) -> WeightOrigin:
         """Where first weights come from: every image's cross-attention is a copy of the pre-trained one."""
         copied = inherit.under("vision", self.vision.state_dict(), "vision")
         fresh = dict.fromkeys(("head_dense.weight", "head_dense.bias", "head.weight", "head.bias"), "not pre-trained")
@@ -84,7 +84,7 @@ class Nlvr(nn.Module):
         left = dict.fromkeys(("temperature", *_linear("image_proj"), *_linear("text_proj")), "nothing is contrasted")
         left |= dict.fromkeys(_linear("match_head"), "has another head")
         left |= dict.fromkeys(inherit.generating(self.config.text.layers), "nothing is generated")
-        return Origin(copied, fresh, left)
+        return WeightOrigin(copied, fresh, left)
 
     def contexts(self, image: Tensor, queries: int | None = None) -> list[Context]:
         """Examples of K images each (B, K, 3, S, S) -> of each of the K the context that sentences attend to.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from blip.models import inherit
 from blip.models.blip import Blip, med
-from blip.models.inherit import Origin
+from blip.models.inherit import WeightOrigin
 from blip.models.protocols import Generates, Matches, require
 from blip.models.settings import BlipConfig
 from blip.nn.context import Context
@@ -41,7 +41,7 @@ class Vqa(nn.Module):
         inherit.copy(model, blip, model.origin())
         return model.train(blip.training)
 
-    def origin(self) -> Origin:
+    def origin(self) -> WeightOrigin:
         """Where first weights come from: both stacks from the pre-trained one, as in the 2022 release.
 
         The decoder's cross-attention was trained to read image tokens; it starts from that all the same, but for the
@@ -58,7 +58,7 @@ class Vqa(nn.Module):
             del copied[name]
         left = dict.fromkeys(("temperature", *_head("image_proj"), *_head("text_proj")), "nothing is contrasted")
         left |= dict.fromkeys(_head("match_head"), "nothing is matched")
-        return Origin(copied, fresh, left)
+        return WeightOrigin(copied, fresh, left)
 
     @property
     def decoder(self) -> TextTransformer:

@@ -14,7 +14,7 @@ from torch import Tensor
 from blip.models.blip import Towers
 from blip.objectives.batch import Batch
 from blip.objectives.negatives import Negatives
-from blip.objectives.similarity import Embedded, Pair, Similarity
+from blip.objectives.similarity import Embedded, EmbeddedPair, Similarity
 from blip.objectives.targets import Target
 from blip.settings import require
 
@@ -39,7 +39,7 @@ class Contrast:
     target: Target
 
     def __call__(
-        self, student: Pair, keys: Pair, temperature: Tensor, teacher: Pair | None = None
+        self, student: EmbeddedPair, keys: EmbeddedPair, temperature: Tensor, teacher: EmbeddedPair | None = None
     ) -> tuple[Tensor, Similarities]:
         """The scalar loss of a student's batch against `keys`, and its similarities, not divided by the temperature.
 
@@ -52,7 +52,7 @@ class Contrast:
         return (i2t_loss + t2i_loss) / 2, Similarities(i2t, t2i)
 
     def _one_direction(
-        self, query: Embedded, teacher: Embedded | None, keys: Pair, modality: str, temperature: Tensor
+        self, query: Embedded, teacher: Embedded | None, keys: EmbeddedPair, modality: str, temperature: Tensor
     ) -> tuple[Tensor, Tensor]:
         batch = len(query.vector)
         candidates = self.negatives(keys, modality)
@@ -80,10 +80,12 @@ def partners(similarities: Tensor, start: int = 0) -> Tensor:
     return torch.ones_like(similarities, dtype=torch.bool).triu(start).tril(start)
 
 
-def embed(towers: Towers, batch: Batch) -> tuple[Tensor, Pair]:
+def embed(towers: Towers, batch: Batch) -> tuple[Tensor, EmbeddedPair]:
     """Image tokens (B, P, V) and joint embeddings of a batch."""
     tokens = towers.vision(batch.image)
-    return tokens, Pair(Embedded(towers.embed_image(tokens)), Embedded(towers.embed_text(batch.ids, batch.keep)))
+    return tokens, EmbeddedPair(
+        Embedded(towers.embed_image(tokens)), Embedded(towers.embed_text(batch.ids, batch.keep))
+    )
 
 
 def check_temperature(low: float, high: float) -> None:

@@ -10,7 +10,7 @@ from blip.objectives.matching import matching_loss
 from blip.objectives.objective import Clock, Objective, Outcome
 
 
-class Dialogue(Objective):
+class DialogueObjective(Objective):
     """True answers told from false ones, as ITM tells captions of an image from others."""
 
     def __init__(self, model: families.dialogue.Dialogue) -> None:

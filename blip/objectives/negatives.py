@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip import dist
-from blip.objectives.similarity import Embedded, Pair
+from blip.objectives.similarity import Embedded, EmbeddedPair
 
 # In the contrastive loss ----------------------------------------------------------------------------------------------
 
 
-class Candidates(NamedTuple):
+class CandidateBlocks(NamedTuple):
     """The C keys that a batch is compared with, in blocks, the first of which holds the batch's own partners."""
 
     blocks: list[Embedded]
@@ -28,16 +28,16 @@ class Candidates(NamedTuple):
 class Negatives(Protocol):
     """Where candidates come from."""
 
-    def __call__(self, keys: Pair, modality: str) -> Candidates:
+    def __call__(self, keys: EmbeddedPair, modality: str) -> CandidateBlocks:
         """The candidates of one modality, `image` or `text`, of which `keys` are the batch's own."""
 
 
 class InBatch:
     """The batches of all processes, with gradient to each (CLIP, section 2.3)."""
 
-    def __call__(self, keys: Pair, modality: str) -> Candidates:
+    def __call__(self, keys: EmbeddedPair, modality: str) -> CandidateBlocks:
         own: Embedded = getattr(keys, modality)
-        return Candidates([own.map(dist.gather_with_gradient)], dist.rank() * len(own.vector))
+        return CandidateBlocks([own.map(dist.gather_with_gradient)], dist.rank() * len(own.vector))
 
 
 class Queued:
@@ -46,11 +46,11 @@ class Queued:
     def __init__(self, image: Queue, text: Queue) -> None:
         self.image, self.text = image, text
 
-    def __call__(self, keys: Pair, modality: str) -> Candidates:
+    def __call__(self, keys: EmbeddedPair, modality: str) -> CandidateBlocks:
         queue: Queue = getattr(self, modality)
-        return Candidates([getattr(keys, modality), Embedded(queue.features)], 0)
+        return CandidateBlocks([getattr(keys, modality), Embedded(queue.features)], 0)
 
-    def push(self, keys: Pair) -> None:
+    def push(self, keys: EmbeddedPair) -> None:
         """Take in the keys of all processes' batches."""
         self.image.push(dist.gather(keys.image.vector))
         self.text.push(dist.gather(keys.text.vector))

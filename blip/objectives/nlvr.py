@@ -10,7 +10,7 @@ from blip.objectives.batch import SentenceBatch
 from blip.objectives.objective import Clock, Objective, Outcome
 
 
-class Nlvr(Objective):
+class NlvrObjective(Objective):
     """Whether a sentence is true of several images."""
 
     def __init__(self, model: families.nlvr.Nlvr) -> None:

@@ -16,7 +16,7 @@ from blip.objectives.captioning import caption_pass, captioning_loss
 from blip.objectives.contrast import Similarities, partners, recalls
 from blip.objectives.matching import Mismatches, match_accuracies, match_logits, matching_loss, matching_passes
 from blip.objectives.objective import Clock, Outcome
-from blip.objectives.similarity import Pair
+from blip.objectives.similarity import EmbeddedPair
 from blip.objectives.targets import OwnPartner
 from blip.objectives.teacher import MomentumContrast, MomentumContrastConfig
 from blip.settings import require
@@ -68,7 +68,7 @@ class Pretrain(MomentumContrast):
         health = recalls(cosines, partners(cosines.image_to_text)) | match_accuracies(matches, len(batch))
         return Outcome(losses, {**health, "temperature": model.temperature.detach().clone()}, teacher)
 
-    def _mismatches(self, student: Pair, teacher: Pair, cosines: Similarities) -> Mismatches:
+    def _mismatches(self, student: EmbeddedPair, teacher: EmbeddedPair, cosines: Similarities) -> Mismatches:
         """Hard negatives by how similar they are for student and teacher, from the batch or all processes' batches."""
         i2t, t2i = cosines
         start = 0

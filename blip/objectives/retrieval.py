@@ -16,7 +16,7 @@ from blip.objectives.contrast import recalls
 from blip.objectives.matching import Mismatches, match_accuracies, match_logits, matching_loss, matching_passes
 from blip.objectives.negatives import IdQueue
 from blip.objectives.objective import Clock, Outcome
-from blip.objectives.similarity import Pair
+from blip.objectives.similarity import EmbeddedPair
 from blip.objectives.targets import SameImage
 from blip.objectives.teacher import MomentumContrast, MomentumContrastConfig
 
@@ -32,7 +32,7 @@ class RetrievalConfig(MomentumContrastConfig):
 class Seen(NamedTuple):
     """What the retrieval objective's queues take of a batch."""
 
-    features: Pair
+    features: EmbeddedPair
     """The teacher's."""
     image_ids: Tensor
     """(B,)"""
@@ -71,7 +71,7 @@ class Retrieval(MomentumContrast):
         return Outcome(losses, health, Seen(teacher, ids))
 
     @torch.no_grad()
-    def _mismatches(self, ids: Tensor, student: Pair) -> tuple[Mismatches, Tensor]:
+    def _mismatches(self, ids: Tensor, student: EmbeddedPair) -> tuple[Mismatches, Tensor]:
         """Hard negatives of other images, and whether there is one (2 B,): for each text, then for each image."""
         # Drawn by the student's own similarities, as in the original; in pre-training by student and teacher.
         images, texts, others = student.image.vector, student.text.vector, ids

@@ -28,7 +28,7 @@ class Embedded(NamedTuple):
         return Embedded(*(None if a is None else torch.cat([a, b]) for a, b in zip(self, other, strict=True)))
 
 
-class Pair(NamedTuple):
+class EmbeddedPair(NamedTuple):
     """Images and texts of a batch of pairs, row by row."""
 
     image: Embedded

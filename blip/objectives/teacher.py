@@ -18,7 +18,7 @@ from blip.objectives.batch import Batch
 from blip.objectives.contrast import Contrast, Similarities, check_temperature, embed
 from blip.objectives.negatives import Queue, Queued
 from blip.objectives.objective import Clock, Objective
-from blip.objectives.similarity import Pair, cosine
+from blip.objectives.similarity import EmbeddedPair, cosine
 from blip.objectives.targets import Distilled, Target
 from blip.settings import check_rates, require
 
@@ -93,14 +93,16 @@ class MomentumContrast(Objective):
         self.teacher.train(mode and self.config.teacher_dropout)
         return self
 
-    def embed(self, batch: Batch) -> tuple[Tensor, Pair, Pair]:
+    def embed(self, batch: Batch) -> tuple[Tensor, EmbeddedPair, EmbeddedPair]:
         """The student's image tokens (B, P, V), its embeddings and the teacher's."""
         tokens, student = embed(self.model, batch)
         with torch.no_grad():
             _, teacher = embed(self.teacher.towers, batch)
         return tokens, student, teacher
 
-    def contrast(self, student: Pair, teacher: Pair, target: Target, clock: Clock) -> tuple[Tensor, Similarities]:
+    def contrast(
+        self, student: EmbeddedPair, teacher: EmbeddedPair, target: Target, clock: Clock
+    ) -> tuple[Tensor, Similarities]:
         """ITC and the batch's cosines (B, B); the clock sets the weight of the teacher's soft targets."""
         config = self.config
         ramp = config.alpha_ramp_epochs
@@ -114,7 +116,7 @@ class MomentumContrast(Objective):
         return self.config.negatives_all_ranks and dist.world() > 1
 
     @torch.no_grad()
-    def after_step(self, carries: list[Pair]) -> None:
+    def after_step(self, carries: list[EmbeddedPair]) -> None:
         """Clamp the temperature, move the teacher, put the step's features (the teacher's) in the queues."""
         config = self.config
         self.model.temperature.clamp_(config.temperature_min, config.temperature_max)

@@ -26,7 +26,7 @@ class VqaConfig:
         require(0 <= self.label_smoothing < 1, f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
 
 
-class Vqa(Objective):
+class VqaObjective(Objective):
     """The words of the human answers, each answer by its weight."""
 
     def __init__(self, model: families.vqa.Vqa, config: VqaConfig) -> None:

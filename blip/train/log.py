@@ -96,7 +96,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-class Progress:
+class TrainingProgress:
     """A bar on a terminal, plain lines elsewhere; nothing in other processes than the main one."""
 
     def __init__(self, total: int, step: int, show: bool, stream: TextIO | None = None) -> None:

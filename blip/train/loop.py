@@ -51,7 +51,7 @@ class Data(Protocol):
         """Replace some samples unread; called before `batches`, and only where the ledger has some."""
 
 
-class Ledger(Protocol):
+class RecordsBadSamples(Protocol):
     """Keeps account of samples that could not be read."""
 
     def add(self, bad: list[Any], seen: int) -> None:
@@ -74,7 +74,7 @@ class Result:
     """What the last evaluation said."""
 
 
-class Interrupted(SystemExit):
+class TrainingInterrupted(SystemExit):
     """The run was asked to stop, saved itself and can be continued by the same command; exit status 75."""
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ class NonFinite(Stopped):
     """A loss or gradient was not a finite number; the update was not made."""
 
 
-class OutOfMemory(Stopped):
+class TrainingOutOfMemory(Stopped):
     """The device or the machine has too little memory for the batch."""
 
 
@@ -102,7 +102,7 @@ def fit(
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     settings: dict[str, Any] | None = None,
     fingerprint: str = "",
-    ledger: Ledger | None = None,
+    ledger: RecordsBadSamples | None = None,
 ) -> Result:
     """Train an objective, continuing from the newest whole checkpoint in `out` if there is one.
 
@@ -111,8 +111,8 @@ def fit(
     numbers count. `settings` (the whole run's) and `fingerprint` (of the data) must be the same when a run continues.
 
     Raises ValueError for settings that cannot work or differ from the run in `out`, RunLocked if another process
-    writes there, NonFinite, OutOfMemory, LostPeer and files.WriteError as their names say, and Interrupted (exit
-    status 75) after SIGTERM, SIGUSR1 or SIGINT, once the state is saved.
+    writes there, NonFinite, TrainingOutOfMemory, LostPeer and files.WriteError as their names say, and
+    TrainingInterrupted (exit status 75) after SIGTERM, SIGUSR1 or SIGINT, once the state is saved.
     """
     notes = dist.set_aside()
     log.check_trackers(config.trackers)
@@ -146,7 +146,7 @@ class _Run:
         evaluate: Callable[[nn.Module], dict[str, float]] | None,
         settings: dict[str, Any],
         fingerprint: str,
-        ledger: Ledger | None,
+        ledger: RecordsBadSamples | None,
         stopper: Stopper,
         lock: RunLock | None,
     ) -> None:
@@ -239,7 +239,7 @@ class _Run:
             drift.describe_run(self.out, self.facts["settings"], layout, f"{self.device} {self.dtype}")
             self.metrics = log.Metrics(self.out / "metrics.jsonl", state.step)
             lines = self.metrics.lines_before
-        self.progress = log.Progress(self.total, state.step, dist.is_main())
+        self.progress = log.TrainingProgress(self.total, state.step, dist.is_main())
         if state.step:
             self.progress.say(f"continuing after step {state.step} of {self.total} in {self.out}")
         evaluated = [line for line in lines if "eval" in line]
@@ -268,7 +268,7 @@ class _Run:
                         self._save()
                     if stop:
                         self.progress.say(f"asked to stop: saved after step {state.step}; the same command continues")
-                        raise Interrupted
+                        raise TrainingInterrupted
                     self._evaluate_if_due()
         return Result(state.step, state.samples, self.losses, self.scores)
 
@@ -495,7 +495,7 @@ def _explained(config: TrainConfig) -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
-            raise OutOfMemory(
+            raise TrainingOutOfMemory(
                 f"process {dist.rank()} ran out of memory with {config.batch_size} pairs per forward pass. The batch "
                 "size was left alone because the contrastive loss depends on it: lower train.batch_size (and raise "
                 "train.accumulate), set model.checkpoint, or use train.precision bfloat16"

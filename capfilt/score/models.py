@@ -17,7 +17,7 @@ from torch import Tensor
 from blip import dist
 from blip.checkpoints import checkpoint
 from blip.errors import BadSample, is_out_of_memory
-from blip.inference.generate import Text, write
+from blip.inference.generate import CaptionText, write
 from blip.models.blip import Blip, starting_with
 from blip.models.protocols import Embeds, Generates, Matches, require
 from blip.nn.context import Context
@@ -140,7 +140,7 @@ class BlipScorer:
         pixels = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2).float().div(255)
         return pixels.sub(self._mean).div(self._std).to(self._dtype)
 
-    def _write(self, items: Sequence[Item], tokens: Tensor) -> list[list[Text]]:
+    def _write(self, items: Sequence[Item], tokens: Tensor) -> list[list[CaptionText]]:
         """`config.captions` texts for each image."""
         if self.captioner is None or self.writer is None:
             return [[] for _ in items]

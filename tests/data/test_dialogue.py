@@ -23,7 +23,7 @@ from blip.errors import DataError
 from blip.models.blip import Blip
 from blip.models.dialogue import Dialogue
 from blip.nn.text import TextPass
-from blip.objectives.dialogue import Dialogue as Objective
+from blip.objectives.dialogue import DialogueObjective
 from blip.objectives.objective import Clock
 from blip.tokenizer import Tokenizer
 from blip.train.settings import TrainConfig
@@ -314,7 +314,7 @@ def test_the_loss_is_matching_over_all_rows(pairs):
     model = random_model(image_size=16, patch_size=8)
     pairs.prepare.transform = TrainTransform(16, pairs.prepare.config)
     (batch,) = pairs.batches(0, 1, 0, 1, 2)
-    outcome = Objective(model)(batch, Clock())
+    outcome = DialogueObjective(model)(batch, Clock())
     logits = torch.stack(
         [
             model.match(

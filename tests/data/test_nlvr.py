@@ -29,7 +29,7 @@ from blip.models.settings import NlvrModelConfig
 from blip.nn.settings import TextConfig, VisionConfig
 from blip.nn.text import TextPass
 from blip.objectives.batch import SentenceBatch
-from blip.objectives.nlvr import Nlvr as Objective
+from blip.objectives.nlvr import NlvrObjective
 from blip.objectives.objective import Clock
 from blip.tokenizer import Tokenizer
 from blip.train.settings import TrainConfig
@@ -93,7 +93,7 @@ def test_logits_are_the_originals(original, golden, few):
 
 
 def test_loss_and_gradient_are_the_originals(original, golden):
-    outcome = Objective(original.train())(batch_of(golden), Clock())
+    outcome = NlvrObjective(original.train())(batch_of(golden), Clock())
     close(outcome.losses["nlvr"], golden["loss"], 1e-4)
     outcome.losses["nlvr"].backward()
     grads = {name: p.grad for name, p in original.named_parameters()}

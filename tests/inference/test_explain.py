@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from test_cli import model as model_folder  # noqa: F401
 from test_cli import png
-from test_features import images, tokenizer  # noqa: F401
+from test_features import photos, tokenizer  # noqa: F401
 from test_parity import close, matcher, model  # noqa: F401
 
 from blip import files
@@ -37,8 +37,8 @@ def theirs(matcher, tokens, ids, layer):  # noqa: F811
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-def test_evidence_is_that_of_transformers(features, matcher, images, layer):  # noqa: F811
-    (tokens,) = features.tokens(images[:1])
+def test_evidence_is_that_of_transformers(features, matcher, photos, layer):  # noqa: F811
+    (tokens,) = features.tokens(photos[:1])
     ids, _ = features.tokenizer.encode([TEXT], first="enc", max_length=30)
     found = evidence(features.model, tokens, ids, layer)
     probabilities, gradients, logit = theirs(matcher, tokens, ids, layer)
@@ -74,42 +74,42 @@ def test_only_what_is_there_is_evidence(features):
     assert found.gradients[:, 0, others].abs().max() < 1e-7 * found.gradients.abs().max()
 
 
-def test_words_and_their_maps(features, images):  # noqa: F811
-    found = explain(features, images[0], "W3, zebra w9!", layer=0)
+def test_words_and_their_maps(features, photos):  # noqa: F811
+    found = explain(features, photos[0], "W3, zebra w9!", layer=0)
     assert found.words == ["w3,", "zebra", "w9"]
     assert found.maps.shape == (3, 4, 4)
     assert found.maps.min() >= 0
     # "w3," is two pieces, and the mean over all pieces counts it twice.
     close(found.whole, (2 * found.maps[0] + found.maps[1] + found.maps[2]) / 4)
-    matched = features.match(images[:1], ["W3, zebra w9!"])
+    matched = features.match(photos[:1], ["W3, zebra w9!"])
     assert found.probability == pytest.approx(matched.probability.item(), abs=1e-6)
 
 
-def test_a_long_text_loses_whole_words(features, images):  # noqa: F811
+def test_a_long_text_loses_whole_words(features, photos):  # noqa: F811
     short = Features(features.model, features.tokenizer, reader(32), max_tokens=6)
-    found = explain(short, images[0], "w1 w2 w3, w4", layer=0)
+    found = explain(short, photos[0], "w1 w2 w3, w4", layer=0)
     assert found.words == ["w1", "w2", "w3,"]
 
 
-def test_the_fast_path_stays_as_it_was(features, images):  # noqa: F811
-    before = features.match(images, [TEXT])
+def test_the_fast_path_stays_as_it_was(features, photos):  # noqa: F811
+    before = features.match(photos, [TEXT])
     parameters = {name: value.clone() for name, value in features.model.state_dict().items()}
-    explain(features, images[0], TEXT)
-    after = features.match(images, [TEXT])
+    explain(features, photos[0], TEXT)
+    after = features.match(photos, [TEXT])
     assert torch.equal(before.logits, after.logits)
     assert all(torch.equal(parameters[name], value) for name, value in features.model.state_dict().items())
     assert all(p.grad is None for p in features.model.parameters())
 
 
-def test_layers_and_texts_that_will_not_do(features, images):  # noqa: F811
+def test_layers_and_texts_that_will_not_do(features, photos):  # noqa: F811
     with pytest.raises(ValueError, match="layer must be 0 to 0, got 1"):
-        explain(features, images[0], TEXT, layer=1)
-    assert torch.equal(explain(features, images[0], TEXT).maps, explain(features, images[0], TEXT, layer=0).maps)
-    assert explain(features, images[0], TEXT).maps.max() > 0
+        explain(features, photos[0], TEXT, layer=1)
+    assert torch.equal(explain(features, photos[0], TEXT).maps, explain(features, photos[0], TEXT, layer=0).maps)
+    assert explain(features, photos[0], TEXT).maps.max() > 0
     with pytest.raises(ValueError, match="layer must be 0 to 1, got -1"):
         evidence(features.model, torch.zeros(1, 17, 32), torch.tensor([[98, 3]]), -1)
     with pytest.raises(ValueError, match="cannot be compared"):
-        explain(features, images[0], "!!")
+        explain(features, photos[0], "!!")
 
 
 def test_overlay_is_hot_where_the_map_is():

@@ -140,7 +140,12 @@ def test_importing_the_package_brings_no_torch():
     program = "import blip, sys; blip.BASE; print('torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert said.stdout == "False\n"
-    assert {"load", "Features", "Matches"} <= set(blip.__all__)
+    assert {"load", "Features", "MatchScores"} <= set(blip.__all__)
+
+
+def test_a_renamed_class_is_refused_by_its_new_name():
+    with pytest.raises(AttributeError, match=r"blip\.Matches is now blip\.MatchScores"):
+        blip.Matches  # noqa: B018
 
 
 def test_chosen_texts_are_those_that_are_matched(model, features, photos):  # noqa: F811

@@ -19,8 +19,7 @@ from blip.models.vqa import Vqa
 from blip.nn.text import TextPass
 from blip.objectives.batch import QuestionBatch
 from blip.objectives.objective import Clock
-from blip.objectives.vqa import Vqa as Objective
-from blip.objectives.vqa import VqaConfig
+from blip.objectives.vqa import VqaConfig, VqaObjective
 
 TEXT = goldens.CONFIG.text
 LAYOUT = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
@@ -95,7 +94,7 @@ def test_every_tensor_of_the_original_has_a_place():
 
 
 def test_loss_and_every_gradient(model, golden):
-    objective = Objective(model, VqaConfig()).train()
+    objective = VqaObjective(model, VqaConfig()).train()
     outcome = objective(batch(golden), Clock())
     close(outcome.losses["vqa"].detach(), golden["loss"])
     outcome.losses["vqa"].backward()

@@ -15,7 +15,7 @@ from blip.objectives.clip import Clip, ClipConfig
 from blip.objectives.contrast import Contrast
 from blip.objectives.negatives import InBatch
 from blip.objectives.objective import Clock
-from blip.objectives.similarity import Embedded, Pair
+from blip.objectives.similarity import Embedded, EmbeddedPair
 from blip.objectives.targets import OwnPartner
 
 
@@ -110,7 +110,9 @@ def test_a_similarity_of_tokens_takes_the_place_of_the_cosine():
 
     image = Embedded(unit(3, 8, seed=0), unit(3, 4, 8, seed=1), torch.ones(3, 4).bool())
     text = Embedded(unit(3, 8, seed=2), unit(3, 5, 8, seed=3), torch.arange(5) < torch.tensor([[5], [2], [3]]))
-    loss, _ = Contrast(late, InBatch(), OwnPartner())(Pair(image, text), Pair(image, text), torch.tensor(0.1))
+    loss, _ = Contrast(late, InBatch(), OwnPartner())(
+        EmbeddedPair(image, text), EmbeddedPair(image, text), torch.tensor(0.1)
+    )
 
     def score(query: Embedded, i: int, key: Embedded, j: int) -> float:
         best = [

@@ -10,7 +10,7 @@ from blip.objectives.captioning import captioning_loss
 from blip.objectives.contrast import Contrast
 from blip.objectives.matching import matching_loss
 from blip.objectives.negatives import Queue, Queued, hard_negatives
-from blip.objectives.similarity import Embedded, Pair, cosine
+from blip.objectives.similarity import Embedded, EmbeddedPair, cosine
 from blip.objectives.targets import Distilled, OwnPartner
 
 
@@ -32,7 +32,7 @@ def contrastive(student, teacher, images, texts, temperature, alpha, target=None
 
 def test_contrastive_of_orthogonal_pairs_by_hand():
     eye = torch.eye(2)
-    pair, empty = Pair(Embedded(eye), Embedded(eye)), torch.zeros(0, 2)
+    pair, empty = EmbeddedPair(Embedded(eye), Embedded(eye)), torch.zeros(0, 2)
     loss, cosines = contrastive(pair, pair, empty, empty, torch.tensor(0.5), alpha=0.0)
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-2)))
     assert torch.equal(cosines.image_to_text, eye)
@@ -44,7 +44,9 @@ def test_contrastive_of_orthogonal_pairs_by_hand():
 
 
 def test_contrastive_equals_soft_target_cross_entropy():
-    student, teacher = (Pair(*(Embedded(unit(5, 8, seed=seed)) for seed in seeds)) for seeds in ((0, 1), (2, 3)))
+    student, teacher = (
+        EmbeddedPair(*(Embedded(unit(5, 8, seed=seed)) for seed in seeds)) for seeds in ((0, 1), (2, 3))
+    )
     images, texts, temperature, alpha = unit(11, 8, seed=4), unit(11, 8, seed=5), torch.tensor(0.07), 0.3
     expected = 0
     for query, slow, key, queue in (

@@ -33,7 +33,7 @@ from blip.objectives.negatives import IdQueue, hard_negatives
 from blip.objectives.objective import Clock
 from blip.objectives.pretrain import Pretrain
 from blip.objectives.retrieval import Retrieval, RetrievalConfig
-from blip.objectives.similarity import Embedded, Pair
+from blip.objectives.similarity import Embedded, EmbeddedPair
 from blip.objectives.targets import SameImage
 from blip.tokenizer import Tokenizer
 from blip.train.log import read_metrics
@@ -50,7 +50,7 @@ from recipes.run import BestModel
 def test_pairs_of_one_image_share_the_target_by_hand():
     """Ids 5, 5, 7 in the batch and 7, -100 in the queue: targets 1/2 1/2 0 0 0, the same again, and 0 0 1/2 1/2 0."""
     vectors = F.normalize(torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), dim=1)
-    pair = Pair(Embedded(vectors[:3]), Embedded(vectors[3:6]))
+    pair = EmbeddedPair(Embedded(vectors[:3]), Embedded(vectors[3:6]))
     images, texts = vectors[6:], vectors[6:].flip(0)
     ids = torch.tensor([5, 5, 7])
     same = ids[:, None] == torch.tensor([5, 5, 7, 7, -100])
@@ -66,7 +66,7 @@ def test_pairs_of_one_image_share_the_target_by_hand():
 
 def test_soft_targets_are_mixed_with_the_shared_ones():
     vectors = F.normalize(torch.randn(14, 4, generator=torch.Generator().manual_seed(1)), dim=1)
-    student, teacher = (Pair(Embedded(v[:3]), Embedded(v[3:])) for v in (vectors[:6], vectors[6:12]))
+    student, teacher = (EmbeddedPair(Embedded(v[:3]), Embedded(v[3:])) for v in (vectors[:6], vectors[6:12]))
     queue, same = vectors[12:], torch.tensor([[1, 0, 1, 0, 1], [0, 1, 0, 0, 0], [1, 0, 1, 0, 1]]).bool()
     expected = 0
     for query, slow, key in (

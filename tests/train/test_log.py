@@ -9,7 +9,17 @@ import sys
 import pytest
 from stub_run import Numbers, Stub, quick
 
-from blip.train.log import CONSTANT_ITM, Alarms, Metrics, Progress, Window, bar, check_trackers, clock, read_metrics
+from blip.train.log import (
+    CONSTANT_ITM,
+    Alarms,
+    Metrics,
+    TrainingProgress,
+    Window,
+    bar,
+    check_trackers,
+    clock,
+    read_metrics,
+)
 from blip.train.loop import fit
 
 
@@ -63,11 +73,11 @@ def test_waiting_for_data_raises_an_alarm_that_says_what_to_do():
 
 def test_plain_lines_where_there_is_no_terminal():
     stream = io.StringIO()
-    progress = Progress(100, 0, True, stream)
+    progress = TrainingProgress(100, 0, True, stream)
     progress.report(50, {"itc": 1.25}, 12.34)
     assert stream.getvalue().startswith("step 50/100  itc 1.25  12.3 samples/s  0:00:0")
     quiet = io.StringIO()
-    Progress(100, 0, False, quiet).say("nothing")
+    TrainingProgress(100, 0, False, quiet).say("nothing")
     assert quiet.getvalue() == ""
 
 
@@ -77,7 +87,7 @@ def test_a_bar_on_a_terminal():
             return True
 
     stream = Terminal()
-    progress = Progress(4, 0, True, stream)
+    progress = TrainingProgress(4, 0, True, stream)
     progress.advance()
     progress.report(1, {"itc": 1.25}, 12.34)
     progress.say("a word")

@@ -21,7 +21,7 @@ from blip import files
 from blip.tensors import read_pickled_tensors, read_tensors, write_tensors
 from blip.train import drift, lock
 from blip.train.lock import RunLock, RunLocked
-from blip.train.loop import Interrupted, fit
+from blip.train.loop import TrainingInterrupted, fit
 from blip.train.state import Checkpoints, State, restore
 
 
@@ -424,7 +424,7 @@ def test_without_the_systems_record_locks_there_is_one_writer_as_well(tmp_path, 
 def test_the_same_command_continues_or_says_that_all_is_done(tmp_path):
     evaluated = []
     options = {"out": tmp_path, "evaluate": lambda _: {"score": float(len(evaluated.append(1) or evaluated))}}
-    with pytest.raises(Interrupted) as stop:
+    with pytest.raises(TrainingInterrupted) as stop:
         fit(Stub(fault=Fault("stop", step=4)), Numbers(), quick(steps=10), **options)
     assert stop.value.code == 75
     assert loaded_step(tmp_path) == 5

@@ -10,7 +10,7 @@ from stub_run import Numbers, curve, quick, the_zygote
 from torch import nn
 
 from blip.objectives.objective import Clock, Objective, Outcome
-from blip.train.loop import Interrupted, fit
+from blip.train.loop import TrainingInterrupted, fit
 from blip.train.state import Checkpoints
 from blip.train.towers import Tower, TowerSchedule
 
@@ -92,7 +92,7 @@ def test_a_tower_that_changes_nothing_changes_nothing(tmp_path):
 def test_a_run_stopped_around_the_unlocking_continues_to_the_bit(tmp_path, stop):
     towers = Tower("image", locked_until=0.4, lr_scale=0.5), Tower("text[2:]", locked_until=0.8)
     whole = run(tmp_path / "a", *towers)
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterrupted):
         run(tmp_path / "b", *towers, stop=stop)
     again = run(tmp_path / "b", *towers)
     assert curve(tmp_path / "a") == curve(tmp_path / "b")

@@ -20,7 +20,7 @@ from blip.errors import DataError, StuckSample
 from blip.objectives.batch import Bad
 from blip.objectives.objective import Clock
 from blip.train import optim
-from blip.train.loop import NonFinite, OutOfMemory, fit, seed_of
+from blip.train.loop import NonFinite, TrainingOutOfMemory, fit, seed_of
 from blip.train.memory import give_back_freed_memory, keep_freed_memory
 from blip.train.precision import multiplies_bfloat16, precision
 from blip.train.settings import TrainConfig
@@ -188,7 +188,7 @@ def test_a_file_is_no_place_for_a_run(tmp_path):
 
 
 def test_out_of_memory_alone(tmp_path):
-    with pytest.raises(OutOfMemory, match=r"4 pairs per forward pass.*train\.accumulate") as stop:
+    with pytest.raises(TrainingOutOfMemory, match=r"4 pairs per forward pass.*train\.accumulate") as stop:
         fit(Stub(fault=Fault("memory", step=1)), Numbers(), quick(steps=4), out=tmp_path)
     for name in re.findall(r"(?:train|model)[.][\w.]*\w", str(stop.value)):
         section, _, option = name.partition(".")

@@ -13,7 +13,7 @@ from blip.options import option
 
 if TYPE_CHECKING:
     from blip.app.answers import Answers
-    from blip.inference.generate import Text
+    from blip.inference.generate import CaptionText
 
 EXAMPLE = """examples:
   blip caption photo.jpg --model runs/caption/model
@@ -86,7 +86,7 @@ def run(chosen: CaptionOptions) -> int:
     if tokenizer.unknown_rate([chosen.prompt]):
         raise ValueError(f"--prompt {chosen.prompt!r} has words that the model's tokenizer does not know; try ''")
 
-    def describe(images: torch.Tensor, keys: list[str]) -> list[list[Text]]:
+    def describe(images: torch.Tensor, keys: list[str]) -> list[list[CaptionText]]:
         with loaded.computing():
             return write(model, tokenizer, images.to(loaded.device), config, prompt=chosen.prompt, keys=keys)
 
@@ -104,7 +104,7 @@ def run(chosen: CaptionOptions) -> int:
     return SOME_FAILED if answers.failed else 0
 
 
-def _answer(answers: Answers, path: str, texts: list[Text], as_json: bool) -> None:
+def _answer(answers: Answers, path: str, texts: list[CaptionText], as_json: bool) -> None:
     if as_json:
         values = {"captions": [text.words for text in texts], "logprob": [round(text.logprob, 3) for text in texts]}
         answers.json({"path": path, **values, "finished": [text.finished for text in texts]})
