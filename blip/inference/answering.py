@@ -1,7 +1,7 @@
-"""Answers to questions: the best of given candidates, or searched word by word; both with their probability.
+"""Answers to questions: the best of given candidates, or decoded word by word; both with their probability.
 
-Candidates are weighed as a tree: what several begin with is read once, all branches of a question go through the
-decoder together, and its context is projected once for all of them. R questions, C candidates, K of them weighed in
+Candidates are scored as a tree: a beginning that several share is decoded once, all branches of a question go through
+the decoder together, and its context is projected once for all of them. R questions, C candidates, K of them scored in
 full, N nodes of their tree, L words of the longest candidate, D width, V vocabulary, B images, P image tokens.
 """
 
@@ -34,26 +34,26 @@ _LOGITS = 1 << 25
 
 
 class Answer(NamedTuple):
-    """An answer and how sure the model is."""
+    """An answer and its log-probability."""
 
     words: str
     logprob: float
-    """Natural logarithm of its probability under the model, its end included."""
+    """Natural logarithm of the answer's probability under the model, [SEP] included."""
 
 
 class Ranked(NamedTuple):
-    """Candidates of each question that were weighed in full, best first."""
+    """Candidates of each question that were scored in full, best first."""
 
     index: Tensor
-    """(R, K) int64, places in `Candidates.texts`."""
+    """(R, K) int64 indices into `Candidates.texts`."""
     scores: Tensor
-    """(R, K) float32, what they are ordered by."""
+    """(R, K) float32 scores that order the candidates."""
     logprobs: Tensor
-    """(R, K) float32 log-probabilities, [SEP] included."""
+    """(R, K) float32 log-probabilities of the candidates, [SEP] included."""
 
 
 class Candidates:
-    """Answers to choose from, as word pieces. Their order means nothing: they are sorted, and equal ones are one."""
+    """Answers to choose from, as word pieces, sorted and without duplicates."""
 
     def __init__(self, texts: Sequence[str], tokenizer: Tokenizer) -> None:
         """ValueError if there is none, or one has no words or words that the tokenizer does not know."""
@@ -68,7 +68,7 @@ class Candidates:
                 raise ValueError(f"candidate answer {text[:_SHOWN]!r} {why}")
             rows.setdefault(pieces, text)
         self.texts = list(rows.values())
-        """Of the places that `rank` gives."""
+        """Texts of the candidates; `rank` gives indices into these."""
         self.ids, self.keep = tokenizer.pad(list(rows))  # (C, L), without [DEC], with [SEP]
         self.tree = _Tree(list(rows), self.ids.shape[1])
 
@@ -85,7 +85,7 @@ class Candidates:
             )
 
     def to(self, device: torch.device) -> Candidates:
-        """Move to where the model is."""
+        """Move the candidates to the model's device."""
         self.ids, self.keep = self.ids.to(device), self.keep.to(device)
         for name, part in vars(self.tree).items():
             setattr(self.tree, name, part.to(device))
@@ -93,29 +93,29 @@ class Candidates:
 
 
 class _Tree:
-    """The beginnings of candidates, each once: what the decoder reads. What goes on from one has a higher number."""
+    """The distinct beginnings of candidates; one that continues another has a higher number."""
 
     def __init__(self, rows: Sequence[tuple[int, ...]], longest: int) -> None:
         numbers: dict[tuple[int, ...], int] = {}
         nodes = torch.full((len(rows), longest), -1)
         for i, row in enumerate(rows):
-            for depth in range(len(row) - 1):  # [SEP] is predicted and never read
+            for depth in range(len(row) - 1):  # [SEP] is predicted and never an input
                 nodes[i, depth] = numbers.setdefault(row[: depth + 1], len(numbers))
         self.nodes = nodes
-        """(C, L) of each candidate's beginnings, -1 after the last."""
+        """(C, L) numbers of each candidate's beginnings, -1 after the last."""
         self.words = torch.tensor([row[-1] for row in numbers])
-        """(nodes,) last word."""
+        """(nodes,) last word of each beginning."""
         self.depth = torch.tensor([len(row) - 1 for row in numbers])
-        """(nodes,) words before the last."""
+        """(nodes,) number of words before the last."""
         self.paths = torch.full((len(numbers), longest), -1)
-        """(nodes, L) the beginnings of a beginning, itself included."""
+        """(nodes, L) numbers of the beginnings of each beginning, itself included."""
         for row, number in numbers.items():
             for depth in range(len(row)):
                 self.paths[number, depth] = numbers[row[: depth + 1]]
 
 
 class _Next:
-    """What may follow: logits (..., V) as (smoothed) log-probabilities of some words."""
+    """Log-probabilities, plain and smoothed, of some next words from logits (R, N, V)."""
 
     def __init__(self, logits: Tensor, smoothing: float) -> None:
         self.logits, self.smoothing = logits, smoothing
@@ -125,8 +125,8 @@ class _Next:
     def of(self, at: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
         """Places among N (R, M) and words (R, M) -> log-probabilities and scores (R, M)."""
         rows, _, size = self.logits.shape
-        sure = self.logits.reshape(rows, -1).gather(1, at * size + words) - self.total.gather(1, at)
-        return sure, (1 - self.smoothing) * sure + self.smoothing * self.mean.gather(1, at)
+        logprobs = self.logits.reshape(rows, -1).gather(1, at * size + words) - self.total.gather(1, at)
+        return logprobs, (1 - self.smoothing) * logprobs + self.smoothing * self.mean.gather(1, at)
 
 
 @torch.no_grad()
@@ -139,23 +139,23 @@ def rank(model: Vqa, questions: Context, candidates: Candidates, config: AnswerC
     mode or a candidate is too long.
     """
     if model.training:
-        raise ValueError("the model is in training mode and would answer at random; call model.eval() first")
+        raise ValueError("the model is in training mode, which would make its answers random; call model.eval() first")
     candidates.check(model.config.text)
     rows, tree, decoder = len(questions), candidates.tree, model.decoder
     start = torch.full((rows, 1), model.config.text.dec_id, device=candidates.ids.device)
     states = decoder.step(start, start * 0, None, Cache(1), questions)
     opening = _Next(decoder.vocabulary(states).float(), config.smoothing)
     firsts = candidates.ids[:, 0].expand(rows, -1)
-    sure, score = opening.of(torch.zeros_like(firsts), firsts)
-    # Stable, so that which of equal ones are taken depends on nothing else.
-    chosen = sure.sort(dim=1, descending=True, stable=True).indices[:, : config.k]  # (R, K)
-    sure, score = sure.gather(1, chosen), score.gather(1, chosen)
+    logprobs, score = opening.of(torch.zeros_like(firsts), firsts)
+    # Stable, so that ties are broken by order alone.
+    chosen = logprobs.sort(dim=1, descending=True, stable=True).indices[:, : config.k]  # (R, K)
+    logprobs, score = logprobs.gather(1, chosen), score.gather(1, chosen)
 
     nodes, words, keep = tree.nodes[chosen], candidates.ids[chosen][..., 1:], candidates.keep[chosen][..., 1:]
     used = torch.zeros(rows, 1 + len(tree.words), dtype=torch.bool, device=chosen.device)
     used = used.scatter(1, 1 + nodes.flatten(1), True)[:, 1:]
     count = int(used.sum(1).max())
-    # Of rows that need fewer, nodes that nobody asks for fill the rest.
+    # Rows that need fewer are filled up with nodes that are not used.
     read = used.byte().sort(dim=1, descending=True, stable=True).indices[:, :count]  # (R, N)
     states = _read(model, questions, tree, read)
 
@@ -166,14 +166,14 @@ def rank(model: Vqa, questions: Context, candidates: Candidates, config: AnswerC
     for i in range(0, rows, block):
         part = slice(i, i + block)
         following = _Next(decoder.vocabulary(states[part]).float(), config.smoothing)
-        for total, found in zip((sure, score), following.of(at[part], words[part].flatten(1)), strict=True):
-            total[part] += found.view_as(keep[part]).where(keep[part], 0).sum(2)
+        for total, of_words in zip((logprobs, score), following.of(at[part], words[part].flatten(1)), strict=True):
+            total[part] += of_words.view_as(keep[part]).where(keep[part], 0).sum(2)
     score, order = score.sort(dim=1, descending=True, stable=True)
-    return Ranked(chosen.gather(1, order), score, sure.gather(1, order))
+    return Ranked(chosen.gather(1, order), score, logprobs.gather(1, order))
 
 
 def _read(model: Vqa, questions: Context, tree: _Tree, read: Tensor) -> Tensor:
-    """States (R, N, D) of the nodes `read` (R, N), each of which sees [DEC], what it goes on from, and itself."""
+    """Decode the nodes `read` (R, N) -> states (R, N, D); each sees [DEC], the beginnings of its own, and itself."""
     rows, count = read.shape
     depth = tree.depth[read]
     above = tree.paths[read].gather(2, depth[:, None].expand(-1, count, -1)) == read[:, None]
@@ -194,17 +194,17 @@ def answers(
     candidates: Candidates | None = None,
     num: int = 1,
 ) -> list[list[Answer]]:
-    """The `num` best answers to each question (R contexts from `ask`), best first.
+    """Find the `num` best answers to each question (R contexts from `ask`), best first.
 
-    They are chosen among candidates, of which there may be fewer; without candidates beam search finds them.
+    They are chosen among candidates, of which there may be fewer; without candidates they come from beam search.
     """
     if candidates is None:
         decode = dataclasses.replace(config.decode(), num=num, beams=max(num, config.beams))
-        found = write(model, tokenizer, questions, decode)
-        return [[Answer(text.words, text.logprob) for text in texts] for texts in found]
+        decoded = write(model, tokenizer, questions, decode)
+        return [[Answer(text.words, text.logprob) for text in texts] for texts in decoded]
     best = rank(model, questions, candidates, config)
     rows = zip(best.index[:, :num].tolist(), best.logprobs[:, :num].tolist(), strict=True)
-    return [[Answer(candidates.texts[i], sure) for i, sure in zip(*row, strict=True)] for row in rows]
+    return [[Answer(candidates.texts[i], logprob) for i, logprob in zip(*row, strict=True)] for row in rows]
 
 
 @torch.no_grad()
@@ -216,7 +216,7 @@ def ask(
     image: Sequence[int],
     max_tokens: int = QUESTION_TOKENS,
 ) -> Context:
-    """Read R cleaned questions, each about one of the images, whose tokens are (B, P, V): `image` says which."""
+    """Encode R cleaned questions, question i over image `image[i]` of those with tokens (B, P, V)."""
     ids, keep = (x.to(tokens.device) for x in tokenizer.encode(questions, first="enc", max_length=max_tokens))
     most = max(Counter(image).values())
     seen = model.question.context(tokens, queries=most * ids.shape[1])

@@ -1,8 +1,8 @@
-"""Where a model looks when it matches a text with an image: cross-attention weighted by what it does for the answer.
+"""Cross-attention maps of a match: which image patches speak for which words of a text.
 
-The probabilities with which a layer's text tokens look at image tokens, times the gradient of the match logit with
-respect to them where that is positive, averaged over heads (as ALBEF's and BLIP's authors show their models). A
-fused attention never has the probabilities at hand, so the context computes them for the layer in question.
+The probabilities with which a layer's text tokens attend to image tokens, times the positive part of the match logit's
+gradient with respect to them, averaged over heads (as ALBEF's and BLIP's authors show their models). A fused
+attention does not return the probabilities, so the context computes them for the layer in question.
 
 T text tokens, P image tokens, G side of the grid of patches, W words, H heads, D text width.
 """
@@ -23,38 +23,38 @@ from blip.nn.text import TextPass
 from blip.text import clean_caption
 
 _STOPS = ((0, 0, 96), (0, 64, 255), (0, 224, 224), (255, 232, 0), (224, 0, 0))
-"""From no evidence to the most."""
+"""Colours from no evidence to the most."""
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """How parts of an image speak for a text."""
+    """Evidence in the parts of an image for a text."""
 
     words: list[str]
-    """W words of the text as the model reads it."""
+    """W words of the text, as cleaned for the model."""
     maps: Tensor
-    """(W, G, G) float32, 0 or more: evidence for a match that a word finds at each patch, row by row."""
+    """(W, G, G) float32, 0 or more: evidence for a match by word and patch, row by row."""
     whole: Tensor
-    """(G, G), the mean over the text's word pieces."""
+    """(G, G), mean of the evidence over the text's word pieces."""
     probability: float
-    """That the text fits the image."""
+    """Probability that the text fits the image."""
 
 
 def explain(features: Features, image: ImageInput, text: str, layer: int | None = None) -> Explanation:
-    """Which patches of an image make the model say that a text fits.
+    """Show which patches of an image make the model match a text with it.
 
-    `layer` is the cross-attention to ask, from 0 and not the last; 7 of 12 unless given, as shown by the authors.
+    `layer` is the cross-attention to use, from 0 and not the last; 7 of 12 unless given, as shown by the authors.
     ValueError for another layer or a text without words, DataError for an image that cannot be read.
     """
     model, tokenizer = features.model, features.tokenizer
     words, pieces = _words(features, text)
     ids = torch.tensor([[tokenizer.enc_id, *(i for word in pieces for i in word), tokenizer.sep_id]])
     (tokens,) = features.tokens([image])
-    found = evidence(model, tokens, ids.to(features.device), _layer(model, layer))
-    patches = found.weighted[1:-1, model.vision.vit.num_prefix_tokens :].cpu()  # without [ENC], [SEP], class token
+    attended = evidence(model, tokens, ids.to(features.device), _layer(model, layer))
+    patches = attended.weighted[1:-1, model.vision.vit.num_prefix_tokens :].cpu()  # without [ENC], [SEP], class token
     side = round(patches.shape[1] ** 0.5)
     per_word = torch.stack([part.mean(0) for part in patches.split([len(word) for word in pieces])])
-    return Explanation(words, per_word.view(-1, side, side), patches.mean(0).view(side, side), found.probability)
+    return Explanation(words, per_word.view(-1, side, side), patches.mean(0).view(side, side), attended.probability)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Evidence:
 
 @dataclass(eq=False, repr=False)
 class _Watched(Context):
-    """A context that keeps how one layer attends to it; what comes before that layer gets no gradient."""
+    """A context that records how one layer attends to it; what comes before that layer gets no gradient."""
 
     layer: int = 0
     probabilities: Tensor | None = None
@@ -89,7 +89,7 @@ class _Watched(Context):
     def attend_heads(self, layer: int, query: Tensor, dropout: float) -> Tensor:
         if layer != self.layer:
             return super().attend_heads(layer, query, dropout)
-        key, value = by_head(self.held[layer], self.heads).unbind(2)
+        key, value = by_head(self.kv[layer], self.heads).unbind(2)
         scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
         self.probabilities = scores.detach().float().softmax(-1).requires_grad_()
         return self.probabilities.to(value.dtype) @ value
@@ -105,7 +105,7 @@ def evidence(model: Matcher, tokens: Tensor, ids: Tensor, layer: int) -> Evidenc
         raise ValueError(f"layer must be 0 to {layers - 1}, got {layer}")
     with torch.no_grad():
         context = model.context(tokens)
-    watched = _Watched(context.held, context.heads, layer=layer)
+    watched = _Watched(context.kv, context.heads, layer=layer)
     with torch.enable_grad():
         (states,) = model.med([TextPass(ids, torch.ones_like(ids, dtype=torch.bool), context=watched)])
         logits = model.match_head(states[0]).float()
@@ -113,18 +113,18 @@ def evidence(model: Matcher, tokens: Tensor, ids: Tensor, layer: int) -> Evidenc
     return Evidence(watched.probabilities[0].detach(), gradients[0], logits.detach())
 
 
-def _layer(model: Matcher, asked: int | None) -> int:
-    """Of the last layer only [ENC] is read, so the words of the text have no say there."""
+def _layer(model: Matcher, layer: int | None) -> int:
+    """Check or choose the layer; not the last, of which only [ENC] is used, so that other words have no effect."""
     last = len(model.med.blocks) - 2
-    if asked is None:
+    if layer is None:
         return max(0, min(7 * len(model.med.blocks) // 12, last))
-    if not 0 <= asked <= last:
-        raise ValueError(f"layer must be 0 to {last}, got {asked}")
-    return asked
+    if not 0 <= layer <= last:
+        raise ValueError(f"layer must be 0 to {last}, got {layer}")
+    return layer
 
 
 def _words(features: Features, text: str) -> tuple[list[str], list[list[int]]]:
-    """Words of a text and the ids of their pieces, as many as the model reads whole."""
+    """Split a text into words and the ids of their pieces, without words that do not fit whole."""
     try:
         words = clean_caption(text, features.max_tokens).split()
     except BadSample as error:
@@ -136,7 +136,7 @@ def _words(features: Features, text: str) -> tuple[list[str], list[list[int]]]:
 
 
 def overlay(image: Image.Image, heat: Tensor, strongest: float) -> Image.Image:
-    """An image under the colours of a map (G, G), of which `strongest` is the hottest; blue is no evidence."""
+    """Colour an image by a map (G, G), from blue for no evidence to red for `strongest`."""
     grey = (heat / max(strongest, 1e-12)).clamp(0, 1).mul(255).round().to(torch.uint8).numpy()
     smooth = Image.fromarray(grey).resize(image.size, Image.Resampling.BICUBIC)
     table = [_colour(level)[channel] for channel in range(3) for level in range(256)]

@@ -1,4 +1,4 @@
-"""Features of images and texts for whoever builds on them: `blip.load(where)`.
+"""Features of images and texts: embeddings, grounded states and match scores, from `blip.load(where)`.
 
     features = blip.load("runs/base/model", device="cuda", dtype=torch.bfloat16)
     features.embed_image(["a.jpg", "b.jpg"]) @ features.embed_text(["a dog", "a cat", "a bird"]).T  # cosines (2, 3)
@@ -40,7 +40,7 @@ class MatchScores(NamedTuple):
 
     @property
     def probability(self) -> Tensor:
-        """(N, M), that the text fits the image."""
+        """(N, M), probability that the text fits the image."""
         return self.logits.softmax(-1)[..., 1]
 
     @property
@@ -50,16 +50,16 @@ class MatchScores(NamedTuple):
 
 
 def cosines(images: Tensor, texts: Tensor) -> Tensor:
-    """Embeddings (N, E) and (M, E) of length 1 -> (N, M) float32; autocast, which would make ties, is kept out."""
+    """Embeddings (N, E) and (M, E) of length 1 -> (N, M) float32; without autocast, which would make ties."""
     with torch.autocast(images.device.type, enabled=False):
         return images.float() @ texts.float().T
 
 
 class Features:
-    """A model with its tokenizer, asked for features; it computes where and in the type that its weights are in.
+    """A model with its tokenizer, which computes features on the device and in the type of the model's weights.
 
     Images are a tensor (N, 3, S, S) as blip.data.transforms.EvalTransform makes it, or a list of paths and PIL
-    images where there is a function that reads them, as `blip.load` gives. Texts are cleaned like captions in
+    images if there is a function that reads them, as `blip.load` gives. Texts are cleaned like captions in
     training. What is returned is float32, on the model's device, without gradient. DataError names an image that
     cannot be read, ValueError a text without words.
     """
@@ -73,7 +73,7 @@ class Features:
         batch: int = 32,
         max_tokens: int = MAX_TOKENS,
     ) -> None:
-        """Takes the model as it is and puts it in evaluation mode; `batch` images go through it at once.
+        """Put the model in evaluation mode; `batch` images go through it at once.
 
         `read(images, batch)` yields tensors (3, S, S) of paths and PIL images in order, `batch` at a time, as
         blip.data.image_files.reader(S) does.
@@ -101,35 +101,35 @@ class Features:
     @torch.no_grad()
     def embed_image(self, images: Sequence[ImageInput] | Tensor) -> Tensor:
         """Images -> joint embeddings (N, E) of length 1 (paper, section 3.2, ITC)."""
-        found = [self.model.embed_image(tokens) for tokens in self.tokens(images)]
-        return torch.cat(found) if found else torch.empty(0, self.model.config.embed_dim, device=self.device)
+        embeddings = [self.model.embed_image(tokens) for tokens in self.tokens(images)]
+        return torch.cat(embeddings) if embeddings else torch.empty(0, self.model.config.embed_dim, device=self.device)
 
     @torch.no_grad()
     def embed_text(self, texts: Sequence[str]) -> Tensor:
         """Texts -> joint embeddings (M, E) of length 1 (paper, section 3.2, ITC)."""
-        found = []
+        embeddings = []
         for start in range(0, len(texts), 8 * self.batch):
             ids, keep = self._read(texts[start : start + 8 * self.batch], "cls")
-            found.append(self.model.embed_text(ids.to(self.device), keep.to(self.device)))
-        return torch.cat(found) if found else torch.empty(0, self.model.config.embed_dim, device=self.device)
+            embeddings.append(self.model.embed_text(ids.to(self.device), keep.to(self.device)))
+        return torch.cat(embeddings) if embeddings else torch.empty(0, self.model.config.embed_dim, device=self.device)
 
     @torch.no_grad()
     def ground(self, images: Sequence[ImageInput] | Tensor, texts: Sequence[str]) -> Tensor:
-        """Text i over image i, or all texts over a single image -> [ENC] states (M, D), what ITM decides by."""
+        """Encode text i over image i, or all texts over a single image -> [ENC] states (M, D), ITM's input."""
         if len(images) != len(texts) and len(images) != 1:
             raise ValueError(f"{len(images)} images and {len(texts)} texts: give as many of both, or one image")
         ids, keep = self._read(texts, "enc")
         everything = torch.arange(len(texts))
-        found, done = [], 0
+        states, done = [], 0
         for tokens in self.tokens(images):
             chosen = [everything] if len(images) == 1 else everything[done : done + len(tokens), None]
-            found += matching.ground(self.model, tokens, ids, keep, list(chosen), 8 * self.batch)
+            states += matching.ground(self.model, tokens, ids, keep, list(chosen), 8 * self.batch)
             done += len(tokens)
-        return torch.cat(found).float()
+        return torch.cat(states).float()
 
     @torch.no_grad()
     def match(self, images: Sequence[ImageInput] | Tensor, texts: Sequence[str]) -> MatchScores:
-        """Every image with every text, by ITC and by ITM."""
+        """Score every image with every text, by ITC and by ITM."""
         words = self.embed_text(texts)
         ids, keep = self._read(texts, "enc")
         embeds, logits = [], []
@@ -163,5 +163,5 @@ class Features:
 
     def _decoded(self, images: Sequence[ImageInput]) -> Iterator[Tensor]:
         if self.read is None:
-            raise ValueError("these Features take tensors only: load them by blip.load, or give them a function `read`")
+            raise ValueError("these Features take tensors only: use blip.load, or pass a function `read`")
         return map(torch.stack, self.read(images, self.batch))

@@ -1,4 +1,4 @@
-"""Greedy decoding, beam search and nucleus sampling over a cache, token ids in, token ids out (paper, section 4.3).
+"""Greedy decoding, beam search and nucleus sampling with a key-value cache (paper, section 4.3).
 
 R rows (prompts), K texts generated side by side for each (beams or samples), P prompt tokens, S tokens that may be
 generated, N = R * K, V vocabulary.
@@ -25,34 +25,34 @@ if TYPE_CHECKING:
     from blip.tokenizer import Tokenizer
 
 HEAD = 128
-"""Likeliest words among which a nucleus is looked for first."""
+"""Number of likeliest words among which the nucleus is searched first."""
 _SHRINK = 0.75
-"""Share of rows still being written from which on the others are left out; it costs a copy of the contexts."""
+"""Drop finished rows once at most this share is unfinished; dropping copies the contexts."""
 
 
 class GeneratedIds(NamedTuple):
-    """Texts, `num` of each row: beams best first, samples in the order of their numbers."""
+    """Generated token ids, `num` texts of each row: beams best first, samples in the order of their numbers."""
 
     ids: Tensor
     """(R, num, T) int64, the prompt included; pads follow the end."""
     logprobs: Tensor
-    """(R, num, T) float32 log-probability of each written token under the model; 0 at prompt and pads."""
+    """(R, num, T) float32 log-probability of each generated token under the model; 0 at prompt and pads."""
     scores: Tensor
     """(R, num) float32: sum of log-probabilities / length ** length_penalty, by which beams are ordered; what counts as
     length is `length_rule`."""
     finished: Tensor
-    """(R, num) bool, ended by [SEP] rather than by max_length."""
+    """(R, num) bool, True where [SEP] ended the text rather than max_length."""
 
 
 class CaptionText(NamedTuple):
-    """A text that was written."""
+    """A generated text."""
 
     words: str
-    """Without the prompt."""
+    """Words of the text without the prompt."""
     logprob: float
-    """Natural logarithm of its probability, [SEP] included."""
+    """Natural logarithm of the text's probability, [SEP] included."""
     finished: bool
-    """Ended by [SEP] rather than by max_length."""
+    """Whether [SEP] ended the text rather than max_length."""
 
 
 @torch.no_grad()
@@ -65,36 +65,37 @@ def write(
     prompt: str | Sequence[str] = "",
     keys: Sequence[str] | None = None,
 ) -> list[list[CaptionText]]:
-    """Write about images (B, 3, S, S), image tokens (B, P, V) or a context: `config.num` texts for each.
+    """Generate `config.num` texts for each of some images (B, 3, S, S), image tokens (B, P, V) or contexts.
 
-    `prompt` is what every text begins with, or one beginning for each. The rest is as in `generate`.
+    `prompt` is the beginning of every text, or one for each. The rest is as in `generate`.
     """
     require(model, Generates)
     text, weight = model.config.text, model.decoder.word.weight
     tokenizer.check(text)
-    rows = len(images) if isinstance(images, Tensor) else len(images) * images.fan
+    rows = len(images) if isinstance(images, Tensor) else len(images) * images.group_size
     beginnings = [prompt] * rows if isinstance(prompt, str) else list(prompt)
-    # The [SEP] that ends an encoded text is left off; a prompt too long for the model stays so, to be refused.
+    # Without the [SEP] that ends an encoded text; a prompt too long for the model is not cut, so that it is refused.
     ids, keep = tokenizer.encode(beginnings, first="dec", max_length=text.max_positions + 2)
     ids, keep = ids[:, :-1], keep[:, 1:]
     if isinstance(images, Tensor):
         images = images.to(weight.device, weight.dtype)
         tokens = model.vision(images) if images.dim() == 4 else images
         images = model.context(tokens, queries=queries(config, ids.shape[1]))
-    found = generate(model, images, ids.to(weight.device), keep.to(weight.device), config, keys)
+    generated = generate(model, images, ids.to(weight.device), keep.to(weight.device), config, keys)
     lengths = keep.sum(1).tolist()
-    said = [ids[n:] for row, n in zip(found.ids.tolist(), lengths, strict=True) for ids in row]
-    logprobs, finished = found.logprobs.sum(-1).flatten().tolist(), found.finished.flatten().tolist()
-    texts = [CaptionText(*values) for values in zip(tokenizer.decode(said), logprobs, finished, strict=True)]
+    word_ids = [ids[n:] for row, n in zip(generated.ids.tolist(), lengths, strict=True) for ids in row]
+    logprobs, finished = generated.logprobs.sum(-1).flatten().tolist(), generated.finished.flatten().tolist()
+    texts = [CaptionText(*values) for values in zip(tokenizer.decode(word_ids), logprobs, finished, strict=True)]
     return [texts[i : i + config.num] for i in range(0, len(texts), config.num)]
 
 
 def queries(config: DecodeConfig, prompt: int) -> int:
-    """How many text tokens will attend to each image, with a prompt of so many: what `Stack.context` takes."""
-    return prompt + _fan(config) * (config.max_length - prompt - 1)
+    """Number of text tokens that will attend to each image, given the prompt's: an argument of `Stack.context`."""
+    return prompt + _group_size(config) * (config.max_length - prompt - 1)
 
 
-def _fan(config: DecodeConfig) -> int:
+def _group_size(config: DecodeConfig) -> int:
+    """K."""
     return config.beams if config.method == "beam" else config.num
 
 
@@ -109,10 +110,10 @@ def generate(
 ) -> GeneratedIds:
     """Continue prompts, ids (R, P) that start with [DEC], `keep` (R, P) bool a prefix of every row.
 
-    The rows look at `context` in its order, `context.fan` neighbours at each image; their prompts may differ in length.
-    A sample is a function of the seed, the row's key in `keys` (which only nucleus needs) and its number among the
-    row's samples, so it depends neither on the other rows nor on their order. Beams and what changes the probabilities
-    are those of transformers' `generate`. ValueError if the model is in training mode or something does not fit.
+    Rows attend to `context` in order, `context.group_size` neighbours to each image; prompts may differ in length. A
+    sample is a function of the seed, the row's key in `keys` (which only nucleus needs) and its number among the row's
+    samples, so it depends neither on the other rows nor on their order. Beam search and the rules that change
+    probabilities are those of transformers' `generate`. ValueError if the model is in training mode or sizes differ.
     """
     _check(model, context, prompts, keep, config, keys)
     text, lengths = model.config.text, keep.sum(1)
@@ -124,26 +125,26 @@ def generate(
         lengths,
         _seeds(config, keys).to(prompts.device) if config.method == "nucleus" and keys else None,
     )
-    fan = _fan(config)
-    search = (_Beams if config.method == "beam" and fan > 1 else _Samples)(rows, steps, fan, config, text)
-    reader = _Reader(model.decoder, context, prompts, keep, fan, steps)
+    group_size = _group_size(config)
+    search = (_Beams if config.method == "beam" and group_size > 1 else _Samples)(rows, steps, group_size, config, text)
+    reader = _Reader(model.decoder, context, prompts, keep, group_size, steps)
     on_cpu, parts = prompts.device.type == "cpu", []
     states = reader.prompt()
     for step in range(steps):
         words, parents = search.step(model.decoder.vocabulary(states).float(), step)
         if step + 1 == steps:
             break
-        if on_cpu or step % 8 == 7:  # elsewhere the question makes the device wait for the host
+        if on_cpu or step % 8 == 7:  # elsewhere the check makes the device wait for the host
             going = search.going.nonzero().squeeze(1)
             if not len(going):
                 break
-            if on_cpu and context.fan == 1 and len(going) <= _SHRINK * len(words):
-                parts.append((search.rows.number[~search.going], _at(search.found, ~search.going)))
+            if on_cpu and context.group_size == 1 and len(going) <= _SHRINK * len(words):
+                parts.append((search.rows.number[~search.going], _at(search.results, ~search.going)))
                 search.take(going)
                 reader.take(going)
                 words, parents = words[going], parents[going]
         states = reader.next(words, parents)
-    parts.append((search.rows.number, search.found))
+    parts.append((search.rows.number, search.results))
     return _assemble(parts, prompts, keep, config.num, text.pad_id)
 
 
@@ -153,26 +154,26 @@ def _check(
     text, rows = model.config.text, len(prompts)
     require(model, Generates)
     if model.training:
-        raise ValueError("the model is in training mode and would write at random; call model.eval() first")
+        raise ValueError("the model is in training mode, which would make its texts random; call model.eval() first")
     if prompts.shape != keep.shape or prompts.dim() != 2 or not prompts.numel():
         raise ValueError(
             f"prompts {list(prompts.shape)} and keep {list(keep.shape)} must be two equal grids of rows and tokens"
         )
-    if rows != len(context) * context.fan:
-        raise ValueError(f"{rows} prompts for {len(context)} contexts with {context.fan} texts each")
+    if rows != len(context) * context.group_size:
+        raise ValueError(f"{rows} prompts for {len(context)} contexts with {context.group_size} texts each")
     lengths = keep.sum(1)
     prefix = torch.arange(keep.shape[1], device=keep.device) < lengths[:, None]
     if not bool((prefix == keep).all() & (prompts[:, 0] == text.dec_id).all() & keep[:, 0].all()):
         raise ValueError("every prompt must start with [DEC] and be padded on the right only")
     if bool(((prompts == text.sep_id) & keep).any()):
-        raise ValueError("a prompt contains [SEP], after which nothing is written; leave it off")
+        raise ValueError("a prompt contains [SEP], which ends a text; remove it")
     longest = int(lengths.max())
     if longest > text.max_positions:
         raise ValueError(f"a prompt of {longest} tokens exceeds the model's {text.max_positions} positions")
     if config.max_length > text.max_positions:
         raise ValueError(f"max_length {config.max_length} exceeds the model's {text.max_positions} positions")
     if longest >= config.max_length:
-        raise ValueError(f"a prompt of {longest} tokens leaves nothing to write up to max_length {config.max_length}")
+        raise ValueError(f"a prompt of {longest} tokens leaves no room up to max_length {config.max_length}")
     if config.method == "beam" and 2 * config.beams >= text.vocab_size:
         raise ValueError(f"{config.beams} beams are too many for a vocabulary of {text.vocab_size}")
     if config.method == "nucleus":
@@ -182,27 +183,28 @@ def _check(
 def _check_keys(rows: int, keys: Sequence[str] | None) -> None:
     if keys is None or len(keys) != rows:
         raise ValueError(f"nucleus needs a key for each of {rows} rows, got {'none' if keys is None else len(keys)}")
-    wrong = [key for key in keys if not isinstance(key, str)]
-    if wrong:
-        raise ValueError(f"a row's key is a str, got {type(wrong[0]).__name__} {wrong[0]!r}")
+    not_text = [key for key in keys if not isinstance(key, str)]
+    if not_text:
+        raise ValueError(f"a row's key is a str, got {type(not_text[0]).__name__} {not_text[0]!r}")
 
 
 class _Reader:
-    """What the decoder has read: a cache with one slot for each prompt token and K for each step.
+    """The decoder with its cache, which has one slot for each prompt token and K for each step.
 
-    Candidates share the prompt's slots; of the others each sees those of the beginning that it continues, so beams that
-    fork copy nothing.
+    Candidates share the prompt's slots; each sees only those of the beginning that it continues, so beams that fork
+    copy nothing.
     """
 
     def __init__(
-        self, decoder: TextTransformer, context: Context, prompts: Tensor, keep: Tensor, fan: int, steps: int
+        self, decoder: TextTransformer, context: Context, prompts: Tensor, keep: Tensor, group_size: int, steps: int
     ) -> None:
         rows, length = prompts.shape
-        self.decoder, self.context, self.prompts, self.keep, self.fan = decoder, context, prompts, keep, fan
+        self.decoder, self.context, self.prompts, self.keep = decoder, context, prompts, keep
+        self.group_size = group_size
         self.at = keep.sum(1)
-        self.cache = Cache(length + fan * (steps - 1))
-        everything = fan == 1 and bool(keep.all())
-        self.sees = None if everything else keep[:, None].expand(rows, fan, length)  # (R, K, filled)
+        self.cache = Cache(length + group_size * (steps - 1))
+        everything = group_size == 1 and bool(keep.all())
+        self.sees = None if everything else keep[:, None].expand(rows, group_size, length)  # (R, K, filled)
 
     def prompt(self) -> Tensor:
         """States (R, 1, D) at the last token of each prompt."""
@@ -215,25 +217,25 @@ class _Reader:
     def next(self, words: Tensor, parents: Tensor) -> Tensor:
         """States (R, K, D) after one more word (R, K) each, which continues candidate `parents` (R, K)."""
         if self.sees is not None:
-            own = torch.eye(self.fan, dtype=torch.bool, device=words.device).expand(len(words), -1, -1)
+            own = torch.eye(self.group_size, dtype=torch.bool, device=words.device).expand(len(words), -1, -1)
             self.sees = torch.cat([_pick(self.sees, parents), own], dim=2)
-        # Rows that are over may run past the last position; nobody reads them.
+        # Finished rows may run past the last position; their states are not used.
         positions = self.at.clamp(max=self.decoder.config.max_positions - 1)[:, None].expand_as(words)
         self.at = self.at + 1
         return self.decoder.step(words, positions, self.sees, self.cache, self.context)
 
     def take(self, index: Tensor) -> None:
-        """Go on with the rows at `index` only."""
+        """Keep only the rows at `index`."""
         self.cache.take(index)
         self.context, self.at = self.context[index], self.at[index]
         self.sees = None if self.sees is None else self.sees[index]
 
 
 class _Rows(NamedTuple):
-    """What rows are written under."""
+    """Inputs of some rows."""
 
     number: Tensor
-    """(R,) place in the caller's batch."""
+    """(R,) index in the caller's batch."""
     prompts: Tensor
     """(R, P) with [DEC] in place of padding."""
     lengths: Tensor
@@ -242,7 +244,7 @@ class _Rows(NamedTuple):
     """(R, K) int64 seeds of the samples."""
 
 
-class _Found(NamedTuple):
+class _Results(NamedTuple):
     """Texts of some rows."""
 
     words: Tensor
@@ -258,25 +260,25 @@ class _Found(NamedTuple):
 
 
 class _Search:
-    """What both ways of writing share: the rules that change probabilities, and leaving rows out."""
+    """What both ways of decoding share: the rules that change probabilities, and dropping finished rows."""
 
-    def __init__(self, rows: _Rows, steps: int, fan: int, config: DecodeConfig, text: TextConfig) -> None:
-        self.rows, self.fan, self.config, self.text = rows, fan, config, text
+    def __init__(self, rows: _Rows, steps: int, group_size: int, config: DecodeConfig, text: TextConfig) -> None:
+        self.rows, self.group_size, self.config, self.text = rows, group_size, config, text
         self.shortest = config.max_length - steps
-        self.going = torch.ones_like(rows.number, dtype=torch.bool)  # (R,) still being written
-        words = rows.number.new_full((len(rows.number), fan, steps), text.pad_id)
+        self.going = torch.ones_like(rows.number, dtype=torch.bool)  # (R,) unfinished
+        words = rows.number.new_full((len(rows.number), group_size, steps), text.pad_id)
         none = torch.zeros_like(words[..., 0])
         scores = torch.full_like(none, float("-inf"), dtype=torch.float32)
-        self.found = _Found(words, torch.zeros_like(words, dtype=torch.float32), none, scores, none.bool())
+        self.results = _Results(words, torch.zeros_like(words, dtype=torch.float32), none, scores, none.bool())
 
     def ruled(self, scores: Tensor, words: Tensor) -> Tensor:
-        """Scores (R, K, V) of the words that may follow `words` (R, K, written); transformers' rules in its order."""
+        """Apply transformers' rules, in its order, to scores (R, K, V) of words to follow `words` (R, K, written)."""
         config, rows, written = self.config, self.rows, words.shape[2]
         if config.repetition_penalty != 1:
-            said = torch.cat([rows.prompts[:, None].expand(-1, words.shape[1], -1), words], dim=2)
-            old = scores.gather(2, said)
+            previous = torch.cat([rows.prompts[:, None].expand(-1, words.shape[1], -1), words], dim=2)
+            old = scores.gather(2, previous)
             new = torch.where(old < 0, old * config.repetition_penalty, old / config.repetition_penalty)
-            scores = scores.scatter(2, said, new)
+            scores = scores.scatter(2, previous, new)
         if self.shortest + written < config.min_length:
             scores = scores.clone()
             short = (rows.lengths + written < config.min_length)[:, None]
@@ -284,21 +286,21 @@ class _Search:
         return scores
 
     def room(self, written: int) -> Tensor:
-        """(R, 1) whether a row with so many words may have one more."""
+        """(R, 1) bool, whether a text of a row may have a word more than `written`."""
         return (self.rows.lengths + written < self.config.max_length)[:, None]
 
     def take(self, index: Tensor) -> None:
-        """Go on with the rows at `index` only."""
-        self.rows, self.found, self.going = _at(self.rows, index), _at(self.found, index), self.going[index]
+        """Keep only the rows at `index`."""
+        self.rows, self.results, self.going = _at(self.rows, index), _at(self.results, index), self.going[index]
 
 
 class _Samples(_Search):
-    """Greedy writing, or independent samples."""
+    """Greedy decoding, or independent samples."""
 
     def step(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Add a word to each text by logits (R, 1 or K, V): the words (R, K), and which text each continues."""
-        words, logprobs, count, _, ended = self.found
-        logits = logits.expand(-1, self.fan, -1)
+        """Add a word to each text by logits (R, 1 or K, V) -> the words (R, K), and which text each continues."""
+        words, logprobs, count, _, ended = self.results
+        logits = logits.expand(-1, self.group_size, -1)
         scores = self.ruled(logits, words[..., :step])
         if self.rows.noise is None:
             chosen = scores.argmax(2)
@@ -311,22 +313,22 @@ class _Samples(_Search):
         logprobs[..., step] = sure.where(going, 0.0)
         count, ended = count + going, ended | (going & (chosen == self.text.sep_id))
         length = count if self.config.length_rule == "generated" else self.rows.lengths[:, None] + count - ended.long()
-        self.found = _Found(words, logprobs, count, logprobs.sum(2) / length**self.config.length_penalty, ended)
+        self.results = _Results(words, logprobs, count, logprobs.sum(2) / length**self.config.length_penalty, ended)
         self.going = (~ended & self.room(step + 1)).any(1)
-        return words[..., step], torch.arange(self.fan, device=words.device).expand_as(count)
+        return words[..., step], torch.arange(self.group_size, device=words.device).expand_as(count)
 
 
 class _Beams(_Search):
-    """Beam search as in transformers: a row is over when its best beginning scores below the worst text found.
+    """Beam search as in transformers: a row is over when its best beginning scores below its worst finished text.
 
-    Of today's, or of 4.15 by the length rule `2022`, which differs in three things. A text's length counts the prompt
-    and not [SEP]. Whether a row is over is asked of the best candidate, be it one that ends. At the last step the texts
+    The length rule `2022` follows transformers 4.15, which differs in three things. A text's length counts the prompt
+    and not [SEP]. Whether a row is over depends on its best candidate, even one that ends. At the last step the texts
     that end come first, and only then, if the row is not over, all K beginnings.
     """
 
-    def __init__(self, rows: _Rows, steps: int, fan: int, config: DecodeConfig, text: TextConfig) -> None:
-        super().__init__(rows, steps, fan, config, text)
-        self.words, self.logprobs = self.found.words.clone(), self.found.logprobs.clone()
+    def __init__(self, rows: _Rows, steps: int, group_size: int, config: DecodeConfig, text: TextConfig) -> None:
+        super().__init__(rows, steps, group_size, config, text)
+        self.words, self.logprobs = self.results.words.clone(), self.results.logprobs.clone()
         self.totals = self.logprobs[:, :1, 0]  # (R, 1, then K) sums of ruled log-probabilities, best first
         self.norms: Tensor | None = None  # (R, S + 1) length ** length_penalty of a prompt and so many words
         if config.length_rule == "2022":
@@ -334,11 +336,11 @@ class _Beams(_Search):
             self.norms = (lengths.double() ** config.length_penalty).float()
 
     def step(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Extend the beginnings by logits (R, 1 or K, V): the words (R, K), and which beginning each continues."""
+        """Extend the beginnings by logits (R, 1 or K, V) -> the words (R, K), and which beginning each continues."""
         sure = logits.log_softmax(2)
         scores = self.totals[..., None] + self.ruled(sure, self.words[:, : logits.shape[1], :step])
-        # One beginning ends with [SEP] in one way only, so among 2 K there are K that go on.
-        totals, place = scores.flatten(1).topk(2 * self.fan)
+        # A beginning ends with [SEP] in one way only, so at least K of 2 K candidates continue.
+        totals, place = scores.flatten(1).topk(2 * self.group_size)
         parents, chosen = place // logits.shape[2], place % logits.shape[2]
         words, logprobs = _pick(self.words, parents), _pick(self.logprobs, parents)
         words[..., step], logprobs[..., step] = chosen, sure.flatten(1).gather(1, place)
@@ -348,28 +350,29 @@ class _Beams(_Search):
         else:
             over, norm = ended, self.norms[:, step : step + 1]
 
-        new = slice(self.fan)
+        new = slice(self.group_size)
         self._keep(words[:, new], logprobs[:, new], totals[:, new] / norm, over[:, new], ended[:, new], step)
         best = totals[:, 0]
-        self.totals, on = totals.masked_fill(over, float("-inf")).topk(self.fan)
-        self.words, self.logprobs = _pick(words, on), _pick(logprobs, on)
+        self.totals, continued = totals.masked_fill(over, float("-inf")).topk(self.group_size)
+        self.words, self.logprobs = _pick(words, continued), _pick(logprobs, continued)
         if self.norms is None:
             best = self.totals[:, 0]
-        self.going = self.going & (best[:, None] / norm > self.found.scores.amin(1, keepdim=True)).squeeze(1)
+        self.going = self.going & (best[:, None] / norm > self.results.scores.amin(1, keepdim=True)).squeeze(1)
         if self.norms is not None and self.rows.prompts.shape[1] + step + 1 >= self.config.max_length:
             last = ~self.room(step + 1)
             scores = self.totals / self.norms[:, step + 1 : step + 2]
-            self._keep(self.words, self.logprobs, scores, last.expand_as(on), torch.zeros_like(on).bool(), step)
+            over, ended = last.expand_as(continued), torch.zeros_like(continued).bool()
+            self._keep(self.words, self.logprobs, scores, over, ended, step)
             self.going = self.going & ~last.squeeze(1)
-        return _pick(chosen, on), _pick(parents, on)
+        return _pick(chosen, continued), _pick(parents, continued)
 
     def _keep(self, words: Tensor, logprobs: Tensor, scores: Tensor, over: Tensor, ended: Tensor, step: int) -> None:
-        """Keep the best K (by scores) of what was found and of new texts (R, K, S), those that are `over` (R, K)."""
+        """Keep the best K by score of the finished texts and the new ones (R, K, S) that are `over` (R, K)."""
         scores = scores.where(over & self.going[:, None], float("-inf"))
-        new = _Found(words, logprobs, torch.full_like(self.found.count, step + 1), scores, ended)
-        both = _Found(*(torch.cat(pair, dim=1) for pair in zip(self.found, new, strict=True)))
-        best = both.scores.topk(self.fan).indices
-        self.found = _Found(*(_pick(part, best) for part in both))
+        new = _Results(words, logprobs, torch.full_like(self.results.count, step + 1), scores, ended)
+        both = _Results(*(torch.cat(pair, dim=1) for pair in zip(self.results, new, strict=True)))
+        best = both.scores.topk(self.group_size).indices
+        self.results = _Results(*(_pick(part, best) for part in both))
 
     def take(self, index: Tensor) -> None:
         super().take(index)
@@ -417,31 +420,33 @@ def _from_nucleus(scores: Tensor, words: Tensor, total: Tensor, noise: Tensor, t
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """The last part of splitmix64 on int64: every bit of x moves about half of those of the result."""
+    """The finaliser of splitmix64 on int64: every bit of x flips about half of the result's."""
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * _FIRST
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * _SECOND
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 
 def _seeds(config: DecodeConfig, keys: Sequence[str]) -> Tensor:
-    """(R, num) int64 seeds from the seed, the row's key and the sample's number."""
+    """Mix the seed, the rows' keys and the samples' numbers to seeds (R, num) int64."""
     hashes = [int.from_bytes(hashlib.blake2b(k.encode("utf-8", "surrogatepass"), digest_size=8).digest()) for k in keys]
     seeds = [[mix(config.seed, h, number) for number in range(config.num)] for h in hashes]
     return torch.tensor([[_signed(s) for s in row] for row in seeds])
 
 
-def _assemble(parts: list[tuple[Tensor, _Found]], prompts: Tensor, keep: Tensor, num: int, pad_id: int) -> GeneratedIds:
-    """The texts of all rows in the caller's order, behind their prompts."""
+def _assemble(
+    parts: list[tuple[Tensor, _Results]], prompts: Tensor, keep: Tensor, num: int, pad_id: int
+) -> GeneratedIds:
+    """Join the texts of all rows in the caller's order, behind their prompts."""
     order = torch.cat([number for number, _ in parts]).argsort()
-    found = _Found(*(torch.cat(part)[order, :num] for part in zip(*(found for _, found in parts), strict=True)))
-    rows, _, steps = found.words.shape
+    results = _Results(*(torch.cat(part)[order, :num] for part in zip(*(results for _, results in parts), strict=True)))
+    rows, _, steps = results.words.shape
     lengths = keep.sum(1)[:, None, None]
-    place = (lengths + torch.arange(steps, device=keep.device)).expand_as(found.words)
+    place = (lengths + torch.arange(steps, device=keep.device)).expand_as(results.words)
     ids = prompts.where(keep, pad_id)[:, None].expand(rows, num, -1)
-    ids = torch.nn.functional.pad(ids, (0, steps), value=pad_id).scatter(2, place, found.words)
-    logprobs = torch.zeros_like(ids, dtype=torch.float32).scatter(2, place, found.logprobs)
-    longest = int((lengths.squeeze(2) + found.count).max())
-    return GeneratedIds(ids[..., :longest], logprobs[..., :longest], found.scores, found.finished)
+    ids = torch.nn.functional.pad(ids, (0, steps), value=pad_id).scatter(2, place, results.words)
+    logprobs = torch.zeros_like(ids, dtype=torch.float32).scatter(2, place, results.logprobs)
+    longest = int((lengths.squeeze(2) + results.count).max())
+    return GeneratedIds(ids[..., :longest], logprobs[..., :longest], results.scores, results.finished)
 
 
 def _signed(x: int) -> int:

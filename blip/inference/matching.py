@@ -1,4 +1,4 @@
-"""Texts over images: each image is projected once, for all the texts that have to be compared with it.
+"""Matching texts with images: each image is projected once for all texts that are compared with it.
 
 B images, P image tokens, V vision width, M texts, T text tokens, K texts of one image, D text width.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from blip.models.blip import Matcher
 
 _TOGETHER = 16
-"""Images whose keys and values are in memory at once: 42 MB each in BASE at 384 px and float32."""
+"""Most images whose keys and values are in memory at once: 42 MB each in BASE at 384 px and float32."""
 
 
 @torch.no_grad()
@@ -29,14 +29,14 @@ def ground(
     if len(chosen) != len(tokens):
         raise ValueError(f"texts are chosen for {len(chosen)} images, but there are {len(tokens)}")
     lengths = keep.sum(1)
-    found: list[Tensor] = []
-    for start, end in _alike([len(rows) for rows in chosen], batch):
-        rows, fan = torch.cat(list(chosen[start:end])), len(chosen[start])
-        if not fan:
-            found += [tokens.new_empty(0, model.config.text.width)] * (end - start)
+    results: list[Tensor] = []
+    for start, end in _equal_groups([len(rows) for rows in chosen], batch):
+        rows, texts_each = torch.cat(list(chosen[start:end])), len(chosen[start])
+        if not texts_each:
+            results += [tokens.new_empty(0, model.config.text.width)] * (end - start)
             continue
         order = lengths[rows].argsort(stable=True) if end - start == 1 else torch.arange(len(rows))
-        queries = fan * int(lengths[rows].max())
+        queries = texts_each * int(lengths[rows].max())
         context = model.context(tokens[start:end], queries=queries)
         states = []
         for part in rows[order].split(batch if end - start == 1 else len(rows)):
@@ -44,8 +44,8 @@ def ground(
             some = [grid[part, :longest].to(tokens.device) for grid in (ids, keep)]
             states.append(model.ground(*some, context.expand(len(part) // (end - start))))
         together = torch.cat(states)[order.argsort().to(tokens.device)]
-        found += together.split(fan)
-    return found
+        results += together.split(texts_each)
+    return results
 
 
 def match(
@@ -56,8 +56,8 @@ def match(
         return [model.match_head(states).float() for states in ground(model, tokens, ids, keep, chosen, batch)]
 
 
-def _alike(counts: Sequence[int], batch: int) -> list[tuple[int, int]]:
-    """Neighbouring images with equally many texts, a few of them and up to `batch` texts together: [start, end)."""
+def _equal_groups(counts: Sequence[int], batch: int) -> list[tuple[int, int]]:
+    """Group neighbouring images with equally many texts, up to `_TOGETHER` images or `batch` texts: [start, end)."""
     groups: list[tuple[int, int]] = []
     for i, count in enumerate(counts):
         start = groups[-1][0] if groups else i

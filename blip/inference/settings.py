@@ -8,13 +8,11 @@ from typing import Any, Literal
 from blip.settings import check_positive, require
 
 CAPTION_PROMPT = "a picture of "
-"""What a captioner's texts begin with (paper, section 5.2)."""
-
-
+"""Beginning of a captioner's texts (paper, section 5.2)."""
 LENGTH_RULES = ("generated", "2022")
-"""What counts as the length of a text where beams are compared; `DecodeConfig` says which is which."""
+"""Ways to count the length of a text when beams are compared; see `DecodeConfig`."""
 LengthRule = Literal["generated", "2022", 2022]
-"""One of these, or the number that YAML makes of a 2022 without quotes; settings have the text."""
+"""A length rule, or the number 2022, as YAML reads it without quotes; settings turn it into the string."""
 
 
 def _check_length_rule(settings: Any) -> None:
@@ -25,33 +23,33 @@ def _check_length_rule(settings: Any) -> None:
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """How a text is written. Lengths count tokens: [DEC], the prompt and [SEP] included."""
+    """How a text is decoded. Lengths count tokens: [DEC], the prompt and [SEP] included."""
 
     method: Literal["beam", "nucleus"] = "beam"
-    """`beam` keeps the likeliest beginnings (with `beams` 1 it is greedy), `nucleus` samples."""
+    """Decoding method: `beam` keeps the likeliest beginnings (with `beams` 1 it is greedy), `nucleus` samples."""
     beams: int = 3
     """Beginnings kept by beam search."""
     num: int = 1
     """Texts per image: the best of the beams, or independent samples."""
     max_length: int = 20
-    """Longest text."""
+    """Largest length of a text."""
     min_length: int = 5
-    """Shortest text to which [SEP] may be added."""
+    """Smallest length of a text at which [SEP] may be added."""
     length_penalty: float = 1.0
-    """Texts are compared by the sum of their words' log-probabilities over their length to this power."""
+    """Exponent of the length by which a text's summed log-probabilities are divided when texts are compared."""
     length_rule: LengthRule = "generated"
-    """What counts as length: `generated` words with [SEP], as in today's transformers; `2022` also the prompt, and not
-    [SEP], as in that of the original."""
+    """Tokens that count as length: `generated` words with [SEP], as in today's transformers; `2022` also the prompt,
+    not [SEP], as in that of the original."""
     repetition_penalty: float = 1.0
-    """Above 1 makes words that stand there already less likely."""
+    """Repetition penalty: above 1 makes words that the text contains already less likely."""
     top_p: float = 0.9
-    """Nucleus: the likeliest words that together reach this probability are drawn from."""
+    """Nucleus: draw from the likeliest words that together reach this probability."""
     top_k: int = 0
-    """Nucleus: words drawn from at most; 0 for any number."""
+    """Nucleus: most words to draw from; 0 for any number."""
     temperature: float = 1.0
-    """Nucleus: above 1 evens out, below 1 sharpens."""
+    """Nucleus: softmax temperature; above 1 evens out, below 1 sharpens."""
     seed: int = 0
-    """Nucleus: a sample is a function of this, its key and its number."""
+    """Nucleus: random seed; a sample is a function of it, its key and its number."""
 
     def __post_init__(self) -> None:
         require(self.beams >= 1, f"beams must be 1 or more, got {self.beams}")
@@ -81,7 +79,7 @@ DECODE_PRESETS: dict[str, DecodeConfig] = {
 
 
 QUESTION_WORDS, QUESTION_TOKENS = 50, 35
-"""Words and word pieces kept of a question, as in the original."""
+"""Longest question in words and in word pieces, as in the original."""
 
 
 @dataclass(frozen=True)
@@ -89,16 +87,15 @@ class AnswerConfig:
     """How a question is answered: the best of some candidates, or any words."""
 
     k: int = 128
-    """Candidates that are weighed in full: those that begin most likely."""
+    """Candidates that are scored in full: those whose first word is likeliest."""
     smoothing: float = 0.0
     """Share of a candidate's score that is the mean over all words, as in the training loss (2022: 0.1)."""
     beams: int = 3
-    """Beginnings kept where words are searched, not chosen."""
+    """Beginnings kept by beam search, when there are no candidates."""
     max_length: int = 10
-    """Longest answer that is searched; tokens, [DEC] and [SEP] included."""
+    """Largest length of an answer from beam search; tokens, [DEC] and [SEP] included."""
     length_rule: LengthRule = "generated"
-    """What counts as an answer's length where words are searched: `generated` words with [SEP]; `2022` [DEC] but not
-    [SEP]."""
+    """Tokens that count as an answer's length in beam search: `generated` words with [SEP]; `2022` [DEC], not [SEP]."""
 
     def __post_init__(self) -> None:
         require(self.k >= 1, f"k must be 1 or more, got {self.k}")
@@ -107,5 +104,5 @@ class AnswerConfig:
         self.decode()
 
     def decode(self) -> DecodeConfig:
-        """How words are searched."""
+        """The settings of beam search for answers."""
         return DecodeConfig(beams=self.beams, max_length=self.max_length, min_length=0, length_rule=self.length_rule)

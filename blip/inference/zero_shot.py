@@ -1,4 +1,4 @@
-"""Zero-shot classification: a class is the mean embedding of what prompt templates make of its name.
+"""Zero-shot classification: a class is the mean embedding of its name in several prompt templates.
 
 C classes, N images, E embedding width.
 """
@@ -23,12 +23,12 @@ TEMPLATES = (
     "a close up of a {}",
     "there is a {}",
 )
-"""Ways in which captions speak of a thing; `{}` is the class's name, and "a" becomes "an" before a vowel."""
+"""Prompt templates; `{}` is the class's name, and "a" becomes "an" before a vowel."""
 _VOWELS = tuple("aeiouAEIOU")
 
 
 def texts_of(name: str, templates: Sequence[str] = TEMPLATES) -> list[str]:
-    """What the templates make of a class's name. ValueError for a template without `{}` or an empty name."""
+    """Put a class's name into the templates. ValueError for a template without `{}` or an empty name."""
     if not name.strip():
         raise ValueError("a class has an empty name")
     for template in templates:

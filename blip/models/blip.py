@@ -22,9 +22,9 @@ from blip.nn.vision import VisionEncoder
 
 
 def med(config: TextConfig, attentions: Sequence[str], context_width: int | None = None) -> TextTransformer:
-    """The multimodal mixture of encoder and decoder (paper, section 3.1), or that of its three uses which is needed.
+    """Build the multimodal mixture of encoder and decoder (paper, section 3.1), or only the parts that are needed.
 
-    Every layer has a self-attention each for encoding (`text`) and decoding (`causal`), and shares the rest.
+    A layer has a self-attention for each of `attentions`, `text` (encoder) and `causal` (decoder), and shares the rest.
     """
     blocks = [
         Block(config, attentions, None if context_width is None else CrossAttention(config, context_width))
@@ -63,11 +63,11 @@ class Matcher(Towers):
         self.temperature = nn.Parameter(torch.tensor(config.temperature))
 
     def context(self, tokens: Tensor, queries: int | None = None) -> Context:
-        """Image tokens (B, P, V) -> what texts attend to, projected once; `queries` as of `Stack.context`."""
+        """Project image tokens (B, P, V) once for all texts; `queries` as in `Stack.context`."""
         return self.med.context(tokens, queries=queries)
 
     def ground(self, ids: Tensor, keep: Tensor, context: Context) -> Tensor:
-        """Texts (R, T) that start with [ENC], over `context` -> the states (R, D) of that."""
+        """Texts (R, T) that start with [ENC], over `context` -> the states (R, D) of [ENC]."""
         (states,) = self.med([TextPass(ids, keep, context=context, first=True)])
         return states
 
@@ -86,12 +86,12 @@ class Captioner(nn.Module):
         self.med = med(config.text, ("causal",), self.vision.width)
 
     def context(self, tokens: Tensor, queries: int | None = None) -> Context:
-        """Image tokens (B, P, V) -> what texts attend to, projected once; `queries` as of `Stack.context`."""
+        """Project image tokens (B, P, V) once for all texts; `queries` as in `Stack.context`."""
         return self.med.context(tokens, queries=queries)
 
     @property
     def decoder(self) -> TextTransformer:
-        """What generates: a transformer with a head that predicts words."""
+        """The text transformer, whose head predicts words."""
         return self.med
 
     def caption_logits(self, ids: Tensor, keep: Tensor, context: Context) -> Tensor:
@@ -112,7 +112,7 @@ class Blip(Matcher):
 
 
 def starting_with(ids: Tensor, token: int) -> Tensor:
-    """A copy of ids (R, T) with `token` in place of the first one."""
+    """Copy ids (R, T) with `token` in the first column."""
     ids = ids.clone()
     ids[:, 0] = token
     return ids

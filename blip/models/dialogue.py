@@ -1,7 +1,7 @@
-"""Visual dialogue: is this the answer to the question, given the image, its caption and what was said (section 5.5)?
+"""Visual dialogue: rank answers to a question, given an image, its caption and the history (paper, section 5.5).
 
 The image's tokens and the caption's states stand side by side as one context, projected once for all rounds of a
-dialogue and all candidate answers. The dialogue encoder reads question, answer and history, and tells true from false.
+dialogue and all candidate answers. The dialogue encoder takes question, answer and history: true or false?
 B dialogues, R rows of text, P image tokens, T text tokens, D text width, V vision width, S image side in pixels.
 """
 
@@ -24,7 +24,7 @@ from blip.nn.vision import VisionEncoder
 
 
 class Dialogue(nn.Module):
-    """An image encoder, and a text encoder that reads the caption and then the dialogue; its head matches answers."""
+    """An image encoder, and a text encoder for the caption and then the dialogue, whose head matches answers."""
 
     def __init__(self, config: DialogueModelConfig) -> None:
         super().__init__()
@@ -37,25 +37,25 @@ class Dialogue(nn.Module):
 
     @classmethod
     def from_blip(cls, blip: Blip | Matcher, caption_sees_image: bool = False) -> Self:
-        """A model that starts from a pre-trained one by `origin`; what is new there is random."""
+        """Build a model with the weights of a pre-trained one, as `origin` says; new weights are random."""
         require(blip, Matches)
         model = cls(DialogueModelConfig.of(blip.config, caption_sees_image))
         inherit.copy(model, blip, model.origin())
         return model.train(blip.training)
 
     def origin(self) -> WeightOrigin:
-        """Where first weights come from; only where images and texts differ in width something is new."""
+        """Sources of initial weights; only `caption_proj`, for images and texts of different widths, is new."""
         fresh = {name: "brings captions to the width of images" for name in self.state_dict() if "caption_proj" in name}
         copied = {name: name for name in self.state_dict() if name not in fresh}
         heads = [f"{name}.{kind}" for name in ("image_proj", "text_proj") for kind in ("weight", "bias")]
-        left = dict.fromkeys(["temperature", *heads], "nothing is contrasted")
-        left |= dict.fromkeys(inherit.generating(self.config.text.layers), "nothing is generated")
-        return WeightOrigin(copied, fresh, left)
+        unused = dict.fromkeys(["temperature", *heads], "nothing is contrasted")
+        unused |= dict.fromkeys(inherit.generating(self.config.text.layers), "nothing is generated")
+        return WeightOrigin(copied, fresh, unused)
 
     def context(self, image: Tensor, caption_ids: Tensor, caption_keep: Tensor, queries: int | None = None) -> Context:
-        """Images (B, 3, S, S) with captions (B, T) that start with [CLS] -> what the rows of dialogues attend to.
+        """Images (B, 3, S, S) with captions (B, T) that start with [CLS] -> the context of dialogues.
 
-        `queries` as of `Stack.context`.
+        `queries` as in `Stack.context`.
         """
         tokens = self.vision(image)
         if self.config.caption_sees_image:
@@ -71,6 +71,6 @@ class Dialogue(nn.Module):
         return self.med.context(torch.cat([tokens, states], 1), keep, queries)
 
     def match(self, ids: Tensor, keep: Tensor, context: Context) -> Tensor:
-        """Questions with an answer and what was said (R, T), starting with [ENC] -> logits (R, 2): false, true."""
+        """Question, answer and history (R, T), starting with [ENC] -> logits (R, 2): false, true."""
         (states,) = self.med([TextPass(ids, keep, context=context, first=True)])
         return self.match_head(states)

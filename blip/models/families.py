@@ -1,4 +1,4 @@
-"""Task models: the parts of BLIP put together otherwise (paper, section 5), and how a model directory names them."""
+"""Table of all models: BLIP, its parts and its task models (paper, section 5), by their names in config.json."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from blip.models.vqa import Vqa
 
 
 class Task(NamedTuple):
-    """What a model directory may hold."""
+    """A kind of model that a model directory may hold."""
 
     model: type[Any]
-    """Built from its configuration alone; has `config` and `vision`, and `from_blip` unless it is `Blip` itself."""
+    """Class of the model, built from its configuration; has `config`, `vision` and, except for `Blip`, `from_blip`."""
     used_by: str
-    """What such a model is for, for people."""
+    """Commands or tasks that use such a model, for messages."""
     tags: tuple[str, ...]
-    """How the hub sorts it."""
+    """Tags of the model on the hub."""
     config: type[BlipConfig] = BlipConfig
-    """Of the model."""
+    """Class of the model's configuration."""
 
 
 TASKS: dict[str, Task] = {
@@ -37,18 +37,18 @@ TASKS: dict[str, Task] = {
     ),
     "vqa": Task(Vqa, "`blip vqa` and `blip-eval vqa`", ("visual-question-answering",)),
 }
-"""What config.json says as `task` (nothing for "blip") -> the class that is built."""
+"""Values of `task` in config.json ("blip" if absent) -> the kind of model."""
 PARTS: dict[str, type[Any]] = {"all": Blip, "writing": Captioner, "matching": Matcher}
-"""What config.json of a "blip" says as `parts` -> the class that is built instead."""
+"""Values of `parts` in the config.json of a "blip" -> the class of the model."""
 
 
 def kind_of(task: str, config: BlipConfig) -> type[Any]:
-    """The class of a model by what its config.json says."""
+    """Look up the class of a model by its config.json."""
     return PARTS[config.parts] if task == "blip" else TASKS[task].model
 
 
 def names_of(kind: type[Any]) -> tuple[str, str]:
-    """What config.json says of a class, as `task` and as `parts`."""
+    """Look up the values of `task` and `parts` in config.json for a class."""
     for parts, model in PARTS.items():
         if model is kind:
             return "blip", parts

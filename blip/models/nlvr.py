@@ -1,7 +1,7 @@
-"""Reasoning over several images: does a sentence hold for a pair of images (paper, section 5.4)?
+"""Reasoning over several images: is a sentence true of a pair of images (paper, section 5.4)?
 
-A layer attends to each image with a cross-attention of its own, side by side, and merges what they give: their mean in
-the first half of the layers, a linear map of both in the second. B examples, K images of an example, P image
+A layer has a cross-attention for each image and merges their results: by their mean in the first half of the layers,
+by a linear map of all in the second. B examples, K images of an example, P image
 tokens, T text tokens, N packed tokens, D text width, V vision width, S image side in pixels.
 """
 
@@ -29,7 +29,7 @@ from blip.nn.vision import VisionEncoder
 
 
 class SeveralCross(nn.Module):
-    """K cross-attentions in the place of one, each to its own image, and their results merged."""
+    """K cross-attentions in place of one, each to its own image, with merged results."""
 
     def __init__(self, config: TextConfig, context_width: int, images: int, merges: bool) -> None:
         super().__init__()
@@ -41,14 +41,14 @@ class SeveralCross(nn.Module):
     def forward(
         self, x: Tensor, layouts: Sequence[Layout], contexts: Sequence[Sequence[Context]], layer: int
     ) -> Tensor:
-        """(N, D), each layout with K contexts -> (N, D)."""
+        """Joined tokens (N, D), each layout with K contexts -> (N, D)."""
         of_image = zip(self.of_image, zip(*contexts, strict=True), strict=True)
         results = [cross(x, layouts, images, layer) for cross, images in of_image]
         return self.merge(torch.cat(results, -1)) if self.merges else torch.stack(results).mean(0)
 
 
 class Nlvr(nn.Module):
-    """An image encoder, a text encoder over several images, and a head that says false or true."""
+    """An image encoder, a text encoder over several images, and a head that classifies false and true."""
 
     def __init__(self, config: NlvrModelConfig) -> None:
         super().__init__()
@@ -65,31 +65,31 @@ class Nlvr(nn.Module):
 
     @classmethod
     def from_blip(cls, blip: Blip | Matcher, images: int = 2) -> Self:
-        """A model that starts from a pre-trained one by `origin`; what is new there is random."""
+        """Build a model with the weights of a pre-trained one, as `origin` says; new weights are random."""
         require(blip, Matches)
         model = cls(NlvrModelConfig.of(blip.config, images=images))
         inherit.copy(model, blip, model.origin())
         return model.train(blip.training)
 
     def origin(self) -> WeightOrigin:
-        """Where first weights come from: every image's cross-attention is a copy of the pre-trained one."""
+        """Sources of initial weights: every image's cross-attention is a copy of the pre-trained one."""
         copied = inherit.under("vision", self.vision.state_dict(), "vision")
         fresh = dict.fromkeys(("head_dense.weight", "head_dense.bias", "head.weight", "head.bias"), "not pre-trained")
         for name in self.med.state_dict():
             if ".cross.merge." in name:
-                fresh[f"med.{name}"] = "pre-training sees one image, so that there is nothing to merge"
+                fresh[f"med.{name}"] = "pre-training has one image and nothing to merge"
             else:
                 block, _, part = name.partition(".cross.of_image.")
                 copied[f"med.{name}"] = f"med.{block}.cross.{part.split('.', 1)[1]}" if part else f"med.{name}"
-        left = dict.fromkeys(("temperature", *_linear("image_proj"), *_linear("text_proj")), "nothing is contrasted")
-        left |= dict.fromkeys(_linear("match_head"), "has another head")
-        left |= dict.fromkeys(inherit.generating(self.config.text.layers), "nothing is generated")
-        return WeightOrigin(copied, fresh, left)
+        unused = dict.fromkeys(("temperature", *_linear("image_proj"), *_linear("text_proj")), "nothing is contrasted")
+        unused |= dict.fromkeys(_linear("match_head"), "has another head")
+        unused |= dict.fromkeys(inherit.generating(self.config.text.layers), "nothing is generated")
+        return WeightOrigin(copied, fresh, unused)
 
     def contexts(self, image: Tensor, queries: int | None = None) -> list[Context]:
-        """Examples of K images each (B, K, 3, S, S) -> of each of the K the context that sentences attend to.
+        """Examples of K images each (B, K, 3, S, S) -> for each of the K the context of sentences.
 
-        `queries` as of `Stack.context`. ValueError unless K is what the model was made for.
+        `queries` as in `Stack.context`. ValueError unless K is `config.images`.
         """
         count = self.config.images
         if image.dim() != 5 or image.shape[1] != count:
@@ -99,7 +99,7 @@ class Nlvr(nn.Module):
         return [project(maps[k], tokens[:, k], self.config.text.heads, queries=queries) for k in range(count)]
 
     def judge(self, ids: Tensor, keep: Tensor, images: Sequence[Context]) -> Tensor:
-        """Sentences (B, T) that start with [ENC], each about its own images -> logits (B, 2): false, true."""
+        """Classify sentences (B, T) that start with [ENC], each about its own images -> logits (B, 2): false, true."""
         (states,) = self.med([TextPass(ids, keep, context=images, first=True)])
         return self.head(F.relu(self.head_dense(states)))
 

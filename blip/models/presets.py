@@ -1,4 +1,4 @@
-"""Sizes of models: TINY and SMALL for the synthetic world, BASE and LARGE of the paper."""
+"""Model sizes: TINY and SMALL for the synthetic world, BASE and LARGE from the paper."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model can be asked for, whatever its class.
+"""Protocols: what a model can do, whatever its class.
 
 B images, R rows of text, P image tokens, T text tokens, V vision width, D text width, E embedding width.
 """
@@ -15,7 +15,7 @@ from blip.nn.text import TextTransformer
 
 @runtime_checkable
 class Embeds(Protocol):
-    """Images and texts become vectors of one space."""
+    """Embeds images and texts in one space."""
 
     def embed_image(self, tokens: Tensor) -> Tensor:
         """Image tokens (B, P, V) -> embeddings (B, E) of length 1."""
@@ -26,13 +26,13 @@ class Embeds(Protocol):
 
 @runtime_checkable
 class Matches(Protocol):
-    """Texts are compared with images, over the image."""
+    """Matches texts with images by an image-grounded encoder."""
 
     def context(self, tokens: Tensor, queries: int | None = None) -> Context:
-        """Image tokens (B, P, V), projected once; `queries` as of `Stack.context`."""
+        """Project image tokens (B, P, V) once for all texts; `queries` as in `Stack.context`."""
 
     def ground(self, ids: Tensor, keep: Tensor, context: Context) -> Tensor:
-        """Texts (R, T) that start with [ENC] -> the states (R, D) by which they are compared."""
+        """Texts (R, T) that start with [ENC] -> the states (R, D) of [ENC]."""
 
     def match(self, ids: Tensor, keep: Tensor, context: Context) -> Tensor:
         """Texts (R, T) that start with [ENC] -> logits (R, 2): no match, match."""
@@ -40,7 +40,7 @@ class Matches(Protocol):
 
 @runtime_checkable
 class Generates(Protocol):
-    """Texts are generated over a context."""
+    """Generates texts over a context."""
 
     @property
     def decoder(self) -> TextTransformer:
@@ -55,7 +55,7 @@ _REMEDIES: dict[type, str] = {
 
 
 def require(model: Any, *uses: type) -> None:
-    """ValueError, saying what to load instead, if a model lacks one of the uses, which are protocols of this file."""
+    """Raise ValueError, with what to load instead, if a model lacks one of the uses (protocols of this file)."""
     for use in uses:
         if not isinstance(model, use):
             raise ValueError(f"this model is a {type(model).__name__} and cannot {_REMEDIES[use]}")

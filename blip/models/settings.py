@@ -1,4 +1,4 @@
-"""What a model is built from: all that its config.json says."""
+"""Model configurations, as stored in config.json."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from blip.settings import LATER, WIDTH, between, check_fields, known
 
 @dataclass(frozen=True)
 class BlipConfig:
-    """The whole model."""
+    """Configuration of a `Blip` or of its parts."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
     embed_dim: int = field(default=256, metadata=WIDTH)
     """Width of the joint embedding of images and texts."""
     temperature: float = field(default=0.07, metadata=between(1e-4, 100))
-    """Initial temperature of the contrastive softmax; learned."""
+    """Initial value of the learned temperature of the contrastive softmax."""
     parts: Literal["all", "writing", "matching"] = field(default="all", metadata=LATER)
-    """Of `blip.models.families.PARTS`: a whole `Blip`, a `Captioner` or a `Matcher`."""
+    """Parts of the model, by a key of `blip.models.families.PARTS`: a whole `Blip`, a `Captioner` or a `Matcher`."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -40,26 +40,26 @@ class BlipConfig:
 
 @dataclass(frozen=True)
 class NlvrModelConfig(BlipConfig):
-    """A model that reasons over several images (paper, section 5.4)."""
+    """Configuration of a model that reasons over several images (paper, section 5.4)."""
 
     images: int = field(default=2, metadata=between(2, 64))
-    """Images of an example."""
+    """Number of images of an example."""
 
     @classmethod
     def of(cls, config: BlipConfig, images: int) -> NlvrModelConfig:
-        """The shape of a pre-trained model, for examples of some images."""
+        """Take the sizes of a pre-trained model, for examples of `images` images."""
         return cls(config.vision, config.text, config.embed_dim, config.temperature, images=images)
 
 
 @dataclass(frozen=True)
 class DialogueModelConfig(BlipConfig):
-    """A model that ranks answers in a dialogue about an image (paper, section 5.5)."""
+    """Configuration of a model that ranks answers in a dialogue about an image (paper, section 5.5)."""
 
     caption_sees_image: bool = False
-    """Read the caption over the image instead of alone."""
+    """Encode the caption over the image instead of alone."""
 
     @classmethod
     def of(cls, config: BlipConfig, caption_sees_image: bool) -> DialogueModelConfig:
-        """The shape of a pre-trained model, and how it reads captions."""
+        """Take the sizes of a pre-trained model."""
         sees = caption_sees_image
         return cls(config.vision, config.text, config.embed_dim, config.temperature, caption_sees_image=sees)

@@ -1,4 +1,4 @@
-"""Clips for a model of images: frames side by side (paper, section 5.6), with nothing to learn.
+"""Video clips for an image model: frames side by side (paper, section 5.6), without new weights.
 
 B clips, F frames, P image tokens, V vision width, E embedding width, S image side in pixels.
 """
@@ -12,13 +12,13 @@ from blip.models.blip import Towers
 from blip.models.protocols import Embeds, require
 
 FRAMES = 8
-"""Frames of a clip that are looked at (paper, section 5.6)."""
+"""Frames sampled from a clip (paper, section 5.6)."""
 
 
 def clip_tokens(vision: nn.Module, frames: Tensor) -> Tensor:
-    """Frames (B, F, 3, S, S) -> the tokens of all of them (B, F * P, V), frame after frame, for texts to attend to.
+    """Encode frames (B, F, 3, S, S) -> their tokens (B, F * P, V), frame after frame.
 
-    They do so through a `Blip`'s or a `Vqa`'s context of these; the order of frames does not matter to it.
+    A `Blip` or a `Vqa` takes them in place of an image's tokens; the order of frames has no effect.
     """
     size = frames.shape[:2]
     return vision(frames.flatten(0, 1)).unflatten(0, size).flatten(1, 2)
@@ -27,7 +27,7 @@ def clip_tokens(vision: nn.Module, frames: Tensor) -> Tensor:
 def embed_clip(model: Towers, tokens: Tensor, frames: int) -> Tensor:
     """`clip_tokens` of F frames (B, F * P, V) -> joint embeddings (B, E) of length 1.
 
-    The mean of the frames' projected class tokens, which is normalised then and not before, as in the original.
+    The mean of the frames' projected class tokens, normalised after averaging only, as in the original.
     """
     require(model, Embeds)
     first = tokens.unflatten(1, (frames, -1))[:, :, 0]

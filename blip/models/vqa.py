@@ -1,7 +1,7 @@
 """Visual question answering: a question encoded over the image, an answer decoded over it (paper, section 5.3).
 
 The two text transformers share nothing. A question's states are projected once (`Vqa.context`), however many answers
-are then weighed or searched. B images, R questions, P image tokens, T question tokens, D width, V vision width.
+are then scored or decoded. B images, R questions, P image tokens, T question tokens, D width, V vision width.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from blip.nn.vision import VisionEncoder
 class Vqa(nn.Module):
     """An image encoder, a question encoder over the image, and an answer decoder over the question.
 
-    `generate` and `write` of `blip.inference` take it in place of a `Blip`, with a context of questions, not images.
+    `generate` and `write` of `blip.inference` accept it in place of a `Blip`, with a context of questions, not images.
     """
 
     def __init__(self, config: BlipConfig) -> None:
@@ -35,40 +35,40 @@ class Vqa(nn.Module):
 
     @classmethod
     def from_blip(cls, blip: Blip) -> Self:
-        """A model that starts from a pre-trained one by `origin`; what is new there is random."""
+        """Build a model with the weights of a pre-trained one, as `origin` says; new weights are random."""
         require(blip, Matches, Generates)
         model = cls(blip.config)
         inherit.copy(model, blip, model.origin())
         return model.train(blip.training)
 
     def origin(self) -> WeightOrigin:
-        """Where first weights come from: both stacks from the pre-trained one, as in the 2022 release.
+        """Sources of initial weights: both stacks from the pre-trained one, as in the 2022 release.
 
-        The decoder's cross-attention was trained to read image tokens; it starts from that all the same, but for the
-        matrices of keys and values where images and texts differ in width (ViT-L), whose biases fit and are kept.
+        So is the decoder's cross-attention, which was trained on image tokens, except for the matrices of keys and
+        values where images and texts differ in width (ViT-L); their biases are copied.
         """
         copied = inherit.under("vision", self.vision.state_dict(), "vision")
         copied |= inherit.under("question", self.question.state_dict(), "med")
         copied |= inherit.under("answer", self.answer.state_dict(), "med")
         fresh = {}
         if self.vision.width != self.config.text.width:
-            why = f"reads questions {self.config.text.width} wide, not images {self.vision.width} wide"
+            why = f"attends to questions {self.config.text.width} wide, not images {self.vision.width} wide"
             fresh = {name: why for name in copied if name.startswith("answer.") and name.endswith(".cross.kv.weight")}
         for name in fresh:
             del copied[name]
-        left = dict.fromkeys(("temperature", *_head("image_proj"), *_head("text_proj")), "nothing is contrasted")
-        left |= dict.fromkeys(_head("match_head"), "nothing is matched")
-        return WeightOrigin(copied, fresh, left)
+        unused = dict.fromkeys(("temperature", *_head("image_proj"), *_head("text_proj")), "nothing is contrasted")
+        unused |= dict.fromkeys(_head("match_head"), "nothing is matched")
+        return WeightOrigin(copied, fresh, unused)
 
     @property
     def decoder(self) -> TextTransformer:
-        """What generates answers."""
+        """The answer decoder."""
         return self.answer
 
     def context(self, ids: Tensor, keep: Tensor, image: Context, queries: int | None = None) -> Context:
-        """Questions (R, T) that start with [ENC], over images (`question.context`) -> what answers attend to.
+        """Questions (R, T) that start with [ENC], over images (`question.context`) -> the context of answers.
 
-        Padding of a question is not seen. `queries` as of `Stack.context`.
+        Padding of questions is masked. `queries` as in `Stack.context`.
         """
         one = TextPass(ids, keep, context=image)
         (states,) = self.question([one])

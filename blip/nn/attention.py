@@ -1,4 +1,4 @@
-"""Scaled dot-product attention by the fastest kernel. R rows, H heads, T queries, P keys, d width of a head."""
+"""Scaled dot-product attention with the fastest kernel. R rows, H heads, T queries, P keys, d width of a head."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def plain_is_faster(x: Tensor) -> bool:
-    """Whether attention on tensors like x is faster as two matrix products than by PyTorch's fused CPU kernel.
+    """Whether attention on tensors like x is faster as two matrix products than with PyTorch's fused kernel.
 
-    In bfloat16 on a CPU it is, 2 times forward and 3 to 9 times with backward (docs/log.md); autocast counts.
+    It is in bfloat16 on a CPU, also under autocast: 2 times forward and 3 to 9 times with backward (docs/log.md).
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
@@ -22,7 +22,7 @@ def plain_is_faster(x: Tensor) -> bool:
 def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0, causal: bool = False
 ) -> Tensor:
-    """(R, H, T, d), (R, H, P, d) twice -> (R, H, T, d); `mask` is True where a query may look, `causal` needs T = P."""
+    """(R, H, T, d), (R, H, P, d) twice -> (R, H, T, d); `mask` is True where a query attends, `causal` needs T = P."""
     if not plain_is_faster(query):
         return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=causal)
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)

@@ -1,4 +1,4 @@
-"""What tokens attend to beyond their own row (image tokens, states of a question, ...), projected once.
+"""Keys and values from outside a row (of image tokens, states of a question, ...), projected once.
 
 The keys and values of an image are the same for every text, every pass and every decoding step, so a cross-attention
 never sees raw tokens, only a `Context`.
@@ -21,63 +21,63 @@ from blip.nn.linear import Linear
 
 @dataclass(eq=False, repr=False)
 class Context:
-    """Keys and values of what rows of tokens attend to, for each cross-attention of a stack.
+    """Keys and values that rows of tokens attend to, for each cross-attention of a stack.
 
-    `fan` rows attend to each of the B contexts; the rows of one context are neighbours.
+    `group_size` rows attend to each of the B contexts; the rows of one context are neighbours.
     """
 
-    held: list[Tensor]
-    """L x (B, P, 2 D), keys, then values; or, head by head, L x (B, H, 2, P, D / H)."""
+    kv: list[Tensor]
+    """L x (B, P, 2 D), keys, then values; or, grouped by head, L x (B, H, 2, P, D / H)."""
     heads: int
-    """H."""
+    """Number of heads, H."""
     keep: Tensor | None = None
-    """(B, P) bool, None where every token counts."""
-    fan: int = 1
-    """Rows for each context."""
+    """(B, P) bool, False at padding; None: no padding."""
+    group_size: int = 1
+    """Number of rows that attend to each context."""
 
     def __len__(self) -> int:
-        return len(self.held[0])
+        return len(self.kv[0])
 
     def __getitem__(self, index: Tensor) -> Context:
-        """The contexts at `index` (M,), for M x fan rows."""
+        """Select the contexts at `index` (M,), for M x group_size rows."""
         keep = None if self.keep is None else self.keep[index]
-        return replace(self, held=[part.index_select(0, index) for part in self.held], keep=keep)
+        return replace(self, kv=[part.index_select(0, index) for part in self.kv], keep=keep)
 
-    def expand(self, fan: int) -> Context:
-        """The same contexts, each for `fan` neighbouring rows; nothing is copied."""
-        return replace(self, fan=self.fan * fan)
+    def expand(self, group_size: int) -> Context:
+        """Share each context among `group_size` times as many neighbouring rows, without a copy."""
+        return replace(self, group_size=self.group_size * group_size)
 
     def attend(self, layer: int, query: Tensor, dropout: float) -> Tensor:
-        """Queries (B * fan, T, D) of a cross-attention, counted by `layer` -> (B * fan, T, D)."""
+        """Attend from queries (B * group_size, T, D) in cross-attention number `layer` -> (B * group_size, T, D)."""
         rows, length, width = query.shape
-        if rows != len(self) * self.fan:
-            raise ValueError(f"{rows} texts for {len(self)} contexts with {self.fan} texts each")
-        query = query.reshape(len(self), self.fan * length, self.heads, -1).transpose(1, 2)
+        if rows != len(self) * self.group_size:
+            raise ValueError(f"{rows} texts for {len(self)} contexts with {self.group_size} texts each")
+        query = query.reshape(len(self), self.group_size * length, self.heads, -1).transpose(1, 2)
         return self.attend_heads(layer, query, dropout).transpose(1, 2).reshape(rows, length, width)
 
     def attend_heads(self, layer: int, query: Tensor, dropout: float) -> Tensor:
-        """Queries (B, H, N, D / H), N of them at each context -> (B, H, N, D / H)."""
-        key, value = by_head(self.held[layer], self.heads).unbind(2)
+        """Attend from queries (B, H, N, D / H), N for each context -> (B, H, N, D / H)."""
+        key, value = by_head(self.kv[layer], self.heads).unbind(2)
         mask = None if self.keep is None else self.keep[:, None, None, :]
         return attention(query, key, value, mask, dropout)
 
 
 @dataclass(eq=False, repr=False)
 class Absorbed(Context):
-    """A context for few queries: `held` is its states (B, P, V), and these transposed.
+    """A context for few queries: `kv` holds its unprojected states (B, P, V), and these transposed.
 
     A score q (W x) is (W' q) x, and a mean of values is the value of a mean, so the key and value matrices are applied
     to queries and results instead. Equal to the projected form, and cheaper below about D / H queries for a context.
     """
 
-    kv: Sequence[Linear] = ()
-    """Of each cross-attention."""
+    maps: Sequence[Linear] = ()
+    """Key and value matrices of each cross-attention."""
 
     def attend_heads(self, layer: int, query: Tensor, dropout: float) -> Tensor:
-        (states, transposed), (batch, heads, count, size) = self.held, query.shape
-        key, value = self.kv[layer].weight.view(2, heads, size, -1)
+        (states, transposed), (batch, heads, count, size) = self.kv, query.shape
+        key, value = self.maps[layer].weight.view(2, heads, size, -1)
         # The keys' bias adds the same to all scores of a query.
-        bias = self.kv[layer].bias.view(2, heads, 1, size)[1]
+        bias = self.maps[layer].bias.view(2, heads, 1, size)[1]
         query = (query * size**-0.5).transpose(0, 1).reshape(heads, batch * count, size) @ key
         query = query.view(heads, batch, count, -1).transpose(0, 1).reshape(batch, heads * count, -1)
         scores = query @ transposed
@@ -92,7 +92,7 @@ class Absorbed(Context):
 def project(
     maps: Sequence[Linear], states: Tensor, heads: int, keep: Tensor | None = None, queries: int | None = None
 ) -> Context:
-    """States (B, P, V) through each layer's key and value matrices -> a context; the rest as in `Stack.context`."""
+    """Project states (B, P, V) by each layer's key and value matrices; the rest as in `Stack.context`."""
     if torch.is_grad_enabled() or states.device.type != "cpu":
         return Context([kv(states) for kv in maps], heads, keep)
     few = queries is not None and queries <= maps[0].out_features // 2 // heads
@@ -100,11 +100,11 @@ def project(
         transposed = states.transpose(1, 2)
         # In bfloat16 a product with a matrix that is only seen as transposed waits for memory, 3 times as long.
         transposed = transposed.contiguous() if plain_is_faster(states) else transposed
-        return Absorbed([states, transposed], heads, keep, kv=maps)
-    # Laid out head by head they are read several times as fast by few queries, as when a text is generated.
+        return Absorbed([states, transposed], heads, keep, maps=maps)
+    # Grouped by head, few queries read them several times as fast, as in decoding.
     return Context([by_head(kv(states), heads).contiguous() for kv in maps], heads, keep)
 
 
 def by_head(kv: Tensor, heads: int) -> Tensor:
-    """(B, P, 2 D) -> (B, H, 2, P, D / H) without copying; what is laid out so already stays."""
+    """(B, P, 2 D) -> (B, H, 2, P, D / H) without a copy; unchanged if it is grouped by head already."""
     return kv if kv.dim() == 5 else kv.view(*kv.shape[:2], 2, heads, -1).permute(0, 3, 2, 1, 4)

@@ -1,4 +1,4 @@
-"""A linear layer that takes oneDNN's float32 matrix product where the default one is slow.
+"""A linear layer that uses oneDNN's float32 matrix product where the default one is slow.
 
 PyTorch multiplies float32 matrices on a CPU with MKL, which reaches about half of oneDNN's rate on AMD processors (both
 come with PyTorch; the figures are in docs/log.md). The choice depends on the processor alone, so a run that continues
@@ -57,14 +57,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` through `linear`."""
+    """`torch.nn.Linear`, computed by `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
 def adopt(module: nn.Module) -> nn.Module:
-    """Make the plain linear layers inside a module of another library go through `linear`; weights stay as they are."""
+    """Make the linear layers inside another library's module compute by `linear`, with the same weights."""
     for part in module.modules():
         if type(part) is nn.Linear:
             part.__class__ = Linear

@@ -1,4 +1,4 @@
-"""Padding is not computed: tokens of a batch go through linear layers one behind another, without the padding.
+"""Packing: the tokens of a batch go through linear layers one behind another, without padding.
 
 R rows, T tokens of a row, N packed tokens, D width.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class _Unpack(torch.autograd.Function):
-    """Packed (N, D) -> grid (R*T, D). What stands at padding is arbitrary; both directions are plain gathers."""
+    """Packed (N, D) -> grid (R*T, D), arbitrary at padding; forward and backward are plain gathers."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cells: Tensor, source: Tensor) -> Tensor:
@@ -41,19 +41,19 @@ class _Pack(torch.autograd.Function):
 
 
 class Layout:
-    """Where the tokens of R rows stand in a grid of R x T cells, and the way between grid and packed tokens.
+    """Positions of tokens in a grid of R x T cells; converts between grid and packed tokens.
 
     On a CPU padding is left out of every linear layer: N is the number of real tokens. Elsewhere N = R * T, because
     asking how many tokens are real would make the device wait for the host. The results are the same.
     """
 
     def __init__(self, rows: int, length: int, keep: Tensor | None = None) -> None:
-        """`keep` (R, T) bool says which cells hold tokens, one or more at the start of every row; None: all of them."""
+        """Mark the cells that hold tokens by `keep` (R, T) bool, one or more at the start of every row; None: all."""
         self.rows, self.length, self.keep = rows, length, keep
         on_cpu = keep is not None and keep.device.type == "cpu"
         packed = on_cpu and not bool(keep.all())
         self.mask = None if keep is None or (on_cpu and not packed) else keep[:, None, None, :]
-        """(R, 1, 1, T) bool, which tokens may be attended to; None: all of them."""
+        """(R, 1, 1, T) bool, True where a token may be attended to; None: everywhere."""
         self.cells: Tensor | None = None
         if packed:
             self.cells = keep.flatten().nonzero().squeeze(1)
@@ -61,7 +61,7 @@ class Layout:
 
     @property
     def tokens(self) -> int:
-        """N."""
+        """Number of packed tokens, N."""
         return self.rows * self.length if self.cells is None else len(self.cells)
 
     def pack(self, grid: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class Layout:
         return flat if self.cells is None else _Pack.apply(flat, self.cells)
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """(N, D) -> (R, T, D); what stands at padding is arbitrary."""
+        """(N, D) -> (R, T, D), arbitrary at padding."""
         flat = packed if self.cells is None else _Unpack.apply(packed, self.cells, self.source)
         return flat.view(self.rows, self.length, -1)
 
@@ -87,12 +87,12 @@ class Layout:
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:
-    """Packed tokens of several layouts, one behind another."""
+    """Concatenate the packed tokens of several layouts."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def split(x: Tensor, layouts: Sequence[Layout]) -> tuple[Tensor, ...]:
-    """What `join` has joined."""
+    """Undo `join`."""
     return (x,) if len(layouts) == 1 else x.split([layout.tokens for layout in layouts])
 
 

@@ -1,8 +1,8 @@
-"""One transformer for all that attend: blocks are handed their parts, and a mask belongs to a pass, not to weights.
+"""The transformer stack: blocks are built from given parts, and a mask belongs to a pass, not to weights.
 
 A pass is one self-attention over one or more segments (words, patches, queries, ...), which may be causal and may see
-the keys of another pass or of a cache. Several passes go through a stack side by side: what they share is applied to
-all their tokens at once.
+the keys of another pass or of a cache. Several passes go through a stack side by side: weights that they share are
+applied to all their tokens at once.
 
 R rows, T tokens of a row, N packed tokens, B contexts, P context tokens, D width, V context width, H heads.
 """
@@ -34,35 +34,35 @@ class Segment:
     """(N, D), packed."""
     layout: Layout
     context: Context | Sequence[Context] | None = None
-    """What they attend to in the cross-attentions, which say how many contexts they take."""
+    """Contexts of the cross-attentions, which define how many they take."""
     feed_forward: str = ""
-    """Name of the feed-forward that they go through."""
+    """Name of the feed-forward for these tokens."""
 
 
 @dataclass(eq=False, repr=False)
 class Pass:
-    """One use of a stack: segments that attend to each other, and what limits that."""
+    """One use of a stack: segments that attend to each other, and the limits of that."""
 
     segments: Sequence[Segment]
     attention: str
     """Name of the self-attention."""
     causal: bool = False
-    """Each token of the only segment sees those before it alone."""
+    """Whether a token of the only segment sees just itself and those before it."""
     after: Pass | Cache | None = None
-    """What is seen besides: an earlier pass of the same run with as many rows and the same self-attention, or all that
-    a cache holds, to which this pass is added."""
+    """Further tokens to see: an earlier pass of the same run with as many rows and the same self-attention, or a cache,
+    to which this pass is added."""
     sees: Tensor | None = None
-    """(R, T, P + T) bool, which of P tokens of `after` and of its own each token sees, if not all."""
+    """(R, T, P + T) bool, True where a token sees one of the P tokens of `after` or of its own; None: all."""
     first: bool = False
-    """Only the state of the first token of the only segment is wanted."""
+    """Whether to return only the state of the first token of the only segment."""
 
     def __post_init__(self) -> None:
         if (self.causal or self.first) and (len(self.segments) > 1 or (self.causal and self.first)):
-            raise ValueError("a pass that is causal, or of which only the first token is wanted, has one segment")
+            raise ValueError("a pass with `causal` or `first` must have one segment, and not both options")
 
     @property
     def triangular(self) -> bool:
-        """Whether `causal` is all that limits it: kept tokens come before the padding."""
+        """Whether `causal` is the only limit, as padding comes after the tokens."""
         return self.causal and self.after is None
 
     @cached_property
@@ -73,21 +73,21 @@ class Pass:
         if self.triangular:
             return None
         length, device = _length(self.segments), self.segments[0].states.device
-        own = _kept(self.segments)
+        own = _padding_mask(self.segments)
         if self.causal:
             own = torch.ones(length, length, dtype=torch.bool, device=device).tril()
         if not isinstance(self.after, Pass):
             return own
         before = self.after.segments
-        return _beside((_kept(before), own), (_length(before), length), self.segments[0].layout.rows, length)
+        return _beside((_padding_mask(before), own), (_length(before), length), self.segments[0].layout.rows, length)
 
 
 def _length(segments: Sequence[Segment]) -> int:
     return sum(one.layout.length for one in segments)
 
 
-def _kept(segments: Sequence[Segment]) -> Tensor | None:
-    """(R, 1, 1, T) bool, which tokens of the segments are no padding; None: all."""
+def _padding_mask(segments: Sequence[Segment]) -> Tensor | None:
+    """(R, 1, 1, T) bool, False at padding of the segments; None: no padding."""
     layouts = [one.layout for one in segments]
     if len(layouts) == 1:
         return layouts[0].mask
@@ -95,7 +95,7 @@ def _kept(segments: Sequence[Segment]) -> Tensor | None:
 
 
 def _beside(masks: Sequence[Tensor | None], lengths: Sequence[int], rows: int, queries: int) -> Tensor | None:
-    """Masks of neighbouring tokens, as many as `lengths` says, as one (R, 1, queries, sum); None: all are seen."""
+    """Concatenate masks of neighbouring tokens -> (R, 1, queries, sum of lengths); None: all tokens are seen."""
     known = [mask for mask in masks if mask is not None]
     if not known:
         return None
@@ -105,7 +105,7 @@ def _beside(masks: Sequence[Tensor | None], lengths: Sequence[int], rows: int, q
 
 
 class Cache:
-    """Keys and values of what a decoder has read of R rows, `slots` tokens at most, filled in place."""
+    """Key-value cache of self-attentions for R rows of at most `slots` tokens, filled in place."""
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
@@ -113,7 +113,7 @@ class Cache:
         self.kv: list[Tensor] = []  # of each block (R, H, 2, slots, D / H)
 
     def add(self, layer: int, kv: Tensor) -> Tensor:
-        """Put in those of T more tokens (R, H, 2, T, D / H) -> all of them (R, H, 2, filled + T, D / H)."""
+        """Add T tokens (R, H, 2, T, D / H) to a layer -> all of its tokens (R, H, 2, filled + T, D / H)."""
         if layer == len(self.kv):
             self.kv.append(kv.new_empty(*kv.shape[:3], self.slots, kv.shape[4]))
         end = self.filled + kv.shape[3]
@@ -121,18 +121,18 @@ class Cache:
         return self.kv[layer][..., :end, :]
 
     def take(self, index: Tensor) -> None:
-        """Go on with the rows at `index` only."""
+        """Keep only the rows at `index`."""
         for layer, kv in enumerate(self.kv):
             self.kv[layer] = kv.new_empty(len(index), *kv.shape[1:])
             self.kv[layer][..., : self.filled, :] = kv[..., : self.filled, :].index_select(0, index)
 
 
 _Seen = dict[Pass, tuple[Tensor, ...]]
-"""Passes that others come after -> their keys and values in the layer at hand."""
+"""Passes that other passes see -> their keys and values in the current layer."""
 
 
 class SelfAttention(nn.Module):
-    """Weights with which the tokens of a pass attend to each other."""
+    """Multi-head self-attention among the tokens of a pass."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class SelfAttention(nn.Module):
         self.out = Linear(config.width, config.width)
 
     def forward(self, x: Tensor, passes: Sequence[Pass], layer: int, first: bool, seen: _Seen) -> Tensor:
-        """Segments of the passes, joined (N, D) -> (N, D), or (rows, D) for the first tokens only."""
+        """Joined segments of the passes (N, D) -> (N, D), or (rows, D) for the first tokens only."""
         layouts = [segment.layout for one in passes for segment in one.segments]
         if first:
             width, weight, bias = self.out.in_features, self.qkv.weight, self.qkv.bias
@@ -172,13 +172,13 @@ class SelfAttention(nn.Module):
 
 
 def _beside_each_other(parts: Iterator[Tensor], segments: Sequence[Segment]) -> Tensor:
-    """The next of packed parts (N, D) as the segments of a pass, grids side by side (R, T, D)."""
+    """Unpack the next parts (N, D) as the segments of a pass, side by side (R, T, D)."""
     grids = [one.layout.unpack(next(parts)) for one in segments]
     return grids[0] if len(grids) == 1 else torch.cat(grids, 1)
 
 
 def _apart(grid: Tensor, segments: Sequence[Segment]) -> list[Tensor]:
-    """The way back."""
+    """Undo `_beside_each_other`."""
     if len(segments) == 1:
         return [segments[0].layout.pack(grid)]
     parts = grid.split([one.layout.length for one in segments], 1)
@@ -209,8 +209,8 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """Self-attention, cross-attention, feed-forward; each with dropout, residual, then normalisation, as in BERT.
 
-    It has one or more self-attentions by name, at most one cross-attention (a `CrossAttention`, or what is called like
-    one), and one or more feed-forwards by name, the usual one being "".
+    It has one or more self-attentions by name, at most one cross-attention (a `CrossAttention`, or a module with
+    the same interface), and one or more feed-forwards by name, the usual one being "".
     """
 
     def __init__(
@@ -256,7 +256,7 @@ class Block(nn.Module):
 
 
 def _feed_forward(name: str) -> tuple[str, str, str]:
-    """Names of its two layers and its normalisation in a block."""
+    """Names of a feed-forward's two layers and normalisation in a block."""
     start = f"{name}_" if name else ""
     return f"{start}up", f"{start}down", f"{start}ffn_norm"
 
@@ -265,20 +265,20 @@ class Stack(nn.ModuleList):
     """Blocks, one after another."""
 
     def context(self, states: Tensor, keep: Tensor | None = None, queries: int | None = None) -> Context:
-        """States (B, P, V), with `keep` (B, P) bool where some are padding -> what segments attend to.
+        """Project states (B, P, V), with `keep` (B, P) bool False at padding, for the cross-attentions.
 
-        `queries` is how many tokens will attend to each of the B, where that is known and no gradient is wanted.
+        `queries` is the number of tokens that will attend to each of the B, if it is known and no gradient is needed.
         """
         cross = [block.cross for block in self if block.cross is not None]
         return project([one.kv for one in cross], states, cross[0].heads, keep, queries)
 
     def forward(self, passes: Sequence[Pass]) -> list[list[Tensor]]:
-        """Run passes side by side -> of each pass the packed states (N, D) of its segments, or (R, D) if `first`."""
+        """Run passes side by side -> for each pass the packed states (N, D) of its segments, or (R, D) if `first`."""
         parts = [_Part(one, segment) for one in passes for segment in one.segments]
         seen: _Seen = {one.after: () for one in passes if isinstance(one.after, Pass)}
         for i, one in enumerate(passes):
             if isinstance(one.after, Pass) and one.after not in passes[:i]:
-                raise ValueError("a pass can only see one that stands before it in the same run")
+                raise ValueError("a pass can only see an earlier pass of the same run")
         by_attention = _grouped(parts, lambda part: (part.of.attention, False))
         by_attention_at_last = _grouped(parts, lambda part: (part.of.attention, part.of.first))
         by_context = _grouped(parts, lambda part: part.segment.context is not None)
@@ -314,7 +314,7 @@ def _grouped(parts: Sequence[_Part], kind: Callable[[_Part], Any]) -> list[_Grou
 
 
 def _each(groups: Sequence[_Group], x: Tensor, through: Callable[[_Group, Tensor], Tensor]) -> Tensor:
-    """The groups' tokens, joined (N, D), each group's through `through(group, tokens)`."""
+    """Apply `through(group, tokens)` to each group's part of the joined tokens (N, D)."""
     if len(groups) == 1:
         return through(groups[0], x)
     xs = x.split([sum(part.layout.tokens for part in group.parts) for group in groups])

@@ -1,4 +1,4 @@
-"""A text transformer: words and positions are embedded, go through a stack, and may be predicted from its states.
+"""A text transformer: embeddings of words and positions, a stack, and a head that predicts words.
 
 B contexts, R rows of text, T text tokens, N packed tokens, P context tokens, D width, V context width.
 """
@@ -21,18 +21,18 @@ from blip.nn.stack import Cache, Pass, Segment, Stack
 
 @dataclass
 class TextPass:
-    """One use of a text transformer: R texts, how they attend to themselves and what else they attend to."""
+    """One use of a text transformer: R texts, and how and to what they attend."""
 
     ids: Tensor
     """(R, T) int64."""
     keep: Tensor
-    """(R, T) bool; kept tokens are a prefix of every row and there is at least one."""
+    """(R, T) bool, False at padding; tokens are a prefix of every row, and there is at least one."""
     causal: bool = False
-    """Decoder (each token sees those before it) instead of encoder."""
+    """Whether to decode (each token sees itself and those before it) instead of encode."""
     context: Context | Sequence[Context] | None = None
-    """As of `Segment`."""
+    """Contexts as in `Segment`."""
     first: bool = False
-    """Only the first token's state is wanted."""
+    """Whether to return only the first token's state."""
 
     def __post_init__(self) -> None:
         self.layout = Layout(*self.keep.shape, self.keep)
@@ -56,18 +56,18 @@ class TextTransformer(nn.Module):
         self.apply(self._initialise)
 
     def _initialise(self, module: nn.Module) -> None:
-        """First weights of one module, as BERT's."""
+        """Initialise one module's weights as in BERT."""
         if isinstance(module, (Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.init_std)
         if isinstance(module, Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
     def context(self, states: Tensor, keep: Tensor | None = None, queries: int | None = None) -> Context:
-        """What texts attend to, projected once for all layers; arguments as of `Stack.context`."""
+        """Project states once for all cross-attentions; arguments as in `Stack.context`."""
         return self.blocks.context(states, keep, queries)
 
     def forward(self, passes: Sequence[TextPass]) -> list[Tensor]:
-        """Run passes side by side -> of each the states (N, D) that its `layout` unpacks, or (R, D) if `first`."""
+        """Run passes side by side -> for each the states (N, D) that its `layout` unpacks, or (R, D) if `first`."""
         longest = max(one.ids.shape[1] for one in passes)
         if longest > self.config.max_positions:
             raise ValueError(f"a text of {longest} tokens exceeds the model's {self.config.max_positions} positions")
@@ -82,9 +82,9 @@ class TextTransformer(nn.Module):
         return [states for (states,) in self.blocks(run)]
 
     def step(self, ids: Tensor, positions: Tensor, sees: Tensor | None, cache: Cache, context: Context) -> Tensor:
-        """Decode T more tokens of each text, ids and positions (R, T), after those in the cache -> states (R, T, D).
+        """Decode T more tokens per row, ids and positions (R, T), after those in the cache -> states (R, T, D).
 
-        Token t sees what `sees[:, t]` (R, T, cached + T) says of the cached and then the new tokens; None: all of them.
+        `sees` (R, T, cached + T) is True where a token sees a cached or a new token; None: everywhere.
         """
         segment = Segment(self._embed(ids.flatten(), positions.flatten()), Layout(*ids.shape), context)
         ((states,),) = self.blocks([Pass([segment], "causal", after=cache, sees=sees)])

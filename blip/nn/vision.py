@@ -17,11 +17,11 @@ from blip.nn.attention import plain_is_faster
 from blip.nn.linear import adopt
 from blip.nn.settings import VisionConfig
 
-_TAKEN = "a ViT of timm with a class token is wanted, such as those of DeiT, MAE, BEiT, CLIP, DINO and EVA"
+_EXPECTED = "expected a timm ViT with a class token, such as those of DeiT, MAE, BEiT, CLIP, DINO and EVA"
 
 
 class VisionEncoder(nn.Module):
-    """A timm ViT without pooling or head (paper, section 3.1). ValueError for a model of timm that is none."""
+    """A timm ViT without pooling or head (paper, section 3.1). ValueError if the timm model is not such a ViT."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -56,34 +56,36 @@ class VisionEncoder(nn.Module):
 
 
 def _ratio(config: VisionConfig) -> float:
-    """What timm multiplies a width by, and rounds down, to get `hidden`. ValueError without a width."""
+    """Ratio by which timm multiplies `width`, rounding down, to get `hidden`. ValueError without a width."""
     if config.width is None:
         raise ValueError(f"vision.hidden {config.hidden} needs vision.width beside it")
     return (config.hidden + 0.5) / config.width
 
 
 def _build(config: VisionConfig, options: dict[str, Any]) -> nn.Module:
-    """The timm model. ValueError for one that does not give a class token and one token for each patch."""
+    """Build the timm model. ValueError for one without a class token and one token for each patch."""
     if not timm.is_model(config.model):
         reason = f"timm {timm.__version__} has no such architecture"
-        raise ValueError(f"vision.model {config.model} cannot be an image encoder here ({reason}): {_TAKEN}")
+        raise ValueError(f"vision.model {config.model} cannot be an image encoder here ({reason}): {_EXPECTED}")
     fixed = {"img_size": config.image_size, "num_classes": 0, "global_pool": "", "drop_path_rate": config.drop_path}
     try:
         vit = timm.create_model(config.model, **fixed, **options)
-    except Exception as error:  # which depends on what kind of model it is instead
+    except Exception as error:  # whose type depends on the kind of model
         reason = str(error).split("\n")[0][:200] or type(error).__name__
-        raise ValueError(f"vision.model {config.model} cannot be an image encoder here ({reason}): {_TAKEN}") from None
+        raise ValueError(
+            f"vision.model {config.model} cannot be an image encoder here ({reason}): {_EXPECTED}"
+        ) from None
     plain = isinstance(vit, VisionTransformer | Beit | Eva) and not hasattr(vit.patch_embed, "backbone")
     if not plain or getattr(vit, "cls_token", None) is None:
         lacks = "has no class token" if plain else f"is a {type(vit).__name__}, not a plain ViT"
-        raise ValueError(f"vision.model {config.model} {lacks}: {_TAKEN}")
+        raise ValueError(f"vision.model {config.model} {lacks}: {_EXPECTED}")
     return vit
 
 
 @torch.no_grad()
 def _start_narrow(vit: nn.Module, gain: float) -> None:
-    """First weights for a narrow ViT that learns from scratch: linear maps that keep the scale of what they are given,
-    and positions as sines and cosines, large and short enough that neighbouring patches are far apart."""
+    """Initialise a narrow ViT that learns from scratch: linear maps that preserve the scale of their inputs, and
+    sinusoidal positions, large and of wavelengths short enough that neighbouring patches are far apart."""
     for module in vit.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=gain / module.in_features**0.5)
@@ -96,7 +98,7 @@ def _start_narrow(vit: nn.Module, gain: float) -> None:
 
 
 def resize_positions(positions: Tensor, image_size: int, patch_size: int, prefix: int = 1) -> Tensor:
-    """(1, prefix + N, V) position embeddings of a square image -> those of another size, bicubic, the prefix kept.
+    """Resize position embeddings (1, prefix + N, V) of a square image, bicubic, without a change to the prefix.
 
     The interpolation is the original release's (no anti-aliasing, corners not aligned), so its results carry over.
     ValueError if `image_size` is not a multiple of `patch_size`; both in pixels.
@@ -108,7 +110,7 @@ def resize_positions(positions: Tensor, image_size: int, patch_size: int, prefix
 
 
 def fit_positions(vit: nn.Module, positions: Tensor, image_size: int) -> Tensor:
-    """(1, prefix + N, V) position embeddings, resized for a timm ViT of `image_size` (pixels) unless they fit."""
+    """Resize position embeddings (1, prefix + N, V) for a timm ViT of `image_size` (pixels) unless they fit."""
     if positions.shape == vit.pos_embed.shape:
         return positions
     prefix = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens

@@ -1,1 +1,1 @@
-"""What is learned: losses and what they need of a batch."""
+"""Objectives: the losses, and what they need from a batch."""

@@ -1,4 +1,4 @@
-"""Batches: what a training step is given. B batch, T text tokens, S image side."""
+"""Batches of training steps. B batch, T text tokens, S image side."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch import Tensor
 
 @dataclass
 class Bad:
-    """A sample that could not be read, and why; it was replaced by another."""
+    """A sample that could not be read and was replaced by another, and the reason."""
 
     key: str
     reason: str
 
 
 class Movable:
-    """A dataclass whose tensors go together; what else it holds stays as it is."""
+    """A dataclass whose tensors move between devices together."""
 
     def to(self, device: torch.device) -> Self:
-        """A copy with its tensors there."""
+        """Copy with the tensors on `device`."""
         return self._with(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Self:
-        """A copy with its tensors in memory that a GPU can fetch from."""
+        """Copy with the tensors in pinned memory."""
         return self._with(Tensor.pin_memory)
 
     def _with(self, move: Callable[[Tensor], Tensor]) -> Self:
@@ -44,15 +44,15 @@ class Batch(Movable):
     ids: Tensor
     """(B, T) int64: [CLS] word pieces [SEP], then padding."""
     keep: Tensor
-    """(B, T) bool: False at padding; kept tokens are a prefix of every row."""
+    """(B, T) bool: False at padding; tokens are a prefix of every row."""
     keys: list[str]
-    """Where each pair comes from, for people: `file:row` or `shard/member`."""
+    """Source of each pair, for messages: `file:row` or `shard/member`."""
     bad: list[Bad] = field(default_factory=list)
-    """Samples that were replaced while this batch was made."""
+    """Samples that were unreadable and replaced in this batch."""
     prompt: int = 0
-    """Word pieces after the first token that every text begins with: given to the decoder, not learned."""
+    """Number of word pieces after the first token that are a prompt: given to the decoder, not learned."""
     image_ids: Tensor | None = None
-    """(B,) int64, 0 or more: pairs of one image have the same, wherever in the data they are."""
+    """(B,) int64, 0 or more: equal for all pairs of one image, wherever in the data."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -60,16 +60,16 @@ class Batch(Movable):
 
 @dataclass
 class QuestionBatch(Batch):
-    """B images with a question each, and the human answers: A in all, those of a question beside each other."""
+    """B images with a question each, and A human answers in all, those of a question side by side."""
 
     answer_ids: Tensor = field(kw_only=True)
     """(A, U) int64: [CLS] word pieces [SEP], then padding."""
     answer_keep: Tensor = field(kw_only=True)
     """(A, U) bool, as `keep`."""
     weights: Tensor = field(kw_only=True)
-    """(A,) float32, how much an answer counts."""
+    """(A,) float32 weights of the answers."""
     question: Tensor = field(kw_only=True)
-    """(A,) int64, which of the B questions is answered."""
+    """(A,) int64 index of the question that is answered."""
 
 
 @dataclass
@@ -83,11 +83,11 @@ class DialogueBatch(Movable):
     caption_keep: Tensor
     """(B, C) bool: False at padding."""
     ids: Tensor
-    """(B * K, T) int64, the rows of one dialogue beside each other."""
+    """(B * K, T) int64, the rows of one dialogue side by side."""
     keep: Tensor
     """(B * K, T) bool."""
     choices: int
-    """Rows of one round: the true answer, then false ones; K is a multiple of it."""
+    """Rows of one round, a divisor of K: the true answer, then false ones."""
     keys: list[str]
     bad: list[Bad] = field(default_factory=list)
 

@@ -14,7 +14,7 @@ from blip.settings import require
 
 @dataclass(frozen=True)
 class CaptionConfig:
-    """The fine-tuning of a captioner (paper, section 5.2); the prompt is the data's."""
+    """Settings of fine-tuning a captioner (paper, section 5.2); the prompt is a setting of the data."""
 
     label_smoothing: float = 0.1
     """Label smoothing of the language-modelling loss."""
@@ -24,9 +24,9 @@ class CaptionConfig:
 
 
 class Caption(Objective):
-    """LM alone: what makes a captioner of a pre-trained model.
+    """LM alone, which turns a pre-trained model into a captioner.
 
-    The prompt that the batch's captions begin with is read and not learned.
+    The prompt at the start of the captions is an input and not learned.
     """
 
     def __init__(self, model: Blip, config: CaptionConfig) -> None:
@@ -36,7 +36,7 @@ class Caption(Objective):
         self.model = model
 
     def forward(self, batch: Batch, clock: Clock) -> Outcome:
-        """The language-modelling loss of a batch."""
+        """Compute the language-modelling loss of a batch."""
         model = self.model
         context = model.context(model.vision(batch.image))
         decode, targets = caption_pass(batch, model.config.text.dec_id, context)

@@ -19,7 +19,7 @@ from blip.objectives.targets import OwnPartner
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """CLIP's contrast of images and texts within the batch."""
+    """Settings of CLIP's contrast of images and texts within the batch."""
 
     temperature_min: float = 0.01
     """Lower clamp of the learned temperature."""
@@ -41,7 +41,7 @@ class Clip(Objective):
         self.contrast = Contrast(cosine, InBatch(), OwnPartner())
 
     def forward(self, batch: Batch, clock: Clock) -> Outcome:
-        """The contrastive loss of a batch."""
+        """Compute the contrastive loss of a batch."""
         _, pair = embed(self.model, batch)
         temperature = self.model.temperature
         loss, cosines = self.contrast(pair, pair, temperature)

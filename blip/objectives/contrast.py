@@ -1,4 +1,4 @@
-"""Contrastive learning: a similarity, a source of negatives and a target make a loss.
+"""Contrastive loss, built from a similarity, a source of negatives and a target.
 
 B batch, C candidates, K candidates of the first block (B, or the batches of all processes), P image tokens, V width.
 """
@@ -31,7 +31,7 @@ class Contrast:
     """Cross-entropy of both directions, images among texts and texts among images.
 
     CLIP is `Contrast(cosine, InBatch(), OwnPartner())`; BLIP's ITC is that of `Queued(...)` negatives and the target
-    `Distilled(OwnPartner(), alpha)`. It is computed without autocast.
+    `Distilled(OwnPartner(), alpha)`. Autocast is off.
     """
 
     similarity: Similarity
@@ -41,7 +41,7 @@ class Contrast:
     def __call__(
         self, student: EmbeddedPair, keys: EmbeddedPair, temperature: Tensor, teacher: EmbeddedPair | None = None
     ) -> tuple[Tensor, Similarities]:
-        """The scalar loss of a student's batch against `keys`, and its similarities, not divided by the temperature.
+        """Compute the scalar loss of a student's batch against `keys`, and its similarities before the temperature.
 
         The teacher's logits, which `Distilled` needs, are divided by the student's temperature, too.
         """
@@ -56,7 +56,7 @@ class Contrast:
     ) -> tuple[Tensor, Tensor]:
         batch = len(query.vector)
         candidates = self.negatives(keys, modality)
-        # One product reads a block for student and teacher together, and a queue itself is never copied.
+        # One product per block serves student and teacher, and a queue is never copied.
         both = query if teacher is None else query.above(teacher)
         scores = torch.cat([self.similarity(both, block) for block in candidates.blocks], dim=1)
         own, slow = scores[:batch], scores[batch:]
@@ -68,10 +68,10 @@ class Contrast:
 
 @torch.no_grad()
 def recalls(similarities: Similarities, same: Tensor) -> dict[str, Tensor]:
-    """How often the most similar candidate is a right one; `same` (B, K) bool marks those."""
+    """Share of rows whose most similar candidate is a correct one, which `same` (B, K) bool marks."""
     return {
-        f"itc_recall_{name}": same.gather(1, found.argmax(1)[:, None]).float().mean()
-        for name, found in zip(("i2t", "t2i"), similarities, strict=True)
+        f"itc_recall_{name}": same.gather(1, scores.argmax(1)[:, None]).float().mean()
+        for name, scores in zip(("i2t", "t2i"), similarities, strict=True)
     }
 
 
@@ -81,7 +81,7 @@ def partners(similarities: Tensor, start: int = 0) -> Tensor:
 
 
 def embed(towers: Towers, batch: Batch) -> tuple[Tensor, EmbeddedPair]:
-    """Image tokens (B, P, V) and joint embeddings of a batch."""
+    """Compute image tokens (B, P, V) and joint embeddings of a batch."""
     tokens = towers.vision(batch.image)
     return tokens, EmbeddedPair(
         Embedded(towers.embed_image(tokens)), Embedded(towers.embed_text(batch.ids, batch.keep))
@@ -89,6 +89,6 @@ def embed(towers: Towers, batch: Batch) -> tuple[Tensor, EmbeddedPair]:
 
 
 def check_temperature(low: float, high: float) -> None:
-    """Raise ValueError for clamps of a temperature that leave nothing between them."""
+    """Raise ValueError unless 0 < low <= high < infinity."""
     ordered = 0 < low <= high < float("inf")
-    require(ordered, f"temperature_min {low} and temperature_max {high} must be positive, the first not the larger")
+    require(ordered, f"expected 0 < temperature_min <= temperature_max, got {low} and {high}")

@@ -11,14 +11,14 @@ from blip.objectives.objective import Clock, Objective, Outcome
 
 
 class DialogueObjective(Objective):
-    """True answers told from false ones, as ITM tells captions of an image from others."""
+    """Classify answers as true or false, as ITM does captions of an image."""
 
     def __init__(self, model: families.dialogue.Dialogue) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, batch: DialogueBatch, clock: Clock) -> Outcome:
-        """The matching loss of a batch."""
+        """Compute the matching loss of a batch."""
         model, choices = self.model, batch.choices
         context = model.context(batch.image, batch.caption_ids, batch.caption_keep)
         logits = model.match(batch.ids, batch.keep, context.expand(len(batch.ids) // len(batch))).float()

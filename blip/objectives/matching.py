@@ -19,21 +19,21 @@ from blip.objectives.batch import Batch
 
 
 class Mismatches(NamedTuple):
-    """Which hard negatives a batch is shown: indices into the batch, or into the batches of all processes."""
+    """Hard negatives of a batch: indices into the batch, or into the batches of all processes."""
 
     image_of_text: Tensor
-    """(B,), for each text an image that it does not describe."""
+    """(B,) for each text an image that it does not describe."""
     text_of_image: Tensor
-    """(B,), for each image a text that does not describe it."""
+    """(B,) for each image a text that does not describe it."""
 
 
 def matching_passes(
     model: Blip, batch: Batch, tokens: Tensor, context: Context, mismatches: Mismatches, everywhere: bool
 ) -> tuple[TextPass, TextPass]:
-    """Each image with its text and a hard negative, each text with a hard negative; for `match_logits`.
+    """Build two passes for `match_logits`: images with their text and a hard negative, texts with a hard negative.
 
-    `tokens` (B, P, V) are the images', `context` their projection; `everywhere` says that the indices are into the
-    batches of all processes.
+    `context` is the projection of the images' `tokens` (B, P, V); with `everywhere` the indices refer to the batches of
+    all processes.
     """
     ids, keep = starting_with(batch.ids, model.config.text.enc_id), batch.keep
     image_of_text, text_of_image = mismatches
@@ -44,7 +44,7 @@ def matching_passes(
         other_ids, other_keep = all_ids[text_of_image], all_keep[text_of_image]
     else:
         other_context, other_ids, other_keep = context[image_of_text], ids[text_of_image], keep[text_of_image]
-    # Two texts look at each image in its own place: its own and a hard negative.
+    # Two texts attend to each image: its own and a hard negative.
     own = TextPass(_pairwise(ids, other_ids), _pairwise(keep, other_keep), context=context.expand(2), first=True)
     return own, TextPass(ids, keep, context=other_context, first=True)
 
@@ -54,14 +54,14 @@ def match_logits(model: Blip, own_states: Tensor, other_states: Tensor) -> Tenso
 
     First the pairs themselves, then texts with a hard negative image, then images with a hard negative text.
     """
-    right, wrong = own_states.view(len(other_states), 2, -1).unbind(1)
-    return model.match_head(torch.cat([right, other_states, wrong]))
+    own, hard_texts = own_states.view(len(other_states), 2, -1).unbind(1)
+    return model.match_head(torch.cat([own, other_states, hard_texts]))
 
 
 def matching_loss(logits: Tensor, positives: int, counted: Tensor | None = None) -> Tensor:
     """Cross-entropy of logits (R, 2), of which the first `positives` rows are matches.
 
-    The mean is over the rows that `counted` (R,) marks, over all when not given.
+    The mean is over the rows that `counted` (R,) bool marks, by default over all.
     """
     labels = _labels(logits, positives)
     if counted is None:
@@ -72,7 +72,7 @@ def matching_loss(logits: Tensor, positives: int, counted: Tensor | None = None)
 
 @torch.no_grad()
 def match_accuracies(logits: Tensor, positives: int, counted: Tensor | None = None) -> dict[str, Tensor]:
-    """How many matches and mismatches are judged correctly; of the latter those that count, 0 when none does."""
+    """Accuracies on matches and on mismatches; on the `counted` of the latter, 0 if there is none."""
     correct = (logits.argmax(1) == _labels(logits, positives)).float()
     match, mismatch = correct[:positives], correct[positives:]
     if counted is not None:
@@ -87,5 +87,5 @@ def _labels(logits: Tensor, positives: int) -> Tensor:
 
 
 def _pairwise(a: Tensor, b: Tensor) -> Tensor:
-    """Rows a0 b0 a1 b1 ... of (B, T) and (B, U), U >= T: the texts of all processes may be longer than the own."""
+    """Interleave (B, T) and (B, U), U >= T, to rows a0 b0 a1 b1 ...; texts of other processes may be longer."""
     return torch.stack([F.pad(a, (0, b.shape[1] - a.shape[1])), b], 1).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Negatives: what a batch is contrasted with, and which of it the matching head is shown.
+"""Negatives of the contrastive loss, and hard negatives of the matching head.
 
 B batch, C candidates, Q queue, M rows pushed, E embedding width.
 """
@@ -18,18 +18,18 @@ from blip.objectives.similarity import Embedded, EmbeddedPair
 
 
 class CandidateBlocks(NamedTuple):
-    """The C keys that a batch is compared with, in blocks, the first of which holds the batch's own partners."""
+    """The C keys that a batch is compared with, in blocks; the batch's own partners are in the first block."""
 
     blocks: list[Embedded]
     start: int
-    """Row i's partner is candidate `start + i`."""
+    """Index of row 0's partner; row i's is candidate `start + i`."""
 
 
 class Negatives(Protocol):
-    """Where candidates come from."""
+    """A source of candidates."""
 
     def __call__(self, keys: EmbeddedPair, modality: str) -> CandidateBlocks:
-        """The candidates of one modality, `image` or `text`, of which `keys` are the batch's own."""
+        """Collect candidates of one modality, `image` or `text`; `keys` are the batch's own."""
 
 
 class InBatch:
@@ -51,13 +51,13 @@ class Queued:
         return CandidateBlocks([getattr(keys, modality), Embedded(queue.features)], 0)
 
     def push(self, keys: EmbeddedPair) -> None:
-        """Take in the keys of all processes' batches."""
+        """Add the keys of all processes' batches to the queues."""
         self.image.push(dist.gather(keys.image.vector))
         self.text.push(dist.gather(keys.text.vector))
 
 
 class _Ring(nn.Module):
-    """The last Q rows that were pushed, a ring of any size; what it began with until it is full."""
+    """A ring buffer of the last Q rows; rows not yet pushed keep their initial values."""
 
     def __init__(self, features: Tensor) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class _Ring(nn.Module):
 
     @torch.no_grad()
     def push(self, features: Tensor) -> None:
-        """Overwrite the oldest with features (M, ...); of more than Q, the last Q remain."""
+        """Overwrite the oldest rows with features (M, ...); if M > Q, only the last Q count."""
         size = len(self.features)
         if size == 0:
             return
@@ -84,7 +84,7 @@ class Queue(_Ring):
 
 
 class IdQueue(_Ring):
-    """The image ids (Q,) of what feature queues of the same size hold; -100, no image's, until it is full."""
+    """Image ids (Q,) of the features in queues of the same size; -100, no image's id, until it is full."""
 
     def __init__(self, size: int) -> None:
         super().__init__(torch.full((size,), -100))
@@ -97,18 +97,18 @@ class IdQueue(_Ring):
 def hard_negatives(cosines: Tensor, temperature: Tensor, floor: float, same: Tensor) -> tuple[Tensor, Tensor]:
     """Draw for each row of cosines (B, C) one negative, the likelier the more similar it is.
 
-    What `same` (B, C) marks, the row's partner and other pairs of its image, is never drawn. `floor` is added to every
-    weight; a row whose weights all underflow draws evenly. Returns (B,) indices into C, and (B,) bool: False where
-    every candidate is marked, so that the index means nothing. ValueError where C is 1.
+    Candidates that `same` (B, C) bool marks, the row's partner and other pairs of its image, are never drawn. `floor`
+    is added to every weight; a row whose weights all underflow draws evenly. Returns (B,) indices into C, and (B,)
+    bool: False where all candidates are marked and the index is meaningless. ValueError if C is 1.
     """
     if cosines.shape[1] < 2:
         raise ValueError(
-            "matching draws negatives from the batch: it needs at least 2 pairs, set train.batch_size to 2 or more"
+            "matching draws negatives from the batch, which needs at least 2 pairs: set train.batch_size to 2 or more"
         )
     weights = F.softmax(cosines.float() / temperature, dim=1) + floor
-    # There is no drawing by NaN. The losses of such a batch are NaN themselves, which is for the loop to notice.
+    # Sampling rejects NaN. The losses of such a batch are NaN, too, which the training loop handles.
     weights = weights.nan_to_num(nan=1.0).masked_fill_(same, 0)
     weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, (~same).float())
-    found = ~same.all(1)
-    weights = torch.where(found[:, None], weights, 1.0)
-    return torch.multinomial(weights, 1).squeeze(1), found
+    has_negative = ~same.all(1)
+    weights = torch.where(has_negative[:, None], weights, 1.0)
+    return torch.multinomial(weights, 1).squeeze(1), has_negative

@@ -11,14 +11,14 @@ from blip.objectives.objective import Clock, Objective, Outcome
 
 
 class NlvrObjective(Objective):
-    """Whether a sentence is true of several images."""
+    """Classify whether a sentence is true of several images."""
 
     def __init__(self, model: families.nlvr.Nlvr) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, batch: SentenceBatch, clock: Clock) -> Outcome:
-        """The cross-entropy of a batch."""
+        """Compute the cross-entropy of a batch."""
         model = self.model
         ids = starting_with(batch.ids, model.config.text.enc_id)
         logits = model.judge(ids, batch.keep, model.contexts(batch.image)).float()

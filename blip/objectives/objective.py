@@ -1,4 +1,4 @@
-"""What the training loop knows of an objective: a batch and the clock in, named losses out."""
+"""Interface of objectives for the training loop: a batch and the clock in, named losses out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Clock(NamedTuple):
-    """Where a run is. Every schedule is a function of it, so that none has to be saved."""
+    """Progress of a run. Every schedule is a function of it, so that no schedule has a state to save."""
 
     step: int = 0
     """Optimizer steps done."""
@@ -19,25 +19,25 @@ class Clock(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What an objective says of one batch."""
+    """Results of an objective for one batch."""
 
     losses: dict[str, Tensor]
-    """Named scalars; the loop adds them up."""
+    """Named scalar losses; the loop adds them up."""
     health: dict[str, Tensor]
-    """Named detached scalars worth watching."""
+    """Named detached scalars to log."""
     carry: Any = None
-    """What `after_step` needs of this batch."""
+    """Data of this batch for `after_step`."""
 
 
 class Objective(nn.Module):
-    """A model and what it learns. `forward` changes nothing: what moves beside the weights moves in `after_step`."""
+    """A model and its losses. `forward` has no side effects; state besides the weights changes in `after_step`."""
 
     model: nn.Module
-    """What is trained, saved and evaluated."""
+    """Model that is trained, saved and evaluated."""
 
     def forward(self, batch: Any, clock: Clock) -> Outcome:
-        """The losses of a batch."""
+        """Compute the losses of a batch."""
         raise NotImplementedError
 
     def after_step(self, carries: list[Any]) -> None:
-        """Follow an optimizer step, given what its batches carry; nothing unless overridden."""
+        """Update other state after an optimizer step, from the `carry` of its batches; does nothing by default."""

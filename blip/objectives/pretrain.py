@@ -24,10 +24,10 @@ from blip.settings import require
 
 @dataclass(frozen=True)
 class PretrainConfig(MomentumContrastConfig):
-    """The three pre-training losses (paper, section 3.2) and their momentum teacher."""
+    """Settings of the three pre-training losses (paper, section 3.2) and their momentum teacher."""
 
     negative_floor: float = 1e-4
-    """Added to each hard-negative sampling weight, so that no row underflows."""
+    """Number added to each hard-negative sampling weight, so that no row underflows."""
     label_smoothing: float = 0.1
     """Label smoothing of the language-modelling loss."""
 
@@ -49,7 +49,7 @@ class Pretrain(MomentumContrast):
         protocols.require(model, protocols.Generates)
 
     def forward(self, batch: Batch, clock: Clock) -> Outcome:
-        """The three losses of a batch."""
+        """Compute the three losses of a batch."""
         model, config = self.model, self.config
         tokens, student, teacher = self.embed(batch)
         itc, cosines = self.contrast(student, teacher, OwnPartner(), clock)
@@ -69,7 +69,7 @@ class Pretrain(MomentumContrast):
         return Outcome(losses, {**health, "temperature": model.temperature.detach().clone()}, teacher)
 
     def _mismatches(self, student: EmbeddedPair, teacher: EmbeddedPair, cosines: Similarities) -> Mismatches:
-        """Hard negatives by how similar they are for student and teacher, from the batch or all processes' batches."""
+        """Draw hard negatives by similarity of student and teacher, from the batch or all processes' batches."""
         i2t, t2i = cosines
         start = 0
         if self.everywhere:

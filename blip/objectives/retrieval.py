@@ -23,26 +23,26 @@ from blip.objectives.teacher import MomentumContrast, MomentumContrastConfig
 
 @dataclass(frozen=True)
 class RetrievalConfig(MomentumContrastConfig):
-    """The retrieval fine-tune, which also gives a filter: ITC and ITM (paper, section 5.1), with a momentum teacher."""
+    """Settings of fine-tuning for retrieval, which also yields CapFilt's filter: ITC and ITM (paper, section 5.1)."""
 
     alpha_ramp_epochs: float = 1.0
     """Epochs over which alpha rises linearly from 0."""
 
 
 class Seen(NamedTuple):
-    """What the retrieval objective's queues take of a batch."""
+    """Data of a batch for the retrieval objective's queues."""
 
     features: EmbeddedPair
-    """The teacher's."""
+    """Embeddings of the teacher."""
     image_ids: Tensor
-    """(B,)"""
+    """(B,) int64 image ids."""
 
 
 class Retrieval(MomentumContrast):
     """ITC + ITM where all pairs of one image match: fine-tuning for retrieval, and CapFilt's filter.
 
     `Batch.image_ids` says which pairs are of one image. They share the contrastive target, over batch and queue, and
-    are not drawn as negatives. Where all pairs are of one image there is none, and the matching loss does without.
+    are not drawn as negatives. If all pairs are of one image there is no negative, and the matching loss has none.
     """
 
     config: RetrievalConfig
@@ -52,7 +52,7 @@ class Retrieval(MomentumContrast):
         self.id_queue = IdQueue(config.queue_size)
 
     def forward(self, batch: Batch, clock: Clock) -> Outcome:
-        """The two losses of a batch. ValueError for a batch without ids."""
+        """Compute the two losses of a batch. ValueError for a batch without image ids."""
         if batch.image_ids is None:
             raise ValueError("the retrieval objective needs Batch.image_ids: which pairs are of one image")
         model, ids = self.model, batch.image_ids
@@ -60,31 +60,31 @@ class Retrieval(MomentumContrast):
         same = ids[:, None] == torch.cat([ids, self.id_queue.features])
         itc, cosines = self.contrast(student, teacher, SameImage(same), clock)
         context = model.context(tokens)
-        mismatches, found = self._mismatches(ids, student)
+        mismatches, has_negative = self._mismatches(ids, student)
         passes = matching_passes(model, batch, tokens, context, mismatches, self.everywhere)
         matches = match_logits(model, *model.med(passes))
-        counted = torch.cat([torch.ones_like(ids, dtype=torch.bool), found])
+        counted = torch.cat([torch.ones_like(ids, dtype=torch.bool), has_negative])
         losses = {"itc": itc, "itm": matching_loss(matches.float(), len(batch), counted)}
         health = recalls(cosines, same[:, : len(batch)]) | match_accuracies(matches, len(batch), counted)
         health["temperature"] = model.temperature.detach().clone()
-        health["itm_without_negative"] = 1 - found.float().mean()
+        health["itm_without_negative"] = 1 - has_negative.float().mean()
         return Outcome(losses, health, Seen(teacher, ids))
 
     @torch.no_grad()
     def _mismatches(self, ids: Tensor, student: EmbeddedPair) -> tuple[Mismatches, Tensor]:
-        """Hard negatives of other images, and whether there is one (2 B,): for each text, then for each image."""
+        """Draw hard negatives of other images -> these, and whether there are any (2 B,): by text, then by image."""
         # Drawn by the student's own similarities, as in the original; in pre-training by student and teacher.
         images, texts, others = student.image.vector, student.text.vector, ids
         if self.everywhere:
             images, texts, others = dist.gather(images), dist.gather(texts), dist.gather(ids)
         same, temperature, floor = ids[:, None] == others, self.model.temperature, self.config.negative_floor
-        image, image_found = negatives.hard_negatives(student.text.vector @ images.T, temperature, floor, same)
-        text, text_found = negatives.hard_negatives(student.image.vector @ texts.T, temperature, floor, same)
-        return Mismatches(image, text), torch.cat([image_found, text_found])
+        image, text_has_negative = negatives.hard_negatives(student.text.vector @ images.T, temperature, floor, same)
+        text, image_has_negative = negatives.hard_negatives(student.image.vector @ texts.T, temperature, floor, same)
+        return Mismatches(image, text), torch.cat([text_has_negative, image_has_negative])
 
     @torch.no_grad()
     def after_step(self, carries: list[Seen]) -> None:
-        """As in pre-training; the ids enter their queue together with the features."""
+        """Update as in pre-training, and push the image ids together with the features."""
         super().after_step([seen.features for seen in carries])
         for seen in carries:
             self.id_queue.push(dist.gather(seen.image_ids))

@@ -1,4 +1,4 @@
-"""What is compared in contrastive learning, and how. N queries, C keys, E embedding width, P tokens."""
+"""Embeddings for contrastive learning, and their similarity. N queries, C keys, E embedding width, P tokens."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from torch import Tensor
 
 
 class Embedded(NamedTuple):
-    """One modality of some examples in the joint space; their tokens, too, for a similarity that compares tokens."""
+    """Examples of one modality in the joint space, with their tokens for a similarity that compares tokens."""
 
     vector: Tensor
-    """(N, E) of length 1."""
+    """(N, E) embeddings of length 1."""
     tokens: Tensor | None = None
-    """(N, P, E) of length 1."""
+    """(N, P, E) token embeddings of length 1."""
     mask: Tensor | None = None
     """(N, P) bool: False at padding."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Embedded:
-        """`change` applied to each part that is there."""
+        """Apply `change` to each part that is not None."""
         return Embedded(*(None if part is None else change(part) for part in self))
 
     def above(self, other: Embedded) -> Embedded:
-        """The rows of both, these first."""
+        """Concatenate the rows of both, own rows first."""
         return Embedded(*(None if a is None else torch.cat([a, b]) for a, b in zip(self, other, strict=True)))
 
 
 class EmbeddedPair(NamedTuple):
-    """Images and texts of a batch of pairs, row by row."""
+    """Embedded images and texts of a batch of pairs, row by row."""
 
     image: Embedded
     text: Embedded
 
 
 class Similarity(Protocol):
-    """How well queries and keys go together."""
+    """A similarity of queries and keys."""
 
     def __call__(self, query: Embedded, key: Embedded) -> Tensor:
         """N queries and C keys -> (N, C), higher for more similar ones."""

@@ -1,7 +1,7 @@
 """Targets of contrastive learning: the distribution over candidates that a row should have. B batch, C candidates.
 
-A cross-entropy asks a target only for the logit that is expected under it, so that no target of size (B, C) is built
-that the kind of target itself does not need.
+A cross-entropy needs only the expected logit under a target, so a target builds a tensor of size (B, C) only if it
+needs one itself.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class OwnPartner:
 
 
 class SameImage:
-    """Evenly all candidates of the row's image, which `same` (B, C) bool marks (BLIP's retrieval, section 5.1)."""
+    """All candidates of the row's image evenly, which `same` (B, C) bool marks (BLIP's retrieval, section 5.1)."""
 
     def __init__(self, same: Tensor) -> None:
         self.share = same / same.sum(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The momentum teacher, and what learns from it by contrast (paper, section 3.2, after MoCo and ALBEF).
+"""The momentum teacher, and the objective that learns from it by contrast (section 3.2, after MoCo and ALBEF).
 
 B batch, K candidates of the batch itself, P image tokens, V vision width.
 """
@@ -23,7 +23,7 @@ from blip.objectives.targets import Distilled, Target
 from blip.settings import check_rates, require
 
 _MOST_QUEUED = 1 << 22
-"""Features in a queue; beyond that it is memory that is queued."""
+"""Largest allowed queue size."""
 
 
 class Teacher(nn.Module):
@@ -44,10 +44,10 @@ class Teacher(nn.Module):
 
 @dataclass(frozen=True)
 class MomentumContrastConfig:
-    """A momentum teacher, its queues and the hard negatives drawn by its similarities."""
+    """Settings of a momentum teacher, its queues and hard negatives."""
 
     queue_size: int = 57600
-    """Momentum features kept per modality; any size, 0 for none."""
+    """Size of the queue of momentum features of each modality; 0 for none."""
     momentum: float = 0.995
     """Decay of the teacher's moving average, per step."""
     alpha: float = 0.4
@@ -59,7 +59,7 @@ class MomentumContrastConfig:
     temperature_max: float = 0.5
     """Upper clamp of the learned temperature."""
     negative_floor: float = 0.0
-    """Added to each hard-negative sampling weight; without it a row that underflows draws evenly from other images."""
+    """Number added to each hard-negative sampling weight; with 0 a row that underflows draws evenly."""
     negatives_all_ranks: bool = False
     """Draw hard negatives from the batches of all processes, not only the local one."""
     teacher_dropout: bool = False
@@ -94,7 +94,7 @@ class MomentumContrast(Objective):
         return self
 
     def embed(self, batch: Batch) -> tuple[Tensor, EmbeddedPair, EmbeddedPair]:
-        """The student's image tokens (B, P, V), its embeddings and the teacher's."""
+        """Compute the student's image tokens (B, P, V), its embeddings and the teacher's."""
         tokens, student = embed(self.model, batch)
         with torch.no_grad():
             _, teacher = embed(self.teacher.towers, batch)
@@ -103,7 +103,7 @@ class MomentumContrast(Objective):
     def contrast(
         self, student: EmbeddedPair, teacher: EmbeddedPair, target: Target, clock: Clock
     ) -> tuple[Tensor, Similarities]:
-        """ITC and the batch's cosines (B, B); the clock sets the weight of the teacher's soft targets."""
+        """Compute ITC and the batch's cosines (B, B); the clock sets the weight of the teacher's soft targets."""
         config = self.config
         ramp = config.alpha_ramp_epochs
         alpha = config.alpha * min(1.0, clock.epoch / ramp) if ramp else config.alpha
@@ -117,7 +117,7 @@ class MomentumContrast(Objective):
 
     @torch.no_grad()
     def after_step(self, carries: list[EmbeddedPair]) -> None:
-        """Clamp the temperature, move the teacher, put the step's features (the teacher's) in the queues."""
+        """Clamp the temperature, update the teacher, push the teacher's features of the step."""
         config = self.config
         self.model.temperature.clamp_(config.temperature_min, config.temperature_max)
         self.teacher.update(self.model, config.momentum)

@@ -17,7 +17,7 @@ from blip.settings import require
 
 @dataclass(frozen=True)
 class VqaConfig:
-    """The fine-tuning of question answering (paper, section 5.3)."""
+    """Settings of fine-tuning for question answering (paper, section 5.3)."""
 
     label_smoothing: float = 0.1
     """Label smoothing of the loss of an answer's words."""
@@ -27,7 +27,7 @@ class VqaConfig:
 
 
 class VqaObjective(Objective):
-    """The words of the human answers, each answer by its weight."""
+    """Language modelling of the human answers, each by its weight."""
 
     def __init__(self, model: families.vqa.Vqa, config: VqaConfig) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class VqaObjective(Objective):
         self.model = model
 
     def forward(self, batch: QuestionBatch, clock: Clock) -> Outcome:
-        """The loss of a batch, per question."""
+        """Compute the loss of a batch, per question."""
         model, text = self.model, self.model.config.text
         image = model.question.context(model.vision(batch.image))
         questions = model.context(starting_with(batch.ids, text.enc_id), batch.keep, image)
@@ -52,7 +52,7 @@ class VqaObjective(Objective):
 def answering_loss(logits: Tensor, targets: Tensor, weights: Tensor, questions: int, smoothing: float) -> Tensor:
     """Label-smoothed cross-entropy of logits (N, vocabulary), summed with weights (N,) over the words of answers.
 
-    The sum is divided by the number of questions, as in the original, so that a long answer counts more than a short.
+    The sum is divided by the number of questions, as in the original, so long answers count more than short ones.
     """
     each = F.cross_entropy(logits, targets, ignore_index=IGNORED, label_smoothing=smoothing, reduction="none")
     return (weights * each).sum() / questions

@@ -1,4 +1,4 @@
-"""The settings of a run: written down where it runs, and held against those of the run that it continues."""
+"""Record the settings of a run in its folder, and compare them with those of the run that it continues."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ FREE_TO_CHANGE = frozenset(
     {"log_every", "save_every", "keep_checkpoints", "eval_every", "trackers", "skip_nonfinite", "allow_change"}
     | {"workers", "worker_timeout", "max_bad_fraction", "timeout", "out"}
 )
-"""Settings that do not touch what is computed; all others must stay the same when a run continues."""
+"""Settings that do not change what is computed; all others must stay the same when a run continues."""
 YOUNGER = {"length_rule": "generated", "towers": [], "clip": None}
-"""Settings that older checkpoints do not name -> what was done then."""
+"""Settings missing from older checkpoints -> the value that was in effect."""
 
 
 def plain(value: Any) -> Any:
-    """Settings as JSON holds them: paths as text, tuples as lists."""
+    """Settings as JSON: paths as strings, tuples as lists."""
     return json.loads(json.dumps(value, default=str, sort_keys=True))
 
 
@@ -41,7 +41,7 @@ def flatten(settings: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def drift(before: dict, now: dict) -> list[str]:
-    """Lines `name: before -> now` for settings that differ and are not free to."""
+    """List `name: before -> now` for each setting that differs but must not."""
     old, new = flatten(plain(before)), flatten(plain(now))
     for name in new.keys() - old.keys():
         last = name.rpartition(".")[2]
@@ -55,12 +55,12 @@ def drift(before: dict, now: dict) -> list[str]:
     ]
 
 
-def refuse_drift(said: dict, settings: dict, fingerprint: str, layout: dict[str, int], where: Path) -> None:
-    """ValueError that lists what differs between a checkpoint and the run that would continue it."""
-    lines = drift(said["settings"], settings)
-    if said["fingerprint"] != fingerprint:
-        lines.append(f"data: fingerprint {said['fingerprint']} -> {fingerprint} (files or rows are not the same)")
-    before = said["layout"]
+def refuse_drift(saved: dict, settings: dict, fingerprint: str, layout: dict[str, int], where: Path) -> None:
+    """Raise ValueError with all differences between a checkpoint and the run that would continue it."""
+    lines = drift(saved["settings"], settings)
+    if saved["fingerprint"] != fingerprint:
+        lines.append(f"data: fingerprint {saved['fingerprint']} -> {fingerprint} (files or rows are not the same)")
+    before = saved["layout"]
     changed = [f"{name} {before[name]} -> {layout[name]}" for name in layout if before[name] != layout[name]]
     if changed:
         lines.append(
@@ -79,14 +79,14 @@ _VERSIONED = ("openblip", "torch", "torchvision", "timm", "transformers", "accel
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries that numbers depend on."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the libraries that results depend on."""
+    installed = {"python": platform.python_version()}
     for name in _VERSIONED:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            installed[name] = "not installed"
+    return installed
 
 
 def git_commit() -> str | None:
@@ -95,14 +95,14 @@ def git_commit() -> str | None:
     if git is None:
         return None
 
-    def ask(*words: str) -> str:
+    def run(*words: str) -> str:
         command = [git, "-C", str(here), *words]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:
-        if not ask("ls-files", Path(__file__).name):
+        if not run("ls-files", Path(__file__).name):
             return None
-        return ask("rev-parse", "HEAD") + ("+" if ask("status", "--porcelain", "--untracked-files=no") else "")
+        return run("rev-parse", "HEAD") + ("+" if run("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -26,7 +26,7 @@ except ImportError:  # Windows
 logger = logging.getLogger(__name__)
 
 _BEATS, _STALE = 10.0, 60.0
-"""Seconds between signs of life in the lock, and without one after which another machine's lock is void."""
+"""Seconds between touches of the lock file, and without a touch after which another machine's lock is void."""
 
 
 class RunLocked(Stopped):
@@ -36,8 +36,8 @@ class RunLocked(Stopped):
 class RunLock:
     """One writer per run directory.
 
-    A POSIX record lock decides on a local disk and, where its lock service runs, on NFS: the kernel gives it back when
-    the holder dies, and no child inherits it. For file systems without one, the file says who holds it and is touched
+    A POSIX record lock decides on a local disk and, where its lock service runs, on NFS: the kernel releases it when
+    the holder dies, and no child inherits it. For file systems without one, the file names its holder and is touched
     every few seconds. On Windows filelock's lock, on a file of its own, takes the place of the record lock.
     """
 
@@ -73,7 +73,7 @@ class RunLock:
             self._held.release()
 
     def check(self) -> None:
-        """RunLocked if the folder was removed or replaced meanwhile: it may be another process's by now."""
+        """Raise RunLocked if the folder was removed or replaced: it may belong to another process now."""
         try:
             if os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno())):
                 return
@@ -83,7 +83,7 @@ class RunLock:
             return
         raise RunLocked(
             f"{self.path.parent} was removed or replaced while this run was writing to it, and another run may write "
-            "there now; nothing more is written. Start again, or in another directory"
+            "there now, so this one stops writing. Start it again, or give it another directory"
         )
 
     def _take(self) -> None:
@@ -104,7 +104,7 @@ class RunLock:
         logger.warning("taking over the lock of process %s on %s, which is gone", holder.get("pid"), holder.get("host"))
 
     def _take_of_the_system(self) -> bool:
-        """Whether the lock is this process's for as long as it lives; OSError if another has it or there is none."""
+        """Take the system's lock for the life of this process; OSError if another has it or none exist."""
         if fcntl is not None:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
@@ -149,7 +149,7 @@ class RunLock:
 
 @contextmanager
 def only_writer(out: Path) -> Iterator[RunLock | None]:
-    """The main process holds the run's lock, and is given it; all processes hear if it cannot."""
+    """Hold the run's lock in the main process, which gets it; all processes raise RunLocked if it is taken."""
     with ExitStack() as stack:
         refusal = lock = None
         if dist.is_main():

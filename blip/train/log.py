@@ -1,4 +1,4 @@
-"""What a run says while it works: metrics.jsonl, trackers, a progress line, and alarms in plain words."""
+"""Logs of a run: metrics.jsonl, trackers, a progress line, and alarms in plain words."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from tqdm import tqdm
 from blip import files
 
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
-"""Trackers offered, and the packages of which each needs one."""
+"""Names of trackers -> packages, one of which must be installed."""
 
 CONSTANT_ITM = -(math.log(1 / 3) / 3 + 2 * math.log(2 / 3) / 3)
 """Matching loss of a head that ignores its input: one match to two mismatches, 0.6365."""
 
 
 def check_trackers(names: Iterable[str]) -> None:
-    """ValueError if a tracker is unknown or its package is missing; asked before anything else is done."""
+    """Raise ValueError if a tracker is unknown or its package is missing; called before anything else is done."""
     for name in names:
         if name not in TRACKERS:
             raise ValueError(f"train.trackers: {name!r} is not one of {', '.join(TRACKERS)}")
         if not any(importlib.util.find_spec(package) for package in TRACKERS[name]):
             raise ValueError(
-                f"train.trackers: {name} is asked for but not installed; run `pip install openblip[{name}]` "
+                f"train.trackers: {name} is not installed; run `pip install openblip[{name}]` "
                 f"or leave it out (metrics.jsonl is always written)"
             )
 
 
 class Window:
-    """Means since the last log line."""
+    """Running means since the last log line."""
 
     def __init__(self, values: dict[str, list[float]] | None = None) -> None:
         self.values = {name: list(pair) for name, pair in (values or {}).items()}
@@ -56,7 +56,7 @@ class Metrics:
     """`metrics.jsonl`, one line per log step or evaluation: every step once, however often the run was interrupted."""
 
     def __init__(self, path: Path, step: int) -> None:
-        """Open for appending; lines after `step` are of work that will be done again, and are cut."""
+        """Open for appending; lines after `step` are removed, as those steps will be repeated."""
         self.path = path
         lines = [line for line in read_metrics(path) if line["step"] <= step]
         if path.exists():
@@ -70,7 +70,7 @@ class Metrics:
             self._file.flush()
 
     def sync(self) -> None:
-        """Before a checkpoint that counts these lines as written."""
+        """Flush to disk, before a checkpoint that relies on these lines."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -82,22 +82,22 @@ def _line(values: dict[str, Any]) -> bytes:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; what a killed process wrote half is left out."""
+    """Read the lines of a metrics.jsonl, without a line that a killed process left incomplete."""
     if not path.exists():
         return []
-    found = []
+    lines = []
     for line in path.read_bytes().splitlines():
         try:
             values = json.loads(line)
         except ValueError:
             continue
         if isinstance(values, dict) and "step" in values:
-            found.append(values)
-    return found
+            lines.append(values)
+    return lines
 
 
 class TrainingProgress:
-    """A bar on a terminal, plain lines elsewhere; nothing in other processes than the main one."""
+    """A bar on a terminal, plain lines elsewhere; shown by the main process only."""
 
     def __init__(self, total: int, step: int, show: bool, stream: TextIO | None = None) -> None:
         # The launcher that reads these lines may end first; the run's state matters more.
@@ -113,7 +113,7 @@ class TrainingProgress:
             self.bar.update()
 
     def report(self, step: int, losses: dict[str, float], samples_per_second: float) -> None:
-        """One log line: losses, speed, and the time that is left at the pace since the start."""
+        """Show one log line: losses, speed, and the time left at the average pace since the start."""
         values = "  ".join(f"{name} {value:.4g}" for name, value in losses.items())
         speed = f"{samples_per_second:.1f} samples/s"
         if self.bar is not None:
@@ -136,7 +136,7 @@ class TrainingProgress:
 
 
 class _Lenient:
-    """A stream whose reader may be gone; what it would have read is lost, the work is not."""
+    """A stream whose reader may be gone: failed writes are dropped, so that the run goes on."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -154,7 +154,7 @@ class _Lenient:
 
 
 def bar(total: int, what: str, unit: str = "it", *, show: bool = True) -> tqdm:
-    """A progress line on stderr, with rate and time left, for work that takes longer than a moment."""
+    """A progress line on stderr with rate and time left, shown after the first second."""
     every = 0.1 if sys.stderr.isatty() else 30.0
     return tqdm(
         total=total,
@@ -176,7 +176,7 @@ def clock(seconds: float) -> str:
 
 
 class Alarms:
-    """Notices what numbers mean before a person does; each alarm is raised once per occurrence.
+    """Warnings about numbers that mean trouble; each is raised once per occurrence.
 
     `windows` log lines in a row must agree: the matching loss within 1% of what a head that ignores its input gets
     (counted once the warm-up is over), or more than half of the time spent waiting for data.
@@ -187,7 +187,7 @@ class Alarms:
         self.stuck = self.starved = 0
 
     def check(self, step: int, losses: dict[str, float], data_wait: float) -> list[str]:
-        """Alarms that a log line raises; `data_wait` is a share of time, 0 to 1."""
+        """Return the alarms that a log line raises; `data_wait` is a share of time, 0 to 1."""
         constant = step > self.warmup_steps and abs(losses.get("itm", 0.0) / CONSTANT_ITM - 1) <= 0.01
         self.stuck = self.stuck + 1 if constant else 0
         self.starved = self.starved + 1 if data_wait > 0.5 else 0

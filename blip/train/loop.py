@@ -1,7 +1,7 @@
-"""The training loop: one for every objective, exact to the bit when it is stopped and started again.
+"""The training loop: one for every objective, and bit-exact when a run is stopped and continued.
 
-Nothing random is remembered: dropout and sampling are functions of (seed, step, process, forward pass), the data a
-function of the position in the stream. So the weights, the optimizer's moments and three counters are the whole state.
+No random state is saved: dropout and sampling are functions of (seed, step, process, forward pass), the data a
+function of the position in the stream. The weights, the optimizer's moments and three counters are the whole state.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class Data(Protocol):
         """Batches `start` to `start + count` - 1 of this process, each of exactly `batch_size` pairs."""
 
     def leave_out(self, keys: frozenset[str]) -> None:
-        """Replace some samples unread; called before `batches`, and only where the ledger has some."""
+        """Replace the samples with these keys unread; called before `batches`, and only if the ledger lists any."""
 
 
 class RecordsBadSamples(Protocol):
-    """Keeps account of samples that could not be read."""
+    """A ledger of samples that could not be read."""
 
     def add(self, bad: list[Any], seen: int) -> None:
         """Note the bad samples of a batch; this process has drawn `seen` samples since it started."""
@@ -65,32 +65,32 @@ class Result:
     """Where a run ended."""
 
     steps: int
-    """Optimizer steps."""
+    """Optimizer steps done."""
     samples: int
     """Pairs seen."""
     losses: dict[str, float]
-    """Means of the last log line."""
+    """Mean losses of the last log line."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """What the last evaluation said."""
+    """Results of the last evaluation."""
 
 
 class TrainingInterrupted(SystemExit):
-    """The run was asked to stop, saved itself and can be continued by the same command; exit status 75."""
+    """The run stopped on request after saving; the same command continues it. Exit status 75."""
 
     def __init__(self) -> None:
         super().__init__(75)
 
 
 class NonFinite(Stopped):
-    """A loss or gradient was not a finite number; the update was not made."""
+    """A loss or gradient was not finite; the weights were not updated."""
 
 
 class TrainingOutOfMemory(Stopped):
-    """The device or the machine has too little memory for the batch."""
+    """The device or the machine ran out of memory."""
 
 
 class LostPeer(Stopped):
-    """Another process of the run is gone or stuck."""
+    """Another process of the run died or hangs."""
 
 
 def fit(
@@ -135,7 +135,7 @@ def fit(
 
 
 class _Run:
-    """What `fit` works with from beginning to end."""
+    """The state of one call of `fit`."""
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class _Run:
         self.drawn = 0
         self.pairs_per_step = config.batch_size * config.accumulate * self.world
         self.steps_per_epoch = len(data) / self.pairs_per_step
-        # A hair less, so that rounding does not add a step to a whole number of them.
+        # Minus a hair, so that rounding does not add a step to a whole number of steps.
         self.total = config.steps or max(1, math.ceil(config.epochs * self.steps_per_epoch - 1e-9))
 
         ddp = DistributedDataParallelKwargs(
@@ -202,7 +202,7 @@ class _Run:
         self._open_logs(layout)
 
     def _restore(self) -> State:
-        """Choose a checkpoint in the main process and load it in all."""
+        """Choose a checkpoint in the main process and load it in all processes."""
         path = newest = refusal = None
         if dist.is_main():
             path, newest = self.checkpoints.newest() or (None, None)
@@ -252,7 +252,7 @@ class _Run:
             self.accelerator.init_trackers("openblip", config=values)
 
     def train(self) -> Result:
-        """Steps until the end, with log lines, checkpoints and evaluations between them."""
+        """Run the remaining steps, with log lines, checkpoints and evaluations."""
         state, config = self.state, self.config
         self._evaluate_if_due()
         if state.step < self.total:
@@ -263,27 +263,27 @@ class _Run:
                     self.progress.advance()
                     if state.step % config.log_every == 0 or last:
                         self._log()
-                    # Before an evaluation too: what was made of its numbers is then never done again.
+                    # Also before an evaluation, so that continuing never repeats what followed from its results.
                     if state.step % config.save_every == 0 or last or stop or self._evaluation_is_due():
                         self._save()
                     if stop:
-                        self.progress.say(f"asked to stop: saved after step {state.step}; the same command continues")
+                        self.progress.say(f"stopped and saved after step {state.step}; the same command continues")
                         raise TrainingInterrupted
                     self._evaluate_if_due()
         return Result(state.step, state.samples, self.losses, self.scores)
 
     @contextmanager
     def _stream(self) -> Iterator[Iterator[Batch]]:
-        """This process's batches from here to the end."""
+        """Yield this process's batches from the current step to the end."""
         config = self.config
-        # By pairs seen rather than by steps, so that a run that may change its batch size goes on in the same place.
+        # Counted in pairs, not steps, so that a run whose batch size changed continues at the same place in the data.
         start = self.state.samples // (config.batch_size * self.world)
         count = (self.total - self.state.step) * config.accumulate
         if left_out := getattr(self.ledger, "left_out", None):
             self.data.leave_out(left_out)
             self.progress.say(
                 f"{len(left_out)} samples are left out because decoding them took too long (left_out in the run's "
-                "bad_samples files): in that, this run is not reproducible elsewhere"
+                "bad_samples files); without these files the run is not reproducible"
             )
         batches = iter(self.data.batches(start, count, self.rank, self.world, config.batch_size))
         try:
@@ -294,14 +294,14 @@ class _Run:
             self.ledger.leave_out(error.key, error.reason)
             raise DataError(
                 f"{error}. It is left out from now on: the same command continues without it, and the run is not "
-                "reproducible there"
+                "reproducible elsewhere"
             ) from None
         finally:
             if hasattr(batches, "close"):
                 batches.close()
 
     def _step(self, batches: Iterator[Batch]) -> bool:
-        """One update; returns whether any process was asked to stop."""
+        """Make one update; return whether any process received a request to stop."""
         began = time.monotonic()
         state = self.state
         clock = Clock(state.step, state.samples / len(self.data), state.step / self.total)
@@ -316,22 +316,22 @@ class _Run:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = get_total_norm(gradients)
         sums = {"loss": sum(losses.values()), **losses, **health, "grad_norm": norm}
-        found, (stop, waited, tokens) = self._share(sums, [float(self.stopper.asked), *host])
-        found["lr"] = rate
+        means, (stop, waited, tokens) = self._share(sums, [float(self.stopper.stop_requested), *host])
+        means["lr"] = rate
 
-        wrong = [name for name in ("loss", *losses) if not math.isfinite(found[name])]
-        if not math.isfinite(found["grad_norm"]) and not self._scale_is_settling():
-            wrong.append("grad_norm")
-        if wrong:
-            self._refuse_update(wrong, sums, keys)
+        nonfinite = [name for name in ("loss", *losses) if not math.isfinite(means[name])]
+        if not math.isfinite(means["grad_norm"]) and not self._scale_is_settling():
+            nonfinite.append("grad_norm")
+        if nonfinite:
+            self._refuse_update(nonfinite, sums, keys)
         else:
             self._update(norm, carries)
         self.optimizer.zero_grad(set_to_none=True)
 
         state.step += 1
         state.samples += self.pairs_per_step
-        if not wrong:
-            self.window.add({name: value for name, value in found.items() if math.isfinite(value)})
+        if not nonfinite:
+            self.window.add({name: value for name, value in means.items() if math.isfinite(value)})
         seconds = time.monotonic() - began
         state.seconds += seconds
         for name, value in zip(self.pace, (seconds, waited, self.pairs_per_step, tokens * self.world), strict=True):
@@ -341,7 +341,7 @@ class _Run:
     def _forward_backward(
         self, batches: Iterator[Batch], clock: Clock
     ) -> tuple[dict, dict, list[Any], list[str], list[float]]:
-        """Gradients of one step; mean losses and health, carries, keys of the pairs, and (seconds waited, tokens)."""
+        """Compute gradients; return mean losses, health, carries, keys of the pairs, [seconds waited, tokens]."""
         config, state = self.config, self.state
         losses: dict[str, Tensor] = {}
         health: dict[str, Tensor] = {}
@@ -369,14 +369,14 @@ class _Run:
         return losses, health, carries, keys, host
 
     def _share(self, sums: dict[str, Tensor], host: list[float]) -> tuple[dict[str, float], list[float]]:
-        """Means over processes of device scalars by name and of numbers known here, in one exchange."""
+        """Average device scalars (by name) and host numbers over all processes in one exchange."""
         device = torch.stack([value.double() for value in sums.values()])
         values = torch.cat([device, torch.tensor(host, dtype=torch.float64, device=self.device)])
         means = (dist.total(values) / self.world).tolist()
         return dict(zip(sums, means, strict=False)), means[len(sums) :]
 
     def _scale_is_settling(self) -> bool:
-        """In float16 an overflow is how the scaler finds its scale, unless there is no scale left to give up."""
+        """Whether an overflow is harmless: in float16 the scaler finds its scale that way, until it is down to 1."""
         return self.scaler.is_enabled() and self.scaler.get_scale() > 1
 
     def _update(self, norm: Tensor, carries: list[Any]) -> None:
@@ -388,16 +388,16 @@ class _Run:
         if self.scaler.get_scale() >= before:
             self.objective.after_step(carries)
 
-    def _refuse_update(self, wrong: list[str], sums: dict[str, Tensor], keys: list[str]) -> None:
-        """All processes agree that a step is no good: write down its pairs, then stop, or go on within the budget."""
+    def _refuse_update(self, nonfinite: list[str], sums: dict[str, Tensor], keys: list[str]) -> None:
+        """Record the pairs of a non-finite step, then stop, or skip it if `skip_nonfinite` allows one more."""
         state, config = self.state, self.config
         values = {name: str(float(value)) for name, value in sums.items()}
         everyone = dist.gather_objects({"process": self.rank, "values": values, "keys": keys})
         path = self.out / f"nonfinite-step-{state.step}.json"
         if dist.is_main():
-            record = {"step": state.step, "not finite": wrong, "processes": everyone}
+            record = {"step": state.step, "not finite": nonfinite, "processes": everyone}
             files.replace_file(path, json.dumps(record, indent=1).encode())
-        message = f"{', '.join(wrong)} not finite at step {state.step}; the pairs of the step are listed in {path}"
+        message = f"{', '.join(nonfinite)} not finite at step {state.step}; the pairs of the step are listed in {path}"
         if state.skipped >= config.skip_nonfinite:
             raise NonFinite(
                 f"{message}. The weights are as before the step. Look at those pairs, lower train.lr, set train.clip, "
@@ -430,7 +430,7 @@ class _Run:
             self.progress.say(f"WARNING: {alarm}")
 
     def _save(self) -> None:
-        """Publish a checkpoint from the main process; all raise if it could not be written."""
+        """Write a checkpoint in the main process; all processes raise if that fails."""
         failure = None
         if self.metrics is not None:
             self.state.window = self.window.values
@@ -446,7 +446,7 @@ class _Run:
             raise failure
 
     def _evaluation_is_due(self) -> bool:
-        """Whether this step is to be evaluated and its numbers are not in metrics.jsonl yet."""
+        """Whether this step needs an evaluation that metrics.jsonl does not have yet."""
         step, every = self.state.step, self.config.eval_every
         if self.evaluate is None or self.evaluated == step or step == 0:
             return False
@@ -484,21 +484,22 @@ class _Run:
 
 
 def _enough(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Yield the batches; ValueError when the loop wants one more than there are."""
     yield from batches
-    raise ValueError("the data ended before the run did: `batches` must yield as many as it is asked for")
+    raise ValueError("the data ended before the run did: `batches` must yield `count` batches")
 
 
 @contextmanager
 def _explained(config: TrainConfig) -> Iterator[None]:
-    """Say in plain words what went wrong in one process and what in another."""
+    """Turn an out-of-memory or lost-connection error into one that says what to do."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise TrainingOutOfMemory(
                 f"process {dist.rank()} ran out of memory with {config.batch_size} pairs per forward pass. The batch "
-                "size was left alone because the contrastive loss depends on it: lower train.batch_size (and raise "
-                "train.accumulate), set model.checkpoint, or use train.precision bfloat16"
+                "size is not lowered automatically, as the contrastive loss depends on it: lower train.batch_size (and "
+                "raise train.accumulate), set model.checkpoint, or use train.precision bfloat16"
             ) from error
         if dist.lost_peer(error):
             raise LostPeer(
@@ -509,6 +510,6 @@ def _explained(config: TrainConfig) -> Iterator[None]:
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed that is a function of whole numbers, different for each combination."""
+    """Hash whole numbers to a seed, different for each combination."""
     digest = hashlib.blake2b(struct.pack(f"<{len(numbers)}q", *numbers), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

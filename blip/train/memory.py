@@ -1,4 +1,4 @@
-"""What the C library does with freed memory (glibc on Linux; nothing elsewhere)."""
+"""Control over what the C library does with freed memory (glibc on Linux; no effect elsewhere)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from blip import dist
 
 
 def keep_freed_memory() -> bool:
-    """Tell the C library to keep freed memory for the next step; returns whether it listened (glibc on Linux).
+    """Make the C library keep freed memory for the next step; return whether it does.
 
-    Without it a step on CPU spends 15 to 20% of its time on pages that it gave back and asks for again. Large blocks
-    are the ones that cost, and glibc lets no threshold above 32 MiB keep them, so it is told to map none at all.
+    Without this a step on CPU spends 15 to 20% of its time on pages that were returned and are requested again. Large
+    blocks cost most, and glibc keeps none above a threshold of at most 32 MiB, so mapping blocks is turned off.
     """
     trim_threshold, mmap_max = -1, -4
     mallopt = _from_the_c_library("mallopt")
@@ -21,10 +21,10 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> bool:
-    """Give freed memory back once in a while; returns whether there was some (glibc on Linux).
+    """Return freed memory to the system; return whether there was any. Called once in a while.
 
-    Blocks of ever other sizes, as of texts of other lengths, leave holes between those in use: kept for good, they add
-    up to several times what a step needs.
+    Blocks of varying sizes, as of texts of varying lengths, leave holes between those in use, which add up to several
+    times what a step needs.
     """
     trim = _from_the_c_library("malloc_trim")
     return bool(trim and trim(0))

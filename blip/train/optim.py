@@ -1,4 +1,4 @@
-"""What the optimizer decays, and the learning rate as a function of the step."""
+"""Optimizers, their parameter groups, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from blip.train.settings import TrainConfig
 
 _PLACES = ("pos_embed", "position", "cls_token", "temperature")
-"""Names of parameters that say where or how, not what: never decayed unless everything is."""
+"""Parts of names of parameters that are not decayed, unless `decay_all` decays everything."""
 
 
 def parameter_groups(
     module: nn.Module, weight_decay: float, decay_all: bool = False, scales: Mapping[nn.Parameter, float] | None = None
 ) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups, decayed and not; in two for each factor of the learning rate in `scales`.
+    """Group trainable parameters into decayed and not decayed, for each learning-rate factor in `scales`.
 
     Norms, biases and anything else with fewer than two dimensions, position embeddings, the class token and the
     temperature are not decayed; with `decay_all` (2022) everything is. A shared parameter appears once.
@@ -43,7 +43,7 @@ def build(
     scales: Mapping[nn.Parameter, float] | None = None,
     bfloat16: bool = True,
 ) -> torch.optim.Optimizer:
-    """The optimizer of a run over `parameter_groups`; the module must be on its device already.
+    """Build the optimizer of a run over `parameter_groups`; the module must be on its device already.
 
     `adamw` is fused AdamW for everything. `muon` leaves to AdamW what is not a matrix inside a transformer block, and
     gives each of those matrices an update with all its directions equally long, scaled to AdamW's size. It finds
@@ -70,9 +70,9 @@ def _only(groups: list[dict[str, Any]], wanted: Callable[[nn.Parameter], bool]) 
 
 
 class Float32Muon(torch.optim.Muon):
-    """Muon, scaled to AdamW's size, whose matrix products are of float32 where PyTorch's are always of bfloat16.
+    """Muon, scaled to AdamW's size, with matrix products in float32, where PyTorch always uses bfloat16.
 
-    A processor without bfloat16 emulates it, fifteen times as slowly. Its state is that of PyTorch's.
+    A processor without bfloat16 emulates it, 15 times slower. The optimizer state is that of PyTorch's Muon.
     """
 
     @torch.no_grad()
@@ -92,7 +92,7 @@ class Float32Muon(torch.optim.Muon):
 
 
 def orthogonal(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """The nearest orthogonal matrix, roughly: singular values come to lie about 1, by Newton and Schulz's iteration.
+    """Approximate the nearest orthogonal matrix (singular values near 1) by Newton-Schulz iteration.
 
     Each step applies the odd polynomial a s + b s^3 + c s^5 to the singular values.
     """
@@ -154,7 +154,7 @@ def learning_rate(step: int, config: TrainConfig, steps_per_epoch: float, total:
 
 
 def whole_epochs(steps: int, steps_per_epoch: float) -> int:
-    """How many epochs are over after some steps."""
+    """Number of epochs completed after some steps."""
     # A whole number of epochs must not be lost to the rounding of the division.
     return math.floor(steps / steps_per_epoch + 1e-9)
 

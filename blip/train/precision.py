@@ -9,7 +9,7 @@ from blip.train.settings import TrainConfig
 
 
 def precision(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """The type of matrix products: as asked, or for `auto` bfloat16 where every process's hardware multiplies it."""
+    """Choose the type of matrix products: as set, or for `auto` bfloat16 where all processes' hardware has it."""
     if config.precision == "auto":
         return torch.bfloat16 if all_multiply_bfloat16(device) else torch.float32
     if config.precision == "float16" and device.type != "cuda":
@@ -29,8 +29,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     if device.type != "cpu":
         return False
     if hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False  # ONEDNN_MAX_CPU_ISA hides from it what the processor has
+        return False  # ONEDNN_MAX_CPU_ISA hides it from oneDNN
     if hasattr(torch.cpu, "get_capabilities"):
-        found = torch.cpu.get_capabilities()
-        return any(found.get(name, False) for name in ("amx_bf16", "avx512_bf16", "sve_bf16", "bf16"))
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "sve_bf16", "bf16"))
     return torch.cpu._is_avx512_bf16_supported()

@@ -16,7 +16,7 @@ class TrainConfig:
     epochs: float = 20.0
     """Passes over the data; ignored when `steps` is given."""
     steps: int | None = None
-    """Optimizer steps."""
+    """Optimizer steps; `null` takes `epochs`."""
     batch_size: int = 75
     """Pairs per process and forward pass."""
     accumulate: int = 1
@@ -46,13 +46,13 @@ class TrainConfig:
     clip: float | None = 1.0
     """Largest gradient norm (2022: none)."""
     towers: list[Tower] = field(default_factory=list)
-    """Parts of the model that are locked for a time or learn more slowly; all others learn from the first step."""
+    """Parts of the model that are locked for a time or have another learning rate."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto` is bfloat16 where the hardware multiplies it natively, else float32."""
     compile: bool = False
     """torch.compile the objective."""
     seed: int = 0
-    """Everything random is a function of this, the step, the sample and the process."""
+    """Random seed of the run; every random number is a function of it, the step, the sample and the process."""
     log_every: int = 50
     """Steps between log lines."""
     save_every: int = 1000
@@ -62,13 +62,13 @@ class TrainConfig:
     eval_every: int = 0
     """Steps between evaluations; 0 for only at the end."""
     eval_each_epoch: bool = False
-    """Evaluate whenever the data has been passed over, too."""
+    """Evaluate at the end of every epoch, too."""
     trackers: list[str] = field(default_factory=list)
-    """accelerate trackers: tensorboard, wandb, trackio; metrics.jsonl is always written."""
+    """Trackers to log to: tensorboard, wandb, trackio; metrics.jsonl is always written."""
     skip_nonfinite: int = 0
     """Updates with a non-finite loss or gradient that may be skipped before the run stops."""
     allow_change: bool = False
-    """Continue a run although its settings changed."""
+    """Continue a run even if its settings changed."""
     timeout: float = 600.0
     """Seconds after which a process that lost its peers gives up."""
 

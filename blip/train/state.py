@@ -1,4 +1,4 @@
-"""Where a run is, and its checkpoints: what it needs to continue as if it had never stopped."""
+"""The progress of a run and its checkpoints, from which it continues as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class State:
-    """Where a run is."""
+    """Counters of a run."""
 
     step: int = 0
     """Optimizer steps done."""
     samples: int = 0
     """Pairs seen."""
     skipped: int = 0
-    """Updates left out because a loss or gradient was not finite."""
+    """Updates skipped because a loss or gradient was not finite."""
     seconds: float = 0.0
     """Time spent in steps."""
     window: dict[str, list[float]] = field(default_factory=dict)
-    """Sums and counts of what the next log line will average."""
+    """Sums and counts of the values that the next log line averages."""
 
 
 class Checkpoints:
-    """`out/checkpoints/step-00001000/`: each whole or absent, the newest few kept."""
+    """Checkpoints in `out/checkpoints/step-00001000/`: each complete or absent, the newest few kept."""
 
     def __init__(self, out: Path, keep: int) -> None:
         self.folder, self.keep = out / "checkpoints", keep
 
     def paths(self) -> list[Path]:
-        """Published checkpoints, oldest first."""
+        """Complete checkpoints, oldest first."""
         return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
 
     def save(self, objective: nn.Module, extra: dict[str, Any], state: State, facts: dict[str, Any]) -> Path:
-        """Publish the state of a run, then remove what is too old. `extra`: state dicts of optimizer and scaler.
+        """Write the state of a run, then remove old checkpoints. `extra`: state dicts of optimizer and scaler.
 
-        atomic.WriteError if the disk is full: nothing is left behind and older checkpoints are untouched.
+        files.WriteError if the disk is full: nothing is left behind and older checkpoints are untouched.
         """
         target = self.folder / f"step-{state.step:08d}"
         if target.exists():
@@ -76,19 +76,19 @@ class Checkpoints:
             files.checkpoint_event("after prune", path)
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint whose files are all as they were written, and what its state.json says."""
+        """Find the newest undamaged checkpoint -> its path and the contents of its state.json."""
         for path in reversed(self.paths()):
             try:
                 files.check_manifest(path)
                 return path, json.loads((path / "state.json").read_bytes())
-            except PermissionError:  # whole for who may read it: to pass it over would throw work away
+            except PermissionError:  # it may be intact: skipping it would throw work away
                 raise
             except (OSError, ValueError) as error:
-                logger.warning("checkpoint %s is damaged and was passed over: %s", path.name, error)
+                logger.warning("checkpoint %s is damaged and was skipped: %s", path.name, error)
         return None
 
     def discard_after(self, path: Path | None) -> None:
-        """Move damaged checkpoints newer than the one in use out of the way, and remove what was never finished."""
+        """Rename damaged checkpoints newer than the one in use, and remove unfinished ones."""
         for folder in (self.folder, self.folder.parent):
             files.clear_unfinished(folder)
         for other in self.paths():
@@ -113,7 +113,7 @@ def _nested_bytes(value: Any) -> int:
 
 
 def restore(path: Path, objective: nn.Module) -> dict[str, Any]:
-    """Load a checkpoint's tensors into the objective, strictly; returns the state dicts of optimizer and scaler."""
+    """Load a checkpoint's tensors into the objective, strictly; return the state dicts of optimizer and scaler."""
     file = path / "objective.safetensors"
     try:
         objective.load_state_dict(read_tensors(file))

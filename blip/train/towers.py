@@ -26,9 +26,9 @@ class Tower:
     part: str
     """Name of a module in the model, `vision` or `med.blocks`, or of some of its members: `vision.vit.blocks[0:6]`."""
     locked_until: float = 0.0
-    """Share of the run's steps during which it is locked: 0 never, 1 to the end."""
+    """Share of the run's steps during which the part is locked: 0 never, 1 to the end."""
     lr_scale: float = 1.0
-    """Factor of its learning rate."""
+    """Learning-rate factor of the part."""
 
     def __post_init__(self) -> None:
         require(0 <= self.locked_until <= 1, f"locked_until must be in [0, 1], got {self.locked_until}")
@@ -51,18 +51,18 @@ class TowerSchedule:
         self.locked = [False] * len(self.towers)
         for tower, own in zip(towers, self.parameters, strict=True):
             require(bool(own), f"train.towers: part {tower.part!r} has no weights to train")
-        given = [p for parameters in self.parameters for p in parameters]
-        require(len(given) == len(set(given)), "train.towers: two parts have weights in common; name each weight once")
-        at_first = {p for one, own in zip(towers, self.parameters, strict=True) if one.locked_until > 0 for p in own}
-        learning = [p for p in objective.parameters() if p.requires_grad and p not in at_first]
+        named = [p for parameters in self.parameters for p in parameters]
+        require(len(named) == len(set(named)), "train.towers: two parts have weights in common; name each weight once")
+        locked = {p for one, own in zip(towers, self.parameters, strict=True) if one.locked_until > 0 for p in own}
+        learning = [p for p in objective.parameters() if p.requires_grad and p not in locked]
         require(bool(learning) or not towers, "train.towers: every part is locked at first; nothing is left to train")
 
     def scales(self) -> dict[nn.Parameter, float]:
-        """Factors of the learning rate by parameter."""
+        """Learning-rate factor of each parameter that belongs to a tower."""
         return {p: tower.lr_scale for (tower, _), own in zip(self.towers, self.parameters, strict=True) for p in own}
 
     def set(self, clock: Clock) -> list[str]:
-        """Lock and unlock what the clock says; what changed, in words."""
+        """Lock and unlock parts by the clock; return the changes as sentences for the log."""
         changes = []
         for i, (tower, modules) in enumerate(self.towers):
             locked = clock.progress < tower.locked_until

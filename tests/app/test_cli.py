@@ -399,7 +399,7 @@ WRONG = {
     "a file for a model": (["photos", "--model", "photos/p1.png"], "is not a model directory"),
     "another program's model": (["photos", "--model", "foreign"], "model.safetensors is cut short to nothing"),
     "a long prompt": (["photos", "--prompt", LONG], "a prompt of 65 tokens exceeds the model's 64 positions"),
-    "a prompt that leaves nothing": (["photos", "--max-length", "4", "--min-length", "0"], "leaves nothing to write"),
+    "a prompt that leaves nothing": (["photos", "--max-length", "4", "--min-length", "0"], "leaves no room up to"),
     "a prompt of unknown words": (["photos", "--prompt", "собака"], "does not know"),
     "too many tokens": (["photos", "--max-length", "65"], "the model's 64 positions"),
     "least above most": (

@@ -110,7 +110,7 @@ def test_the_context_is_the_tokens_and_the_states_side_by_side():
     (states,) = model.med([TextPass(captions, caption_keep)])
     tokens = torch.cat([model.vision(image), model.caption_proj(states)[None]], 1)
     context = model.med.context(tokens)
-    assert context.held[0].shape[-2] == 6 + model.vision(image).shape[1]
+    assert context.kv[0].shape[-2] == 6 + model.vision(image).shape[1]
     close(
         model.match(ids, keep, context.expand(4)),
         model.match(ids, keep, model.context(image, captions, caption_keep).expand(4)),

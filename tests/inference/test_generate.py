@@ -355,7 +355,7 @@ def test_an_absorbed_context_equals_a_projected_one(model, images, prompts, mask
 def test_a_context_is_projected_where_a_gradient_is_wanted(model, images):
     tokens = model.vision(images)
     assert type(model.med.context(tokens, queries=1)) is Context
-    model.med.context(tokens)[torch.tensor([1])].held[0].sum().backward()
+    model.med.context(tokens)[torch.tensor([1])].kv[0].sum().backward()
     assert model.med.blocks[0].cross.kv.weight.grad.abs().sum() > 0
     model.zero_grad()
 
@@ -487,7 +487,7 @@ def test_what_does_not_fit_is_refused(model, context, prompts):
 
     refused("12 prompts for 2 contexts with 3 texts each", context=context[torch.tensor([0, 1])].expand(3))
     refused("max_length 33 exceeds the model's 32 positions", max_length=33)
-    refused("a prompt of 6 tokens leaves nothing to write up to max_length 6", max_length=6)
+    refused("a prompt of 6 tokens leaves no room up to max_length 6", max_length=6)
     refused("nucleus needs a key for each of 12 rows, got none", method="nucleus")
     refused("50 beams are too many for a vocabulary of 99", beams=50)
     refused("two equal grids", keep=keep[:, :3])

@@ -101,10 +101,10 @@ def test_every_tensor_has_an_origin(kind, blip):
     model = kind.from_blip(blip)
     origin, ours, theirs = model.origin(), model.state_dict(), blip.state_dict()
     assert set(origin.copied) | set(origin.fresh) == set(ours)
-    assert set(origin.copied.values()) | set(origin.left) == set(theirs)
+    assert set(origin.copied.values()) | set(origin.unused) == set(theirs)
     assert all(torch.equal(ours[name], theirs[source]) for name, source in origin.copied.items())
-    lacking = dataclasses.replace(origin, left={})
-    with pytest.raises(ValueError, match="not accounted for"):
+    lacking = dataclasses.replace(origin, unused={})
+    with pytest.raises(ValueError, match="must be accounted for"):
         copy(model, blip, lacking)
 
 

@@ -123,7 +123,7 @@ def test_a_text_only_transformer_has_no_grounded_parts():
 
 def test_what_cannot_be_run_is_refused(model, batch):
     context = model.context(model.vision(batch.image))
-    with pytest.raises(ValueError, match="is causal, or of which only the first"):
+    with pytest.raises(ValueError, match="must have one segment"):
         model.med([TextPass(batch.ids, batch.keep, causal=True, context=context, first=True)])
     with pytest.raises(ValueError, match="41 tokens exceeds the model's 40"):
         model.med([TextPass(torch.ones(1, 41).long(), torch.ones(1, 41).bool())])

@@ -238,7 +238,7 @@ def test_a_cache_continues_what_a_causal_pass_reads_at_once(qformer, given):
 def test_a_pass_sees_only_what_is_there_before_it(qformer, given, words_at):
     images, words = passes_of("causal", qformer, given, words_at)
     for run in ([words, images], [words]):
-        with pytest.raises(ValueError, match="stands before it in the same run"):
+        with pytest.raises(ValueError, match="only see an earlier pass of the same run"):
             qformer(run)
 
 
