@@ -41,7 +41,7 @@ _PASSED_ON = ("sample_id", "source_uri", "source_row", "key", "url", "image_sha2
 
 
 @dataclass
-class Kept:
+class ExportSample:
     """One kept text, or all kept texts of an image where they stay together."""
 
     name: str
@@ -103,8 +103,8 @@ def export(
         _WRITERS[form](_counted(_samples(run, selection, together), counts), files, shard)
     if counts["pairs"] != kept:
         raise DataError(f"{counts['pairs']} texts were exported and {kept} are kept: run `capfilt verify`")
-    held = count(files.storage, form, files.written)
-    if different := differences({name: counts[name] for name in held}, held):
+    in_files = count(files.storage, form, files.written)
+    if different := differences({name: counts[name] for name in in_files}, in_files):
         raise DataError(f"{files.storage.root} does not hold what was written ({'; '.join(different)}): export again")
     manifest = {**about, **counts, "files": files.written}
     content = (json.dumps(manifest, indent=1) + "\n").encode()
@@ -132,12 +132,12 @@ def _begin(storage: Storage, about: dict[str, Any], replace: bool) -> None:
         raise ValueError(f"{storage.root} is not empty ({', '.join(there[:3])}): give another --to")
     if marker is not None:
         before = json.loads(storage.read(marker))
-        found = differences({key: before.get(key) for key in about}, about)
-        if found and not replace:
+        changes = differences({key: before.get(key) for key in about}, about)
+        if changes and not replace:
             raise ValueError(
-                f"{storage.root} holds another export ({'; '.join(found)}): give another --to, or --replace"
+                f"{storage.root} holds another export ({'; '.join(changes)}): give another --to, or --replace"
             )
-        if found:
+        if changes:
             _remove_export(storage)
     storage.sweep()
     storage.write(BEGUN, (json.dumps(about) + "\n").encode())
@@ -154,7 +154,7 @@ def _remove_export(storage: Storage) -> None:
         storage.remove(name)
 
 
-def _counted(samples: Iterator[Kept], counts: dict[str, int]) -> Iterator[Kept]:
+def _counted(samples: Iterator[ExportSample], counts: dict[str, int]) -> Iterator[ExportSample]:
     for sample in samples:
         counts["samples"] += 1
         counts["pairs"] += len(sample.captions)
@@ -162,23 +162,23 @@ def _counted(samples: Iterator[Kept], counts: dict[str, int]) -> Iterator[Kept]:
         yield sample
 
 
-def _samples(run: Run, selection: str, together: bool) -> Iterator[Kept]:
+def _samples(run: Run, selection: str, together: bool) -> Iterator[ExportSample]:
     number, images, originals = 0, 0, _Images(run)
     for part, table in kept_of(run, selection):
         texts = table.to_pylist()
         if not texts:
             continue
         notes = run.parts.read(part.pid).to_pylist()
-        for row, kept in groupby(texts, key=lambda text: text["row"]):
-            note, chosen = notes[row], list(kept)
+        for row, of_row in groupby(texts, key=lambda text: text["row"]):
+            note, chosen = notes[row], list(of_row)
             image = originals.of(part, note)
             facts = {name: note[name] for name in _PASSED_ON}
             facts["extra"] = json.loads(facts.pop("extra_json") or "{}")
             groups = [chosen] if together else [[text] for text in chosen]
             for i, group in enumerate(groups):
-                said = [{"source": t["text_source"], "score": t["score"], "reason": t["reason"]} for t in group]
-                yield Kept(f"{number:09d}", [t["text"] for t in group], _ENDING[note["format"]], image,
-                           {**facts, "kept": said}, i == 0, f"{images:09d}")  # fmt: skip
+                fates = [{"source": t["text_source"], "score": t["score"], "reason": t["reason"]} for t in group]
+                yield ExportSample(f"{number:09d}", [t["text"] for t in group], _ENDING[note["format"]], image,
+                           {**facts, "kept": fates}, i == 0, f"{images:09d}")  # fmt: skip
                 number += 1
             images += 1
 
@@ -204,7 +204,7 @@ class _Images:
         return image
 
 
-def _sharded(samples: Iterator[Kept], size: int) -> Iterator[tuple[int, Iterator[Kept]]]:
+def _sharded(samples: Iterator[ExportSample], size: int) -> Iterator[tuple[int, Iterator[ExportSample]]]:
     """Samples by the number of their file."""
     return groupby(samples, key=lambda sample: int(sample.name) // size)
 
@@ -212,7 +212,7 @@ def _sharded(samples: Iterator[Kept], size: int) -> Iterator[tuple[int, Iterator
 # Formats --------------------------------------------------------------------------------------------------------------
 
 
-def _write_wds(samples: Iterator[Kept], files: _Files, size: int) -> None:
+def _write_wds(samples: Iterator[ExportSample], files: _Files, size: int) -> None:
     for number, group in _sharded(samples, size):
         with (
             files.writing(f"{number:05d}.tar") as file,
@@ -222,8 +222,11 @@ def _write_wds(samples: Iterator[Kept], files: _Files, size: int) -> None:
                 _add(tar, f"{sample.name}.{sample.ending}", sample.image)
                 if len(sample.captions) == 1:
                     _add(tar, f"{sample.name}.txt", sample.captions[0].encode())
-                said = {"caption": sample.captions if len(sample.captions) > 1 else sample.captions[0], **sample.facts}
-                _add(tar, f"{sample.name}.json", json.dumps(said).encode())
+                record = {
+                    "caption": sample.captions if len(sample.captions) > 1 else sample.captions[0],
+                    **sample.facts,
+                }
+                _add(tar, f"{sample.name}.json", json.dumps(record).encode())
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -232,7 +235,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(member, io.BytesIO(content))
 
 
-def _write_parquet(samples: Iterator[Kept], files: _Files, size: int) -> None:
+def _write_parquet(samples: Iterator[ExportSample], files: _Files, size: int) -> None:
     schema = _hosted_schema()
     for number, group in _sharded(samples, size):
         with files.writing(f"{number:05d}.parquet") as file, pq.ParquetWriter(file, schema) as writer:
@@ -241,13 +244,13 @@ def _write_parquet(samples: Iterator[Kept], files: _Files, size: int) -> None:
                 writer.write_table(pa.Table.from_pylist(some, schema))
 
 
-def _row(sample: Kept) -> dict[str, Any]:
+def _row(sample: ExportSample) -> dict[str, Any]:
     return {
         "image": {"bytes": sample.image, "path": f"{sample.name}.{sample.ending}"},
         "caption": sample.captions,
         "sample_id": sample.facts["sample_id"],
-        "source": [said["source"] for said in sample.facts["kept"]],
-        "score": [said["score"] for said in sample.facts["kept"]],
+        "source": [fate["source"] for fate in sample.facts["kept"]],
+        "score": [fate["score"] for fate in sample.facts["kept"]],
         "json": json.dumps(sample.facts),
     }
 
@@ -274,7 +277,7 @@ def _hosted_schema() -> pa.Schema:
     return pa.schema(list(types.items()), {"huggingface": json.dumps({"info": {"features": features}})})
 
 
-def _write_json(samples: Iterator[Kept], files: _Files, size: int) -> None:
+def _write_json(samples: Iterator[ExportSample], files: _Files, size: int) -> None:
     """captions.json with one {image, caption} per sample, and each image once under images/."""
     with files.writing("captions.json") as listing:
         start = b"[\n"
@@ -309,7 +312,7 @@ def _write_uids(run: Run, selection: str, files: _Files, counts: dict[str, int])
         file.write(buffer.getvalue())
 
 
-_WRITERS: dict[str, Callable[[Iterator[Kept], _Files, int], None]] = {
+_WRITERS: dict[str, Callable[[Iterator[ExportSample], _Files, int], None]] = {
     "wds": _write_wds,
     "parquet": _write_parquet,
     "json": _write_json,

@@ -114,12 +114,12 @@ def _describe_all(
 ) -> list[PlannedSource]:
     counts = [Counter() for _ in files]  # one each, as threads count
     with ThreadPoolExecutor(4) as pool:
-        found = list(
+        described = list(
             pool.map(lambda one, mine: describe(one, _relpath(one.path, root), reading, storage, mine), files, counts)
         )
     for mine in counts if seen is not None else ():
         seen.update(mine)
-    return found
+    return described
 
 
 def write_parts(storage: Storage, number: int, sources: Sequence[PlannedSource], size: int, mark: str) -> None:
@@ -138,13 +138,13 @@ def write_parts(storage: Storage, number: int, sources: Sequence[PlannedSource],
 
 def _same(run: Run, resolved: dict, reading: ReadConfig, part_size: int | None, paths: list[str]) -> Run:
     """The run, if these settings would have planned it."""
-    found = drift(run, resolved, reading, part_size)
+    changes = drift(run, resolved, reading, part_size)
     known = {source.path for source in run.sources.values()}
-    found += [f"input {p} is not in the plan" for p in paths if p not in known][:3]
-    found += [f"input {p} is in the plan and not found now" for p in sorted(known - set(paths))][:3]
-    if found:
+    changes += [f"input {p} is not in the plan" for p in paths if p not in known][:3]
+    changes += [f"input {p} is in the plan and not found now" for p in sorted(known - set(paths))][:3]
+    if changes:
         raise ValueError(
-            f"{run.where} is planned otherwise: {'; '.join(found)}. Take another --out, or add new files with "
+            f"{run.where} is planned otherwise: {'; '.join(changes)}. Take another --out, or add new files with "
             "`plan --extend`"
         )
     return run

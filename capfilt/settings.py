@@ -98,14 +98,14 @@ def decided(config: ScoreConfig, planned: ScoreConfig | None = None, device: Any
     """
     if config.precision != "auto":
         return config
-    found = planned.precision if planned else "float32"
+    precision = planned.precision if planned else "float32"
     if planned is None and config.scorer == "blip":
         from blip.dist import own_device
         from blip.train.precision import multiplies_bfloat16
 
         device = device or own_device()
-        found = "bfloat16" if device.type == "cuda" and multiplies_bfloat16(device) else "float32"
-    return dataclasses.replace(config, precision=found)
+        precision = "bfloat16" if device.type == "cuda" and multiplies_bfloat16(device) else "float32"
+    return dataclasses.replace(config, precision=precision)
 
 
 @dataclass(frozen=True)
@@ -219,10 +219,10 @@ def decode_settings(config: ScoreConfig) -> DecodeConfig:
 
     if config.decode not in DECODE_PRESETS:
         raise ValueError(f"decode {config.decode!r} is not one of {', '.join(DECODE_PRESETS)}")
-    said = {"num": config.captions, "seed": config.seed}
+    changes = {"num": config.captions, "seed": config.seed}
     if config.max_length is not None:
-        said["max_length"] = config.max_length
-    return dataclasses.replace(DECODE_PRESETS[config.decode], **said)
+        changes["max_length"] = config.max_length
+    return dataclasses.replace(DECODE_PRESETS[config.decode], **changes)
 
 
 def decode_record(config: ScoreConfig) -> dict[str, Any]:

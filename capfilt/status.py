@@ -45,16 +45,17 @@ def status(run: Run) -> dict[str, Any]:
     }
 
 
-def lines(said: dict[str, Any]) -> list[str]:
+def lines(state: dict[str, Any]) -> list[str]:
     """The status to read."""
-    left = f", ETA {clock(said['seconds_left'])}" if said["seconds_left"] is not None else ""
-    ago = said["last_part_seconds_ago"]
-    out = [f"rows {said['rows']:,}/{said['of']:,} ({said['rows'] / max(1, said['of']):.1%}), parts {said['parts']:,}/"
-           f"{said['parts_of']:,}, {said['rows_per_second']:,} rows/s{left}"]  # fmt: skip
+    left = f", ETA {clock(state['seconds_left'])}" if state["seconds_left"] is not None else ""
+    ago = state["last_part_seconds_ago"]
+    rows, of = state["rows"], state["of"]
+    out = [f"rows {rows:,}/{of:,} ({rows / max(1, of):.1%}), parts {state['parts']:,}/{state['parts_of']:,}, "
+           f"{state['rows_per_second']:,} rows/s{left}"]  # fmt: skip
     if ago is not None:
-        out.append(f"last part {clock(ago)} ago, {said['parts_begun']} begun and not committed")
-    out += [f"failed {f['attempts']} times: {f['part']} ({f['source']}): {f['why']}" for f in said["failures"][:5]]
-    out += [f"source_damaged: {s['path']}: {s['damage']}" for s in said["damaged_sources"][:5]]
+        out.append(f"last part {clock(ago)} ago, {state['parts_begun']} begun and not committed")
+    out += [f"failed {f['attempts']} times: {f['part']} ({f['source']}): {f['why']}" for f in state["failures"][:5]]
+    out += [f"source_damaged: {s['path']}: {s['damage']}" for s in state["damaged_sources"][:5]]
     return out
 
 

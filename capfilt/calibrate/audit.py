@@ -62,7 +62,7 @@ def _harmless(text: str) -> str:
 
 def draw(run: Run, count: int) -> list[dict]:
     """Texts drawn by hash, equally many from each tenth of each source's scores, with what they stand for."""
-    found: dict[tuple[str, int], list[tuple[str, float, str, int, int]]] = {}
+    candidates: dict[tuple[str, int], list[tuple[str, float, str, int, int]]] = {}
     sizes: dict[tuple[str, int], int] = {}
     each = max(1, count // (2 * _STRATA))
     for part in scored_parts(run):
@@ -75,11 +75,11 @@ def draw(run: Run, count: int) -> list[dict]:
                     key = kind, min(int(score * _STRATA), _STRATA - 1)
                     sizes[key] = sizes.get(key, 0) + 1
                     mark = hashlib.sha256(f"audit {note['sample_id']} {kind} {i}".encode()).hexdigest()[:16]
-                    found.setdefault(key, []).append((mark, score, part.pid, row, i))
-                    if len(found[key]) > 4 * each:
-                        found[key] = sorted(found[key])[:each]
+                    candidates.setdefault(key, []).append((mark, score, part.pid, row, i))
+                    if len(candidates[key]) > 4 * each:
+                        candidates[key] = sorted(candidates[key])[:each]
     drawn = []
-    for (kind, tenth), some in found.items():
+    for (kind, tenth), some in candidates.items():
         chosen = sorted(some)[:each]
         for mark, score, pid, row, i in chosen:
             text = run.parts.read(pid, [f"{kind}_text"])[f"{kind}_text"][row].as_py()[i]
@@ -111,10 +111,10 @@ def _page(run: Run, drawn: Sequence[dict]) -> str:
 
 def read(run: Run, labels: str, target: float) -> list[str]:
     """Precision and recall by threshold, for web and synthetic texts; returns what to print."""
-    found = read_labels(Path(labels))
-    lines = [f"{len(found)} labels; intervals are 95% Wilson at the effective number of labels"]
+    judged = read_labels(Path(labels))
+    lines = [f"{len(judged)} labels; intervals are 95% Wilson at the effective number of labels"]
     for kind in ("web", "syn"):
-        mine = [label for label in found if label.source == kind]
+        mine = [label for label in judged if label.source == kind]
         if not mine:
             continue
         lines.append(f"{kind}: {len(mine)} labels, {sum(label.match for label in mine)} match")
@@ -146,23 +146,23 @@ def _advice(labels: Sequence[Label], target: float) -> str:
 
 def read_labels(path: Path) -> list[Label]:
     """The filled-in rows of a sheet. ValueError names the row that is wrong, DataError the line that is no CSV."""
-    found = []
+    judged = []
     for number, row in csv_rows(path):
         if not set(_COLUMNS) <= row.keys():
             raise ValueError(f"{path} has not the columns {', '.join(_COLUMNS)}: is it the sheet that audit wrote?")
-        said = row["match"].strip().lower()
-        if not said:
+        answer = row["match"].strip().lower()
+        if not answer:
             continue
-        if said not in ("y", "yes", "1", "n", "no", "0"):
+        if answer not in ("y", "yes", "1", "n", "no", "0"):
             raise ValueError(f"{path}, line {number}: match must be y or n, got {row['match']!r}")
         try:
             score, weight = float(row["score"]), float(row["weight"])
         except ValueError:
             raise ValueError(f"{path}, line {number}: score and weight must be numbers") from None
-        found.append(Label(row["id"], row["source"], score, weight, said in ("y", "yes", "1")))
-    if not found:
+        judged.append(Label(row["id"], row["source"], score, weight, answer in ("y", "yes", "1")))
+    if not judged:
         raise ValueError(f"{path}: no row has y or n in the column match")
-    return found
+    return judged
 
 
 def weighted_share(labels: Sequence[Label]) -> tuple[float, float, float]:

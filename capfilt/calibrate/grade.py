@@ -47,7 +47,7 @@ def grade(run: Run, select: str, *, column: str = "kind", right: str = "right") 
     good = np.array(margins.get(right, []))
 
     def against(kind: str) -> float | None:
-        found = np.array(margins[kind])
-        return auc(good, found) if kind != right and len(good) and len(found) else None
+        values = np.array(margins[kind])
+        return auc(good, values) if kind != right and len(good) and len(values) else None
 
-    return {kind: Kind(len(found), kept[kind], against(kind)) for kind, found in sorted(margins.items())}
+    return {kind: Kind(len(values), kept[kind], against(kind)) for kind, values in sorted(margins.items())}

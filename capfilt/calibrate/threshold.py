@@ -61,10 +61,10 @@ def _decoded(run: Run, worker: Worker, count: int) -> Iterator[list[Decoded]]:
 
 
 def _matched(worker: Worker, items: Sequence[Item]) -> list[list[Matched]]:
-    found: list[list[Matched]] = []
+    matches: list[list[Matched]] = []
     for at in range(0, len(items), worker.batch):
-        found += [scores.web if scores else [] for scores in worker.show(items[at : at + worker.batch])]
-    return found
+        matches += [scores.web if scores else [] for scores in worker.show(items[at : at + worker.batch])]
+    return matches
 
 
 # Null floor -----------------------------------------------------------------------------------------------------------
@@ -85,13 +85,13 @@ def null_floor(run: Run, options: CalibrateOptions, make_scorer: Callable[[Run],
         ]
         scores += [match.probability for matched in _matched(worker, pairs) for match in matched]
     worker.close()
-    found = np.array(scores)
-    if not len(found):
+    probabilities = np.array(scores)
+    if not len(probabilities):
         raise ValueError(f"{run.where} has no two rows with different texts to shuffle")
-    histogram = np.bincount((found * BINS + 1e-4).astype(int), minlength=BINS + 1)
-    run.storage.write(NULL, json.dumps({"pairs": len(found), "histogram": histogram.tolist()}).encode())
-    lines = [f"{len(found):,} captions with an image that is not theirs:"]
-    lines += [f"  P(match) >= {t:g}: {(found >= t).mean():.2%} of them" for t in _STEPS]
+    histogram = np.bincount((probabilities * BINS + 1e-4).astype(int), minlength=BINS + 1)
+    run.storage.write(NULL, json.dumps({"pairs": len(probabilities), "histogram": histogram.tolist()}).encode())
+    lines = [f"{len(probabilities):,} captions with an image that is not theirs:"]
+    lines += [f"  P(match) >= {t:g}: {(probabilities >= t).mean():.2%} of them" for t in _STEPS]
     return [
         *lines,
         "This is a floor: near misses pass far more often than shuffled captions. A filter that lets many of them pass "
@@ -122,8 +122,8 @@ def against_reference(run: Run, options: CalibrateOptions, make_scorer: Callable
             lines.append(f"  at {t:g}: recall {right:.1%}, wrong ones kept {wrong:.1%}, precision if half are right "
                          f"{precision:.1%}")  # fmt: skip
         t = threshold_for(positive, negative, options.target)
-        said = "no threshold reaches" if t is None else f"from {t:.3f} on reaches"
-        lines.append(f"  {said} precision {options.target:g} if half of the pairs are right")
+        reach = "no threshold reaches" if t is None else f"from {t:.3f} on reaches"
+        lines.append(f"  {reach} precision {options.target:g} if half of the pairs are right")
     return lines
 
 

@@ -49,6 +49,7 @@ def run(options: ExportVerb) -> int:
     from capfilt.run import Run
 
     ways = {name: getattr(options, name) for name in ("shard", "together", "replace", "allow_empty")}
-    said = export(Run.open(options.run), options.select, options.format, options.to, **ways)
-    print(f"{options.to}: {said['pairs']:,} texts on {said['images']:,} images in {len(said['files']):,} files")
+    manifest = export(Run.open(options.run), options.select, options.format, options.to, **ways)
+    pairs, images, files = manifest["pairs"], manifest["images"], len(manifest["files"])
+    print(f"{options.to}: {pairs:,} texts on {images:,} images in {files:,} files")
     return DONE

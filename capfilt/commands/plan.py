@@ -99,9 +99,9 @@ def refuse_drift(run, given: dict[str, Any], part_size: int | None = None) -> No
     def now(planned: ScoreConfig | ReadConfig):
         return dataclasses.replace(planned, **{k: v for k, v in given.items() if hasattr(planned, k)})
 
-    found = drift(run, resolve(decided(now(run.config), run.config)), now(run.reading), part_size)
-    if found:
+    changes = drift(run, resolve(decided(now(run.config), run.config)), now(run.reading), part_size)
+    if changes:
         raise ValueError(
-            f"{run.where} was planned with other settings: {'; '.join(found)}. Nothing was touched; plan another run "
+            f"{run.where} was planned with other settings: {'; '.join(changes)}. Nothing was touched; plan another run "
             "for them"
         )

@@ -51,9 +51,9 @@ def run(options: ScoreVerb) -> int:
     """Score what is left of a run; returns the exit status."""
     from capfilt.run import Run
 
-    found = Run.open(options.run)
-    refuse_drift(found, options.planned)
-    return score(found, options, options.how)
+    planned = Run.open(options.run)
+    refuse_drift(planned, options.planned)
+    return score(planned, options, options.how)
 
 
 def score(run, engine: EngineOptions, how: ScoreOptions) -> int:

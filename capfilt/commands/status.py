@@ -26,6 +26,6 @@ def run(options: StatusVerb) -> int:
     from capfilt.run import Run
     from capfilt.status import lines, status
 
-    said = status(Run.open(options.run))
-    print(json.dumps(said) if options.json else "\n".join(lines(said)))
+    state = status(Run.open(options.run))
+    print(json.dumps(state) if options.json else "\n".join(lines(state)))
     return DONE

@@ -136,9 +136,9 @@ def _collect(numbers: Numbers, part: Part, table: pa.Table, chosen: pa.Table, mo
 
 
 def _offer(numbers: Numbers, group: str, rows: np.ndarray, order: list[int], part: Part, most: int) -> None:
-    found = heapq.nsmallest(most, ((order[r], part.pid, int(r)) for r in rows))
-    if found:
-        numbers.examples[group] = heapq.nsmallest(most, [*numbers.examples.get(group, []), *found])
+    smallest = heapq.nsmallest(most, ((order[r], part.pid, int(r)) for r in rows))
+    if smallest:
+        numbers.examples[group] = heapq.nsmallest(most, [*numbers.examples.get(group, []), *smallest])
 
 
 def _offer_scored(numbers: Numbers, group: str, row: np.ndarray, score: np.ndarray, mask: np.ndarray, part: Part,
@@ -147,9 +147,9 @@ def _offer_scored(numbers: Numbers, group: str, row: np.ndarray, score: np.ndarr
     for r, s in zip(row[mask].tolist(), score[mask].tolist(), strict=True):
         if s == s:
             best[r] = min(s, best.get(r, s))
-    found = heapq.nsmallest(most, ((s, part.pid, r) for r, s in best.items()))
-    if found:
-        numbers.examples[group] = heapq.nsmallest(most, [*numbers.examples.get(group, []), *found])
+    smallest = heapq.nsmallest(most, ((s, part.pid, r) for r, s in best.items()))
+    if smallest:
+        numbers.examples[group] = heapq.nsmallest(most, [*numbers.examples.get(group, []), *smallest])
 
 
 def _collect_repeated(run: Run, done: list[Part], numbers: Numbers, most: int) -> None:
@@ -157,13 +157,13 @@ def _collect_repeated(run: Run, done: list[Part], numbers: Numbers, most: int) -
     ((caption, n),) = numbers.captions["syn"].most_common(1) or [("", 0)]
     if n < 3:
         return
-    found: list[tuple[Any, str, int]] = []
+    examples: list[tuple[Any, str, int]] = []
     for part in done[:200]:
         texts = run.parts.read(part.pid, ["syn_text"])["syn_text"].to_pylist()
-        found += [(i, part.pid, i) for i, said in enumerate(texts) if caption in (said or [])]
-        if len(found) >= most:
+        examples += [(i, part.pid, i) for i, row in enumerate(texts) if caption in (row or [])]
+        if len(examples) >= most:
             break
-    numbers.examples["all of these got the commonest synthetic caption"] = found[:most]
+    numbers.examples["all of these got the commonest synthetic caption"] = examples[:most]
 
 
 # The result -----------------------------------------------------------------------------------------------------------

@@ -77,11 +77,11 @@ def annotation(row: Decoded, relpath: str, scores: Scores | None) -> dict[str, A
 
 
 def _scores(kind: str, matches: Sequence[Matched | None], invalid: bool) -> dict[str, list[float | None]]:
-    said = [None if invalid else m for m in matches]
+    valid = [None if invalid else m for m in matches]
     return {
-        f"itm_{kind}": [m and m.probability for m in said],
-        f"itm_margin_{kind}": [m and m.margin for m in said],
-        f"itc_{kind}": [m and m.itc for m in said],
+        f"itm_{kind}": [m and m.probability for m in valid],
+        f"itm_margin_{kind}": [m and m.margin for m in valid],
+        f"itc_{kind}": [m and m.itc for m in valid],
     }
 
 

@@ -76,7 +76,7 @@ class Claims:
         self._mine.clear()
 
     def _note(self, part: Part, attempt: int, what: dict) -> None:
-        said = {
+        record = {
             **what,
             "part": part.pid,
             "attempt": attempt,
@@ -87,4 +87,4 @@ class Claims:
             "started": self._start,
             "time": time.time(),
         }
-        self.storage.note(failure_name(part.pid, attempt), json.dumps(said).encode())
+        self.storage.note(failure_name(part.pid, attempt), json.dumps(record).encode())

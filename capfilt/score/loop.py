@@ -23,9 +23,9 @@ from capfilt.schema import FAULTS, OK
 from capfilt.score import annotate
 from capfilt.score.claims import MOST, SANDBOX, Claims
 from capfilt.score.decoding import Decoded
-from capfilt.score.pool import BrokenDecoder, Inline, Pool, Setup, Task
-from capfilt.score.progress import Progress
-from capfilt.score.scorer import Item, OutOfMemory, Scorer, Scores
+from capfilt.score.pool import BrokenDecoder, DecodeTask, Inline, Pool, Setup
+from capfilt.score.progress import ScoringProgress
+from capfilt.score.scorer import BatchTooLarge, Item, Scorer, Scores
 from capfilt.settings import DONE, FAILED_PARTS, INTERRUPTED, WRONG, ScoreOptions
 from capfilt.sources import changed
 from capfilt.store.storage import host
@@ -40,7 +40,7 @@ Tasks = deque[tuple["Pool | Inline", Future]]
 """The decoding tasks of a part, with the pool that each was given to."""
 
 
-class Interrupted(Exception):
+class ScoringInterrupted(Exception):
     """Somebody wants the process to stop."""
 
 
@@ -71,7 +71,7 @@ class Worker:
             raise DataError(f"source_changed: {source.path}: {reason}")
         self.claims.begin(part, attempt)
         pool = self._careful() if attempt >= SANDBOX and isinstance(self.pool, Inline) else self.pool
-        chunks = (Task(source, lo, min(lo + _CHUNK, part.hi)) for lo in range(part.lo, part.hi, _CHUNK))
+        chunks = (DecodeTask(source, lo, min(lo + _CHUNK, part.hi)) for lo in range(part.lo, part.hi, _CHUNK))
         return deque((pool, pool.submit(chunk)) for chunk in chunks)
 
     def _careful(self) -> Pool:
@@ -94,7 +94,7 @@ class Worker:
                     self._score(waiting, part, answers)
                     waiting = []
         self._score(waiting, part, answers)
-        found = [annotate.annotation(row, part.source, answers.get(row.number)) for row in rows]
+        annotations = [annotate.annotation(row, part.source, answers.get(row.number)) for row in rows]
         about = {
             "attempt": attempt,
             "worker": f"{host()}:{os.getpid()}",
@@ -102,7 +102,7 @@ class Worker:
             "dtype": self.run.config.precision,
             "seconds": (time.monotonic() - start) / len(rows),
         }
-        return [{**row, **about} for row in found]
+        return [{**row, **about} for row in annotations]
 
     def _score(self, rows: list[Decoded], part: Part, answers: dict[int, Scores]) -> None:
         """Show rows to the models, and note what they say of each."""
@@ -110,13 +110,13 @@ class Worker:
         while at < len(rows):
             some = rows[at : at + self.batch]
             at += len(some)
-            for row, said in zip(some, self.show([annotate.item_of(row, part.source) for row in some]), strict=True):
+            for row, scores in zip(some, self.show([annotate.item_of(row, part.source) for row in some]), strict=True):
                 row.pixels = []
-                if said is None:
+                if scores is None:
                     annotate.out_of_memory(row)
                 else:
-                    annotate.check_finite(row, said)
-                    answers[row.number] = said
+                    annotate.check_finite(row, scores)
+                    answers[row.number] = scores
 
     def show(self, items: Sequence[Item]) -> list[Scores | None]:
         """What the models say of items, in halves where they do not fit together; None of one that does not fit alone.
@@ -136,7 +136,7 @@ class Worker:
         if len(items) == self.batch and fitted[0] == fitted[1]:
             self.batch, self._passed, self._wait = (self.batch + 1) // 2, sum(fitted), min(2 * self._wait, 64)
             self._grow()
-        return [said for some, _ in halves for said in some]
+        return [scores for some, _ in halves for scores in some]
 
     def _grow(self) -> None:
         if self.batch < self.most and self._passed >= self._wait:
@@ -147,15 +147,15 @@ class Worker:
         scores = self._try(items)
         if scores is not None:
             return scores, True
-        return [said for half in _halves(items) for said in self._fitted(half)[0]], False
+        return [scores for half in _halves(items) for scores in self._fitted(half)[0]], False
 
     def _try(self, items: Sequence[Item]) -> list[Scores | None] | None:
         """What the models say; None where memory is too small for several, and of one alone that is what is said."""
         if self.stopped.is_set():
-            raise Interrupted
+            raise ScoringInterrupted
         try:
             return self.timed("models", lambda: self.scorer.score(items))
-        except OutOfMemory:
+        except BatchTooLarge:
             return None if len(items) > 1 else [None]
 
     def commit(self, part: Part, rows: list[dict[str, Any]]) -> None:
@@ -237,14 +237,14 @@ def find_work(run: Run, options: ScoreOptions, claims: Claims) -> Work:
 def describe_work(run: Run, work: Work, options: ScoreOptions) -> str:
     """What was found, in a line."""
     whose = f"process {options.rank} of {options.world}: " if options.world > 1 else ""
-    found = f"{whose}{len(work.done)} of {len(work.share)} parts are done"
+    line = f"{whose}{len(work.done)} of {len(work.share)} parts are done"
     if work.damaged:
-        found += f", {len(work.damaged)} damaged and done again ({next(iter(work.damaged.items()))})"
+        line += f", {len(work.damaged)} damaged and done again ({next(iter(work.damaged.items()))})"
     if work.busy:
-        found += f", {len(work.busy)} in the hands of another process, which is fine"
+        line += f", {len(work.busy)} in the hands of another process, which is fine"
     if work.failed:
-        found += f", {len(work.failed)} failed {MOST} times (`capfilt retry-failed {run.where}` tries them again)"
-    return found + f"; {len(work.todo)} to do"
+        line += f", {len(work.failed)} failed {MOST} times (`capfilt retry-failed {run.where}` tries them again)"
+    return line + f"; {len(work.todo)} to do"
 
 
 # The loop -------------------------------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def score(
     out.flush()
     rows = sum(part.rows for part in work.share)
     inherited = sum(part.rows for part in work.share if part.pid in work.done)
-    progress = Progress(rows, inherited, len(work.share), len(work.done), out)
+    progress = ScoringProgress(rows, inherited, len(work.share), len(work.done), out)
     progress.failed = len(work.failed)
     if work.todo:
         status = _work(run, make_scorer(run), options, work, progress)
@@ -334,7 +334,7 @@ def _commonest(statuses: Counter[str]) -> str:
     return ", ".join(f"{name} {n}" for name, n in statuses.most_common(4) if name != OK)
 
 
-def _work(run: Run, scorer: Scorer, options: ScoreOptions, work: Work, progress: Progress) -> int:
+def _work(run: Run, scorer: Scorer, options: ScoreOptions, work: Work, progress: ScoringProgress) -> int:
     worker = Worker(run, scorer, options)
     progress.stages = worker.stages
     judged = min(_JUDGED, sum(part.rows for part, _ in work.todo))
@@ -353,7 +353,7 @@ def _work(run: Run, scorer: Scorer, options: ScoreOptions, work: Work, progress:
                 progress.say()
             for one in writing:
                 one.result()
-        except (Interrupted, KeyboardInterrupt):
+        except (ScoringInterrupted, KeyboardInterrupt):
             for one in writing:
                 one.result()
             progress.out.write(
@@ -367,7 +367,7 @@ def _work(run: Run, scorer: Scorer, options: ScoreOptions, work: Work, progress:
     return DONE
 
 
-def _ahead(worker: Worker, work: Work, progress: Progress) -> Iterator[tuple[Part, int, Tasks]]:
+def _ahead(worker: Worker, work: Work, progress: ScoringProgress) -> Iterator[tuple[Part, int, Tasks]]:
     """Parts whose decoding has begun, one part ahead of the one that the models look at."""
     begun: deque[tuple[Part, int, Tasks]] = deque()
     deferred: set[str] = set()
@@ -375,7 +375,7 @@ def _ahead(worker: Worker, work: Work, progress: Progress) -> Iterator[tuple[Par
         while work.todo and len(begun) < 2:
             part, attempt = work.todo.popleft()
             if worker.stopped.is_set():
-                raise Interrupted
+                raise ScoringInterrupted
             if worker.run.parts.exists(part.pid) and part.pid not in work.damaged:
                 progress.inherit(part.rows)  # another process was faster
                 continue
@@ -395,17 +395,17 @@ def _ahead(worker: Worker, work: Work, progress: Progress) -> Iterator[tuple[Par
 
 
 def _try(
-    worker: Worker, part: Part, attempt: int, tasks: Tasks, work: Work, progress: Progress
+    worker: Worker, part: Part, attempt: int, tasks: Tasks, work: Work, progress: ScoringProgress
 ) -> list[dict[str, Any]] | None:
     """A part's annotations; None if that raised, and then it is put at the end of the queue or has failed."""
     try:
         return worker.annotate(part, tasks, attempt)
-    except (Interrupted, KeyboardInterrupt):
+    except (ScoringInterrupted, KeyboardInterrupt):
         raise
     except BrokenDecoder:  # neither the part's fault nor a row's
         worker.discard(tasks)
         if worker.stopped.is_set():  # the signal that stopped this process has ended the other one
-            raise Interrupted from None
+            raise ScoringInterrupted from None
         raise
     except Exception as error:
         worker.discard(tasks)
@@ -419,7 +419,7 @@ def _try(
         return None
 
 
-def judge(progress: Progress, judged: int, options: ScoreOptions) -> None:
+def judge(progress: ScoringProgress, judged: int, options: ScoreOptions) -> None:
     """Stop before much work is done on the wrong column or folder."""
     if progress.seen < judged or judged < 200 or progress.seen - judged > _JUDGED:
         return

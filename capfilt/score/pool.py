@@ -51,7 +51,7 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Task:
+class DecodeTask:
     """Rows lo to hi of a source."""
 
     source: PlannedSource
@@ -66,7 +66,7 @@ class Decoder:
         self.setup, self._storage = setup, open_storage(setup.where)
         self._readers: dict[str, Reader] = {}
 
-    def run(self, task: Task) -> Iterator[Decoded]:
+    def run(self, task: DecodeTask) -> Iterator[Decoded]:
         """The rows of a task. What cannot be read is a row that says so; a source that cannot be opened raises."""
         reader = self._reader(task.source)
         rows = reader.read(task.lo, task.hi)
@@ -95,7 +95,7 @@ class Inline:
     def __init__(self, setup: Setup) -> None:
         self._decoder = Decoder(setup)
 
-    def submit(self, task: Task) -> Future:
+    def submit(self, task: DecodeTask) -> Future:
         future: Future = Future()
         try:
             future.set_result(list(self._decoder.run(task)))
@@ -123,12 +123,12 @@ class Pool:
         self._setup, self._timeout = setup, timeout
         self._broken: BrokenDecoder | None = None
         self._room = threading.Semaphore(max(ahead, workers))
-        self._tasks: queue.SimpleQueue[tuple[Task, Future] | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[tuple[DecodeTask, Future] | None] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._drive, daemon=True) for _ in range(workers)]
         for thread in self._threads:
             thread.start()
 
-    def submit(self, task: Task) -> Future:
+    def submit(self, task: DecodeTask) -> Future:
         future: Future = Future()
         self._tasks.put((task, future))
         return future
@@ -173,12 +173,12 @@ class Pool:
                 future.set_exception(error)
         process.kill()
 
-    def _run(self, process: _Process, task: Task) -> list[Decoded]:
+    def _run(self, process: _Process, task: DecodeTask) -> list[Decoded]:
         """The rows of a task."""
         rows: list[Decoded] = []
         failed = None
         while (at := task.lo + len(rows)) < task.hi:
-            outcome = process.run(Task(task.source, at, task.hi), self._timeout, rows)
+            outcome = process.run(DecodeTask(task.source, at, task.hi), self._timeout, rows)
             if outcome is None:
                 break
             process.kill()
@@ -211,7 +211,7 @@ class _Process:
         self._process: subprocess.Popen | None = None
         self._pipe: Connection | None = None
 
-    def run(self, task: Task, timeout: float, rows: list[Decoded]) -> str | None:
+    def run(self, task: DecodeTask, timeout: float, rows: list[Decoded]) -> str | None:
         """Append the task's rows as they come; None when all are there, or `crash` or `timeout`.
 
         Raises BrokenDecoder if no process can be had, and what the process says is wrong with the source as a whole.
@@ -234,13 +234,13 @@ class _Process:
         """Start the process, and wait until it has decoded an image of its own. BrokenDecoder says why it did not."""
         ours, theirs = socket.socketpair()
         self._pipe = pipe = Connection(ours.detach())
-        with theirs, tempfile.TemporaryFile() as said, _standard_error() as errors:
+        with theirs, tempfile.TemporaryFile() as output, _standard_error() as errors:
             try:
                 self._process = subprocess.Popen(
                     startup.python("capfilt.score.pool", str(theirs.fileno()), str(errors.fileno())),
                     pass_fds=[theirs.fileno(), errors.fileno()],
                     stdin=subprocess.DEVNULL,
-                    stderr=said,
+                    stderr=output,
                     env={**startup.environment(), "OMP_NUM_THREADS": "1"},
                 )
                 theirs.close()
@@ -253,7 +253,7 @@ class _Process:
             except OSError as error:
                 reason = str(error)
             status = self.kill()
-            lines = _tail(said)
+            lines = _tail(output)
         how = f" with status {status}" if status and status > 0 else f" by signal {-status}" if status else ""
         raise BrokenDecoder(f"decoding cannot start: {lines[-1] if lines else reason} ({sys.executable}{how})")
 

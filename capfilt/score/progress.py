@@ -14,7 +14,7 @@ _WINDOW = 120.0
 """Seconds over which the rate is taken."""
 
 
-class Progress:
+class ScoringProgress:
     """Counts rows and seconds by stage. Rows that an earlier process scored are not part of the rate."""
 
     def __init__(self, rows: int, inherited: int, parts: int, parts_done: int, out: TextIO | None = None) -> None:
@@ -27,7 +27,7 @@ class Progress:
         self.stages: dict[str, float] = {}
         self._begun = time.monotonic()
         self._marks: deque[tuple[float, int]] = deque([(self._begun, inherited)])
-        self._said = 0.0
+        self._shown_at = 0.0
         self._width = 0
 
     def add(self, rows: list[dict[str, Any]]) -> None:
@@ -102,24 +102,24 @@ class Progress:
 
     def line(self) -> str:
         """The report in a line."""
-        said = self.report()
+        report = self.report()
         done = f"rows {_short(self.done)}/{_short(self.total)} {self.done / max(1, self.total):.1%}"
-        bits = [done, f"{said['rows_per_second']:,.0f} img/s" if said["rows_per_second"] >= 10 else
-                f"{said['rows_per_second']:.2f} img/s"]  # fmt: skip
-        if said["seconds_left"] is not None:
-            bits.append(f"ETA {clock(said['seconds_left'])} ±{clock(said['give_or_take'])}")
+        bits = [done, f"{report['rows_per_second']:,.0f} img/s" if report["rows_per_second"] >= 10 else
+                f"{report['rows_per_second']:.2f} img/s"]  # fmt: skip
+        if report["seconds_left"] is not None:
+            bits.append(f"ETA {clock(report['seconds_left'])} ±{clock(report['give_or_take'])}")
         shares = [
-            f"{k} {said[f'{k}_kept_at_half']:.1%}" for k in ("web", "syn") if said[f"{k}_kept_at_half"] is not None
+            f"{k} {report[f'{k}_kept_at_half']:.1%}" for k in ("web", "syn") if report[f"{k}_kept_at_half"] is not None
         ]
         if shares:
             bits.append("keep@0.5 " + " ".join(shares))
-        wrong = {k: n for k, n in self.statuses.items() if k not in USABLE}
+        unusable = {k: n for k, n in self.statuses.items() if k not in USABLE}
         if self.seen:
-            listed = " ".join(f"{k} {n / self.seen:.2%}" for k, n in sorted(wrong.items(), key=lambda x: -x[1])[:3])
+            listed = " ".join(f"{k} {n / self.seen:.2%}" for k, n in sorted(unusable.items(), key=lambda x: -x[1])[:3])
             bits.append(f"errors {self.errors / self.seen:.2%}" + (f" ({listed})" if listed else ""))
         if self.left_out:
             bits.append(f"{_short(self.left_out)} texts left out")
-        busy = said["busy"]
+        busy = report["busy"]
         if busy:
             starved = max((k for k in busy if k != "models"), key=busy.get, default=None)
             bits.append(
@@ -133,9 +133,9 @@ class Progress:
         """Print the line on a terminal every half second, elsewhere a JSON line every ten."""
         now = time.monotonic()
         terminal = self.out.isatty()
-        if not always and now - self._said < (0.5 if terminal else 10.0):
+        if not always and now - self._shown_at < (0.5 if terminal else 10.0):
             return
-        self._said = now
+        self._shown_at = now
         if terminal:
             line = self.line()
             self.out.write("\r" + line.ljust(self._width) + ("\n" if always else ""))

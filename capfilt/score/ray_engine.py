@@ -19,7 +19,7 @@ from capfilt.run import Part, Run
 from capfilt.score.claims import MOST, Claims
 from capfilt.score.loop import ScoreOptions, Work, Worker, describe_work, exit_status, find_work, judge
 from capfilt.score.pool import BrokenDecoder
-from capfilt.score.progress import Progress
+from capfilt.score.progress import ScoringProgress
 from capfilt.settings import INTERRUPTED
 from capfilt.store.parts import failure_name
 
@@ -86,8 +86,8 @@ class _Crew:
         self.working[actor.score.remote(part.pid, attempt)] = (actor, part, attempt)
 
     def answers(self, seconds: float) -> list[Any]:
-        found, _ = self.ray.wait([*self.waiting, *self.working], num_returns=1, timeout=seconds)
-        return found
+        ready, _ = self.ray.wait([*self.waiting, *self.working], num_returns=1, timeout=seconds)
+        return ready
 
     def dismiss(self) -> None:
         for actor in [*self.idle, *self.waiting.values(), *(one[0] for one in self.working.values())]:
@@ -117,7 +117,7 @@ def score_with_ray(
     out.write(describe_work(run, work, options) + "\n")
     rows = sum(part.rows for part in work.share)
     inherited = sum(part.rows for part in work.share if part.pid in work.done)
-    progress = Progress(rows, inherited, len(work.share), len(work.done), out)
+    progress = ScoringProgress(rows, inherited, len(work.share), len(work.done), out)
     progress.failed = len(work.failed)
     if work.todo:
         if not ray.is_initialized():
@@ -140,7 +140,7 @@ def score_with_ray(
     return exit_status(run, options, progress.failed, out)
 
 
-def _drive(ray: Any, crew: _Crew, run: Run, work: Work, progress: Progress, options: ScoreOptions) -> None:
+def _drive(ray: Any, crew: _Crew, run: Run, work: Work, progress: ScoringProgress, options: ScoreOptions) -> None:
     """Hand out parts until none is left and none is being worked on."""
     judged = min(2000, sum(part.rows for part, _ in work.todo))
     alone = time.monotonic()
@@ -180,7 +180,7 @@ def _arrived(ray: Any, crew: _Crew, answer: Any) -> None:
     crew.idle.append(actor)
 
 
-def _finished(ray: Any, crew: _Crew, answer: Any, work: Work, progress: Progress) -> None:
+def _finished(ray: Any, crew: _Crew, answer: Any, work: Work, progress: ScoringProgress) -> None:
     """A part is done, has failed, or its actor has died with it."""
     actor, part, attempt = crew.working.pop(answer)
     try:

@@ -41,7 +41,7 @@ class Matched:
 
 
 @dataclass
-class Written:
+class SyntheticText:
     """A synthetic text and what the filter says of it."""
 
     text: str
@@ -55,10 +55,10 @@ class Scores:
     """All that the models say of an item; `web` is parallel to its texts."""
 
     web: list[Matched] = field(default_factory=list)
-    syn: list[Written] = field(default_factory=list)
+    syn: list[SyntheticText] = field(default_factory=list)
 
 
-class OutOfMemory(Exception):
+class BatchTooLarge(Exception):
     """A batch did not fit into the device's memory."""
 
 
@@ -74,7 +74,7 @@ class Scorer(Protocol):
     """Items that a batch should have by default."""
 
     def score(self, items: Sequence[Item]) -> list[Scores]:
-        """Raises OutOfMemory."""
+        """Raises BatchTooLarge."""
 
 
 class FakeScorer:
@@ -100,7 +100,9 @@ class FakeScorer:
         for k in range(self.captions):
             bits = _bits(self.seed, item.sample_id, k, seen)
             words = [_WORDS[bits >> 8 * i & 15] for i in range(4 + bits % 5)]
-            syn.append(Written(" ".join(words), -0.5 * len(words), bits % 7 > 0, self._match(" ".join(words), seen, 2)))
+            syn.append(
+                SyntheticText(" ".join(words), -0.5 * len(words), bits % 7 > 0, self._match(" ".join(words), seen, 2))
+            )
         return Scores([self._match(text, seen, 0) for text in item.texts], syn)
 
     def _match(self, text: str, seen: str, shift: float) -> Matched:

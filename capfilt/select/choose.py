@@ -59,12 +59,12 @@ def select(
         if same and before["parts_digest"] == digest and is_whole(run, before):
             return _not_empty(before, allow_empty)
         run.storage.remove(success(name))
-    whole = look(run, done, config)
-    account: dict[str, Counter] = {key: Counter() for key in ("rows_in", "texts_in", "kept", "dropped", "reasons")}
+    whole = survey(run, done, config)
+    counts: dict[str, Counter] = {key: Counter() for key in ("rows_in", "texts_in", "kept", "dropped", "reasons")}
     with run.storage.writing(table_name(name)) as file, pq.ParquetWriter(file, SELECTION, compression="zstd") as writer:
         for part in done:
-            writer.write_table(select_part(run, part, config, whole, account))
-    said = {
+            writer.write_table(select_part(run, part, config, whole, counts))
+    account = {
         "name": name,
         "settings": settings,
         "fingerprint": run.fingerprint,
@@ -72,16 +72,16 @@ def select(
         "parts_planned": len(run.plan),
         "parts_digest": digest,
         "contamination_digest": listed,
-        **{key: dict(sorted(counts.items())) for key, counts in account.items()},
+        **{key: dict(sorted(counter.items())) for key, counter in counts.items()},
         "files": {table_name(name).rsplit("/", 1)[-1]: run.storage.sha256(table_name(name))},
     }
     try:
-        _not_empty(said, allow_empty)
+        _not_empty(account, allow_empty)
     except ValueError:
         run.storage.remove(table_name(name))
         raise
-    run.storage.write(success(name), (json.dumps(said, indent=1) + "\n").encode())
-    return said
+    run.storage.write(success(name), (json.dumps(account, indent=1) + "\n").encode())
+    return account
 
 
 def _not_empty(account: dict[str, Any], allow_empty: bool) -> dict[str, Any]:
@@ -138,7 +138,7 @@ class Whole:
     """The score that the best share of all texts reaches, for the policy `fraction`."""
 
 
-def look(run: Run, done: list[Part], config: SelectConfig) -> Whole:
+def survey(run: Run, done: list[Part], config: SelectConfig) -> Whole:
     """Go over the whole run for what a selection has to know of it; quick where it need not know anything."""
     whole = Whole(copies.find(run, done, config))
     if config.policy != "fraction":
@@ -198,15 +198,15 @@ def _judge_open(part: Part, table: pa.Table, flat: dict[str, Any], config: Selec
     flat["open"] = (why == "") & (flat["source"] != HUMAN)
 
 
-def _rules(part: Part, table: pa.Table, flat: dict[str, Any], config: SelectConfig, found: Copies
+def _rules(part: Part, table: pa.Table, flat: dict[str, Any], config: SelectConfig, others: Copies
            ) -> Iterator[tuple[str, np.ndarray]]:  # fmt: skip
     """Reasons to drop texts, with the texts that each is about; of several the first counts."""
-    if part.pid in found.rows:
+    if part.pid in others.rows:
         for code, reason in copies.WHY.items():
-            yield reason, (found.rows[part.pid] == code)[flat["row"]]
-    if part.pid in found.shared:
+            yield reason, (others.rows[part.pid] == code)[flat["row"]]
+    if part.pid in others.shared:
         mine = flat["source"] == WEB
-        mine[mine] = found.shared[part.pid]
+        mine[mine] = others.shared[part.pid]
         yield f"rule shared>{config.shared}", mine
     if config.only:
         yield f"only {config.only} texts", flat["source"] == (SYN if config.only == "web" else WEB)

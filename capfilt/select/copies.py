@@ -60,7 +60,7 @@ def find(run: Run, done: list[Part], config: SelectConfig) -> Copies:
     """Compare the rows of a run as a selection wants it; of alike images the first in the plan is fine."""
     if not (config.duplicates or config.contamination or config.shared):
         return Copies()
-    seen = {part.pid: _look(run, part) for part in done}
+    seen = {part.pid: _read(run, part) for part in done}
     rows = _judge_rows(list(seen.values()), config)
     shared = _judge_texts(list(seen.values()), config.shared) if config.shared else {}
     return Copies(
@@ -69,7 +69,7 @@ def find(run: Run, done: list[Part], config: SelectConfig) -> Copies:
     )
 
 
-def _look(run: Run, part: Part) -> _Seen:
+def _read(run: Run, part: Part) -> _Seen:
     table = run.parts.read(part.pid, _COLUMNS)
     if "phash64" not in table.column_names:
         raise DataError(f"{run.where} was scored before images had hashes; plan and score another run")

@@ -55,25 +55,25 @@ def _near(hashes: np.ndarray, others: np.ndarray, bits: int, *, earlier: bool) -
 
     With `earlier`, only others with a smaller number count.
     """
-    found = np.zeros(len(hashes), dtype=bool)
+    near = np.zeros(len(hashes), dtype=bool)
     edges = np.linspace(0, BITS, bits + 2).astype(np.uint64)
     for low, high in pairwise(edges.tolist()):
         mask = np.uint64((1 << (high - low)) - 1)
         bands, of_others = (hashes >> np.uint64(low)) & mask, (others >> np.uint64(low)) & mask
         place = np.argsort(of_others, kind="stable")
-        left = np.flatnonzero(~found)
+        left = np.flatnonzero(~near)
         left = left[np.argsort(bands[left], kind="stable")]
         values, starts = np.unique(bands[left], return_index=True)
         ends = np.append(starts[1:], len(left))
         froms, tos = (np.searchsorted(of_others[place], values, side) for side in ("left", "right"))
         for group in np.flatnonzero(tos - froms > earlier):  # one that is alone has no earlier one
             members = place[froms[group] : tos[group]]
-            _compare(hashes, others, left[starts[group] : ends[group]], members, bits, earlier, found)
-    return found
+            _compare(hashes, others, left[starts[group] : ends[group]], members, bits, earlier, near)
+    return near
 
 
 def _compare(hashes: np.ndarray, others: np.ndarray, mine: np.ndarray, members: np.ndarray, bits: int, earlier: bool,
-             found: np.ndarray) -> None:  # fmt: skip
+             near: np.ndarray) -> None:  # fmt: skip
     """Note which of `mine` are near one of `members`, some at a time."""
     step = max(1, _BLOCK // len(members))
     for at in range(0, len(mine), step):
@@ -82,4 +82,4 @@ def _compare(hashes: np.ndarray, others: np.ndarray, mine: np.ndarray, members: 
         close = np.bitwise_count(hashes[some, None] ^ others[them]) <= bits
         if earlier:
             close &= them < some[:, None]
-        found[some] |= close.any(1)
+        near[some] |= close.any(1)

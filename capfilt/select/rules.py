@@ -67,9 +67,9 @@ def limited(texts: Sequence[str]) -> tuple[list[str], list[str], str | None]:
     cut = [i for i, text in enumerate(texts[:MOST_TEXTS]) if len(text) > LONGEST]
     flags = [f"row.texts>{MOST_TEXTS}"] * (len(texts) > MOST_TEXTS)
     flags += [f"web{i or ''}.chars>{LONGEST}" for i in cut]
-    said = [f"texts beyond the first {MOST_TEXTS}, left out: {len(texts) - MOST_TEXTS:,}"] * (len(texts) > MOST_TEXTS)
-    said += [f"texts cut at {LONGEST:,} characters: {len(cut):,}"] * bool(cut)
-    return [text[:LONGEST] for text in texts[:MOST_TEXTS]], flags, "; ".join(said) or None
+    notes = [f"texts beyond the first {MOST_TEXTS}, left out: {len(texts) - MOST_TEXTS:,}"] * (len(texts) > MOST_TEXTS)
+    notes += [f"texts cut at {LONGEST:,} characters: {len(cut):,}"] * bool(cut)
+    return [text[:LONGEST] for text in texts[:MOST_TEXTS]], flags, "; ".join(notes) or None
 
 
 def text_flags(texts: Sequence[str]) -> list[str]:

@@ -34,14 +34,14 @@ def fingerprint(config: dict[str, Any]) -> str:
 
 def differences(before: dict[str, Any], now: dict[str, Any], under: str = "") -> list[str]:
     """What differs between two nested settings, as `name: before -> now`."""
-    found = []
+    changes = []
     for name in sorted(before.keys() | now.keys()):
         a, b = before.get(name), now.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{under}{name}.")
+            changes += differences(a, b, f"{under}{name}.")
         elif a != b:
-            found.append(f"{under}{name}: {_short(a)} -> {_short(b)}")
-    return found
+            changes.append(f"{under}{name}: {_short(a)} -> {_short(b)}")
+    return changes
 
 
 def _short(value: object) -> str:

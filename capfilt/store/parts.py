@@ -78,8 +78,8 @@ def decode(content: bytes, columns: list[str] | None = None) -> pa.Table:
 
 def facts_of(content: bytes) -> dict[str, str]:
     """The file metadata that `encode` was given."""
-    said = pq.read_schema(io.BytesIO(content)).metadata or {}
-    return {k.decode().removeprefix("capfilt."): v.decode() for k, v in said.items() if k.startswith(b"capfilt.")}
+    metadata = pq.read_schema(io.BytesIO(content)).metadata or {}
+    return {k.decode().removeprefix("capfilt."): v.decode() for k, v in metadata.items() if k.startswith(b"capfilt.")}
 
 
 class Parts:
@@ -90,8 +90,8 @@ class Parts:
 
     def present(self) -> dict[str, tuple[int, float]]:
         """Part ids that have a file -> (bytes, seconds of the last change)."""
-        found = self.storage.listing("parts")
-        return {n.rsplit("/", 1)[-1].removesuffix(".parquet"): f for n, f in found.items() if n.endswith(".parquet")}
+        files = self.storage.listing("parts")
+        return {n.rsplit("/", 1)[-1].removesuffix(".parquet"): f for n, f in files.items() if n.endswith(".parquet")}
 
     def whole(self, wanted: Iterable[str]) -> tuple[set[str], dict[str, str]]:
         """Of the wanted parts, those that are done, and those whose file is damaged with the reason.
@@ -103,7 +103,7 @@ class Parts:
             return set(present), {}
         damaged: dict[str, str] = {}
 
-        def look(pid: str) -> None:
+        def read_one(pid: str) -> None:
             try:
                 check(self.storage.read(name_of(pid)))
             except PermissionError:  # whole for who may read it, and not to be scored again
@@ -113,13 +113,13 @@ class Parts:
 
         waiting, start = iter(sorted(present)), time.monotonic()
         for n, pid in enumerate(waiting, 1):
-            look(pid)
+            read_one(pid)
             if n % 100 == 0 and time.monotonic() - start > _SLOW * n:
                 break
         with ThreadPoolExecutor(
             8
         ) as pool:  # of no use on a quick disk, where threads would only get in each other's way
-            list(pool.map(look, waiting))
+            list(pool.map(read_one, waiting))
         return set(present - damaged.keys()), damaged
 
     def exists(self, pid: str) -> bool:
@@ -143,13 +143,13 @@ class Parts:
 
 def failures(storage: Storage) -> dict[str, list[int]]:
     """Attempts that were begun and not finished: part id -> numbers."""
-    found: dict[str, list[int]] = {}
+    attempts: dict[str, list[int]] = {}
     for name in storage.listing("failures"):
         pid, _, rest = name.rsplit("/", 1)[-1].partition(".")
         number = rest.removesuffix(".json")
         if number.isdigit():
-            found.setdefault(pid, []).append(int(number))
-    return found
+            attempts.setdefault(pid, []).append(int(number))
+    return attempts
 
 
 def failure_name(pid: str, attempt: int) -> str:

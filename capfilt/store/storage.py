@@ -84,7 +84,7 @@ class Local(Storage):
         return self.path(name).is_file()
 
     def listing(self, folder: str) -> dict[str, tuple[int, float]]:
-        found: dict[str, tuple[int, float]] = {}
+        files: dict[str, tuple[int, float]] = {}
         waiting = [os.path.join(self.root, folder)]
         while waiting:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(waiting.pop()) as entries:
@@ -94,8 +94,8 @@ class Local(Storage):
                     elif not entry.name.startswith(TEMPORARY):
                         with contextlib.suppress(FileNotFoundError):
                             info = entry.stat()
-                            found[os.path.relpath(entry.path, self.root)] = (info.st_size, info.st_mtime)
-        return found
+                            files[os.path.relpath(entry.path, self.root)] = (info.st_size, info.st_mtime)
+        return files
 
     def entries(self) -> list[str]:
         try:
@@ -180,27 +180,27 @@ class Remote(Storage):
         return bool(self._again(f"looking for {self._at(name)}", lambda: self.files.exists(self._at(name))))
 
     def listing(self, folder: str) -> dict[str, tuple[int, float]]:
-        def look() -> dict[str, Any]:
+        def list_once() -> dict[str, Any]:
             self.files.invalidate_cache()
             return self.files.find(self._at(folder), detail=True)
 
         try:
-            found = self._again(f"listing {self._at(folder)}", look)
+            files = self._again(f"listing {self._at(folder)}", list_once)
         except FileNotFoundError:
             return {}
         start = len(self.root.rstrip("/")) + 1
-        return {path[start:]: (int(info.get("size") or 0), _changed(info)) for path, info in found.items()}
+        return {path[start:]: (int(info.get("size") or 0), _changed(info)) for path, info in files.items()}
 
     def entries(self) -> list[str]:
-        def look() -> list[str]:
+        def list_once() -> list[str]:
             self.files.invalidate_cache()
             return self.files.ls(self.root, detail=False)
 
         try:
-            found = self._again(f"listing {self.root}", look)
+            paths = self._again(f"listing {self.root}", list_once)
         except FileNotFoundError:
             return []
-        return sorted({path.rstrip("/").rsplit("/", 1)[-1] for path in found} - {""})
+        return sorted({path.rstrip("/").rsplit("/", 1)[-1] for path in paths} - {""})
 
     def remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
