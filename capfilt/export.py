@@ -33,31 +33,31 @@ from capfilt.store.storage import Storage, open_storage
 
 FORMATS = ("wds", "parquet", "json", "uids")
 _GROUP = 256
-"""Rows of a parquet file that are written together."""
+"""Rows per row group of a parquet file."""
 _ENDING = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
-"""MPO is a JPEG with more images behind it, as telephones and cameras write."""
+"""File endings by format; MPO, which phones and cameras write, is a JPEG followed by more images."""
 _PASSED_ON = ("sample_id", "source_uri", "source_row", "key", "url", "image_sha256", "width", "height",
               "web_text", "syn_text", "itm_web", "itm_syn", "itc_web", "itc_syn", "extra_json")  # fmt: skip
 
 
 @dataclass
 class ExportSample:
-    """One kept text, or all kept texts of an image where they stay together."""
+    """A sample of an export: one kept text of an image, or with `together` all of them."""
 
     name: str
-    """Running number in the export."""
+    """Name of the sample: its running number in the export."""
     captions: list[str]
     ending: str
     image: bytes
     facts: dict[str, Any]
     first: bool
-    """Whether it is the first of its image."""
+    """Whether this is the first sample of its image."""
     image_name: str = ""
 
 
 @dataclass
 class _Files:
-    """What was written."""
+    """The files of an export that are written, with their SHA-256."""
 
     storage: Storage
     written: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -76,9 +76,9 @@ def export(
 ) -> dict[str, Any]:  # fmt: skip
     """Write a selection to a folder or object store; returns the manifest.
 
-    One sample per kept text, or with `together` one per image with a list of texts. With `replace` an export that is
-    there, whole or in part, goes. The files are opened again and counted before `_SUCCESS` is written. ValueError if
-    there is something else already, which training would read as well, or if nothing is kept, unless `allow_empty`;
+    One sample per kept text, or with `together` one per image with a list of texts. `replace` removes an older
+    export there, whole or in part. The files are opened again and counted before `_SUCCESS` is written. ValueError if
+    the folder holds anything else, which training would read as well, or if nothing is kept, unless `allow_empty`;
     DataError if an image is not the one that was scored, or if the files do not hold what is kept.
     """
     at_least(1, shard=shard)
@@ -116,17 +116,17 @@ def export(
 
 
 def _seen_from(run: Storage, to: Storage) -> str:
-    """The address of an export; under the run's own folder it is noted from there, as it moves with that."""
+    """Return the address of an export, relative to the run where it lies inside the run's folder and moves with it."""
     return to.address.removeprefix(f"{run.address.rstrip('/')}/")
 
 
 def exported_to(run: Storage, noted: str) -> Storage:
-    """The export that `_seen_from` noted."""
+    """Open the export whose address `_seen_from` returned."""
     return open_storage(noted if "://" in noted or os.path.isabs(noted) else f"{run.address.rstrip('/')}/{noted}")
 
 
 def _begin(storage: Storage, about: dict[str, Any], replace: bool) -> None:
-    """Make sure that a folder is empty, or holds this very export, whole or in part."""
+    """Mark the export as begun. ValueError unless the folder is empty or holds this very export, whole or in part."""
     marker = next((name for name in MARKERS if storage.exists(name)), None)
     if marker is None and (there := storage.entries()):
         raise ValueError(f"{storage.root} is not empty ({', '.join(there[:3])}): give another --to")
@@ -145,7 +145,7 @@ def _begin(storage: Storage, about: dict[str, Any], replace: bool) -> None:
 
 
 def _remove_export(storage: Storage) -> None:
-    """Remove the files of an export; ValueError, and nothing is touched, if others are among them."""
+    """Remove the files of an export. ValueError, with nothing removed, if there are other files among them."""
     there = sorted(storage.listing(""))
     others = [name for name in there if not OURS.fullmatch(name)]
     if others:
@@ -184,14 +184,14 @@ def _samples(run: Run, selection: str, together: bool) -> Iterator[ExportSample]
 
 
 class _Images:
-    """The bytes that were scored; keeps the last source open."""
+    """Original bytes of scored images; the last source stays open."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self._open: tuple[str, Any] = ("", None)
 
     def of(self, part: Part, note: dict[str, Any]) -> bytes:
-        """DataError if the source or the image is another now."""
+        """Return the bytes of an image. DataError if the source or the image has changed since it was scored."""
         if self._open[0] != part.source:
             source = self.run.sources[part.source]
             reason = changed(source)
@@ -205,7 +205,7 @@ class _Images:
 
 
 def _sharded(samples: Iterator[ExportSample], size: int) -> Iterator[tuple[int, Iterator[ExportSample]]]:
-    """Samples by the number of their file."""
+    """Group samples by the number of their file."""
     return groupby(samples, key=lambda sample: int(sample.name) // size)
 
 
@@ -256,7 +256,7 @@ def _row(sample: ExportSample) -> dict[str, Any]:
 
 
 def _hosted_schema() -> pa.Schema:
-    """Arrow types, with the note by which `datasets` knows that `image` is an image."""
+    """Return the Arrow schema, with the metadata that tells `datasets` that `image` is an image."""
     text, number = {"dtype": "string", "_type": "Value"}, {"dtype": "float32", "_type": "Value"}
     features = {
         "image": {"_type": "Image"},
@@ -278,7 +278,7 @@ def _hosted_schema() -> pa.Schema:
 
 
 def _write_json(samples: Iterator[ExportSample], files: _Files, size: int) -> None:
-    """captions.json with one {image, caption} per sample, and each image once under images/."""
+    """Write captions.json with one {image, caption} per sample, and each image once under images/."""
     with files.writing("captions.json") as listing:
         start = b"[\n"
         for sample in samples:
@@ -293,7 +293,7 @@ def _write_json(samples: Iterator[ExportSample], files: _Files, size: int) -> No
 
 
 def _write_uids(run: Run, selection: str, files: _Files, counts: dict[str, int]) -> None:
-    """DataComp's format: each kept image's uid (the input's own where it has one) as two integers, sorted."""
+    """Write DataComp's format: each kept image's uid (the input's own where it has one) as two integers, sorted."""
     uids = set()
     for part, table in kept_of(run, selection):
         counts["pairs"] += len(table)

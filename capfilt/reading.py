@@ -51,15 +51,15 @@ ENTRIES = pa.schema(
 
 @dataclass
 class InputRow:
-    """One row of the input as it is stored."""
+    """A row of the input as it is stored."""
 
     number: int
     key: str
     image: bytes | None = None
-    """Encoded; None when there is none, and then `problem` says why."""
+    """Encoded image; None where there is none, and then `problem` says why."""
     texts: list[str] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
-    """The row's other columns."""
+    """Other columns of the row."""
     problem: tuple[str, str, str] | None = None
     """(status, error code, detail) of a row without a readable image."""
 
@@ -68,9 +68,9 @@ class InputRow:
 
 
 def find(spec: str, split: str | None = None) -> list[FoundFile]:
-    """The files that an input means, in a fixed order. DataError for what is not there or may not be read.
+    """List the files that an input names, in a fixed order. DataError for missing or unreadable ones.
 
-    Of an image folder with a folder for each split, that of `split`.
+    `split` chooses among the folders of an image folder that has one per split.
     """
     if spec.startswith(HUB):
         return [FoundFile("dataset", spec)]
@@ -106,9 +106,9 @@ def _remote(spec: str) -> list[FoundFile]:
 def describe(
     input_file: FoundFile, relpath: str, config: ReadConfig, storage: Storage, seen: Counter[str] | None = None
 ) -> PlannedSource:
-    """What a file is and how many rows it has; its index of rows is written where the format needs one.
+    """Describe a file for the plan, with its number of rows; writes its index of rows where the format needs one.
 
-    `seen` counts the splits that lists have.
+    `seen` counts the splits of the lists.
     """
     path, kind = input_file.path, input_file.format
     if kind == "dataset":
@@ -137,7 +137,7 @@ def describe(
 
 
 def _declared(path: str) -> int | None:
-    """Samples that img2dataset counted when it wrote a shard."""
+    """Return the number of samples that img2dataset recorded for a shard; None without a record."""
     stats = os.path.splitext(path)[0] + "_stats.json"
     if is_remote(path) or not os.path.isfile(stats):
         return None
@@ -149,18 +149,18 @@ def _declared(path: str) -> int | None:
 
 
 def wanted_columns(config: ReadConfig) -> Columns:
-    """The columns that the settings ask for."""
+    """Return the columns that the settings name."""
     return Columns(config.image_column, config.caption_column)
 
 
 def open_parquet(path: str) -> pq.ParquetFile:
-    """DataError that names the file if it is none."""
+    """Open a parquet file. DataError names the file if it is not one."""
     return parquet_file(path, open_file(path) if is_remote(path) else None)
 
 
 @functools.lru_cache(maxsize=4)
 def open_dataset(path: str, split: str | None) -> Any:
-    """A `datasets.Dataset`. DataError says what it is instead, or which splits there are."""
+    """Open a `datasets.Dataset`. DataError says what it is instead, or which splits there are."""
     from blip.data.formats import hosted
 
     name, _, revision = path.removeprefix(HUB).partition("@") if path.startswith(HUB) else (path, "", "")
@@ -178,7 +178,7 @@ def _dataset(path: str, relpath: str, config: ReadConfig) -> PlannedSource:
 def index_tar(path: str) -> tuple[pa.Table, str | None, list[str]]:
     """Read all headers of a shard -> (samples, damage or None, notes).
 
-    What comes before a tear is indexed and the damage said. DataError for what may not be used at all.
+    A truncated shard is indexed up to the damage. DataError for a shard that cannot be used at all.
     """
     with open_file(path) as file:
         shard = tars.read_headers(file, path)
@@ -194,9 +194,9 @@ def _span(member: tars.Member) -> dict[str, int] | None:
 
 
 def check_column(path: str, index: pa.Table, config: ReadConfig) -> None:
-    """DataError if none of the first samples of an index has the column that captions are to be of.
+    """Raise DataError if none of the first samples of an index has the caption column.
 
-    Images without any columns or texts are all right where no other column was asked for.
+    Images without any columns or texts are accepted unless another caption column was named.
     """
     column, first = config.caption_column, index.slice(0, rows.FIRST_ROWS).to_pylist()
     if column == NO_COLUMN or (column == tars.TEXT_COLUMN and any(entry["text"] for entry in first)):
@@ -214,7 +214,7 @@ def check_column(path: str, index: pa.Table, config: ReadConfig) -> None:
 def _index_list(
     path: str, config: ReadConfig, split: str | None, seen: Counter[str] | None
 ) -> tuple[pa.Table, None, list[str]]:
-    """The rows of a list of the split asked for, a row that cannot be used being a row all the same."""
+    """Index the rows of a list, those of `split` if given; unusable rows count as rows, too."""
     notes: list[str] = []
 
     def note(text: str) -> None:
@@ -224,7 +224,7 @@ def _index_list(
 
 
 def _index_files(path: str, config: ReadConfig) -> tuple[pa.Table, str | None, list[str]]:
-    """A shard of img2dataset's `files` output, given its parquet beside the folder."""
+    """Index a shard of img2dataset's `files` output, given its parquet beside the folder."""
     downloads = Downloaded(Path(path), wanted_columns(config))
     notes = [f"{downloads.failed} rows were never downloaded and are not part of the input"] if downloads.failed else []
     unread = [row.captions for row in downloads.rows() if _unreadable(row.captions)]
@@ -235,7 +235,7 @@ def _index_files(path: str, config: ReadConfig) -> tuple[pa.Table, str | None, l
 
 
 def _index(stored: Iterable[rows.StoredRow]) -> pa.Table:
-    """Rows of a list as a table, so that Python objects for only some exist at once."""
+    """Return the rows of a list as a table, building Python objects for only some rows at once."""
     blocks, block = [], []
     for row in stored:
         fault = row.image if isinstance(row.image, BadSample) else None
@@ -272,7 +272,7 @@ class Reader:
         self.folder = source.path.removesuffix(".parquet") if listed else None
 
     def read(self, lo: int, hi: int) -> Iterator[InputRow]:
-        """Rows lo to hi (exclusive), in order. Raises OSError when the file cannot be read."""
+        """Read rows lo to hi (exclusive), in order. Raises OSError when the file cannot be read."""
         for row in self.opened.rows(lo, hi):
             yield self._with_image(row)
 
@@ -306,12 +306,12 @@ class Reader:
 
 
 def _unreadable(value: Any) -> bool:
-    """Whether a value is there and cannot be read, other than one that is not there."""
+    """Tell whether a value is present but unreadable (not just absent)."""
     return isinstance(value, BadSample) and value.code == "unreadable"
 
 
 def read_image(name: str, root: str) -> bytes:
-    """The bytes of an image file that data names. Raises BadSample."""
+    """Read an image file that the data names. Raises BadSample."""
     try:
         return images.read(contained(name, os.path.abspath(root)))
     except UnreadableImage as error:
@@ -341,7 +341,7 @@ def _member(path: str, member: tars.Member) -> bytes:
 
 
 def open_index(storage: Storage, source: PlannedSource) -> RowGroups:
-    """The index of a source's rows."""
+    """Open the index of a source's rows."""
     assert source.index is not None
     if isinstance(storage, Local):
         return RowGroups(str(storage.path(source.index)))

@@ -1,4 +1,4 @@
-"""How far a run is, from its files alone: works from another shell or machine while others score."""
+"""Progress of a run, read from its files alone: works from another shell or machine while others score."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _WINDOW = 600.0
 
 
 def status(run: Run) -> dict[str, Any]:
-    """Counts of rows and parts, the rate of the last ten minutes of work, and what failed."""
+    """Count rows and parts, with the rate of the last ten minutes of work and the failures."""
     present = run.parts.present()
     done = [part for part in run.plan if part.pid in present]
     stamps = sorted((present[part.pid][1], part.rows) for part in done)
@@ -46,7 +46,7 @@ def status(run: Run) -> dict[str, Any]:
 
 
 def lines(state: dict[str, Any]) -> list[str]:
-    """The status to read."""
+    """Format the status for people."""
     left = f", ETA {clock(state['seconds_left'])}" if state["seconds_left"] is not None else ""
     ago = state["last_part_seconds_ago"]
     rows, of = state["rows"], state["of"]
@@ -60,7 +60,7 @@ def lines(state: dict[str, Any]) -> list[str]:
 
 
 def retry_failed(run: Run) -> int:
-    """Forget the failed attempts of parts that are not done; returns how many parts that are."""
+    """Forget the failed attempts of parts that are not done; returns the number of such parts."""
     present = run.parts.present()
     count = 0
     for pid, numbers in failures(run.storage).items():

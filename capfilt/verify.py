@@ -29,7 +29,7 @@ _COLUMNS = ["sample_id", "source_uri", "source_row", "key", "status", "web_text"
 
 
 class Findings:
-    """What is wrong, and what was counted."""
+    """Problems of a run or export, and what was counted in it."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
@@ -38,9 +38,9 @@ class Findings:
         self.texts: Counter[str] = Counter()
         self.ids: list[np.ndarray] = []
         self.kept: dict[str, int] = {}
-        """SHA-256 of a selection's table -> texts that it keeps, counted from it."""
+        """Texts that a selection keeps, counted in its table, by the table's SHA-256."""
         self.summary: list[str] = []
-        """What was counted of selections and exports, to be said."""
+        """Lines on what was counted of selections and exports."""
 
     def status(self) -> int:
         return MISMATCH if self.problems else FAILED_PARTS if self.missing else DONE
@@ -141,7 +141,7 @@ def _check_selection(run: Run, name: str, findings: Findings) -> None:
 
 
 def _count_selection(run: Run, name: str, account: dict[str, Any], findings: Findings) -> None:
-    """Hold the account of a selection against its table."""
+    """Compare the account of a selection with its table."""
     counts: dict[str, Counter[str]] = {"kept": Counter(), "dropped": Counter(), "reasons": Counter()}
     columns = ["text_source", "kept", "reason"]
     try:
@@ -162,7 +162,7 @@ def _count_selection(run: Run, name: str, account: dict[str, Any], findings: Fin
 
 
 def _check_export(storage: Storage, findings: Findings, noted: dict[str, Any] | None = None) -> None:
-    """Hold an export's files against what it says of itself, and against what the run noted and selected."""
+    """Compare an export's files with its manifest, with the run's note of it and with the selection."""
     try:
         manifest = json.loads(storage.read("_SUCCESS"))
         files, form = manifest["files"], manifest["format"]
@@ -205,7 +205,7 @@ def _is_as_written(storage: Storage, name: str, facts: dict[str, str], findings:
 
 
 def lines(findings: Findings) -> list[str]:
-    """What to say."""
+    """Format the findings for people."""
     rows = sum(findings.rows.values())
     out = [f"rows {rows:,} = " + " + ".join(f"{k} {n:,}" for k, n in sorted(findings.rows.items()))] if rows else []
     out += findings.summary

@@ -22,7 +22,7 @@ class FormatOptions:
     """Format of the data set."""
 
     format: Literal["wds", "parquet", "json", "uids"] = "wds"
-    """Tar shards, parquet with images inside, JSON list with images, DataComp uids"""
+    """Format: tar shards, parquet with images inside, JSON list with images, or DataComp uids"""
     shard: int = 10_000
     """Samples per file"""
     together: bool = False
@@ -38,7 +38,7 @@ class ExportVerb(FormatOptions, EmptyOption):
     select: str = option(metavar="NAME")
     """Name of the selection"""
     to: str = option(metavar="FOLDER")
-    """An empty folder, or one with this very export"""
+    """Folder to export to: empty, or with this very export"""
     replace: bool = False
     """Remove an older export there"""
 

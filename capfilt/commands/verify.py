@@ -18,7 +18,7 @@ class VerifyVerb:
 
 
 def run(options: VerifyVerb) -> int:
-    """Print what was compared and found; returns the exit status."""
+    """Print what was checked; returns the exit status."""
     from capfilt.verify import lines, verify
 
     findings = verify(options.run)

@@ -1,4 +1,4 @@
-"""Reporting: what a run found, counted part by part, and a page of images with what is kept of each and why."""
+"""Counts of a report, taken part by part, and the images that its page shows as examples."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _COLUMNS = [
     "itm_syn", "rule_flags", "device", "seconds",
 ]  # fmt: skip
 _MOST_CAPTIONS = 1_000_000
-"""Different captions that are counted at once; beyond, those seen once are forgotten."""
+"""Most distinct captions counted at once; beyond that, those seen once are forgotten."""
 NULL = "report/null.json"
-"""Scores of shuffled captions, where `calibrate --method null` has measured them."""
+"""File with the scores of shuffled captions, once `calibrate --method null` has measured them."""
 
 
 @dataclass
 class Numbers:
-    """Everything that is counted."""
+    """All counts of a report."""
 
     account: dict[str, Counter] = field(
         default_factory=lambda: {k: Counter() for k in ("rows_in", "texts_in", "kept", "dropped", "reasons")}
@@ -46,13 +46,13 @@ class Numbers:
     captions: dict[str, Counter] = field(default_factory=lambda: {k: Counter() for k in ("web", "syn")})
     forgotten: bool = False
     texts: Counter = field(default_factory=Counter)
-    """All captions, those forgotten as well."""
+    """Number of captions by kind, including forgotten ones."""
     words: dict[str, Counter] = field(default_factory=lambda: {k: Counter() for k in ("web", "syn")})
     shards: dict[str, Counter] = field(default_factory=dict)
     flags: Counter = field(default_factory=Counter)
     seconds: Counter = field(default_factory=Counter)
     examples: dict[str, list[tuple[Any, str, int]]] = field(default_factory=dict)
-    """Group -> (order, part, row), the first by a hash or by score."""
+    """Example images by group, as (order, part, row), ordered by a hash or by score."""
 
 
 def gather(run: Run, config: SelectConfig, whole: Whole, options: ReportOptions) -> Numbers:
@@ -153,7 +153,7 @@ def _offer_scored(numbers: Numbers, group: str, row: np.ndarray, score: np.ndarr
 
 
 def _collect_repeated(run: Run, done: list[Part], numbers: Numbers, most: int) -> None:
-    """Images that all got the commonest synthetic caption, if it is common enough to be a fault."""
+    """Collect images that all got the commonest synthetic caption, if it is common enough to be a fault."""
     ((caption, n),) = numbers.captions["syn"].most_common(1) or [("", 0)]
     if n < 3:
         return
@@ -170,7 +170,7 @@ def _collect_repeated(run: Run, done: list[Part], numbers: Numbers, most: int) -
 
 
 def summary(run: Run, config: SelectConfig, numbers: Numbers) -> dict[str, Any]:
-    """What report.json holds."""
+    """Return the contents of report.json."""
     parts = len(scored_parts(run))
     rows = sum(numbers.account["rows_in"].values())
     null = json.loads(run.storage.read(NULL)) if run.storage.exists(NULL) else None

@@ -1,4 +1,4 @@
-"""The page of a run: one file that asks nobody for anything and can be read without scripts.
+"""The page of a report: one file that loads nothing and can be read without scripts.
 
 Texts of a crawl are hostile: everything is escaped, and the page's own policy forbids all but its own script.
 """
@@ -28,7 +28,7 @@ from capfilt.select.choose import Whole, select_part
 from capfilt.select.policies import SelectConfig
 
 _LIMIT = 4_500_000
-"""Bytes of images and texts on the page, so that all of it stays under 5 MB."""
+"""Most bytes of images and texts on the page, so that all of it stays under 5 MB."""
 _SIDE, _LONGEST = 160, 240
 _DROPS = ("rules", "duplicates", "duplicate_bits", "contamination", "shared", "human")
 """Settings of a selection that drop texts whatever its policy says."""
@@ -59,7 +59,7 @@ slider.addEventListener('input',show);document.getElementById('needs-script').hi
 
 
 def render(run: Run, numbers: Numbers, report: dict[str, Any], cards: Cards, options: ReportOptions) -> str:
-    """The page as text, under 5 MB."""
+    """Render the page as HTML, under 5 MB."""
     before = [("Every row and every text, once", _account(report)), ("Where a threshold would cut", _threshold(report))]
     after = [
         ("What the texts are like", _texts(report)),
@@ -116,7 +116,7 @@ def _about(report: dict[str, Any]) -> str:
 
 
 def _policy(settings: dict[str, Any]) -> str:
-    """A selection's settings, those that its policy looks at."""
+    """Format the settings of a selection that its policy uses."""
     used = {"rank-k": ("by", "k"), "fraction": ("by", "fraction")}.get(
         settings["policy"], ("by", "itm", "itm_web", "itm_syn")
     )
@@ -163,7 +163,7 @@ def _threshold(report: dict[str, Any]) -> str:
 
 
 def _histogram(series: dict[str, np.ndarray]) -> str:
-    """Shares of texts by score, on a square-root scale, so that small bins are seen beside large ones."""
+    """Draw shares of texts by score, on a square-root scale, so that small bins are visible beside large ones."""
     colours = {"web": "#d97706", "syn": "#2563eb", "shuffled": "#64748b"}
     shares = {kind: np.sqrt(c.reshape(-1)[:BINS].reshape(50, 4).sum(1) / max(1, c.sum())) for kind, c in series.items()}
     top = max((s.max() for s in shares.values()), default=0) or 1
@@ -238,7 +238,7 @@ def _made(report: dict[str, Any]) -> str:
 
 
 def _examples(cards: Cards, numbers: Numbers, options: ReportOptions, room: int) -> str:
-    """Groups of cards, as many as there is room for."""
+    """Render groups of cards, as many as there is room for."""
     shown = ["<h2>Images</h2><p>They were drawn by hash, so that the same run shows the same ones.</p>"]
     if not options.no_blur:
         shown.append('<p><label><input type="checkbox" id="clear"> show images clearly</label></p>')
@@ -257,7 +257,7 @@ def _examples(cards: Cards, numbers: Numbers, options: ReportOptions, room: int)
 
 
 class Cards:
-    """Cards of rows; keeps the parts that it has read, as tables, which take a quarter of what rows as objects do."""
+    """Cards of rows; caches the parts it has read as tables, which take a quarter of the memory of Python rows."""
 
     def __init__(self, run: Run, config: SelectConfig, whole: Whole) -> None:
         self.run, self.config, self.whole = run, config, whole
@@ -276,20 +276,20 @@ class Cards:
         )
 
     def _note(self, pid: str, row: int) -> dict[str, Any]:
-        """The annotation of a row."""
+        """Return the annotation of a row."""
         if pid not in self._notes:
             self._notes[pid] = self.run.parts.read(pid)
         return self._notes[pid].slice(row, 1).to_pylist()[0]
 
     def _fates(self, pid: str) -> pa.Table:
-        """The texts of a part with what becomes of them."""
+        """Return the texts of a part with their fates."""
         if pid not in self._texts:
             account: dict[str, Counter] = defaultdict(Counter)
             self._texts[pid] = select_part(self.run, self.parts[pid], self.config, self.whole, account)
         return self._texts[pid]
 
     def image(self, pid: str, row: int) -> str:
-        """The image of a row, small, as an element; nothing where there is none."""
+        """Return the image of a row, small, as an HTML element; empty where there is none."""
         note = self._note(pid, row)
         if note["status"] not in USABLE:
             return ""

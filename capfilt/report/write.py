@@ -1,4 +1,4 @@
-"""The report of a run: counted, put into a page, and written."""
+"""Reporting: count a run, render the page, write both."""
 
 from __future__ import annotations
 

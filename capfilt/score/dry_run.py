@@ -1,4 +1,4 @@
-"""A rehearsal: score a few rows, say how long all would take and how much would be written, and write nothing."""
+"""Dry run: score a few rows, estimate time and size of the whole run, and write nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scoring: parts that are not there yet are decoded ahead, shown to the models, and committed one by one."""
+"""The scoring loop: missing parts are decoded ahead, scored by the models, and committed one by one."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from capfilt.sources import changed
 from capfilt.store.storage import host
 
 _CHUNK = 16
-"""Rows of one decoding task."""
+"""Rows per decoding task."""
 _JUDGED = 2000
-"""Rows after which it is judged whether something is wrong with the input as a whole."""
+"""Rows after which the error rate decides whether the input as a whole is wrong."""
 
 
 Tasks = deque[tuple["Pool | Inline", Future]]
@@ -41,11 +41,11 @@ Tasks = deque[tuple["Pool | Inline", Future]]
 
 
 class ScoringInterrupted(Exception):
-    """Somebody wants the process to stop."""
+    """The process was asked to stop."""
 
 
 class TooManyErrors(DataError):
-    """So many rows fail that the input is not what it was taken for."""
+    """So many rows fail that the input is probably the wrong one."""
 
 
 class Worker:
@@ -63,7 +63,7 @@ class Worker:
         self._sandbox: Pool | None = None
 
     def begin(self, part: Part, attempt: int) -> Tasks:
-        """Start to decode a part. DataError if its source is not what was planned."""
+        """Start decoding a part. DataError if its source is not what was planned."""
         source = self.run.sources[part.source]
         reason = changed(source)
         if reason:
@@ -79,7 +79,7 @@ class Worker:
         return self._sandbox
 
     def annotate(self, part: Part, tasks: Tasks, attempt: int) -> list[dict[str, Any]]:
-        """The annotations of a part's rows, in order."""
+        """Return the annotations of a part's rows, in order."""
         start = time.monotonic()
         rows: list[Decoded] = []
         answers: dict[int, Scores] = {}
@@ -105,7 +105,7 @@ class Worker:
         return [{**row, **about} for row in annotations]
 
     def _score(self, rows: list[Decoded], part: Part, answers: dict[int, Scores]) -> None:
-        """Show rows to the models, and note what they say of each."""
+        """Score rows and record their scores in `answers`."""
         at = 0
         while at < len(rows):
             some = rows[at : at + self.batch]
@@ -119,7 +119,7 @@ class Worker:
                     answers[row.number] = scores
 
     def show(self, items: Sequence[Item]) -> list[Scores | None]:
-        """What the models say of items, in halves where they do not fit together; None of one that does not fit alone.
+        """Score items, in halves where they do not fit together; None for one that does not fit alone.
 
         The batch is halved for what comes after unless only one of the halves is to blame, and doubled again when some
         have passed: later after each time that this was too early.
@@ -143,14 +143,14 @@ class Worker:
             self.batch, self._passed = min(self.most, 2 * self.batch), 0
 
     def _fitted(self, items: Sequence[Item]) -> tuple[list[Scores | None], bool]:
-        """What the models say of items, and whether they fit together."""
+        """Score items; also returns whether they fit together."""
         scores = self._try(items)
         if scores is not None:
             return scores, True
         return [scores for half in _halves(items) for scores in self._fitted(half)[0]], False
 
     def _try(self, items: Sequence[Item]) -> list[Scores | None] | None:
-        """What the models say; None where memory is too small for several, and of one alone that is what is said."""
+        """Score items; None if several do not fit into memory, [None] if a single one does not."""
         if self.stopped.is_set():
             raise ScoringInterrupted
         try:
@@ -169,7 +169,7 @@ class Worker:
         self.claims.end(part)
 
     def discard(self, tasks: Tasks) -> None:
-        """Give up what is left of a part's decoding."""
+        """Cancel what is left of a part's decoding."""
         while tasks:
             pool, task = tasks.popleft()
             pool.discard([task])
@@ -193,7 +193,7 @@ def _halves(items: Sequence[Item]) -> tuple[Sequence[Item], Sequence[Item]]:
 
 
 def make_pool(setup: Setup, options: ScoreOptions, batch: int) -> Pool | Inline:
-    """Decoding that stays two batches ahead."""
+    """Make a decoding pool that stays two batches ahead."""
     workers = options.decode_workers
     if workers is None:
         workers = max(1, min(16, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
@@ -206,7 +206,7 @@ def make_pool(setup: Setup, options: ScoreOptions, batch: int) -> Pool | Inline:
 
 @dataclass
 class Work:
-    """What a process found and what is left for it to do."""
+    """State of a process's share of the parts, and what is left to do."""
 
     todo: deque[tuple[Part, int]]
     """Parts with the number of the next attempt, the untried first."""
@@ -218,7 +218,7 @@ class Work:
 
 
 def find_work(run: Run, options: ScoreOptions, claims: Claims) -> Work:
-    """Which parts of this process's share are done, damaged, being worked on by others, failed, or to do."""
+    """Sort this process's share into parts that are done, damaged, busy elsewhere, failed, and to do."""
     share = run.share(options.rank, options.world)
     if options.limit:
         rows = itertools.accumulate(part.rows for part in share)
@@ -235,7 +235,7 @@ def find_work(run: Run, options: ScoreOptions, claims: Claims) -> Work:
 
 
 def describe_work(run: Run, work: Work, options: ScoreOptions) -> str:
-    """What was found, in a line."""
+    """Describe the state of the parts in a line."""
     whose = f"process {options.rank} of {options.world}: " if options.world > 1 else ""
     line = f"{whose}{len(work.done)} of {len(work.share)} parts are done"
     if work.damaged:
@@ -251,7 +251,7 @@ def describe_work(run: Run, work: Work, options: ScoreOptions) -> str:
 
 
 class _Stop:
-    """While entered, SIGTERM and SIGINT make `asked` true; the second Ctrl-C interrupts at once."""
+    """While entered, SIGTERM and SIGINT set the event; the second Ctrl-C interrupts at once."""
 
     def __init__(self, event: threading.Event) -> None:
         self.event = event
@@ -277,7 +277,7 @@ def score(
 ) -> int:
     """Score what is left of a run, or of this process's share of it; returns the exit status.
 
-    TooManyErrors if the input is not what it was taken for, StorageError when nothing can be written.
+    TooManyErrors if the input is probably the wrong one, StorageError when nothing can be written.
     """
     options, out = options or ScoreOptions(), out or sys.stderr
     run.storage.sweep()
@@ -296,7 +296,7 @@ def score(
 
 
 def exit_status(run: Run, options: ScoreOptions, failed: int, out: TextIO) -> int:
-    """3 if parts failed, 2 if sources are damaged and that was not allowed, else 0; says why."""
+    """Return 3 if parts failed, 2 if sources are damaged and that was not allowed, else 0; prints the reason."""
     if failed:
         out.write(f"{failed} parts failed; {run.where}/failures says why, `retry-failed` tries them again\n")
         return FAILED_PARTS
@@ -316,7 +316,7 @@ def exit_status(run: Run, options: ScoreOptions, failed: int, out: TextIO) -> in
 
 
 def _all_failed(run: Run, options: ScoreOptions) -> Counter[str]:
-    """Statuses of this process's rows if none could be used; empty where one could, which the first part mostly says.
+    """Count the statuses of this process's rows if none could be used; empty if one could (mostly seen in part one).
 
     `judge` says so early of a large job; this is for jobs of a few rows.
     """
@@ -368,7 +368,7 @@ def _work(run: Run, scorer: Scorer, options: ScoreOptions, work: Work, progress:
 
 
 def _ahead(worker: Worker, work: Work, progress: ScoringProgress) -> Iterator[tuple[Part, int, Tasks]]:
-    """Parts whose decoding has begun, one part ahead of the one that the models look at."""
+    """Yield parts whose decoding has begun, one part ahead of the one being scored."""
     begun: deque[tuple[Part, int, Tasks]] = deque()
     deferred: set[str] = set()
     while work.todo or begun:
@@ -397,7 +397,7 @@ def _ahead(worker: Worker, work: Work, progress: ScoringProgress) -> Iterator[tu
 def _try(
     worker: Worker, part: Part, attempt: int, tasks: Tasks, work: Work, progress: ScoringProgress
 ) -> list[dict[str, Any]] | None:
-    """A part's annotations; None if that raised, and then it is put at the end of the queue or has failed."""
+    """Annotate a part; None if that raised, and then the part is queued again or has failed."""
     try:
         return worker.annotate(part, tasks, attempt)
     except (ScoringInterrupted, KeyboardInterrupt):
@@ -420,7 +420,7 @@ def _try(
 
 
 def judge(progress: ScoringProgress, judged: int, options: ScoreOptions) -> None:
-    """Stop before much work is done on the wrong column or folder."""
+    """Raise TooManyErrors before much work is done on the wrong column or folder."""
     if progress.seen < judged or judged < 200 or progress.seen - judged > _JUDGED:
         return
     rate = progress.errors / progress.seen

@@ -31,11 +31,11 @@ T = TypeVar("T")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LONG = 1 << 20
 _FAN, _FEW = 8, 16
-"""Texts that are matched at once, for each image of a batch, and in any case."""
+"""Most texts matched at once: per image of a batch, and in any case."""
 
 
 class BlipScorer:
-    """Writes texts with a captioner and matches web and synthetic texts with a filter."""
+    """Generates captions with a captioner and matches web and synthetic texts with a filter."""
 
     def __init__(
         self,
@@ -44,9 +44,9 @@ class BlipScorer:
         config: ScoreConfig,
         device: str | torch.device = "cpu",
     ) -> None:
-        """The models are moved to the device and number format, and put in evaluation mode.
+        """Move the models to the device and precision, in evaluation mode.
 
-        ValueError for texts that are to be longer than a model's positions.
+        ValueError if texts may become longer than a model's positions.
         """
         self._device = torch.device(device)
         config = decided(config, device=self._device)
@@ -84,9 +84,9 @@ class BlipScorer:
 
     @classmethod
     def load(cls, config: ScoreConfig, device: str | None = None) -> BlipScorer:
-        """Read the models of a configuration; the device is this process's own when it is not named by its number.
+        """Read the models of a configuration; the device is this process's own unless it is numbered.
 
-        FileNotFoundError or ValueError if there is something wrong with the models.
+        FileNotFoundError or ValueError if a model is missing or unsuitable.
         """
         device = str(dist.own_device()) if device in (None, "auto", "cuda") else device
         if device.startswith("cuda"):
@@ -104,7 +104,7 @@ class BlipScorer:
 
     @torch.inference_mode()
     def score(self, items: Sequence[Item]) -> list[Scores]:
-        """Raises BatchTooLarge, having freed what it held."""
+        """Score items. Raises BatchTooLarge, having freed the memory."""
         try:
             return self._score(items)
         except (RuntimeError, MemoryError) as error:
@@ -134,14 +134,14 @@ class BlipScorer:
         ]
 
     def _images(self, items: Sequence[Item], model: Blip) -> Tensor:
-        """(B, 3, S, S) normalised, as blip.data.transforms.EvalTransform gives them."""
+        """Return images (B, 3, S, S), normalised as by blip.data.transforms.EvalTransform."""
         which = self.sides.index(model.vision.image_size)
         pixels = torch.from_numpy(np.stack([item.pixels[which] for item in items]))
         pixels = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2).float().div(255)
         return pixels.sub(self._mean).div(self._std).to(self._dtype)
 
     def _caption(self, items: Sequence[Item], tokens: Tensor) -> list[list[Text]]:
-        """`config.captions` texts for each image."""
+        """Generate `config.captions` texts for each image."""
         if self.captioner is None or self.writer is None:
             return [[] for _ in items]
         seen = tokens if self.shared else self.captioner.vision(self._images(items, self.captioner))
@@ -149,9 +149,9 @@ class BlipScorer:
         return write(self.captioner, self.writer, seen, self.decode, prompt=self.config.prompt.strip(), keys=keys)
 
     def _match(self, tokens: Tensor, texts: Sequence[Sequence[str]]) -> list[list[Matched]]:
-        """All texts of all images: images with equally many together, and not more texts at once than a batch may have.
+        """Match all texts of all images: images with equally many together, and never more texts at once than allowed.
 
-        So an image with many texts costs what they cost, and the others nothing.
+        An image with many texts so costs the others nothing.
         """
         matches: list[list[Matched]] = [[] for _ in texts]
         room = max(_FEW, _FAN * len(texts))
@@ -173,7 +173,7 @@ class BlipScorer:
     def _grid(
         self, counts: Sequence[int], ids: Tensor, mask: Tensor, context: Context, embedded: Tensor
     ) -> list[list[Matched]]:
-        """N texts of each of B images: word pieces of each text, ids and keep (B N, T), embedded images (B, E)."""
+        """Match N texts of each of B images: word pieces per text, ids and mask (B N, T), embedded images (B, E)."""
         per_image, longest = len(ids) // len(embedded), self.config.max_tokens
         logits = self.filter.match(ids, mask, context.expand(per_image)).float()
         margins = (logits[:, 1] - logits[:, 0]).view(-1, per_image)
@@ -188,7 +188,7 @@ class BlipScorer:
         ]
 
     def _encoded(self, texts: Sequence[str]) -> tuple[list[int], Tensor, Tensor]:
-        """Word pieces of each text before any are cut off; ids and keep (R, T) of the texts as they are matched."""
+        """Return the word pieces of each text before truncation, and ids and mask (R, T) as matched."""
         tokenizer, longest = self.tokenizer, self.config.max_tokens
         pieces = [tokenizer.pieces(text, _LONG) for text in texts]
         cut = [p if len(p) <= longest else [*p[: longest - 1], tokenizer.sep_id] for p in pieces]
@@ -198,7 +198,7 @@ class BlipScorer:
 
 
 def same_vision(a: Blip, b: Blip) -> bool:
-    """Whether two models have the same image encoder, weight for weight."""
+    """Tell whether two models have the same image encoder, weight for weight."""
     if a.config.vision != b.config.vision:
         return False
     ours, theirs = a.vision.state_dict(), b.vision.state_dict()
@@ -206,12 +206,12 @@ def same_vision(a: Blip, b: Blip) -> bool:
 
 
 def _pieces(values: Sequence[T], size: int) -> list[Sequence[T]]:
-    """Values in their order, so many at a time."""
+    """Split values into pieces of `size`, in order."""
     return [values[at : at + size] for at in range(0, len(values), size)]
 
 
 def _clean(text: str, config: ScoreConfig) -> str:
-    """A synthetic text as training will see it; one without words is scored as the empty text that it is."""
+    """Clean a synthetic text as training will; one without words is scored as the empty text."""
     try:
         return clean_caption(text, config.max_words)
     except BadSample:

@@ -1,4 +1,4 @@
-"""What a scoring process says while it works: one line on a terminal, JSON lines elsewhere."""
+"""Progress of a scoring process: one line on a terminal, JSON lines elsewhere."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, TextIO
 from capfilt.schema import FAULTS, USABLE
 
 _WINDOW = 120.0
-"""Seconds over which the rate is taken."""
+"""Seconds over which the rate is measured."""
 
 
 class ScoringProgress:
-    """Counts rows and seconds by stage. Rows that an earlier process scored are not part of the rate."""
+    """Counts of rows, and seconds by stage. Rows that an earlier process scored do not count for the rate."""
 
     def __init__(self, rows: int, inherited: int, parts: int, parts_done: int, out: TextIO | None = None) -> None:
         self.total, self.done, self.inherited = rows, inherited, inherited
@@ -46,7 +46,7 @@ class ScoringProgress:
             self._marks.popleft()
 
     def inherit(self, rows: int) -> None:
-        """Count a part that somebody else has scored."""
+        """Count a part that another process has scored."""
         self.parts_done += 1
         self.done += rows
         self.inherited += rows
@@ -62,12 +62,12 @@ class ScoringProgress:
         return sum(self.statuses.values())
 
     def rate(self) -> float:
-        """Rows a second, of late."""
+        """Return recent rows per second."""
         (start, before), (end, now) = self._marks[0], self._marks[-1]
         return (now - before) / (end - start) if end > start else 0.0
 
     def seconds_left(self) -> tuple[float, float] | None:
-        """Seconds to go and how far off that may be; None before anything can be said."""
+        """Return the remaining seconds and their uncertainty; None before there is an estimate."""
         rate = self.rate()
         if not rate or self.done == self.inherited:
             return None
@@ -76,7 +76,7 @@ class ScoringProgress:
         return left, abs(left - (self.total - self.done) / overall) + 0.05 * left
 
     def report(self) -> dict[str, Any]:
-        """Everything, by name."""
+        """Return all figures by name."""
         left = self.seconds_left()
         spent = sum(self.stages.values()) or 1.0
         return {
@@ -101,7 +101,7 @@ class ScoringProgress:
         return round(self.kept[f"{kind} kept"] / self.kept[kind], 4) if self.kept[kind] else None
 
     def line(self) -> str:
-        """The report in a line."""
+        """Format the report as a line."""
         report = self.report()
         done = f"rows {_short(self.done)}/{_short(self.total)} {self.done / max(1, self.total):.1%}"
         bits = [done, f"{report['rows_per_second']:,.0f} img/s" if report["rows_per_second"] >= 10 else
@@ -152,7 +152,7 @@ def _short(n: int) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as 12s, 3m05 or 2h04."""
+    """Format seconds as 12s, 3m05 or 2h04."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds}s"
