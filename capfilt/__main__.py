@@ -10,7 +10,7 @@ from blip import options
 from blip.app import exit
 
 ABOUT = """\
-Clean a noisy crawl of images and texts: a captioner writes, a filter reads, and what matches is kept.
+Clean a noisy crawl of images and texts: a captioner generates, a filter matches, and what matches is kept.
 
   python -m capfilt plan --input 'cc/{00000..00331}.tar' --out run --captioner models/captioner --filter models/filter
   python -m capfilt score run                    # again continues; RANK and WORLD_SIZE of a launcher share the work
@@ -38,7 +38,7 @@ VERBS = {
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run a command line, or the process's own; returns the exit status."""
+    """Run `args`, by default the process's own; returns the exit status."""
     args = sys.argv[1:] if args is None else args
     if os.environ.get("CAPFILT_TRACEBACK"):
         return options.carry_out("capfilt", args, VERBS, "capfilt.commands", ABOUT)

@@ -33,31 +33,31 @@ from capfilt.store.storage import Storage, open_storage
 
 FORMATS = ("wds", "parquet", "json", "uids")
 _GROUP = 256
-"""Rows of a parquet file that are written together."""
+"""Rows per row group of a parquet file."""
 _ENDING = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
-"""MPO is a JPEG with more images behind it, as telephones and cameras write."""
+"""File endings by format; MPO, which phones and cameras write, is a JPEG followed by more images."""
 _PASSED_ON = ("sample_id", "source_uri", "source_row", "key", "url", "image_sha256", "width", "height",
               "web_text", "syn_text", "itm_web", "itm_syn", "itc_web", "itc_syn", "extra_json")  # fmt: skip
 
 
 @dataclass
-class Kept:
-    """One kept text, or all kept texts of an image where they stay together."""
+class ExportSample:
+    """A sample of an export: one kept text of an image, or with `together` all of them."""
 
     name: str
-    """Running number in the export."""
+    """Name of the sample: its running number in the export."""
     captions: list[str]
     ending: str
     image: bytes
     facts: dict[str, Any]
     first: bool
-    """Whether it is the first of its image."""
+    """Whether this is the first sample of its image."""
     image_name: str = ""
 
 
 @dataclass
 class _Files:
-    """What was written."""
+    """The files of an export that are written, with their SHA-256."""
 
     storage: Storage
     written: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -76,9 +76,9 @@ def export(
 ) -> dict[str, Any]:  # fmt: skip
     """Write a selection to a folder or object store; returns the manifest.
 
-    One sample per kept text, or with `together` one per image with a list of texts. With `replace` an export that is
-    there, whole or in part, goes. The files are opened again and counted before `_SUCCESS` is written. ValueError if
-    there is something else already, which training would read as well, or if nothing is kept, unless `allow_empty`;
+    One sample per kept text, or with `together` one per image with a list of texts. `replace` removes an older
+    export there, whole or in part. The files are opened again and counted before `_SUCCESS` is written. ValueError if
+    the folder holds anything else, which training would read as well, or if nothing is kept, unless `allow_empty`;
     DataError if an image is not the one that was scored, or if the files do not hold what is kept.
     """
     at_least(1, shard=shard)
@@ -103,8 +103,8 @@ def export(
         _WRITERS[form](_counted(_samples(run, selection, together), counts), files, shard)
     if counts["pairs"] != kept:
         raise DataError(f"{counts['pairs']} texts were exported and {kept} are kept: run `capfilt verify`")
-    held = count(files.storage, form, files.written)
-    if different := differences({name: counts[name] for name in held}, held):
+    in_files = count(files.storage, form, files.written)
+    if different := differences({name: counts[name] for name in in_files}, in_files):
         raise DataError(f"{files.storage.root} does not hold what was written ({'; '.join(different)}): export again")
     manifest = {**about, **counts, "files": files.written}
     content = (json.dumps(manifest, indent=1) + "\n").encode()
@@ -116,28 +116,28 @@ def export(
 
 
 def _seen_from(run: Storage, to: Storage) -> str:
-    """The address of an export; under the run's own folder it is noted from there, as it moves with that."""
+    """Return the address of an export, relative to the run where it lies inside the run's folder and moves with it."""
     return to.address.removeprefix(f"{run.address.rstrip('/')}/")
 
 
 def exported_to(run: Storage, noted: str) -> Storage:
-    """The export that `_seen_from` noted."""
+    """Open the export whose address `_seen_from` returned."""
     return open_storage(noted if "://" in noted or os.path.isabs(noted) else f"{run.address.rstrip('/')}/{noted}")
 
 
 def _begin(storage: Storage, about: dict[str, Any], replace: bool) -> None:
-    """Make sure that a folder is empty, or holds this very export, whole or in part."""
+    """Mark the export as begun. ValueError unless the folder is empty or holds this very export, whole or in part."""
     marker = next((name for name in MARKERS if storage.exists(name)), None)
     if marker is None and (there := storage.entries()):
         raise ValueError(f"{storage.root} is not empty ({', '.join(there[:3])}): give another --to")
     if marker is not None:
         before = json.loads(storage.read(marker))
-        found = differences({key: before.get(key) for key in about}, about)
-        if found and not replace:
+        changes = differences({key: before.get(key) for key in about}, about)
+        if changes and not replace:
             raise ValueError(
-                f"{storage.root} holds another export ({'; '.join(found)}): give another --to, or --replace"
+                f"{storage.root} holds another export ({'; '.join(changes)}): give another --to, or --replace"
             )
-        if found:
+        if changes:
             _remove_export(storage)
     storage.sweep()
     storage.write(BEGUN, (json.dumps(about) + "\n").encode())
@@ -145,7 +145,7 @@ def _begin(storage: Storage, about: dict[str, Any], replace: bool) -> None:
 
 
 def _remove_export(storage: Storage) -> None:
-    """Remove the files of an export; ValueError, and nothing is touched, if others are among them."""
+    """Remove the files of an export. ValueError, with nothing removed, if there are other files among them."""
     there = sorted(storage.listing(""))
     others = [name for name in there if not OURS.fullmatch(name)]
     if others:
@@ -154,7 +154,7 @@ def _remove_export(storage: Storage) -> None:
         storage.remove(name)
 
 
-def _counted(samples: Iterator[Kept], counts: dict[str, int]) -> Iterator[Kept]:
+def _counted(samples: Iterator[ExportSample], counts: dict[str, int]) -> Iterator[ExportSample]:
     for sample in samples:
         counts["samples"] += 1
         counts["pairs"] += len(sample.captions)
@@ -162,36 +162,36 @@ def _counted(samples: Iterator[Kept], counts: dict[str, int]) -> Iterator[Kept]:
         yield sample
 
 
-def _samples(run: Run, selection: str, together: bool) -> Iterator[Kept]:
+def _samples(run: Run, selection: str, together: bool) -> Iterator[ExportSample]:
     number, images, originals = 0, 0, _Images(run)
     for part, table in kept_of(run, selection):
         texts = table.to_pylist()
         if not texts:
             continue
         notes = run.parts.read(part.pid).to_pylist()
-        for row, kept in groupby(texts, key=lambda text: text["row"]):
-            note, chosen = notes[row], list(kept)
+        for row, of_row in groupby(texts, key=lambda text: text["row"]):
+            note, chosen = notes[row], list(of_row)
             image = originals.of(part, note)
             facts = {name: note[name] for name in _PASSED_ON}
             facts["extra"] = json.loads(facts.pop("extra_json") or "{}")
             groups = [chosen] if together else [[text] for text in chosen]
             for i, group in enumerate(groups):
-                said = [{"source": t["text_source"], "score": t["score"], "reason": t["reason"]} for t in group]
-                yield Kept(f"{number:09d}", [t["text"] for t in group], _ENDING[note["format"]], image,
-                           {**facts, "kept": said}, i == 0, f"{images:09d}")  # fmt: skip
+                fates = [{"source": t["text_source"], "score": t["score"], "reason": t["reason"]} for t in group]
+                yield ExportSample(f"{number:09d}", [t["text"] for t in group], _ENDING[note["format"]], image,
+                           {**facts, "kept": fates}, i == 0, f"{images:09d}")  # fmt: skip
                 number += 1
             images += 1
 
 
 class _Images:
-    """The bytes that were scored; keeps the last source open."""
+    """Original bytes of scored images; the last source stays open."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self._open: tuple[str, Any] = ("", None)
 
     def of(self, part: Part, note: dict[str, Any]) -> bytes:
-        """DataError if the source or the image is another now."""
+        """Return the bytes of an image. DataError if the source or the image has changed since it was scored."""
         if self._open[0] != part.source:
             source = self.run.sources[part.source]
             reason = changed(source)
@@ -204,15 +204,15 @@ class _Images:
         return image
 
 
-def _sharded(samples: Iterator[Kept], size: int) -> Iterator[tuple[int, Iterator[Kept]]]:
-    """Samples by the number of their file."""
+def _sharded(samples: Iterator[ExportSample], size: int) -> Iterator[tuple[int, Iterator[ExportSample]]]:
+    """Group samples by the number of their file."""
     return groupby(samples, key=lambda sample: int(sample.name) // size)
 
 
 # Formats --------------------------------------------------------------------------------------------------------------
 
 
-def _write_wds(samples: Iterator[Kept], files: _Files, size: int) -> None:
+def _write_wds(samples: Iterator[ExportSample], files: _Files, size: int) -> None:
     for number, group in _sharded(samples, size):
         with (
             files.writing(f"{number:05d}.tar") as file,
@@ -222,8 +222,11 @@ def _write_wds(samples: Iterator[Kept], files: _Files, size: int) -> None:
                 _add(tar, f"{sample.name}.{sample.ending}", sample.image)
                 if len(sample.captions) == 1:
                     _add(tar, f"{sample.name}.txt", sample.captions[0].encode())
-                said = {"caption": sample.captions if len(sample.captions) > 1 else sample.captions[0], **sample.facts}
-                _add(tar, f"{sample.name}.json", json.dumps(said).encode())
+                record = {
+                    "caption": sample.captions if len(sample.captions) > 1 else sample.captions[0],
+                    **sample.facts,
+                }
+                _add(tar, f"{sample.name}.json", json.dumps(record).encode())
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -232,7 +235,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(member, io.BytesIO(content))
 
 
-def _write_parquet(samples: Iterator[Kept], files: _Files, size: int) -> None:
+def _write_parquet(samples: Iterator[ExportSample], files: _Files, size: int) -> None:
     schema = _hosted_schema()
     for number, group in _sharded(samples, size):
         with files.writing(f"{number:05d}.parquet") as file, pq.ParquetWriter(file, schema) as writer:
@@ -241,19 +244,19 @@ def _write_parquet(samples: Iterator[Kept], files: _Files, size: int) -> None:
                 writer.write_table(pa.Table.from_pylist(some, schema))
 
 
-def _row(sample: Kept) -> dict[str, Any]:
+def _row(sample: ExportSample) -> dict[str, Any]:
     return {
         "image": {"bytes": sample.image, "path": f"{sample.name}.{sample.ending}"},
         "caption": sample.captions,
         "sample_id": sample.facts["sample_id"],
-        "source": [said["source"] for said in sample.facts["kept"]],
-        "score": [said["score"] for said in sample.facts["kept"]],
+        "source": [fate["source"] for fate in sample.facts["kept"]],
+        "score": [fate["score"] for fate in sample.facts["kept"]],
         "json": json.dumps(sample.facts),
     }
 
 
 def _hosted_schema() -> pa.Schema:
-    """Arrow types, with the note by which `datasets` knows that `image` is an image."""
+    """Return the Arrow schema, with the metadata that tells `datasets` that `image` is an image."""
     text, number = {"dtype": "string", "_type": "Value"}, {"dtype": "float32", "_type": "Value"}
     features = {
         "image": {"_type": "Image"},
@@ -274,8 +277,8 @@ def _hosted_schema() -> pa.Schema:
     return pa.schema(list(types.items()), {"huggingface": json.dumps({"info": {"features": features}})})
 
 
-def _write_json(samples: Iterator[Kept], files: _Files, size: int) -> None:
-    """captions.json with one {image, caption} per sample, and each image once under images/."""
+def _write_json(samples: Iterator[ExportSample], files: _Files, size: int) -> None:
+    """Write captions.json with one {image, caption} per sample, and each image once under images/."""
     with files.writing("captions.json") as listing:
         start = b"[\n"
         for sample in samples:
@@ -290,7 +293,7 @@ def _write_json(samples: Iterator[Kept], files: _Files, size: int) -> None:
 
 
 def _write_uids(run: Run, selection: str, files: _Files, counts: dict[str, int]) -> None:
-    """DataComp's format: each kept image's uid (the input's own where it has one) as two integers, sorted."""
+    """Write DataComp's format: each kept image's uid (the input's own where it has one) as two integers, sorted."""
     uids = set()
     for part, table in kept_of(run, selection):
         counts["pairs"] += len(table)
@@ -309,7 +312,7 @@ def _write_uids(run: Run, selection: str, files: _Files, counts: dict[str, int])
         file.write(buffer.getvalue())
 
 
-_WRITERS: dict[str, Callable[[Iterator[Kept], _Files, int], None]] = {
+_WRITERS: dict[str, Callable[[Iterator[ExportSample], _Files, int], None]] = {
     "wds": _write_wds,
     "parquet": _write_parquet,
     "json": _write_json,

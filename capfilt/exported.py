@@ -18,16 +18,16 @@ from blip.errors import DataError
 from capfilt.store.storage import Local, Storage
 
 BEGUN = "_BEGUN"
-"""What export this is, while it is not whole."""
+"""Marker of an unfinished export, which says which export it is."""
 MARKERS = ("_SUCCESS", BEGUN)
 OURS = re.compile(r"\d{5,}\.(tar|parquet)|captions\.json|uids\.npy|images/\d{5,}/\d{9,}\.\w+|_SUCCESS|_BEGUN")
-"""Names of what exports write."""
+"""Names of the files that exports write."""
 COUNTED = ("images", "pairs", "samples")
 _ROWS = 1024
 
 
 class DamagedExport(ValueError):
-    """A file of an export is not what such a file is."""
+    """A file of an export is not of the export's format."""
 
 
 def count(storage: Storage, form: str, names: Iterable[str]) -> dict[str, int]:
@@ -85,7 +85,7 @@ def _member(file: IO[bytes], member: Member) -> bytes:
 
 
 def _texts(captions: Any) -> int:
-    """How many texts a caption entry holds: one, or those of a list."""
+    """Count the texts of a caption entry, which is one text or a list."""
     some = [captions] if isinstance(captions, str) else captions
     if not isinstance(some, list) or not some or not all(isinstance(text, str) for text in some):
         raise DamagedExport("a sample has no text")
@@ -108,7 +108,7 @@ def _listed_samples(file: IO[bytes], name: str) -> Iterator[tuple[str, int]]:
 
 
 def _uids(file: IO[bytes], name: str) -> Iterator[tuple[tuple[int, int], int]]:
-    """One image each; how many texts it has is not in the file."""
+    """Count the images of a uid file, which does not say how many texts each has."""
     uids = np.load(file, allow_pickle=False)
     if uids.dtype != np.dtype("u8,u8"):
         raise DamagedExport(f"the type is {uids.dtype}, not two u8")

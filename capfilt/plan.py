@@ -26,7 +26,7 @@ from capfilt.store.storage import Storage, open_storage
 
 
 def _find_all(specs: Sequence[str], split: str | None) -> list[FoundFile]:
-    """What all inputs mean. DataError if a file is among them twice."""
+    """Return the files that all inputs name. DataError for duplicates."""
     files = [one for spec in specs for one in find(spec, split)]
     (path, times), *_ = Counter(one.path for one in files).most_common(1) or [("", 0)]
     if times > 1:
@@ -35,14 +35,14 @@ def _find_all(specs: Sequence[str], split: str | None) -> list[FoundFile]:
 
 
 def _relpath(path: str, root: str) -> str:
-    """A path under the root of all input; what is not, as a data set on the hub, keeps its name."""
+    """Return a path relative to the common root; anything outside it, such as a data set on the hub, keeps its name."""
     if path.startswith(HUB) or is_remote(path):
         return path.removeprefix(f"{root}/") if root else path
     return path if is_remote(root) else os.path.relpath(path, root).replace(os.sep, "/")
 
 
 def _root(paths: Sequence[str]) -> str:
-    """The folder that all input is in, of this machine or of an object store; of this machine's where there is both."""
+    """Return the common root of all inputs; that of the local ones where local and remote are mixed."""
     named = [p for p in paths if not p.startswith(HUB)]
     local = [os.path.dirname(p) for p in named if not is_remote(p)]
     stores = {p.split("://")[0] for p in named if is_remote(p)}
@@ -56,14 +56,14 @@ def _root(paths: Sequence[str]) -> str:
 
 
 def auto_part_size() -> int:
-    """Rows that take some 30 to 120 seconds: 1024 with a GPU, 64 without."""
+    """Return a part size that takes some 30 to 120 seconds: 1024 rows with a GPU, 64 without."""
     return 1024 if has_gpu() else 64
 
 
 def make(out: str, config: ScoreConfig, reading: ReadConfig, part_size: int | None = None) -> Run:
-    """Freeze a plan into a folder or object store, or return the one that is there if it is the same.
+    """Freeze a plan into a folder or object store, or return the existing one if it is the same.
 
-    ValueError lists the differences if it is not; nothing is touched then. DataError if there is nothing to read.
+    ValueError, with nothing touched, lists the differences if it is not. DataError if there is nothing to read.
     """
     at_least(1, part_size=part_size)
     storage = open_storage(out)
@@ -103,7 +103,7 @@ def make(out: str, config: ScoreConfig, reading: ReadConfig, part_size: int | No
 
 
 def anchored(reading: ReadConfig) -> ReadConfig:
-    """The settings with an image root that means the same from every folder that a command is given in."""
+    """Return the settings with an absolute image root, which does not depend on the current folder."""
     if reading.image_root is None:
         return reading
     return dataclasses.replace(reading, image_root=os.path.abspath(os.path.expanduser(local(reading.image_root))))
@@ -114,12 +114,12 @@ def _describe_all(
 ) -> list[PlannedSource]:
     counts = [Counter() for _ in files]  # one each, as threads count
     with ThreadPoolExecutor(4) as pool:
-        found = list(
+        described = list(
             pool.map(lambda one, mine: describe(one, _relpath(one.path, root), reading, storage, mine), files, counts)
         )
     for mine in counts if seen is not None else ():
         seen.update(mine)
-    return found
+    return described
 
 
 def write_parts(storage: Storage, number: int, sources: Sequence[PlannedSource], size: int, mark: str) -> None:
@@ -137,21 +137,21 @@ def write_parts(storage: Storage, number: int, sources: Sequence[PlannedSource],
 
 
 def _same(run: Run, resolved: dict, reading: ReadConfig, part_size: int | None, paths: list[str]) -> Run:
-    """The run, if these settings would have planned it."""
-    found = drift(run, resolved, reading, part_size)
+    """Return the existing run. ValueError lists the differences if these settings would plan another one."""
+    changes = drift(run, resolved, reading, part_size)
     known = {source.path for source in run.sources.values()}
-    found += [f"input {p} is not in the plan" for p in paths if p not in known][:3]
-    found += [f"input {p} is in the plan and not found now" for p in sorted(known - set(paths))][:3]
-    if found:
+    changes += [f"input {p} is not in the plan" for p in paths if p not in known][:3]
+    changes += [f"input {p} is in the plan and not found now" for p in sorted(known - set(paths))][:3]
+    if changes:
         raise ValueError(
-            f"{run.where} is planned otherwise: {'; '.join(found)}. Take another --out, or add new files with "
+            f"{run.where} is planned otherwise: {'; '.join(changes)}. Take another --out, or add new files with "
             "`plan --extend`"
         )
     return run
 
 
 def drift(run: Run, resolved: dict[str, Any], reading: ReadConfig, part_size: int | None) -> list[str]:
-    """What of these settings, the models resolved to their hashes, is not as the run was planned."""
+    """List how these settings, with models resolved to their hashes, differ from those of the run."""
     size = run.job["part_size"]
     before = {"part_size": size, **of_record(run.job["config"]), "reading": dataclasses.asdict(anchored(run.reading))}
     now = {"part_size": part_size or size, **of_record(resolved), "reading": dataclasses.asdict(anchored(reading))}
@@ -159,7 +159,7 @@ def drift(run: Run, resolved: dict[str, Any], reading: ReadConfig, part_size: in
 
 
 def extend(out: str, inputs: Sequence[str]) -> tuple[Run, list[PlannedSource]]:
-    """Add the files that a plan does not know yet, with its own settings; what it knows keeps its ids."""
+    """Add files that are not in a plan yet, with the plan's settings; the ids of all others stay as they are."""
     run = Run.open(out)
     specs = list(inputs) or run.reading.inputs
     files = _find_all(specs, run.reading.split)

@@ -51,15 +51,15 @@ ENTRIES = pa.schema(
 
 @dataclass
 class InputRow:
-    """One row of the input as it is stored."""
+    """A row of the input as it is stored."""
 
     number: int
     key: str
     image: bytes | None = None
-    """Encoded; None when there is none, and then `problem` says why."""
+    """Encoded image; None where there is none, and then `problem` says why."""
     texts: list[str] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
-    """The row's other columns."""
+    """Other columns of the row."""
     problem: tuple[str, str, str] | None = None
     """(status, error code, detail) of a row without a readable image."""
 
@@ -68,22 +68,22 @@ class InputRow:
 
 
 def find(spec: str, split: str | None = None) -> list[FoundFile]:
-    """The files that an input means, in a fixed order. DataError for what is not there or may not be read.
+    """List the files that an input names, in a fixed order. DataError for missing or unreadable ones.
 
-    Of an image folder with a folder for each split, that of `split`.
+    `split` chooses among the folders of an image folder that has one per split.
     """
     if spec.startswith(HUB):
         return [FoundFile("dataset", spec)]
-    found = []
+    files = []
     for name in alternatives(spec):
         if is_remote(name):
-            found += _remote(name)
+            files += _remote(name)
         elif is_plain_path(name):
-            found += find_one(os.path.abspath(name), "input", split=split)
+            files += find_one(os.path.abspath(name), "input", split=split)
         else:
             only = "only files of this machine or of an object store are read; download it first"
             raise DataError(f"input {name!r}: {only}")
-    return [one._replace(path=str(one.path)) for one in found]
+    return [one._replace(path=str(one.path)) for one in files]
 
 
 def _remote(spec: str) -> list[FoundFile]:
@@ -91,10 +91,10 @@ def _remote(spec: str) -> list[FoundFile]:
 
     files, inside = fsspec.core.url_to_fs(spec)
     scheme = spec.split("://")[0]
-    found = sorted(files.glob(inside)) if "*" in inside else [inside] if files.exists(inside) else []
-    if not found:
+    paths = sorted(files.glob(inside)) if "*" in inside else [inside] if files.exists(inside) else []
+    if not paths:
         raise DataError(f"input {spec}: no such object")
-    kinds = [FoundFile(file_format(Path(p), "input"), f"{scheme}://{p.lstrip('/')}") for p in found]
+    kinds = [FoundFile(file_format(Path(p), "input"), f"{scheme}://{p.lstrip('/')}") for p in paths]
     if any(one.format == "json" for one in kinds):
         raise DataError(f"input {spec}: only tar and parquet are read from an object store; copy lists here")
     return kinds
@@ -104,13 +104,13 @@ def _remote(spec: str) -> list[FoundFile]:
 
 
 def describe(
-    found: FoundFile, relpath: str, config: ReadConfig, storage: Storage, seen: Counter[str] | None = None
+    input_file: FoundFile, relpath: str, config: ReadConfig, storage: Storage, seen: Counter[str] | None = None
 ) -> PlannedSource:
-    """What a file is and how many rows it has; its index of rows is written where the format needs one.
+    """Describe a file for the plan, with its number of rows; writes its index of rows where the format needs one.
 
-    `seen` counts the splits that lists have.
+    `seen` counts the splits of the lists.
     """
-    path, kind = found.path, found.format
+    path, kind = input_file.path, input_file.format
     if kind == "dataset":
         return _dataset(path, relpath, config)
     if kind in ("parquet", "tar", "files"):
@@ -119,7 +119,7 @@ def describe(
     content, declared = content_of(path), _declared(path)
     if kind == "parquet":
         file = open_parquet(path)
-        chosen_columns(file.schema_arrow, asked(config), path)
+        chosen_columns(file.schema_arrow, wanted_columns(config), path)
         return PlannedSource("parquet", path, relpath, size, mtime, content, file.metadata.num_rows, declared=declared)
     if kind == "tar":
         index, damage, notes = index_tar(path)
@@ -127,7 +127,7 @@ def describe(
     elif kind == "files":
         index, damage, notes = _index_files(path, config)
     else:
-        index, damage, notes = _index_list(path, config, None if found.of_split else config.split, seen)
+        index, damage, notes = _index_list(path, config, None if input_file.of_split else config.split, seen)
     name = f"plan/index/{hashlib.sha256(relpath.encode()).hexdigest()[:16]}-{content}.parquet"
     storage.write(name, part_files.encode(index, {"source": relpath}, _GROUP))
     if declared is not None and declared > len(index):
@@ -137,7 +137,7 @@ def describe(
 
 
 def _declared(path: str) -> int | None:
-    """Samples that img2dataset counted when it wrote a shard."""
+    """Return the number of samples that img2dataset recorded for a shard; None without a record."""
     stats = os.path.splitext(path)[0] + "_stats.json"
     if is_remote(path) or not os.path.isfile(stats):
         return None
@@ -148,19 +148,19 @@ def _declared(path: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def asked(config: ReadConfig) -> Columns:
-    """The columns that the settings ask for."""
+def wanted_columns(config: ReadConfig) -> Columns:
+    """Return the columns that the settings name."""
     return Columns(config.image_column, config.caption_column)
 
 
 def open_parquet(path: str) -> pq.ParquetFile:
-    """DataError that names the file if it is none."""
+    """Open a parquet file. DataError names the file if it is not one."""
     return parquet_file(path, open_file(path) if is_remote(path) else None)
 
 
 @functools.lru_cache(maxsize=4)
 def open_dataset(path: str, split: str | None) -> Any:
-    """A `datasets.Dataset`. DataError says what it is instead, or which splits there are."""
+    """Open a `datasets.Dataset`. DataError says what it is instead, or which splits there are."""
     from blip.data.formats import hosted
 
     name, _, revision = path.removeprefix(HUB).partition("@") if path.startswith(HUB) else (path, "", "")
@@ -169,7 +169,7 @@ def open_dataset(path: str, split: str | None) -> Any:
 
 def _dataset(path: str, relpath: str, config: ReadConfig) -> PlannedSource:
     data = open_dataset(path, config.split)
-    chosen_columns(data.features.arrow_schema, asked(config), path)
+    chosen_columns(data.features.arrow_schema, wanted_columns(config), path)
     size = sum(os.path.getsize(f["filename"]) for f in data.cache_files)
     content = dataset_content(path) or hashlib.sha256(data._fingerprint.encode()).hexdigest()[:16]
     return PlannedSource("hosted", path, relpath, size, 0.0, content, len(data))
@@ -178,15 +178,15 @@ def _dataset(path: str, relpath: str, config: ReadConfig) -> PlannedSource:
 def index_tar(path: str) -> tuple[pa.Table, str | None, list[str]]:
     """Read all headers of a shard -> (samples, damage or None, notes).
 
-    What comes before a tear is indexed and the damage said. DataError for what may not be used at all.
+    A truncated shard is indexed up to the damage. DataError for a shard that cannot be used at all.
     """
     with open_file(path) as file:
-        found = tars.read_headers(file, path)
-    samples = [{"key": s.key} | {slot: _span(getattr(s, slot)) for slot in tars.SLOTS} for s in found.samples]
-    damage = found.damage
+        shard = tars.read_headers(file, path)
+    samples = [{"key": s.key} | {slot: _span(getattr(s, slot)) for slot in tars.SLOTS} for s in shard.samples]
+    damage = shard.damage
     if damage and samples:
         damage = f"{damage}; readable are {len(samples)} samples"
-    return pa.Table.from_pylist(samples, MEMBERS), damage, found.notes
+    return pa.Table.from_pylist(samples, MEMBERS), damage, shard.notes
 
 
 def _span(member: tars.Member) -> dict[str, int] | None:
@@ -194,9 +194,9 @@ def _span(member: tars.Member) -> dict[str, int] | None:
 
 
 def check_column(path: str, index: pa.Table, config: ReadConfig) -> None:
-    """DataError if none of the first samples of an index has the column that captions are to be of.
+    """Raise DataError if none of the first samples of an index has the caption column.
 
-    Images without any columns or texts are all right where no other column was asked for.
+    Images without any columns or texts are accepted unless another caption column was named.
     """
     column, first = config.caption_column, index.slice(0, rows.FIRST_ROWS).to_pylist()
     if column == NO_COLUMN or (column == tars.TEXT_COLUMN and any(entry["text"] for entry in first)):
@@ -208,36 +208,36 @@ def check_column(path: str, index: pa.Table, config: ReadConfig) -> None:
             return
     if names or (first and column != tars.TEXT_COLUMN):
         where = f"{path}: of the first {len(first)} samples, none"
-        rows.choose(list(names), asked(config), "caption", where, known=False)
+        rows.choose(list(names), wanted_columns(config), "caption", where, known=False)
 
 
 def _index_list(
     path: str, config: ReadConfig, split: str | None, seen: Counter[str] | None
 ) -> tuple[pa.Table, None, list[str]]:
-    """The rows of a list of the split asked for, a row that cannot be used being a row all the same."""
+    """Index the rows of a list, those of `split` if given; unusable rows count as rows, too."""
     notes: list[str] = []
 
     def note(text: str) -> None:
         notes.append(text.removeprefix(f"{path}: "))
 
-    return _index(table.rows(Path(path), asked(config), split, seen, note)), None, notes
+    return _index(table.rows(Path(path), wanted_columns(config), split, seen, note)), None, notes
 
 
 def _index_files(path: str, config: ReadConfig) -> tuple[pa.Table, str | None, list[str]]:
-    """A shard of img2dataset's `files` output, given its parquet beside the folder."""
-    found = Downloaded(Path(path), asked(config))
-    notes = [f"{found.failed} rows were never downloaded and are not part of the input"] if found.failed else []
-    unread = [row.captions for row in found.rows() if _unreadable(row.captions)]
+    """Index a shard of img2dataset's `files` output, given its parquet beside the folder."""
+    downloads = Downloaded(Path(path), wanted_columns(config))
+    notes = [f"{downloads.failed} rows were never downloaded and are not part of the input"] if downloads.failed else []
+    unread = [row.captions for row in downloads.rows() if _unreadable(row.captions)]
     if unread:
         notes.append(f"{len(unread)} texts are left out, the first as {unread[0]}")
-    damage = f"{found.gone} images that its parquet names are gone" if found.gone else None
-    return _index(found.rows()), damage, notes
+    damage = f"{downloads.gone} images that its parquet names are gone" if downloads.gone else None
+    return _index(downloads.rows()), damage, notes
 
 
-def _index(found: Iterable[rows.StoredRow]) -> pa.Table:
-    """Rows of a list as a table, so that Python objects for only some exist at once."""
+def _index(stored: Iterable[rows.StoredRow]) -> pa.Table:
+    """Return the rows of a list as a table, building Python objects for only some rows at once."""
     blocks, block = [], []
-    for row in found:
+    for row in stored:
         fault = row.image if isinstance(row.image, BadSample) else None
         block.append(
             {
@@ -272,7 +272,7 @@ class Reader:
         self.folder = source.path.removesuffix(".parquet") if listed else None
 
     def read(self, lo: int, hi: int) -> Iterator[InputRow]:
-        """Rows lo to hi (exclusive), in order. Raises OSError when the file cannot be read."""
+        """Read rows lo to hi (exclusive), in order. Raises OSError when the file cannot be read."""
         for row in self.opened.rows(lo, hi):
             yield self._with_image(row)
 
@@ -306,12 +306,12 @@ class Reader:
 
 
 def _unreadable(value: Any) -> bool:
-    """Whether a value is there and cannot be read, other than one that is not there."""
+    """Tell whether a value is present but unreadable (not just absent)."""
     return isinstance(value, BadSample) and value.code == "unreadable"
 
 
 def read_image(name: str, root: str) -> bytes:
-    """The bytes of an image file that data names. Raises BadSample."""
+    """Read an image file that the data names. Raises BadSample."""
     try:
         return images.read(contained(name, os.path.abspath(root)))
     except UnreadableImage as error:
@@ -325,12 +325,12 @@ def _open(source: PlannedSource, config: ReadConfig, storage: Storage) -> Format
     if source.kind == "listed":
         return Entries(open_index(storage, source))
     if source.kind == "parquet":
-        columns = chosen_columns(open_parquet(source.path).schema_arrow, asked(config), source.path)
+        columns = chosen_columns(open_parquet(source.path).schema_arrow, wanted_columns(config), source.path)
         return Parquet(RowGroups(open_file(source.path) if is_remote(source.path) else source.path), columns)
     from blip.data.formats.hosted import Hosted
 
     data = open_dataset(source.path, config.split)
-    return Hosted(data, chosen_columns(data.features.arrow_schema, asked(config), source.path))
+    return Hosted(data, chosen_columns(data.features.arrow_schema, wanted_columns(config), source.path))
 
 
 def _member(path: str, member: tars.Member) -> bytes:
@@ -341,7 +341,7 @@ def _member(path: str, member: tars.Member) -> bytes:
 
 
 def open_index(storage: Storage, source: PlannedSource) -> RowGroups:
-    """The index of a source's rows."""
+    """Open the index of a source's rows."""
     assert source.index is not None
     if isinstance(storage, Local):
         return RowGroups(str(storage.path(source.index)))

@@ -35,7 +35,7 @@ class Part:
 
 
 class Run:
-    """What job.json and plan/ say."""
+    """A planned run: the contents of job.json and plan/."""
 
     def __init__(self, where: str, storage: Storage, job: dict[str, Any]) -> None:
         self.where, self.storage, self.job = where, storage, job
@@ -50,7 +50,7 @@ class Run:
 
     @classmethod
     def open(cls, where: str) -> Run:
-        """DataError if there is no run there."""
+        """Open a run. DataError if there is none."""
         storage = open_storage(where)
         try:
             job = json.loads(storage.read("job.json"))
@@ -95,7 +95,7 @@ class Run:
         return [source for source in self.sources.values() if source.damage]
 
     def share(self, rank: int, world: int) -> list[Part]:
-        """The parts of one of several processes, in the order of their ids, which is as good as random."""
+        """Return the parts of one of several processes, in the order of their ids, which is as good as random."""
         return [part for part in self.in_order() if int(part.pid[:8], 16) % world == rank]
 
     def in_order(self) -> list[Part]:

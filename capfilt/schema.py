@@ -10,7 +10,7 @@ VERSION = 2
 
 OK, NO_TEXT = "ok", "no_text"
 USABLE = (OK, NO_TEXT)
-"""Statuses with an image that was looked at; `no_text` has synthetic texts only."""
+"""Statuses of rows whose image was scored; `no_text` has synthetic texts only."""
 STATUSES = (
     OK,
     NO_TEXT,
@@ -26,7 +26,7 @@ STATUSES = (
     "source_error",
 )
 FAULTS = frozenset(STATUSES) - {*USABLE, "rule"}
-"""Statuses of rows that could not be used; one that a rule leaves out is none of them."""
+"""Statuses of rows that could not be used; rows excluded by a rule are not among them."""
 ERROR_CODES = (
     "empty_file",
     "html_page",
@@ -61,7 +61,7 @@ _SAME_CODE = {"not_a_file": "unreadable"}
 
 
 def problem(error: BadSample) -> tuple[str, str, str]:
-    """(status, error code, detail) of a row whose image cannot be used."""
+    """Return (status, error code, detail) of a row whose image cannot be used."""
     return STATUS_OF.get(error.code, "decode_error"), _SAME_CODE.get(error.code, error.code), error.reason
 
 
@@ -109,7 +109,7 @@ ANNOTATIONS = pa.schema(
     ]
 )
 RUN_COLUMNS = ("attempt", "worker", "device", "seconds")
-"""How a row came about; these alone may differ between two runs of one plan."""
+"""Columns on how a row was produced; only these may differ between two runs of one plan."""
 
 SELECTION = pa.schema(
     [

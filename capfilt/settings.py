@@ -9,18 +9,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from blip.data.settings import DataConfig
 from blip.options import option
-from capfilt import schema
 from capfilt.select.rules import IMAGE_RULES, PRESETS
 
 if TYPE_CHECKING:
     from blip.inference.settings import DecodeConfig
 
 DONE, WRONG, FAILED_PARTS, MISMATCH, INTERRUPTED = 0, 2, 3, 4, 130
-"""Exit statuses; WRONG is also for damaged sources that were not allowed."""
+"""Exit statuses; WRONG (wrong use) also covers damaged sources without --allow-damaged."""
 
 
 def at_least(least: int, **values: int | None) -> None:
-    """ValueError that names the first value that is given and below `least`."""
+    """Raise ValueError for the first value that is not None and below `least`."""
     for name, value in values.items():
         if value is not None and value < least:
             raise ValueError(f"{name} must be {least} or more, got {value}")
@@ -28,27 +27,27 @@ def at_least(least: int, **values: int | None) -> None:
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """How rows are scored. All of it is in the fingerprint; nothing that does not change results is here."""
+    """How rows are scored: all settings that change results, and only those. All are in the fingerprint."""
 
     scorer: Literal["blip", "fake"] = "blip"
-    """`fake` makes scores out of hashes: for rehearsals and tests."""
+    """Scorer: `blip`, or `fake`, which makes scores out of hashes for rehearsals and tests."""
     captioner: str | None = None
-    """Model directory or hub name of the captioner; none writes no synthetic texts."""
+    """Model directory or hub name of the captioner; without one there are no synthetic texts."""
     filter: str | None = None
     """Model directory or hub name of the filter."""
     image_size: int | None = None
-    """Side of the model's input, pixels; the models' own when not given."""
+    """Side of the model's input, pixels (default: the models' own)."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", was="dtype")
-    """Number format of the models. auto is decided when the job is planned: bfloat16 on a GPU that has it, else
+    """Numeric precision of the models. auto is decided when the job is planned: bfloat16 on a GPU that has it, else
     float32. In bfloat16 a text or score may depend on what else is in the batch."""
     decode: str = "capfilt_2022"
-    """Preset of blip.inference.settings.DECODE_PRESETS by which captions are written."""
+    """Preset of blip.inference.settings.DECODE_PRESETS with which captions are generated."""
     captions: int = 1
     """Synthetic texts per image."""
     max_length: int | None = None
-    """Longest synthetic text, word pieces with the prompt; the preset's when not given."""
+    """Longest synthetic text, word pieces with the prompt (default: the preset's)."""
     prompt: str = "a picture of "
-    """Beginning of every caption, as the captioner was fine-tuned; it is taken off the text again."""
+    """Prompt with which the captioner was fine-tuned; it is removed from the generated text."""
     itm_token: Literal["enc", "cls"] = "enc"
     """First token of a text to be matched; `cls` only to compare with releases that forgot [ENC]."""
     max_words: int = 30
@@ -58,13 +57,13 @@ class ScoreConfig:
     max_pixels: int = DataConfig.max_pixels
     """Images with more pixels than this are not decoded."""
     lenient: bool = False
-    """Decode truncated images as far as they go, and flag them, instead of refusing them (2022: true)."""
+    """Decode truncated images as far as possible and flag them, instead of refusing them (2022: true)."""
     draft: bool = False
-    """Decode large JPEGs at a fraction of their size: twice as fast, slightly other pixels."""
+    """Decode large JPEGs at a fraction of their size: twice as fast, slightly different pixels."""
     rules_first: str | None = None
-    """Preset of rules on the image file that decide before the models run: align, datacomp-basic or laion."""
+    """Preset of rules on image files that exclude rows before the models run: align, datacomp-basic or laion."""
     seed: int = 0
-    """Random seed of the captions."""
+    """Random seed for caption sampling."""
 
     def __post_init__(self) -> None:
         at_least(1, captions=self.captions, max_words=self.max_words, max_pixels=self.max_pixels)
@@ -77,35 +76,35 @@ class ScoreConfig:
 
 
 FIRST_CALLED = {"precision": "dtype"}
-"""Settings of ScoreConfig -> their names in job.json and in the fingerprint, which stay what they were first."""
+"""Names in job.json and in the fingerprint of ScoreConfig's fields; they never change."""
 
 
 def to_record(config: ScoreConfig) -> dict[str, Any]:
-    """Settings as a job records them."""
+    """Return the settings as a job records them."""
     return {FIRST_CALLED.get(name, name): value for name, value in dataclasses.asdict(config).items()}
 
 
 def of_record(values: dict[str, Any]) -> dict[str, Any]:
-    """What a job records, under the names of today."""
+    """Return what a job records, under the current field names."""
     now = {first: name for name, first in FIRST_CALLED.items()}
     return {now.get(name, name): value for name, value in values.items()}
 
 
 def decided(config: ScoreConfig, planned: ScoreConfig | None = None, device: Any = None) -> ScoreConfig:
-    """The settings with a number format in place of `auto`: that of the plan if there is one, else of the device.
+    """Replace the precision `auto`: by that of the plan if there is one, else by the device's.
 
-    The device is this process's own when it is not given.
+    The device is this process's own unless given.
     """
     if config.precision != "auto":
         return config
-    found = planned.precision if planned else "float32"
+    precision = planned.precision if planned else "float32"
     if planned is None and config.scorer == "blip":
         from blip.dist import own_device
         from blip.train.precision import multiplies_bfloat16
 
         device = device or own_device()
-        found = "bfloat16" if device.type == "cuda" and multiplies_bfloat16(device) else "float32"
-    return dataclasses.replace(config, precision=found)
+        precision = "bfloat16" if device.type == "cuda" and multiplies_bfloat16(device) else "float32"
+    return dataclasses.replace(config, precision=precision)
 
 
 @dataclass(frozen=True)
@@ -119,9 +118,9 @@ class ReadConfig:
     caption_column: str = "caption"
     """Column or key with the text or list of texts."""
     image_root: str | None = None
-    """Folder that image paths start from and stay in; the list's own folder when not given."""
+    """Folder that image paths start from and must stay in (default: the list's own folder)."""
     split: str | None = None
-    """Split to take where the input has several (`a+b`: two); refused where it has none, as parquet and tar."""
+    """Split of an input that has several (`a+b`: two); refused for inputs without splits, such as parquet and tar."""
 
 
 @dataclass(frozen=True)
@@ -129,17 +128,17 @@ class ScoreOptions:
     """How the work is done. None of it changes a result."""
 
     batch: int | None = option(None, was="batch-size")
-    """Images that the models see at once; by device when not given."""
+    """Images per batch of the models (default: by device)."""
     decode_workers: int | None = None
-    """Decoding processes; 0 decodes in this one. By the number of cores when not given."""
+    """Decoding processes; 0 decodes in this one (default: by the number of cores)."""
     decode_timeout: float = 60.0
-    """Seconds after which an image that will not be decoded is given up."""
+    """Seconds after which decoding an image is given up."""
     limit: int | None = None
-    """Score about so many rows, taken from all over the input, and stop; a later run continues with the rest."""
+    """Score about this many rows, taken from all over the input, and stop; a later run continues with the rest."""
     max_error_rate: float = 0.2
     """Stop when more than this share of the first rows cannot be used."""
     allow_damaged: bool = False
-    """Damaged source files are no reason for exit status 2."""
+    """Exit 0 even if source files are damaged."""
     rank: int = 0
     world: int = 1
 
@@ -154,7 +153,7 @@ class ScoreOptions:
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """How a threshold is looked for."""
+    """How a threshold is calibrated."""
 
     method: Literal["audit", "reference", "null"] = "audit"
     """audit: label a sheet of this run's own texts (recommended); reference: a clean set of pairs; null: shuffled
@@ -162,11 +161,11 @@ class CalibrateOptions:
     count: int = 200
     """Texts on the audit's sheet, at most; 2,000 pairs are good for `null`, some hundred images for `reference`."""
     labels: str | None = None
-    """A labelled sheet to read: audit then estimates precision and recall."""
+    """Labelled sheet to read: audit then estimates precision and recall."""
     reference: str | None = None
-    """Clean pairs for `reference`: any input that `plan` takes as it is, e.g. a COCO or Flickr validation list."""
+    """Clean pairs for `reference`: any input that `plan` takes, e.g. a COCO or Flickr validation list."""
     target: float = 0.9
-    """Precision that the lower end of the interval should reach."""
+    """Precision that the lower end of the confidence interval should reach."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; `auto` is a GPU if there is one."""
     decode_workers: int | None = None
@@ -182,25 +181,27 @@ class CalibrateOptions:
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What the page shows."""
+    """What the report page shows."""
 
     select: str | None = None
-    """Name of a selection; every text with P(match) of at least 0.5 when not given."""
+    """Name of a selection (default: every text with P(match) of at least 0.5)."""
     per_group: int = 12
-    """Images of each group."""
+    """Images per group."""
     no_blur: bool = False
-    """Show images at once; they are blurred until pointed at, for nobody has looked at them yet."""
+    """Show images at once instead of blurring them until pointed at (nobody has reviewed them yet)."""
     to: str | None = None
-    """Where to write the page: report/NAME in the run when not given."""
+    """Folder to write the page to (default: report/NAME in the run)."""
 
 
 def resolve(config: ScoreConfig) -> dict[str, Any]:
-    """The settings with the models' hashes and the preset's numbers in place of their names: what is fingerprinted.
+    """Replace names of models and presets by hashes and numbers: what is fingerprinted.
 
-    FileNotFoundError or ValueError if a model is not there, or is one for something else.
+    FileNotFoundError or ValueError if a model is missing, or is made for another task.
     """
+    from capfilt.schema import VERSION  # imports pyarrow, which --help does not need
+
     values = to_record(config)
-    values["schema"] = schema.VERSION
+    values["schema"] = VERSION
     if config.scorer == "blip":
         from blip.checkpoints.checkpoint import check_kind
         from capfilt.store.identity import model_identity
@@ -214,21 +215,21 @@ def resolve(config: ScoreConfig) -> dict[str, Any]:
 
 
 def decode_settings(config: ScoreConfig) -> DecodeConfig:
-    """The decoding preset with the number of captions, their length and the seed. ValueError if they do not fit."""
+    """Return the decoding preset with the number of captions, their length and the seed. ValueError if they clash."""
     from blip.inference.settings import DECODE_PRESETS
 
     if config.decode not in DECODE_PRESETS:
         raise ValueError(f"decode {config.decode!r} is not one of {', '.join(DECODE_PRESETS)}")
-    said = {"num": config.captions, "seed": config.seed}
+    changes = {"num": config.captions, "seed": config.seed}
     if config.max_length is not None:
-        said["max_length"] = config.max_length
-    return dataclasses.replace(DECODE_PRESETS[config.decode], **said)
+        changes["max_length"] = config.max_length
+    return dataclasses.replace(DECODE_PRESETS[config.decode], **changes)
 
 
 def decode_record(config: ScoreConfig) -> dict[str, Any]:
-    """The decoding as plans and parts say it; the length rule only where it is not `generated`.
+    """Return the decoding settings as plans and parts record them; the length rule only where it is not `generated`.
 
-    There was no other before it could be chosen: so a job that was planned then goes on with the same fingerprint.
+    `generated` was once the only rule and was not recorded; older jobs so keep their fingerprint.
     """
     values = dataclasses.asdict(decode_settings(config))
     if values["length_rule"] == "generated":
@@ -237,5 +238,5 @@ def decode_record(config: ScoreConfig) -> dict[str, Any]:
 
 
 def has_gpu() -> bool:
-    """Whether there is an NVIDIA device, without importing torch."""
+    """Tell whether there is an NVIDIA device, without importing torch."""
     return os.path.exists("/dev/nvidia0") and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1")

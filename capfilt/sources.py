@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import IO
 
 HUB = "hf:"
-"""What the name of a data set on the hub begins with."""
+"""Prefix of the name of a data set on the hub."""
 REMOTE = ("s3://", "gs://", "gcs://", "az://", "abfs://", "abfss://", "hf://", "memory://")
 _HEAD, _SPOTS, _SPOT = 1 << 16, 16, 1 << 12
 
 
 @dataclass(frozen=True)
 class PlannedSource:
-    """One input file (or data set) as it was when the plan was made."""
+    """An input file (or data set) as it was when the plan was made."""
 
     kind: str
-    """tar, listed, parquet or hosted."""
+    """Format: tar, listed, parquet or hosted."""
     path: str
     relpath: str
     """Path under the input root; part of every sample id."""
@@ -31,9 +31,9 @@ class PlannedSource:
     index: str | None = None
     """Name of the index of rows in the run's folder."""
     damage: str | None = None
-    """What is wrong with the file, where only a part of it can be read."""
+    """Damage of a file of which only a part can be read."""
     declared: int | None = None
-    """Rows that the crawl's own statistics promise."""
+    """Number of rows according to the crawl's own statistics."""
     notes: tuple[str, ...] = ()
 
 
@@ -42,7 +42,7 @@ def is_remote(path: str) -> bool:
 
 
 def open_file(path: str) -> IO[bytes]:
-    """A readable, seekable file of this machine or of an object store."""
+    """Open a local or remote file for reading; it can seek."""
     if not is_remote(path):
         return open(path, "rb")
     import fsspec
@@ -51,7 +51,7 @@ def open_file(path: str) -> IO[bytes]:
 
 
 def read_range(path: str, start: int, size: int) -> bytes:
-    """`size` bytes of a file from `start`. OSError if there are fewer."""
+    """Read `size` bytes of a file from `start`. OSError if there are fewer."""
     if is_remote(path):
         import fsspec
 
@@ -69,7 +69,7 @@ def read_range(path: str, start: int, size: int) -> bytes:
 
 
 def stat_of(path: str) -> tuple[int, float, str | None]:
-    """(bytes, seconds of the last change, the store's tag or None). FileNotFoundError if it is gone."""
+    """Return (bytes, time of the last change, the store's tag or None). FileNotFoundError if the file is gone."""
     if not is_remote(path):
         info = os.stat(path)
         return info.st_size, info.st_mtime, None
@@ -83,7 +83,7 @@ def stat_of(path: str) -> tuple[int, float, str | None]:
 
 
 def content_of(path: str) -> str:
-    """A hash of a file's size, beginning, end and 16 places between: quick for any size."""
+    """Hash a file's size, beginning, end and 16 places between: quick for any size."""
     size, _, tag = stat_of(path)
     h = hashlib.sha256(f"{size} {tag or ''}".encode())
     if tag is None:
@@ -96,7 +96,7 @@ def content_of(path: str) -> str:
 
 
 def dataset_content(path: str) -> str | None:
-    """A hash of a saved data set's files; None for one on the hub, whose revision fixes it."""
+    """Hash the files of a saved data set; None for one on the hub, whose revision fixes it."""
     if path.startswith(HUB):
         return None
     h = hashlib.sha256()
@@ -106,7 +106,7 @@ def dataset_content(path: str) -> str | None:
 
 
 def changed(source: PlannedSource) -> str | None:
-    """How a source differs from what was planned; None if it does not. A file that was only copied does not."""
+    """Say how a source differs from what was planned; None if it does not, as for a file that was only copied."""
     if source.kind == "hosted":
         now = dataset_content(source.path)
         return None if now in (None, source.content) else "the data set has other content now"

@@ -1,4 +1,4 @@
-"""How far a run is, from its files alone: works from another shell or machine while others score."""
+"""Progress of a run, read from its files alone: works from another shell or machine while others score."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _WINDOW = 600.0
 
 
 def status(run: Run) -> dict[str, Any]:
-    """Counts of rows and parts, the rate of the last ten minutes of work, and what failed."""
+    """Count rows and parts, with the rate of the last ten minutes of work and the failures."""
     present = run.parts.present()
     done = [part for part in run.plan if part.pid in present]
     stamps = sorted((present[part.pid][1], part.rows) for part in done)
@@ -45,21 +45,22 @@ def status(run: Run) -> dict[str, Any]:
     }
 
 
-def lines(said: dict[str, Any]) -> list[str]:
-    """The status to read."""
-    left = f", ETA {clock(said['seconds_left'])}" if said["seconds_left"] is not None else ""
-    ago = said["last_part_seconds_ago"]
-    out = [f"rows {said['rows']:,}/{said['of']:,} ({said['rows'] / max(1, said['of']):.1%}), parts {said['parts']:,}/"
-           f"{said['parts_of']:,}, {said['rows_per_second']:,} rows/s{left}"]  # fmt: skip
+def lines(state: dict[str, Any]) -> list[str]:
+    """Format the status for people."""
+    left = f", ETA {clock(state['seconds_left'])}" if state["seconds_left"] is not None else ""
+    ago = state["last_part_seconds_ago"]
+    rows, of = state["rows"], state["of"]
+    out = [f"rows {rows:,}/{of:,} ({rows / max(1, of):.1%}), parts {state['parts']:,}/{state['parts_of']:,}, "
+           f"{state['rows_per_second']:,} rows/s{left}"]  # fmt: skip
     if ago is not None:
-        out.append(f"last part {clock(ago)} ago, {said['parts_begun']} begun and not committed")
-    out += [f"failed {f['attempts']} times: {f['part']} ({f['source']}): {f['why']}" for f in said["failures"][:5]]
-    out += [f"source_damaged: {s['path']}: {s['damage']}" for s in said["damaged_sources"][:5]]
+        out.append(f"last part {clock(ago)} ago, {state['parts_begun']} begun and not committed")
+    out += [f"failed {f['attempts']} times: {f['part']} ({f['source']}): {f['why']}" for f in state["failures"][:5]]
+    out += [f"source_damaged: {s['path']}: {s['damage']}" for s in state["damaged_sources"][:5]]
     return out
 
 
 def retry_failed(run: Run) -> int:
-    """Forget the failed attempts of parts that are not done; returns how many parts that are."""
+    """Forget the failed attempts of parts that are not done; returns the number of such parts."""
     present = run.parts.present()
     count = 0
     for pid, numbers in failures(run.storage).items():

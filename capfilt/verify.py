@@ -29,117 +29,119 @@ _COLUMNS = ["sample_id", "source_uri", "source_row", "key", "status", "web_text"
 
 
 class Findings:
-    """What is wrong, and what was counted."""
+    """Problems of a run or export, and what was counted in it."""
 
     def __init__(self) -> None:
-        self.wrong: list[str] = []
+        self.problems: list[str] = []
         self.missing = 0
         self.rows: Counter[str] = Counter()
         self.texts: Counter[str] = Counter()
         self.ids: list[np.ndarray] = []
         self.kept: dict[str, int] = {}
-        """SHA-256 of a selection's table -> texts that it keeps, counted from it."""
-        self.looked_at: list[str] = []
-        """What was counted of selections and exports, to be said."""
+        """Texts that a selection keeps, counted in its table, by the table's SHA-256."""
+        self.summary: list[str] = []
+        """Lines on what was counted of selections and exports."""
 
     def status(self) -> int:
-        return MISMATCH if self.wrong else FAILED_PARTS if self.missing else DONE
+        return MISMATCH if self.problems else FAILED_PARTS if self.missing else DONE
 
 
 def verify(where: str) -> Findings:
     """Check a run, with its selections and exports, or an export by itself."""
-    found = Findings()
+    findings = Findings()
     storage = open_storage(where)
     if not storage.exists("job.json") and storage.exists("_SUCCESS"):
-        _check_export(storage, found)
-        return found
+        _check_export(storage, findings)
+        return findings
     run = Run.open(where)
-    _check_indexes(run, found)
+    _check_indexes(run, findings)
     present = run.parts.present()
     planned = {part.pid for part in run.plan}
-    found.wrong += [f"{name_of(pid)} is not in the plan" for pid in sorted(present.keys() - planned)]
+    findings.problems += [f"{name_of(pid)} is not in the plan" for pid in sorted(present.keys() - planned)]
     if len(planned) != len(run.plan):
-        found.wrong.append("the plan names a part twice")
+        findings.problems.append("the plan names a part twice")
     for part in run.plan:
         if part.pid in present:
-            _check_part(run, part, found)
+            _check_part(run, part, findings)
         else:
-            found.missing += 1
-    different = len(np.unique(np.concatenate(found.ids))) if found.ids else 0
-    if sum(found.rows.values()) != different:
-        found.wrong.append(f"{sum(found.rows.values()):,} rows have {different:,} different ids")
+            findings.missing += 1
+    different = len(np.unique(np.concatenate(findings.ids))) if findings.ids else 0
+    if sum(findings.rows.values()) != different:
+        findings.problems.append(f"{sum(findings.rows.values()):,} rows have {different:,} different ids")
     for name in selections(run):
-        _check_selection(run, name, found)
+        _check_selection(run, name, findings)
     for name in sorted(run.storage.listing("exports")):
         if name.count("/") > 1:  # an export itself, which may be kept here
             continue
-        said = json.loads(run.storage.read(name))
-        _check_export(exported_to(run.storage, said["to"]), found, said)
-    return found
+        note = json.loads(run.storage.read(name))
+        _check_export(exported_to(run.storage, note["to"]), findings, note)
+    return findings
 
 
-def _check_indexes(run: Run, found: Findings) -> None:
+def _check_indexes(run: Run, findings: Findings) -> None:
     for source in run.sources.values():
         if source.index:
             try:
                 part_files.check(run.storage.read(source.index))
             except (DamagedPart, OSError) as error:
-                found.wrong.append(f"{source.index}: {error}")
+                findings.problems.append(f"{source.index}: {error}")
 
 
-def _check_part(run: Run, part: Part, found: Findings) -> None:
+def _check_part(run: Run, part: Part, findings: Findings) -> None:
     name = name_of(part.pid)
     try:
         content = run.storage.read(name)
         table = part_files.decode(content, _COLUMNS)
         facts = part_files.facts_of(content)
     except PermissionError as error:
-        found.wrong.append(f"{name}: {not_permitted(error)}")
+        findings.problems.append(f"{name}: {not_permitted(error)}")
         return
     except (DamagedPart, OSError) as error:
-        found.wrong.append(f"{name}: {error}; `score` does it again")
+        findings.problems.append(f"{name}: {error}; `score` does it again")
         return
     if facts.get("fingerprint") != run.fingerprint:
-        found.wrong.append(f"{name} was scored with other settings ({facts.get('fingerprint')})")
+        findings.problems.append(f"{name} was scored with other settings ({facts.get('fingerprint')})")
     if table["source_row"].to_pylist() != list(range(part.lo, part.hi)):
-        found.wrong.append(f"{name} has not the rows {part.lo} to {part.hi}, each once")
+        findings.problems.append(f"{name} has not the rows {part.lo} to {part.hi}, each once")
     if set(table["source_uri"].to_pylist()) | {part.source} != {part.source}:
-        found.wrong.append(f"{name} has rows of another source than {part.source}")
+        findings.problems.append(f"{name} has rows of another source than {part.source}")
     ids = table["sample_id"].to_pylist()
     rows = zip(ids, table["source_row"].to_pylist(), table["key"].to_pylist(), strict=True)
-    if any(sample_id(part.source, row, key) != said for said, row, key in rows):
-        found.wrong.append(f"{name} has ids that are not those of its rows")
-    found.ids.append(np.array([int(i[:16], 16) for i in ids], dtype=np.uint64))
+    if any(sample_id(part.source, row, key) != recorded for recorded, row, key in rows):
+        findings.problems.append(f"{name} has ids that are not those of its rows")
+    findings.ids.append(np.array([int(i[:16], 16) for i in ids], dtype=np.uint64))
     statuses = Counter(table["status"].to_pylist())
     if statuses.keys() - set(STATUSES):
-        found.wrong.append(f"{name} has unknown statuses {sorted(statuses.keys() - set(STATUSES))}")
-    found.rows.update(statuses)
+        findings.problems.append(f"{name} has unknown statuses {sorted(statuses.keys() - set(STATUSES))}")
+    findings.rows.update(statuses)
     for kind in ("web", "syn"):
-        found.texts[kind] += pc.sum(pc.list_value_length(table[f"{kind}_text"])).as_py() or 0
+        findings.texts[kind] += pc.sum(pc.list_value_length(table[f"{kind}_text"])).as_py() or 0
 
 
-def _check_selection(run: Run, name: str, found: Findings) -> None:
-    said: dict[str, Any] = json.loads(run.storage.read(f"selections/{name}/_SUCCESS"))
-    whole = is_whole(run, said)
+def _check_selection(run: Run, name: str, findings: Findings) -> None:
+    account: dict[str, Any] = json.loads(run.storage.read(f"selections/{name}/_SUCCESS"))
+    whole = is_whole(run, account)
     if not whole:
-        found.wrong.append(f"{table_name(name)} is not as it was written; select again")
-    rows, texts = sum(said["rows_in"].values()), sum(said["texts_in"].values())
-    kept, dropped = sum(said["kept"].values()), sum(said["dropped"].values())
-    if texts != kept + dropped or texts != sum(said["reasons"].values()):
-        found.wrong.append(f"selection {name}: {texts:,} texts are not {kept:,} kept + {dropped:,} dropped")
-    if said["parts"] == len(run.plan) and not found.missing:
-        if rows != sum(found.rows.values()) or said["rows_in"] != dict(found.rows):
-            found.wrong.append(f"selection {name} counts {rows:,} rows, the annotations {sum(found.rows.values()):,}")
-        if texts != sum(found.texts.values()):
-            found.wrong.append(
-                f"selection {name} counts {texts:,} texts, the annotations {sum(found.texts.values()):,}"
+        findings.problems.append(f"{table_name(name)} is not as it was written; select again")
+    rows, texts = sum(account["rows_in"].values()), sum(account["texts_in"].values())
+    kept, dropped = sum(account["kept"].values()), sum(account["dropped"].values())
+    if texts != kept + dropped or texts != sum(account["reasons"].values()):
+        findings.problems.append(f"selection {name}: {texts:,} texts are not {kept:,} kept + {dropped:,} dropped")
+    if account["parts"] == len(run.plan) and not findings.missing:
+        if rows != sum(findings.rows.values()) or account["rows_in"] != dict(findings.rows):
+            findings.problems.append(
+                f"selection {name} counts {rows:,} rows, the annotations {sum(findings.rows.values()):,}"
+            )
+        if texts != sum(findings.texts.values()):
+            findings.problems.append(
+                f"selection {name} counts {texts:,} texts, the annotations {sum(findings.texts.values()):,}"
             )
     if whole:
-        _count_selection(run, name, said, found)
+        _count_selection(run, name, account, findings)
 
 
-def _count_selection(run: Run, name: str, said: dict[str, Any], found: Findings) -> None:
-    """Hold the account of a selection against its table."""
+def _count_selection(run: Run, name: str, account: dict[str, Any], findings: Findings) -> None:
+    """Compare the account of a selection with its table."""
     counts: dict[str, Counter[str]] = {"kept": Counter(), "dropped": Counter(), "reasons": Counter()}
     columns = ["text_source", "kept", "reason"]
     try:
@@ -149,67 +151,69 @@ def _count_selection(run: Run, name: str, said: dict[str, Any], found: Findings)
                 counts[verdict][row["text_source"]] += row["count_all"]
                 counts["reasons"][f"{verdict}: {row['reason']}"] += row["count_all"]
     except (OSError, pa.ArrowException) as error:
-        found.wrong.append(f"{table_name(name)} cannot be read ({error}); select again")
+        findings.problems.append(f"{table_name(name)} cannot be read ({error}); select again")
         return
     counted = {key: dict(counter) for key, counter in counts.items()}
-    for difference in differences({key: said[key] for key in counted}, counted):
-        found.wrong.append(f"selection {name}: {difference} in its table")
+    for difference in differences({key: account[key] for key in counted}, counted):
+        findings.problems.append(f"selection {name}: {difference} in its table")
     kept, texts = counts["kept"].total(), counts["reasons"].total()
-    found.kept[said["files"]["texts.parquet"]] = kept
-    found.looked_at.append(f"selection {name}: {kept:,} of {texts:,} texts are kept")
+    findings.kept[account["files"]["texts.parquet"]] = kept
+    findings.summary.append(f"selection {name}: {kept:,} of {texts:,} texts are kept")
 
 
-def _check_export(storage: Storage, found: Findings, noted: dict[str, Any] | None = None) -> None:
-    """Hold an export's files against what it says of itself, and against what the run noted and selected."""
+def _check_export(storage: Storage, findings: Findings, noted: dict[str, Any] | None = None) -> None:
+    """Compare an export's files with its manifest, with the run's note of it and with the selection."""
     try:
-        said = json.loads(storage.read("_SUCCESS"))
-        files, form = said["files"], said["format"]
+        manifest = json.loads(storage.read("_SUCCESS"))
+        files, form = manifest["files"], manifest["format"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        found.wrong.append(f"{storage.root} has no readable _SUCCESS: the export is not complete")
+        findings.problems.append(f"{storage.root} has no readable _SUCCESS: the export is not complete")
         return
-    whole = [name for name, facts in files.items() if _is_as_written(storage, name, facts, found)]
+    whole = [name for name, facts in files.items() if _is_as_written(storage, name, facts, findings)]
     others = [name for name in storage.listing("") if OURS.fullmatch(name) and name not in (*files, *MARKERS)]
     for name in sorted(others)[:3]:
-        found.wrong.append(f"{storage.root}/{name} is not of this export, and training would read it as well")
-    same = noted is not None and all(noted[key] == said[key] for key in ("selection", "format"))
-    if same and {key: noted.get(key) for key in said} != said:
-        found.wrong.append(f"{storage.root} holds another export than the run noted: export again")
+        findings.problems.append(f"{storage.root}/{name} is not of this export, and training would read it as well")
+    same = noted is not None and all(noted[key] == manifest[key] for key in ("selection", "format"))
+    if same and {key: noted.get(key) for key in manifest} != manifest:
+        findings.problems.append(f"{storage.root} holds another export than the run noted: export again")
     if len(whole) < len(files):
         return
     try:
-        held = count(storage, form, files)
+        in_files = count(storage, form, files)
     except DamagedExport as error:
-        found.wrong.append(str(error))
+        findings.problems.append(str(error))
         return
-    for difference in differences({name: said.get(name) for name in held}, held):
-        found.wrong.append(f"{storage.root}: {difference} in its files")
-    kept = found.kept.get(said["selection_sha256"], said["pairs"])
-    if said["pairs"] != kept:
-        found.wrong.append(f"{storage.root} has {said['pairs']:,} pairs, selection {said['selection']} keeps {kept:,}")
-    numbers = ", ".join(f"{held[name]:,} {name}" for name in COUNTED if name in held)
-    found.looked_at.append(f"export {storage.root}: {numbers} in {len(files):,} files")
+    for difference in differences({name: manifest.get(name) for name in in_files}, in_files):
+        findings.problems.append(f"{storage.root}: {difference} in its files")
+    selected = findings.kept.get(manifest["selection_sha256"], manifest["pairs"])
+    if manifest["pairs"] != selected:
+        findings.problems.append(
+            f"{storage.root} has {manifest['pairs']:,} pairs, selection {manifest['selection']} keeps {selected:,}"
+        )
+    numbers = ", ".join(f"{in_files[name]:,} {name}" for name in COUNTED if name in in_files)
+    findings.summary.append(f"export {storage.root}: {numbers} in {len(files):,} files")
 
 
-def _is_as_written(storage: Storage, name: str, facts: dict[str, str], found: Findings) -> bool:
+def _is_as_written(storage: Storage, name: str, facts: dict[str, str], findings: Findings) -> bool:
     try:
         if storage.sha256(name) == facts["sha256"]:
             return True
-        found.wrong.append(f"{storage.root}/{name} is not as it was written")
+        findings.problems.append(f"{storage.root}/{name} is not as it was written")
     except FileNotFoundError:
-        found.wrong.append(f"{storage.root}/{name} is missing")
+        findings.problems.append(f"{storage.root}/{name} is missing")
     return False
 
 
-def lines(found: Findings) -> list[str]:
-    """What to say."""
-    rows = sum(found.rows.values())
-    said = [f"rows {rows:,} = " + " + ".join(f"{k} {n:,}" for k, n in sorted(found.rows.items()))] if rows else []
-    said += found.looked_at
-    if found.missing:
-        said.append(f"{found.missing:,} parts are not scored yet")
-    said += [f"wrong: {one}" for one in found.wrong[:20]]
-    if len(found.wrong) > 20:
-        said.append(f"and {len(found.wrong) - 20:,} more")
-    if not found.wrong and (rows or found.looked_at):
-        said.append("nothing is wrong" + (" in what is scored" if found.missing else ""))
-    return said
+def lines(findings: Findings) -> list[str]:
+    """Format the findings for people."""
+    rows = sum(findings.rows.values())
+    out = [f"rows {rows:,} = " + " + ".join(f"{k} {n:,}" for k, n in sorted(findings.rows.items()))] if rows else []
+    out += findings.summary
+    if findings.missing:
+        out.append(f"{findings.missing:,} parts are not scored yet")
+    out += [f"wrong: {one}" for one in findings.problems[:20]]
+    if len(findings.problems) > 20:
+        out.append(f"and {len(findings.problems) - 20:,} more")
+    if not findings.problems and (rows or findings.summary):
+        out.append("nothing is wrong" + (" in what is scored" if findings.missing else ""))
+    return out

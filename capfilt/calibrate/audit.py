@@ -25,18 +25,18 @@ _STEPS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 @dataclass(frozen=True)
 class Label:
-    """A text that a person has judged."""
+    """A text with a person's judgement."""
 
     id: str
     source: str
     score: float
     weight: float
-    """Texts of the run that it stands for."""
+    """Number of texts of the run that the label stands for."""
     match: bool
 
 
 def write(run: Run, count: int) -> list[str]:
-    """Write report/audit.csv, to be filled in, and report/audit.html with the images; returns what to do."""
+    """Write report/audit.csv, to be filled in, and report/audit.html with the images; returns instructions to print."""
     drawn = draw(run, count)
     buffer = io.StringIO()
     writer = csv.writer(buffer)
@@ -55,14 +55,14 @@ def write(run: Run, count: int) -> list[str]:
 
 
 def _harmless(text: str) -> str:
-    """Text that a spreadsheet will not take for a formula, and that a CSV file may hold."""
+    """Make a text safe for CSV, and such that no spreadsheet takes it for a formula."""
     text = " ".join(text.replace("\0", " ").split())
     return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
 
 
 def draw(run: Run, count: int) -> list[dict]:
-    """Texts drawn by hash, equally many from each tenth of each source's scores, with what they stand for."""
-    found: dict[tuple[str, int], list[tuple[str, float, str, int, int]]] = {}
+    """Draw texts by hash, equally many from each tenth of each source's scores, with their weights."""
+    candidates: dict[tuple[str, int], list[tuple[str, float, str, int, int]]] = {}
     sizes: dict[tuple[str, int], int] = {}
     each = max(1, count // (2 * _STRATA))
     for part in scored_parts(run):
@@ -75,11 +75,11 @@ def draw(run: Run, count: int) -> list[dict]:
                     key = kind, min(int(score * _STRATA), _STRATA - 1)
                     sizes[key] = sizes.get(key, 0) + 1
                     mark = hashlib.sha256(f"audit {note['sample_id']} {kind} {i}".encode()).hexdigest()[:16]
-                    found.setdefault(key, []).append((mark, score, part.pid, row, i))
-                    if len(found[key]) > 4 * each:
-                        found[key] = sorted(found[key])[:each]
+                    candidates.setdefault(key, []).append((mark, score, part.pid, row, i))
+                    if len(candidates[key]) > 4 * each:
+                        candidates[key] = sorted(candidates[key])[:each]
     drawn = []
-    for (kind, tenth), some in found.items():
+    for (kind, tenth), some in candidates.items():
         chosen = sorted(some)[:each]
         for mark, score, pid, row, i in chosen:
             text = run.parts.read(pid, [f"{kind}_text"])[f"{kind}_text"][row].as_py()[i]
@@ -110,11 +110,11 @@ def _page(run: Run, drawn: Sequence[dict]) -> str:
 
 
 def read(run: Run, labels: str, target: float) -> list[str]:
-    """Precision and recall by threshold, for web and synthetic texts; returns what to print."""
-    found = read_labels(Path(labels))
-    lines = [f"{len(found)} labels; intervals are 95% Wilson at the effective number of labels"]
+    """Estimate precision and recall by threshold, for web and synthetic texts; returns lines to print."""
+    judged = read_labels(Path(labels))
+    lines = [f"{len(judged)} labels; intervals are 95% Wilson at the effective number of labels"]
     for kind in ("web", "syn"):
-        mine = [label for label in found if label.source == kind]
+        mine = [label for label in judged if label.source == kind]
         if not mine:
             continue
         lines.append(f"{kind}: {len(mine)} labels, {sum(label.match for label in mine)} match")
@@ -130,7 +130,7 @@ def read(run: Run, labels: str, target: float) -> list[str]:
 
 
 def _advice(labels: Sequence[Label], target: float) -> str:
-    """A threshold chosen on one half of the labels, and what the other half says of it."""
+    """Choose a threshold on one half of the labels and estimate its precision on the other."""
     first = [label for label in labels if int(label.id[-1], 16) % 2]
     second = [label for label in labels if not int(label.id[-1], 16) % 2]
     for t in sorted({label.score for label in first}):
@@ -145,35 +145,35 @@ def _advice(labels: Sequence[Label], target: float) -> str:
 
 
 def read_labels(path: Path) -> list[Label]:
-    """The filled-in rows of a sheet. ValueError names the row that is wrong, DataError the line that is no CSV."""
-    found = []
+    """Read the filled-in rows of a sheet. ValueError names an invalid row, DataError a line that is not CSV."""
+    judged = []
     for number, row in csv_rows(path):
         if not set(_COLUMNS) <= row.keys():
             raise ValueError(f"{path} has not the columns {', '.join(_COLUMNS)}: is it the sheet that audit wrote?")
-        said = row["match"].strip().lower()
-        if not said:
+        answer = row["match"].strip().lower()
+        if not answer:
             continue
-        if said not in ("y", "yes", "1", "n", "no", "0"):
+        if answer not in ("y", "yes", "1", "n", "no", "0"):
             raise ValueError(f"{path}, line {number}: match must be y or n, got {row['match']!r}")
         try:
             score, weight = float(row["score"]), float(row["weight"])
         except ValueError:
             raise ValueError(f"{path}, line {number}: score and weight must be numbers") from None
-        found.append(Label(row["id"], row["source"], score, weight, said in ("y", "yes", "1")))
-    if not found:
+        judged.append(Label(row["id"], row["source"], score, weight, answer in ("y", "yes", "1")))
+    if not judged:
         raise ValueError(f"{path}: no row has y or n in the column match")
-    return found
+    return judged
 
 
 def weighted_share(labels: Sequence[Label]) -> tuple[float, float, float]:
-    """Share of matches with its interval, each label standing for its weight."""
+    """Return the weighted share of matches with its confidence interval."""
     weights = np.array([label.weight for label in labels])
     share = float((weights * [label.match for label in labels]).sum() / weights.sum())
     return share, *wilson(share, float(weights.sum() ** 2 / (weights**2).sum()))
 
 
 def wilson(share: float, n: float, z: float = 1.959964) -> tuple[float, float]:
-    """The 95% Wilson interval of a share of n."""
+    """Return the 95% Wilson interval of a share of n."""
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)

@@ -14,17 +14,17 @@ from capfilt.select.choose import kept_of, scored_parts
 
 
 class Kind(NamedTuple):
-    """What became of the web texts of one kind."""
+    """Fate of the web texts of one kind."""
 
     texts: int
-    """Those with a score."""
+    """Number of texts with a score."""
     kept: int
     auc: float | None
-    """The chance that a right text scores above one of this kind; None for the right ones, or where one is lacking."""
+    """Probability that a right text scores above one of this kind; None for right ones, or where there are none."""
 
 
 def grade(run: Run, select: str, *, column: str = "kind", right: str = "right") -> dict[str, Kind]:
-    """What the filter made of web texts, by the kind that an input column records: `right`, or some way of being wrong.
+    """Grade the filter on web texts by the kind that an input column records: `right`, or some way of being wrong.
 
     `select` names a selection. "wrong" is all kinds but `right` together. ValueError if no row has such a column.
     """
@@ -47,7 +47,7 @@ def grade(run: Run, select: str, *, column: str = "kind", right: str = "right") 
     good = np.array(margins.get(right, []))
 
     def against(kind: str) -> float | None:
-        found = np.array(margins[kind])
-        return auc(good, found) if kind != right and len(good) and len(found) else None
+        values = np.array(margins[kind])
+        return auc(good, values) if kind != right and len(good) and len(values) else None
 
-    return {kind: Kind(len(found), kept[kind], against(kind)) for kind, found in sorted(margins.items())}
+    return {kind: Kind(len(values), kept[kind], against(kind)) for kind, values in sorted(margins.items())}

@@ -22,11 +22,11 @@ from capfilt.settings import CalibrateOptions, ReadConfig
 
 _STEPS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99)
 _CANDIDATES = 20
-"""Captions of other images among which the nearest by cosine is the hard negative."""
+"""Number of other images' captions of which the nearest by cosine is the hard negative."""
 
 
 def calibrate(run: Run, options: CalibrateOptions, make_scorer: Callable[[Run], Scorer]) -> list[str]:
-    """Do what the method says; returns what to print."""
+    """Calibrate by the chosen method; returns lines to print."""
     if options.method == "audit":
         return audit.read(run, options.labels, options.target) if options.labels else audit.write(run, options.count)
     # Only the filter is asked.
@@ -47,7 +47,7 @@ def _without_captions(make_scorer: Callable[[Run], Scorer]) -> Callable[[Run], S
 
 
 def _decoded(run: Run, worker: Worker, count: int) -> Iterator[list[Decoded]]:
-    """Rows with image and text, part by part in the order of their ids, until there are enough."""
+    """Decode rows with image and text, part by part in the order of their ids, until there are enough."""
     seen = 0
     for part in run.in_order():
         tasks, rows = worker.begin(part, 1), []
@@ -61,10 +61,10 @@ def _decoded(run: Run, worker: Worker, count: int) -> Iterator[list[Decoded]]:
 
 
 def _matched(worker: Worker, items: Sequence[Item]) -> list[list[Matched]]:
-    found: list[list[Matched]] = []
+    matches: list[list[Matched]] = []
     for at in range(0, len(items), worker.batch):
-        found += [scores.web if scores else [] for scores in worker.show(items[at : at + worker.batch])]
-    return found
+        matches += [scores.web if scores else [] for scores in worker.show(items[at : at + worker.batch])]
+    return matches
 
 
 # Null floor -----------------------------------------------------------------------------------------------------------
@@ -85,13 +85,13 @@ def null_floor(run: Run, options: CalibrateOptions, make_scorer: Callable[[Run],
         ]
         scores += [match.probability for matched in _matched(worker, pairs) for match in matched]
     worker.close()
-    found = np.array(scores)
-    if not len(found):
+    probabilities = np.array(scores)
+    if not len(probabilities):
         raise ValueError(f"{run.where} has no two rows with different texts to shuffle")
-    histogram = np.bincount((found * BINS + 1e-4).astype(int), minlength=BINS + 1)
-    run.storage.write(NULL, json.dumps({"pairs": len(found), "histogram": histogram.tolist()}).encode())
-    lines = [f"{len(found):,} captions with an image that is not theirs:"]
-    lines += [f"  P(match) >= {t:g}: {(found >= t).mean():.2%} of them" for t in _STEPS]
+    histogram = np.bincount((probabilities * BINS + 1e-4).astype(int), minlength=BINS + 1)
+    run.storage.write(NULL, json.dumps({"pairs": len(probabilities), "histogram": histogram.tolist()}).encode())
+    lines = [f"{len(probabilities):,} captions with an image that is not theirs:"]
+    lines += [f"  P(match) >= {t:g}: {(probabilities >= t).mean():.2%} of them" for t in _STEPS]
     return [
         *lines,
         "This is a floor: near misses pass far more often than shuffled captions. A filter that lets many of them pass "
@@ -103,7 +103,7 @@ def null_floor(run: Run, options: CalibrateOptions, make_scorer: Callable[[Run],
 
 
 def against_reference(run: Run, options: CalibrateOptions, make_scorer: Callable[[Run], Scorer]) -> list[str]:
-    """Human captions as right, others' captions as wrong: at random, and the nearest of some by cosine."""
+    """Compare human captions with negatives: random captions of other images, and hard ones by cosine."""
     with tempfile.TemporaryDirectory() as folder:
         reading = ReadConfig([str(options.reference)])  # columns of its own names, whatever the crawl's are called
         reference = plan.make(folder, run.config, reading, 64)
@@ -122,13 +122,13 @@ def against_reference(run: Run, options: CalibrateOptions, make_scorer: Callable
             lines.append(f"  at {t:g}: recall {right:.1%}, wrong ones kept {wrong:.1%}, precision if half are right "
                          f"{precision:.1%}")  # fmt: skip
         t = threshold_for(positive, negative, options.target)
-        said = "no threshold reaches" if t is None else f"from {t:.3f} on reaches"
-        lines.append(f"  {said} precision {options.target:g} if half of the pairs are right")
+        reach = "no threshold reaches" if t is None else f"from {t:.3f} on reaches"
+        lines.append(f"  {reach} precision {options.target:g} if half of the pairs are right")
     return lines
 
 
 def reference_scores(rows: Sequence[Decoded], worker: Worker) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """P(match) of right pairs, of random wrong ones, and of the nearest wrong ones."""
+    """Return P(match) of right pairs, of random negatives and of hard negatives."""
     texts = [[t for t in row.norm if t is not None] for row in rows]
     if len(rows) < 3:
         raise ValueError("the reference set has fewer than 3 images with captions")
@@ -150,14 +150,14 @@ def reference_scores(rows: Sequence[Decoded], worker: Worker) -> tuple[np.ndarra
 
 
 def auc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """The chance that a right pair scores above a wrong one; equal scores count half."""
+    """Return the probability that a right pair scores above a wrong one; ties count half."""
     order = np.sort(negative)
     below, upto = np.searchsorted(order, positive, "left"), np.searchsorted(order, positive, "right")
     return float(((below + upto) / 2).mean() / len(negative))
 
 
 def calibration_error(positive: np.ndarray, negative: np.ndarray, bins: int = 10) -> float:
-    """Mean gap between P(match) and the share of right pairs, over bins of P(match), both kinds weighing the same."""
+    """Return the mean gap of P(match) and the share of right pairs over bins, both kinds weighted equally."""
     scores = np.concatenate([positive, negative])
     right = np.concatenate([np.ones(len(positive)), np.zeros(len(negative))])
     weight = np.concatenate([np.full(len(positive), 0.5 / len(positive)), np.full(len(negative), 0.5 / len(negative))])
@@ -167,7 +167,7 @@ def calibration_error(positive: np.ndarray, negative: np.ndarray, bins: int = 10
 
 
 def threshold_for(positive: np.ndarray, negative: np.ndarray, precision: float) -> float | None:
-    """The least threshold at which that share of what is kept is right, if half of all pairs are; None if none."""
+    """Return the lowest threshold that reaches `precision` if half of all pairs are right; None if none does."""
     for t in np.unique(np.concatenate([positive, negative])):
         right, wrong = (positive >= t).mean(), (negative >= t).mean()
         if right and right / (right + wrong) >= precision:

@@ -22,11 +22,11 @@ class CalibrateVerb:
     run: str = argument("RUN")
     """Folder of a scored run"""
     how: CalibrateOptions = flat()
-    """How the threshold is looked for"""
+    """How the threshold is calibrated"""
 
 
 def run(options: CalibrateVerb) -> int:
-    """Do what the method says and print what it found."""
+    """Calibrate and print the result."""
     from capfilt.calibrate.threshold import calibrate
     from capfilt.run import Run
     from capfilt.score.make import scorer_maker

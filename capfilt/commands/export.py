@@ -22,7 +22,7 @@ class FormatOptions:
     """Format of the data set."""
 
     format: Literal["wds", "parquet", "json", "uids"] = "wds"
-    """Tar shards, parquet with images inside, JSON list with images, DataComp uids"""
+    """Format: tar shards, parquet with images inside, JSON list with images, or DataComp uids"""
     shard: int = 10_000
     """Samples per file"""
     together: bool = False
@@ -38,7 +38,7 @@ class ExportVerb(FormatOptions, EmptyOption):
     select: str = option(metavar="NAME")
     """Name of the selection"""
     to: str = option(metavar="FOLDER")
-    """An empty folder, or one with this very export"""
+    """Folder to export to: empty, or with this very export"""
     replace: bool = False
     """Remove an older export there"""
 
@@ -49,6 +49,7 @@ def run(options: ExportVerb) -> int:
     from capfilt.run import Run
 
     ways = {name: getattr(options, name) for name in ("shard", "together", "replace", "allow_empty")}
-    said = export(Run.open(options.run), options.select, options.format, options.to, **ways)
-    print(f"{options.to}: {said['pairs']:,} texts on {said['images']:,} images in {len(said['files']):,} files")
+    manifest = export(Run.open(options.run), options.select, options.format, options.to, **ways)
+    pairs, images, files = manifest["pairs"], manifest["images"], len(manifest["files"])
+    print(f"{options.to}: {pairs:,} texts on {images:,} images in {files:,} files")
     return DONE

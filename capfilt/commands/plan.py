@@ -30,7 +30,7 @@ class InputOptions:
     part_size: int | None = None
     """Rows scored and committed together (default: 1024 with a GPU, 64 without)"""
     allow_damaged: bool = False
-    """Damaged files are no reason for exit status 2"""
+    """Exit 0 even if source files are damaged"""
     reading: dict[str, Any] = flat(part=ReadConfig, skip=("inputs",))
     """How the input is read"""
     scoring: dict[str, Any] = flat(part=ScoreConfig)
@@ -42,7 +42,7 @@ class PlanVerb(InputOptions):
     """List the input and freeze it in parts; no GPU needed."""
 
     extend: bool = False
-    """Add new files to a run that is planned already"""
+    """Add new files to a planned run"""
 
 
 def run(options: PlanVerb) -> int:
@@ -93,15 +93,15 @@ def _described(run, allow_damaged: bool) -> int:
 
 
 def refuse_drift(run, given: dict[str, Any], part_size: int | None = None) -> None:
-    """ValueError if a setting that is given, or a model on disk, is not what the plan says."""
+    """Raise ValueError if a given setting, or a model on disk, differs from the plan."""
     from capfilt.plan import drift
 
     def now(planned: ScoreConfig | ReadConfig):
         return dataclasses.replace(planned, **{k: v for k, v in given.items() if hasattr(planned, k)})
 
-    found = drift(run, resolve(decided(now(run.config), run.config)), now(run.reading), part_size)
-    if found:
+    changes = drift(run, resolve(decided(now(run.config), run.config)), now(run.reading), part_size)
+    if changes:
         raise ValueError(
-            f"{run.where} was planned with other settings: {'; '.join(found)}. Nothing was touched; plan another run "
+            f"{run.where} was planned with other settings: {'; '.join(changes)}. Nothing was touched; plan another run "
             "for them"
         )

@@ -17,7 +17,7 @@ class ReportVerb:
     run: str = argument("RUN")
     """Folder of a scored run"""
     page: ReportOptions = flat()
-    """The page"""
+    """What the report page shows"""
 
 
 def run(options: ReportVerb) -> int:

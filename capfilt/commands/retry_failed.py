@@ -19,7 +19,7 @@ class RetryVerb:
 
 
 def run(options: RetryVerb) -> int:
-    """Forget the failures, and say of how many parts."""
+    """Forget the failures and print how many parts that concerns."""
     from capfilt.run import Run
     from capfilt.status import retry_failed
 

@@ -31,17 +31,17 @@ class RunVerb(select.EmptyOption, export.FormatOptions, score.EngineOptions, pla
     name: str = option("default", metavar="NAME")
     """Name of the selection"""
     to: str | None = option(None, metavar="FOLDER")
-    """Where to export to (default: RUN/exports/NAME)"""
+    """Folder to export to (default: RUN/exports/NAME)"""
     keep: SelectConfig = flat()
     """What is kept"""
     page: ReportOptions = flat(skip=("select", "to"))
-    """The report's page"""
+    """What the report page shows"""
     how: ScoreOptions = flat(skip=("rank", "world", "allow_damaged"))
     """How the work is done"""
 
 
 def run(options: RunVerb) -> int:
-    """All verbs in order; a status of 2 for damaged sources does not stop what can be done."""
+    """Run all verbs in order; exit status 2 for damaged sources does not stop the rest."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(
             "run is for one process, and WORLD_SIZE says that there are several: plan in one, score in all, and when "
@@ -66,7 +66,7 @@ def run(options: RunVerb) -> int:
 
 
 def _scored(options: RunVerb) -> int:
-    """Plan and score; returns the status of plan where score did its work, else that of score."""
+    """Plan and score; returns the status of plan where scoring succeeded, else that of scoring."""
     from capfilt.run import Run
 
     planned = plan.make(options)

@@ -26,13 +26,13 @@ class EngineOptions:
     """Engine: what computes."""
 
     engine: Literal["embedded", "ray"] = "embedded"
-    """This process alone, or `ray`: several GPUs or machines"""
+    """Engine: this process alone, or `ray` for several GPUs or machines"""
     workers: int | None = None
     """Scorers that Ray runs (default: one per GPU)"""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; `auto` is the GPU of the local rank, where there are GPUs"""
+    """Device: cpu, cuda, cuda:1, ...; `auto` is the GPU of the local rank, if there is one"""
     dry_run: bool = False
-    """Score 64 rows, say how long all would take, write nothing"""
+    """Score 64 rows, estimate how long all would take, write nothing"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,20 +44,20 @@ class ScoreVerb(EngineOptions):
     how: ScoreOptions = flat(skip=("rank", "world"))
     """How the work is done (no result depends on it)"""
     planned: dict[str, Any] = flat(part=ScoreConfig)
-    """Settings of the plan: refused if they differ from it"""
+    """Plan settings (must match the plan)"""
 
 
 def run(options: ScoreVerb) -> int:
     """Score what is left of a run; returns the exit status."""
     from capfilt.run import Run
 
-    found = Run.open(options.run)
-    refuse_drift(found, options.planned)
-    return score(found, options, options.how)
+    planned = Run.open(options.run)
+    refuse_drift(planned, options.planned)
+    return score(planned, options, options.how)
 
 
 def score(run, engine: EngineOptions, how: ScoreOptions) -> int:
-    """Score what is left, or try how long that takes, as one of the processes that a launcher starts."""
+    """Score what is left, or estimate how long that takes, as one of the processes that a launcher starts."""
     import dataclasses
 
     from capfilt.score.make import scorer_maker

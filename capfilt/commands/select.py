@@ -22,7 +22,7 @@ class EmptyOption:
     """Empty selections."""
 
     allow_empty: bool = False
-    """A selection that keeps no text is no error"""
+    """Accept a selection that keeps no text"""
 
 
 @dataclass(frozen=True, kw_only=True)

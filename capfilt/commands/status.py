@@ -1,4 +1,4 @@
-"""`capfilt status`: how far a run is."""
+"""`capfilt status`: progress of a run."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ EXAMPLE = ""
 
 @dataclass(frozen=True, kw_only=True)
 class StatusVerb:
-    """Say how far a run is, from its files alone."""
+    """Show the progress of a run, read from its files alone."""
 
     run: str = argument("RUN")
     """Folder of a run"""
     json: bool = False
-    """Answer in JSON"""
+    """Print JSON"""
 
 
 def run(options: StatusVerb) -> int:
-    """Print how far the run is."""
+    """Print the progress of the run."""
     from capfilt.run import Run
     from capfilt.status import lines, status
 
-    said = status(Run.open(options.run))
-    print(json.dumps(said) if options.json else "\n".join(lines(said)))
+    state = status(Run.open(options.run))
+    print(json.dumps(state) if options.json else "\n".join(lines(state)))
     return DONE

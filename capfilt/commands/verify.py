@@ -18,9 +18,9 @@ class VerifyVerb:
 
 
 def run(options: VerifyVerb) -> int:
-    """Print what was compared and found; returns the exit status."""
+    """Print what was checked; returns the exit status."""
     from capfilt.verify import lines, verify
 
-    found = verify(options.run)
-    print(*lines(found), sep="\n")
-    return found.status()
+    findings = verify(options.run)
+    print(*lines(findings), sep="\n")
+    return findings.status()

@@ -1,1 +1,1 @@
-"""What a selection keeps and drops, in numbers and images."""
+"""Reports of what a selection keeps and drops, in numbers and images."""

@@ -1,4 +1,4 @@
-"""Reporting: what a run found, counted part by part, and a page of images with what is kept of each and why."""
+"""Counts of a report, taken part by part, and the images that its page shows as examples."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _COLUMNS = [
     "itm_syn", "rule_flags", "device", "seconds",
 ]  # fmt: skip
 _MOST_CAPTIONS = 1_000_000
-"""Different captions that are counted at once; beyond, those seen once are forgotten."""
+"""Most distinct captions counted at once; beyond that, those seen once are forgotten."""
 NULL = "report/null.json"
-"""Scores of shuffled captions, where `calibrate --method null` has measured them."""
+"""File with the scores of shuffled captions, once `calibrate --method null` has measured them."""
 
 
 @dataclass
 class Numbers:
-    """Everything that is counted."""
+    """All counts of a report."""
 
     account: dict[str, Counter] = field(
         default_factory=lambda: {k: Counter() for k in ("rows_in", "texts_in", "kept", "dropped", "reasons")}
@@ -46,13 +46,13 @@ class Numbers:
     captions: dict[str, Counter] = field(default_factory=lambda: {k: Counter() for k in ("web", "syn")})
     forgotten: bool = False
     texts: Counter = field(default_factory=Counter)
-    """All captions, those forgotten as well."""
+    """Number of captions by kind, including forgotten ones."""
     words: dict[str, Counter] = field(default_factory=lambda: {k: Counter() for k in ("web", "syn")})
     shards: dict[str, Counter] = field(default_factory=dict)
     flags: Counter = field(default_factory=Counter)
     seconds: Counter = field(default_factory=Counter)
     examples: dict[str, list[tuple[Any, str, int]]] = field(default_factory=dict)
-    """Group -> (order, part, row), the first by a hash or by score."""
+    """Example images by group, as (order, part, row), ordered by a hash or by score."""
 
 
 def gather(run: Run, config: SelectConfig, whole: Whole, options: ReportOptions) -> Numbers:
@@ -136,9 +136,9 @@ def _collect(numbers: Numbers, part: Part, table: pa.Table, chosen: pa.Table, mo
 
 
 def _offer(numbers: Numbers, group: str, rows: np.ndarray, order: list[int], part: Part, most: int) -> None:
-    found = heapq.nsmallest(most, ((order[r], part.pid, int(r)) for r in rows))
-    if found:
-        numbers.examples[group] = heapq.nsmallest(most, [*numbers.examples.get(group, []), *found])
+    smallest = heapq.nsmallest(most, ((order[r], part.pid, int(r)) for r in rows))
+    if smallest:
+        numbers.examples[group] = heapq.nsmallest(most, [*numbers.examples.get(group, []), *smallest])
 
 
 def _offer_scored(numbers: Numbers, group: str, row: np.ndarray, score: np.ndarray, mask: np.ndarray, part: Part,
@@ -147,30 +147,30 @@ def _offer_scored(numbers: Numbers, group: str, row: np.ndarray, score: np.ndarr
     for r, s in zip(row[mask].tolist(), score[mask].tolist(), strict=True):
         if s == s:
             best[r] = min(s, best.get(r, s))
-    found = heapq.nsmallest(most, ((s, part.pid, r) for r, s in best.items()))
-    if found:
-        numbers.examples[group] = heapq.nsmallest(most, [*numbers.examples.get(group, []), *found])
+    smallest = heapq.nsmallest(most, ((s, part.pid, r) for r, s in best.items()))
+    if smallest:
+        numbers.examples[group] = heapq.nsmallest(most, [*numbers.examples.get(group, []), *smallest])
 
 
 def _collect_repeated(run: Run, done: list[Part], numbers: Numbers, most: int) -> None:
-    """Images that all got the commonest synthetic caption, if it is common enough to be a fault."""
+    """Collect images that all got the commonest synthetic caption, if it is common enough to be a fault."""
     ((caption, n),) = numbers.captions["syn"].most_common(1) or [("", 0)]
     if n < 3:
         return
-    found: list[tuple[Any, str, int]] = []
+    examples: list[tuple[Any, str, int]] = []
     for part in done[:200]:
         texts = run.parts.read(part.pid, ["syn_text"])["syn_text"].to_pylist()
-        found += [(i, part.pid, i) for i, said in enumerate(texts) if caption in (said or [])]
-        if len(found) >= most:
+        examples += [(i, part.pid, i) for i, row in enumerate(texts) if caption in (row or [])]
+        if len(examples) >= most:
             break
-    numbers.examples["all of these got the commonest synthetic caption"] = found[:most]
+    numbers.examples["all of these got the commonest synthetic caption"] = examples[:most]
 
 
 # The result -----------------------------------------------------------------------------------------------------------
 
 
 def summary(run: Run, config: SelectConfig, numbers: Numbers) -> dict[str, Any]:
-    """What report.json holds."""
+    """Return the contents of report.json."""
     parts = len(scored_parts(run))
     rows = sum(numbers.account["rows_in"].values())
     null = json.loads(run.storage.read(NULL)) if run.storage.exists(NULL) else None

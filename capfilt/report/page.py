@@ -1,4 +1,4 @@
-"""The page of a run: one file that asks nobody for anything and can be read without scripts.
+"""The page of a report: one file that loads nothing and can be read without scripts.
 
 Texts of a crawl are hostile: everything is escaped, and the page's own policy forbids all but its own script.
 """
@@ -28,7 +28,7 @@ from capfilt.select.choose import Whole, select_part
 from capfilt.select.policies import SelectConfig
 
 _LIMIT = 4_500_000
-"""Bytes of images and texts on the page, so that all of it stays under 5 MB."""
+"""Most bytes of images and texts on the page, so that all of it stays under 5 MB."""
 _SIDE, _LONGEST = 160, 240
 _DROPS = ("rules", "duplicates", "duplicate_bits", "contamination", "shared", "human")
 """Settings of a selection that drop texts whatever its policy says."""
@@ -58,25 +58,25 @@ slider.addEventListener('input',show);document.getElementById('needs-script').hi
 """
 
 
-def render(run: Run, numbers: Numbers, said: dict[str, Any], cards: Cards, options: ReportOptions) -> str:
-    """The page as text, under 5 MB."""
-    before = [("Every row and every text, once", _account(said)), ("Where a threshold would cut", _threshold(said))]
+def render(run: Run, numbers: Numbers, report: dict[str, Any], cards: Cards, options: ReportOptions) -> str:
+    """Render the page as HTML, under 5 MB."""
+    before = [("Every row and every text, once", _account(report)), ("Where a threshold would cut", _threshold(report))]
     after = [
-        ("What the texts are like", _texts(said)),
-        ("Input files, the worst first", _shards(said)),
-        ("Rules and errors", _rules(said)),
-        ("How this was made", _made(said)),
+        ("What the texts are like", _texts(report)),
+        ("Input files, the worst first", _shards(report)),
+        ("Rules and errors", _rules(report)),
+        ("How this was made", _made(report)),
     ]
     first, last = ("".join(f"<h2>{escape(title)}</h2>{content}" for title, content in part) for part in (before, after))
     examples = _examples(cards, numbers, options, _LIMIT - len(first) - len(last))
     title = f"CapFilt report: {run.where}"
     script = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{script}'"
-    histogram = json.dumps(said["histogram"])
+    histogram = json.dumps(report["histogram"])
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}"><title>{escape(title)}</title>'
-        f"<style>{STYLE}{_MORE}</style></head><body><h1>{escape(title)}</h1>{_about(said)}{first}{examples}{last}"
+        f"<style>{STYLE}{_MORE}</style></head><body><h1>{escape(title)}</h1>{_about(report)}{first}{examples}{last}"
         f'<script type="application/json" id="histogram">{histogram}</script><script>{_SCRIPT}</script></body></html>\n'
     )
 
@@ -103,20 +103,20 @@ def _share(part: int, whole: int) -> str:
     return f"{part / whole:.1%}" if whole else "-"
 
 
-def _about(said: dict[str, Any]) -> str:
-    kept, texts = sum(said["kept"].values()), sum(said["texts_in"].values())
-    line = f"{said['rows']:,} rows gave {texts:,} texts, of which {kept:,} are kept ({_share(kept, texts)})."
-    line += f" Selection: {_policy(said['settings'])}."
+def _about(report: dict[str, Any]) -> str:
+    kept, texts = sum(report["kept"].values()), sum(report["texts_in"].values())
+    line = f"{report['rows']:,} rows gave {texts:,} texts, of which {kept:,} are kept ({_share(kept, texts)})."
+    line += f" Selection: {_policy(report['settings'])}."
     warnings = []
-    if said["parts"] < said["parts_planned"]:
-        warnings.append(f"Only {said['parts']:,} of {said['parts_planned']:,} parts are scored.")
-    warnings += [f"{name}: {damage}" for name, damage in list(said["damaged"].items())[:10]]
+    if report["parts"] < report["parts_planned"]:
+        warnings.append(f"Only {report['parts']:,} of {report['parts_planned']:,} parts are scored.")
+    warnings += [f"{name}: {damage}" for name, damage in list(report["damaged"].items())[:10]]
     shown = "".join(f'<p class="warn">{escape(_cut(w))}</p>' for w in warnings)
     return f"<p>{escape(line)}</p>{shown}"
 
 
 def _policy(settings: dict[str, Any]) -> str:
-    """A selection's settings, those that its policy looks at."""
+    """Format the settings of a selection that its policy uses."""
     used = {"rank-k": ("by", "k"), "fraction": ("by", "fraction")}.get(
         settings["policy"], ("by", "itm", "itm_web", "itm_syn")
     )
@@ -125,15 +125,15 @@ def _policy(settings: dict[str, Any]) -> str:
     return ", ".join([settings["policy"], *(f"{name} {value}" for name, value in named.items())])
 
 
-def _account(said: dict[str, Any]) -> str:
-    rows = [(f"status {name}", n, _share(n, said["rows"])) for name, n in said["rows_in"].items()]
-    rows.append(("rows in", said["rows"], ""))
+def _account(report: dict[str, Any]) -> str:
+    rows = [(f"status {name}", n, _share(n, report["rows"])) for name, n in report["rows_in"].items()]
+    rows.append(("rows in", report["rows"], ""))
     texts = []
-    for source, n in said["texts_in"].items():
-        kept = said["kept"].get(source, 0)
-        texts.append((source, n, kept, said["dropped"].get(source, 0), _share(kept, n)))
-    texts.append(("all", *(sum(said[k].values()) for k in ("texts_in", "kept", "dropped")), ""))
-    reasons = [(reason, n) for reason, n in sorted(said["reasons"].items(), key=lambda one: -one[1])]
+    for source, n in report["texts_in"].items():
+        kept = report["kept"].get(source, 0)
+        texts.append((source, n, kept, report["dropped"].get(source, 0), _share(kept, n)))
+    texts.append(("all", *(sum(report[k].values()) for k in ("texts_in", "kept", "dropped")), ""))
+    reasons = [(reason, n) for reason, n in sorted(report["reasons"].items(), key=lambda one: -one[1])]
     return _side(
         _table(rows, ("rows", "", "share")),
         _table(texts, ("texts", "in", "kept", "dropped", "share kept")),
@@ -141,10 +141,10 @@ def _account(said: dict[str, Any]) -> str:
     )
 
 
-def _threshold(said: dict[str, Any]) -> str:
-    series = {kind: np.array(counts) for kind, counts in said["histogram"].items()}
-    if said["null"]:
-        series["shuffled"] = np.array(said["null"]["histogram"])
+def _threshold(report: dict[str, Any]) -> str:
+    series = {kind: np.array(counts) for kind, counts in report["histogram"].items()}
+    if report["null"]:
+        series["shuffled"] = np.array(report["null"]["histogram"])
     rows = []
     for t in (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99):
         kept = {kind: int(counts[round(t * BINS) :].sum()) for kind, counts in series.items()}
@@ -152,7 +152,7 @@ def _threshold(said: dict[str, Any]) -> str:
     note = (
         "The grey curve is of captions shuffled among images: what the filter gives to texts that do not belong. "
         "It is a floor of the noise and no estimate: near misses score far higher."
-        if said["null"]
+        if report["null"]
         else "capfilt calibrate --method null adds the scores of shuffled captions, --method audit estimates precision."
     )
     return (
@@ -163,7 +163,7 @@ def _threshold(said: dict[str, Any]) -> str:
 
 
 def _histogram(series: dict[str, np.ndarray]) -> str:
-    """Shares of texts by score, on a square-root scale, so that small bins are seen beside large ones."""
+    """Draw shares of texts by score, on a square-root scale, so that small bins are visible beside large ones."""
     colours = {"web": "#d97706", "syn": "#2563eb", "shuffled": "#64748b"}
     shares = {kind: np.sqrt(c.reshape(-1)[:BINS].reshape(50, 4).sum(1) / max(1, c.sum())) for kind, c in series.items()}
     top = max((s.max() for s in shares.values()), default=0) or 1
@@ -184,25 +184,25 @@ def _histogram(series: dict[str, np.ndarray]) -> str:
     )
 
 
-def _texts(said: dict[str, Any]) -> str:
+def _texts(report: dict[str, Any]) -> str:
     names = ("texts", "different", "words_each", "vocabulary", "share_repeated")
-    rows = [(kind, *(said["texts"][kind][name] for name in names)) for kind in ("web", "syn")]
+    rows = [(kind, *(report["texts"][kind][name] for name in names)) for kind in ("web", "syn")]
     shown = _table([tuple("-" if v is None else v for v in row) for row in rows], ("", "texts", "different",
                    "words each", "vocabulary", "share repeated"))  # fmt: skip
     lists = []
     for kind, title in (("web", "Commonest web texts"), ("syn", "Commonest synthetic texts")):
-        repeated = [(text, n) for text, n in said["repeated"][kind]]
+        repeated = [(text, n) for text, n in report["repeated"][kind]]
         if repeated:
             lists.append(_table(repeated, (title, "times")))
     return shown + _side(*lists)
 
 
-def _shards(said: dict[str, Any]) -> str:
+def _shards(report: dict[str, Any]) -> str:
     def badness(item: tuple[str, dict]) -> float:
         counts = item[1]
         return -counts["errors"] / counts["rows"] + counts.get("web_kept", 0) / (counts.get("web") or 1)
 
-    worst = sorted(said["shards"].items(), key=badness)[:25]
+    worst = sorted(report["shards"].items(), key=badness)[:25]
     rows = [
         (
             name,
@@ -213,24 +213,24 @@ def _shards(said: dict[str, Any]) -> str:
         )
         for name, c in worst
     ]
-    more = len(said["shards"]) - len(worst)
+    more = len(report["shards"]) - len(worst)
     note = f"<p>{more:,} more files are in report.json.</p>" if more else ""
     return _table(rows, ("file", "rows", "errors", "web kept", "synthetic kept")) + note
 
 
-def _rules(said: dict[str, Any]) -> str:
-    codes = _table(list(said["error_codes"].items())[:30], ("error code", "rows")) if said["error_codes"] else ""
-    flags = _table(list(said["rule_flags"].items())[:30], ("rule broken", "rows")) if said["rule_flags"] else ""
+def _rules(report: dict[str, Any]) -> str:
+    codes = _table(list(report["error_codes"].items())[:30], ("error code", "rows")) if report["error_codes"] else ""
+    flags = _table(list(report["rule_flags"].items())[:30], ("rule broken", "rows")) if report["rule_flags"] else ""
     return _side(codes, flags) if codes or flags else "<p>None.</p>"
 
 
-def _made(said: dict[str, Any]) -> str:
+def _made(report: dict[str, Any]) -> str:
     config = "".join(f"<tr><td>{escape(k)}</td><td><code>{escape(_cut(json.dumps(v)))}</code></td></tr>"
-                     for k, v in said["config"].items())  # fmt: skip
+                     for k, v in report["config"].items())  # fmt: skip
     facts = "".join(
-        f"<tr><td>{escape(k)}</td><td><code>{escape(_cut(v))}</code></td></tr>" for k, v in said["facts"].items()
+        f"<tr><td>{escape(k)}</td><td><code>{escape(_cut(v))}</code></td></tr>" for k, v in report["facts"].items()
     )
-    speed = ", ".join(f"{said['rows'] / s:,.1f} rows/s on {d}" for d, s in said["seconds"].items() if s)
+    speed = ", ".join(f"{report['rows'] / s:,.1f} rows/s on {d}" for d, s in report["seconds"].items() if s)
     return f"<p>{escape(speed)}; openblip {__version__}.</p><table>{config}{facts}</table>"
 
 
@@ -238,7 +238,7 @@ def _made(said: dict[str, Any]) -> str:
 
 
 def _examples(cards: Cards, numbers: Numbers, options: ReportOptions, room: int) -> str:
-    """Groups of cards, as many as there is room for."""
+    """Render groups of cards, as many as there is room for."""
     shown = ["<h2>Images</h2><p>They were drawn by hash, so that the same run shows the same ones.</p>"]
     if not options.no_blur:
         shown.append('<p><label><input type="checkbox" id="clear"> show images clearly</label></p>')
@@ -257,7 +257,7 @@ def _examples(cards: Cards, numbers: Numbers, options: ReportOptions, room: int)
 
 
 class Cards:
-    """Cards of rows; keeps the parts that it has read, as tables, which take a quarter of what rows as objects do."""
+    """Cards of rows; caches the parts it has read as tables, which take a quarter of the memory of Python rows."""
 
     def __init__(self, run: Run, config: SelectConfig, whole: Whole) -> None:
         self.run, self.config, self.whole = run, config, whole
@@ -267,38 +267,38 @@ class Cards:
 
     def card(self, pid: str, row: int) -> str:
         note, texts = self._note(pid, row), self._fates(pid)
-        said = "".join(_text(text) for text in texts.filter(pc.equal(texts["row"], row)).to_pylist())
+        body = "".join(_text(text) for text in texts.filter(pc.equal(texts["row"], row)).to_pylist())
         where = f"{note['source_uri']}:{note['source_row']} {note['key']}"
         trouble = f"{note['status']}: {note['error_detail'] or ''}" if note["status"] not in USABLE else ""
         return (
-            f'<div class="card">{self.image(pid, row)}{said}'
+            f'<div class="card">{self.image(pid, row)}{body}'
             f'<div class="no">{escape(_cut(trouble))}</div><div class="from">{escape(_cut(where))}</div></div>'
         )
 
     def _note(self, pid: str, row: int) -> dict[str, Any]:
-        """The annotation of a row."""
+        """Return the annotation of a row."""
         if pid not in self._notes:
             self._notes[pid] = self.run.parts.read(pid)
         return self._notes[pid].slice(row, 1).to_pylist()[0]
 
     def _fates(self, pid: str) -> pa.Table:
-        """The texts of a part with what becomes of them."""
+        """Return the texts of a part with their fates."""
         if pid not in self._texts:
             account: dict[str, Counter] = defaultdict(Counter)
             self._texts[pid] = select_part(self.run, self.parts[pid], self.config, self.whole, account)
         return self._texts[pid]
 
     def image(self, pid: str, row: int) -> str:
-        """The image of a row, small, as an element; nothing where there is none."""
+        """Return the image of a row, small, as an HTML element; empty where there is none."""
         note = self._note(pid, row)
         if note["status"] not in USABLE:
             return ""
         source = self.run.sources[self.parts[pid].source]
         try:
             reader = Reader(source, self.run.reading, self.run.storage)
-            found = next(reader.read(note["source_row"], note["source_row"] + 1))
+            stored = next(reader.read(note["source_row"], note["source_row"] + 1))
             image = model_input(
-                found.image or b"", self.run.config.max_pixels, lambda image: small(image, _SIDE), _SIDE
+                stored.image or b"", self.run.config.max_pixels, lambda image: small(image, _SIDE), _SIDE
             )
         except Exception:  # whatever a file that was changed meanwhile makes its library raise
             return '<p class="no">the image is not there any more</p>'

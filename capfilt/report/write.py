@@ -1,4 +1,4 @@
-"""The report of a run: counted, put into a page, and written."""
+"""Reporting: count a run, render the page, write both."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 from capfilt.report.counts import ReportOptions, gather, summary
 from capfilt.run import Run
-from capfilt.select.choose import look, read_account, scored_parts
+from capfilt.select.choose import read_account, scored_parts, survey
 from capfilt.select.policies import SelectConfig
 
 
@@ -19,14 +19,14 @@ def report(run: Run, options: ReportOptions | None = None) -> str:
         raise ValueError(f"{run.where}: nothing is scored yet; run `capfilt score {run.where}` first")
     settings = read_account(run, options.select)["settings"] if options.select else {}
     config = SelectConfig(**settings)
-    whole = look(run, scored_parts(run), config)
+    whole = survey(run, scored_parts(run), config)
     numbers = gather(run, config, whole, options)
-    said = summary(run, config, numbers)
-    page = render(run, numbers, said, Cards(run, config, whole), options)
+    content = summary(run, config, numbers)
+    page = render(run, numbers, content, Cards(run, config, whole), options)
     from capfilt.store.storage import open_storage
 
     storage = open_storage(options.to) if options.to else run.storage
     folder = "" if options.to else f"report/{options.select or 'at-half'}/"
-    storage.write(f"{folder}report.json", (json.dumps(said, indent=1) + "\n").encode())
+    storage.write(f"{folder}report.json", (json.dumps(content, indent=1) + "\n").encode())
     storage.write(f"{folder}report.html", page.encode())
     return f"{storage.root}/{folder}report.html"

@@ -1,4 +1,4 @@
-"""Rows of the annotation table, out of what was decoded and what the models said."""
+"""Rows of the annotation table, from decoded rows and the models' scores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from capfilt.store.identity import sample_id
 
 
 def item_of(row: Decoded, relpath: str) -> Item:
-    """What the models are shown of a row."""
+    """Return a row as the models' input."""
     texts = [text for text in row.norm if text is not None]
     return Item(sample_id(relpath, row.number, row.key), row.pixels, texts)
 
@@ -32,7 +32,7 @@ def out_of_memory(row: Decoded) -> None:
 
 
 def check_finite(row: Decoded, scores: Scores) -> None:
-    """A row with a score that is no number is set aside whole."""
+    """Mark a row invalid if any of its scores is not finite."""
     matches = [*scores.web, *(text.match for text in scores.syn)]
     numbers = [v for m in matches for v in (m.margin, m.itc)] + [text.logprob for text in scores.syn]
     if not all(map(math.isfinite, numbers)):
@@ -44,7 +44,7 @@ def check_finite(row: Decoded, scores: Scores) -> None:
 
 
 def annotation(row: Decoded, relpath: str, scores: Scores | None) -> dict[str, Any]:
-    """One row of the table, without the columns of the run and with `left_out` for the progress.
+    """Return a row of the table, without the columns of the run and with `left_out` for the progress line.
 
     `scores.web` is parallel to the texts that have words.
     """
@@ -77,16 +77,16 @@ def annotation(row: Decoded, relpath: str, scores: Scores | None) -> dict[str, A
 
 
 def _scores(kind: str, matches: Sequence[Matched | None], invalid: bool) -> dict[str, list[float | None]]:
-    said = [None if invalid else m for m in matches]
+    valid = [None if invalid else m for m in matches]
     return {
-        f"itm_{kind}": [m and m.probability for m in said],
-        f"itm_margin_{kind}": [m and m.margin for m in said],
-        f"itc_{kind}": [m and m.itc for m in said],
+        f"itm_{kind}": [m and m.probability for m in valid],
+        f"itm_margin_{kind}": [m and m.margin for m in valid],
+        f"itc_{kind}": [m and m.itc for m in valid],
     }
 
 
 def table_of(rows: list[dict[str, Any]], part: Part) -> pa.Table:
-    """The annotations of a part as a table. AssertionError if they are not exactly its rows."""
+    """Return the annotations of a part as a table. AssertionError if they are not exactly its rows."""
     if [row["source_row"] for row in rows] != list(range(part.lo, part.hi)):
         raise AssertionError(f"part {part.pid} wants rows {part.lo} to {part.hi} and has {len(rows)} others")
     return pa.Table.from_pylist([{**row, "part_id": part.pid} for row in rows], ANNOTATIONS)

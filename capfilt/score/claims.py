@@ -1,4 +1,4 @@
-"""Notes of parts that are being worked on, so that it is known afterwards where a process died.
+"""Notes on parts in progress, which show afterwards where a process died.
 
 A note is no lock: two processes that score the same part replace equal content with equal content. It counts attempts,
 and lets processes on one machine keep out of each other's way.
@@ -18,9 +18,9 @@ from capfilt.store.parts import failure_name, failures, read_failure
 from capfilt.store.storage import Storage, host
 
 SANDBOX, MOST = 2, 5
-"""Attempt from which decoding is kept out of this process, and the number after which a part has failed."""
+"""Attempt from which decoding runs in another process, and number of attempts after which a part has failed."""
 _FRESH = 600.0
-"""Seconds for which a note of another machine is taken to be that of a living process."""
+"""Seconds for which another machine's note counts as that of a living process."""
 
 
 class Claims:
@@ -32,7 +32,7 @@ class Claims:
         self._start = started(os.getpid())
 
     def attempts(self, wanted: Iterable[str]) -> tuple[dict[str, int], set[str]]:
-        """For each part the highest attempt that came to nothing, and the parts that others are working on now."""
+        """Return the highest unsuccessful attempt of each part, and the parts that others are working on now."""
         wanted = set(wanted)
         counts: dict[str, int] = {}
         busy: set[str] = set()
@@ -58,25 +58,25 @@ class Claims:
         self._note(part, attempt, {"state": "begun"})
 
     def end(self, part: Part) -> None:
-        """The part is committed, or was put down on purpose."""
+        """Drop the claim on a part that is committed or was released on purpose."""
         attempt = self._mine.pop(part.pid, None)
         if attempt is not None:
             self.storage.remove(failure_name(part.pid, attempt))
 
     def fail(self, part: Part, code: str, detail: str, error: BaseException | None = None) -> None:
-        """Write down why a part could not be scored. A source that is not what was planned does not count."""
+        """Record why a part could not be scored. A changed source does not count as an attempt."""
         attempt = self._mine.pop(part.pid, 0)
         trace = "".join(traceback.format_exception(error)) if error else None
         self._note(part, attempt, {"state": "failed", "code": code, "detail": detail, "traceback": trace})
 
     def release(self) -> None:
-        """Put down everything that is begun: it was interrupted, which is nobody's fault."""
+        """Release all claims after an interruption; it does not count as a failed attempt."""
         for pid, attempt in list(self._mine.items()):
             self.storage.remove(failure_name(pid, attempt))
         self._mine.clear()
 
     def _note(self, part: Part, attempt: int, what: dict) -> None:
-        said = {
+        record = {
             **what,
             "part": part.pid,
             "attempt": attempt,
@@ -87,4 +87,4 @@ class Claims:
             "started": self._start,
             "time": time.time(),
         }
-        self.storage.note(failure_name(part.pid, attempt), json.dumps(said).encode())
+        self.storage.note(failure_name(part.pid, attempt), json.dumps(record).encode())

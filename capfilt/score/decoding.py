@@ -1,4 +1,4 @@
-"""A row's bytes to what the models are shown, and to everything about the image that is written down."""
+"""Decoding of a row: the models' input, and everything recorded about the image."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ T = TypeVar("T")
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _CONSTANT = 4
-"""Grey levels between the darkest and the brightest place of an image that shows nothing."""
+"""Range of grey levels below which an image counts as blank."""
 
 
 @dataclass
 class Decoded:
-    """One row, ready for the models, or with the reason why not."""
+    """A row ready for the models, or with the reason why it is not."""
 
     number: int
     key: str
     texts: list[str]
     norm: list[str | None]
-    """The texts as they are scored; None where no word is left."""
+    """Normalised texts, as they are scored; None where no word is left."""
     extra: dict
     facts: dict
-    """The image and status columns."""
+    """Image and status columns."""
     flags: list[str]
     pixels: list[np.ndarray] = field(default_factory=list)
-    """(S, S, 3) uint8 for each input size; empty where there is nothing to score."""
+    """Resized images, (S, S, 3) uint8 for each input size; empty where there is nothing to score."""
     left_out: int = 0
-    """Texts beyond those that a row may have."""
+    """Number of texts beyond the limit per row."""
 
 
 def prepare(row: InputRow, sides: tuple[int, ...], config: ScoreConfig) -> Decoded:
-    """Decode, resize and note what there is to note; nothing that a row holds raises."""
+    """Decode and resize an image and record its facts; nothing that a row holds raises."""
     texts, left_out, note = rules.limited(row.texts)
     norm = [_clean(text, config.max_words) for text in texts]
     facts = dict.fromkeys(("width", "height", "format", "n_frames", "error_code", "error_detail"))
@@ -88,7 +88,7 @@ def _fail(facts: dict, status: str, code: str, detail: str) -> None:
 
 
 def _see(data: bytes, done: Decoded, sides: tuple[int, ...], config: ScoreConfig) -> bool:
-    """Note what decoding gives, and what the models are shown; whether it gives anything."""
+    """Decode the image into `done`; returns whether that worked."""
     at_least = max(sides) if config.draft and sides else None
 
     def note(image: Image.Image) -> tuple[list[np.ndarray], str, tuple[int, int]]:
@@ -115,7 +115,7 @@ def _see(data: bytes, done: Decoded, sides: tuple[int, ...], config: ScoreConfig
 
 
 def _header(data: bytes, facts: dict) -> bool:
-    """Note size, format and frames from a file's header, as far as it has one."""
+    """Record size, format and frames from a file's header, if readable; returns whether the size is known."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -128,7 +128,7 @@ def _header(data: bytes, facts: dict) -> bool:
 
 
 def _lenient(data: bytes, note: Callable[[Image.Image], T]) -> T | None:
-    """`note` of a truncated image with grey in place of what is missing, as the original release trained on."""
+    """Apply `note` to a truncated image with grey in place of what is missing, as the original release trained on."""
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     try:
         with Image.open(io.BytesIO(screened(data)), formats=FORMATS) as image:
@@ -140,7 +140,7 @@ def _lenient(data: bytes, note: Callable[[Image.Image], T]) -> T | None:
 
 
 def _ruled_out(data: bytes, done: Decoded, preset: str) -> bool:
-    """Whether the rules on image files leave an image out before it is decoded."""
+    """Tell whether the rules on image files exclude an image before it is decoded."""
     if not _header(data, done.facts):
         return False
     facts = done.facts

@@ -1,4 +1,4 @@
-"""A rehearsal: score a few rows, say how long all would take and how much would be written, and write nothing."""
+"""Dry run: score a few rows, estimate time and size of the whole run, and write nothing."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def dry_run(run: Run, make_scorer: Callable[[Run], Scorer], options: ScoreOption
     worker.annotate(pieces[0], worker.begin(pieces[0], 1), 1)  # the first is slow for reasons that pass
     start, rows, size = time.monotonic(), 0, 0
     for piece in pieces:
-        found = worker.annotate(piece, worker.begin(piece, 1), 1)
-        rows += len(found)
-        size += len(parts.encode(annotate.table_of(found, piece), {}))
+        annotations = worker.annotate(piece, worker.begin(piece, 1), 1)
+        rows += len(annotations)
+        size += len(parts.encode(annotate.table_of(annotations, piece), {}))
     rate = rows / (time.monotonic() - start)
     worker.close()
     done = run.parts.present().keys()

@@ -1,4 +1,4 @@
-"""Scoring: parts that are not there yet are decoded ahead, shown to the models, and committed one by one."""
+"""The scoring loop: missing parts are decoded ahead, scored by the models, and committed one by one."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from capfilt.schema import FAULTS, OK
 from capfilt.score import annotate
 from capfilt.score.claims import MOST, SANDBOX, Claims
 from capfilt.score.decoding import Decoded
-from capfilt.score.pool import BrokenDecoder, Inline, Pool, Setup, Task
-from capfilt.score.progress import Progress
-from capfilt.score.scorer import Item, OutOfMemory, Scorer, Scores
+from capfilt.score.pool import BrokenDecoder, DecodeTask, Inline, Pool, Setup
+from capfilt.score.progress import ScoringProgress
+from capfilt.score.scorer import BatchTooLarge, Item, Scorer, Scores
 from capfilt.settings import DONE, FAILED_PARTS, INTERRUPTED, WRONG, ScoreOptions
 from capfilt.sources import changed
 from capfilt.store.storage import host
 
 _CHUNK = 16
-"""Rows of one decoding task."""
+"""Rows per decoding task."""
 _JUDGED = 2000
-"""Rows after which it is judged whether something is wrong with the input as a whole."""
+"""Rows after which the error rate decides whether the input as a whole is wrong."""
 
 
 Tasks = deque[tuple["Pool | Inline", Future]]
 """The decoding tasks of a part, with the pool that each was given to."""
 
 
-class Interrupted(Exception):
-    """Somebody wants the process to stop."""
+class ScoringInterrupted(Exception):
+    """The process was asked to stop."""
 
 
 class TooManyErrors(DataError):
-    """So many rows fail that the input is not what it was taken for."""
+    """So many rows fail that the input is probably the wrong one."""
 
 
 class Worker:
@@ -63,7 +63,7 @@ class Worker:
         self._sandbox: Pool | None = None
 
     def begin(self, part: Part, attempt: int) -> Tasks:
-        """Start to decode a part. DataError if its source is not what was planned."""
+        """Start decoding a part. DataError if its source is not what was planned."""
         source = self.run.sources[part.source]
         reason = changed(source)
         if reason:
@@ -71,7 +71,7 @@ class Worker:
             raise DataError(f"source_changed: {source.path}: {reason}")
         self.claims.begin(part, attempt)
         pool = self._careful() if attempt >= SANDBOX and isinstance(self.pool, Inline) else self.pool
-        chunks = (Task(source, lo, min(lo + _CHUNK, part.hi)) for lo in range(part.lo, part.hi, _CHUNK))
+        chunks = (DecodeTask(source, lo, min(lo + _CHUNK, part.hi)) for lo in range(part.lo, part.hi, _CHUNK))
         return deque((pool, pool.submit(chunk)) for chunk in chunks)
 
     def _careful(self) -> Pool:
@@ -79,7 +79,7 @@ class Worker:
         return self._sandbox
 
     def annotate(self, part: Part, tasks: Tasks, attempt: int) -> list[dict[str, Any]]:
-        """The annotations of a part's rows, in order."""
+        """Return the annotations of a part's rows, in order."""
         start = time.monotonic()
         rows: list[Decoded] = []
         answers: dict[int, Scores] = {}
@@ -94,7 +94,7 @@ class Worker:
                     self._score(waiting, part, answers)
                     waiting = []
         self._score(waiting, part, answers)
-        found = [annotate.annotation(row, part.source, answers.get(row.number)) for row in rows]
+        annotations = [annotate.annotation(row, part.source, answers.get(row.number)) for row in rows]
         about = {
             "attempt": attempt,
             "worker": f"{host()}:{os.getpid()}",
@@ -102,24 +102,24 @@ class Worker:
             "dtype": self.run.config.precision,
             "seconds": (time.monotonic() - start) / len(rows),
         }
-        return [{**row, **about} for row in found]
+        return [{**row, **about} for row in annotations]
 
     def _score(self, rows: list[Decoded], part: Part, answers: dict[int, Scores]) -> None:
-        """Show rows to the models, and note what they say of each."""
+        """Score rows and record their scores in `answers`."""
         at = 0
         while at < len(rows):
             some = rows[at : at + self.batch]
             at += len(some)
-            for row, said in zip(some, self.show([annotate.item_of(row, part.source) for row in some]), strict=True):
+            for row, scores in zip(some, self.show([annotate.item_of(row, part.source) for row in some]), strict=True):
                 row.pixels = []
-                if said is None:
+                if scores is None:
                     annotate.out_of_memory(row)
                 else:
-                    annotate.check_finite(row, said)
-                    answers[row.number] = said
+                    annotate.check_finite(row, scores)
+                    answers[row.number] = scores
 
     def show(self, items: Sequence[Item]) -> list[Scores | None]:
-        """What the models say of items, in halves where they do not fit together; None of one that does not fit alone.
+        """Score items, in halves where they do not fit together; None for one that does not fit alone.
 
         The batch is halved for what comes after unless only one of the halves is to blame, and doubled again when some
         have passed: later after each time that this was too early.
@@ -136,26 +136,26 @@ class Worker:
         if len(items) == self.batch and fitted[0] == fitted[1]:
             self.batch, self._passed, self._wait = (self.batch + 1) // 2, sum(fitted), min(2 * self._wait, 64)
             self._grow()
-        return [said for some, _ in halves for said in some]
+        return [scores for some, _ in halves for scores in some]
 
     def _grow(self) -> None:
         if self.batch < self.most and self._passed >= self._wait:
             self.batch, self._passed = min(self.most, 2 * self.batch), 0
 
     def _fitted(self, items: Sequence[Item]) -> tuple[list[Scores | None], bool]:
-        """What the models say of items, and whether they fit together."""
+        """Score items; also returns whether they fit together."""
         scores = self._try(items)
         if scores is not None:
             return scores, True
-        return [said for half in _halves(items) for said in self._fitted(half)[0]], False
+        return [scores for half in _halves(items) for scores in self._fitted(half)[0]], False
 
     def _try(self, items: Sequence[Item]) -> list[Scores | None] | None:
-        """What the models say; None where memory is too small for several, and of one alone that is what is said."""
+        """Score items; None if several do not fit into memory, [None] if a single one does not."""
         if self.stopped.is_set():
-            raise Interrupted
+            raise ScoringInterrupted
         try:
             return self.timed("models", lambda: self.scorer.score(items))
-        except OutOfMemory:
+        except BatchTooLarge:
             return None if len(items) > 1 else [None]
 
     def commit(self, part: Part, rows: list[dict[str, Any]]) -> None:
@@ -169,7 +169,7 @@ class Worker:
         self.claims.end(part)
 
     def discard(self, tasks: Tasks) -> None:
-        """Give up what is left of a part's decoding."""
+        """Cancel what is left of a part's decoding."""
         while tasks:
             pool, task = tasks.popleft()
             pool.discard([task])
@@ -193,7 +193,7 @@ def _halves(items: Sequence[Item]) -> tuple[Sequence[Item], Sequence[Item]]:
 
 
 def make_pool(setup: Setup, options: ScoreOptions, batch: int) -> Pool | Inline:
-    """Decoding that stays two batches ahead."""
+    """Make a decoding pool that stays two batches ahead."""
     workers = options.decode_workers
     if workers is None:
         workers = max(1, min(16, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
@@ -206,7 +206,7 @@ def make_pool(setup: Setup, options: ScoreOptions, batch: int) -> Pool | Inline:
 
 @dataclass
 class Work:
-    """What a process found and what is left for it to do."""
+    """State of a process's share of the parts, and what is left to do."""
 
     todo: deque[tuple[Part, int]]
     """Parts with the number of the next attempt, the untried first."""
@@ -218,7 +218,7 @@ class Work:
 
 
 def find_work(run: Run, options: ScoreOptions, claims: Claims) -> Work:
-    """Which parts of this process's share are done, damaged, being worked on by others, failed, or to do."""
+    """Sort this process's share into parts that are done, damaged, busy elsewhere, failed, and to do."""
     share = run.share(options.rank, options.world)
     if options.limit:
         rows = itertools.accumulate(part.rows for part in share)
@@ -235,23 +235,23 @@ def find_work(run: Run, options: ScoreOptions, claims: Claims) -> Work:
 
 
 def describe_work(run: Run, work: Work, options: ScoreOptions) -> str:
-    """What was found, in a line."""
+    """Describe the state of the parts in a line."""
     whose = f"process {options.rank} of {options.world}: " if options.world > 1 else ""
-    found = f"{whose}{len(work.done)} of {len(work.share)} parts are done"
+    line = f"{whose}{len(work.done)} of {len(work.share)} parts are done"
     if work.damaged:
-        found += f", {len(work.damaged)} damaged and done again ({next(iter(work.damaged.items()))})"
+        line += f", {len(work.damaged)} damaged and done again ({next(iter(work.damaged.items()))})"
     if work.busy:
-        found += f", {len(work.busy)} in the hands of another process, which is fine"
+        line += f", {len(work.busy)} in the hands of another process, which is fine"
     if work.failed:
-        found += f", {len(work.failed)} failed {MOST} times (`capfilt retry-failed {run.where}` tries them again)"
-    return found + f"; {len(work.todo)} to do"
+        line += f", {len(work.failed)} failed {MOST} times (`capfilt retry-failed {run.where}` tries them again)"
+    return line + f"; {len(work.todo)} to do"
 
 
 # The loop -------------------------------------------------------------------------------------------------------------
 
 
 class _Stop:
-    """While entered, SIGTERM and SIGINT make `asked` true; the second Ctrl-C interrupts at once."""
+    """While entered, SIGTERM and SIGINT set the event; the second Ctrl-C interrupts at once."""
 
     def __init__(self, event: threading.Event) -> None:
         self.event = event
@@ -277,7 +277,7 @@ def score(
 ) -> int:
     """Score what is left of a run, or of this process's share of it; returns the exit status.
 
-    TooManyErrors if the input is not what it was taken for, StorageError when nothing can be written.
+    TooManyErrors if the input is probably the wrong one, StorageError when nothing can be written.
     """
     options, out = options or ScoreOptions(), out or sys.stderr
     run.storage.sweep()
@@ -286,7 +286,7 @@ def score(
     out.flush()
     rows = sum(part.rows for part in work.share)
     inherited = sum(part.rows for part in work.share if part.pid in work.done)
-    progress = Progress(rows, inherited, len(work.share), len(work.done), out)
+    progress = ScoringProgress(rows, inherited, len(work.share), len(work.done), out)
     progress.failed = len(work.failed)
     if work.todo:
         status = _work(run, make_scorer(run), options, work, progress)
@@ -296,7 +296,7 @@ def score(
 
 
 def exit_status(run: Run, options: ScoreOptions, failed: int, out: TextIO) -> int:
-    """3 if parts failed, 2 if sources are damaged and that was not allowed, else 0; says why."""
+    """Return 3 if parts failed, 2 if sources are damaged and that was not allowed, else 0; prints the reason."""
     if failed:
         out.write(f"{failed} parts failed; {run.where}/failures says why, `retry-failed` tries them again\n")
         return FAILED_PARTS
@@ -316,7 +316,7 @@ def exit_status(run: Run, options: ScoreOptions, failed: int, out: TextIO) -> in
 
 
 def _all_failed(run: Run, options: ScoreOptions) -> Counter[str]:
-    """Statuses of this process's rows if none could be used; empty where one could, which the first part mostly says.
+    """Count the statuses of this process's rows if none could be used; empty if one could (mostly seen in part one).
 
     `judge` says so early of a large job; this is for jobs of a few rows.
     """
@@ -334,7 +334,7 @@ def _commonest(statuses: Counter[str]) -> str:
     return ", ".join(f"{name} {n}" for name, n in statuses.most_common(4) if name != OK)
 
 
-def _work(run: Run, scorer: Scorer, options: ScoreOptions, work: Work, progress: Progress) -> int:
+def _work(run: Run, scorer: Scorer, options: ScoreOptions, work: Work, progress: ScoringProgress) -> int:
     worker = Worker(run, scorer, options)
     progress.stages = worker.stages
     judged = min(_JUDGED, sum(part.rows for part, _ in work.todo))
@@ -353,7 +353,7 @@ def _work(run: Run, scorer: Scorer, options: ScoreOptions, work: Work, progress:
                 progress.say()
             for one in writing:
                 one.result()
-        except (Interrupted, KeyboardInterrupt):
+        except (ScoringInterrupted, KeyboardInterrupt):
             for one in writing:
                 one.result()
             progress.out.write(
@@ -367,15 +367,15 @@ def _work(run: Run, scorer: Scorer, options: ScoreOptions, work: Work, progress:
     return DONE
 
 
-def _ahead(worker: Worker, work: Work, progress: Progress) -> Iterator[tuple[Part, int, Tasks]]:
-    """Parts whose decoding has begun, one part ahead of the one that the models look at."""
+def _ahead(worker: Worker, work: Work, progress: ScoringProgress) -> Iterator[tuple[Part, int, Tasks]]:
+    """Yield parts whose decoding has begun, one part ahead of the one being scored."""
     begun: deque[tuple[Part, int, Tasks]] = deque()
     deferred: set[str] = set()
     while work.todo or begun:
         while work.todo and len(begun) < 2:
             part, attempt = work.todo.popleft()
             if worker.stopped.is_set():
-                raise Interrupted
+                raise ScoringInterrupted
             if worker.run.parts.exists(part.pid) and part.pid not in work.damaged:
                 progress.inherit(part.rows)  # another process was faster
                 continue
@@ -395,17 +395,17 @@ def _ahead(worker: Worker, work: Work, progress: Progress) -> Iterator[tuple[Par
 
 
 def _try(
-    worker: Worker, part: Part, attempt: int, tasks: Tasks, work: Work, progress: Progress
+    worker: Worker, part: Part, attempt: int, tasks: Tasks, work: Work, progress: ScoringProgress
 ) -> list[dict[str, Any]] | None:
-    """A part's annotations; None if that raised, and then it is put at the end of the queue or has failed."""
+    """Annotate a part; None if that raised, and then the part is queued again or has failed."""
     try:
         return worker.annotate(part, tasks, attempt)
-    except (Interrupted, KeyboardInterrupt):
+    except (ScoringInterrupted, KeyboardInterrupt):
         raise
     except BrokenDecoder:  # neither the part's fault nor a row's
         worker.discard(tasks)
         if worker.stopped.is_set():  # the signal that stopped this process has ended the other one
-            raise Interrupted from None
+            raise ScoringInterrupted from None
         raise
     except Exception as error:
         worker.discard(tasks)
@@ -419,8 +419,8 @@ def _try(
         return None
 
 
-def judge(progress: Progress, judged: int, options: ScoreOptions) -> None:
-    """Stop before much work is done on the wrong column or folder."""
+def judge(progress: ScoringProgress, judged: int, options: ScoreOptions) -> None:
+    """Raise TooManyErrors before much work is done on the wrong column or folder."""
     if progress.seen < judged or judged < 200 or progress.seen - judged > _JUDGED:
         return
     rate = progress.errors / progress.seen

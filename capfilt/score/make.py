@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def scorer_maker(device: str | None) -> Callable:
-    """A function that loads the models of a run."""
+    """Return a function that loads the models of a run."""
 
     def make(run):
         config = run.config

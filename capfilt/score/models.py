@@ -24,18 +24,18 @@ from blip.nn.context import Context
 from blip.nn.pixels import MEAN, STD
 from blip.text import clean_caption
 from blip.tokenizer import Tokenizer
-from capfilt.score.scorer import Item, Matched, OutOfMemory, Scores, Written
+from capfilt.score.scorer import BatchTooLarge, Item, Matched, Scores, SyntheticText
 from capfilt.settings import ScoreConfig, decided, decode_record, decode_settings, resolve
 
 T = TypeVar("T")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LONG = 1 << 20
 _FAN, _FEW = 8, 16
-"""Texts that are matched at once, for each image of a batch, and in any case."""
+"""Most texts matched at once: per image of a batch, and in any case."""
 
 
 class BlipScorer:
-    """Writes texts with a captioner and matches web and synthetic texts with a filter."""
+    """Generates captions with a captioner and matches web and synthetic texts with a filter."""
 
     def __init__(
         self,
@@ -44,9 +44,9 @@ class BlipScorer:
         config: ScoreConfig,
         device: str | torch.device = "cpu",
     ) -> None:
-        """The models are moved to the device and number format, and put in evaluation mode.
+        """Move the models to the device and precision, in evaluation mode.
 
-        ValueError for texts that are to be longer than a model's positions.
+        ValueError if texts may become longer than a model's positions.
         """
         self._device = torch.device(device)
         config = decided(config, device=self._device)
@@ -84,9 +84,9 @@ class BlipScorer:
 
     @classmethod
     def load(cls, config: ScoreConfig, device: str | None = None) -> BlipScorer:
-        """Read the models of a configuration; the device is this process's own when it is not named by its number.
+        """Read the models of a configuration; the device is this process's own unless it is numbered.
 
-        FileNotFoundError or ValueError if there is something wrong with the models.
+        FileNotFoundError or ValueError if a model is missing or unsuitable.
         """
         device = str(dist.own_device()) if device in (None, "auto", "cuda") else device
         if device.startswith("cuda"):
@@ -104,7 +104,7 @@ class BlipScorer:
 
     @torch.inference_mode()
     def score(self, items: Sequence[Item]) -> list[Scores]:
-        """Raises OutOfMemory, having freed what it held."""
+        """Score items. Raises BatchTooLarge, having freed the memory."""
         try:
             return self._score(items)
         except (RuntimeError, MemoryError) as error:
@@ -112,36 +112,36 @@ class BlipScorer:
                 raise
         if self._device.type == "cuda":  # outside of the handler nothing of the failed batch is referred to any more
             torch.cuda.empty_cache()
-        raise OutOfMemory
+        raise BatchTooLarge
 
     def _score(self, items: Sequence[Item]) -> list[Scores]:
         tokens = self.filter.vision(self._images(items, self.filter))
-        written = self._write(items, tokens)
+        written = self._caption(items, tokens)
         texts = [
-            [*item.texts, *(_clean(t.words, self.config) for t in said)]
-            for item, said in zip(items, written, strict=True)
+            [*item.texts, *(_clean(t.words, self.config) for t in captions)]
+            for item, captions in zip(items, written, strict=True)
         ]
-        found = self._match(tokens, texts)
+        matches = self._match(tokens, texts)
         return [
             Scores(
                 matched[: len(item.texts)],
                 [
-                    Written(t.words, t.logprob, t.finished, m)
-                    for t, m in zip(said, matched[len(item.texts) :], strict=True)
+                    SyntheticText(t.words, t.logprob, t.finished, m)
+                    for t, m in zip(captions, matched[len(item.texts) :], strict=True)
                 ],
             )
-            for item, said, matched in zip(items, written, found, strict=True)
+            for item, captions, matched in zip(items, written, matches, strict=True)
         ]
 
     def _images(self, items: Sequence[Item], model: Blip) -> Tensor:
-        """(B, 3, S, S) normalised, as blip.data.transforms.EvalTransform gives them."""
+        """Return images (B, 3, S, S), normalised as by blip.data.transforms.EvalTransform."""
         which = self.sides.index(model.vision.image_size)
         pixels = torch.from_numpy(np.stack([item.pixels[which] for item in items]))
         pixels = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2).float().div(255)
         return pixels.sub(self._mean).div(self._std).to(self._dtype)
 
-    def _write(self, items: Sequence[Item], tokens: Tensor) -> list[list[CaptionText]]:
-        """`config.captions` texts for each image."""
+    def _caption(self, items: Sequence[Item], tokens: Tensor) -> list[list[CaptionText]]:
+        """Generate `config.captions` texts for each image."""
         if self.captioner is None or self.writer is None:
             return [[] for _ in items]
         seen = tokens if self.shared else self.captioner.vision(self._images(items, self.captioner))
@@ -149,54 +149,56 @@ class BlipScorer:
         return write(self.captioner, self.writer, seen, self.decode, prompt=self.config.prompt.strip(), keys=keys)
 
     def _match(self, tokens: Tensor, texts: Sequence[Sequence[str]]) -> list[list[Matched]]:
-        """All texts of all images: images with equally many together, and not more texts at once than a batch may have.
+        """Match all texts of all images: images with equally many together, and never more texts at once than allowed.
 
-        So an image with many texts costs what they cost, and the others nothing.
+        An image with many texts so costs the others nothing.
         """
-        found: list[list[Matched]] = [[] for _ in texts]
+        matches: list[list[Matched]] = [[] for _ in texts]
         room = max(_FEW, _FAN * len(texts))
         embedded = self.filter.embed_image(tokens).float()
         for count in sorted({len(some) for some in texts} - {0}):
-            alike = [i for i, some in enumerate(texts) if len(some) == count]
-            for some in _pieces(alike, max(1, room // count)):
+            same_count = [i for i, some in enumerate(texts) if len(some) == count]
+            for some in _pieces(same_count, max(1, room // count)):
                 mine = slice(None) if len(some) == len(texts) else torch.tensor(some, device=self._device)
                 context = None
                 for at in range(0, count, room):
                     grid = [texts[i][at : at + room] for i in some]
-                    counts, ids, keep = self._encoded([text for row in grid for text in row])
+                    counts, ids, mask = self._encoded([text for row in grid for text in row])
                     if context is None:
                         context = self.filter.context(tokens[mine], queries=len(grid[0]) * ids.shape[1])
-                    for i, matched in zip(some, self._grid(counts, ids, keep, context, embedded[mine]), strict=True):
-                        found[i] += matched
-        return found
+                    for i, matched in zip(some, self._grid(counts, ids, mask, context, embedded[mine]), strict=True):
+                        matches[i] += matched
+        return matches
 
     def _grid(
-        self, counts: Sequence[int], ids: Tensor, keep: Tensor, context: Context, embedded: Tensor
+        self, counts: Sequence[int], ids: Tensor, mask: Tensor, context: Context, embedded: Tensor
     ) -> list[list[Matched]]:
-        """N texts of each of B images: word pieces of each text, ids and keep (B N, T), embedded images (B, E)."""
-        fan, longest = len(ids) // len(embedded), self.config.max_tokens
-        logits = self.filter.match(ids, keep, context.expand(fan)).float()
-        margins = (logits[:, 1] - logits[:, 0]).view(-1, fan)
-        texts = self.filter.embed_text(starting_with(ids, self.tokenizer.cls_id), keep).view(len(embedded), fan, -1)
+        """Match N texts of each of B images: word pieces per text, ids and mask (B N, T), embedded images (B, E)."""
+        per_image, longest = len(ids) // len(embedded), self.config.max_tokens
+        logits = self.filter.match(ids, mask, context.expand(per_image)).float()
+        margins = (logits[:, 1] - logits[:, 0]).view(-1, per_image)
+        texts = self.filter.embed_text(starting_with(ids, self.tokenizer.cls_id), mask).view(
+            len(embedded), per_image, -1
+        )
         cosines = torch.einsum("bne,be->bn", texts.float(), embedded)
-        scores = zip(_pieces(counts, fan), margins.tolist(), cosines.tolist(), strict=True)
+        scores = zip(_pieces(counts, per_image), margins.tolist(), cosines.tolist(), strict=True)
         return [
             [Matched(m, c, n, n > longest) for n, m, c in zip(pieces, margin, cosine, strict=True)]
             for pieces, margin, cosine in scores
         ]
 
     def _encoded(self, texts: Sequence[str]) -> tuple[list[int], Tensor, Tensor]:
-        """Word pieces of each text before any are cut off; ids and keep (R, T) of the texts as they are matched."""
+        """Return the word pieces of each text before truncation, and ids and mask (R, T) as matched."""
         tokenizer, longest = self.tokenizer, self.config.max_tokens
         pieces = [tokenizer.pieces(text, _LONG) for text in texts]
         cut = [p if len(p) <= longest else [*p[: longest - 1], tokenizer.sep_id] for p in pieces]
-        ids, keep = (x.to(self._device) for x in tokenizer.pad(cut))
+        ids, mask = (x.to(self._device) for x in tokenizer.pad(cut))
         first = tokenizer.enc_id if self.config.itm_token == "enc" else tokenizer.cls_id
-        return [len(p) for p in pieces], starting_with(ids, first), keep
+        return [len(p) for p in pieces], starting_with(ids, first), mask
 
 
 def same_vision(a: Blip, b: Blip) -> bool:
-    """Whether two models have the same image encoder, weight for weight."""
+    """Tell whether two models have the same image encoder, weight for weight."""
     if a.config.vision != b.config.vision:
         return False
     ours, theirs = a.vision.state_dict(), b.vision.state_dict()
@@ -204,12 +206,12 @@ def same_vision(a: Blip, b: Blip) -> bool:
 
 
 def _pieces(values: Sequence[T], size: int) -> list[Sequence[T]]:
-    """Values in their order, so many at a time."""
+    """Split values into pieces of `size`, in order."""
     return [values[at : at + size] for at in range(0, len(values), size)]
 
 
 def _clean(text: str, config: ScoreConfig) -> str:
-    """A synthetic text as training will see it; one without words is scored as the empty text that it is."""
+    """Clean a synthetic text as training will; one without words is scored as the empty text."""
     try:
         return clean_caption(text, config.max_words)
     except BadSample:

@@ -33,16 +33,16 @@ from capfilt.sources import PlannedSource
 from capfilt.store.storage import open_storage
 
 _START = 300.0
-"""Seconds in which a decoding process has to come up, on a file system as slow as there are."""
+"""Seconds in which a decoding process has to start, even on a very slow file system."""
 
 
 class BrokenDecoder(Stopped):
-    """No decoding process can do its work, whatever the row: the job cannot go on, and no row is to blame."""
+    """Decoding fails whatever the row, so the job cannot go on."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a decoder has to know of the run."""
+    """Settings of the run that a decoder needs."""
 
     where: str
     config: ScoreConfig
@@ -51,7 +51,7 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Task:
+class DecodeTask:
     """Rows lo to hi of a source."""
 
     source: PlannedSource
@@ -66,8 +66,8 @@ class Decoder:
         self.setup, self._storage = setup, open_storage(setup.where)
         self._readers: dict[str, Reader] = {}
 
-    def run(self, task: Task) -> Iterator[Decoded]:
-        """The rows of a task. What cannot be read is a row that says so; a source that cannot be opened raises."""
+    def run(self, task: DecodeTask) -> Iterator[Decoded]:
+        """Decode the rows of a task. An unreadable row carries its error; a source that cannot be opened raises."""
         reader = self._reader(task.source)
         rows = reader.read(task.lo, task.hi)
         for number in range(task.lo, task.hi):
@@ -90,12 +90,12 @@ class Decoder:
 
 
 class Inline:
-    """Decoding in this process, when a task is asked for: for tests and the smallest machines."""
+    """Decoding in this process, at submission: for tests and the smallest machines."""
 
     def __init__(self, setup: Setup) -> None:
         self._decoder = Decoder(setup)
 
-    def submit(self, task: Task) -> Future:
+    def submit(self, task: DecodeTask) -> Future:
         future: Future = Future()
         try:
             future.set_result(list(self._decoder.run(task)))
@@ -114,34 +114,34 @@ class Inline:
 
 
 class Pool:
-    """Some decoding processes.
+    """A pool of decoding processes.
 
-    Of what `submit` is given, only `ahead` tasks are decoded before their rows are taken, in the order of submission.
+    At most `ahead` submitted tasks are decoded before their rows are taken, in the order of submission.
     """
 
     def __init__(self, setup: Setup, workers: int, timeout: float, ahead: int = 8) -> None:
         self._setup, self._timeout = setup, timeout
         self._broken: BrokenDecoder | None = None
         self._room = threading.Semaphore(max(ahead, workers))
-        self._tasks: queue.SimpleQueue[tuple[Task, Future] | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[tuple[DecodeTask, Future] | None] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._drive, daemon=True) for _ in range(workers)]
         for thread in self._threads:
             thread.start()
 
-    def submit(self, task: Task) -> Future:
+    def submit(self, task: DecodeTask) -> Future:
         future: Future = Future()
         self._tasks.put((task, future))
         return future
 
     def take(self, future: Future) -> list[Decoded]:
-        """A task's rows, when they are there; makes room for another task."""
+        """Wait for a task's rows and return them; makes room for another task."""
         try:
             return future.result()
         finally:
             self._room.release()
 
     def discard(self, futures: Iterable[Future]) -> None:
-        """Give up tasks whose rows will not be taken."""
+        """Cancel tasks whose rows will not be taken."""
         for future in futures:
             if not future.cancel():
                 future.add_done_callback(lambda _: self._room.release())
@@ -152,7 +152,7 @@ class Pool:
             self._room.release()
 
     def _drive(self) -> None:
-        """Keep one process busy; on a death or a hang, find the row and go on with a new one."""
+        """Feed one process; after a crash or a hang, identify the row and go on with a new process."""
         process = _Process(self._setup)
         while True:
             self._room.acquire()  # before a task is taken, so that earlier tasks never wait for later ones
@@ -173,12 +173,12 @@ class Pool:
                 future.set_exception(error)
         process.kill()
 
-    def _run(self, process: _Process, task: Task) -> list[Decoded]:
-        """The rows of a task."""
+    def _run(self, process: _Process, task: DecodeTask) -> list[Decoded]:
+        """Decode the rows of a task."""
         rows: list[Decoded] = []
         failed = None
         while (at := task.lo + len(rows)) < task.hi:
-            outcome = process.run(Task(task.source, at, task.hi), self._timeout, rows)
+            outcome = process.run(DecodeTask(task.source, at, task.hi), self._timeout, rows)
             if outcome is None:
                 break
             process.kill()
@@ -189,7 +189,7 @@ class Pool:
         return rows
 
     def _given_up(self, source: PlannedSource, number: int, outcome: str) -> Decoded:
-        """The row at which a decoder died or hung twice; its bytes and texts are read here, which is harmless."""
+        """Return the row at which a decoder died or hung twice; reading its bytes and texts here is harmless."""
         try:
             row = next(Reader(source, self._setup.reading, open_storage(self._setup.where)).read(number, number + 1))
         except Exception:
@@ -211,10 +211,10 @@ class _Process:
         self._process: subprocess.Popen | None = None
         self._pipe: Connection | None = None
 
-    def run(self, task: Task, timeout: float, rows: list[Decoded]) -> str | None:
-        """Append the task's rows as they come; None when all are there, or `crash` or `timeout`.
+    def run(self, task: DecodeTask, timeout: float, rows: list[Decoded]) -> str | None:
+        """Append the task's rows as they come; returns None once all are there, else `crash` or `timeout`.
 
-        Raises BrokenDecoder if no process can be had, and what the process says is wrong with the source as a whole.
+        Raises BrokenDecoder if no process can start, and whatever error the process reports of the source as a whole.
         """
         pipe = self._pipe or self._start()
         try:
@@ -231,16 +231,16 @@ class _Process:
         return None
 
     def _start(self) -> Connection:
-        """Start the process, and wait until it has decoded an image of its own. BrokenDecoder says why it did not."""
+        """Start the process, and wait until it has decoded a test image. BrokenDecoder says why it did not."""
         ours, theirs = socket.socketpair()
         self._pipe = pipe = Connection(ours.detach())
-        with theirs, tempfile.TemporaryFile() as said, _standard_error() as errors:
+        with theirs, tempfile.TemporaryFile() as output, _standard_error() as errors:
             try:
                 self._process = subprocess.Popen(
                     startup.python("capfilt.score.pool", str(theirs.fileno()), str(errors.fileno())),
                     pass_fds=[theirs.fileno(), errors.fileno()],
                     stdin=subprocess.DEVNULL,
-                    stderr=said,
+                    stderr=output,
                     env={**startup.environment(), "OMP_NUM_THREADS": "1"},
                 )
                 theirs.close()
@@ -253,12 +253,12 @@ class _Process:
             except OSError as error:
                 reason = str(error)
             status = self.kill()
-            lines = _tail(said)
+            lines = _tail(output)
         how = f" with status {status}" if status and status > 0 else f" by signal {-status}" if status else ""
         raise BrokenDecoder(f"decoding cannot start: {lines[-1] if lines else reason} ({sys.executable}{how})")
 
     def kill(self) -> int | None:
-        """End the process; returns the status with which it ended by itself, None where there was none."""
+        """End the process; returns its exit status if it had ended by itself, else None."""
         status = None
         if self._process:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -272,7 +272,7 @@ class _Process:
 
 
 def _standard_error() -> IO[bytes]:
-    """Another handle of this process's standard error; of nothing where that is closed."""
+    """Duplicate this process's standard error; the null device where that is closed."""
     try:
         return os.fdopen(os.dup(2), "wb", buffering=0)
     except OSError:
@@ -280,15 +280,15 @@ def _standard_error() -> IO[bytes]:
 
 
 def _tail(file: IO[bytes]) -> list[str]:
-    """The last lines of what a process said."""
+    """Return the last lines of a process's output."""
     file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
     return [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
 
 
 def _serve(handle: int, errors: int) -> None:
-    """The life of a decoding process: tasks in, rows out, until the pipe closes.
+    """Run a decoding process: tasks in, rows out, until the pipe closes.
 
-    Until it is ready, what goes wrong is for the parent to say; from then on it may say so itself.
+    Until it is ready, the parent reports errors; from then on it may do so itself.
     """
     import signal
 
@@ -313,7 +313,7 @@ def _serve(handle: int, errors: int) -> None:
 
 
 def _try_out() -> None:
-    """Decode an image that nothing is wrong with. RuntimeError if that does not work here."""
+    """Decode a valid image. RuntimeError if that does not work here."""
     file = io.BytesIO()
     Image.new("RGB", (8, 8), (200, 30, 30)).save(file, "JPEG")
     done = prepare(InputRow(0, "", file.getvalue(), ["a red square"]), (8,), ScoreConfig(scorer="fake"))

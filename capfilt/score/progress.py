@@ -1,4 +1,4 @@
-"""What a scoring process says while it works: one line on a terminal, JSON lines elsewhere."""
+"""Progress of a scoring process: one line on a terminal, JSON lines elsewhere."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, TextIO
 from capfilt.schema import FAULTS, USABLE
 
 _WINDOW = 120.0
-"""Seconds over which the rate is taken."""
+"""Seconds over which the rate is measured."""
 
 
-class Progress:
-    """Counts rows and seconds by stage. Rows that an earlier process scored are not part of the rate."""
+class ScoringProgress:
+    """Counts of rows, and seconds by stage. Rows that an earlier process scored do not count for the rate."""
 
     def __init__(self, rows: int, inherited: int, parts: int, parts_done: int, out: TextIO | None = None) -> None:
         self.total, self.done, self.inherited = rows, inherited, inherited
@@ -27,7 +27,7 @@ class Progress:
         self.stages: dict[str, float] = {}
         self._begun = time.monotonic()
         self._marks: deque[tuple[float, int]] = deque([(self._begun, inherited)])
-        self._said = 0.0
+        self._shown_at = 0.0
         self._width = 0
 
     def add(self, rows: list[dict[str, Any]]) -> None:
@@ -46,7 +46,7 @@ class Progress:
             self._marks.popleft()
 
     def inherit(self, rows: int) -> None:
-        """Count a part that somebody else has scored."""
+        """Count a part that another process has scored."""
         self.parts_done += 1
         self.done += rows
         self.inherited += rows
@@ -62,12 +62,12 @@ class Progress:
         return sum(self.statuses.values())
 
     def rate(self) -> float:
-        """Rows a second, of late."""
+        """Return recent rows per second."""
         (start, before), (end, now) = self._marks[0], self._marks[-1]
         return (now - before) / (end - start) if end > start else 0.0
 
     def seconds_left(self) -> tuple[float, float] | None:
-        """Seconds to go and how far off that may be; None before anything can be said."""
+        """Return the remaining seconds and their uncertainty; None before there is an estimate."""
         rate = self.rate()
         if not rate or self.done == self.inherited:
             return None
@@ -76,7 +76,7 @@ class Progress:
         return left, abs(left - (self.total - self.done) / overall) + 0.05 * left
 
     def report(self) -> dict[str, Any]:
-        """Everything, by name."""
+        """Return all figures by name."""
         left = self.seconds_left()
         spent = sum(self.stages.values()) or 1.0
         return {
@@ -101,25 +101,25 @@ class Progress:
         return round(self.kept[f"{kind} kept"] / self.kept[kind], 4) if self.kept[kind] else None
 
     def line(self) -> str:
-        """The report in a line."""
-        said = self.report()
+        """Format the report as a line."""
+        report = self.report()
         done = f"rows {_short(self.done)}/{_short(self.total)} {self.done / max(1, self.total):.1%}"
-        bits = [done, f"{said['rows_per_second']:,.0f} img/s" if said["rows_per_second"] >= 10 else
-                f"{said['rows_per_second']:.2f} img/s"]  # fmt: skip
-        if said["seconds_left"] is not None:
-            bits.append(f"ETA {clock(said['seconds_left'])} ±{clock(said['give_or_take'])}")
+        bits = [done, f"{report['rows_per_second']:,.0f} img/s" if report["rows_per_second"] >= 10 else
+                f"{report['rows_per_second']:.2f} img/s"]  # fmt: skip
+        if report["seconds_left"] is not None:
+            bits.append(f"ETA {clock(report['seconds_left'])} ±{clock(report['give_or_take'])}")
         shares = [
-            f"{k} {said[f'{k}_kept_at_half']:.1%}" for k in ("web", "syn") if said[f"{k}_kept_at_half"] is not None
+            f"{k} {report[f'{k}_kept_at_half']:.1%}" for k in ("web", "syn") if report[f"{k}_kept_at_half"] is not None
         ]
         if shares:
             bits.append("keep@0.5 " + " ".join(shares))
-        wrong = {k: n for k, n in self.statuses.items() if k not in USABLE}
+        unusable = {k: n for k, n in self.statuses.items() if k not in USABLE}
         if self.seen:
-            listed = " ".join(f"{k} {n / self.seen:.2%}" for k, n in sorted(wrong.items(), key=lambda x: -x[1])[:3])
+            listed = " ".join(f"{k} {n / self.seen:.2%}" for k, n in sorted(unusable.items(), key=lambda x: -x[1])[:3])
             bits.append(f"errors {self.errors / self.seen:.2%}" + (f" ({listed})" if listed else ""))
         if self.left_out:
             bits.append(f"{_short(self.left_out)} texts left out")
-        busy = said["busy"]
+        busy = report["busy"]
         if busy:
             starved = max((k for k in busy if k != "models"), key=busy.get, default=None)
             bits.append(
@@ -133,9 +133,9 @@ class Progress:
         """Print the line on a terminal every half second, elsewhere a JSON line every ten."""
         now = time.monotonic()
         terminal = self.out.isatty()
-        if not always and now - self._said < (0.5 if terminal else 10.0):
+        if not always and now - self._shown_at < (0.5 if terminal else 10.0):
             return
-        self._said = now
+        self._shown_at = now
         if terminal:
             line = self.line()
             self.out.write("\r" + line.ljust(self._width) + ("\n" if always else ""))
@@ -152,7 +152,7 @@ def _short(n: int) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as 12s, 3m05 or 2h04."""
+    """Format seconds as 12s, 3m05 or 2h04."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds}s"

@@ -1,7 +1,7 @@
-"""Scoring on several GPUs and machines: Ray places the workers, files say what is done.
+"""Scoring on several GPUs and machines: Ray places the workers, files record what is done.
 
 An actor is never restarted by Ray and a part never bound to one: when an actor dies, its part goes back into the queue
-and a replacement is asked for that nobody waits for. With Ray's own retries a part stays with an actor that cannot be
+and a replacement is started that nobody waits for. With Ray's own retries a part stays with an actor that cannot be
 placed any more when its node is gone, and the job hangs.
 """
 
@@ -19,19 +19,19 @@ from capfilt.run import Part, Run
 from capfilt.score.claims import MOST, Claims
 from capfilt.score.loop import ScoreOptions, Work, Worker, describe_work, exit_status, find_work, judge
 from capfilt.score.pool import BrokenDecoder
-from capfilt.score.progress import Progress
+from capfilt.score.progress import ScoringProgress
 from capfilt.settings import INTERRUPTED
 from capfilt.store.parts import failure_name
 
 _PATIENCE = 30.0
-"""Seconds without a worker after which that is said."""
+"""Seconds without a worker after which a warning is printed."""
 
 
 class PartScorer:
-    """What an actor does: load the models once, score and commit parts."""
+    """A Ray actor: loads the models once, scores and commits parts."""
 
     def __init__(self, folder: str, where: str, device: str | None, options: ScoreOptions) -> None:
-        """`folder` is what relative paths start from, where this machine has it."""
+        """Load the models. `folder` is the base of relative paths, where this machine has it."""
         from capfilt.score.make import scorer_maker
 
         if os.path.isdir(folder):
@@ -44,7 +44,7 @@ class PartScorer:
         return self.worker.scorer.device
 
     def score(self, pid: str, attempt: int) -> list[dict[str, Any]]:
-        """Commit a part; returns of its rows what the progress line shows. What fails is written down and raised."""
+        """Score and commit a part; returns what the progress line needs. Failures are recorded and raised."""
         part = self.parts[pid]
         tasks = self.worker.begin(part, attempt)
         try:
@@ -62,7 +62,7 @@ class PartScorer:
 
 
 class _Crew:
-    """The actors, those that are ready, and what each is working on."""
+    """Actors, which of them are ready, and what each is working on."""
 
     def __init__(self, ray: Any, run: Run, device: str | None, options: ScoreOptions, workers: int | None) -> None:
         self.ray = ray
@@ -86,8 +86,8 @@ class _Crew:
         self.working[actor.score.remote(part.pid, attempt)] = (actor, part, attempt)
 
     def answers(self, seconds: float) -> list[Any]:
-        found, _ = self.ray.wait([*self.waiting, *self.working], num_returns=1, timeout=seconds)
-        return found
+        ready, _ = self.ray.wait([*self.waiting, *self.working], num_returns=1, timeout=seconds)
+        return ready
 
     def dismiss(self) -> None:
         for actor in [*self.idle, *self.waiting.values(), *(one[0] for one in self.working.values())]:
@@ -95,7 +95,7 @@ class _Crew:
 
 
 def import_ray() -> Any:
-    """The ray package. ValueError says how to get it."""
+    """Import ray. ValueError says how to install it."""
     try:
         import ray
     except ImportError:
@@ -106,7 +106,7 @@ def import_ray() -> Any:
 def score_with_ray(
     run: Run, device: str | None, options: ScoreOptions, workers: int | None = None, out: TextIO | None = None
 ) -> int:
-    """Score what is left of a run with `workers` actors (one per GPU, or per core, when not given); the exit status.
+    """Score what is left of a run with `workers` actors (default: one per GPU, or per core); returns the exit status.
 
     Uses the cluster of RAY_ADDRESS, or starts one on this machine.
     """
@@ -117,7 +117,7 @@ def score_with_ray(
     out.write(describe_work(run, work, options) + "\n")
     rows = sum(part.rows for part in work.share)
     inherited = sum(part.rows for part in work.share if part.pid in work.done)
-    progress = Progress(rows, inherited, len(work.share), len(work.done), out)
+    progress = ScoringProgress(rows, inherited, len(work.share), len(work.done), out)
     progress.failed = len(work.failed)
     if work.todo:
         if not ray.is_initialized():
@@ -140,7 +140,7 @@ def score_with_ray(
     return exit_status(run, options, progress.failed, out)
 
 
-def _drive(ray: Any, crew: _Crew, run: Run, work: Work, progress: Progress, options: ScoreOptions) -> None:
+def _drive(ray: Any, crew: _Crew, run: Run, work: Work, progress: ScoringProgress, options: ScoreOptions) -> None:
     """Hand out parts until none is left and none is being worked on."""
     judged = min(2000, sum(part.rows for part, _ in work.todo))
     alone = time.monotonic()
@@ -166,7 +166,7 @@ def _drive(ray: Any, crew: _Crew, run: Run, work: Work, progress: Progress, opti
 
 
 def _arrived(ray: Any, crew: _Crew, answer: Any) -> None:
-    """An actor is ready, or died before; one that cannot load its models says so."""
+    """Handle an actor that is ready or died while starting. RuntimeError if it cannot load its models."""
     actor = crew.waiting.pop(answer)
     try:
         ray.get(answer)
@@ -180,8 +180,8 @@ def _arrived(ray: Any, crew: _Crew, answer: Any) -> None:
     crew.idle.append(actor)
 
 
-def _finished(ray: Any, crew: _Crew, answer: Any, work: Work, progress: Progress) -> None:
-    """A part is done, has failed, or its actor has died with it."""
+def _finished(ray: Any, crew: _Crew, answer: Any, work: Work, progress: ScoringProgress) -> None:
+    """Handle a part that is done, has failed, or whose actor has died."""
     actor, part, attempt = crew.working.pop(answer)
     try:
         rows = ray.get(answer)

@@ -1,4 +1,4 @@
-"""What the job asks of models, and a stand-in that makes its answers out of hashes."""
+"""The interface of scorers, and a fake one that makes scores out of hashes."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ import numpy as np
 
 @dataclass
 class Item:
-    """An image with its web texts, as the models see them."""
+    """An image with its web texts, as the models' input."""
 
     sample_id: str
     pixels: list[np.ndarray]
-    """(S, S, 3) uint8, one for each of `Scorer.sides`."""
+    """Resized images, (S, S, 3) uint8, one for each of `Scorer.sides`."""
     texts: list[str]
 
 
 @dataclass
 class Matched:
-    """What the filter says of one text."""
+    """The filter's scores of one text."""
 
     margin: float
-    """Logit of match minus logit of no match."""
+    """Match margin: logit of match minus logit of no match."""
     itc: float
     tokens: int
     truncated: bool = False
 
     @property
     def probability(self) -> float:
-        """Softmax P(match)."""
+        """Return the softmax P(match)."""
         if not math.isfinite(self.margin):
             return math.nan
         return 1 / (1 + math.exp(-self.margin)) if self.margin > -700 else 0.0
 
 
 @dataclass
-class Written:
-    """A synthetic text and what the filter says of it."""
+class SyntheticText:
+    """A synthetic text with the filter's scores of it."""
 
     text: str
     logprob: float
@@ -52,29 +52,29 @@ class Written:
 
 @dataclass
 class Scores:
-    """All that the models say of an item; `web` is parallel to its texts."""
+    """Web and synthetic texts of an item with their scores; `web` is parallel to its texts."""
 
     web: list[Matched] = field(default_factory=list)
-    syn: list[Written] = field(default_factory=list)
+    syn: list[SyntheticText] = field(default_factory=list)
 
 
-class OutOfMemory(Exception):
+class BatchTooLarge(Exception):
     """A batch did not fit into the device's memory."""
 
 
 class Scorer(Protocol):
-    """The captioner and the filter. The answer for an item must not depend on what else is in the batch."""
+    """Captioner and filter. The scores of an item must not depend on what else is in the batch."""
 
     sides: tuple[int, ...]
-    """Input sizes wanted, pixels."""
+    """Input sizes of the models, pixels."""
     device: str
     facts: dict[str, str]
-    """Written into every part file."""
+    """Facts recorded in every part file."""
     batch_size: int
-    """Items that a batch should have by default."""
+    """Default number of items per batch."""
 
     def score(self, items: Sequence[Item]) -> list[Scores]:
-        """Raises OutOfMemory."""
+        """Score items. Raises BatchTooLarge."""
 
 
 class FakeScorer:
@@ -85,7 +85,7 @@ class FakeScorer:
     batch_size = 64
 
     def __init__(self, seed: int, captions: int, itm_token: str, seconds: float = 0.0) -> None:
-        """`seconds` of work are pretended for each item."""
+        """Make a scorer that sleeps `seconds` per item."""
         self.seed, self.captions, self.token, self.seconds = seed, captions, itm_token, seconds
         self.facts = {"scorer": "fake"}
 
@@ -100,7 +100,9 @@ class FakeScorer:
         for k in range(self.captions):
             bits = _bits(self.seed, item.sample_id, k, seen)
             words = [_WORDS[bits >> 8 * i & 15] for i in range(4 + bits % 5)]
-            syn.append(Written(" ".join(words), -0.5 * len(words), bits % 7 > 0, self._match(" ".join(words), seen, 2)))
+            syn.append(
+                SyntheticText(" ".join(words), -0.5 * len(words), bits % 7 > 0, self._match(" ".join(words), seen, 2))
+            )
         return Scores([self._match(text, seen, 0) for text in item.texts], syn)
 
     def _match(self, text: str, seen: str, shift: float) -> Matched:

@@ -29,7 +29,7 @@ _COLUMN = {"itm": "itm_{}", "margin": "itm_margin_{}", "itc": "itc_{}"}
 
 
 def scored_parts(run: Run) -> list[Part]:
-    """The parts that are done, in the order of the plan."""
+    """Return the finished parts, in the order of the plan."""
     present = run.parts.present()
     return [part for part in run.plan if part.pid in present]
 
@@ -37,9 +37,9 @@ def scored_parts(run: Run) -> list[Part]:
 def select(
     run: Run, name: str, config: SelectConfig, *, replace: bool = False, allow_empty: bool = False
 ) -> dict[str, Any]:
-    """Write selections/NAME and return its account. A selection that is there and would be the same is left alone.
+    """Write selections/NAME and return its account. An existing selection that would be the same is left alone.
 
-    ValueError if it is there with other settings, unless `replace`, if nothing is scored yet, or if no text is kept,
+    ValueError if it exists with other settings, unless `replace`, if nothing is scored yet, or if no text is kept,
     unless `allow_empty`.
     """
     if not _NAME.match(name):
@@ -59,12 +59,12 @@ def select(
         if same and before["parts_digest"] == digest and is_whole(run, before):
             return _not_empty(before, allow_empty)
         run.storage.remove(success(name))
-    whole = look(run, done, config)
-    account: dict[str, Counter] = {key: Counter() for key in ("rows_in", "texts_in", "kept", "dropped", "reasons")}
+    whole = survey(run, done, config)
+    counts: dict[str, Counter] = {key: Counter() for key in ("rows_in", "texts_in", "kept", "dropped", "reasons")}
     with run.storage.writing(table_name(name)) as file, pq.ParquetWriter(file, SELECTION, compression="zstd") as writer:
         for part in done:
-            writer.write_table(select_part(run, part, config, whole, account))
-    said = {
+            writer.write_table(select_part(run, part, config, whole, counts))
+    account = {
         "name": name,
         "settings": settings,
         "fingerprint": run.fingerprint,
@@ -72,16 +72,16 @@ def select(
         "parts_planned": len(run.plan),
         "parts_digest": digest,
         "contamination_digest": listed,
-        **{key: dict(sorted(counts.items())) for key, counts in account.items()},
+        **{key: dict(sorted(counter.items())) for key, counter in counts.items()},
         "files": {table_name(name).rsplit("/", 1)[-1]: run.storage.sha256(table_name(name))},
     }
     try:
-        _not_empty(said, allow_empty)
+        _not_empty(account, allow_empty)
     except ValueError:
         run.storage.remove(table_name(name))
         raise
-    run.storage.write(success(name), (json.dumps(said, indent=1) + "\n").encode())
-    return said
+    run.storage.write(success(name), (json.dumps(account, indent=1) + "\n").encode())
+    return account
 
 
 def _not_empty(account: dict[str, Any], allow_empty: bool) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def _not_empty(account: dict[str, Any], allow_empty: bool) -> dict[str, Any]:
 
 
 def nothing_kept(account: dict[str, Any]) -> str:
-    """What to say of a selection without texts, with the commonest reasons."""
+    """Return the message for a selection without texts, with the commonest reasons."""
     texts, reasons = sum(account["texts_in"].values()), Counter(account["reasons"]).most_common(3)
     why = "".join(f"; {reason}: {n:,}" for reason, n in reasons)
     return f"selection {account['name']} keeps none of {texts:,} texts{why}. --allow-empty takes it all the same"
@@ -106,7 +106,7 @@ def table_name(name: str) -> str:
 
 
 def read_account(run: Run, name: str) -> dict[str, Any]:
-    """The account of a selection. ValueError lists those there are."""
+    """Read the account of a selection. ValueError lists the existing ones."""
     try:
         return json.loads(run.storage.read(success(name)))
     except FileNotFoundError:
@@ -115,7 +115,7 @@ def read_account(run: Run, name: str) -> dict[str, Any]:
 
 
 def is_whole(run: Run, account: dict[str, Any]) -> bool:
-    """Whether the table of a selection is there, as it was written."""
+    """Tell whether the table of a selection is there, as it was written."""
     name = table_name(account["name"])
     return run.storage.exists(name) and run.storage.sha256(name) == account["files"]["texts.parquet"]
 
@@ -131,15 +131,15 @@ def _columns(config: SelectConfig) -> list[str]:
 
 @dataclass(frozen=True)
 class Whole:
-    """What has to be known of all rows before one can be judged."""
+    """Facts about all rows that judging a single one needs."""
 
     copies: Copies
     cut: float | None = None
-    """The score that the best share of all texts reaches, for the policy `fraction`."""
+    """Score that the best share of all texts reaches, for the policy `fraction`."""
 
 
-def look(run: Run, done: list[Part], config: SelectConfig) -> Whole:
-    """Go over the whole run for what a selection has to know of it; quick where it need not know anything."""
+def survey(run: Run, done: list[Part], config: SelectConfig) -> Whole:
+    """Gather from the whole run what a selection needs; reads nothing where it needs nothing."""
     whole = Whole(copies.find(run, done, config))
     if config.policy != "fraction":
         return whole
@@ -151,7 +151,7 @@ def look(run: Run, done: list[Part], config: SelectConfig) -> Whole:
 
 
 def _flat(part: Part, table: pa.Table, config: SelectConfig, whole: Whole) -> dict[str, Any]:
-    """The texts of a part, one entry each, in the order of rows and web before synthetic."""
+    """Flatten the texts of a part to one entry each, in the order of rows, web before synthetic."""
     parts: dict[str, list] = {key: [] for key in ("row", "source", "index", "score")}
     texts = []
     for kind, name in ((WEB, "web"), (SYN, "syn")):
@@ -175,7 +175,7 @@ def _flat(part: Part, table: pa.Table, config: SelectConfig, whole: Whole) -> di
 
 
 def _spread(table: pa.Table, name: str, config: SelectConfig, row: np.ndarray) -> np.ndarray:
-    """Scores where some rows have fewer than texts."""
+    """Align scores with texts where some rows have fewer scores than texts."""
     scores = table[_COLUMN[config.column].format(name)].to_pylist()
     texts = table[f"{name}_text"].to_pylist()
     values = [v for s, t in zip(scores, texts, strict=True) for v in [*(s or []), *[None] * (len(t) - len(s or []))]]
@@ -183,7 +183,7 @@ def _spread(table: pa.Table, name: str, config: SelectConfig, row: np.ndarray) -
 
 
 def _judge_open(part: Part, table: pa.Table, flat: dict[str, Any], config: SelectConfig, whole: Whole) -> None:
-    """Which texts a policy may choose from, and of the others why not."""
+    """Decide which texts a policy may choose from, with the reason for excluding the others."""
     status = np.asarray(table["status"].to_pylist(), dtype=object)
     usable = np.isin(status.astype(str), USABLE)
     why = np.where(usable, "", np.char.add("status ", status.astype(str)))[flat["row"]].astype(object)
@@ -198,15 +198,15 @@ def _judge_open(part: Part, table: pa.Table, flat: dict[str, Any], config: Selec
     flat["open"] = (why == "") & (flat["source"] != HUMAN)
 
 
-def _rules(part: Part, table: pa.Table, flat: dict[str, Any], config: SelectConfig, found: Copies
+def _rules(part: Part, table: pa.Table, flat: dict[str, Any], config: SelectConfig, others: Copies
            ) -> Iterator[tuple[str, np.ndarray]]:  # fmt: skip
-    """Reasons to drop texts, with the texts that each is about; of several the first counts."""
-    if part.pid in found.rows:
+    """Yield reasons to drop texts, with the texts each applies to; the first one counts."""
+    if part.pid in others.rows:
         for code, reason in copies.WHY.items():
-            yield reason, (found.rows[part.pid] == code)[flat["row"]]
-    if part.pid in found.shared:
+            yield reason, (others.rows[part.pid] == code)[flat["row"]]
+    if part.pid in others.shared:
         mine = flat["source"] == WEB
-        mine[mine] = found.shared[part.pid]
+        mine[mine] = others.shared[part.pid]
         yield f"rule shared>{config.shared}", mine
     if config.only:
         yield f"only {config.only} texts", flat["source"] == (SYN if config.only == "web" else WEB)
@@ -221,7 +221,7 @@ def _rules(part: Part, table: pa.Table, flat: dict[str, Any], config: SelectConf
 
 
 def _covers(flag: str, flat: dict[str, Any]) -> np.ndarray:
-    """The texts that a flag is about: all of a row for image rules, one for a rule on a web text."""
+    """Mark the texts that a flag applies to: all of a row for image rules, one for a rule on a web text."""
     where = flag.partition(".")[0]
     if where == "image":
         return np.ones(len(flat["row"]), dtype=bool)
@@ -229,7 +229,7 @@ def _covers(flag: str, flat: dict[str, Any]) -> np.ndarray:
 
 
 def select_part(run: Run, part: Part, config: SelectConfig, whole: Whole, account: dict[str, Counter]) -> pa.Table:
-    """The selection rows of one part; adds to the account."""
+    """Return the selection rows of a part; adds to the account."""
     table = run.parts.read(part.pid, _columns(config))
     flat = _flat(part, table, config, whole)
     chosen = flat["open"]
@@ -275,7 +275,7 @@ def _count(
 
 
 def kept_of(run: Run, name: str) -> Iterator[tuple[Part, pa.Table]]:
-    """The kept texts of each part of a selection, in the order of the plan."""
+    """Yield the kept texts of each part of a selection, in the order of the plan."""
     read_account(run, name)
     by_pid = {part.pid: part for part in run.plan}
     for table in tables_of(run, name):
@@ -284,7 +284,7 @@ def kept_of(run: Run, name: str) -> Iterator[tuple[Part, pa.Table]]:
 
 
 def tables_of(run: Run, name: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
-    """The table of a selection, part by part."""
+    """Yield the table of a selection, part by part."""
     path = table_name(name)
     local = isinstance(run.storage, Local)
     file = pq.ParquetFile(run.storage.path(path) if local else pa.BufferReader(run.storage.read(path)))
@@ -293,7 +293,7 @@ def tables_of(run: Run, name: str, columns: list[str] | None = None) -> Iterator
 
 
 def account_lines(account: dict[str, Any]) -> list[str]:
-    """An account to read: every row and text once."""
+    """Format an account for people: every row and text once."""
     rows, texts = sum(account["rows_in"].values()), sum(account["texts_in"].values())
     kept, dropped = sum(account["kept"].values()), sum(account["dropped"].values())
     lines = [f"rows in {rows:,} = " + " + ".join(f"{status} {n:,}" for status, n in account["rows_in"].items())]

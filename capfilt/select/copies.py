@@ -1,4 +1,4 @@
-"""What only the whole crawl can tell: copies of an image, images that must not be used, texts that many share.
+"""Rules that need the whole crawl: copies of an image, images that must not be used, texts that many images share.
 
 Like all rules it drops nothing at scoring: hashes are annotated, and a selection compares them.
 """
@@ -26,41 +26,41 @@ _COLUMNS = ["status", "image_sha256", "phash64", "web_text_norm"]
 
 @dataclass(frozen=True)
 class Copies:
-    """What was found, by part."""
+    """Copied and contaminated rows and shared texts, by part."""
 
     rows: dict[str, np.ndarray] = field(default_factory=dict)
-    """(N,) of FINE, DUPLICATE and CONTAMINATED for the rows of a part."""
+    """Verdict per row of a part: (N,) of FINE, DUPLICATE and CONTAMINATED."""
     shared: dict[str, np.ndarray] = field(default_factory=dict)
-    """(T,) bool for the web texts of a part: whether too many images have it."""
+    """Whether too many images share each web text of a part: (T,) bool."""
 
 
 class Listed(NamedTuple):
-    """Images that must not be used: (M,) uint64 each."""
+    """Hashes of images that must not be used: (M,) uint64 each."""
 
     sha256: np.ndarray
     phash64: np.ndarray
 
     def digest(self) -> str:
-        """What tells this list from another."""
+        """Return a digest of the list."""
         return hashlib.sha256(self.sha256.tobytes() + b" " + self.phash64.tobytes()).hexdigest()[:16]
 
 
 class _Seen(NamedTuple):
-    """A part's rows as far as they are compared."""
+    """Hashes of a part's rows and web texts."""
 
     usable: np.ndarray
     sha256: tuple[np.ndarray, np.ndarray]
     phash64: tuple[np.ndarray, np.ndarray]
     texts: np.ndarray
-    """(T,) uint64, digests of the web texts; 0 where no word is left."""
+    """Digests of the web texts, (T,) uint64; 0 where no word is left."""
     text_rows: np.ndarray
 
 
 def find(run: Run, done: list[Part], config: SelectConfig) -> Copies:
-    """Compare the rows of a run as a selection wants it; of alike images the first in the plan is fine."""
+    """Find the copies that a selection excludes; the first of equal images in the plan is FINE."""
     if not (config.duplicates or config.contamination or config.shared):
         return Copies()
-    seen = {part.pid: _look(run, part) for part in done}
+    seen = {part.pid: _read(run, part) for part in done}
     rows = _judge_rows(list(seen.values()), config)
     shared = _judge_texts(list(seen.values()), config.shared) if config.shared else {}
     return Copies(
@@ -69,7 +69,7 @@ def find(run: Run, done: list[Part], config: SelectConfig) -> Copies:
     )
 
 
-def _look(run: Run, part: Part) -> _Seen:
+def _read(run: Run, part: Part) -> _Seen:
     table = run.parts.read(part.pid, _COLUMNS)
     if "phash64" not in table.column_names:
         raise DataError(f"{run.where} was scored before images had hashes; plan and score another run")
@@ -85,7 +85,7 @@ def _look(run: Run, part: Part) -> _Seen:
 
 
 def _prefixes(digests: list[str | None]) -> tuple[np.ndarray, np.ndarray]:
-    """64 bits of each SHA-256 are enough to tell ten million files apart."""
+    """Return the first 64 bits of each SHA-256, enough to tell ten million files apart."""
     return phash.numbers([d and d[:16] for d in digests])
 
 
@@ -114,7 +114,7 @@ def _judge_rows(seen: list[_Seen], config: SelectConfig) -> np.ndarray:
 
 
 def _judge_texts(seen: list[_Seen], most: int) -> list[np.ndarray]:
-    """Texts that more than `most` images have; one that an image has twice counts once."""
+    """Mark texts that more than `most` images share; a text that an image has twice counts once."""
     once = [np.unique(np.stack([s.texts, s.text_rows.astype(np.uint64)]), axis=1)[0] for s in seen]
     texts, counts = np.unique(np.concatenate(once), return_counts=True)
     common = texts[(counts > most) & (texts != 0)]
@@ -122,7 +122,7 @@ def _judge_texts(seen: list[_Seen], most: int) -> list[np.ndarray]:
 
 
 def read_list(where: str) -> Listed:
-    """Hashes of images that must not be used: a file of hashes in hex, or a run that has looked at the images.
+    """Read the hashes of images that must not be used: a file of hashes in hex, or a run that has scored the images.
 
     A line of 64 digits is the SHA-256 of a file, one of 16 a perceptual hash; # begins a comment. DataError names the
     line that is neither.

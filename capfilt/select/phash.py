@@ -13,16 +13,16 @@ from PIL import Image
 
 BITS = 64
 MOST = 6
-"""Bits apart at which images may still count as alike; more takes too long on millions of them."""
+"""Most differing bits at which images may still count as copies; more takes too long on millions of images."""
 _SIDE, _LOW = 32, 8
 _WAVES = np.cos(np.pi / _SIDE * np.outer(np.arange(_LOW), np.arange(_SIDE) + 0.5))
-"""(8, 32), the slowest waves of a discrete cosine transform."""
+"""Lowest frequencies of a discrete cosine transform, (8, 32)."""
 _BLOCK = 1 << 18
-"""Pairs that are compared at once."""
+"""Pairs compared at once."""
 
 
 def phash(image: Image.Image) -> str:
-    """16 hex digits: which of the 8 x 8 slowest waves of an image are stronger than their median, row by row."""
+    """Return 16 hex digits: which of an image's 8 x 8 lowest frequencies exceed their median, row by row."""
     grey = np.asarray(image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS), dtype=np.float64)
     # Rounded, so that a wave which is not there is 0 on every machine.
     waves = np.round(_WAVES @ grey @ _WAVES.T, 6)
@@ -30,13 +30,13 @@ def phash(image: Image.Image) -> str:
 
 
 def numbers(hashes: list[str | None]) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes in hex as (N,) uint64, and (N,) bool that says where there is one."""
+    """Convert hashes in hex to (N,) uint64, and (N,) bool that says where there is one."""
     there = np.array([h is not None for h in hashes], dtype=bool)
     return np.array([int(h, 16) if h else 0 for h in hashes], dtype=np.uint64), there
 
 
 def later_ones(hashes: np.ndarray, bits: int) -> np.ndarray:
-    """(N,) bool: which of (N,) uint64 are at most `bits` apart from an earlier one."""
+    """Mark those of (N,) uint64 that are at most `bits` apart from an earlier one: (N,) bool."""
     _, first, which = np.unique(hashes, return_index=True, return_inverse=True)
     later = first[which] != np.arange(len(hashes))
     order = np.sort(first)  # each different hash once, where it is seen first
@@ -46,7 +46,7 @@ def later_ones(hashes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def near_any(hashes: np.ndarray, others: np.ndarray, bits: int) -> np.ndarray:
-    """(N,) bool: which of (N,) uint64 are at most `bits` apart from one of (M,) others."""
+    """Mark those of (N,) uint64 that are at most `bits` apart from one of (M,) others: (N,) bool."""
     return _near(hashes, others, bits, earlier=False)
 
 
@@ -55,26 +55,26 @@ def _near(hashes: np.ndarray, others: np.ndarray, bits: int, *, earlier: bool) -
 
     With `earlier`, only others with a smaller number count.
     """
-    found = np.zeros(len(hashes), dtype=bool)
+    near = np.zeros(len(hashes), dtype=bool)
     edges = np.linspace(0, BITS, bits + 2).astype(np.uint64)
     for low, high in pairwise(edges.tolist()):
         mask = np.uint64((1 << (high - low)) - 1)
         bands, of_others = (hashes >> np.uint64(low)) & mask, (others >> np.uint64(low)) & mask
         place = np.argsort(of_others, kind="stable")
-        left = np.flatnonzero(~found)
+        left = np.flatnonzero(~near)
         left = left[np.argsort(bands[left], kind="stable")]
         values, starts = np.unique(bands[left], return_index=True)
         ends = np.append(starts[1:], len(left))
         froms, tos = (np.searchsorted(of_others[place], values, side) for side in ("left", "right"))
         for group in np.flatnonzero(tos - froms > earlier):  # one that is alone has no earlier one
             members = place[froms[group] : tos[group]]
-            _compare(hashes, others, left[starts[group] : ends[group]], members, bits, earlier, found)
-    return found
+            _compare(hashes, others, left[starts[group] : ends[group]], members, bits, earlier, near)
+    return near
 
 
 def _compare(hashes: np.ndarray, others: np.ndarray, mine: np.ndarray, members: np.ndarray, bits: int, earlier: bool,
-             found: np.ndarray) -> None:  # fmt: skip
-    """Note which of `mine` are near one of `members`, some at a time."""
+             near: np.ndarray) -> None:  # fmt: skip
+    """Mark which of `mine` are near one of `members`, some at a time."""
     step = max(1, _BLOCK // len(members))
     for at in range(0, len(mine), step):
         some = mine[at : at + step]
@@ -82,4 +82,4 @@ def _compare(hashes: np.ndarray, others: np.ndarray, mine: np.ndarray, members: 
         close = np.bitwise_count(hashes[some, None] ^ others[them]) <= bits
         if earlier:
             close &= them < some[:, None]
-        found[some] |= close.any(1)
+        near[some] |= close.any(1)

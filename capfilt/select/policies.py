@@ -21,39 +21,39 @@ SOURCES = ("web", "syn", "human")
 
 @dataclass(frozen=True)
 class SelectConfig:
-    """Which texts are kept."""
+    """Which texts a selection keeps."""
 
     policy: Literal["blip", "rank-k", "web-else-syn", "threshold-table", "fraction"] = "blip"
-    """blip: each text by itself; rank-k: the best k of a row; web-else-syn: a synthetic text only where no web text
-    passes; threshold-table: web and synthetic texts have thresholds of their own; fraction: the best share of all."""
+    """Policy. blip: each text by itself; rank-k: the best k of a row; web-else-syn: a synthetic text only where no web
+    text passes; threshold-table: separate thresholds for web and synthetic texts; fraction: the best share of all."""
     itm: float = 0.5
-    """Least score of a text that is kept."""
+    """Lowest score of a kept text."""
     itm_web: float | None = None
-    """Least score of web texts; `itm` when not given."""
+    """Lowest score of kept web texts (default: `itm`)."""
     itm_syn: float | None = None
-    """Least score of synthetic texts; `itm` when not given."""
+    """Lowest score of kept synthetic texts (default: `itm`)."""
     by: Literal["itm", "margin", "itc"] | None = None
-    """What is compared: P(match), the logit difference, or the cosine; rank-k goes by itc, all others by itm."""
+    """Score to compare: P(match), the logit difference, or the cosine (default: itc for rank-k, itm for all others)."""
     k: int = 1
-    """Texts that rank-k keeps of a row."""
+    """Texts per row that rank-k keeps."""
     fraction: float = 0.3
-    """Share that fraction keeps, of the texts that have a score."""
+    """Share of the scored texts that fraction keeps."""
     only: Literal["web", "syn"] | None = None
     """Keep texts of one source only: the crawl's own that pass, or the synthetic ones."""
     rules: str | None = None
     """Preset of rules that also drop: align, datacomp-basic, laion or junk."""
     duplicates: Literal["sha256", "phash64"] | None = None
-    """Of images with the same bytes (sha256), or that look the same (phash64), keep the texts of the first only."""
+    """Keep only the texts of the first of images with the same bytes (sha256) or the same look (phash64)."""
     duplicate_bits: int = 0
-    """Of 64, in how many perceptual hashes of images that look the same may differ; 2 to 4 finds other sizes and
-    qualities of an image."""
+    """Most bits, of 64, in which perceptual hashes of copies may differ; 2 to 4 also finds other sizes and qualities
+    of an image."""
     contamination: str | None = None
     """Images that must not be used, such as a test set's: a file of SHA-256 or perceptual hashes in hex, one a line,
     or a run that has scored them (`--scorer fake` is enough)."""
     shared: int | None = None
-    """Drop web texts that more images have than this; ALIGN takes 10."""
+    """Drop web texts that more images than this share; ALIGN takes 10."""
     human: str | None = None
-    """Pattern of input files with human captions: all are kept, and nothing synthetic beside them."""
+    """Pattern of input files with human captions: all of them are kept, and no synthetic texts of their images."""
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
@@ -71,7 +71,7 @@ class SelectConfig:
             check_preset(self.rules)
 
     def _check_threshold(self, name: str, value: float | None) -> None:
-        """Probabilities are from 0 to 1 and cosines from -1 to 1; a difference of logits is any number."""
+        """Check a threshold: probabilities are 0 to 1, cosines -1 to 1, logit differences any number."""
         low, high = {"itm": (0, 1), "itc": (-1, 1), "margin": (-math.inf, math.inf)}[self.column]
         if value is not None and not (low <= value <= high and math.isfinite(value)):
             what = {"itm": "a probability, 0 to 1", "itc": "a cosine, -1 to 1", "margin": "a number"}[self.column]
@@ -87,7 +87,7 @@ class SelectConfig:
 
 
 class Texts(NamedTuple):
-    """Texts that may be kept: their row, source and score, each (N,)."""
+    """Rows, sources and scores of the texts that may be kept, each (N,)."""
 
     row: np.ndarray
     source: np.ndarray
@@ -95,7 +95,7 @@ class Texts(NamedTuple):
 
 
 class Decisions(NamedTuple):
-    """For each text whether it is kept, its reason as an index into `reasons`, and its rank in the row or -1."""
+    """Whether each text is kept, its reason as an index into `reasons`, and its rank in the row or -1."""
 
     kept: np.ndarray
     reason: np.ndarray
@@ -104,7 +104,7 @@ class Decisions(NamedTuple):
 
 
 def choose(texts: Texts, config: SelectConfig, cut: float | None) -> Decisions:
-    """Apply the policy; `cut` is the score that `fraction` found for all texts together."""
+    """Apply the policy; `cut` is the threshold of `fraction` over all texts."""
     return _POLICIES[config.policy](texts, config, cut)
 
 
@@ -120,7 +120,7 @@ def _blip(texts: Texts, config: SelectConfig, cut: float | None) -> Decisions:
 
 
 def _ranks(texts: Texts) -> np.ndarray:
-    """The place of each text among its row's, 0 the best; of equal scores the first."""
+    """Rank each text within its row, 0 the best; of equal scores the first."""
     order = np.lexsort((np.arange(len(texts.row)), -texts.score, texts.row))
     rows = texts.row[order]
     starts = np.flatnonzero(np.r_[True, rows[1:] != rows[:-1]]) if len(rows) else np.zeros(0, int)
@@ -163,7 +163,7 @@ def _fraction(texts: Texts, config: SelectConfig, cut: float | None) -> Decision
 
 
 def cut_of(scores: np.ndarray, fraction: float) -> float | None:
-    """The score that a share of all scores reaches; None if there are none."""
+    """Return the score that a share of all scores reaches; None if there are none."""
     keep = int(fraction * len(scores))
     if not keep:
         return None

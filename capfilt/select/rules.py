@@ -28,7 +28,7 @@ IMAGE_RULES: dict[str, Callable[[int, int, int, int], bool]] = {
     "bytes<5000": lambda width, height, size, frames: size < 5000,
     "animated": lambda width, height, size, frames: frames > 1,
 }
-"""Of the image file: true of (width, height, bytes, frames) where the rule is broken."""
+"""Rules on image files: true of (width, height, bytes, frames) where broken."""
 TEXT_RULES: dict[str, Callable[[str, list[str]], bool]] = {
     "words<3": lambda text, words: len(words) < 3,
     "words>20": lambda text, words: len(words) > 20,
@@ -38,18 +38,18 @@ TEXT_RULES: dict[str, Callable[[str, list[str]], bool]] = {
     "boilerplate": lambda text, words: _BOILERPLATE.search(text) is not None,
     "personal": lambda text, words: _MAIL_OR_PHONE.search(text) is not None,
 }
-"""Of one web text: true of (text, its words) where the rule is broken."""
+"""Rules on one web text: true of (text, its words) where broken."""
 PRESETS: dict[str, frozenset[str]] = {
     "align": frozenset({"min_side<200", "aspect>3", "words<3", "words>20"}),
     "datacomp-basic": frozenset({"min_side<200", "aspect>3", "words<3", "chars<6"}),
     "laion": frozenset({"bytes<5000", "chars<6"}),
     "junk": frozenset({"constant", "address", "file_name", "boilerplate", "personal"}),
 }
-"""`align` and `laion` leave out what needs statistics of the whole crawl."""
+"""Presets of rules; `align` and `laion` lack the rules that need statistics of the whole crawl."""
 _LONGEST = 2000
-"""Characters of a text that expressions are tried on."""
+"""Characters of a text that regular expressions are applied to."""
 MOST_TEXTS = 100
-"""Texts of a row that are scored: one row must not cost what a thousand others do."""
+"""Most texts of a row that are scored: one row must not cost as much as a thousand others."""
 
 
 def check_preset(name: str) -> None:
@@ -58,22 +58,22 @@ def check_preset(name: str) -> None:
 
 
 def image_flags(width: int, height: int, size: int, frames: int) -> list[str]:
-    """The rules that an image file breaks, as `image.RULE`."""
+    """List the rules that an image file breaks, as `image.RULE`."""
     return [f"image.{name}" for name, broken in IMAGE_RULES.items() if broken(width, height, size, frames)]
 
 
 def limited(texts: Sequence[str]) -> tuple[list[str], list[str], str | None]:
-    """The texts of a row as far as they are looked at; flags where that is not all, and how much it is not."""
+    """Return a row's texts within the limits, flags for what is cut or left out, and a note on how much."""
     cut = [i for i, text in enumerate(texts[:MOST_TEXTS]) if len(text) > LONGEST]
     flags = [f"row.texts>{MOST_TEXTS}"] * (len(texts) > MOST_TEXTS)
     flags += [f"web{i or ''}.chars>{LONGEST}" for i in cut]
-    said = [f"texts beyond the first {MOST_TEXTS}, left out: {len(texts) - MOST_TEXTS:,}"] * (len(texts) > MOST_TEXTS)
-    said += [f"texts cut at {LONGEST:,} characters: {len(cut):,}"] * bool(cut)
-    return [text[:LONGEST] for text in texts[:MOST_TEXTS]], flags, "; ".join(said) or None
+    notes = [f"texts beyond the first {MOST_TEXTS}, left out: {len(texts) - MOST_TEXTS:,}"] * (len(texts) > MOST_TEXTS)
+    notes += [f"texts cut at {LONGEST:,} characters: {len(cut):,}"] * bool(cut)
+    return [text[:LONGEST] for text in texts[:MOST_TEXTS]], flags, "; ".join(notes) or None
 
 
 def text_flags(texts: Sequence[str]) -> list[str]:
-    """The rules that each web text breaks, as `web.RULE` of the first text and `web1.RULE` of the second."""
+    """List the rules that each web text breaks, as `web.RULE` for the first text and `web1.RULE` for the second."""
     flags = []
     for i, text in enumerate(texts):
         text = text[:_LONGEST]
@@ -83,5 +83,5 @@ def text_flags(texts: Sequence[str]) -> list[str]:
 
 
 def of_preset(preset: str, flag: str) -> bool:
-    """Whether a flag, `image.RULE` or `web3.RULE`, is one of a preset's rules."""
+    """Tell whether a flag, `image.RULE` or `web3.RULE`, is one of a preset's rules."""
     return flag.partition(".")[2] in PRESETS[preset]

@@ -1,1 +1,1 @@
-"""What a job keeps on disk or in an object store."""
+"""Files of a job, on disk or in an object store."""

@@ -1,4 +1,4 @@
-"""Places where a test can pull the plug: `CAPFILT_FAULT=point` or `point:3` kills the process there, the third time."""
+"""Fault injection for tests: `CAPFILT_FAULT=point` or `point:3` kills the process there, the third time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _seen: dict[str, int] = {}
 
 
 def fault_point(name: str) -> None:
-    """Kill this process without warning if `CAPFILT_FAULT` names this point and it is reached for that time."""
+    """Kill this process without warning if `CAPFILT_FAULT` names this point and this pass through it."""
     wanted, _, count = os.environ.get("CAPFILT_FAULT", "").partition(":")
     if wanted != name:
         return

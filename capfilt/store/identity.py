@@ -1,4 +1,4 @@
-"""What makes a result the same result: ids of rows and parts, and the fingerprint of all settings that decide it."""
+"""Identity of results: ids of rows and parts, and the fingerprint of all settings that decide them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def _digest(*parts: object) -> str:
-    """SHA-256 of parts with their lengths, so that no two lists of parts give the same bytes."""
+    """Hash parts with their lengths (SHA-256), so that no two lists of parts give the same bytes."""
     h = hashlib.sha256()
     for part in parts:
         text = str(part).encode("utf-8", "surrogatepass")
@@ -18,30 +18,30 @@ def _digest(*parts: object) -> str:
 
 
 def sample_id(relpath: str, row: int, key: str) -> str:
-    """32 hex digits of a row, fixed by its file's path under the input root, its number and its key."""
+    """Return the id of a row, 32 hex digits: fixed by its file's path under the input root, its number and its key."""
     return _digest(relpath, row, key)[:32]
 
 
 def part_id(relpath: str, size: int, content: str, lo: int, hi: int, fingerprint: str) -> str:
-    """16 hex digits of rows lo to hi of a file with this content, scored in this way."""
+    """Return the id, 16 hex digits, of rows lo to hi of a file with this content, scored in this way."""
     return _digest(relpath, size, content, lo, hi, fingerprint)[:16]
 
 
 def fingerprint(config: dict[str, Any]) -> str:
-    """16 hex digits of everything that decides results."""
+    """Return 16 hex digits of all settings that decide results."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], under: str = "") -> list[str]:
-    """What differs between two nested settings, as `name: before -> now`."""
-    found = []
+    """List the differences of two nested settings, as `name: before -> now`."""
+    changes = []
     for name in sorted(before.keys() | now.keys()):
         a, b = before.get(name), now.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{under}{name}.")
+            changes += differences(a, b, f"{under}{name}.")
         elif a != b:
-            found.append(f"{under}{name}: {_short(a)} -> {_short(b)}")
-    return found
+            changes.append(f"{under}{name}: {_short(a)} -> {_short(b)}")
+    return changes
 
 
 def _short(value: object) -> str:
@@ -50,9 +50,9 @@ def _short(value: object) -> str:
 
 
 def model_identity(where: str) -> dict[str, str]:
-    """What tells a model from others: where it is and the SHA-256 of its weights, configuration and tokenizer.
+    """Return a model's identity: where it is and the SHA-256 of its weights, configuration and tokenizer.
 
-    A file of weights is told by its content and the tokenizer beside it, a name on the hub by its cached files.
+    A file of weights is identified by its content and the tokenizer beside it, a name on the hub by its cached files.
     FileNotFoundError if there is no such model.
     """
     folder = Path(where).expanduser()

@@ -21,7 +21,7 @@ from capfilt.store.storage import Local, Storage
 _MARK = b"sha256::"
 _SEAL = len(_MARK) + 32
 _SLOW = 1e-3
-"""Seconds for a file from which a disk is so far away that several are read at once."""
+"""Seconds per file above which storage counts as slow, and several files are read at once."""
 
 
 class DamagedPart(ValueError):
@@ -33,7 +33,7 @@ def name_of(pid: str) -> str:
 
 
 def encode(table: pa.Table, facts: dict[str, str], group: int | None = None) -> bytes:
-    """A sealed parquet file of a table in row groups of `group` rows, with `facts` as its file metadata."""
+    """Encode a table as a sealed parquet file in row groups of `group` rows, with `facts` as its file metadata."""
     table = table.replace_schema_metadata({f"capfilt.{name}": value for name, value in facts.items()})
     buffer = io.BytesIO()
     pq.write_table(table, buffer, row_group_size=group, compression="zstd")
@@ -41,9 +41,9 @@ def encode(table: pa.Table, facts: dict[str, str], group: int | None = None) -> 
 
 
 def _seal(content: bytes) -> bytes:
-    """Put the SHA-256 of a parquet file between its pages and its footer.
+    """Insert the SHA-256 of a parquet file between its pages and its footer.
 
-    The footer gives places from the start of the file and is found from its end, so readers do not look between.
+    The footer holds offsets from the start of the file and is located from its end, so readers skip the digest.
     """
     at = _footer(content)
     return content[:at] + _MARK + hashlib.sha256(content).digest() + content[at:]
@@ -59,7 +59,7 @@ def _footer(content: bytes) -> int:
 
 
 def check(content: bytes) -> None:
-    """DamagedPart unless the file is, byte for byte, what was written."""
+    """Raise DamagedPart unless the file is, byte for byte, what was written."""
     at = _footer(content)
     seal = content[at - _SEAL : at]
     if not seal.startswith(_MARK) or at < _SEAL:
@@ -71,15 +71,15 @@ def check(content: bytes) -> None:
 
 
 def decode(content: bytes, columns: list[str] | None = None) -> pa.Table:
-    """The table of a sealed file. DamagedPart if it was changed."""
+    """Decode the table of a sealed file. DamagedPart if the file was changed."""
     check(content)
     return pq.read_table(io.BytesIO(content), columns=columns, use_threads=False)
 
 
 def facts_of(content: bytes) -> dict[str, str]:
-    """The file metadata that `encode` was given."""
-    said = pq.read_schema(io.BytesIO(content)).metadata or {}
-    return {k.decode().removeprefix("capfilt."): v.decode() for k, v in said.items() if k.startswith(b"capfilt.")}
+    """Read the file metadata that `encode` was given."""
+    metadata = pq.read_schema(io.BytesIO(content)).metadata or {}
+    return {k.decode().removeprefix("capfilt."): v.decode() for k, v in metadata.items() if k.startswith(b"capfilt.")}
 
 
 class Parts:
@@ -89,21 +89,21 @@ class Parts:
         self.storage = storage
 
     def present(self) -> dict[str, tuple[int, float]]:
-        """Part ids that have a file -> (bytes, seconds of the last change)."""
-        found = self.storage.listing("parts")
-        return {n.rsplit("/", 1)[-1].removesuffix(".parquet"): f for n, f in found.items() if n.endswith(".parquet")}
+        """List the part ids that have a file -> (bytes, time of the last change)."""
+        files = self.storage.listing("parts")
+        return {n.rsplit("/", 1)[-1].removesuffix(".parquet"): f for n, f in files.items() if n.endswith(".parquet")}
 
     def whole(self, wanted: Iterable[str]) -> tuple[set[str], dict[str, str]]:
-        """Of the wanted parts, those that are done, and those whose file is damaged with the reason.
+        """Return the finished parts among the wanted, and the damaged ones with the reason.
 
-        In a folder every file is read and held against its digest; an object store does that itself.
+        In a folder every file is read and compared with its digest; an object store does that itself.
         """
         present = self.present().keys() & set(wanted)
         if not isinstance(self.storage, Local):
             return set(present), {}
         damaged: dict[str, str] = {}
 
-        def look(pid: str) -> None:
+        def read_one(pid: str) -> None:
             try:
                 check(self.storage.read(name_of(pid)))
             except PermissionError:  # whole for who may read it, and not to be scored again
@@ -113,26 +113,26 @@ class Parts:
 
         waiting, start = iter(sorted(present)), time.monotonic()
         for n, pid in enumerate(waiting, 1):
-            look(pid)
+            read_one(pid)
             if n % 100 == 0 and time.monotonic() - start > _SLOW * n:
                 break
         with ThreadPoolExecutor(
             8
         ) as pool:  # of no use on a quick disk, where threads would only get in each other's way
-            list(pool.map(look, waiting))
+            list(pool.map(read_one, waiting))
         return set(present - damaged.keys()), damaged
 
     def exists(self, pid: str) -> bool:
         return self.storage.exists(name_of(pid))
 
     def commit(self, pid: str, table: pa.Table, facts: dict[str, str]) -> int:
-        """Write a part, all or nothing; one that is there already is replaced by the same content. Returns bytes."""
+        """Write a part, all or nothing; an existing one is replaced by the same content. Returns bytes."""
         content = encode(table.cast(ANNOTATIONS), facts)
         self.storage.write(name_of(pid), content)
         return len(content)
 
     def read(self, pid: str, columns: list[str] | None = None) -> pa.Table:
-        """A part's annotations. DamagedPart, naming the file, if it is not whole."""
+        """Read a part's annotations. DamagedPart names the file if it is not whole."""
         try:
             return decode(self.storage.read(name_of(pid)), columns)
         except DamagedPart as error:
@@ -142,14 +142,14 @@ class Parts:
 
 
 def failures(storage: Storage) -> dict[str, list[int]]:
-    """Attempts that were begun and not finished: part id -> numbers."""
-    found: dict[str, list[int]] = {}
+    """List attempts that were begun and not finished: part id -> numbers."""
+    attempts: dict[str, list[int]] = {}
     for name in storage.listing("failures"):
         pid, _, rest = name.rsplit("/", 1)[-1].partition(".")
         number = rest.removesuffix(".json")
         if number.isdigit():
-            found.setdefault(pid, []).append(int(number))
-    return found
+            attempts.setdefault(pid, []).append(int(number))
+    return attempts
 
 
 def failure_name(pid: str, attempt: int) -> str:
@@ -157,7 +157,7 @@ def failure_name(pid: str, attempt: int) -> str:
 
 
 def read_failure(storage: Storage, pid: str, attempt: int) -> dict:
-    """What is known of an attempt; empty when it was removed meanwhile or is half written."""
+    """Read the note of an attempt; empty if it was removed meanwhile or is incomplete."""
     try:
         return json.loads(storage.read(failure_name(pid, attempt)))
     except (OSError, ValueError):

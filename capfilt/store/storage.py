@@ -1,4 +1,4 @@
-"""Where a run lives: a folder, or a place in an object store. What is written is there whole or not at all."""
+"""Storage of a run: a folder, or a prefix in an object store. Writes are atomic."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class StorageError(OSError):
-    """Something could not be written or read; nothing of it was left behind."""
+    """A file could not be written or read; no partial file was left behind."""
 
 
 class Storage:
@@ -30,7 +30,7 @@ class Storage:
 
     root: str
     address: str
-    """What `open_storage` finds it by."""
+    """Address that `open_storage` opens this storage by."""
 
     def read(self, name: str) -> bytes:
         raise NotImplementedError
@@ -39,18 +39,18 @@ class Storage:
         raise NotImplementedError
 
     def listing(self, folder: str) -> dict[str, tuple[int, float]]:
-        """Files anywhere under a folder: name -> (bytes, seconds of the last change); no temporaries."""
+        """List all files under a folder: name -> (bytes, time of the last change); no temporaries."""
         raise NotImplementedError
 
     def entries(self) -> list[str]:
-        """Names directly under the root, of folders as well; no temporaries."""
+        """List the names directly under the root, files and folders; no temporaries."""
         raise NotImplementedError
 
     def remove(self, name: str) -> None:
         raise NotImplementedError
 
     def writing(self, name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
-        """A file that gets its name when the block ends without an error."""
+        """Open a file that gets its name when the block ends without an error."""
         raise NotImplementedError
 
     def write(self, name: str, content: bytes) -> None:
@@ -58,18 +58,18 @@ class Storage:
             file.write(content)
 
     def note(self, name: str, content: bytes) -> None:
-        """Write something small that may be lost with the machine."""
+        """Write a small file that may be lost if the machine fails."""
         self.write(name, content)
 
     def sweep(self) -> None:
-        """Remove temporaries of processes that are dead."""
+        """Remove temporary files of dead processes."""
 
     def sha256(self, name: str) -> str:
         return hashlib.sha256(self.read(name)).hexdigest()
 
 
 class Local(Storage):
-    """A folder of this machine or of a shared file system."""
+    """A local folder, or one of a shared file system."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = self.address = os.path.abspath(os.path.expanduser(str(root)))
@@ -84,7 +84,7 @@ class Local(Storage):
         return self.path(name).is_file()
 
     def listing(self, folder: str) -> dict[str, tuple[int, float]]:
-        found: dict[str, tuple[int, float]] = {}
+        files: dict[str, tuple[int, float]] = {}
         waiting = [os.path.join(self.root, folder)]
         while waiting:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(waiting.pop()) as entries:
@@ -94,8 +94,8 @@ class Local(Storage):
                     elif not entry.name.startswith(TEMPORARY):
                         with contextlib.suppress(FileNotFoundError):
                             info = entry.stat()
-                            found[os.path.relpath(entry.path, self.root)] = (info.st_size, info.st_mtime)
-        return found
+                            files[os.path.relpath(entry.path, self.root)] = (info.st_size, info.st_mtime)
+        return files
 
     def entries(self) -> list[str]:
         try:
@@ -146,7 +146,7 @@ class Local(Storage):
 
 
 class Remote(Storage):
-    """A place in an object store that fsspec knows: a PUT is all or nothing, and is tried again when it fails."""
+    """A prefix in an object store that fsspec knows: a PUT is atomic, and is retried when it fails."""
 
     def __init__(self, url: str, pause: float = 0.5) -> None:
         import fsspec
@@ -158,7 +158,7 @@ class Remote(Storage):
         self.address, self._pause = url, pause
 
     def _again(self, what: str, action: Callable[[], T]) -> T:
-        """Try an action a few times with growing pauses; a missing file is an answer, not a fault."""
+        """Try an action a few times with growing pauses; a missing file is not retried."""
         for attempt in range(_TRIES):
             try:
                 return action()
@@ -180,27 +180,27 @@ class Remote(Storage):
         return bool(self._again(f"looking for {self._at(name)}", lambda: self.files.exists(self._at(name))))
 
     def listing(self, folder: str) -> dict[str, tuple[int, float]]:
-        def look() -> dict[str, Any]:
+        def list_once() -> dict[str, Any]:
             self.files.invalidate_cache()
             return self.files.find(self._at(folder), detail=True)
 
         try:
-            found = self._again(f"listing {self._at(folder)}", look)
+            files = self._again(f"listing {self._at(folder)}", list_once)
         except FileNotFoundError:
             return {}
         start = len(self.root.rstrip("/")) + 1
-        return {path[start:]: (int(info.get("size") or 0), _changed(info)) for path, info in found.items()}
+        return {path[start:]: (int(info.get("size") or 0), _changed(info)) for path, info in files.items()}
 
     def entries(self) -> list[str]:
-        def look() -> list[str]:
+        def list_once() -> list[str]:
             self.files.invalidate_cache()
             return self.files.ls(self.root, detail=False)
 
         try:
-            found = self._again(f"listing {self.root}", look)
+            paths = self._again(f"listing {self.root}", list_once)
         except FileNotFoundError:
             return []
-        return sorted({path.rstrip("/").rsplit("/", 1)[-1] for path in found} - {""})
+        return sorted({path.rstrip("/").rsplit("/", 1)[-1] for path in paths} - {""})
 
     def remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -228,7 +228,7 @@ def _changed(info: dict[str, Any]) -> float:
 
 
 def open_storage(where: str | Path) -> Storage:
-    """The storage that a path or an address of an object store means."""
+    """Open the storage at a path or an address in an object store."""
     return Remote(str(where)) if "://" in str(where) else Local(where)
 
 

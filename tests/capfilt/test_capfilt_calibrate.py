@@ -48,13 +48,13 @@ def learn(path, folder):
     """Which pixels are of which image."""
     import hashlib
 
-    from capfilt.score.pool import Decoder, Setup, Task
+    from capfilt.score.pool import Decoder, DecodeTask, Setup
     from capfilt.settings import ReadConfig, ScoreConfig
 
     plan = planned(path, folder / "learn")
     decoder = Decoder(Setup(plan.where, ScoreConfig(scorer="fake"), ReadConfig(), (16,)))
     (source,) = plan.sources.values()
-    for row in decoder.run(Task(source, 0, source.rows)):
+    for row in decoder.run(DecodeTask(source, 0, source.rows)):
         numbers[hashlib.sha256(row.pixels[0].tobytes()).hexdigest()] = row.number
 
 

@@ -14,7 +14,7 @@ from blip.errors import DataError
 from capfilt.__main__ import main
 from capfilt.report.counts import ReportOptions
 from capfilt.report.write import report
-from capfilt.score.scorer import FakeScorer, OutOfMemory
+from capfilt.score.scorer import BatchTooLarge, FakeScorer
 from capfilt.select import phash
 from capfilt.select.choose import select
 from capfilt.select.policies import SelectConfig
@@ -121,7 +121,7 @@ class Small(FakeScorer):
 
     def score(self, items):
         if any("heavy" in text for item in items for text in item.texts):
-            raise OutOfMemory
+            raise BatchTooLarge
         return super().score(items)
 
 

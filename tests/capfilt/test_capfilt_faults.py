@@ -297,7 +297,7 @@ def test_a_damaged_part_is_found_and_done_again(base, tmp_path, how):
     path.write_bytes({"bit": content, "cut": content[:-100], "empty": b""}[how])
     found = verify(run.where)
     assert found.status() == 4
-    assert name_of(pid) in found.wrong[0]
+    assert name_of(pid) in found.problems[0]
     with pytest.raises(DamagedPart, match="run `score` again"):
         run.parts.read(pid)
     out = io.StringIO()

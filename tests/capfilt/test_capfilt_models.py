@@ -29,7 +29,7 @@ from capfilt.__main__ import main
 from capfilt.run import Run
 from capfilt.score.loop import score
 from capfilt.score.models import BlipScorer, same_vision
-from capfilt.score.scorer import Item, OutOfMemory
+from capfilt.score.scorer import BatchTooLarge, Item
 from capfilt.settings import ScoreConfig, decode_record
 
 
@@ -214,7 +214,7 @@ def test_out_of_memory_is_said_so_that_the_job_can_halve(models, monkeypatch, er
 
     monkeypatch.setattr(scorer, "_match", full)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    with pytest.raises(OutOfMemory):
+    with pytest.raises(BatchTooLarge):
         scorer.score(items(scorer.sides))
     monkeypatch.setattr(scorer, "_match", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

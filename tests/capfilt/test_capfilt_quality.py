@@ -18,7 +18,7 @@ from capfilt.calibrate.grade import grade
 from capfilt.export import export
 from capfilt.run import Run
 from capfilt.score.loop import score
-from capfilt.score.scorer import FakeScorer, Matched, Scores, Written
+from capfilt.score.scorer import FakeScorer, Matched, Scores, SyntheticText
 from capfilt.select.choose import read_account, select
 from capfilt.select.policies import SelectConfig
 from capfilt.store.identity import sample_id
@@ -69,7 +69,7 @@ class Oracle(FakeScorer):
         number, shown = self.scenes[item.sample_id]
         others = [one for _, one in self.scenes.values()]
         text = captions(shown)[0] if number % 3 else another(others, number)
-        said = Written(text, -1.0, True, self._margin(shown, text))
+        said = SyntheticText(text, -1.0, True, self._margin(shown, text))
         return Scores([self._margin(shown, text) for text in item.texts], [said])
 
     def _margin(self, shown, text):

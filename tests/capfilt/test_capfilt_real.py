@@ -98,6 +98,6 @@ def test_verify_notices_any_changed_byte(whole):
         found = verify(run.where)
         path.write_bytes(content)
         assert found.status() == 4, path
-        assert path.name in found.wrong[0]
+        assert path.name in found.problems[0]
     assert verify(run.where).status() == 0
     assert json.loads((out / "_SUCCESS").read_bytes())["pairs"] > 0

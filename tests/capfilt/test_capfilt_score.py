@@ -32,8 +32,8 @@ from capfilt.run import Run
 from capfilt.schema import ANNOTATIONS, ERROR_CODES, STATUSES
 from capfilt.score import decoding, pool
 from capfilt.score.loop import ScoreOptions, TooManyErrors, Worker, make_pool, score
-from capfilt.score.progress import Progress, clock
-from capfilt.score.scorer import FakeScorer, Item, OutOfMemory
+from capfilt.score.progress import ScoringProgress, clock
+from capfilt.score.scorer import BatchTooLarge, FakeScorer, Item
 from capfilt.select.choose import select
 from capfilt.select.policies import SelectConfig
 from capfilt.settings import ScoreConfig
@@ -318,7 +318,7 @@ class Bad(FakeScorer):
             Bad.raises -= 1
             raise RuntimeError("CUDA error: unspecified launch failure")
         if len(items) > self.fits or any(self.big and self.big in t for i in items for t in i.texts):
-            raise OutOfMemory
+            raise BatchTooLarge
         return super().score(items)
 
     def _match(self, text, seen, shift):
@@ -354,7 +354,7 @@ class Counting(FakeScorer):
     def score(self, items):
         self.sizes.append(len(items))
         if sum(len(item.texts) for item in items) > self.room:
-            raise OutOfMemory
+            raise BatchTooLarge
         return super().score(items)
 
 
@@ -410,7 +410,7 @@ def test_a_filter_that_gives_no_numbers_is_noticed(tmp_path, monkeypatch):
     """Fault 22: the job stops before it has gone through the crawl."""
     run = planned(crawl(tmp_path / "in", rows=100), tmp_path / "run")
     with pytest.raises(TooManyErrors, match="score_invalid"):
-        score(run, make_bad(monkeypatch, nan_for="picture"), HERE, io.StringIO())
+        score(run, make_bad(monkeypatch, nan_for="image"), HERE, io.StringIO())
 
 
 def test_an_error_is_tried_again_and_then_written_down(tmp_path, monkeypatch, capsys):
@@ -565,7 +565,7 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
 
 def test_progress_says_what_is_left():
     out = io.StringIO()
-    progress = Progress(100, 20, 10, 2, out)
+    progress = ScoringProgress(100, 20, 10, 2, out)
     progress._begun -= 10
     progress._marks[0] = (progress._begun, 20)
     progress.stages = {"models": 3.0, "decode": 1.0}
