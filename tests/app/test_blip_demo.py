@@ -22,7 +22,7 @@ from blip.app import cli, demo, installed
 from blip.app import loaded as loading
 from blip.app.candidates import load_candidates
 from blip.app.demo import Demo
-from blip.app.index import Index, Origin
+from blip.app.index import Index, IndexOrigin
 from blip.app.loaded import load
 from blip.checkpoints import checkpoint
 from blip.inference.answering import ANSWERS
@@ -137,7 +137,7 @@ def test_where_it_looks_is_told_for_each_word(desk, photos):  # noqa: F811
 
 def test_the_folder_is_searched_as_by_the_command(model, run, photos):  # noqa: F811
     one = Demo(load(model, "cpu", "auto"))
-    one.index = Index(Path("photos"), Path("photos/.blip-index"), Origin.of(one.features, model, "float32"))
+    one.index = Index(Path("photos"), Path("photos/.blip-index"), IndexOrigin.of(one.features, model, "float32"))
     told = []
     assert one.refresh(lambda done, total: told.append((done, total))) == (11, 0)
     assert told[-1] == (11, 11)

@@ -31,7 +31,7 @@ from blip.app import demo as desk
 from blip.app import demo_page
 from blip.app.demo import Demo
 from blip.app.demo_page import is_local, serving
-from blip.app.index import Index, Origin
+from blip.app.index import Index, IndexOrigin
 from blip.app.loaded import load
 
 IMAGES = 12
@@ -73,7 +73,7 @@ def images(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole(model, vqa_model, capfilt_run, images) -> Demo:  # noqa: F811
     made = answering(model, vqa_model, run=capfilt_run)
-    made.index = Index(images, images / ".blip-index", Origin.of(made.features, model, "float32"))
+    made.index = Index(images, images / ".blip-index", IndexOrigin.of(made.features, model, "float32"))
     made.refresh()
     return made
 

@@ -136,11 +136,11 @@ def up_to_date(chosen: SearchOptions, found: FoundImages, features: Features) ->
     """The index of the folder as it is now, and how many images could not be used; progress is told on stderr."""
     from blip import files
     from blip.app.answers import Answers
-    from blip.app.index import Index, Origin
+    from blip.app.index import Index, IndexOrigin
 
     folder = Path(chosen.folder)
     where = Path(chosen.index) if chosen.index else folder / ".blip-index"
-    origin = Origin.of(features, chosen.model or os.environ[MODEL_VARIABLE], _precision(chosen.precision))
+    origin = IndexOrigin.of(features, chosen.model or os.environ[MODEL_VARIABLE], _precision(chosen.precision))
     index = None if chosen.rebuild else Index.read(folder, where)
     if index and not index.origin.same(origin):
         raise ValueError(

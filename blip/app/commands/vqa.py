@@ -29,7 +29,7 @@ very words. Exit status: 0, or 1 if some images could not be used, or 2 for wron
 
 
 @dataclass(frozen=True, kw_only=True)
-class VqaOptions(ImageOptions, ModelOptions):
+class QuestionOptions(ImageOptions, ModelOptions):
     """Answer a question about images."""
 
     question: str = argument("QUESTION")
@@ -46,7 +46,7 @@ class VqaOptions(ImageOptions, ModelOptions):
         at_least(1, top=self.top)
 
 
-def run(chosen: VqaOptions) -> int:
+def run(chosen: QuestionOptions) -> int:
     """Answer the question about the images that the options name; returns the exit status."""
     from blip.text import clean_question
 
@@ -96,7 +96,7 @@ def run(chosen: VqaOptions) -> int:
     return SOME_FAILED if out.failed else 0
 
 
-def _ways(chosen: VqaOptions, loaded: Loaded, candidates: Candidates | None) -> dict[str, object]:
+def _ways(chosen: QuestionOptions, loaded: Loaded, candidates: Candidates | None) -> dict[str, object]:
     """What answers depend on beside the image."""
     among = hashlib.sha256(json.dumps(candidates.texts).encode()).hexdigest()[:16] if candidates else None
     return {"question": chosen.question, "top": chosen.top, "candidates": among, **loaded.options(chosen.model)}
