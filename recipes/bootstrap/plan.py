@@ -330,17 +330,20 @@ def _kept_truth(job: Job, keep: str, clean: Path) -> dict[str, Any]:
         "synthetic": len(kept),
         "noise_kept": 100 * wrong.kept / max(1, wrong.texts),
         "web_wrong": 100 - world_capfilt.web_right(kinds, 1),
-        "synthetic_wrong_before": _wrong(every, "true"),
+        "synthetic_wrong_before": _percent_wrong(every, "true"),
         "synthetic_rejected": 100 - 100 * len(kept) / max(1, len(every)),
         **world_capfilt.aucs(kinds),
         "kinds": {kind: k._asdict() for kind, k in kinds.items()},
     }
     if kept:
-        truth |= {"synthetic_wrong": _wrong(kept, "true"), "synthetic_claims_wrong": _wrong(kept, "precision")}
+        truth |= {
+            "synthetic_wrong": _percent_wrong(kept, "true"),
+            "synthetic_claims_wrong": _percent_wrong(kept, "precision"),
+        }
     return truth
 
 
-def _wrong(verdicts: list, name: str) -> float:
+def _percent_wrong(verdicts: list, name: str) -> float:
     """Percent of the texts that say something false (`true`), or of their claims that are (`precision`)."""
     return 100 - 100 * grade_captions(verdicts)[name]
 

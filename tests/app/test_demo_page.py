@@ -372,7 +372,7 @@ def test_look(page, whole, images):
     page.view.get_by_label("What may be seen in it").fill(TEXTS[0])
     page.press("Show where")
     page.view.locator("#maps img").nth(3).wait_for()
-    chance, shown = whole.look(str(images / "p4.png"), TEXTS[0])
+    chance, shown = whole.explain_match(str(images / "p4.png"), TEXTS[0])
     assert f"{100 * chance:.1f}%" in page.view.locator("#looks").inner_text()
     said = page.view.locator("#maps").inner_text()
     assert all(name in said for name, _ in shown)

@@ -55,7 +55,7 @@ def run(chosen: QuestionOptions) -> int:
         raise ValueError(f"the question {chosen.question!r} has no words")
     from blip.data.image_files import find, read_images
 
-    found = find(chosen.images)
+    inputs = find(chosen.images)
 
     # After the checks that need no torch, so that their errors come at once.
     import torch
@@ -86,11 +86,11 @@ def run(chosen: QuestionOptions) -> int:
     keys = ("path", "question", "answers", "probability")
     form = Form("vqa", chosen.json, keys, "ttn", _ways(chosen, loaded, candidates) if chosen.out else {},
                 min(chosen.top, len(candidates)) if candidates else 1)  # fmt: skip
-    with Answers(chosen.out, found, form=form) as out:
+    with Answers(chosen.out, inputs, form=form) as out:
         for files in read_images(out.to_do, EvalTransform(side), chosen.batch):
             if read := out.readable(files):
-                said = reply(torch.stack([image.pixels for image in read]))
-                for image, best in zip(read, said, strict=True):
+                replies = reply(torch.stack([image.pixels for image in read]))
+                for image, best in zip(read, replies, strict=True):
                     _give(out, image.path, chosen.question, best, chosen.json)
             out.advance(len(files))
     return SOME_FAILED if out.failed else 0
