@@ -112,9 +112,9 @@ class Theirs:
         how = {"do_sample": True, "top_p": 0.9, "top_k": 0, "max_length": LENGTH, "min_length": LENGTH}
         written = self.captioner.generate(pixels, ids, **how)
         assert written.shape[1] == LENGTH
-        said = [text.removeprefix(PROMPT) for text in self.words.decode(written)]
+        captions = [text.removeprefix(PROMPT) for text in self.words.decode(written)]
         web = self._match(pixels, [item.texts[0] for item in items])
-        return said, web, self._match(pixels, said)
+        return captions, web, self._match(pixels, captions)
 
     def _pixels(self, items: list[Item]) -> Tensor:
         pixels = torch.from_numpy(np.stack([item.pixels[0] for item in items])).permute(0, 3, 1, 2).float().div(255)
@@ -145,9 +145,9 @@ def transformers_config(config: BlipConfig) -> transformers.BlipConfig:
 def check_equal(captioner: Blip, filter: Blip, words: Tokenizer, theirs: Theirs, items: list[Item]) -> None:
     """AssertionError unless both sides give the web texts the same logits where they begin with the same token."""
     same = Ours(captioner, filter, words, ScoreConfig(filter="-", decode="nucleus", itm_token="cls"))
-    found: list[Scores] = same.score(items)
+    ours: list[Scores] = same.score(items)
     _, web, _ = theirs.score(items)
-    margins = torch.tensor([scores.web[0].margin for scores in found])
+    margins = torch.tensor([scores.web[0].margin for scores in ours])
     torch.testing.assert_close(margins, (web[:, 1] - web[:, 0]).clone(), rtol=1e-3, atol=1e-3)
 
 

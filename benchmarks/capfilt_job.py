@@ -143,7 +143,7 @@ sys.exit(status)
 """The kernel's count of a process's children would begin with what this process holds."""
 
 
-def verb(name: str, run: Run, found: dict[str, float], *args: str) -> None:
+def verb(name: str, run: Run, figures_by_name: dict[str, float], *args: str) -> None:
     """A command as a user gives it: wall seconds, seconds of processor, and the most memory that it held."""
     command = [sys.executable, "-c", _MEASURED, *name.split("_")[:1], run.where, *args]
     start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -151,16 +151,16 @@ def verb(name: str, run: Run, found: dict[str, float], *args: str) -> None:
     wall, after = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     peak = int(done.stdout.splitlines()[-1]) / 1024
-    found |= {f"seconds_{name}": wall, f"cpu_seconds_{name}": used, f"peak_megabytes_{name}": peak}
+    figures_by_name |= {f"seconds_{name}": wall, f"cpu_seconds_{name}": used, f"peak_megabytes_{name}": peak}
     print(f"{name}: {wall:.2f} s, of processor {used:.2f}, {peak:.0f} MB", flush=True)
 
 
-def timed(name: str, action, found: dict[str, float]) -> None:
+def timed(name: str, action, figures_by_name: dict[str, float]) -> None:
     """Wall seconds, and the seconds of processor that this process used, which a busy machine does not stretch."""
     start, used = time.monotonic(), time.process_time()
     action()
-    found[name], found[f"cpu_{name}"] = time.monotonic() - start, time.process_time() - used
-    print(f"{name} {found[name]:.2f}, of processor {found[f'cpu_{name}']:.2f}", flush=True)
+    figures_by_name[name], figures_by_name[f"cpu_{name}"] = time.monotonic() - start, time.process_time() - used
+    print(f"{name} {figures_by_name[name]:.2f}, of processor {figures_by_name[f'cpu_{name}']:.2f}", flush=True)
 
 
 SELECTIONS = {
@@ -177,24 +177,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     given = parser.parse_args()
-    found: dict[str, float] = {}
+    figures_by_name: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
-        found |= overhead(here / "job", 640, 0.02)
-        print(f"overhead {found['overhead_percent']:.2f}%", flush=True)
+        figures_by_name |= overhead(here / "job", 640, 0.02)
+        print(f"overhead {figures_by_name['overhead_percent']:.2f}%", flush=True)
         run = annotated(here / "many", given.rows, 1024)
         for name, args in SELECTIONS.items():
-            verb(f"select_{name}", run, found, "--name", name, *args)
-        verb("report", run, found)
-        verb("report_look", run, found, "--select", "look")
-        verb("verify", run, found)
-        found["report_megabytes"] = Path(run.where, "report/at-half/report.html").stat().st_size / 1e6
+            verb(f"select_{name}", run, figures_by_name, "--name", name, *args)
+        verb("report", run, figures_by_name)
+        verb("report_look", run, figures_by_name, "--select", "look")
+        verb("verify", run, figures_by_name)
+        figures_by_name["report_megabytes"] = Path(run.where, "report/at-half/report.html").stat().st_size / 1e6
         small = annotated(here / "small", 160_000, 16)
-        timed("seconds_open_10000_parts", lambda: Run.open(small.where), found)
+        timed("seconds_open_10000_parts", lambda: Run.open(small.where), figures_by_name)
         pids = [part.pid for part in small.plan]
-        timed("seconds_resume_scan_10000_parts", lambda: small.parts.whole(pids), found)
-    found["rows"] = given.rows
-    figures.write("capfilt_job", found)
+        timed("seconds_resume_scan_10000_parts", lambda: small.parts.whole(pids), figures_by_name)
+    figures_by_name["rows"] = given.rows
+    figures.write("capfilt_job", figures_by_name)
 
 
 if __name__ == "__main__":

@@ -85,11 +85,11 @@ class Straightforward(Side):
         with torch.no_grad():
             pretrain.model.temperature.clamp_(0.001, 0.5)
         oracle.move_teacher(pretrain, CONFIG.momentum)
-        found, (image, text) = oracle.losses(pretrain, batch.image, batch.ids, batch.keep, CONFIG.alpha)
+        losses, (image, text) = oracle.losses(pretrain, batch.image, batch.ids, batch.keep, CONFIG.alpha)
         oracle.push(pretrain.image_queue, image)
         oracle.push(pretrain.text_queue, text)
         self.optimizer.zero_grad()
-        sum(found).backward()
+        sum(losses).backward()
         self.optimizer.step()
 
 

@@ -91,7 +91,7 @@ class Case:
 
     @torch.no_grad()
     def theirs(self, batch: int = 32) -> Tensor:
-        found = []
+        by_image = []
         states = self.other.vision_model(self.images).last_hidden_state
         for rows, image in zip(self.chosen, states, strict=True):
             order = self.keep[rows].sum(1).argsort()
@@ -102,8 +102,8 @@ class Case:
                 shown = image.expand(len(part), -1, -1)
                 state = self.other.text_encoder(ids, attention_mask=keep.long(), encoder_hidden_states=shown)
                 logits[part] = self.other.itm_head(state.last_hidden_state[:, 0]).float()
-            found.append(logits)
-        return torch.cat(found)
+            by_image.append(logits)
+        return torch.cat(by_image)
 
 
 def pairs_of(images: int, count: int, k: int) -> Tensor:

@@ -62,17 +62,17 @@ def _texts() -> list[str]:
     draw = torch.Generator().manual_seed(2)
     lengths = [length for length, count in LENGTHS.items() for _ in range(count)]
     firsts = torch.randperm(29000, generator=draw)[:FIRSTS] + 1000
-    found: dict[str, None] = {}
+    distinct: dict[str, None] = {}
     for i, length in enumerate(lengths):
         while True:
             # Most first pieces are those of a one-piece answer, and what is longer begins like one of these or not.
             first = firsts[i] if length == 1 else firsts[torch.randint(FIRSTS, (1,), generator=draw)[0]]
             rest = torch.randint(1000, 30000, (length - 1,), generator=draw)
             text = " ".join(map(str, [int(first), *rest.tolist()]))
-            if text not in found:
-                found[text] = None
+            if text not in distinct:
+                distinct[text] = None
                 break
-    return list(found)
+    return list(distinct)
 
 
 @torch.no_grad()

@@ -28,8 +28,8 @@ def report(
     best, worst = ordered[:half], ordered[half:][::-1][: shown - half]
 
     def section(heading: str, intro: str, names: Sequence[ImageId]) -> tuple[str, str, str]:
-        found = _thumbnails(images, names)
-        items = [page.Captioned(str(n), found.get(n), captions[n], 100 * cider[n], references[n]) for n in names]
+        thumbnails = _thumbnails(images, names)
+        items = [page.Captioned(str(n), thumbnails.get(n), captions[n], 100 * cider[n], references[n]) for n in names]
         return heading, intro, page.captioned(items)
 
     return page.page(
@@ -66,13 +66,13 @@ def _facts(record: Mapping[str, Any]) -> list[list[str]]:
 
 def _thumbnails(images: Images | None, names: Sequence[ImageId]) -> dict[ImageId, Any]:
     """The images that are at hand; one that is not readable is only not shown."""
-    found = {}
+    thumbnails = {}
     if images is not None:
         chosen = images.only(names)
         for row, entry in enumerate(chosen.entries):
             try:
-                found[entry.id] = chosen.image(row)
-                found[entry.id].thumbnail((_SIDE, _SIDE))
+                thumbnails[entry.id] = chosen.image(row)
+                thumbnails[entry.id].thumbnail((_SIDE, _SIDE))
             except DataError:
                 continue
-    return found
+    return thumbnails

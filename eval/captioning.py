@@ -149,8 +149,8 @@ def score(
         ciders = cider(theirs, some)
         own = [bleu(theirs, some), mean("cider", ciders), mean("rouge_l", rouge_l(theirs, some))]
         own += [metric._replace(rows=metric.rows[rows]) for metric in extra]
-        found = summary(own, resamples, seed)
-        return {prefix + name: value for name, value in found.items()}, ciders
+        scores = summary(own, resamples, seed)
+        return {prefix + name: value for name, value in scores.items()}, ciders
 
     values, ciders = of(range(len(ids)))
     members: dict[str, list[int]] = {}

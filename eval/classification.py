@@ -38,8 +38,8 @@ def evaluate(options: ClassificationOptions, runner: Runner) -> Iterator[tuple[s
     if left_out := not_images(data.left_out):
         print(left_out, file=sys.stderr)
     runner.out.write("results.json", results(data, chances))
-    runner.record("model", "source", images=len(data.paths), classes=len(data.names))
-    runner.record(templates=templates)
+    counts = {"pictures": len(data.paths), "classes": len(data.names)}  # names of fields in files stay
+    runner.record("model", "source", **counts, templates=templates)
     runner.times = 1
     yield from accuracy(chances, data.labels).items()
 
@@ -78,13 +78,13 @@ class ClassFolder:
             raise DataError(
                 f"{root / unknown[0]} is not among the names of the classes ({len(unknown)} folders are not)"
             )
-        found = [find([str(folder)]) for folder in folders]
-        for path, reason in (bad for one in found for bad in one.walk.unreadable):
+        by_folder = [find([str(folder)]) for folder in folders]
+        for path, reason in (bad for one in by_folder for bad in one.walk.unreadable):
             raise DataError(f"{path} cannot be evaluated: it {reason}")
         called = [names[f.name] if names is not None else f.name.replace("_", " ") for f in folders]
-        labels = [label for label, one in enumerate(found) for _ in one.paths]
-        left_out = sum((one.left_out for one in found), Counter())
-        return cls(root, called, [path for one in found for path in one.paths], labels, left_out)
+        labels = [label for label, one in enumerate(by_folder) for _ in one.paths]
+        left_out = sum((one.left_out for one in by_folder), Counter())
+        return cls(root, called, [path for one in by_folder for path in one.paths], labels, left_out)
 
 
 def read_names(path: Path) -> dict[str, str]:
@@ -122,14 +122,14 @@ def classify(features: Features, data: ClassFolder, templates: Sequence[str] = T
     classes = class_embeddings(features, data.names, templates)
 
     def work(paths: Sequence[str]) -> list[Tensor]:
-        found = []
+        parts = []
         for images in read_images(paths, EvalTransform(features.image_size), features.batch):
             for image in images:
                 if image.reason:
                     raise DataError(f"{image.path} cannot be evaluated: {image.reason}")
             embeds = features.embed_image(torch.stack([image.pixels for image in images]))
-            found.append(probabilities(features, embeds, classes).cpu())
-        return found
+            parts.append(probabilities(features, embeds, classes).cpu())
+        return parts
 
     return torch.cat(spread(in_parts(data.paths, _PART * features.batch), work, what="classify"))
 
@@ -157,6 +157,6 @@ def accuracy(chances: Tensor, labels: Sequence[int]) -> dict[str, float]:
     before = (chances > chances.gather(1, right[:, None])).sum(1)
     ties = (chances == chances.gather(1, right[:, None])).sum(1) - 1  # a tie counts against us
     rank = before + ties
-    found = {f"top@{r}": 100 * (rank < r).double().mean().item() for r in RANKS}
+    scores = {f"top@{r}": 100 * (rank < r).double().mean().item() for r in RANKS}
     each = [(rank[right == label] < 1).double().mean() for label in right.unique()]
-    return found | {"mean_class": 100 * torch.stack(each).mean().item()}
+    return scores | {"mean_class": 100 * torch.stack(each).mean().item()}

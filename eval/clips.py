@@ -90,8 +90,8 @@ def _rows(path: Path, split: str | None) -> Iterator[tuple[str, str | int, list[
                 if "split" not in row:
                     raise DataError(f"{where} has no 'split', but split {split!r} was asked for")
                 continue
-            found = next((row[key] for key in _CAPTIONS if row.get(key)), None)
-            captions = [found] if isinstance(found, str) else found
+            given = next((row[key] for key in _CAPTIONS if row.get(key)), None)
+            captions = [given] if isinstance(given, str) else given
             if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
                 raise DataError(f"{where} has no caption; {_EXPECTED}")
             yield where, _name(row, where), captions
@@ -126,10 +126,10 @@ def _of_split(video: Any, split: str | None) -> bool:
 
 
 def _name(row: Any, where: str) -> str | int:
-    found = next((row[key] for key in _NAMES if key in row), None) if isinstance(row, dict) else None
-    if isinstance(found, bool) or not isinstance(found, str | int) or found == "":
+    name = next((row[key] for key in _NAMES if key in row), None) if isinstance(row, dict) else None
+    if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
         raise DataError(f"{where} names no video; {_EXPECTED}")
-    return found
+    return name
 
 
 def find_file(name: str | int, root: Path, where: str) -> Path:
@@ -144,8 +144,10 @@ def find_file(name: str | int, root: Path, where: str) -> Path:
                 if not file.resolve().is_relative_to(root.resolve()):
                     raise DataError(f"{where}: video {name!r} is a link that leads outside {root}")
                 return file
-    looked = root / (f"{stems[0]}.mp4" if "." not in os.path.basename(stems[0]) else stems[0])
-    raise DataError(f"{where}: video {name!r} is not there; looked for {looked}. Set video_root to the videos' folder")
+    expected = root / (f"{stems[0]}.mp4" if "." not in os.path.basename(stems[0]) else stems[0])
+    raise DataError(
+        f"{where}: video {name!r} is not there; looked for {expected}. Set video_root to the videos' folder"
+    )
 
 
 def batches(

@@ -103,12 +103,12 @@ def _scores(
     device = next(model.parameters()).device
     ids, keep = (x.to(device) for x in tokenizer.pad([caption]))
     context = model.context(image[None].to(device), ids, keep)
-    found = []
+    differences = []
     for part in in_parts(texts, batch):
         ids, keep = (x.to(device) for x in tokenizer.pad(part))
         logits = model.match(ids, keep, context.expand(len(ids))).float()
-        found.append(logits[:, 1] - logits[:, 0])
-    return torch.cat(found).cpu()
+        differences.append(logits[:, 1] - logits[:, 0])
+    return torch.cat(differences).cpu()
 
 
 def ranks(scores: Tensor) -> Tensor:
@@ -151,16 +151,16 @@ def score(
         raise DataError(f"no ranks for {counted(places, 'round')}; give all, or allow_partial")
     if not right and not dense:
         raise DataError(f"{source.path}: no round has its right answer marked; ranks can be written, not scored")
-    found = _sparse(torch.tensor(right)) if right else {}
-    return found | ({"ndcg": ndcg(dense)} if dense else {})
+    scores = _sparse(torch.tensor(right)) if right else {}
+    return scores | ({"ndcg": ndcg(dense)} if dense else {})
 
 
 def _sparse(right: Tensor) -> dict[str, float]:
     """In float32 as the official code computes it, to be equal to the last digit."""
     right = right.float()
-    found = {"mrr": right.reciprocal().mean().item()}
-    found |= {f"r@{k}": (right <= k).float().mean().item() for k in RECALLS}
-    return found | {"mean_rank": right.mean().item(), "rounds": float(len(right))}
+    scores = {"mrr": right.reciprocal().mean().item()}
+    scores |= {f"r@{k}": (right <= k).float().mean().item() for k in RECALLS}
+    return scores | {"mean_rank": right.mean().item(), "rounds": float(len(right))}
 
 
 def ndcg(rounds: Sequence[tuple[Sequence[int], Sequence[float]]]) -> float:
@@ -198,17 +198,17 @@ def read_ranks(path: Path) -> Ranks:
     expected = 'expected [{"image_id": ..., "round_id": ..., "ranks": [...]}, ...]'
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{path}: {expected}")
-    found: Ranks = {}
+    ranks_by_place: Ranks = {}
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or not {"image_id", "round_id", "ranks"} <= row.keys():
             raise DataError(f"{path}: row {number} is {str(row)[:60]}; {expected}")
         place, given = (row["image_id"], row["round_id"]), row["ranks"]
         if not isinstance(place[0], int | str) or not isinstance(place[1], int) or not _whole(given):
             raise DataError(f"{path}: row {number} is {str(row)[:60]}; {expected}")
-        if place in found:
+        if place in ranks_by_place:
             raise DataError(f"{path}: row {number}: duplicate image {place[0]}, round {place[1]}")
-        found[place] = given
-    return found
+        ranks_by_place[place] = given
+    return ranks_by_place
 
 
 def _whole(values: object) -> bool:

@@ -40,9 +40,9 @@ class Images:
         entries: list[ImageCaptions] = []
         roots: list[Path] = []
         for file in shard_files(config.path, "json"):
-            found = read_references(file, config.split, config.image_column, config.caption_column)
-            entries += found
-            roots += [root_of(config, file.parent)] * len(found)
+            listed = read_references(file, config.split, config.image_column, config.caption_column)
+            entries += listed
+            roots += [root_of(config, file.parent)] * len(listed)
         seen: set[ImageId] = set()
         for entry in entries:
             if entry.id in seen:
@@ -99,6 +99,6 @@ class Images:
         def read(row: int) -> tuple[ImageId, Tensor]:
             return self.entries[row].id, self._made(row, transform)
 
-        for found in read_ahead(rows, size, read, threads):
-            ids, images = zip(*found, strict=True)
+        for decoded in read_ahead(rows, size, read, threads):
+            ids, images = zip(*decoded, strict=True)
             yield list(ids), torch.stack(images)

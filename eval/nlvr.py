@@ -73,15 +73,15 @@ def answers_of(model: Nlvr, tokenizer: Tokenizer, examples: Sequence[Example], *
         raise DataError(f"{odd.key} has {odd.count} images, the model was trained on {count}")
     transform = EvalTransform(model.config.vision.image_size)
 
-    def ask(part: Sequence[Example]) -> list[bool]:
+    def judge(part: Sequence[Example]) -> list[bool]:
         samples = [_sample(example, transform, tokenizer, model.config.text.max_positions) for example in part]
-        asked = sentence_batch(samples, tokenizer).to(next(model.parameters()).device)
-        ids = starting_with(asked.ids, model.config.text.enc_id)
-        logits = model.judge(ids, asked.keep, model.contexts(asked.image, queries=ids.shape[1])).float()
+        sentences = sentence_batch(samples, tokenizer).to(next(model.parameters()).device)
+        ids = starting_with(sentences.ids, model.config.text.enc_id)
+        logits = model.judge(ids, sentences.keep, model.contexts(sentences.image, queries=ids.shape[1])).float()
         return (logits[:, 1] > logits[:, 0]).tolist()
 
     with evaluating(model):
-        answers = spread(in_parts(examples, batch), ask, what="examples")
+        answers = spread(in_parts(examples, batch), judge, what="examples")
     return {example.id: answer for example, answer in zip(examples, answers, strict=True)}
 
 
@@ -128,12 +128,12 @@ def score(
     for example, fits in zip(there, right.tolist(), strict=True):
         consistent[example.group] = consistent.get(example.group, True) and fits
     true = sum(bool(example.label) for example in there) / len(there)
-    found = {
+    scores = {
         "accuracy": float(right.sum()) / len(there),
         "consistency": sum(consistent.values()) / len(consistent),
         "majority": max(true, 1 - true),
     }
-    return found | _interval(there, right, resamples, seed)
+    return scores | _interval(there, right, resamples, seed)
 
 
 def _interval(examples: Sequence[Example], right: np.ndarray, resamples: int, seed: int) -> dict[str, float]:
@@ -163,15 +163,15 @@ def results_csv(examples: Sequence[Example], answers: Mapping[str, bool]) -> str
 
 def read_results(path: Path) -> dict[str, bool]:
     """Answers by id of a file such as `results_csv` writes. DataError names the line of what does not fit."""
-    found: dict[str, bool] = {}
+    answers: dict[str, bool] = {}
     lines: dict[str, int] = {}
     for number, row in csv_records(path):
         if len(row) != 2 or row[1].strip().lower() not in ("true", "false"):
             raise DataError(f"{path}: line {number} is {','.join(row)[:60]!r}; expected ID,True or ID,False")
         name = row[0].strip()
-        if name in found:
+        if name in answers:
             raise DataError(f"{path}: duplicate sentence {name}, in lines {lines[name]} and {number}")
-        found[name], lines[name] = row[1].strip().lower() == "true", number
-    if not found:
+        answers[name], lines[name] = row[1].strip().lower() == "true", number
+    if not answers:
         raise DataError(f"{path} is empty; expected lines of ID,True or ID,False")
-    return found
+    return answers

@@ -52,10 +52,10 @@ def read_references(
         image = found_column(names, image_column, "image") or image_column
         caption = found_column(names, caption_column, "caption") or caption_column
         entries = _rows(path, rows, split, image, caption)
-    found = list(entries)
-    if not found:
+    images = list(entries)
+    if not images:
         raise DataError(f"{path}: no images")
-    return found
+    return images
 
 
 def read_results(path: Path) -> dict[ImageId, str]:
@@ -136,11 +136,11 @@ class _Repeated(Exception):
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         names = [name for name, _ in pairs]
         raise _Repeated(repr(next(name for name in names if names.count(name) > 1)))
-    return found
+    return unique
 
 
 def _coco(path: Path, value: dict, split: str | None) -> Iterator[ImageCaptions]:
@@ -222,14 +222,14 @@ def _rows(
         where = f"{path}: row {number}"
         image, domain = row.get(image_column), row.get("domain")
         name = _id_of(row, image, where)
-        found = entries.setdefault(
+        entry = entries.setdefault(
             name, ImageCaptions(name, [], _text(image), domain if isinstance(domain, str) else None)
         )
-        if found.image != _text(image):
-            raise DataError(f"{where}: image id {name} is also that of {found.image}")
+        if entry.image != _text(image):
+            raise DataError(f"{where}: image id {name} is also that of {entry.image}")
         captions = row.get(column, row.get("captions", []))
         for caption in captions if isinstance(captions, list) else [captions]:
-            found.captions.append(_caption(caption, where))
+            entry.captions.append(_caption(caption, where))
     check_split(split, path, seen)
     yield from entries.values()
 
@@ -251,8 +251,8 @@ def _id_of(row: dict, image: Any, where: str) -> ImageId:
         raise DataError(
             f"{where} has neither an image_id nor an image (it has: {', '.join(map(str, row)) or 'nothing'})"
         )
-    found = _COCO_NAME.search(image)
-    return int(found[1]) if found else image
+    match = _COCO_NAME.search(image)
+    return int(match[1]) if match else image
 
 
 def _caption(caption: Any, where: str) -> str:

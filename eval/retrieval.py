@@ -149,13 +149,13 @@ class Ranking(NamedTuple):
         """Recall at 1, 5 and 10 both ways: `tr@`/`ir@` after re-ranking with their mean, `..._itc` before it."""
         never = float("-inf")
         # Each direction ranks its own k best; what was matched for the other direction does not count.
-        found = {
+        after = {
             **recall_of_texts(self.scores.masked_fill(~self.of_image, never), owner),
             **recall_of_images(self.scores.masked_fill(~self.of_text, never), owner),
         }
         before = {**recall_of_texts(self.cosines, owner), **recall_of_images(self.cosines, owner)}
-        found["mean_recall"] = sum(found.values()) / len(found)
-        return found | {f"{name}_itc": value for name, value in before.items()}
+        after["mean_recall"] = sum(after.values()) / len(after)
+        return after | {f"{name}_itc": value for name, value in before.items()}
 
 
 def retrieval(
@@ -237,13 +237,13 @@ def compare(
         starts = torch.tensor([0, *map(len, image_embeds)]).cumsum(0).tolist()[dist.rank() :: dist.world()]
 
         def logits() -> list[Tensor]:
-            found = []
+            parts = []
             with bar(count, "re-rank", "images", show=dist.is_main()) as progress:
                 for start, tokens in zip(starts, seen, strict=False):
                     chosen = [row.nonzero().squeeze(1) for row in pairs[start : start + len(tokens)]]
-                    found.append(torch.cat(match(model, tokens, *encoded, chosen, batch))[:, 1].cpu())
+                    parts.append(torch.cat(match(model, tokens, *encoded, chosen, batch))[:, 1].cpu())
                     progress.update(min(len(tokens) * dist.world(), count - progress.n))
-            return found
+            return parts
 
         scores = torch.full_like(itc, float("-inf"))
         scores[pairs] = torch.cat(_in_turn(logits))  # by image, then by text, as the pairs are
@@ -356,6 +356,6 @@ def results(
 
 def _best(scores: Tensor, kind: str, names: Sequence[Any]) -> dict[str, Any]:
     best = scores.topk(min(max(RANKS), len(scores)))
-    kept = [(names[i], round(value, 4)) for i, value in zip(*map(Tensor.tolist, best[::-1]), strict=True)]
-    kept = [(name, value) for name, value in kept if value != float("-inf")]
-    return {kind: [name for name, _ in kept], "scores": [value for _, value in kept]}
+    pairs = [(names[i], round(value, 4)) for i, value in zip(*map(Tensor.tolist, best[::-1]), strict=True)]
+    pairs = [(name, value) for name, value in pairs if value != float("-inf")]
+    return {kind: [name for name, _ in pairs], "scores": [value for _, value in pairs]}

@@ -33,10 +33,10 @@ def evaluate(options: VideoQuestionsOptions, runner: Runner) -> Iterator[tuple[s
     with runner.model(Vqa) as loaded:
         candidates = load_candidates(options.candidates, options.model, options.method, loaded.tokenizer)
         given = (loaded.model, loaded.tokenizer, clips, questions, options.answers, candidates)
-        found = answers_about_clips(*given, frames=options.frames, batch=options.batch)
+        answered = answers_about_clips(*given, frames=options.frames, batch=options.batch)
     if not dist.is_main():
         return
-    words = [answer.words for answer in found]
+    words = [answer.words for answer in answered]
     rows = [
         {"id": question.id, "video_id": clips[question.clip].id, "question": question.question, "answer": answer}
         for question, answer in zip(questions, words, strict=True)
@@ -83,18 +83,18 @@ def answers_about_clips(
         (shown,) = batches(clips, numbers, len(numbers), frames, model.config.vision.image_size, threads)
         tokens = clip_tokens(model.vision, shown.to(device))
         rows = [(row, place) for place, number in enumerate(numbers) for row in rows_of[number]]
-        found: list[tuple[int, Answer]] = []
+        answered: list[tuple[int, Answer]] = []
         for part in in_parts(rows, _AT_ONCE):
             places = [place for _, place in part]
             context = ask(model, tokenizer, tokens, [texts[row] for row, _ in part], places)
             best = answers(model, tokenizer, context, config, candidates)
-            found += [(row, answer) for (row, _), (answer,) in zip(part, best, strict=True)]
-        return found
+            answered += [(row, answer) for (row, _), (answer,) in zip(part, best, strict=True)]
+        return answered
 
-    asked = [number for number, rows in enumerate(rows_of) if rows]
+    with_questions = [number for number, rows in enumerate(rows_of) if rows]
     with evaluating(model):
-        found = spread(in_parts(asked, batch), work, what="answer")
-    return [answer for _, answer in sorted(found)]
+        answered = spread(in_parts(with_questions, batch), work, what="answer")
+    return [answer for _, answer in sorted(answered)]
 
 
 # Scores ---------------------------------------------------------------------------------------------------------------

@@ -39,12 +39,12 @@ def evaluate(options: VqaOptions, runner: Runner) -> Iterator[tuple[str, float |
     source = Questions(options.source)
     questions = [source.question(row) for row in range(len(source))][: options.limit]
     if options.model:
-        asked = QuestionSet(source, options.limit)
+        question_set = QuestionSet(source, options.limit)
         with runner.model(Vqa) as loaded:
             candidates = load_candidates(options.candidates, options.model, options.method, loaded.tokenizer)
             ways = {"batch": options.batch, "threads": options.threads}
-            found = answers_of(loaded.model, loaded.tokenizer, asked, options.answers, candidates, **ways)
-        results = {name: answer.words for name, answer in found.items()}
+            answered = answers_of(loaded.model, loaded.tokenizer, question_set, options.answers, candidates, **ways)
+        results = {name: answer.words for name, answer in answered.items()}
     else:
         results = read_results(Path(options.results))
     if not dist.is_main():
@@ -201,7 +201,7 @@ class QuestionSet:
 def answers_of(
     model: Vqa,
     tokenizer: Tokenizer,
-    asked: QuestionSet,
+    question_set: QuestionSet,
     config: AnswerConfig,
     candidates: Candidates | None = None,
     *,
@@ -218,18 +218,18 @@ def answers_of(
         candidates.to(device)
 
     def work(rows: Sequence[int]) -> list[tuple[int, Answer]]:
-        read = list(asked.images.batches(rows, -(-len(rows) // threads), side, threads))
+        read = list(question_set.images.batches(rows, -(-len(rows) // threads), side, threads))
         names = [name for names, _ in read for name in names]
         tokens = model.vision(torch.cat([views for _, views in read]).to(device))
-        about = [(row, place) for place, name in enumerate(names) for row in asked.of(name)]
-        found: list[tuple[int, Answer]] = []
+        about = [(row, place) for place, name in enumerate(names) for row in question_set.of(name)]
+        answered: list[tuple[int, Answer]] = []
         for part in in_parts(about, _AT_ONCE):
-            texts = [asked.texts[row] for row, _ in part]
+            texts = [question_set.texts[row] for row, _ in part]
             context = ask(model, tokenizer, tokens, texts, [place for _, place in part])
             best = answers(model, tokenizer, context, config, candidates)
-            found += [(row, answer) for (row, _), (answer,) in zip(part, best, strict=True)]
-        return found
+            answered += [(row, answer) for (row, _), (answer,) in zip(part, best, strict=True)]
+        return answered
 
     with evaluating(model):
-        found = spread(in_parts(range(len(asked.images)), batch), work, what="answer")
-    return {asked.questions[row].id: answer for row, answer in sorted(found)}
+        answered = spread(in_parts(range(len(question_set.images)), batch), work, what="answer")
+    return {question_set.questions[row].id: answer for row, answer in sorted(answered)}

@@ -131,12 +131,12 @@ class TaskData(DataConfig):
 
 
 def build_model(choice: ModelChoice, seed: int) -> tuple[Blip, Tokenizer]:
-    """The model and tokenizer of a choice; new weights are a function of the seed.
+    """Build the model and tokenizer of a choice; new weights, and what is drawn after them, are functions of the seed.
 
     ValueError for a choice that contradicts the model to start from.
     """
     if choice.start_from:
-        return _continued(Blip, choice, _opened(choice))
+        return _continued(Blip, choice, _opened(choice), seed)
     tokenizer = Tokenizer.load(choice.tokenizer or "bert-base-uncased")
     preset = PRESETS[choice.size or "base"]
     torch.manual_seed(seed)
@@ -160,12 +160,12 @@ def build_task(kind: type[Model], choice: ModelChoice, seed: int, **shape: Any) 
         return build_model(choice, seed)
     start = _opened(choice) if choice.start_from else None
     if start and TASKS[start.task].model is kind:
-        model, tokenizer = _continued(kind, choice, start)
+        model, tokenizer = _continued(kind, choice, start, seed)
         for name, value in shape.items():
             if (has := getattr(model.config, name)) != value:
                 raise ValueError(f"model.start_from {choice.start_from} has {name} {has}, this run needs {value}")
         return model, tokenizer
-    blip, tokenizer = _continued(Blip, choice, start) if start else build_model(choice, seed)
+    blip, tokenizer = _continued(Blip, choice, start, seed) if start else build_model(choice, seed)
     torch.manual_seed(seed + 1)
     return kind.from_blip(blip, **shape), tokenizer
 
@@ -178,8 +178,14 @@ def _opened(choice: ModelChoice) -> checkpoint.Own | Foreign:
         raise FileNotFoundError(f"model.start_from: {error}; is its run finished?") from None
 
 
-def _continued(kind: type[Model], choice: ModelChoice, start: checkpoint.Own | Foreign) -> tuple[Model, Tokenizer]:
-    """The model that a choice starts from, made ready to be trained as the choice says."""
+def _continued(
+    kind: type[Model], choice: ModelChoice, start: checkpoint.Own | Foreign, seed: int
+) -> tuple[Model, Tokenizer]:
+    """The model that a choice starts from, made ready to be trained as the choice says.
+
+    Seeds PyTorch, so that what an objective draws at random, as the first rows of its queues, follows from the seed.
+    """
+    torch.manual_seed(seed)
     size, words = choice.image_size, choice.tokenizer
     try:
         model, tokenizer = checkpoint.from_pretrained(start, kind, image_size=size, tokenizer=words)

@@ -62,17 +62,17 @@ def caption(run: CaptionRun) -> tuple[Result, Path]:
 class CaptionEvaluation(Evaluation):
     """Images with reference captions: how well a model captions them."""
 
-    def __init__(self, name: str, held: HeldOut, run: CaptionRun, model: Blip, tokenizer: Tokenizer) -> None:
+    def __init__(self, name: str, held_out: HeldOut, run: CaptionRun, model: Blip, tokenizer: Tokenizer) -> None:
         """Try the first image, and an empty one.
 
         Raises DataError for an image without references or that is not there, ValueError for a length of captions that
         does not fit the model or the prompt.
         """
-        self.images = Images.open(held.source, held.limit)
+        self.images = Images.open(held_out.source, held_out.limit)
         self.tokenizer, self.decode, self.prompt = tokenizer, run.decode, run.data.prompt
         references = self.images.references
         if bare := [image for image, captions in references.items() if not captions]:
-            raise DataError(f"{name}.source {held.source.path}: no reference captions for {counted(bare, 'image')}")
+            raise DataError(f"{name}.source {held_out.source.path}: no reference captions for {counted(bare, 'image')}")
         self.graders = graders(references)
         self.images.image(0)
         side = model.vision.image_size

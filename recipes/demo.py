@@ -57,7 +57,7 @@ SELECTION, THRESHOLD = "kept", 0.5
 
 def demo(run: PretrainRun) -> dict[str, Any]:
     """Carry out the story and write the page; returns what results.json holds, scores in percent but `filter_auc`."""
-    out, clock = Path(run.out), Clock()
+    out, clock = Path(run.out), Stopwatch()
     with clock.part("pictures"):
         draw(run.world)
     run = dataclasses.replace(run, world=None)
@@ -99,7 +99,7 @@ def demo(run: PretrainRun) -> dict[str, Any]:
     return scores
 
 
-class Clock:
+class Stopwatch:
     """Seconds by part of the story."""
 
     def __init__(self) -> None:
@@ -183,8 +183,10 @@ def _cards(run: PretrainRun, captions: dict[str, str], gallery: Gallery, ranked:
     return [
         page.Card(
             Image.open(path.parent / row["image"]),
-            page.Text(captions[row["image_id"]], judge(scene_of(row["image_id"]), captions[row["image_id"]]).true),
-            [page.Text(gallery.texts[t], gallery.image_of_text[t] == i) for t in ranked[i]],
+            page.JudgedText(
+                captions[row["image_id"]], judge(scene_of(row["image_id"]), captions[row["image_id"]]).true
+            ),
+            [page.JudgedText(gallery.texts[t], gallery.image_of_text[t] == i) for t in ranked[i]],
             row["caption"][0],
         )
         for i, row in enumerate(rows)

@@ -107,13 +107,13 @@ def converse(run: DialogueRun) -> tuple[Result, Path]:
 class DialogueEvaluation(Evaluation):
     """Dialogues with candidate answers: how far in front a model ranks the right ones."""
 
-    def __init__(self, name: str, held: HeldOutDialogues, max_tokens: int, tokenizer: Tokenizer) -> None:
+    def __init__(self, name: str, held_out: HeldOutDialogues, max_tokens: int, tokenizer: Tokenizer) -> None:
         """Raises DataError for images that are not there, or where no round has its right answer marked."""
-        self.source, self.limit = Conversations(held.source), held.limit
+        self.source, self.limit = Conversations(held_out.source), held_out.limit
         self.max_tokens, self.tokenizer = max_tokens, tokenizer
         self.source.check_some_exist()
         if not any(one.true is not None for d in self.source.dialogues[: self.limit] for one in d.rounds):
-            raise DataError(f"{name}.source {held.source.path}: no round has its right answer marked")
+            raise DataError(f"{name}.source {held_out.source.path}: no round has its right answer marked")
 
     def answers(self, model: Dialogue) -> Ranks:
         return ranks_of(model, self.tokenizer, self.source, limit=self.limit, max_tokens=self.max_tokens)

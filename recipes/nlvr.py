@@ -97,15 +97,15 @@ def judge(run: NlvrRun) -> tuple[Result, Path]:
 class NlvrEvaluation(Evaluation):
     """Sentences with labels: of how many a model knows whether they are true."""
 
-    def __init__(self, name: str, held: HeldOutSentences, images: int, tokenizer: Tokenizer) -> None:
+    def __init__(self, name: str, held_out: HeldOutSentences, images: int, tokenizer: Tokenizer) -> None:
         """Raises DataError for images that are not there, an example without a label, or another number of images."""
-        source = Sentences(held.source)
+        source = Sentences(held_out.source)
         source.check_some_exist()
-        self.examples, self.tokenizer = source.examples[: held.limit], tokenizer
+        self.examples, self.tokenizer = source.examples[: held_out.limit], tokenizer
         if source.count != images:
-            raise DataError(f"{name}.source {held.source.path} has {source.count} images a row, data has {images}")
+            raise DataError(f"{name}.source {held_out.source.path} has {source.count} images a row, data has {images}")
         if unknown := next((e for e in self.examples if e.label is None), None):
-            raise DataError(f"{name}.source {held.source.path}: {unknown.key} has no label")
+            raise DataError(f"{name}.source {held_out.source.path}: {unknown.key} has no label")
 
     def answers(self, model: Nlvr) -> Answers:
         return answers_of(model, self.tokenizer, self.examples)

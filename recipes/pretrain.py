@@ -62,19 +62,19 @@ class PretrainRun:
     """Draw the synthetic world first."""
 
 
-def gallery(name: str, held: HeldOutPairs, image_size: int) -> Gallery:
+def gallery(name: str, held_out: HeldOutPairs, image_size: int) -> Gallery:
     """A held-out set, opened, so that what does not fit is said before the training.
 
     Raises DataError for rows that cannot be used or when there is no caption, ValueError for a `k` or `limit` below 1.
     """
-    for option, value in (("k", held.k), ("limit", held.limit)):
+    for option, value in (("k", held_out.k), ("limit", held_out.limit)):
         if value is not None and value < 1:
             raise ValueError(f"{name}.{option} must be 1 or more, got {value}")
-    found = Gallery.open(held.source, image_size, limit=held.limit)
-    if not found.texts:
-        raise DataError(f"{name}.source {held.source.path}: no captions")
-    next(iter(found.images))
-    return found
+    opened = Gallery.open(held_out.source, image_size, limit=held_out.limit)
+    if not opened.texts:
+        raise DataError(f"{name}.source {held_out.source.path}: no captions")
+    next(iter(opened.images))
+    return opened
 
 
 def build_objective(run: PretrainRun, model: Blip) -> Objective:
@@ -90,11 +90,11 @@ def pretrain(run: PretrainRun) -> tuple[Result, Path]:
     objective = build_objective(run, model)
     evaluate = None
     if run.held_out:
-        held = gallery("held_out", run.held_out, model.vision.image_size)
+        images_and_texts = gallery("held_out", run.held_out, model.vision.image_size)
         k, length = 0 if run.clip else run.held_out.k, run.data.max_tokens
 
         def evaluate(objective: Objective) -> dict[str, float]:
-            return retrieval(objective.model, tokenizer, *held, k=k, max_tokens=length)
+            return retrieval(objective.model, tokenizer, *images_and_texts, k=k, max_tokens=length)
 
     result = train(run, objective, data, evaluate)
     if dist.is_main():

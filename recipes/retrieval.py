@@ -53,10 +53,10 @@ def retrieve(run: RetrievalRun) -> tuple[Result, Path]:
 class RetrievalEvaluation(Evaluation):
     """Images and their texts: how often the right ones are found, in percent."""
 
-    def __init__(self, name: str, held: HeldOutPairs, run: RetrievalRun, model: Blip, tokenizer: Tokenizer) -> None:
+    def __init__(self, name: str, held_out: HeldOutPairs, run: RetrievalRun, model: Blip, tokenizer: Tokenizer) -> None:
         """Open it; raises as `gallery` does."""
-        self.gallery = gallery(name, held, model.vision.image_size)
-        self.tokenizer, self.k, self.max_tokens = tokenizer, held.k, run.data.max_tokens
+        self.gallery = gallery(name, held_out, model.vision.image_size)
+        self.tokenizer, self.k, self.max_tokens = tokenizer, held_out.k, run.data.max_tokens
 
     def answers(self, model: Blip) -> Ranking:
         return rank(model, self.tokenizer, *self.gallery, k=self.k, max_tokens=self.max_tokens)

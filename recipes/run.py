@@ -148,7 +148,7 @@ class Evaluation:
 
 def open_evaluations(run: FineTuneRun, kind: Callable[..., Evaluation], *given: Any) -> dict[str, Evaluation]:
     """The held-out sets that a run has, by name, each as `kind(name, settings, *given)`."""
-    return {name: kind(name, held, *given) for name in ("validation", "test") if (held := getattr(run, name))}
+    return {name: kind(name, settings, *given) for name in ("validation", "test") if (settings := getattr(run, name))}
 
 
 def percent(score: float) -> str:
@@ -243,9 +243,9 @@ class BestModel:
         return dist.from_main(before.get("test") if same else None)
 
     def _test(self, model: Any) -> Scores:
-        kept, _ = checkpoint.from_pretrained(self.folder, type(model), device=next(model.parameters()).device)
+        best, _ = checkpoint.from_pretrained(self.folder, type(model), device=next(model.parameters()).device)
         test = self.evaluations["test"]
-        answers = test.answers(kept)
+        answers = test.answers(best)
         _in_main(lambda: self._record("test", answers))
         return test.scores(answers)
 

@@ -127,7 +127,7 @@ class VqaEvaluation(Evaluation):
     def __init__(
         self,
         name: str,
-        held: HeldOutQuestions,
+        held_out: HeldOutQuestions,
         config: AnswerConfig,
         candidates: Candidates | None,
         model: Vqa,
@@ -138,23 +138,25 @@ class VqaEvaluation(Evaluation):
         Raises DataError for images that are not there, or a question that nobody answered; ValueError for lengths that
         do not fit the model.
         """
-        self.asked = QuestionSet(Questions(held.source), held.limit)
+        self.question_set = QuestionSet(Questions(held_out.source), held_out.limit)
         self.config, self.candidates, self.tokenizer = config, candidates, tokenizer
-        if bare := [question.id for question in self.asked.questions if not question.answers]:
+        if bare := [question.id for question in self.question_set.questions if not question.answers]:
             these = counted(bare, "question")
-            raise DataError(f"{name}.source {held.source.path}: no answers to {these}; give annotations")
-        self.asked.images.image(0)
+            raise DataError(f"{name}.source {held_out.source.path}: no answers to {these}; give annotations")
+        self.question_set.images.image(0)
         side = model.vision.image_size
         with torch.no_grad():
             tokens = model.eval().vision(torch.zeros(1, 3, side, side))
-            answers(model, tokenizer, ask(model, tokenizer, tokens, self.asked.texts[:1], [0]), config, candidates)
+            answers(
+                model, tokenizer, ask(model, tokenizer, tokens, self.question_set.texts[:1], [0]), config, candidates
+            )
 
     def answers(self, model: Vqa) -> Answers:
-        answered = answers_of(model, self.tokenizer, self.asked, self.config, self.candidates)
+        answered = answers_of(model, self.tokenizer, self.question_set, self.config, self.candidates)
         return {name: answer.words for name, answer in answered.items()}
 
     def scores(self, answers: Answers) -> dict[str, float]:
-        return score(self.asked.questions, answers, resamples=0).named()
+        return score(self.question_set.questions, answers, resamples=0).named()
 
     def files(self, name: str, answers: Answers) -> dict[str, str]:
         return {f"results-{name}.json": evalai_results(answers)}

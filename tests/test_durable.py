@@ -11,7 +11,7 @@ import torch
 
 from blip import files
 from blip.app.exit import one_line
-from blip.app.index import Index, Origin
+from blip.app.index import Index, IndexOrigin
 from blip.tensors import write_tensors
 from blip.train.state import Checkpoints, State
 from capfilt.store.storage import Local
@@ -36,7 +36,7 @@ def test_all_that_is_written_follows_the_umask(umask, tmp_path):
     files.write_directory(folder / "model", {"w.safetensors": (lambda path: write_tensors(path, tensors), 9)}, {})
     files.replace_file(folder / "page.html", b"page")
     Local(folder / "run").write("parts/00/a.parquet", b"part")
-    Index(folder, folder / "index", Origin("m", "w", "float32"), [], torch.empty(0, 4)).write()
+    Index(folder, folder / "index", IndexOrigin("m", "w", "float32"), [], torch.empty(0, 4)).write()
     Checkpoints(folder / "run", 1).save(torch.nn.Linear(2, 2), {}, State(), {})
     assert len(list(folder.rglob("*.safetensors"))) == 3
     assert modes(folder) == {0o666 & ~umask}
@@ -55,7 +55,7 @@ def denied(name: str):
 
 @pytest.mark.parametrize("name", ["index.json", "embeddings"])
 def test_an_index_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch, name):
-    Index(tmp_path, tmp_path / "index", Origin("m", "w", "float32"), [], torch.empty(0, 4)).write()
+    Index(tmp_path, tmp_path / "index", IndexOrigin("m", "w", "float32"), [], torch.empty(0, 4)).write()
     monkeypatch.setattr(Path, "open", denied(name))
     with pytest.raises(PermissionError) as error:
         Index.read(tmp_path, tmp_path / "index")
@@ -85,7 +85,7 @@ def write(where: Path, how: str) -> None:
     elif how == "file":
         files.replace_file(where / "made", b"a")
     else:
-        Index(where, where / "made", Origin("m", "w", "float32"), [], torch.empty(0, 4)).write()
+        Index(where, where / "made", IndexOrigin("m", "w", "float32"), [], torch.empty(0, 4)).write()
 
 
 def start(where: Path, how: str, moment: str, strike) -> int:

@@ -144,24 +144,24 @@ class Demo:
         if len(lines) > MOST_TEXTS:
             raise ValueError(f"give at most {MOST_TEXTS} texts at once, not {len(lines)}")
         with self._lock, self.matcher.computing():
-            found = self.features.match([image], lines)
-        return list(zip(lines, found.itc[0].tolist(), found.probability[0].tolist(), strict=True))
+            matches = self.features.match([image], lines)
+        return list(zip(lines, matches.itc[0].tolist(), matches.probability[0].tolist(), strict=True))
 
-    def look(self, path: str | None, text: str) -> tuple[float, list[tuple[str, Image.Image]]]:
+    def explain_match(self, path: str | None, text: str) -> tuple[float, list[tuple[str, Image.Image]]]:
         """The probability that a text fits, and the image under the map of the whole text and of each word."""
         image, _ = read_image(path, _small)
         if not text.strip():
             raise ValueError("type a text first")
         with self._lock, self.matcher.computing():
-            found = explain(self.features, image, _short(text))
-        return found.probability, explain_command.images(image, found)
+            explanation = explain(self.features, image, _short(text))
+        return explanation.probability, explain_command.images(image, explanation)
 
     # A folder -----------------------------------------------------------------------------------------------------
 
-    def refresh(self, tell: Callable[[int, int], None] = lambda done, total: None) -> tuple[int, int]:
+    def refresh(self, report: Callable[[int, int], None] = lambda done, total: None) -> tuple[int, int]:
         """Bring the index up to date -> images that can be searched, and that cannot be used.
 
-        `tell` is called with how many of the new ones are done, and how many there are.
+        `report` is called with how many of the new ones are done, and how many there are.
         """
         index = self._searched()
         paths = find([str(index.folder)]).paths
@@ -171,7 +171,7 @@ class Demo:
             def count(batch: list[ImageFile]) -> None:
                 nonlocal done
                 done += len(batch)
-                tell(done, len(stale))
+                report(done, len(stale))
 
             self.index = index.updated(paths, stale, self.features, count)
         return self.counts()
@@ -191,14 +191,14 @@ class Demo:
         with self._lock, self.matcher.computing():
             embed = self.features.embed_text([_short(text)])
             hits = search_command.find_one(index, self.features, self.matcher, _short(text), embed, top, rerank)
-        found = []
+        hits_shown = []
         for hit in hits:
             try:
                 image = images.model_input(hit.path, DataConfig.max_pixels, _small, _SIDE)
             except UnreadableImage:  # it went away since it was indexed
                 continue
-            found.append(Found(str(hit.path.relative_to(index.folder)), image, hit.itc, hit.itm))
-        return found
+            hits_shown.append(Found(str(hit.path.relative_to(index.folder)), image, hit.itc, hit.itm))
+        return hits_shown
 
     def _searched(self) -> Index:
         if self.index is None:

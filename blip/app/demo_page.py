@@ -171,8 +171,8 @@ def _friendly(function: Callable) -> Callable:
             raise gr.Error(html.escape(one_line(error)), title="Please check", print_exception=False) from None
         except Exception:
             traceback.print_exc()
-            told = "Something went wrong. The terminal in which blip demo runs says what."
-            raise gr.Error(told, print_exception=False) from None
+            message = "Something went wrong. The terminal in which blip demo runs says what."
+            raise gr.Error(message, print_exception=False) from None
 
     return answer
 
@@ -256,18 +256,18 @@ def layout(demo: Demo) -> gr.Blocks:
                 megapixels = MAX_PIXELS // 1_000_000
                 gr.Markdown(f"JPEG, PNG, WEBP, GIF or BMP; up to {MAX_BYTES >> 20} MB and {megapixels} million pixels.")
             with gr.Column(scale=3):
-                _caption(demo, image, model)
-                _ask(demo, image, model)
-                _match(demo, image, model)
-                _look(demo, image, model)
+                _caption_tab(demo, image, model)
+                _ask_tab(demo, image, model)
+                _match_tab(demo, image, model)
+                _explain_tab(demo, image, model)
         with gr.Tab("A folder"):
-            _search(demo, model)
+            _search_tab(demo, model)
         with gr.Tab("A CapFilt run"):
-            _capfilt(demo, made)
+            _capfilt_tab(demo, made)
     return made
 
 
-def _caption(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
+def _caption_tab(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
     with gr.Tab("Describe"):
         ways = [("search for the likeliest (beam)", "beam"), ("draw by chance (nucleus)", "nucleus")]
         method = gr.Radio(ways, value="beam", label="How")
@@ -278,27 +278,27 @@ def _caption(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
                 top_p = gr.Slider(0.1, 1.0, value=0.9, step=0.05, label="Draw from this share (top-p)")
                 seed = gr.Number(0, label="Seed of what is drawn", precision=0)
         button = gr.Button("Describe it", variant="primary")
-        said = gr.HTML(elem_id="captions", elem_classes="answer", min_height=40)
+        output = gr.HTML(elem_id="captions", elem_classes="answer", min_height=40)
 
         def show(path: str | None, way: str, count: float, share: float, of: float, begin: str) -> str:
-            found = demo.caption(path, way, int(count), top_p=float(share), seed=int(of or 0), prompt=begin)
-            return captions(found)
+            texts = demo.caption(path, way, int(count), top_p=float(share), seed=int(of or 0), prompt=begin)
+            return captions(texts)
 
         inputs = [image, method, num, top_p, seed, prompt]
-        button.click(_friendly(show), inputs, said, api_name="caption", **model)
+        button.click(_friendly(show), inputs, output, api_name="caption", **model)
 
 
-def captions(found: list[CaptionText]) -> str:
+def captions(texts: list[CaptionText]) -> str:
     """Captions as an HTML list."""
     rows = [
         f"<li>{html.escape(text.words) or '(nothing)'} <small>log-probability {text.logprob:.2f}"
         f"{'' if text.finished else ', cut at the longest length'}</small></li>"
-        for text in found
+        for text in texts
     ]
     return f"<ol>{''.join(rows)}</ol>"
 
 
-def _ask(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
+def _ask_tab(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
     with gr.Tab("Ask"):
         if demo.vqa is None:
             gr.Markdown(
@@ -308,33 +308,33 @@ def _ask(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
             return
         question = gr.Textbox(label="Question", placeholder="what is on the table?", max_length=300)
         button = gr.Button("Ask it", variant="primary")
-        said = gr.HTML(elem_id="answers", elem_classes="answer", min_height=40)
+        output = gr.HTML(elem_id="answers", elem_classes="answer", min_height=40)
 
-        def show(path: str | None, asked: str) -> str:
-            found = [(answer.words, probability(answer), "") for answer in demo.ask(path, asked, 5)]
-            return bars(("answer", "probability", ""), found)
+        def show(path: str | None, words: str) -> str:
+            rows = [(answer.words, probability(answer), "") for answer in demo.ask(path, words, 5)]
+            return bars(("answer", "probability", ""), rows)
 
         for start in (button.click, question.submit):
-            start(_friendly(show), [image, question], said, api_name="ask", **model)
+            start(_friendly(show), [image, question], output, api_name="ask", **model)
 
 
-def _match(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
+def _match_tab(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
     with gr.Tab("Match"):
         texts = gr.Textbox(
             label="Texts that may fit, one a line", lines=4, placeholder="a dog on the beach\na cat", max_length=2000
         )
         button = gr.Button("Compare", variant="primary")
-        said = gr.HTML(elem_id="matches", elem_classes="answer", min_height=40)
+        output = gr.HTML(elem_id="matches", elem_classes="answer", min_height=40)
 
         def show(path: str | None, lines: str) -> str:
             return matches(demo.match(path, lines))
 
-        button.click(_friendly(show), [image, texts], said, api_name="match", **model)
+        button.click(_friendly(show), [image, texts], output, api_name="match", **model)
 
 
-def matches(found: list[tuple[str, float, float]]) -> str:
+def matches(scored: list[tuple[str, float, float]]) -> str:
     """Texts as an HTML table, the best match first."""
-    rows = [(text, itm, f"{itc:.3f}") for text, itc, itm in sorted(found, key=lambda one: -one[2])]
+    rows = [(text, itm, f"{itc:.3f}") for text, itc, itm in sorted(scored, key=lambda one: -one[2])]
     return bars(("text", "fits (ITM)", "cosine (ITC)"), rows)
 
 
@@ -349,26 +349,26 @@ def bars(head: tuple[str, str, str], rows: list[tuple[str, float, str]]) -> str:
     return f'<table><tr><th>{text}</th><th colspan="2">{share}</th><th class="n">{more}</th></tr>{cells}</table>'
 
 
-def _look(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
+def _explain_tab(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
     with gr.Tab("Where it looks"):
         text = gr.Textbox(label="What may be seen in it", placeholder="a dog next to a red bicycle", max_length=300)
         button = gr.Button("Show where", variant="primary")
-        said = gr.HTML(elem_id="looks", elem_classes="answer")
+        summary = gr.HTML(elem_id="looks", elem_classes="answer")
         maps = gr.Gallery(
             show_label=False, columns=3, object_fit="contain", height=420, elem_id="maps", buttons=["fullscreen"],
             format="jpeg", interactive=False,
         )  # fmt: skip
 
         def show(path: str | None, words: str) -> tuple[str, list[tuple[Image.Image, str]]]:
-            chance, shown = demo.look(path, words)
-            told = f"<p>The text fits with {100 * chance:.1f}%. Red speaks for it, blue does not.</p>"
-            return told, [(image, word) for word, image in shown]
+            chance, shown = demo.explain_match(path, words)
+            sentence = f"<p>The text fits with {100 * chance:.1f}%. Red speaks for it, blue does not.</p>"
+            return sentence, [(image, word) for word, image in shown]
 
         for start in (button.click, text.submit):
-            start(_friendly(show), [image, text], [said, maps], api_name="look", **model)
+            start(_friendly(show), [image, text], [summary, maps], api_name="look", **model)
 
 
-def _search(demo: Demo, model: dict[str, Any]) -> None:
+def _search_tab(demo: Demo, model: dict[str, Any]) -> None:
     if demo.index is None:
         gr.Markdown(
             "There is no folder to search. Start the page with one:\n\n```\nblip demo --model ... --folder photos\n```"
@@ -379,7 +379,7 @@ def _search(demo: Demo, model: dict[str, Any]) -> None:
         top = gr.Slider(1, MOST_FOUND, value=12, step=1, label="Images", scale=2)
     button = gr.Button("Search", variant="primary")
     state = gr.HTML(_counted(*demo.counts()), elem_id="indexed", elem_classes="answer")
-    found = gr.Gallery(
+    gallery = gr.Gallery(
         show_label=False, columns=4, object_fit="contain", height=560, elem_id="found", buttons=["fullscreen"],
         format="jpeg", interactive=False,
     )  # fmt: skip
@@ -390,20 +390,20 @@ def _search(demo: Demo, model: dict[str, Any]) -> None:
         return [(hit.image, _hit(n, hit.name, hit.itc, hit.itm)) for n, hit in enumerate(hits, 1)]
 
     def refresh(progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
-        def tell(done: int, total: int) -> None:
+        def report(done: int, total: int) -> None:
             progress((done, total), desc="Looking at images", unit="images")
 
-        return _counted(*demo.refresh(tell))
+        return _counted(*demo.refresh(report))
 
     for start in (button.click, text.submit):
-        start(_friendly(show), [text, top], found, api_name="search", **model)
+        start(_friendly(show), [text, top], gallery, api_name="search", **model)
     again.click(_friendly(refresh), None, state, api_name="refresh", **model)
 
 
 def _counted(readable: int, unreadable: int) -> str:
     left = f"; {unreadable:,} files cannot be used" if unreadable else ""
-    told = "Below each that is found: how well the text fits (ITM), the cosine (ITC) and its name."
-    return f"<p>{readable:,} images can be searched{left}. {told}</p>"
+    legend = "Below each that is found: how well the text fits (ITM), the cosine (ITC) and its name."
+    return f"<p>{readable:,} images can be searched{left}. {legend}</p>"
 
 
 def _hit(rank: int, name: str, itc: float, itm: float | None) -> str:
@@ -411,7 +411,7 @@ def _hit(rank: int, name: str, itc: float, itm: float | None) -> str:
     return f"{rank}. {fits}({itc:.3f}) {name}"
 
 
-def _capfilt(demo: Demo, made: gr.Blocks) -> None:
+def _capfilt_tab(demo: Demo, made: gr.Blocks) -> None:
     if demo.run is None:
         gr.Markdown(
             "There is no CapFilt run to look into. Start the page with one:\n\n"
@@ -421,12 +421,12 @@ def _capfilt(demo: Demo, made: gr.Blocks) -> None:
     names = demo.reports()
     choice = gr.Dropdown(names, value=names[0] if names else None, label="Report", elem_id="report")
     button = gr.Button("Show", variant="primary")
-    said = gr.HTML(elem_id="capfilt", elem_classes="answer")
+    output = gr.HTML(elem_id="capfilt", elem_classes="answer")
 
     def show(name: str | None) -> str:
         # The report is of a crawl: it stands in a frame in which nothing runs and which is nobody's origin.
         content = html.escape(demo.report(name), quote=True)
         return f'<iframe sandbox="" title="CapFilt report" srcdoc="{content}"></iframe>'
 
-    button.click(_friendly(show), choice, said, api_name="capfilt")
+    button.click(_friendly(show), choice, output, api_name="capfilt")
     made.load(lambda: gr.update(choices=demo.reports()), None, choice, api_visibility="private")

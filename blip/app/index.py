@@ -1,6 +1,6 @@
 """An index of a folder's images: their joint embeddings on disk, brought up to date when files change.
 
-    index = Index.read(folder, where) or Index(folder, where, Origin.of(features, "runs/base/model", "float32"))
+    index = Index.read(folder, where) or Index(folder, where, IndexOrigin.of(features, "runs/base/model", "float32"))
     index = index.updated(paths, index.stale(paths), features)
     values, rows = index.nearest(features.embed_text(["a red bicycle"]), 10)
 
@@ -42,7 +42,7 @@ _UNLISTED_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
-class Origin:
+class IndexOrigin:
     """What made the embeddings of an index."""
 
     name: str
@@ -55,12 +55,12 @@ class Origin:
     def __str__(self) -> str:
         return f"{self.name} (image encoder {self.weights}, {self.precision})"
 
-    def same(self, other: Origin) -> bool:
+    def same(self, other: IndexOrigin) -> bool:
         """Whether embeddings of the two can be compared; names do not count."""
         return (self.weights, self.precision) == (other.weights, other.precision)
 
     @classmethod
-    def of(cls, features: Features, name: str, precision: str) -> Origin:
+    def of(cls, features: Features, name: str, precision: str) -> IndexOrigin:
         digest = hashlib.sha256(EvalTransform(features.image_size).describe().encode())
         for part in ("vision", "image_proj"):
             for key, value in sorted(getattr(features.model, part).state_dict().items()):
@@ -90,7 +90,7 @@ class Index:
     folder: Path
     where: Path
     """The index's own folder."""
-    origin: Origin
+    origin: IndexOrigin
     entries: list[Entry] = field(default_factory=list)
     """Readable and unreadable files, in natural order of their names."""
     embeddings: Tensor = field(default_factory=lambda: torch.empty(0, 0))
@@ -136,7 +136,7 @@ class Index:
                 raise ValueError(f"{listing['format']} version {listing['version']} instead of {FORMAT} {VERSION}")
             entries = [Entry(*values) for values in listing["files"]]
             embeddings = read_tensors(where / _plain_name(listing["embeddings"]))["embeddings"]
-            return cls(folder, where, Origin(**listing["model"]), entries, embeddings)
+            return cls(folder, where, IndexOrigin(**listing["model"]), entries, embeddings)
         except PermissionError:
             raise
         except (KeyError, TypeError, ValueError, OSError) as error:

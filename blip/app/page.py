@@ -34,7 +34,7 @@ figure{margin:0;display:inline-block}figcaption{font-size:13px;color:#475569}.cu
 
 
 @dataclass(frozen=True)
-class Text:
+class JudgedText:
     """A text about an image and whether it is right; None where nobody knows."""
 
     words: str
@@ -46,8 +46,8 @@ class Card:
     """One image with the model's caption and the texts it ranks first."""
 
     image: Image.Image
-    caption: Text
-    retrieved: Sequence[Text]
+    caption: JudgedText
+    retrieved: Sequence[JudgedText]
     reference: str
 
 
@@ -68,7 +68,7 @@ class Note:
     """One image with labelled texts about it."""
 
     image: Image.Image
-    lines: Sequence[tuple[str, Text]]
+    lines: Sequence[tuple[str, JudgedText]]
     """A label, and the text that it is about."""
 
 
@@ -193,7 +193,7 @@ def _cut(text: str) -> str:
     return text if len(text) <= LONGEST else text[:LONGEST] + " ..."
 
 
-def _text(text: Text) -> str:
+def _text(text: JudgedText) -> str:
     kind, mark = {True: ("yes", " ✓"), False: ("no", " ✗"), None: ("", "")}[text.right]
     return f'<span class="{kind}">{_safe(text.words)}{mark}</span>'
 

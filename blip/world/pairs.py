@@ -27,7 +27,7 @@ Truth = Callable[[Scene, Scene], bool]
 
 
 @dataclass(frozen=True)
-class Pair:
+class ImagePair:
     """Two scenes, a sentence, and whether it is true of them."""
 
     identifier: str
@@ -39,7 +39,7 @@ class Pair:
     """What the sentence is about."""
 
 
-def pairs(seed: int, number: int, split: str = "train") -> list[Pair]:
+def pairs(seed: int, number: int, split: str = "train") -> list[ImagePair]:
     """The pairs of set `number`: a sentence, two pairs of which it is true and two of which it is false."""
     dice = Dice("pairs", seed, split, number)
     kind = dice.choice(tuple(_SENTENCES))
@@ -56,7 +56,7 @@ def pairs(seed: int, number: int, split: str = "train") -> list[Pair]:
             break
     labelled = dice.shuffled([(pair, True) for pair in true] + [(pair, False) for pair in false])
     return [
-        Pair(f"{split}-{number}-{k}-0", left, right, sentence, label, kind)
+        ImagePair(f"{split}-{number}-{k}-0", left, right, sentence, label, kind)
         for k, ((left, right), label) in enumerate(labelled)
     ]
 
@@ -244,7 +244,7 @@ def write(
     return publish(Path(out), [split, f"{split}.json"], fill, overwrite)
 
 
-def _row(pair: Pair) -> dict:
+def _row(pair: ImagePair) -> dict:
     scenes = [pair.left.image_id, pair.right.image_id]
     row = {"identifier": pair.identifier, "sentence": pair.sentence, "label": str(pair.label)}
     return {**row, "kind": pair.kind, "scenes": scenes}

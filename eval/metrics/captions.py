@@ -82,15 +82,15 @@ def summary(metrics: Sequence[Metric], resamples: int = 0, seed: int = 0) -> dic
     All metrics see the same draws. CIDEr's document frequencies stay those of all images.
     """
     count, names = len(metrics[0].rows), [name for metric in metrics for name in metric.names]
-    found = dict(zip(names, _scores(metrics, [metric.rows.sum(0) for metric in metrics], count).tolist(), strict=True))
+    scores = dict(zip(names, _scores(metrics, [metric.rows.sum(0) for metric in metrics], count).tolist(), strict=True))
     if resamples:
         drawn = [
             _scores(metrics, [w @ metric.rows for metric in metrics], count) for w in draws(count, resamples, seed)
         ]
         low, high = np.quantile(np.concatenate(drawn), ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2), axis=0)
         for name, *ends in zip(names, low.tolist(), high.tolist(), strict=True):
-            found[f"{name}_low"], found[f"{name}_high"] = ends
-    return found
+            scores[f"{name}_low"], scores[f"{name}_high"] = ends
+    return scores
 
 
 def _scores(metrics: Sequence[Metric], sums: Sequence[np.ndarray], count: int) -> np.ndarray:

@@ -81,10 +81,10 @@ def _last_words(path: Path) -> str:
 
 def shipped(*parts: str) -> Path:
     """A file that comes with pycocoevalcap. NoJava if it does not."""
-    found = importlib.util.find_spec("pycocoevalcap")
-    if found is None:
+    spec = importlib.util.find_spec("pycocoevalcap")
+    if spec is None:
         raise NoJava("pycocoevalcap is not installed")
-    path = Path(next(iter(found.submodule_search_locations))).joinpath(*parts)
+    path = Path(next(iter(spec.submodule_search_locations))).joinpath(*parts)
     if not path.exists():
         raise NoJava(f"{path} is missing; install pycocoevalcap again")
     return path
@@ -115,11 +115,11 @@ def meteor_of(statistics: np.ndarray) -> np.ndarray:
     alpha, beta, gamma, delta = 0.85, 0.2, 0.6, 0.75
     weights = np.array([1.0, 0.6, 0.8, 0.6])  # exact words, stems, synonyms, paraphrases
     length, reference_length, function, reference_function = np.moveaxis(statistics[..., :4], -1, 0)
-    found = statistics[..., 4:20].reshape(*statistics.shape[:-1], 4, 4)
+    counts = statistics[..., 4:20].reshape(*statistics.shape[:-1], 4, 4)
     chunks, matched, reference_matched = np.moveaxis(statistics[..., 20:], -1, 0)
 
     def share(content: int, small: int, words: np.ndarray, function_words: np.ndarray) -> np.ndarray:
-        right = (delta * found[..., content] + (1 - delta) * found[..., small]) @ weights
+        right = (delta * counts[..., content] + (1 - delta) * counts[..., small]) @ weights
         return right / (delta * (words - function_words) + (1 - delta) * function_words)
 
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -156,9 +156,9 @@ def spice_scores(
     output = run_java(program, seconds, {"in.json": json.dumps(rows).encode()}, read="out.json")
     try:
         scores = {row["image_id"]: float(row["scores"]["All"]["f"]) for row in json.loads(output)}
-        found = np.array([scores[i] for i in range(len(rows))])
+        values = np.array([scores[i] for i in range(len(rows))])
     except (ValueError, TypeError, KeyError):
         raise NoJava("SPICE gave no score for some of the captions") from None
-    if not np.isfinite(found).all():
-        raise NoJava(f"SPICE gave no number for {(~np.isfinite(found)).sum()} of the captions")
-    return found
+    if not np.isfinite(values).all():
+        raise NoJava(f"SPICE gave no number for {(~np.isfinite(values)).sum()} of the captions")
+    return values

@@ -82,7 +82,7 @@ def tokenize(captions: Sequence[str], choice: Choice = "auto", seconds: float = 
             if choice == "java":
                 raise NoJava(f"tokenizer java: {error}; take python, or auto") from None
             fallback = str(error)
-    return Tokens([_kept(_split(caption)) for caption in cleaned], NAMES["python"], fallback)
+    return Tokens([_joined(_split(caption)) for caption in cleaned], NAMES["python"], fallback)
 
 
 def clean(caption: str) -> str:
@@ -104,7 +104,7 @@ def _by_java(captions: Sequence[str], seconds: float) -> list[str]:
     lines = [line.rstrip() for line in output.split("\n")]
     if len(lines) != 2 * len(captions) + 1 or set(lines[1::2]) != {_BETWEEN.lower()}:
         raise NoJava(f"the tokenizer answered {len(lines) - 1} lines for {2 * len(captions)}, or others' lines")
-    return [_kept(line.split(" ")) for line in lines[:-1:2]]
+    return [_joined(line.split(" ")) for line in lines[:-1:2]]
 
 
 def _split(caption: str) -> list[str]:
@@ -114,5 +114,5 @@ def _split(caption: str) -> list[str]:
     return [_BRACKETS.get(token, token).replace(" ", "\u00a0").lower() for token in _TOKEN.findall(caption)]
 
 
-def _kept(tokens: Sequence[str]) -> str:
+def _joined(tokens: Sequence[str]) -> str:
     return " ".join(token for token in tokens if token not in PUNCTUATION)

@@ -65,8 +65,8 @@ def accuracy(answer: str, given: Sequence[str]) -> float:
     same = [one == answer for one in given]
     if len(given) < FEW:
         return float(any(same))
-    found = sum(same)
-    return sum(min(1.0, (found - own) / 3) for own in same) / len(given)
+    agreeing = sum(same)
+    return sum(min(1.0, (agreeing - own) / 3) for own in same) / len(given)
 
 
 def _plain(text: str) -> str:

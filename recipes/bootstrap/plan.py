@@ -20,7 +20,7 @@ from eval.images import Images
 from eval.retrieval import Gallery, retrieval
 from recipes import caption, command, pretrain, world_capfilt
 from recipes import retrieval as retrieving
-from recipes.bootstrap.rows import CLEANERS, ROWS, TEACHER, Row
+from recipes.bootstrap.rows import CLEANERS, ROWS, TEACHER, TableRow
 from recipes.bootstrap.stages import Stage, Stages
 from recipes.building import ModelChoice
 from recipes.run import HeldOut
@@ -36,7 +36,7 @@ SIZE_OF_PARTS, BATCH = "1024", "128"
 """Rows that a job commits together, and scores together."""
 
 
-def steps_of(run: BootstrapRun, row: Row) -> int:
+def steps_of(run: BootstrapRun, row: TableRow) -> int:
     """Pre-training steps of a row."""
     return round((run.longer if row.longer else 1.0) * run.train.steps)
 
@@ -97,7 +97,7 @@ class _Seed:
 
     # Rows
 
-    def _row(self, row: Row) -> None:
+    def _row(self, row: TableRow) -> None:
         """Pre-training, fine-tuning for both tasks, and what is measured on held-out combinations."""
         run, fine = self.run, self.run.fine_tuning
         data = f"{self.name}/capfilt/{row.cleaner}" if row.cleaner else f"{self.name}/world"
@@ -149,7 +149,7 @@ class _Seed:
     def _step(self, model: ModelChoice) -> float:
         return SECONDS[model.size or "base"] * self.run.train.batch_size / 64
 
-    def _pretrain(self, folder: Path, model: ModelChoice, steps: int, row: Row, k: int | None) -> dict[str, Any]:
+    def _pretrain(self, folder: Path, model: ModelChoice, steps: int, row: TableRow, k: int | None) -> dict[str, Any]:
         """From scratch, unless the row goes on from the first model; measured as it is, without fine-tuning."""
         run = self.run
         if row.cleaner:
@@ -215,7 +215,7 @@ class _Seed:
 
     # Cleaning
 
-    def _clean(self, row: Row) -> Path:
+    def _clean(self, row: TableRow) -> Path:
         return self.out / "capfilt" / row.cleaner / "clean" / row.keep
 
     def _cleaner(self, name: str) -> None:
@@ -330,17 +330,20 @@ def _kept_truth(job: Job, keep: str, clean: Path) -> dict[str, Any]:
         "synthetic": len(kept),
         "noise_kept": 100 * wrong.kept / max(1, wrong.texts),
         "web_wrong": 100 - world_capfilt.web_right(kinds, 1),
-        "synthetic_wrong_before": _wrong(every, "true"),
+        "synthetic_wrong_before": _percent_wrong(every, "true"),
         "synthetic_rejected": 100 - 100 * len(kept) / max(1, len(every)),
         **world_capfilt.aucs(kinds),
         "kinds": {kind: k._asdict() for kind, k in kinds.items()},
     }
     if kept:
-        truth |= {"synthetic_wrong": _wrong(kept, "true"), "synthetic_claims_wrong": _wrong(kept, "precision")}
+        truth |= {
+            "synthetic_wrong": _percent_wrong(kept, "true"),
+            "synthetic_claims_wrong": _percent_wrong(kept, "precision"),
+        }
     return truth
 
 
-def _wrong(verdicts: list, name: str) -> float:
+def _percent_wrong(verdicts: list, name: str) -> float:
     """Percent of the texts that say something false (`true`), or of their claims that are (`precision`)."""
     return 100 - 100 * grade_captions(verdicts)[name]
 

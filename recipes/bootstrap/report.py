@@ -164,10 +164,10 @@ def _fates(job: Job, count: int) -> Iterator[page.Note]:
 def _fate(extra: dict[str, Any], row: dict[str, Any], kept: set[str]) -> page.Note:
     scene = scene_of(extra["image_id"])
     lines = [
-        (f"found, {'kept' if 'web' in kept else 'dropped'}", page.Text(text, extra["kind"] == "right"))
+        (f"found, {'kept' if 'web' in kept else 'dropped'}", page.JudgedText(text, extra["kind"] == "right"))
         for text in row["web_text"]
     ] + [
-        (f"written, {'kept' if 'syn' in kept else 'dropped'}", page.Text(text, judge(scene, text).true))
+        (f"written, {'kept' if 'syn' in kept else 'dropped'}", page.JudgedText(text, judge(scene, text).true))
         for text in row["syn_text"]
     ]
     return page.Note(draw(scene, SIDE), lines)
@@ -219,7 +219,8 @@ def _side_by_side(captions: dict[str, dict[str, str]], count: int) -> list[page.
     for name in list(captions["both"])[:count]:
         scene = scene_of(name)
         lines = [
-            (ROWS[row].title, page.Text(words[name], judge(scene, words[name]).true)) for row, words in captions.items()
+            (ROWS[row].title, page.JudgedText(words[name], judge(scene, words[name]).true))
+            for row, words in captions.items()
         ]
         notes.append(page.Note(draw(scene, SIDE), lines))
     return notes

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One way to learn from a noisy crawl."""
 
     name: str
@@ -22,20 +22,20 @@ class Row:
     """Takes more steps."""
 
 
-TEACHER = Row("neither", "neither: the crawl as it is")
+TEACHER = TableRow("neither", "neither: the crawl as it is")
 """The first row: its model also becomes captioner and filter."""
 ROWS = {
     row.name: row
     for row in (
         TEACHER,
-        Row("filter", "filter only", "own", "filter"),
-        Row("captioner", "captioner only", "own", "captioner"),
-        Row("both", "captioner and filter", "own"),
-        Row("both_larger", "both, larger captioner and filter", "larger"),
-        Row("both_beam", "both, beam search instead of sampling", "beam"),
-        Row("both_shared", "both, captioner and filter one model", "shared"),
-        Row("continued", "both, the old model trained on", "own", continued=True),
-        Row("longer", "neither, trained longer", longer=True),
+        TableRow("filter", "filter only", "own", "filter"),
+        TableRow("captioner", "captioner only", "own", "captioner"),
+        TableRow("both", "captioner and filter", "own"),
+        TableRow("both_larger", "both, larger captioner and filter", "larger"),
+        TableRow("both_beam", "both, beam search instead of sampling", "beam"),
+        TableRow("both_shared", "both, captioner and filter one model", "shared"),
+        TableRow("continued", "both, the old model trained on", "own", continued=True),
+        TableRow("longer", "neither, trained longer", longer=True),
     )
 }
 

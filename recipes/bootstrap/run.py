@@ -32,7 +32,7 @@ def bootstrap(run: BootstrapRun) -> dict[str, Any]:
     everything = plan.plan(dataclasses.replace(run, rows=list(ROWS), seeds=_seeds(run)))
     done = report.complete(everything)
 
-    def tell() -> None:
+    def write_table() -> None:
         """Write the table again whenever a row is done for a seed, by whomever."""
         nonlocal done
         if (now := report.complete(everything)) != done:
@@ -40,7 +40,7 @@ def bootstrap(run: BootstrapRun) -> dict[str, Any]:
             report.write(everything, run)
 
     if not run.table:
-        plan.plan(run).carry_out(tell)
+        plan.plan(run).carry_out(write_table)
     return report.write(everything, run)
 
 

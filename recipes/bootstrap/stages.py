@@ -120,9 +120,9 @@ class Stages:
             stage = self.stages[name]
             if any(need in left for need in stage.needs):
                 continue
-            with ExitStack() as held:
+            with ExitStack() as stack:
                 try:
-                    held.enter_context(RunLock(self.out / LOCKS / name))
+                    stack.enter_context(RunLock(self.out / LOCKS / name))
                 except RunLocked:
                     continue
                 if self.record(name) is None:  # nobody finished it in the meantime

@@ -93,7 +93,7 @@ def difference(scores: Scores, row: str, other: str, column: str) -> Mean | None
 # What the paper found -------------------------------------------------------------------------------------------------
 
 
-class Finding(NamedTuple):
+class Comparison(NamedTuple):
     """A claim of the paper: one row is above another, or (`equal`) is not."""
 
     claim: str
@@ -103,17 +103,17 @@ class Finding(NamedTuple):
 
 
 FINDINGS = (
-    Finding("captioning and filtering help", "both", "neither"),
-    Finding("filtering alone helps", "filter", "neither"),
-    Finding("captioning alone helps", "captioner", "neither"),
-    Finding("both help more than filtering alone", "both", "filter"),
-    Finding("both help more than captioning alone", "both", "captioner"),
-    Finding("a larger captioner and filter help more", "both_larger", "both"),
-    Finding("sampled texts are better to learn from than searched ones", "both", "both_beam"),
-    Finding("captioner and filter are better two models than one", "both", "both_shared"),
-    Finding("a new model gains more than the old one trained on", "both", "continued"),
-    Finding("longer training on the noisy texts gains nothing", "longer", "neither", equal=True),
-    Finding("cleaning gains more than longer training", "both", "longer"),
+    Comparison("captioning and filtering help", "both", "neither"),
+    Comparison("filtering alone helps", "filter", "neither"),
+    Comparison("captioning alone helps", "captioner", "neither"),
+    Comparison("both help more than filtering alone", "both", "filter"),
+    Comparison("both help more than captioning alone", "both", "captioner"),
+    Comparison("a larger captioner and filter help more", "both_larger", "both"),
+    Comparison("sampled texts are better to learn from than searched ones", "both", "both_beam"),
+    Comparison("captioner and filter are better two models than one", "both", "both_shared"),
+    Comparison("a new model gains more than the old one trained on", "both", "continued"),
+    Comparison("longer training on the noisy texts gains nothing", "longer", "neither", equal=True),
+    Comparison("cleaning gains more than longer training", "both", "longer"),
 )
 
 
@@ -135,7 +135,7 @@ def findings(scores: Scores) -> list[dict[str, Any]]:
     return rows
 
 
-def _agreement(finding: Finding, verdicts: Sequence[str]) -> str:
+def _agreement(finding: Comparison, verdicts: Sequence[str]) -> str:
     if "one seed" in verdicts:
         return "one seed says nothing"
     agree = verdicts.count("higher") if not finding.equal else verdicts.count("open") + verdicts.count("lower")

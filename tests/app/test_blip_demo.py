@@ -22,7 +22,7 @@ from blip.app import cli, demo, installed
 from blip.app import loaded as loading
 from blip.app.candidates import load_candidates
 from blip.app.demo import Demo
-from blip.app.index import Index, Origin
+from blip.app.index import Index, IndexOrigin
 from blip.app.loaded import load
 from blip.checkpoints import checkpoint
 from blip.inference.answering import ANSWERS
@@ -129,7 +129,7 @@ def test_matches_are_those_of_the_command(desk, run, photos):  # noqa: F811
 
 def test_where_it_looks_is_told_for_each_word(desk, photos):  # noqa: F811
     ((_, _, chance),) = desk.match("photos/p4.png", TEXTS[0])
-    found, shown = desk.look("photos/p4.png", TEXTS[0])
+    found, shown = desk.explain_match("photos/p4.png", TEXTS[0])
     assert found == pytest.approx(chance, abs=1e-6)
     assert [name for name, _ in shown] == ["the whole text", "a", "red", "circle"]
     assert len({image.tobytes() for _, image in shown}) == 4
@@ -137,7 +137,7 @@ def test_where_it_looks_is_told_for_each_word(desk, photos):  # noqa: F811
 
 def test_the_folder_is_searched_as_by_the_command(model, run, photos):  # noqa: F811
     one = Demo(load(model, "cpu", "auto"))
-    one.index = Index(Path("photos"), Path("photos/.blip-index"), Origin.of(one.features, model, "float32"))
+    one.index = Index(Path("photos"), Path("photos/.blip-index"), IndexOrigin.of(one.features, model, "float32"))
     told = []
     assert one.refresh(lambda done, total: told.append((done, total))) == (11, 0)
     assert told[-1] == (11, 11)
@@ -225,7 +225,7 @@ def test_files_that_are_no_images_are_told_of(desk, tmp_path, case):
     (tmp_path / "p.png").write_bytes(content)
     start = time.monotonic()
     for use in (desk.caption, lambda path: desk.match(path, "a"), lambda path: desk.ask(path, "a"),
-                lambda path: desk.look(path, "a")):  # fmt: skip
+                lambda path: desk.explain_match(path, "a")):  # fmt: skip
         with pytest.raises(ValueError, match="this image cannot be used: ") as stop:
             use(str(tmp_path / "p.png"))
         assert told in str(stop.value)
@@ -251,7 +251,7 @@ WRONG = {
     "too many texts": (lambda d, p: d.match(p, "\n".join(map(str, range(21)))), "at most 20 texts at once, not 21"),
     "a long text": (lambda d, p: d.match(p, "a" * 2001), "2,000 letters"),
     "a long question": (lambda d, p: d.ask(p, "a" * 2001), "2,000 letters"),
-    "nothing to look for": (lambda d, p: d.look(p, " "), "type a text first"),
+    "nothing to look for": (lambda d, p: d.explain_match(p, " "), "type a text first"),
     "no folder": (lambda d, p: d.search("a"), "--folder DIR"),
     "no folder to refresh": (lambda d, p: d.refresh(), "--folder DIR"),
 }

@@ -31,7 +31,7 @@ from blip.app import demo as desk
 from blip.app import demo_page
 from blip.app.demo import Demo
 from blip.app.demo_page import is_local, serving
-from blip.app.index import Index, Origin
+from blip.app.index import Index, IndexOrigin
 from blip.app.loaded import load
 
 IMAGES = 12
@@ -73,7 +73,7 @@ def images(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole(model, vqa_model, capfilt_run, images) -> Demo:  # noqa: F811
     made = answering(model, vqa_model, run=capfilt_run)
-    made.index = Index(images, images / ".blip-index", Origin.of(made.features, model, "float32"))
+    made.index = Index(images, images / ".blip-index", IndexOrigin.of(made.features, model, "float32"))
     made.refresh()
     return made
 
@@ -372,7 +372,7 @@ def test_look(page, whole, images):
     page.view.get_by_label("What may be seen in it").fill(TEXTS[0])
     page.press("Show where")
     page.view.locator("#maps img").nth(3).wait_for()
-    chance, shown = whole.look(str(images / "p4.png"), TEXTS[0])
+    chance, shown = whole.explain_match(str(images / "p4.png"), TEXTS[0])
     assert f"{100 * chance:.1f}%" in page.view.locator("#looks").inner_text()
     said = page.view.locator("#maps").inner_text()
     assert all(name in said for name, _ in shown)

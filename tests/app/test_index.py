@@ -11,7 +11,7 @@ from test_cli import png
 import blip
 from blip import files
 from blip.app import index as index_module
-from blip.app.index import Index, Origin
+from blip.app.index import Index, IndexOrigin
 from blip.errors import DataError
 
 
@@ -39,7 +39,7 @@ def update(folder, features, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(features, "embed_image", lambda images: (seen.append(len(images)), embed(images))[1])
             index = Index.read(folder, folder / "ix") or Index(
-                folder, folder / "ix", Origin.of(features, "m", "float32")
+                folder, folder / "ix", IndexOrigin.of(features, "m", "float32")
             )
             paths = [str(folder / name) for name in names]
             return index.updated(paths, index.stale(paths), features, **options), sum(seen)
@@ -132,17 +132,17 @@ def test_a_failed_write_leaves_the_old_index(update, folder, monkeypatch, event)
 
 
 def test_the_model_is_known_by_its_image_encoder(features, model_folder):  # noqa: F811
-    mine = Origin.of(features, "one name", "float32")
+    mine = IndexOrigin.of(features, "one name", "float32")
     other = blip.load(model_folder)
-    assert mine.same(Origin.of(other, "another name", "float32"))
-    assert not mine.same(Origin.of(other, "one name", "bfloat16"))
+    assert mine.same(IndexOrigin.of(other, "another name", "float32"))
+    assert not mine.same(IndexOrigin.of(other, "one name", "bfloat16"))
     with torch.no_grad():
         other.model.text_proj.weight.add_(1)
-    assert mine.same(Origin.of(other, "m", "float32")), "texts are not in the index"
+    assert mine.same(IndexOrigin.of(other, "m", "float32")), "texts are not in the index"
     with torch.no_grad():
         other.model.image_proj.bias[3] += 1e-3
-    assert not mine.same(Origin.of(other, "m", "float32"))
-    assert not mine.same(Origin.of(blip.load(model_folder, image_size=96), "m", "float32"))
+    assert not mine.same(IndexOrigin.of(other, "m", "float32"))
+    assert not mine.same(IndexOrigin.of(blip.load(model_folder, image_size=96), "m", "float32"))
 
 
 def change(folder, **values):

@@ -24,7 +24,10 @@ def test_intervals_of_one_value_or_none():
 
 
 def test_notes_label_texts_and_mark_what_is_right():
-    lines = [("found, dropped", page.Text("<b>buy</b>", False)), ("written, kept", page.Text("a red star", True))]
+    lines = [
+        ("found, dropped", page.JudgedText("<b>buy</b>", False)),
+        ("written, kept", page.JudgedText("a red star", True)),
+    ]
     drawn = page.notes([page.Note(Image.new("RGB", (4, 4)), lines)], 8)
     assert drawn.count('src="data:image/jpeg;base64,') == 1
     assert '<b>found, dropped</b> <span class="no">&lt;b&gt;buy&lt;/b&gt; ✗</span>' in drawn

@@ -10,7 +10,7 @@ from test_cli import lines, model, photos, png  # noqa: F401
 import blip
 from blip.app import cli
 from blip.app.commands import search
-from blip.app.index import Entry, Index, Origin
+from blip.app.index import Entry, Index, IndexOrigin
 
 TEXTS = ["a red circle", "two small stars"]
 
@@ -96,7 +96,7 @@ def test_search_ranks_as_scoring_everything_does(run, photos, features, rerank):
 def test_as_many_are_named_as_are_asked_for(features, tmp_path):
     entries = [Entry(f"{i}.png", 1, 1, "") for i in range(1100)]
     embeddings = torch.nn.functional.normalize(torch.randn(1100, features.model.config.embed_dim), dim=1)
-    index = Index(tmp_path, tmp_path, Origin("m", "w", "float32"), entries, embeddings)
+    index = Index(tmp_path, tmp_path, IndexOrigin("m", "w", "float32"), entries, embeddings)
     for top in (3, 1050, 2000):
         hits = search.find_one(index, features, None, "a star", embeddings[:1], top, rerank=0)
         assert len(hits) == min(top, 1100)

@@ -34,6 +34,7 @@ from blip.models.blip import Blip, starting_with
 from blip.objectives.batch import Batch
 from blip.objectives.caption import Caption, CaptionConfig
 from blip.objectives.objective import Clock
+from blip.objectives.pretrain import Pretrain, PretrainConfig
 from blip.tensors import read_tensors
 from blip.text import clean_caption
 from blip.tokenizer import Tokenizer
@@ -213,6 +214,19 @@ def test_a_start_brings_size_tokenizer_and_weights(start):
         assert len(tokenizer) == before.config.text.vocab_size
         for name, value in before.state_dict().items():
             assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_the_seed_decides_what_a_continued_model_is_trained_with(start):
+    def queue(seed):
+        model, _ = build_model(ModelChoice(start_from=str(start)), seed=seed)
+        objective = Pretrain(model, PretrainConfig(queue_size=5))
+        return {name: value for name, value in objective.state_dict().items() if not name.startswith("model.")}
+
+    first, again, other = queue(1), queue(1), queue(2)
+    assert first
+    for name, value in first.items():
+        assert torch.equal(value, again[name]), name
+    assert any(not torch.equal(value, other[name]) for name, value in first.items())
 
 
 def test_how_it_is_trained_is_the_runs_choice(start):

@@ -70,7 +70,7 @@ def run(chosen: CaptionOptions) -> int:
     config = chosen.decoding()
     from blip.data.image_files import find, read_images
 
-    found = find(chosen.images)
+    inputs = find(chosen.images)
 
     # After the checks that need no torch, so that their errors come at once.
     import torch
@@ -94,7 +94,7 @@ def run(chosen: CaptionOptions) -> int:
     keys = ("path", "captions", "logprob", "finished")
     ways = {**dataclasses.asdict(config), "prompt": chosen.prompt, **loaded.options(chosen.model)} if chosen.out else {}
     form = Form("caption", chosen.json, keys, "tt", ways, config.num)
-    with Answers(chosen.out, found, form=form) as answers:
+    with Answers(chosen.out, inputs, form=form) as answers:
         for files in read_images(answers.to_do, EvalTransform(side), chosen.batch):
             if read := answers.readable(files):
                 images = torch.stack([image.pixels for image in read])

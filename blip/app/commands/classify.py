@@ -43,7 +43,7 @@ def run(chosen: ClassifyOptions) -> int:
     names = _names(chosen)
     from blip.data.image_files import find, read_images
 
-    found = find(chosen.images)
+    inputs = find(chosen.images)
 
     # After the checks that need no torch, so that their errors come at once.
     import torch
@@ -63,7 +63,7 @@ def run(chosen: ClassifyOptions) -> int:
     ways = {"classes": names, "template": chosen.template or None, "top": chosen.top}
     form = Form("classify", chosen.json, keys, "ttn", ways | loaded.options(chosen.model) if chosen.out else {},
                 min(chosen.top, len(names)))  # fmt: skip
-    with Answers(chosen.out, found, form=form) as answers:
+    with Answers(chosen.out, inputs, form=form) as answers:
         for images in read_images(answers.to_do, EvalTransform(features.image_size), chosen.batch):
             if read := answers.readable(images):
                 with loaded.computing():

@@ -55,15 +55,15 @@ def run(chosen: ConvertOptions) -> int:
     from blip.checkpoints import card, checkpoint, export
     from blip.errors import Stopped
 
-    found = checkpoint.opened(chosen.source)
-    model, tokenizer = checkpoint.built(found, image_size=chosen.image_size, tokenizer=chosen.tokenizer)
+    source = checkpoint.opened(chosen.source)
+    model, tokenizer = checkpoint.built(source, image_size=chosen.image_size, tokenizer=chosen.tokenizer)
     path = Path(chosen.source).expanduser()
     name = path.resolve().name if path.exists() else chosen.source
-    licence = "bsd-3-clause" if name.startswith("Salesforce/") else found.licence
-    origin = card.Origin(name, found.said, licence)
-    print(f"read {name}: {found.said}, {sum(tensor.numel() for tensor in model.state_dict().values()):,} numbers")
-    if account := found.account(model):
-        _tell(account)
+    licence = "bsd-3-clause" if name.startswith("Salesforce/") else source.licence
+    origin = card.Origin(name, source.said, licence)
+    print(f"read {name}: {source.said}, {sum(tensor.numel() for tensor in model.state_dict().values()):,} numbers")
+    if account := source.account(model):
+        _print_account(account)
     try:
         if chosen.to == "openblip":
             body = card.plain_card(origin)
@@ -78,7 +78,7 @@ def run(chosen: ConvertOptions) -> int:
     return 0
 
 
-def _tell(account: Account) -> None:
+def _print_account(account: Account) -> None:
     """What became of every tensor."""
     print(f"  {account.carried} tensors carried over, {account.copies} more are second names of these")
     for why, names in account.dropped.items():

@@ -56,7 +56,7 @@ def run(chosen: DemoOptions) -> int:
         raise ValueError(f"{chosen.folder} is not a folder of images")
     from blip.data.image_files import find
 
-    found = find([chosen.folder]) if chosen.folder else None
+    inputs = find([chosen.folder]) if chosen.folder else None
 
     # After the checks that need no torch, so that their errors come at once.
     from blip.app.candidates import load_candidates
@@ -79,12 +79,12 @@ def run(chosen: DemoOptions) -> int:
     demo = Demo(
         matcher, captioner=captioner, vqa=vqa, candidates=candidates, prompt=chosen.prompt, run=chosen.capfilt
     )  # fmt: skip
-    if found:
+    if inputs:
         with matcher.computing():
             same = {name: getattr(chosen, name) for name in ("folder", "index", "model", "precision")}
-            demo.index, _ = search.up_to_date(search.SearchOptions(queries=[], **same), found, demo.features)
+            demo.index, _ = search.up_to_date(search.SearchOptions(queries=[], **same), inputs, demo.features)
     if not is_local(chosen.host):
-        _tell(f"anyone who reaches {chosen.host} can use the page: it has no password and no encryption")
+        _warn(f"anyone who reaches {chosen.host} can use the page: it has no password and no encryption")
     serve(demo, chosen.host, chosen.port, lambda line: print(line, flush=True))
     return 0
 
@@ -98,9 +98,9 @@ def _check_port(host: str, port: int) -> None:
             one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             one.bind(address)
     except (OSError, OverflowError) as error:
-        said = getattr(error, "strerror", None) or str(error)
-        raise ValueError(f"cannot listen at {host} port {port} ({said}): give another --port or --host") from None
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"cannot listen at {host} port {port} ({reason}): give another --port or --host") from None
 
 
-def _tell(line: str) -> None:
+def _warn(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

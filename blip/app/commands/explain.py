@@ -68,17 +68,19 @@ def run(chosen: ExplainOptions) -> int:
     loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
     with loaded.computing():
         read = reader(loaded.model.config.vision.image_size)
-        found = explain(Features(loaded.model, loaded.tokenizer, read), original, chosen.text, chosen.layer)
-    panels = images(small(original, _SIDE), found)
+        explanation = explain(Features(loaded.model, loaded.tokenizer, read), original, chosen.text, chosen.layer)
+    panels = images(small(original, _SIDE), explanation)
     if chosen.out.endswith((".html", ".htm")):
-        total = max(float(found.maps.sum()), 1e-12)
-        shares = [100.0, *(100 * float(heat.sum()) / total for heat in found.maps)]
+        total = max(float(explanation.maps.sum()), 1e-12)
+        shares = [100.0, *(100 * float(heat.sum()) / total for heat in explanation.maps)]
         cards = [
             page.Captioned("share of the evidence", image, name, share, [])
             for (name, image), share in zip(panels, shares, strict=True)
         ]
-        said = f"The model gives the text {100 * found.probability:.1f}% to fit. Red speaks for it, blue does not."
-        made = page.page(chosen.text, [("Where it looks", said, page.captioned(cards))]).encode("utf-8", "replace")
+        legend = (
+            f"The model gives the text {100 * explanation.probability:.1f}% to fit. Red speaks for it, blue does not."
+        )
+        made = page.page(chosen.text, [("Where it looks", legend, page.captioned(cards))]).encode("utf-8", "replace")
     else:
         buffer = io.BytesIO()
         if chosen.out.endswith(".png"):
@@ -90,17 +92,20 @@ def run(chosen: ExplainOptions) -> int:
         made = buffer.getvalue()
     files.replace_file(Path(chosen.out), made)
     with Answers(None, 1) as answers:
-        answers.text(chosen.image, f"{found.probability:.4f}", shown(chosen.out))
+        answers.text(chosen.image, f"{explanation.probability:.4f}", shown(chosen.out))
     return 0
 
 
-def images(original: Image.Image, found: Explanation) -> list[tuple[str, Image.Image]]:
+def images(original: Image.Image, explanation: Explanation) -> list[tuple[str, Image.Image]]:
     """The image under the whole text's map and under each word's, which share a scale."""
     from blip.inference.explain import overlay
 
-    strongest = float(found.maps.max())
-    words = [(word, overlay(original, heat, strongest)) for word, heat in zip(found.words, found.maps, strict=True)]
-    return [("the whole text", overlay(original, found.whole, float(found.whole.max()))), *words]
+    strongest = float(explanation.maps.max())
+    words = [
+        (word, overlay(original, heat, strongest))
+        for word, heat in zip(explanation.words, explanation.maps, strict=True)
+    ]
+    return [("the whole text", overlay(original, explanation.whole, float(explanation.whole.max()))), *words]
 
 
 def strip(shown: list[tuple[str, Image.Image]], side: int = 224) -> Image.Image:

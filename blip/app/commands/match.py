@@ -31,7 +31,7 @@ def run(chosen: MatchOptions) -> int:
     """Match the image or images with the texts; returns the exit status."""
     from blip.data.image_files import find, read_images
 
-    found = find([chosen.image])
+    inputs = find([chosen.image])
 
     # After the checks that need no torch, so that their errors come at once.
     import torch
@@ -48,7 +48,7 @@ def run(chosen: MatchOptions) -> int:
         features.embed_text(chosen.texts)  # a text that will not do is found before a file is opened
     ways = {"texts": chosen.texts, **loaded.options(chosen.model)} if chosen.out else {}
     form = Form("match", chosen.json, ("path", "texts", "itc", "itm"), "tnnt", ways, len(chosen.texts))
-    with Answers(chosen.out, found, form=form) as answers:
+    with Answers(chosen.out, inputs, form=form) as answers:
         for images in read_images(answers.to_do, EvalTransform(features.image_size), chosen.batch):
             if read := answers.readable(images):
                 with loaded.computing():

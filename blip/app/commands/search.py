@@ -73,7 +73,7 @@ def run(chosen: SearchOptions) -> int:
         raise ValueError(f"--sheet {chosen.sheet}: give a name that ends in .html")
     from blip.data.image_files import find
 
-    found = find([chosen.folder])
+    inputs = find([chosen.folder])
 
     # After the checks that need no torch, so that their errors come at once.
     from blip import files
@@ -90,7 +90,7 @@ def run(chosen: SearchOptions) -> int:
     features = Features(loaded.model, loaded.tokenizer, read, batch=chosen.batch)
     with loaded.computing():
         embeds = features.embed_text(chosen.queries)
-        index, failed = up_to_date(chosen, found, features)
+        index, failed = up_to_date(chosen, inputs, features)
     answered: list[tuple[str, list[Hit]]] = []
     keys = ("text", "path", "score", "itc", "itm")
     ways = {"folder": chosen.folder, "texts": chosen.queries, "top": chosen.top, "rerank": chosen.rerank}
@@ -132,15 +132,15 @@ def find_one(
     return (sorted(first, key=lambda hit: -hit.score) + hits[rerank:])[:top]
 
 
-def up_to_date(chosen: SearchOptions, found: FoundImages, features: Features) -> tuple[Index, int]:
+def up_to_date(chosen: SearchOptions, inputs: FoundImages, features: Features) -> tuple[Index, int]:
     """The index of the folder as it is now, and how many images could not be used; progress is told on stderr."""
     from blip import files
     from blip.app.answers import Answers
-    from blip.app.index import Index, Origin
+    from blip.app.index import Index, IndexOrigin
 
     folder = Path(chosen.folder)
     where = Path(chosen.index) if chosen.index else folder / ".blip-index"
-    origin = Origin.of(features, chosen.model or os.environ[MODEL_VARIABLE], _precision(chosen.precision))
+    origin = IndexOrigin.of(features, chosen.model or os.environ[MODEL_VARIABLE], _precision(chosen.precision))
     index = None if chosen.rebuild else Index.read(folder, where)
     if index and not index.origin.same(origin):
         raise ValueError(
@@ -148,17 +148,17 @@ def up_to_date(chosen: SearchOptions, found: FoundImages, features: Features) ->
             "another --index DIR, or --rebuild"
         )
     index = index or Index(folder, where, origin)
-    stale = index.stale(found.paths)
+    stale = index.stale(inputs.paths)
     if stale and not _writable(where):  # found before all images are looked at
         raise ValueError(f"the index {where} cannot be written: give --index DIR to keep it elsewhere")
-    with Answers(None, found._replace(paths=stale)) as answers:
+    with Answers(None, inputs._replace(paths=stale)) as answers:
 
-        def tell(images: list) -> None:
+        def report(images: list) -> None:
             answers.readable(images)
             answers.advance(len(images))
 
         try:
-            index = index.updated(found.paths, stale, features, tell)
+            index = index.updated(inputs.paths, stale, features, report)
         except files.WriteError as error:
             raise OSError(f"{error}; --index DIR keeps the index elsewhere") from None
     return index, answers.failed
@@ -185,8 +185,8 @@ def sheet(answered: list[tuple[str, list[Hit]]], folder: str, images: int) -> st
             thumbnail = model_input(hit.path, DataConfig.max_pixels, lambda image: small(image, 2048))
         except UnreadableImage:  # it went away since it was found
             thumbnail = None
-        said = f"{rank}. cosine {hit.itc:.3f}" + ("" if hit.itm is None else f", match {100 * hit.itm:.1f}%")
-        return page.Captioned(str(hit.path), thumbnail, said, hit.score, [])
+        label = f"{rank}. cosine {hit.itc:.3f}" + ("" if hit.itm is None else f", match {100 * hit.itm:.1f}%")
+        return page.Captioned(str(hit.path), thumbnail, label, hit.score, [])
 
     sections = [
         (query, f"The best of {images} images.", page.captioned([card(n, hit) for n, hit in enumerate(hits, 1)]))

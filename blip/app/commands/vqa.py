@@ -29,7 +29,7 @@ very words. Exit status: 0, or 1 if some images could not be used, or 2 for wron
 
 
 @dataclass(frozen=True, kw_only=True)
-class VqaOptions(ImageOptions, ModelOptions):
+class QuestionOptions(ImageOptions, ModelOptions):
     """Answer a question about images."""
 
     question: str = argument("QUESTION")
@@ -46,7 +46,7 @@ class VqaOptions(ImageOptions, ModelOptions):
         at_least(1, top=self.top)
 
 
-def run(chosen: VqaOptions) -> int:
+def run(chosen: QuestionOptions) -> int:
     """Answer the question about the images that the options name; returns the exit status."""
     from blip.text import clean_question
 
@@ -55,7 +55,7 @@ def run(chosen: VqaOptions) -> int:
         raise ValueError(f"the question {chosen.question!r} has no words")
     from blip.data.image_files import find, read_images
 
-    found = find(chosen.images)
+    inputs = find(chosen.images)
 
     # After the checks that need no torch, so that their errors come at once.
     import torch
@@ -86,17 +86,17 @@ def run(chosen: VqaOptions) -> int:
     keys = ("path", "question", "answers", "probability")
     form = Form("vqa", chosen.json, keys, "ttn", _ways(chosen, loaded, candidates) if chosen.out else {},
                 min(chosen.top, len(candidates)) if candidates else 1)  # fmt: skip
-    with Answers(chosen.out, found, form=form) as out:
+    with Answers(chosen.out, inputs, form=form) as out:
         for files in read_images(out.to_do, EvalTransform(side), chosen.batch):
             if read := out.readable(files):
-                said = reply(torch.stack([image.pixels for image in read]))
-                for image, best in zip(read, said, strict=True):
+                replies = reply(torch.stack([image.pixels for image in read]))
+                for image, best in zip(read, replies, strict=True):
                     _give(out, image.path, chosen.question, best, chosen.json)
             out.advance(len(files))
     return SOME_FAILED if out.failed else 0
 
 
-def _ways(chosen: VqaOptions, loaded: Loaded, candidates: Candidates | None) -> dict[str, object]:
+def _ways(chosen: QuestionOptions, loaded: Loaded, candidates: Candidates | None) -> dict[str, object]:
     """What answers depend on beside the image."""
     among = hashlib.sha256(json.dumps(candidates.texts).encode()).hexdigest()[:16] if candidates else None
     return {"question": chosen.question, "top": chosen.top, "candidates": among, **loaded.options(chosen.model)}
