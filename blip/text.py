@@ -43,5 +43,5 @@ def clean_question(text: str, max_words: int = 50) -> str:
 
 
 def is_sided(text: str) -> bool:
-    """Whether a text says left or right, so that a mirror image would make it wrong."""
+    """Whether a text mentions left or right, so that mirroring the image would make it wrong."""
     return _SIDES.search(text) is not None

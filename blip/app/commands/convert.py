@@ -60,8 +60,8 @@ def run(chosen: ConvertOptions) -> int:
     path = Path(chosen.source).expanduser()
     name = path.resolve().name if path.exists() else chosen.source
     licence = "bsd-3-clause" if name.startswith("Salesforce/") else found.licence
-    origin = card.Origin(name, found.said, licence)
-    print(f"read {name}: {found.said}, {sum(tensor.numel() for tensor in model.state_dict().values()):,} numbers")
+    origin = card.Provenance(name, found.described, licence)
+    print(f"read {name}: {found.described}, {sum(tensor.numel() for tensor in model.state_dict().values()):,} numbers")
     if account := found.account(model):
         _tell(account)
     try:
