@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, and one message for a write that failed.
+"""Atomic writing of files and folders, and one message for a write that failed.
 
 Imports nothing heavy: checkpoints are built on it, and CapFilt's jobs, which start without torch.
 """

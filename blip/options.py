@@ -415,7 +415,7 @@ class _Layout(argparse.RawDescriptionHelpFormatter):
 
 
 def _parser(kind: type, options: Iterable[Option], program: str, examples: str, files: bool, explains: bool) -> _Parser:
-    """A parser of command lines; with what its help says only if it is asked for, as that is read from source code."""
+    """Build a parser of command lines; with help texts only on request, as they are read from source code."""
     usage = " ".join([program, *(_place(one) for one in options if one.required), "[options]"])
     how = {"formatter_class": _Layout, "allow_abbrev": False, "argument_default": argparse.SUPPRESS}
     parser = _Parser(program, usage=usage, description=inspect.getdoc(kind), epilog=examples, **how)

@@ -17,7 +17,7 @@ _SIDES = re.compile(r"\b(?:left|right)", re.IGNORECASE)
 
 
 def _limited(text: str) -> str:
-    """At most LONGEST characters, in which there is no half of a surrogate; JSON may hold one."""
+    """Cut to LONGEST characters and remove unpaired surrogates, which JSON may hold."""
     text = text if len(text) <= LONGEST else text.lstrip(_NO_WORD)[:LONGEST]
     return text if text.isascii() else text.encode("utf-8", "ignore").decode("utf-8")
 

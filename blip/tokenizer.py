@@ -225,7 +225,7 @@ def _read(path: Path) -> tokenizers.Tokenizer:
 
 
 def _parsed(text: str, where: str) -> tokenizers.Tokenizer:
-    """The tokenizer in a tokenizer.json. ValueError for what is none, or has steps that BERT's kind has not."""
+    """The tokenizer in a tokenizer.json. ValueError for anything else, or for steps that BERT's kind does not have."""
     try:
         settings = json.loads(text)
         _check_steps(settings, where)
@@ -333,7 +333,7 @@ def _from_hub(name: str) -> tokenizers.Tokenizer:
         return _auto(name, local_files_only=False)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"tokenizer {name} could not be had from the hub ({str(error).splitlines()[0]}): {how}"
+            f"tokenizer {name} could not be downloaded from the hub ({str(error).splitlines()[0]}): {how}"
         ) from None
 
 

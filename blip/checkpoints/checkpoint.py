@@ -156,7 +156,7 @@ class Own:
         _refuse_misfit(self.source, self._outline(), outline.state_dict())
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
-        """The weights. ValueError as in `read_tensors`, and where a number is none."""
+        """The weights. ValueError as in `read_tensors`, and for NaN or infinity."""
         state = self.weights.read(read_tensors)
         refuse_unsound(state, self.source)
         return state
@@ -306,7 +306,7 @@ def _in_folder(folder: Path, part: str) -> Path:
 
 
 def _first(find: Callable[[str], Path], *names: str) -> Path:
-    """The first file that there is; FileNotFoundError of the first if there is none."""
+    """The first file that exists; FileNotFoundError of the first if none does."""
     missing = None
     for name in names:
         try:

@@ -95,7 +95,7 @@ def recognise(keys: set[str], source: str) -> ForeignLayout:
     if program is None or has("text_model.") or has("cls_head_m."):
         known = [what for start, what in _OTHERS.items() if has(start)]
         what = f"it is {known[0]}" if known else f"it has {some_of(sorted(keys))}"
-        raise ValueError(f"{source} is no checkpoint of BLIP that is known here: {what}")
+        raise ValueError(f"{source} is not a known checkpoint of BLIP: {what}")
     if has("cls_head."):
         if not any(".crossattention.self0." in key for key in keys):
             raise ValueError(f"{source} is a classifier of LAVIS, a task that is not done here")
@@ -316,7 +316,7 @@ _RELEASED = {BASE.vision.model: (768, 12, 12, 16), LARGE.vision.model: (1024, 24
 
 
 def open_file(path: Path) -> Foreign:
-    """A weight file of the 2022 release or LAVIS. FileNotFoundError or ValueError for what is none."""
+    """Open a weight file of the 2022 release or LAVIS. FileNotFoundError or ValueError for anything else."""
     whole = read_file(path)
     theirs = unwrapped(whole, path)
     layout = recognise(set(theirs), str(path))

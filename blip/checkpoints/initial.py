@@ -138,7 +138,7 @@ def _bert(model: Blip, theirs: Mapping[str, Tensor]) -> Table:
     dropped = position_ids(bert) | {f"{bert}embeddings.token_type_embeddings.weight": "BLIP has one kind of segment"}
     for name in (f"{bert}pooler.dense", "cls.seq_relationship"):
         dropped |= {f"{name}.{part}": "sentence-level head" for part in ("weight", "bias")}
-    fresh = dict.fromkeys(named(cross_attention(bert, layers)), "BERT looks at nothing")
+    fresh = dict.fromkeys(named(cross_attention(bert, layers)), "BERT has no cross-attention")
     last = head("cls.predictions", f"{bert}embeddings.word_embeddings.weight")
     if "cls.predictions.bias" in theirs:
         rows, copies = rows + last.rows, last.copies

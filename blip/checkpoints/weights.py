@@ -84,11 +84,11 @@ def _listed(index: Path, part: Callable[[str], Path]) -> tuple[Path, ...]:
     """The files that an index of parts names."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
-        raise ValueError(f"{index} is no index of weights: it has no weight_map from tensors to files")
+        raise ValueError(f"{index} is not an index of weights: it has no weight_map from tensors to files")
     names = sorted(set(places.values()))
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}", name) or not name.endswith(ENDINGS):
-            raise ValueError(f"{index} names {name[:100]!r}, which is no file of weights beside it")
+            raise ValueError(f"{index} names {name[:100]!r}, which is not a weight file beside it")
     if len(names) > _MOST_PARTS:
         raise ValueError(f"{index} names {len(names):,} files, at most {_MOST_PARTS} are read")
     return tuple(part(name) for name in names)
@@ -106,7 +106,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def unwrapped(content: object, path: Path) -> State:
-    """The state dict in what a file holds. ValueError if there is none, or one that claims more than the file holds."""
+    """The state dict in a file's content. ValueError if there is none, or one that claims more than the file holds."""
     for name in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]

@@ -235,7 +235,7 @@ class _Batches(Dataset):
 
 
 class _Places:
-    """The (epoch, index) of each sample of some batches of one process, as often as they are asked for."""
+    """The (epoch, index) of each sample of some batches of one process; can be iterated repeatedly."""
 
     def __init__(self, draws: Draws, start: int, count: int, rank: int, world: int, batch_size: int) -> None:
         check_process(rank, world)

@@ -16,7 +16,7 @@ class Walk:
     """Record of a walk: what was met and is not among the files."""
 
     unreadable: list[tuple[str, str]] = field(default_factory=list)
-    """Folders that may not be listed, and what else could not be looked at: path and reason."""
+    """Folders and files that could not be read: path and reason."""
     notes: list[str] = field(default_factory=list)
     """Notes on what was left out on purpose, one line each."""
 

@@ -26,7 +26,7 @@ from blip.objectives.batch import Batch
 logger = logging.getLogger(__name__)
 
 _POLL = 2.0
-"""Seconds between looks at whether the workers still live."""
+"""Seconds between checks that the workers are alive."""
 _SAMPLES, _SAMPLING = 10, 0.5
 """Looks at the workers in how many seconds, when a batch is overdue."""
 _STUCK = 60.0
@@ -83,7 +83,7 @@ def _shared_memory(purpose: str) -> Iterator[None]:
 
 
 def _free_shared_memory() -> int | None:
-    """Bytes that are left in /dev/shm; None where there is no such thing."""
+    """Bytes left in /dev/shm; None where it does not exist."""
     try:
         return shutil.disk_usage(_SHM).free
     except OSError:

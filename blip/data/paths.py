@@ -16,7 +16,7 @@ from blip.errors import BadSample, DataError, shown
 
 _ADDRESS = re.compile(r"^(?:[a-z][a-z0-9+.\-]*:/|(?:pipe|data|file|ssh|s3|gs|hf):)", re.IGNORECASE)
 _PLAIN = re.compile(r"^[\w\-][\w\-./ ]*\Z")
-"""Nearly all image paths; what does not match is looked at more closely."""
+"""Nearly all image paths; others are checked more closely."""
 _FILE_URL = re.compile(r"file:(?://(?:localhost)?(?=/)|(?=/(?!/)))", re.IGNORECASE)
 _BASE64 = r"[A-Za-z0-9+/=\-_\r\n]"
 _ENCODED = re.compile(
@@ -99,7 +99,7 @@ def matching(name: str, walk: Walk | None = None) -> list[str]:
 
 
 def present(name: str, what: str) -> list[str]:
-    """`matching`, or DataError that calls it a `what` (source, input) of which there is no such file."""
+    """Files of `matching`; DataError if there are none, calling the path a `what` (source, input)."""
     paths = matching(name)
     if not paths:
         raise DataError(f"{what} {name}: no such file")

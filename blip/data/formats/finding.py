@@ -63,7 +63,7 @@ def _file(path: Path, what: str, format: str) -> FoundFile:
 
 
 def file_format(path: Path, what: str) -> str:
-    """The format of a file by its ending. DataError if it is none that is read."""
+    """Format of a file by its ending. DataError if that is not a supported one."""
     if path.name.endswith(_COMPRESSED):
         raise DataError(f"{path} is compressed, which leaves no way to a single sample: unpack it to a plain .tar")
     known = _ENDINGS.get(path.suffix.lower())

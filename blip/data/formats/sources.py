@@ -92,7 +92,7 @@ def root_of(config: SourceConfig, default: Path) -> Path:
 
 
 def columns_of(config: SourceConfig) -> Columns:
-    """The columns that a source's settings ask for."""
+    """The columns that a source's settings name."""
     return Columns(config.image_column, config.caption_column)
 
 
@@ -190,7 +190,7 @@ class ListedRows:
         paths = [self._root(int(row)) / self._images[int(row)].as_py() for row in rows]
         if not any(map(os.path.exists, paths)):
             raise DataError(
-                f"source {self._config.path}: none of its images is there; {self.key(int(rows[0]))} is looked for at "
+                f"source {self._config.path}: none of its images exists; {self.key(int(rows[0]))} is looked for at "
                 f"{str(paths[0])[:300]}. Set image_root to the folder that the paths in the file start from"
             )
 

@@ -231,7 +231,7 @@ class _Walk:
         try:
             return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except (tarfile.TarError, ValueError, OverflowError):
-            raise _Damage(f"what is at byte {at:,} is no tar header") from None
+            raise _Damage(f"the bytes at {at:,} are not a tar header") from None
 
     def _after(self, at: int, began: int, last: tarfile.TarInfo | None) -> int | None:
         """Start of the archive after the zeros at a byte; None if the file ends with them.
@@ -247,7 +247,7 @@ class _Walk:
             try:
                 self._header(end)
             except _Damage:
-                raise _Damage(f"{zeros}, and then bytes that are no tar header") from None
+                raise _Damage(f"{zeros}, followed by bytes that are not a tar header") from None
             if end - at < 2 * _BLOCK:
                 raise _Damage(f"{zeros} stand where a header belongs")
         # What tar writes: two blocks, or up to a whole record of the archive that ends.

@@ -99,7 +99,7 @@ class Conversations:
         step = max(1, len(self) // 16)
         if not any(dialogue.image.exists() for dialogue in self.dialogues[::step]):
             raise DataError(
-                f"source {self.config.path}: none of its images is there; looked for {self.dialogues[0].image}. "
+                f"source {self.config.path}: none of its images exists; looked for {self.dialogues[0].image}. "
                 "Set image_root to the folder that holds them"
             )
 

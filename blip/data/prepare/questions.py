@@ -82,7 +82,7 @@ class Questions:
         names = [self._table["image"][row].as_py() for row in rows]
         if not any((self.root / name).exists() for name in names):
             raise DataError(
-                f"source {self.config.path}: none of its images is there; looked for {self.root / names[0]}. "
+                f"source {self.config.path}: none of its images exists; looked for {self.root / names[0]}. "
                 "Set image_root (and image_name, for images that are known by number) to where they are"
             )
 
@@ -186,7 +186,7 @@ def _refuse_repeated(path: Path, ids: Sequence[Id]) -> None:
     if len(set(ids)) < len(ids):
         twice = [name for name, count in Counter(ids).items() if count > 1]
         raise DataError(
-            f"{path}: {len(twice)} question ids are there more than once ({', '.join(map(str, twice[:5]))}); expected "
+            f"{path}: {len(twice)} duplicate question ids ({', '.join(map(str, twice[:5]))}); expected "
             "each once: set id_column, or give a file without them"
         )
 

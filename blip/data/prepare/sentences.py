@@ -142,7 +142,7 @@ class SentenceShards(ListShards):
 def _check_some_exist(config: ImageSentences, examples: Sequence[Example]) -> None:
     if not any(image.exists() for example in examples for image in example.images):
         raise DataError(
-            f"source {config.path}: none of its images is there; looked for {examples[0].images[0]}. "
+            f"source {config.path}: none of its images exists; looked for {examples[0].images[0]}. "
             "Set image_root to the folder that holds them"
         )
 
