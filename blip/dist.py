@@ -34,7 +34,7 @@ _DECIDES = {
     "ACCELERATE_MIXED_PRECISION": "train.precision",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "train.accumulate",
 }
-"""What accelerate's environment may ask for -> the setting of a run that decides it."""
+"""Setting in accelerate's environment -> the setting of a run that decides it."""
 
 
 def set_aside() -> list[str]:
@@ -55,9 +55,9 @@ def set_aside() -> list[str]:
             del os.environ[name]
             notes.append(f"{name} of accelerate's configuration is set aside: one process has nothing to shard")
     for name, setting in _DECIDES.items():
-        asked = os.environ.get(name, "")
-        if asked.lower() not in ("", "no", "1"):
-            notes.append(f"{name}={asked} of accelerate's configuration is set aside: {setting} decides")
+        value = os.environ.get(name, "")
+        if value.lower() not in ("", "no", "1"):
+            notes.append(f"{name}={value} of accelerate's configuration is set aside: {setting} decides")
     return notes
 
 
@@ -91,7 +91,7 @@ LOCAL_RANKS = (
     "MPI_LOCALRANKID",
     "PALS_LOCAL_RANKID",
 )
-"""Where torchrun and accelerate, SLURM, and the MPIs say which of a machine's processes this is."""
+"""Variables with a process's rank on its machine, of torchrun and accelerate, SLURM, and the MPIs."""
 
 
 def own_device() -> torch.device:
@@ -103,17 +103,17 @@ def own_device() -> torch.device:
 
 
 def joined() -> bool:
-    """Whether there are peers to talk with."""
+    """Whether there is more than one process."""
     return torch_dist.is_available() and torch_dist.is_initialized() and torch_dist.get_world_size() > 1
 
 
 def rank() -> int:
-    """Which process this is, from 0."""
+    """Rank of this process, from 0."""
     return torch_dist.get_rank() if joined() else 0
 
 
 def world() -> int:
-    """How many processes train together."""
+    """Number of processes that train together."""
     return torch_dist.get_world_size() if joined() else 1
 
 
@@ -134,7 +134,7 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def gather_with_gradient(tensor: Tensor) -> Tensor:
-    """As `gather`, and the gradient of every process's loss flows back to the process that owns the rows."""
+    """Gather as `gather`; the gradient of every process's loss flows back to the process that owns the rows."""
     return _Gather.apply(tensor) if joined() else tensor
 
 

@@ -1,4 +1,4 @@
-"""What can go wrong: a bad sample is replaced and counted, everything else ends the program with one line."""
+"""Errors: a bad sample is replaced and counted, everything else ends the program with one line."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ class Stopped(RuntimeError):
 
 
 _FULL = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
-"""What CUDA, PyTorch's allocator of main memory on Linux and on Windows, and cuBLAS say."""
+"""Messages of CUDA, PyTorch's allocator of main memory on Linux and on Windows, and cuBLAS."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was too small, the machine's or a device's."""
+    """Whether an error means too little memory, the machine's or a device's."""
     if isinstance(error, RuntimeError) and not isinstance(error, Stopped):
         return type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in _FULL)
     return isinstance(error, MemoryError)
@@ -29,7 +29,7 @@ _LONGEST = 1000
 
 
 class BadSample(Exception):
-    """One sample cannot be used; it is replaced by another and written to the ledger.
+    """A sample that cannot be used; it is replaced by another and written to the ledger.
 
     `code` says why in a word that programs go by, `reason` in words for people.
     """

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, and one message for a write that failed.
+"""Atomic writing of files and folders, and one message for a write that failed.
 
 Imports nothing heavy: checkpoints are built on it, and CapFilt's jobs, which start without torch.
 """
@@ -96,7 +96,7 @@ def _me() -> str:
 
 @functools.cache
 def _machine() -> str:
-    """What tells apart places whose process numbers mean different processes: machines, and containers on one."""
+    """Identity of the process namespace: differs between machines, and between containers on one."""
     try:
         numbers = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -105,12 +105,12 @@ def _machine() -> str:
 
 
 def _began(process: int) -> float | None:
-    """When a process began, in seconds of the clock; None if there is none."""
+    """Start time of a process, in seconds of the clock; None if there is none."""
     import psutil
 
     try:
-        found = psutil.Process(process)
-        return None if found.status() == psutil.STATUS_ZOMBIE else found.create_time()
+        info = psutil.Process(process)
+        return None if info.status() == psutil.STATUS_ZOMBIE else info.create_time()
     except psutil.NoSuchProcess:
         return None
     except psutil.AccessDenied:  # there is one, and nothing says that it is another
@@ -146,17 +146,18 @@ def sha256(path: Path) -> str:
 
 
 def not_permitted(error: PermissionError) -> str:
-    """What to say of a file that this user may not use: which, whose it is, and what its owner can do."""
+    """Message for a file that this user may not use: which, whose it is, and what its owner can do."""
     if error.filename is None:
         return str(error)
     path = Path(os.fsdecode(error.filename))
-    said = f"{path}: permission denied"
+    message = f"{path}: permission denied"
     with contextlib.suppress(OSError, KeyError, AttributeError, ImportError):  # Windows has no owners
         closed = next((part for part in reversed(path.parents) if not os.access(part, os.X_OK)), path)
         info = closed.stat()
         whose = f"{closed} belongs to {_user(info.st_uid)} and has mode {stat.S_IMODE(info.st_mode):03o}"
-        said += f" ({whose}; this is {_user(os.geteuid())}): its owner can open it with chmod, or run this as its owner"
-    return said
+        remedy = "its owner can open it with chmod, or run this as its owner"
+        message += f" ({whose}; this is {_user(os.geteuid())}): {remedy}"
+    return message
 
 
 def _user(number: int) -> str:
@@ -169,18 +170,18 @@ def _user(number: int) -> str:
 
 
 def not_written(path: Path, advice: str, error: BaseException | None = None, needs: int | None = None) -> str:
-    """Why a file could not be written, in a line: where, the bytes needed and free, and, of a full disk, what to do."""
+    """Message for a file that could not be written: path, bytes needed and free, and, of a full disk, what to do."""
     folder = path.parent
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     full = getattr(error, "errno", None) in _FULL or (needs is not None and free < needs)
-    said = [
+    sentences = [
         f"could not write {path}: {'' if needs is None else f'needs about {needs:,} bytes, '}{free:,} bytes are free."
     ]
-    said += [f"Free some space or {advice}."] if full else []
-    said += [f"The reason given: {getattr(error, 'strerror', None) or error}"] if error is not None else []
-    return " ".join(said)
+    sentences += [f"Free some space or {advice}."] if full else []
+    sentences += [f"The reason given: {getattr(error, 'strerror', None) or error}"] if error is not None else []
+    return " ".join(sentences)
 
 
 MANIFEST = "MANIFEST.json"
@@ -282,12 +283,12 @@ def check_manifest(directory: Path) -> dict:
         raise
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error})") from error
-    for name, said in files:
+    for name, expected in files:
         file = directory / name
         if not file.is_file():
             raise ValueError(f"{file} is missing")
-        if file.stat().st_size != said["bytes"]:
-            raise ValueError(f"{file} has {file.stat().st_size:,} bytes, its manifest says {said['bytes']:,}")
-        if sha256(file) != said["sha256"]:
+        if file.stat().st_size != expected["bytes"]:
+            raise ValueError(f"{file} has {file.stat().st_size:,} bytes, its manifest says {expected['bytes']:,}")
+        if sha256(file) != expected["sha256"]:
             raise ValueError(f"{file} does not have the SHA-256 of its manifest")
     return manifest

@@ -14,7 +14,7 @@ _MASK = (1 << 64) - 1
 
 
 class Purpose(IntEnum):
-    """What a key is for: two uses of one (seed, epoch, index) must not draw the same bits.
+    """Purpose of a key: two uses of one (seed, epoch, index) must not draw the same bits.
 
     Every run that is resumed relies on these numbers, so they never change. They differ within one kind of sample; two
     kinds may share one, whose second name is then an alias.
@@ -25,37 +25,37 @@ class Purpose(IntEnum):
     EPOCH_ORDER = 1
     """The order of an epoch, in which all sources are mixed."""
     CAPTION = 2
-    """Which of an image's captions is shown."""
+    """Choice among an image's captions."""
     REPLACEMENT = 3
-    """Which row replaces one that cannot be used."""
+    """Choice of the row that replaces an unusable one."""
     AUGMENTATION = 4
     """Crop, mirror image and RandAugment of an image with a caption."""
 
     SHARD_ORDER = 10
     """The order of a stream's shards."""
     SHUFFLE_BUFFER = 11
-    """Which place of a stream's shuffle buffer is emptied."""
+    """Choice of the place of a stream's shuffle buffer that is emptied."""
     SOURCE = 12
-    """Which source a stream's next record is from."""
+    """Choice of the source of a stream's next record."""
 
     IMAGE_ORDER = 100
     """The order of the images of a sentence about several."""
     SENTENCE_AUGMENTATION = 102
-    """As AUGMENTATION, of the first image of such a sentence; 10 more for each further one."""
+    """Augmentation of the first image of such a sentence; 10 more for each further one."""
     HELD_OUT = 103
-    """Which sentences are held out where one file is split in two."""
+    """Choice of the held-out sentences where one file is split in two."""
 
     QUESTION_AUGMENTATION = 200
-    """As AUGMENTATION, of an image with a question."""
+    """Augmentation of an image with a question."""
 
     ROUNDS = 200
-    """Which rounds of a dialogue are shown."""
+    """Choice of the rounds of a dialogue."""
     NEGATIVES = 201
-    """Which wrong answers are shown."""
+    """Choice of negatives, the wrong answers shown."""
     DIALOGUE_AUGMENTATION = 202
-    """As AUGMENTATION, of an image with a dialogue."""
+    """Augmentation of an image with a dialogue."""
     HARD_NEGATIVES = 203
-    """Which of the wrong answers that resemble the right one are shown."""
+    """Choice of hard negatives, the wrong answers that resemble the right one."""
 
 
 def mix(*values: int) -> int:

@@ -31,7 +31,7 @@ T = TypeVar("T")
 Tree = dict[str, Any]
 """Values that are given, by name; a section is a tree in it."""
 LAST = -1
-"""In a path: the last item of a list of sections."""
+"""Marker in a path for the last item of a list of sections."""
 
 
 # Declaring ------------------------------------------------------------------------------------------------------------
@@ -61,18 +61,18 @@ def flat(*, part: type | None = None, skip: Sequence[str] = ()) -> Any:
 
 
 class Option(NamedTuple):
-    """A field as it is given."""
+    """Field of a dataclass as an option."""
 
     name: str
-    """On the command line, without `--`."""
+    """Name on the command line, without `--`."""
     path: tuple[str | int, ...]
-    """In a tree."""
+    """Keys that lead to the value in a tree of options."""
     kind: Any
-    """Its type, None left out."""
+    """Type of the value, None left out."""
     may_be_none: bool
     field: dataclasses.Field
     owner: type
-    """The class that declares it."""
+    """Class that declares the field."""
     section: tuple[type, str, str] | None
     """The field that is its section, by class and name, and what is put before that field's docstring."""
     default: Any
@@ -80,7 +80,7 @@ class Option(NamedTuple):
 
 
 def walk(kind: type, before: Option | None = None, under: Any = None) -> Iterator[Option]:
-    """All options of a dataclass, a section before what is in it; `under` has other defaults than the class."""
+    """List all options of a dataclass, a section before its fields; `under` has other defaults than the class."""
     prefix, path, section, required = "", (), None, True
     if before:
         title = f"each of {before.name}: " if _item(before.kind) else f"{before.name}: "
@@ -199,7 +199,7 @@ def _unknown(word: str, options: Mapping[str, Option], more: Iterable[str]) -> s
 
 
 def unknown_option(option: str, options: Iterable[str]) -> str:
-    """What to say of an option that is none of `options`; abbreviations are not guessed, but the closest is named."""
+    """Message for an option that is none of `options`; abbreviations are not guessed, but the closest is named."""
     option, options = option.partition("=")[0], sorted(options, key=len)
     closest = [name for name in options if name.startswith(option)] or difflib.get_close_matches(option, options, n=1)
     remedy = f"did you mean {closest[0]}?" if closest else "--help lists them all"
@@ -259,7 +259,7 @@ def build(kind: type[T], given: Tree, before: str = "", under: Any = None) -> T:
 
 
 class Place(NamedTuple):
-    """What a value is called where it is given."""
+    """Place of a value, for messages."""
 
     where: str
     """`--`, or what names a file."""
@@ -317,7 +317,7 @@ def _scalar(kind: type, value: Any, place: Place, is_text: bool) -> Any:
 
 
 def _section(kind: type, value: Any, place: Place) -> Tree:
-    """What is given of a section, each value of its type."""
+    """Read the given values of a section, each as its type."""
     if not isinstance(value, dict):
         _refuse(place, "a mapping of options", value)
     fields = _fields(kind)
@@ -335,13 +335,13 @@ def _refuse(place: Place, expected: str, value: Any) -> NoReturn:
 
 
 def from_file(kind: type, path: str | Path) -> Tree:
-    """What a YAML file and its bases give, each value of its type; ValueError, naming file and line, if it is not."""
+    """Read a YAML file and its bases, each value of its type; ValueError, naming file and line, if it is not."""
     trees = (_section(kind, content, place) for place, content in _with_bases(Path(path)))
     return functools.reduce(laid_over, trees, {})
 
 
 def content(path: str | Path) -> Tree:
-    """What a YAML file says, laid over what its bases say; no name or type is looked at."""
+    """Read a YAML file and its bases, the outermost base first; names and types are not checked."""
     return functools.reduce(laid_over, (content for _, content in _with_bases(Path(path))), {})
 
 
@@ -351,34 +351,34 @@ def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Plac
     if not path.is_file():
         raise ValueError(f"{called}: no such file")
     try:
-        found = _loaded(path.read_text(encoding="utf-8"), called, has_lines=True)
+        options = _loaded(path.read_text(encoding="utf-8"), called, has_lines=True)
     except UnicodeDecodeError as error:
         raise ValueError(f"{called}: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{called}: expected a mapping of options, got {type(found).__name__}")
+    if not isinstance(options, dict):
+        raise ValueError(f"{called}: expected a mapping of options, got {type(options).__name__}")
     place = Place(f"{called}: ")
-    if "base" in found:
-        base = _typed(str, False, found.pop("base"), place.inside("base"), is_text=False)
+    if "base" in options:
+        base = _typed(str, False, options.pop("base"), place.inside("base"), is_text=False)
         if (path.parent / base).resolve() in (one.resolve() for one in (*above, path)):
             raise ValueError(f"{place}base {base} is itself based on this file; break the circle")
         yield from _with_bases(path.parent / base, (*above, path))
-    yield place, found
+    yield place, options
 
 
 def _loaded(text: str, called: str, has_lines: bool = False) -> Any:
-    """What YAML reads in a text; ValueError if it is not YAML, or for a duplicate key."""
+    """Parse YAML; ValueError if a text is not YAML, or for a duplicate key."""
     import yaml
 
     class _OneKeyLoader(yaml.SafeLoader):
-        """Refuses a mapping that names a key twice, of which YAML itself silently takes the last."""
+        """Loader that refuses a mapping with a duplicate key, of which YAML itself silently takes the last."""
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
             seen: set[str] = set()
             for key, _ in node.value:
-                said = None if isinstance(key, yaml.ScalarNode) else "an option's name must be a word"
-                if said or key.value in seen:
-                    said = said or f"duplicate key {key.value!r}"
-                    raise yaml.constructor.ConstructorError(None, None, said, key.start_mark)
+                problem = None if isinstance(key, yaml.ScalarNode) else "an option's name must be a word"
+                if problem or key.value in seen:
+                    problem = problem or f"duplicate key {key.value!r}"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                 seen.add(key.value)
             return super().construct_mapping(node, deep)
 
@@ -415,7 +415,7 @@ class _Layout(argparse.RawDescriptionHelpFormatter):
 
 
 def _parser(kind: type, options: Iterable[Option], program: str, examples: str, files: bool, explains: bool) -> _Parser:
-    """A parser of command lines; with what its help says only if it is asked for, as that is read from source code."""
+    """Build a parser of command lines; with help texts only on request, as they are read from source code."""
     usage = " ".join([program, *(_place(one) for one in options if one.required), "[options]"])
     how = {"formatter_class": _Layout, "allow_abbrev": False, "argument_default": argparse.SUPPRESS}
     parser = _Parser(program, usage=usage, description=inspect.getdoc(kind), epilog=examples, **how)
@@ -442,7 +442,7 @@ def _parser(kind: type, options: Iterable[Option], program: str, examples: str, 
 
 
 def _title(one: Option, kind: type) -> str:
-    """Of the group of an option in the help: its section, or the class that declares it."""
+    """Title of an option's group in the help: its section, or the class that declares it."""
     if dataclasses.is_dataclass(one.kind):
         return f"{one.name}: {docs(one.owner)[one.field.name]}"
     if one.section:
@@ -452,10 +452,10 @@ def _title(one: Option, kind: type) -> str:
 
 
 def _help(one: Option) -> str:
-    """What the help says of an option, and its default."""
+    """Help text of an option, with its default."""
     if dataclasses.is_dataclass(one.kind):
         return "all of it, in YAML's short form; null for none" if one.may_be_none else argparse.SUPPRESS
-    default, said = one.default, docs(one.owner)[one.field.name]
+    default, text = one.default, docs(one.owner)[one.field.name]
     if isinstance(default, bool):
         default = "true" if default else None
     elif isinstance(default, list | tuple):
@@ -463,14 +463,14 @@ def _help(one: Option) -> str:
     elif default == "" or (isinstance(default, str) and default != default.strip()):
         default = repr(default)
     if one.required and "argument" not in one.field.metadata:
-        said += " (required)"
+        text += " (required)"
     elif default not in (None, dataclasses.MISSING):
-        said += f" (default: {default})"
-    return said.replace("%", "%%")
+        text += f" (default: {default})"
+    return text.replace("%", "%%")
 
 
 def _place(one: Option) -> str:
-    """How an option stands in the line of usage."""
+    """Form of an option in the usage line."""
     if not (metavar := one.field.metadata.get("argument")):
         return f"--{one.name} {_metavar(one)}"
     if typing.get_origin(one.kind) is not list:
@@ -557,7 +557,7 @@ def verb(program: str, args: Sequence[str], verbs: Mapping[str, str], about: str
         return None
     if args and args[0] in verbs:
         return args[0]
-    said = f"there is no {args[0]!r}" if args else "nothing is asked for"
+    problem = f"there is no {args[0]!r}" if args else "nothing is asked for"
     closest = difflib.get_close_matches(args[0], verbs, n=1) if args else []
     remedy = f"did you mean {closest[0]}?" if closest else f"give one of {', '.join(verbs)}"
-    raise ValueError(f"{said}; {remedy} ({program} --help explains)")
+    raise ValueError(f"{problem}; {remedy} ({program} --help explains)")

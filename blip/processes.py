@@ -12,7 +12,7 @@ import psutil
 
 
 def started(pid: int) -> str | None:
-    """What tells a process from a later one with its number; None if there is none that lives."""
+    """Identity that tells a process from a later one with its number; None if no such process is alive."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return fields[19] if fields[0] not in "ZX" else None  # in clock ticks since boot, which no clock change moves

@@ -25,7 +25,7 @@ def check_positive(value: float, name: str) -> None:
 
 
 LATER = {"later": True}
-"""Of a field that model directories may lack: those written before there was one mean its default."""
+"""Marks a field absent from older model directories; absent means default."""
 
 
 def between(low: float, high: float) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What a process of ours imports and starts: nothing from the folder that it happens to stand in.
+"""Safe imports and child processes: nothing comes from the current folder.
 
 `python -m` puts the current folder first on the path, and so does an empty entry of PYTHONPATH. Whoever stands in a
 downloaded crawl would run its numpy.py, and whoever has an eval.py of their own would get that instead of ours. The
@@ -23,8 +23,8 @@ def leave_current_folder() -> None:
     done = os.environ.get("PYTHONSAFEPATH") and not sys.flags.ignore_environment  # by Python, or here before
     if not done and not sys.flags.safe_path and sys.path and _is_here(sys.path[0]):
         del sys.path[0]
-    kept = _kept()
-    left = {one for path in {*_given()} - {*kept} for one in (path, os.path.abspath(path))} - {*kept}
+    remaining = _remaining()
+    left = {one for path in {*_given()} - {*remaining} for one in (path, os.path.abspath(path))} - {*remaining}
     sys.path[:] = [path for path in sys.path if path not in left]
     os.environ.update(environment())
     from importlib.util import module_from_spec  # which imports others
@@ -40,7 +40,7 @@ def leave_current_folder() -> None:
 
 def environment() -> dict[str, str]:
     """The environment for a Python that imports nothing from the current folder."""
-    paths = {"PYTHONPATH": os.pathsep.join(_kept())} if _given() else {}
+    paths = {"PYTHONPATH": os.pathsep.join(_remaining())} if _given() else {}
     return {**os.environ, "PYTHONSAFEPATH": "1", **paths}
 
 
@@ -63,7 +63,7 @@ def _given() -> list[str]:
     return given.split(os.pathsep) if given else []
 
 
-def _kept() -> list[str]:
+def _remaining() -> list[str]:
     """Those of them that do not mean whatever the current folder is; who names it in full wants it."""
     return [path for path in _given() if os.path.isabs(path) or not _is_here(path)]
 
@@ -80,13 +80,13 @@ def _same(a: str, b: str) -> bool:
 
 
 def _is_ours() -> bool:
-    """Whether this process is to run one of our programs, by its script or by `python -m`."""
+    """Whether this process runs one of our programs, by its script or by `python -m`."""
     name = os.path.basename(sys.argv[0]) if sys.argv else ""
     if name != "-m":  # so it is as long as the module is looked for
         return name.removesuffix(".exe") in SCRIPTS
-    asked = sys.orig_argv[-len(sys.argv)]
-    asked = asked[asked.index("m") + 1 :] if asked.startswith("-") else asked
-    return asked.partition(".")[0] in OURS
+    program = sys.orig_argv[-len(sys.argv)]
+    program = program[program.index("m") + 1 :] if program.startswith("-") else program
+    return program.partition(".")[0] in OURS
 
 
 if __name__ == "startup" and _is_ours():

@@ -23,7 +23,7 @@ _TYPES = {
 }  # fmt: skip
 """safetensors' names of types -> torch's."""
 _HEADER_BYTES, _MOST_TENSORS = 1 << 21, 1 << 14
-"""What a header may have; a ViT-L with its teacher has 200 KB and 1,500 tensors."""
+"""Limits of a header; a ViT-L with its teacher has 200 KB and 1,500 tensors."""
 
 
 def tensor_bytes(tensors: dict[str, Tensor]) -> int:
@@ -66,32 +66,34 @@ def read_outline(path: Path) -> dict[str, Tensor]:
             )
         header = file.read(size)
     try:
-        said = json.loads(header)
-        metadata = said.pop("__metadata__", None) or {}
-        if len(said) + len(metadata) > _MOST_TENSORS:
-            raise ValueError(f"it names {len(said) + len(metadata):,} tensors, at most {_MOST_TENSORS:,} are read")
-        found = {name: _outline(name, one) for name, one in said.items()}
-        told, there = max((one["data_offsets"][1] for one in said.values()), default=0), path.stat().st_size - 8 - size
-        if told != there:
-            raise ValueError(f"its header tells of {told:,} bytes and {there:,} are there")
-        found |= {k.removeprefix(_ALIAS): found[v] for k, v in metadata.items() if k.startswith(_ALIAS) and v in found}
+        entries = json.loads(header)
+        metadata = entries.pop("__metadata__", None) or {}
+        if len(entries) + len(metadata) > _MOST_TENSORS:
+            raise ValueError(f"it names {len(entries) + len(metadata):,} tensors, at most {_MOST_TENSORS:,} are read")
+        outline = {name: _outline(name, one) for name, one in entries.items()}
+        declared = max((one["data_offsets"][1] for one in entries.values()), default=0)
+        there = path.stat().st_size - 8 - size
+        if declared != there:
+            raise ValueError(f"its header declares {declared:,} bytes of tensors, the file has {there:,}")
+        aliases = {k.removeprefix(_ALIAS): v for k, v in metadata.items() if k.startswith(_ALIAS)}
+        outline |= {alias: outline[name] for alias, name in aliases.items() if name in outline}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error}); fetch or save it again") from None
-    return found
+    return outline
 
 
-def _outline(name: str, said: dict[str, Any]) -> Tensor:
-    shape, (start, end) = said["shape"], said["data_offsets"]
-    if said["dtype"] not in _TYPES:
-        raise ValueError(f"{name[:80]} is of type {str(said['dtype'])[:20]}, which is not read")
-    dtype = _TYPES[said["dtype"]]
+def _outline(name: str, entry: dict[str, Any]) -> Tensor:
+    shape, (start, end) = entry["shape"], entry["data_offsets"]
+    if entry["dtype"] not in _TYPES:
+        raise ValueError(f"{name[:80]} is of type {str(entry['dtype'])[:20]}, which is not read")
+    dtype = _TYPES[entry["dtype"]]
     if math.prod(shape) * dtype.itemsize != end - start or not all(0 <= side < 1 << 48 for side in shape):
         raise ValueError(f"{name[:80]} of {str(shape)[:80]} does not have {end - start:,} bytes")
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """What `write_tensors` wrote. ValueError says what the file is instead, where it is something else."""
+    """Read a file of `write_tensors`. ValueError says what the file is instead, if it is something else."""
     read_outline(path)
     try:
         with safe_open(path, framework="pt", device=device) as file:
@@ -141,7 +143,7 @@ def _refuse_inflation(path: Path) -> None:
 
 
 def read_pickled_tensors(path: Path) -> Any:
-    """What torch.save wrote of tensors and plain values; nothing in the file can run.
+    """Read what torch.save wrote of tensors and plain values; nothing in the file can run.
 
     ValueError, in a line, if it is something else, holds anything else, or is damaged.
     """

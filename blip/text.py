@@ -17,7 +17,7 @@ _SIDES = re.compile(r"\b(?:left|right)", re.IGNORECASE)
 
 
 def _limited(text: str) -> str:
-    """At most LONGEST characters, in which there is no half of a surrogate; JSON may hold one."""
+    """Cut to LONGEST characters and remove unpaired surrogates, which JSON may hold."""
     text = text if len(text) <= LONGEST else text.lstrip(_NO_WORD)[:LONGEST]
     return text if text.isascii() else text.encode("utf-8", "ignore").decode("utf-8")
 
@@ -43,5 +43,5 @@ def clean_question(text: str, max_words: int = 50) -> str:
 
 
 def is_sided(text: str) -> bool:
-    """Whether a text says left or right, so that a mirror image would make it wrong."""
+    """Whether a text mentions left or right, so that mirroring the image would make it wrong."""
     return _SIDES.search(text) is not None

@@ -30,14 +30,14 @@ _CONTRACTION = re.compile(r" ' (s|t|re|ve|ll|d|m)\b")
 _FEWEST_PIECES = 32
 """A vocabulary with fewer pieces beside the special ones is taken for a failed load."""
 _FILE_BYTES, _MOST_PARTS, _LONGEST_PIECE = 1 << 25, 32, 1000
-"""Of a vocabulary's file, of a step of its pipeline, and in characters."""
+"""Most bytes of a vocabulary's file, parts of a pipeline step, and characters of a piece."""
 _STEPS = {
     "normalizer": {"BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "StripAccents", "Strip", "Sequence"},
     "pre_tokenizer": {"BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Punctuation", "Digits", "Sequence"},
     "post_processor": {"BertProcessing", "TemplateProcessing"},
     "decoder": {"WordPiece"},
 }
-"""What the steps of a pipeline may be. Others can blow up a text (Replace), search for hours (regular expressions), or
+"""Allowed steps of a pipeline. Others can blow up a text (Replace), search for hours (regular expressions), or
 make the library panic (Precompiled), and no vocabulary of BERT's kind has them."""
 
 
@@ -142,7 +142,7 @@ class Tokenizer:
     def _ids_of(self, texts: Sequence[str]) -> Iterator[list[int]]:
         """The word pieces of texts, of at most LONGEST characters of each."""
         limited = [text[:LONGEST] for text in texts]
-        return (found.ids for found in self._pieces.encode_batch(limited, add_special_tokens=False))
+        return (encoded.ids for encoded in self._pieces.encode_batch(limited, add_special_tokens=False))
 
     def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """B id lists -> ids (B, T) int64 and keep (B, T) bool, right-padded to the longest."""
@@ -165,12 +165,12 @@ class Tokenizer:
 
     def for_transformers(self, first: Literal["cls", "enc"]) -> PreTrainedTokenizerFast:
         """transformers' tokenizer of the same pieces, whose texts begin with [CLS] or [ENC] and end with [SEP]."""
-        found = copy.deepcopy(self._fast)
-        pieces, start = found.backend_tokenizer, {"cls": CLS, "enc": ENC}[first]
+        fast = copy.deepcopy(self._fast)
+        pieces, start = fast.backend_tokenizer, {"cls": CLS, "enc": ENC}[first]
         if first == "enc" or pieces.post_processor is None:
             ends = [(start, self._first[first]), (SEP, self.sep_id)]
             pieces.post_processor = processors.TemplateProcessing(single=f"{start} $A {SEP}", special_tokens=ends)
-        return found
+        return fast
 
     def _ids(self) -> dict[str, int]:
         names = ("pad_id", "cls_id", "sep_id", "dec_id", "enc_id")
@@ -178,12 +178,12 @@ class Tokenizer:
 
     def check(self, config: TextConfig) -> None:
         """Raise ValueError unless vocabulary size and special ids are those that the model was made for."""
-        wrong = [
+        problems = [
             f"{k} {v}, the model has {getattr(config, k)}" for k, v in self._ids().items() if v != getattr(config, k)
         ]
-        if wrong:
+        if problems:
             raise ValueError(
-                f"tokenizer {self.where} does not fit the model: {'; '.join(wrong)}. "
+                f"tokenizer {self.where} does not fit the model: {'; '.join(problems)}. "
                 "Load the tokenizer that was saved with the model"
             )
 
@@ -193,7 +193,7 @@ class Tokenizer:
 
     def unknown_rate(self, texts: Sequence[str]) -> float:
         """Share of word pieces of some texts that are [UNK]."""
-        ids = [i for found in self._ids_of(texts) for i in found]
+        ids = [i for piece_ids in self._ids_of(texts) for i in piece_ids]
         return sum(i == self.unk_id for i in ids) / max(1, len(ids))
 
     def digest(self) -> str:
@@ -225,11 +225,11 @@ def _read(path: Path) -> tokenizers.Tokenizer:
 
 
 def _parsed(text: str, where: str) -> tokenizers.Tokenizer:
-    """The tokenizer in a tokenizer.json. ValueError for what is none, or has steps that BERT's kind has not."""
+    """The tokenizer in a tokenizer.json. ValueError for anything else, or for steps that BERT's kind does not have."""
     try:
-        said = json.loads(text)
-        _check_steps(said, where)
-        _check_model(said, where)
+        settings = json.loads(text)
+        _check_steps(settings, where)
+        _check_model(settings, where)
     except (TypeError, KeyError, AttributeError, RecursionError, json.JSONDecodeError) as error:
         reason = f"{type(error).__name__} {error}" if not isinstance(error, json.JSONDecodeError) else error
         raise ValueError(f"tokenizer {where} is not a tokenizer.json: {reason}") from None
@@ -237,7 +237,7 @@ def _parsed(text: str, where: str) -> tokenizers.Tokenizer:
 
 
 def _guarded(make: Callable[[], tokenizers.Tokenizer], complaint: str) -> tokenizers.Tokenizer:
-    """What `make` makes; ValueError with the complaint if the library refuses or panics."""
+    """Call `make`; ValueError with the library's message if it refuses or panics."""
     try:
         return make()
     except Exception as error:  # tokenizers raises bare Exception
@@ -249,9 +249,9 @@ def _guarded(make: Callable[[], tokenizers.Tokenizer], complaint: str) -> tokeni
         raise ValueError(f"{complaint}: {str(error)[:200]}") from None
 
 
-def _check_steps(said: dict[str, Any], where: str) -> None:
+def _check_steps(settings: dict[str, Any], where: str) -> None:
     for step, known in _STEPS.items():
-        parts = list(_parts(said.get(step)))
+        parts = list(_parts(settings.get(step)))
         if len(parts) > _MOST_PARTS:
             raise ValueError(f"tokenizer {where}: its {step} has {len(parts):,} parts, more than BERT's kind has")
         for part in parts:
@@ -275,15 +275,15 @@ def _parts(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
             yield from _parts(part)
 
 
-def _check_model(said: dict[str, Any], where: str) -> None:
-    model, added = said["model"], said.get("added_tokens") or []
+def _check_model(settings: dict[str, Any], where: str) -> None:
+    model, added = settings["model"], settings.get("added_tokens") or []
     if model.get("type", "WordPiece") != "WordPiece":  # which the oldest files leave out
         raise ValueError(f"{where}: holds a {str(model.get('type'))[:40]} model, BLIP's text is WordPiece")
     vocab, longest = model["vocab"], model.get("max_input_chars_per_word", 100)
     ids = [*vocab.values(), *(token["id"] for token in added)]
-    wrong = [i for i in ids if type(i) is not int or not 0 <= i < len(ids)]
-    if wrong:
-        raise ValueError(f"tokenizer {where}: {len(ids):,} pieces cannot have the id {str(wrong[0])[:40]}")
+    misnumbered = [i for i in ids if type(i) is not int or not 0 <= i < len(ids)]
+    if misnumbered:
+        raise ValueError(f"tokenizer {where}: {len(ids):,} pieces cannot have the id {str(misnumbered[0])[:40]}")
     if type(longest) is not int or not 1 <= longest <= _LONGEST_PIECE:
         raise ValueError(
             f"tokenizer {where}: max_input_chars_per_word must be 1 to {_LONGEST_PIECE}, got {str(longest)[:40]}"
@@ -333,7 +333,7 @@ def _from_hub(name: str) -> tokenizers.Tokenizer:
         return _auto(name, local_files_only=False)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"tokenizer {name} could not be had from the hub ({str(error).splitlines()[0]}): {how}"
+            f"tokenizer {name} could not be downloaded from the hub ({str(error).splitlines()[0]}): {how}"
         ) from None
 
 

@@ -6,6 +6,7 @@ keeps an index of it as parquet, which has; images and members stay where they a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -321,7 +322,7 @@ def read_image(name: str, root: str) -> bytes:
 def _open(source: PlannedSource, config: ReadConfig, storage: Storage) -> Format:
     if source.kind == "tar":
         column = None if config.caption_column == NO_COLUMN else config.caption_column
-        return tars.Tar(open_index(storage, source), column, functools.partial(_member, source.path))
+        return tars.Tar(open_index(storage, source), column, functools.partial(_members, source.path))
     if source.kind == "listed":
         return Entries(open_index(storage, source))
     if source.kind == "parquet":
@@ -333,11 +334,25 @@ def _open(source: PlannedSource, config: ReadConfig, storage: Storage) -> Format
     return Hosted(data, chosen_columns(data.features.arrow_schema, wanted_columns(config), source.path))
 
 
-def _member(path: str, member: tars.Member) -> bytes:
+@contextlib.contextmanager
+def _members(path: str) -> Iterator[tars.ReadMember]:
+    """Read members of a shard, which stays open meanwhile. A failed read, or opening, is the BadSample of each row."""
+    opened = None
+    if not is_remote(path):
+        with contextlib.suppress(OSError):
+            opened = os.open(path, os.O_RDONLY)
+
+    def read(member: tars.Member) -> bytes:
+        try:
+            return read_range(path, *member, opened)
+        except OSError as error:
+            raise BadSample(error.strerror or str(error), "unreadable") from None
+
     try:
-        return read_range(path, *member)
-    except OSError as error:
-        raise BadSample(error.strerror or str(error), "unreadable") from None
+        yield read
+    finally:
+        if opened is not None:
+            os.close(opened)
 
 
 def open_index(storage: Storage, source: PlannedSource) -> RowGroups:

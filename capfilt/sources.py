@@ -50,9 +50,11 @@ def open_file(path: str) -> IO[bytes]:
     return fsspec.open(path, "rb").open()
 
 
-def read_range(path: str, start: int, size: int) -> bytes:
-    """Read `size` bytes of a file from `start`. OSError if there are fewer."""
-    if is_remote(path):
+def read_range(path: str, start: int, size: int, opened: int | None = None) -> bytes:
+    """Read `size` bytes of a file from `start`; `opened` is its descriptor, if it is open. OSError if there are fewer."""
+    if opened is not None:
+        content = os.pread(opened, size, start)
+    elif is_remote(path):
         import fsspec
 
         files, inside = fsspec.core.url_to_fs(path)

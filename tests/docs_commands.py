@@ -225,7 +225,7 @@ def _module(name: str, args: list[str], is_module: bool) -> Reading:
         return _eval(args)
     if name == "capfilt":
         return _capfilt(args)
-    if name == "pytest":
+    if name == "pytest" or name.startswith("tests.numbers"):
         return Reading(name, tuple(args), {})
     if name.split(".")[0] not in ("recipes", "blip", "benchmarks"):
         raise Unreadable(f"{name} is not ours")

@@ -5,21 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from blip.checkpoints.foreign import HEADS_KEY, Layout
+from blip.checkpoints.foreign import HEADS_KEY, ForeignLayout
 
 WEIGHTS = {"transformers": "model.safetensors", "original": "model.pth"}
 """Name of the weights' file."""
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where weights come from, for the card."""
+class Provenance:
+    """Source of converted weights, for the card."""
 
     name: str
-    """Without the folders of this machine."""
+    """Name of the checkpoint, without local folders."""
     layout: str
     licence: str | None = None
-    """As the hub names it; None where it is not known."""
+    """Licence, as the hub names it; None where it is not known."""
 
 
 _TWO_LINES = {
@@ -65,7 +65,7 @@ _ALL_DIFFERENT = """\
 - Temperature, momentum teacher and queues have no place in it."""
 
 
-def card(layout: Layout, origin: Origin, model: Any) -> str:
+def card(layout: ForeignLayout, origin: Provenance, model: Any) -> str:
     """README.md of an exported model."""
     program = {"transformers": "transformers", "original": "the code of salesforce/BLIP (2022)"}[layout.program]
     front = ["---", f"library_name: {'transformers' if layout.program == 'transformers' else 'pytorch'}"]
@@ -95,8 +95,8 @@ def card(layout: Layout, origin: Origin, model: Any) -> str:
     return "\n".join([*front, "", *body, "", "## Licence", "", licence_note(origin), ""])
 
 
-def licence_note(origin: Origin) -> str:
-    """What is known of the weights' licence."""
+def licence_note(origin: Provenance) -> str:
+    """Sentence on the weights' licence, as far as it is known."""
     if origin.licence:
         return (
             f"The weights have the licence of {origin.name}: {origin.licence}. Converting them changes nothing in it."
@@ -108,6 +108,6 @@ def licence_note(origin: Origin) -> str:
     )
 
 
-def plain_card(origin: Origin) -> str:
+def plain_card(origin: Provenance) -> str:
     """The body of README.md of a model folder of ours that was converted."""
     return f"# {origin.name}\n\nConverted from {origin.layout}.\n\n## Licence\n\n{licence_note(origin)}\n"

@@ -59,8 +59,8 @@ def save_pretrained(
     target = Path(directory)
     state = model.state_dict()
     task, parts = names_of(type(model))
-    said = {"format": FORMAT, "version": VERSION} | ({} if task == "blip" else {"task": task})
-    config = json.dumps({**said, "model": model.config.to_dict() | {"parts": parts}}, indent=1).encode()
+    header = {"format": FORMAT, "version": VERSION} | ({} if task == "blip" else {"task": task})
+    config = json.dumps({**header, "model": model.config.to_dict() | {"parts": parts}}, indent=1).encode()
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save(scratch)
         texts = {path.name: path.read_bytes() for path in Path(scratch).iterdir()}
@@ -107,12 +107,12 @@ class Own:
     config_path: Path
     weights: Weights
     tokenizer_at: Path
-    """Its folder."""
+    """Folder of the tokenizer."""
     task: str
-    """Of `TASKS`."""
+    """Name of the task, one of `TASKS`."""
     model_config: BlipConfig
-    said = "a model folder of openblip"
-    """What it is, for people."""
+    described = "a model folder of openblip"
+    """Human-readable description."""
 
     @property
     def source(self) -> str:
@@ -121,14 +121,14 @@ class Own:
 
     @property
     def licence(self) -> str | None:
-        """As its card names it."""
+        """Licence that its card names, if any."""
         card = self.config_path.with_name("README.md")
         lines = card.read_text(encoding="utf-8", errors="replace").splitlines()[:20] if card.is_file() else []
-        found = [line.partition(":")[2].strip() for line in lines if line.startswith("license:")]
-        return found[0] if found and found[0] != "other" else None
+        licences = [line.partition(":")[2].strip() for line in lines if line.startswith("license:")]
+        return licences[0] if licences and licences[0] != "other" else None
 
     def tokenizer(self, given: str | Path | None = None) -> Tokenizer:
-        """The one that it was saved with. ValueError if another one is given."""
+        """Tokenizer that it was saved with. ValueError if another one is given."""
         own = Tokenizer.load(self.tokenizer_at)
         if given and Tokenizer.load(given).digest() != own.digest():
             raise ValueError(f"{self.source} was trained with another tokenizer than {given}: leave that out")
@@ -137,14 +137,14 @@ class Own:
     def config(self, tokenizer: Tokenizer) -> BlipConfig:
         """The model's, as it was saved. ValueError if it has more layers than the weights, which is soon told."""
         names = self._outline()
-        for field, said, stack in (
+        for field, count, stack in (
             ("vision.depth", self.model_config.vision.depth, r"vision\.vit\."),
             ("text.layers", self.model_config.text.layers, r"(?:med|question|answer)\."),
         ):
             layers = {match[1] for name in names if (match := re.match(stack + r"blocks\.(\d+)\.", name))}
-            if said is not None and said > len(layers):
+            if count is not None and count > len(layers):
                 raise ValueError(
-                    f"{self.config_path}: {field} is {said}, {self.weights.path.name} has {len(layers)} layers"
+                    f"{self.config_path}: {field} is {count}, {self.weights.path.name} has {len(layers)} layers"
                 )
         return self.model_config
 
@@ -156,63 +156,63 @@ class Own:
         _refuse_misfit(self.source, self._outline(), outline.state_dict())
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
-        """The weights. ValueError as in `read_tensors`, and where a number is none."""
+        """The weights. ValueError as in `read_tensors`, and for NaN or infinity."""
         state = self.weights.read(read_tensors)
         refuse_unsound(state, self.source)
         return state
 
     def account(self, model: nn.Module) -> None:
-        """Nothing is renamed or left out."""
+        """No account: nothing is renamed or left out."""
 
 
 def opened(where: str | Path) -> Own | Foreign:
-    """What is at a path, or on the hub under a name, by its files and keys; errors as in `from_pretrained`."""
+    """Open the checkpoint at a path, or on the hub under a name; errors as in `from_pretrained`."""
     folder = Path(where).expanduser()
     if str(where).endswith(ENDINGS) and "://" not in str(where) and not folder.is_dir():
         return foreign.open_file(folder)
     config_path, part, tokenizer_at = _find(where)
-    said = read_json(config_path)
-    if said.get("format") != FORMAT and "model_type" in said:
+    settings = read_json(config_path)
+    if settings.get("format") != FORMAT and "model_type" in settings:
         return foreign.open_directory(config_path, Weights.find(part, *_FOREIGN_WEIGHTS), tokenizer_at())
-    task, config = _read_config(config_path, said)
+    task, config = _read_config(config_path, settings)
     return Own(config_path, Weights.find(part, WEIGHTS), tokenizer_at(), task, config)
 
 
 def built(
-    found: Own | Foreign,
+    source: Own | Foreign,
     *,
     image_size: int | None = None,
     device: str | torch.device = "cpu",
     tokenizer: str | Path | None = None,
 ) -> tuple[Any, Tokenizer]:
     """The model and tokenizer of what was opened, in evaluation mode; arguments and errors as in `from_pretrained`."""
-    words = found.tokenizer(tokenizer)
-    config = found.config(words)
+    words = source.tokenizer(tokenizer)
+    config = source.config(words)
     words.check(config.text)
     # Before anything is allocated, so that no configuration can ask for more memory than there are weights.
-    found.fits(_outline(found, config))
+    source.fits(_outline(source, config))
     if image_size is not None and image_size != config.vision.image_size:
         config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=image_size))
-    model = kind_of(found.task, config)(config)
-    state = found.state(model)
+    model = kind_of(source.task, config)(config)
+    state = source.state(model)
     if _POSITIONS in state and state[_POSITIONS].ndim == 3:
         state[_POSITIONS] = fit_positions(model.vision.vit, state[_POSITIONS], config.vision.image_size)
-    _refuse_misfit(found.source, state, model.state_dict())
+    _refuse_misfit(source.source, state, model.state_dict())
     if _TEMPERATURE in state and (temperature := state[_TEMPERATURE].item()) <= 0:
-        raise ValueError(f"{found.source}: {_TEMPERATURE} is {temperature:g}, it must be above 0")
+        raise ValueError(f"{source.source}: {_TEMPERATURE} is {temperature:g}, it must be above 0")
     model.load_state_dict(state)
     return model.to(device).eval(), words
 
 
-def _outline(found: Own | Foreign, config: BlipConfig) -> nn.Module:
+def _outline(source: Own | Foreign, config: BlipConfig) -> nn.Module:
     """A model's names, shapes and types without content. ValueError, naming the file, for one that cannot be."""
     # What does not change a shape may need content to be made.
     plain = dataclasses.replace(config, vision=dataclasses.replace(config.vision, drop_path=0.0, init_gain=None))
     try:
         with torch.device("meta"):
-            return kind_of(found.task, plain)(plain)
+            return kind_of(source.task, plain)(plain)
     except ValueError as error:
-        named = found.config_path if isinstance(found, Own) else found.source
+        named = source.config_path if isinstance(source, Own) else source.source
         raise ValueError(f"{named}: {error}") from error
 
 
@@ -243,28 +243,28 @@ def from_pretrained(where, kind=Blip, *, image_size=None, device="cpu", tokenize
     is wrong with it, if it is not whole, of another format or kind, or if weights, configuration and tokenizer do not
     fit each other.
     """
-    found = where if isinstance(where, Own | Foreign) else opened(where)
-    _refuse_kind(found, kind)
-    return built(found, image_size=image_size, device=device, tokenizer=tokenizer)
+    source = where if isinstance(where, Own | Foreign) else opened(where)
+    _refuse_kind(source, kind)
+    return built(source, image_size=image_size, device=device, tokenizer=tokenizer)
 
 
 def check_kind(where: str | Path, kind: type[Any] = Blip) -> None:
-    """Without building it, refuse a model that `from_pretrained` would refuse for what it is."""
+    """Refuse a model of the wrong kind, as `from_pretrained` does, without building it."""
     _refuse_kind(opened(where), kind)
 
 
-def _refuse_kind(found: Own | Foreign, kind: type[Any]) -> None:
-    if TASKS[found.task].model is not kind:
-        named = found.config_path if isinstance(found, Own) else found.source
-        model = TASKS[found.task].model.__name__
-        raise ValueError(f"{named} is of a {model} model, {_remedy(found.task, names_of(kind)[0])}")
+def _refuse_kind(source: Own | Foreign, kind: type[Any]) -> None:
+    if TASKS[source.task].model is not kind:
+        named = source.config_path if isinstance(source, Own) else source.source
+        model = TASKS[source.task].model.__name__
+        raise ValueError(f"{named} is of a {model} model, {_remedy(source.task, names_of(kind)[0])}")
 
 
-def _remedy(found: str, wanted: str) -> str:
+def _remedy(actual: str, wanted: str) -> str:
     kind = TASKS[wanted].model.__name__
-    if found == "blip":
+    if actual == "blip":
         return f"{kind} is expected: fine-tune it first with recipes.{wanted}, or give a model that this wrote"
-    use = f"which is for {TASKS[found].used_by} (in Python: from_pretrained(folder, {TASKS[found].model.__name__}))"
+    use = f"which is for {TASKS[actual].used_by} (in Python: from_pretrained(folder, {TASKS[actual].model.__name__}))"
     return f"{use}; {kind} is expected here"
 
 
@@ -287,11 +287,11 @@ def _find(where: str | Path) -> tuple[Path, Callable[[str], Path], Callable[[], 
         return hub.file(name, part, "the model's path")
 
     def tokenizer() -> Path:
-        found = _first(fetch, _TOKENIZER[0], "vocab.txt").parent
-        if found.joinpath(_TOKENIZER[0]).is_file():
+        folder = _first(fetch, _TOKENIZER[0], "vocab.txt").parent
+        if folder.joinpath(_TOKENIZER[0]).is_file():
             with suppress(FileNotFoundError):
                 fetch(_TOKENIZER[1])
-        return found
+        return folder
 
     return fetch(_CONFIG), fetch, tokenizer
 
@@ -306,7 +306,7 @@ def _in_folder(folder: Path, part: str) -> Path:
 
 
 def _first(find: Callable[[str], Path], *names: str) -> Path:
-    """The first file that there is; FileNotFoundError of the first if there is none."""
+    """The first file that exists; FileNotFoundError of the first if none does."""
     missing = None
     for name in names:
         try:
@@ -316,36 +316,40 @@ def _first(find: Callable[[str], Path], *names: str) -> Path:
     raise missing
 
 
-def _read_config(path: Path, said: dict[str, Any]) -> tuple[str, BlipConfig]:
-    """Which of `TASKS` it is, and its configuration, by what config.json says."""
-    if said.get("format") != FORMAT:
+def _read_config(path: Path, settings: dict[str, Any]) -> tuple[str, BlipConfig]:
+    """Read the task, one of `TASKS`, and the configuration from config.json."""
+    if settings.get("format") != FORMAT:
         raise ValueError(f"{path} does not say format {FORMAT!r}, nor transformers' model_type: is it another model's?")
-    if said.get("version") != VERSION:
-        raise ValueError(f"{path} is version {said.get('version')!r}, this program reads {VERSION}: update openblip")
-    task = said.get("task", "blip")
+    if settings.get("version") != VERSION:
+        version = settings.get("version")
+        raise ValueError(f"{path} is version {version!r}, this program reads {VERSION}: update openblip")
+    task = settings.get("task", "blip")
     if not isinstance(task, str) or task not in TASKS:
         raise ValueError(f"{path} is of task {task!r}, this program knows {', '.join(TASKS)}: update openblip")
     try:
-        return task, TASKS[task].config.from_dict(said.get("model"))
+        return task, TASKS[task].config.from_dict(settings.get("model"))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def _refuse_misfit(source: str, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """One error for all that is missing, unexpected or of another shape."""
+    """Raise one error for all that is missing, unexpected or of another shape."""
     both = sorted(state.keys() & wanted.keys())
     shapes = [f"{k} {tuple(state[k].shape)} for {tuple(wanted[k].shape)}" for k in both
               if state[k].shape != wanted[k].shape]  # fmt: skip
     types = [f"{k} {type_in_words(state[k].dtype)} for {type_in_words(wanted[k].dtype)}" for k in both
              if state[k].dtype not in NUMBERS]  # fmt: skip
-    found = {
+    misfits = {
         "missing": sorted(wanted.keys() - state.keys()),
         "unexpected": sorted(name[:100] for name in state.keys() - wanted.keys()),
         "of another shape": shapes,
         "of another type": types,
     }
-    lines = [f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}" for kind, names in found.items()
-             if names]  # fmt: skip
+    lines = [
+        f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
+        for kind, names in misfits.items()
+        if names
+    ]
     if lines:
         raise ValueError(
             f"{source} does not fit its {_CONFIG}: {'; '.join(lines)}. Weights and configuration must come from the "

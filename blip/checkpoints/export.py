@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from blip import files
-from blip.checkpoints.card import WEIGHTS, Origin, card
-from blip.checkpoints.foreign import HEADS_KEY, LAYOUTS, Layout
+from blip.checkpoints.card import WEIGHTS, Provenance, card
+from blip.checkpoints.foreign import HEADS_KEY, LAYOUTS, ForeignLayout
 from blip.checkpoints.layouts import teacher_copies
 from blip.checkpoints.table import State, to_theirs
 from blip.models.blip import Blip, Captioner, Matcher
@@ -31,7 +31,7 @@ _USES: dict[type, tuple[str, ...]] = {
 }
 
 
-def layout_for(model: Any, to: Literal["transformers", "original"], use: Use | None = None) -> Layout:
+def layout_for(model: Any, to: Literal["transformers", "original"], use: Use | None = None) -> ForeignLayout:
     """The layout that a model is written in. ValueError, saying what there is, where it has none or must be chosen."""
     kind = type(model)
     there = {layout.name: layout for layout in LAYOUTS if layout.program == to and layout.name in _USES.get(kind, ())}
@@ -62,9 +62,9 @@ def write(
     tokenizer: Tokenizer,
     target: Path,
     to: Literal["transformers", "original"],
-    origin: Origin,
+    origin: Provenance,
     use: Use | None = None,
-) -> Layout:
+) -> ForeignLayout:
     """Write a model for another program into a new folder, all or nothing; returns the layout that it was written in.
 
     ValueError for a model that the program cannot hold or a tokenizer that is another's, atomic.WriteError if the disk
@@ -106,15 +106,15 @@ def write(
     }
     size = tensor_bytes(state)
     if to == "transformers":
-        kept = {name: state[name] for name in state if name not in layout.table(model).copies}
-        writers[WEIGHTS[to]] = (lambda path: write_tensors(path, kept), size)
+        weights = {name: state[name] for name in state if name not in layout.table(model).copies}
+        writers[WEIGHTS[to]] = (lambda path: write_tensors(path, weights), size)
     else:
         writers[WEIGHTS[to]] = (lambda path: _write_pth(path, state, model, layout), size)
     files.write_directory(target, writers)
     return layout
 
 
-def _beside(scratch: Path, model: Any, tokenizer: Tokenizer, layout: Layout) -> dict[str, bytes]:
+def _beside(scratch: Path, model: Any, tokenizer: Tokenizer, layout: ForeignLayout) -> dict[str, bytes]:
     """Names and contents of the files beside weights and card."""
     if layout.program == "transformers":
         from blip.checkpoints import hugging_face
@@ -125,8 +125,8 @@ def _beside(scratch: Path, model: Any, tokenizer: Tokenizer, layout: Layout) -> 
     return {path.name: path.read_bytes() for path in scratch.iterdir()}
 
 
-def _write_pth(path: Path, state: State, model: Any, layout: Layout) -> None:
-    """As torch.save of the original's class, its buffers that count positions included, and the heads beside it."""
+def _write_pth(path: Path, state: State, model: Any, layout: ForeignLayout) -> None:
+    """Write what torch.save writes of the original's class, with position buffers and the head counts."""
     counted: dict[str, Tensor] = {}
     for name in layout.table(model).dropped:
         if name.endswith("position_ids"):

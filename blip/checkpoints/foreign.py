@@ -38,38 +38,38 @@ _POSITIONS = "vision.vit.pos_embed"
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What a foreign checkpoint may be."""
+class ForeignLayout:
+    """One supported kind of foreign checkpoint."""
 
     name: Literal["pretraining", "captioning", "matching", "vqa", "nlvr"]
-    """What it is for."""
+    """Use of the model."""
     program: Literal["original", "transformers"]
-    """Whose names it has; LAVIS has the original's."""
+    """Program whose tensor names it has; LAVIS has the original's."""
     table: Callable[[Any], Table]
     """Names, for a model of ours."""
     task: str = "blip"
-    """Of `blip.models.families.TASKS`, what it becomes here."""
+    """Task that it has here, one of `blip.models.families.TASKS`."""
     parts: Literal["all", "writing", "matching"] = "all"
-    """Of `BlipConfig`."""
+    """Value of `BlipConfig.parts`."""
 
     @property
     def stacks(self) -> tuple[str, ...]:
-        """What its BERTs stand under."""
+        """Prefixes of the tensors of its BERTs."""
         names = {"captioning": ("text_decoder.bert.",), "vqa": ("text_encoder.", "text_decoder.bert.")}
         return names.get(self.name, ("text_encoder.",))
 
 
 LAYOUTS = (
-    Layout("pretraining", "original", layouts.original_pretraining),
-    Layout("captioning", "original", layouts.original_captioning, parts="writing"),
-    Layout("matching", "original", layouts.original_matching, parts="matching"),
-    Layout("vqa", "original", layouts.original_vqa, "vqa"),
-    Layout("nlvr", "original", layouts.original_nlvr, "nlvr"),
-    Layout("captioning", "transformers", layouts.transformers_captioning, parts="writing"),
-    Layout("matching", "transformers", layouts.transformers_matching, parts="matching"),
-    Layout("vqa", "transformers", layouts.transformers_vqa, "vqa"),
+    ForeignLayout("pretraining", "original", layouts.original_pretraining),
+    ForeignLayout("captioning", "original", layouts.original_captioning, parts="writing"),
+    ForeignLayout("matching", "original", layouts.original_matching, parts="matching"),
+    ForeignLayout("vqa", "original", layouts.original_vqa, "vqa"),
+    ForeignLayout("nlvr", "original", layouts.original_nlvr, "nlvr"),
+    ForeignLayout("captioning", "transformers", layouts.transformers_captioning, parts="writing"),
+    ForeignLayout("matching", "transformers", layouts.transformers_matching, parts="matching"),
+    ForeignLayout("vqa", "transformers", layouts.transformers_vqa, "vqa"),
 )
-_BARE = Layout("matching", "original", layouts.original_bare_matching, parts="matching")
+_BARE = ForeignLayout("matching", "original", layouts.original_bare_matching, parts="matching")
 _OTHERS = {
     "vision.vit.": "weights of a model folder of openblip: give the folder, with its config.json",
     "query_tokens": "BLIP-2, which is another model",
@@ -81,10 +81,10 @@ _OTHERS = {
     "blocks.": "an image encoder alone: it goes where first weights do, --model.vision_weights of recipes.pretrain",
     "bert.": "a BERT alone: it goes where first weights do, --model.text_weights of recipes.pretrain",
 }
-"""What other programs' keys begin with -> what it is then."""
+"""Start of other programs' keys -> description of the checkpoint."""
 
 
-def recognise(keys: set[str], source: str) -> Layout:
+def recognise(keys: set[str], source: str) -> ForeignLayout:
     """The layout of a state dict by its keys. ValueError, saying what it is instead where that is known."""
 
     def has(*names: str) -> bool:
@@ -95,7 +95,7 @@ def recognise(keys: set[str], source: str) -> Layout:
     if program is None or has("text_model.") or has("cls_head_m."):
         known = [what for start, what in _OTHERS.items() if has(start)]
         what = f"it is {known[0]}" if known else f"it has {some_of(sorted(keys))}"
-        raise ValueError(f"{source} is no checkpoint of BLIP that is known here: {what}")
+        raise ValueError(f"{source} is not a known checkpoint of BLIP: {what}")
     if has("cls_head."):
         if not any(".crossattention.self0." in key for key in keys):
             raise ValueError(f"{source} is a classifier of LAVIS, a task that is not done here")
@@ -112,24 +112,24 @@ def recognise(keys: set[str], source: str) -> Layout:
         )
     if name == "matching" and program == "original" and "temp" not in keys:
         return _BARE
-    found = [layout for layout in LAYOUTS if (layout.name, layout.program) == (name, program)]
-    if not found:
+    matching = [layout for layout in LAYOUTS if (layout.name, layout.program) == (name, program)]
+    if not matching:
         raise ValueError(f"{source} has the names of {program} for {name}, which that has no model for; was it edited?")
-    return found[0]
+    return matching[0]
 
 
 @dataclass(frozen=True)
 class Account:
-    """What became of every tensor of a foreign file."""
+    """Account of every tensor of a foreign file."""
 
     carried: int
     """Tensors that were carried over."""
     copies: int
     """Second names of a tensor that was carried over."""
     dropped: dict[str, list[str]]
-    """Why -> the keys that were left out."""
+    """Reason -> the keys that were left out."""
     fresh: dict[str, str]
-    """Of the model, what the file does not have -> why."""
+    """Tensors of the model that the file does not have -> why."""
 
 
 @dataclass(frozen=True)
@@ -138,28 +138,28 @@ class Foreign:
 
     source: str
     """The weights' file, for messages."""
-    layout: Layout
+    layout: ForeignLayout
     theirs: State
     settings: Settings
     tokenizer_at: str | None
-    """Where its tokenizer is, if it brings one."""
+    """Path of its tokenizer, if it has one."""
 
     @property
     def task(self) -> str:
         return self.layout.task
 
     @property
-    def said(self) -> str:
-        """What it is, for people."""
+    def described(self) -> str:
+        """Human-readable description."""
         whose = {"original": "the 2022 release and LAVIS", "transformers": "transformers"}[self.layout.program]
         return f"the layout of {whose} for {self.layout.name}"
 
     @property
     def licence(self) -> None:
-        """A file of weights does not tell."""
+        """None: a file of weights does not state one."""
 
     def tokenizer(self, given: str | Path | None = None) -> Tokenizer:
-        """The one that is given, its own, that of the environment, or bert-base-uncased; errors as `Tokenizer.load`."""
+        """Load the tokenizer given, its own, the environment's or bert-base-uncased; errors as `Tokenizer.load`."""
         chosen = given or self.tokenizer_at or os.environ.get(TOKENIZER_VARIABLE)
         if chosen:
             return Tokenizer.load(chosen)
@@ -180,9 +180,9 @@ class Foreign:
         words = len(self._theirs(self.layout.stacks[0] + "embeddings.word_embeddings.weight", 2))
         ids = {name: getattr(text, name) for name in self.settings.ids}
         if words != text.vocab_size or ids != self.settings.ids:
-            said = "".join(f", {name} {value}" for name, value in self.settings.ids.items())
+            expected = "".join(f", {name} {value}" for name, value in self.settings.ids.items())
             raise ValueError(
-                f"{self.source} has {words} word pieces{said}, and tokenizer {tokenizer.where} {text.vocab_size}"
+                f"{self.source} has {words} word pieces{expected}, and tokenizer {tokenizer.where} {text.vocab_size}"
                 f"{''.join(f', {name} {value}' for name, value in ids.items())}: give the one that it was trained with "
                 f"as --tokenizer (in Python: tokenizer=); that of the released ones is {RELEASED_TOKENIZER}"
             )
@@ -209,10 +209,10 @@ class Foreign:
             "text_config.intermediate_size": text.hidden,
             "text_config.max_position_embeddings": text.max_positions,
         }
-        for name, said in self.settings.sizes.items():
-            if said != has[name]:
+        for name, stated in self.settings.sizes.items():
+            if stated != has[name]:
                 raise ValueError(
-                    f"{self.source} does not fit its config.json: {name} is {said}, the weights have {has[name]}"
+                    f"{self.source} does not fit its config.json: {name} is {stated}, the weights have {has[name]}"
                 )
 
     def fits(self, outline: Any) -> None:
@@ -231,7 +231,7 @@ class Foreign:
         return from_theirs(table, self.theirs, like, self.source) | {n: like[n] for n in table.fresh if n in like}
 
     def account(self, model: Any) -> Account:
-        """What becomes of every tensor; `state` has gone well before."""
+        """Account of every tensor; `state` must have succeeded before."""
         table, dropped = self.layout.table(model), {}
         for name in self.theirs:
             if name in table.dropped:
@@ -244,10 +244,10 @@ class Foreign:
     def _theirs(self, name: str, dimensions: int | None = None) -> Tensor:
         if name not in self.theirs:
             raise ValueError(f"{self.source}: {self.layout.name} needs {name}: is the file complete?")
-        found = self.theirs[name]
-        if dimensions not in (None, found.ndim):
-            raise ValueError(f"{self.source}: {name} is {in_words(found.shape)}, not of {dimensions} dimensions")
-        return found
+        tensor = self.theirs[name]
+        if dimensions not in (None, tensor.ndim):
+            raise ValueError(f"{self.source}: {name} is {in_words(tensor.shape)}, not of {dimensions} dimensions")
+        return tensor
 
     def _sized(self, kind: Callable[..., Any], *sizes: Any, **more: Any) -> Any:
         """A configuration by what was found. ValueError, naming the file, for sizes that no model has."""
@@ -296,7 +296,7 @@ class Foreign:
         )
 
     def _count(self, start: str) -> int:
-        numbers = {int(found[1]) for key in self.theirs if (found := re.match(re.escape(start) + r"(\d{1,4})\.", key))}
+        numbers = {int(match[1]) for key in self.theirs if (match := re.match(re.escape(start) + r"(\d{1,4})\.", key))}
         if numbers != set(range(len(numbers))) or not numbers:
             raise ValueError(f"{self.source}: the layers {start}N are not numbered from 0 without a gap")
         return len(numbers)
@@ -316,21 +316,21 @@ _RELEASED = {BASE.vision.model: (768, 12, 12, 16), LARGE.vision.model: (1024, 24
 
 
 def open_file(path: Path) -> Foreign:
-    """A weight file of the 2022 release or LAVIS. FileNotFoundError or ValueError for what is none."""
+    """Open a weight file of the 2022 release or LAVIS. FileNotFoundError or ValueError for anything else."""
     whole = read_file(path)
     theirs = unwrapped(whole, path)
     layout = recognise(set(theirs), str(path))
     if layout.program == "transformers":
         raise ValueError(f"{path} is of a model of transformers: give its folder, with config.json and tokenizer")
-    found = whole.get(HEADS_KEY) if isinstance(whole, dict) else None
-    told = found if isinstance(found, dict) else {}
-    sizes = [told.get(name) for name in ("vision", "text")]
+    stored = whole.get(HEADS_KEY) if isinstance(whole, dict) else None
+    heads = stored if isinstance(stored, dict) else {}
+    sizes = [heads.get(name) for name in ("vision", "text")]
     vision, text = (value if isinstance(value, int) and value > 0 else None for value in sizes)
     return Foreign(str(path), layout, theirs, Settings(vision, text), _beside(path.parent))
 
 
 HEADS_KEY = "attention_heads"
-"""Beside "model" in a `.pth` that was exported here: {"vision": heads, "text": heads}."""
+"""Key beside "model" in a `.pth` that was exported here: {"vision": heads, "text": heads}."""
 
 
 def open_directory(config: Path, weights: Weights, tokenizer_at: Path) -> Foreign:

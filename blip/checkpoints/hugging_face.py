@@ -20,28 +20,28 @@ CLASSES = {
     "matching": "BlipForImageTextRetrieval",
     "vqa": "BlipForQuestionAnswering",
 }
-"""What a model is for -> transformers' class."""
+"""Use of a model -> transformers' class."""
 DECODE = {"captioning": DECODE_PRESETS["caption_2022"], "vqa": AnswerConfig().decode()}
-"""What a model is for -> how it writes."""
+"""Use of a model -> settings of its decoding."""
 VISION_EPS = 1e-6
 """Epsilon of the image encoder's norms in the 2022 release, and in timm; transformers' own default is 1e-5."""
 
 
 def read_settings(path: Path) -> Settings:
-    """What a config.json says that shapes do not; what it leaves out is transformers' default, as it is for them.
+    """Read the settings of a config.json that shapes do not show; a missing one has transformers' default.
 
     Only the fields that are used are looked at: others may ask for anything, such as a billion names of classes.
     ValueError if it is not of a BLIP, of one that computes otherwise, or if a field is of another type.
     """
-    said = read_json(path)
-    if said.get("model_type") != "blip":
-        kind = str(said.get("model_type"))[:60]
+    settings = read_json(path)
+    if settings.get("model_type") != "blip":
+        kind = str(settings.get("model_type"))[:60]
         raise ValueError(
             f"{path} is of a {kind} model, not of a BLIP (model_type blip); BLIP-2 and InstructBLIP are other models"
         )
     default = TheirConfig()
-    text = _Part(path, said, "text_config", default.text_config)
-    vision = _Part(path, said, "vision_config", default.vision_config)
+    text = _Part(path, settings, "text_config", default.text_config)
+    vision = _Part(path, settings, "vision_config", default.vision_config)
     for part in (text, vision):
         if (act := part.get("hidden_act")) != "gelu":
             raise ValueError(f"{path}: {part.name}.hidden_act is {str(act)[:60]}, this program computes gelu")
@@ -60,7 +60,7 @@ def read_settings(path: Path) -> Settings:
             f"{part.name}.{field}": part.whole(field, least=1)
             for part in (vision, text)
             for field in _SIZES[part.name]
-            if field in part.said
+            if field in part.values
         },
     )
 
@@ -71,14 +71,14 @@ _IDS = {"dec_id": "bos_token_id", "sep_id": "sep_token_id", "pad_id": "pad_token
 class _Part:
     """A part of their config.json, field by field; what it leaves out is transformers' default."""
 
-    def __init__(self, path: Path, said: dict[str, Any], name: str, default: Any) -> None:
-        found = said.get(name)
-        if not isinstance(found, dict | None):
-            raise ValueError(f"{path}: {name} must be an object, got {reprlib.repr(found)}")
-        self.path, self.name, self.said, self.default = path, name, found or {}, default
+    def __init__(self, path: Path, settings: dict[str, Any], name: str, default: Any) -> None:
+        values = settings.get(name)
+        if not isinstance(values, dict | None):
+            raise ValueError(f"{path}: {name} must be an object, got {reprlib.repr(values)}")
+        self.path, self.name, self.values, self.default = path, name, values or {}, default
 
     def get(self, field: str) -> Any:
-        return self.said.get(field, getattr(self.default, field))
+        return self.values.get(field, getattr(self.default, field))
 
     def whole(self, field: str, least: int = 0) -> int:
         value = self.get(field)
@@ -119,7 +119,7 @@ def write(folder: Path, model: Any, tokenizer: Tokenizer, name: Literal["caption
     BlipProcessor(images, tokenizer.for_transformers("cls" if name == "captioning" else "enc")).save_pretrained(folder)
     if name != "matching":
         decode, text = DECODE[name], model.config.text
-        found = GenerationConfig(
+        generation = GenerationConfig(
             num_beams=decode.beams,
             max_length=decode.max_length,
             min_length=decode.min_length,
@@ -127,7 +127,7 @@ def write(folder: Path, model: Any, tokenizer: Tokenizer, name: Literal["caption
             eos_token_id=text.sep_id,
             pad_token_id=text.pad_id,
         )
-        found.save_pretrained(folder)
+        generation.save_pretrained(folder)
 
 
 def their_config(model: Any) -> TheirConfig:

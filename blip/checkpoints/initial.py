@@ -21,7 +21,7 @@ from blip.checkpoints.layouts import (
     position_ids,
     self_attention,
 )
-from blip.checkpoints.table import Row, State, Table, from_theirs
+from blip.checkpoints.table import State, Table, TensorRow, from_theirs
 from blip.checkpoints.weights import is_local, read_weights
 from blip.models.blip import Blip
 from blip.nn.vision import fit_positions
@@ -55,7 +55,7 @@ def initial_vision(model: Blip, where: str | Path, option: str = "where") -> Non
     like = vit.state_dict()
     if "pos_embed" in like and "pos_embed" in theirs and theirs["pos_embed"].ndim == 3:
         theirs = theirs | {"pos_embed": fit_positions(vit, theirs["pos_embed"], vision.image_size)}
-    rows = [Row(name, (name,)) for name in like]
+    rows = [TensorRow(name, (name,)) for name in like]
     dropped = {f"{at}.{part}": "pools and classifies" for at in _POOLS for part in ("weight", "bias")}
     table = Table(f"the image encoder {vision.model} of timm", rows, dropped=dropped)
     vit.load_state_dict(from_theirs(table, theirs, like, str(where)))
@@ -110,15 +110,15 @@ def _bert_files(where: str | Path, option: str) -> tuple[Path, Path | None]:
     if path.is_file():
         return path, None
     names = ("model.safetensors", "pytorch_model.bin")
-    found = [path / name for name in names if (path / name).is_file()]
-    if not found:
+    files = [path / name for name in names if (path / name).is_file()]
+    if not files:
         raise FileNotFoundError(f"{option}: no {' or '.join(names)} in {path}")
     settings = path / "config.json"
-    return found[0], settings if settings.is_file() else None
+    return files[0], settings if settings.is_file() else None
 
 
 def _check_bert(settings: dict, model: Blip, source: str) -> None:
-    """What BERT's shapes do not tell and would go wrong in silence."""
+    """Refuse settings of BERT that its shapes do not show and that would silently compute something else."""
     for key, ours in (("num_attention_heads", model.config.text.heads), ("hidden_act", "gelu")):
         if settings.get(key, ours) != ours:
             raise ValueError(f"{source}: {key} is {settings[key]}, the model has {ours}: change the model config")
@@ -138,7 +138,7 @@ def _bert(model: Blip, theirs: Mapping[str, Tensor]) -> Table:
     dropped = position_ids(bert) | {f"{bert}embeddings.token_type_embeddings.weight": "BLIP has one kind of segment"}
     for name in (f"{bert}pooler.dense", "cls.seq_relationship"):
         dropped |= {f"{name}.{part}": "sentence-level head" for part in ("weight", "bias")}
-    fresh = dict.fromkeys(named(cross_attention(bert, layers)), "BERT looks at nothing")
+    fresh = dict.fromkeys(named(cross_attention(bert, layers)), "BERT has no cross-attention")
     last = head("cls.predictions", f"{bert}embeddings.word_embeddings.weight")
     if "cls.predictions.bias" in theirs:
         rows, copies = rows + last.rows, last.copies

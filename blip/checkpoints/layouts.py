@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from blip.checkpoints.table import Row, Table
+from blip.checkpoints.table import Table, TensorRow
 from blip.models.blip import Blip
 
 if TYPE_CHECKING:
@@ -39,9 +39,9 @@ _VIT_BLOCK = {
 }
 
 
-def linear(ours: str, *theirs: str) -> list[Row]:
+def linear(ours: str, *theirs: str) -> list[TensorRow]:
     """Weight and bias of ours, and of the one or several of theirs that are stacked in it."""
-    return [Row(f"{ours}.{part}", tuple(f"{name}.{part}" for name in theirs)) for part in ("weight", "bias")]
+    return [TensorRow(f"{ours}.{part}", tuple(f"{name}.{part}" for name in theirs)) for part in ("weight", "bias")]
 
 
 def vit_names(model: Blip) -> dict[str, str]:
@@ -53,27 +53,27 @@ def vit_names(model: Blip) -> dict[str, str]:
     return names
 
 
-def vision_original(prefix: str, model: Blip) -> list[Row]:
+def vision_original(prefix: str, model: Blip) -> list[TensorRow]:
     """The image encoder in the names of the 2022 release."""
-    return [Row(f"vision.vit.{name}", (f"{prefix}.{name}",)) for name in vit_names(model)]
+    return [TensorRow(f"vision.vit.{name}", (f"{prefix}.{name}",)) for name in vit_names(model)]
 
 
-def vision_transformers(model: Blip) -> list[Row]:
+def vision_transformers(model: Blip) -> list[TensorRow]:
     """The image encoder in transformers' names."""
-    return [Row(f"vision.vit.{ours}", (f"vision_model.{theirs}",)) for ours, theirs in vit_names(model).items()]
+    return [TensorRow(f"vision.vit.{ours}", (f"vision_model.{theirs}",)) for ours, theirs in vit_names(model).items()]
 
 
-def embeddings(bert: str) -> list[Row]:
+def embeddings(bert: str) -> list[TensorRow]:
     """The embeddings of words and positions; `bert` is what BERT's names stand under, here and below."""
     at = f"{bert}embeddings"
     return [
-        Row("med.word.weight", (f"{at}.word_embeddings.weight",)),
-        Row("med.position.weight", (f"{at}.position_embeddings.weight",)),
+        TensorRow("med.word.weight", (f"{at}.word_embeddings.weight",)),
+        TensorRow("med.position.weight", (f"{at}.position_embeddings.weight",)),
         *linear("med.norm", f"{at}.LayerNorm"),
     ]
 
 
-def self_attention(kind: str, bert: str, layers: int) -> list[Row]:
+def self_attention(kind: str, bert: str, layers: int) -> list[TensorRow]:
     """One of the two self-attentions, `text` or `causal`."""
     rows = []
     for i in range(layers):
@@ -84,8 +84,8 @@ def self_attention(kind: str, bert: str, layers: int) -> list[Row]:
     return rows
 
 
-def cross_attention(bert: str, layers: int) -> list[Row]:
-    """What looks at images, or at questions."""
+def cross_attention(bert: str, layers: int) -> list[TensorRow]:
+    """Cross-attention of the text layers, to images or to questions."""
     rows = []
     for i in range(layers):
         ours, theirs = f"med.blocks.{i}.cross", f"{bert}encoder.layer.{i}.crossattention"
@@ -96,7 +96,7 @@ def cross_attention(bert: str, layers: int) -> list[Row]:
     return rows
 
 
-def feed_forward(bert: str, layers: int) -> list[Row]:
+def feed_forward(bert: str, layers: int) -> list[TensorRow]:
     """The feed-forward of every layer."""
     rows = []
     for i in range(layers):
@@ -107,16 +107,16 @@ def feed_forward(bert: str, layers: int) -> list[Row]:
     return rows
 
 
-def shared(bert: str, layers: int) -> list[Row]:
-    """What encoder and decoder have in common (paper, section 3.1)."""
+def shared(bert: str, layers: int) -> list[TensorRow]:
+    """Layers that encoder and decoder share (paper, section 3.1)."""
     return embeddings(bert) + cross_attention(bert, layers) + feed_forward(bert, layers)
 
 
 def head(predictions: str, word: str) -> Table:
-    """What predicts words; the last matrix is the word embedding, which is called `word`."""
+    """Prediction head; its last matrix is the word embedding, which is called `word`."""
     rows = linear("med.head_dense", f"{predictions}.transform.dense")
     rows += linear("med.head_norm", f"{predictions}.transform.LayerNorm")
-    rows.append(Row("med.head_bias", (f"{predictions}.bias",)))
+    rows.append(TensorRow("med.head_bias", (f"{predictions}.bias",)))
     copies = {f"{predictions}.decoder.bias": f"{predictions}.bias", f"{predictions}.decoder.weight": word}
     return Table("", rows, copies)
 
@@ -126,7 +126,7 @@ def position_ids(*bert: str) -> dict[str, str]:
     return {f"{at}embeddings.position_ids": "counts 0, 1, 2, ...; not a weight" for at in bert}
 
 
-def named(rows: Iterable[Row]) -> list[str]:
+def named(rows: Iterable[TensorRow]) -> list[str]:
     """Our names."""
     return [row.ours for row in rows]
 
@@ -143,7 +143,7 @@ def original_pretraining(model: Blip) -> Table:
     layers, encoder, decoder = len(model.med.blocks), "text_encoder.", "text_decoder.bert."
     rows = vision_original("visual_encoder", model) + shared(encoder, layers)
     rows += self_attention("text", encoder, layers) + self_attention("causal", decoder, layers)
-    rows += _contrast("") + linear("match_head", "itm_head") + [Row("temperature", ("temp",))]
+    rows += _contrast("") + linear("match_head", "itm_head") + [TensorRow("temperature", ("temp",))]
     copies = {name.replace(encoder, decoder, 1): name for row in shared(encoder, layers) for name in row.theirs}
     dropped = position_ids(encoder, decoder) | dict.fromkeys(_training_names(model), _TRAINING)
     last = head("text_decoder.cls.predictions", f"{encoder}embeddings.word_embeddings.weight")
@@ -154,8 +154,8 @@ def original_training(objective: Pretrain) -> Table:
     """A pre-training checkpoint of the 2022 release <-> the state of `Pretrain`: student, teacher and queues."""
     student = original_pretraining(objective.model)
     rows = _under("model", student.rows) + _under("teacher.towers", _teacher_rows(objective.model)) + _queues()
-    kept = {name for row in rows for name in row.theirs}
-    dropped = {name: why for name, why in student.dropped.items() if name not in kept}
+    used = {name for row in rows for name in row.theirs}
+    dropped = {name: why for name, why in student.dropped.items() if name not in used}
     unused = "the teacher reads texts alone, so that this was averaged but never used"
     dropped |= {name: unused for row in _teacher_cross(objective.model) for name in row.theirs}
     return Table(student.layout, rows, student.copies, dropped)
@@ -171,7 +171,7 @@ def transformers_captioning(model: Blip) -> Table:
     return _captioning("transformers' BlipForConditionalGeneration", vision_transformers(model), model)
 
 
-def _captioning(layout: str, vision: list[Row], model: Blip) -> Table:
+def _captioning(layout: str, vision: list[TensorRow], model: Blip) -> Table:
     layers, bert = len(model.med.blocks), "text_decoder.bert."
     rows = vision + shared(bert, layers) + self_attention("causal", bert, layers)
     last = head("text_decoder.cls.predictions", f"{bert}embeddings.word_embeddings.weight")
@@ -182,7 +182,7 @@ def original_matching(model: Blip) -> Table:
     """A retrieval checkpoint of the 2022 release <-> `Blip`, whose decoder stays as it is."""
     table = _matching("a retrieval checkpoint of the 2022 release", vision_original("visual_encoder", model), model)
     training = dict.fromkeys(_training_names(model), _TRAINING)
-    return table + Table("", [Row("temperature", ("temp",))], dropped=training)
+    return table + Table("", [TensorRow("temperature", ("temp",))], dropped=training)
 
 
 def original_bare_matching(model: Blip) -> Table:
@@ -197,7 +197,7 @@ def transformers_matching(model: Blip) -> Table:
     return table + Table("", [], fresh={"temperature": "transformers keeps none; no rank depends on it"})
 
 
-def _matching(layout: str, vision: list[Row], model: Blip) -> Table:
+def _matching(layout: str, vision: list[TensorRow], model: Blip) -> Table:
     layers, bert = len(model.med.blocks), "text_encoder."
     rows = vision + shared(bert, layers) + self_attention("text", bert, layers)
     rows += _contrast("") + linear("match_head", "itm_head")
@@ -214,7 +214,7 @@ def transformers_vqa(model: Vqa) -> Table:
     return _answering("transformers' BlipForQuestionAnswering", vision_transformers(model), model)
 
 
-def _answering(layout: str, vision: list[Row], model: Vqa) -> Table:
+def _answering(layout: str, vision: list[TensorRow], model: Vqa) -> Table:
     layers, encoder, decoder = len(model.answer.blocks), "text_encoder.", "text_decoder.bert."
     last = head("text_decoder.cls.predictions", f"{decoder}embeddings.word_embeddings.weight")
     question = shared(encoder, layers) + self_attention("text", encoder, layers)
@@ -242,24 +242,24 @@ def original_nlvr(model: Nlvr) -> Table:
     return Table("an NLVR2 checkpoint of the 2022 release", rows, {}, position_ids(bert))
 
 
-def _in_place_of_med(name: str, rows: Iterable[Row]) -> list[Row]:
+def _in_place_of_med(name: str, rows: Iterable[TensorRow]) -> list[TensorRow]:
     """The rows of a `Med` for one that the model holds under another name."""
     return [replace(row, ours=name + row.ours.removeprefix("med")) for row in rows]
 
 
-def _under(prefix: str, rows: Iterable[Row]) -> list[Row]:
+def _under(prefix: str, rows: Iterable[TensorRow]) -> list[TensorRow]:
     return [replace(row, ours=f"{prefix}.{row.ours}") for row in rows]
 
 
-def _queues() -> list[Row]:
+def _queues() -> list[TensorRow]:
     rows = []
     for kind in ("image", "text"):
-        rows.append(Row(f"{kind}_queue.features", (f"{kind}_queue",), "transpose"))
-        rows.append(Row(f"{kind}_queue.next", ("queue_ptr",), "scalar"))
+        rows.append(TensorRow(f"{kind}_queue.features", (f"{kind}_queue",), "transpose"))
+        rows.append(TensorRow(f"{kind}_queue.next", ("queue_ptr",), "scalar"))
     return rows
 
 
-def _contrast(suffix: str) -> list[Row]:
+def _contrast(suffix: str) -> list[TensorRow]:
     return linear("image_proj", f"vision_proj{suffix}") + linear("text_proj", f"text_proj{suffix}")
 
 
@@ -273,14 +273,14 @@ def _fresh_decoder(layers: int) -> dict[str, str]:
     return dict.fromkeys(named(rows), _WRITING)
 
 
-def _teacher_rows(model: Blip) -> list[Row]:
+def _teacher_rows(model: Blip) -> list[TensorRow]:
     """The momentum encoders as far as they are used."""
     layers, encoder = len(model.med.blocks), "text_encoder_m."
     rows = vision_original("visual_encoder_m", model) + _contrast("_m") + embeddings(encoder)
     return rows + self_attention("text", encoder, layers) + feed_forward(encoder, layers)
 
 
-def _teacher_cross(model: Blip) -> list[Row]:
+def _teacher_cross(model: Blip) -> list[TensorRow]:
     return cross_attention("text_encoder_m.", len(model.med.blocks))
 
 

@@ -1,4 +1,4 @@
-"""What the configuration beside foreign weights says, where shapes do not tell."""
+"""Settings in the configuration beside foreign weights that shapes do not show."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Settings:
-    """What shapes do not tell; None where nothing says it."""
+    """Settings that shapes do not show; None where nothing states them."""
 
     vision_heads: int | None = None
     text_heads: int | None = None

@@ -19,7 +19,7 @@ NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
-class Row:
+class TensorRow:
     """One tensor of ours and the tensors of theirs it is made of, stacked along the first dimension."""
 
     ours: str
@@ -30,11 +30,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """What every key of one foreign layout is to us."""
+    """Mapping of every key of one foreign layout to ours."""
 
     layout: str
-    """What the layout is, for messages."""
-    rows: list[Row]
+    """Description of the layout, for messages."""
+    rows: list[TensorRow]
     """The tensors that carry over."""
     copies: dict[str, str] = field(default_factory=dict)
     """Second names of a tensor in theirs -> its first name; must be equal where present."""
@@ -85,12 +85,12 @@ def refuse_misfit(table: Table, theirs: Mapping[str, Tensor], like: Mapping[str,
         _refuse_row(row, theirs, like, source)
 
 
-def refuse_type(name: str, found: Tensor, like: Tensor, source: str) -> None:
+def refuse_type(name: str, actual: Tensor, like: Tensor, source: str) -> None:
     """ValueError for a tensor whose type would have to be cast to that of `like` otherwise than number to number."""
     numbers = like.dtype in NUMBERS
-    if found.dtype not in NUMBERS if numbers else found.dtype != like.dtype:
+    if actual.dtype not in NUMBERS if numbers else actual.dtype != like.dtype:
         wanted = "numbers of 16, 32 or 64 bits" if numbers else type_in_words(like.dtype)
-        raise ValueError(f"{source}: {name} is {type_in_words(found.dtype)}, the model takes {wanted}")
+        raise ValueError(f"{source}: {name} is {type_in_words(actual.dtype)}, the model takes {wanted}")
 
 
 def refuse_unsound(state: Mapping[str, Tensor], source: str) -> None:
@@ -106,11 +106,11 @@ def refuse_unsound(state: Mapping[str, Tensor], source: str) -> None:
 
 
 def type_in_words(dtype: torch.dtype) -> str:
-    """A type, for people."""
+    """Readable name of a type."""
     return str(dtype).removeprefix("torch.")
 
 
-def _refuse_row(row: Row, theirs: Mapping[str, Tensor], like: Mapping[str, Tensor], source: str) -> None:
+def _refuse_row(row: TensorRow, theirs: Mapping[str, Tensor], like: Mapping[str, Tensor], source: str) -> None:
     if row.ours not in like:
         raise ValueError(f"{source}: {row.theirs[0]} has no place {row.ours} in the model: build a model of its shape")
     shape = list(_their_form(row, like[row.ours]).shape)
@@ -124,7 +124,7 @@ def _refuse_row(row: Row, theirs: Mapping[str, Tensor], like: Mapping[str, Tenso
         refuse_type(name, theirs[name], like[row.ours], source)
 
 
-def _read(row: Row, theirs: Mapping[str, Tensor]) -> Tensor:
+def _read(row: TensorRow, theirs: Mapping[str, Tensor]) -> Tensor:
     parts = [theirs[name] for name in row.theirs]
     whole = torch.cat(parts) if len(parts) > 1 else parts[0]
     if row.change == "transpose":
@@ -132,7 +132,7 @@ def _read(row: Row, theirs: Mapping[str, Tensor]) -> Tensor:
     return whole.squeeze() if row.change == "scalar" else whole
 
 
-def _their_form(row: Row, ours: Tensor) -> Tensor:
+def _their_form(row: TensorRow, ours: Tensor) -> Tensor:
     if row.change == "transpose":
         return ours.t()
     return ours.reshape(1) if row.change == "scalar" else ours
@@ -168,7 +168,7 @@ def some_of(names: list[str]) -> str:
 
 
 def in_words(shape: Iterable[int]) -> str:
-    """A shape, for people."""
+    """Readable form of a shape."""
     return " x ".join(str(n) for n in shape) or "a scalar"
 
 

@@ -16,7 +16,7 @@ from blip.checkpoints.table import State, Table, from_theirs, some_of
 from blip.tensors import read_pickled_tensors, read_tensors
 
 ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
-"""Of weight files."""
+"""Endings of weight files."""
 _JSON_BYTES = 1 << 24
 _INDEX, _MOST_PARTS = ".index.json", 1000
 
@@ -37,7 +37,7 @@ def read_weights(path: str | Path) -> State:
 
 
 def read_file(path: str | Path) -> Any:
-    """All that a weight file holds; errors as in `read_weights`."""
+    """Read all that a weight file holds; errors as in `read_weights`."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}: give the path of a .safetensors or .pth file")
@@ -70,13 +70,13 @@ class Weights:
         raise missing
 
     def read(self, read: Callable[[Path], State]) -> State:
-        """What `read` gives of each part, together. ValueError if two have a name in common."""
+        """Read each part with `read` and merge them. ValueError if two have a name in common."""
         whole: State = {}
         for path in self.parts:
-            found = read(path)
-            if twice := whole.keys() & found.keys():
+            part = read(path)
+            if twice := whole.keys() & part.keys():
                 raise ValueError(f"{path}: {some_of(sorted(twice))} is in another part of {self.path.name}, too")
-            whole |= found
+            whole |= part
         return whole
 
 
@@ -84,35 +84,35 @@ def _listed(index: Path, part: Callable[[str], Path]) -> tuple[Path, ...]:
     """The files that an index of parts names."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
-        raise ValueError(f"{index} is no index of weights: it has no weight_map from tensors to files")
+        raise ValueError(f"{index} is not an index of weights: it has no weight_map from tensors to files")
     names = sorted(set(places.values()))
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}", name) or not name.endswith(ENDINGS):
-            raise ValueError(f"{index} names {name[:100]!r}, which is no file of weights beside it")
+            raise ValueError(f"{index} names {name[:100]!r}, which is not a weight file beside it")
     if len(names) > _MOST_PARTS:
         raise ValueError(f"{index} names {len(names):,} files, at most {_MOST_PARTS} are read")
     return tuple(part(name) for name in names)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a model's config.json says, nothing where it is not an object. ValueError, naming it, if it is not JSON."""
+    """Read a model's config.json; empty if it is not an object. ValueError, naming it, if it is not JSON."""
     if (size := path.stat().st_size) > _JSON_BYTES:
         raise ValueError(f"{path} has {size:,} bytes, more than any configuration; fetch or save the model again")
     try:
-        said = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); fetch or save the model again") from error
-    return said if isinstance(said, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
-def unwrapped(found: object, path: Path) -> State:
-    """The state dict in what a file holds. ValueError if there is none, or one that claims more than the file holds."""
+def unwrapped(content: object, path: Path) -> State:
+    """The state dict in a file's content. ValueError if there is none, or one that claims more than the file holds."""
     for name in ("model", "state_dict"):
-        if isinstance(found, dict) and isinstance(found.get(name), dict):
-            found = found[name]
-    if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds no state dict: expected names of tensors, alone or under 'model'")
-    for name, tensor in found.items():
+    for name, tensor in content.items():
         plain = isinstance(name, str) and tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not plain or tensor.is_quantized or tensor.is_nested:
             raise ValueError(
@@ -120,7 +120,7 @@ def unwrapped(found: object, path: Path) -> State:
             )
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError(f"{path}: {name} claims more numbers than the file holds; get the file again")
-    return found
+    return content
 
 
 def load(model: torch.nn.Module, table: Table, path: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""Video files that nobody vouches for -> evenly spaced RGB frames, or one error that says why not. F frames.
+"""Decode untrusted video files to evenly spaced RGB frames, or raise one clear error. F frames.
 
 Needs PyAV, which brings its own FFmpeg: `pip install openblip[video]`. FFmpeg is handed an open file and a list of
 containers, so that a file that is a playlist leads nowhere.
@@ -71,7 +71,7 @@ def pyav() -> ModuleType:
 
 
 def wanted(frames: int, count: int) -> list[int]:
-    """Which of some frames to look at: `count` evenly spaced ones from the first on."""
+    """Indices of `count` evenly spaced frames out of `frames`, from the first on."""
     return [i * frames // count for i in range(count)]
 
 
@@ -96,18 +96,18 @@ def _sampled(container: InputContainer, file: BinaryIO, count: int, max_pixels: 
     if stream.frames and len(times) < stream.frames:
         raise UnreadableClip(f"is cut short: {len(times)} of {stream.frames} frames")
     numbers = wanted(len(times), count)
-    found: dict[int, Image.Image] = {}
+    images: dict[int, Image.Image] = {}
     for number, frame in _decoded(container, sorted(set(numbers)), times, keys):
         check_size(frame.width, frame.height, max_pixels)  # which may not be that of the header
-        found[number] = _upright(frame)
-    lacking = [number for number in numbers if number not in found]
+        images[number] = _upright(frame)
+    lacking = [number for number in numbers if number not in images]
     if lacking:
         raise UnreadableClip(f"frame {lacking[0]} of {len(times)} cannot be decoded")
-    return [found[number] for number in numbers]
+    return [images[number] for number in numbers]
 
 
 def _packets(container: InputContainer) -> tuple[list[int], list[int]]:
-    """When each frame is shown, sorted, and where key frames stand in that order; found without decoding.
+    """Times of all frames, sorted, and the positions of key frames in that order, without decoding.
 
     Without key frames where the times of a container are not those of its frames, so that there is no seeking.
     """

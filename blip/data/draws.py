@@ -38,18 +38,18 @@ PROBES = 200
 
 @dataclass
 class Sample:
-    """What is made of one record, ready to be put in a batch; a text is its word pieces, special tokens included."""
+    """One prepared record, ready to be put in a batch; a text is its word pieces, special tokens included."""
 
     images: Tensor
     """(3, S, S) float32, or (K, 3, S, S) where a sample has several."""
     texts: list[list[int]]
-    """One or more; which is which depends on the kind of sample."""
+    """Texts, one or more; their meaning depends on the kind of sample."""
     key: str
-    """Where it comes from, for people and for the ledger."""
+    """Name of the sample for messages and the ledger."""
     labels: list[float] = field(default_factory=list)
-    """What is to be learned of images and texts, where that is numbers."""
+    """Targets, where the objective has numeric ones."""
     image_id: int = 0
-    """The same for all records of one image, in kinds of which a batch may hold several."""
+    """Number of the image, the same for all its records, in kinds of which a batch may hold several."""
     bad: list[Bad] = field(default_factory=list)
     """Samples that were tried before this one."""
 
@@ -68,7 +68,7 @@ class Prepare(ABC):
 
     @abstractmethod
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        """What the objective of this kind is given of some samples."""
+        """Collate samples to the batch that the objective of this kind takes."""
 
     @abstractmethod
     def texts(self, record: Any) -> list[str]:
@@ -79,7 +79,7 @@ class Prepare(ABC):
         return self.config.prompt, self.config.max_words, self.config.max_tokens, self.config.max_pixels
 
     def suffix(self) -> str:
-        """Ends the data's fingerprint: settings that only this kind has."""
+        """End of the data's fingerprint: settings that only this kind has."""
         return ""
 
     def image(self, stored: bytes | Path | Image.Image, *key: int, sided: bool) -> Tensor:
@@ -104,7 +104,7 @@ class Draws(Dataset):
     """Samples by draw, with unreadable ones replaced by others of the same source."""
 
     def __init__(self, sources: Sequence[Source], prepare: Prepare, seed: int) -> None:
-        """Raises DataError when there is nothing to draw from, or the tokenizer does not know the texts."""
+        """Raise DataError if there is nothing to draw from, or the tokenizer does not know the texts."""
         if not sources or not all(len(s) for s in sources):
             raise DataError("no data: every source must have at least one row")
         self.sources, self.prepare, self.seed = list(sources), prepare, seed
@@ -139,7 +139,7 @@ class Draws(Dataset):
         return draws[permutation(len(draws), self.seed, Purpose.EPOCH_ORDER, epoch)]
 
     def _drawn(self, s: int, epoch: int) -> np.ndarray:
-        """Which rows of source s an epoch shows: a window of an endless run of permutations."""
+        """Rows of source s that an epoch shows: a window of an endless run of permutations."""
         n, shown = len(self.sources[s]), self._shown[s]
         first, parts = epoch * shown, []
         for number in range(first // n, (first + shown - 1) // n + 1):
@@ -155,7 +155,7 @@ class Draws(Dataset):
         return s, row - int(self._starts[s])
 
     def key(self, index: int) -> str:
-        """Where a draw comes from, without reading it."""
+        """Key of the sample of a draw, without reading it."""
         s, row = self._locate(index)
         return self.sources[s].key(row)
 
@@ -167,7 +167,7 @@ class Draws(Dataset):
         return self.read(draw, lambda key: None)
 
     def read(self, draw: tuple[int, int], note: Callable[[str], None]) -> Sample:
-        """As `self[draw]`; `note` is told the key of each sample before it is read."""
+        """Read as `self[draw]`; `note` is called with the key of each sample before it is read."""
         epoch, index = (int(v) for v in draw)
         s, row = self._locate(index)
         source, bad = self.sources[s], []
@@ -188,12 +188,12 @@ class Draws(Dataset):
 
     def _probe(self) -> list[str]:
         """Texts of some records, evenly spread; unreadable ones are left for the ledger."""
-        found: list[str] = []
+        texts: list[str] = []
         for source in self.sources:
             for row in np.linspace(0, len(source) - 1, min(len(source), max(1, PROBES // len(self.sources)))):
                 with contextlib.suppress(BadSample):
-                    found += self.prepare.texts(source[int(row)])
-        return found
+                    texts += self.prepare.texts(source[int(row)])
+        return texts
 
     def fingerprint(self) -> str:
         """A hash of what the data is: file names, sizes, row counts, and every setting that changes samples."""
@@ -235,7 +235,7 @@ class _Batches(Dataset):
 
 
 class _Places:
-    """The (epoch, index) of each sample of some batches of one process, as often as they are asked for."""
+    """The (epoch, index) of each sample of some batches of one process; can be iterated repeatedly."""
 
     def __init__(self, draws: Draws, start: int, count: int, rank: int, world: int, batch_size: int) -> None:
         check_process(rank, world)

@@ -1,4 +1,4 @@
-"""What lies in a folder and the folders in it: links to folders are followed, each real folder is listed once."""
+"""Listing of a folder and its subfolders: links to folders are followed, each real folder is listed once."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pathlib import Path
 
 @dataclass
 class Walk:
-    """What was met on the way and is not among the files."""
+    """Record of a walk: what was met and is not among the files."""
 
     unreadable: list[tuple[str, str]] = field(default_factory=list)
-    """Folders that may not be listed, and what else could not be looked at: path and reason."""
+    """Folders and files that could not be read: path and reason."""
     notes: list[str] = field(default_factory=list)
-    """What was left out on purpose, in a line each."""
+    """Notes on what was left out on purpose, one line each."""
 
 
 def files(folder: str, walk: Walk, *, hidden: bool = False) -> Iterator[str]:
@@ -38,15 +38,15 @@ def matching(pattern: str, walk: Walk | None = None) -> list[str]:
         return sorted(glob.glob(pattern))
     at = parts.index("**")
     base, wanted = "/".join(parts[:at]) or ("/" if pattern.startswith("/") else ""), parts[at:]
-    walk, found = Walk() if walk is None else walk, set()
+    walk, paths = Walk() if walk is None else walk, set()
     hidden = any(part.startswith(".") for part in wanted)
     for top in sorted(glob.glob(base)) if base else [""]:
         if os.path.isdir(top or "."):
             for path, _ in ((top, True), *_listed(top, walk, hidden)):
                 inner = [part for part in path[len(top) :].split("/") if part]
                 if path and _fits(inner, wanted):
-                    found.add(path)
-    return sorted(found)
+                    paths.add(path)
+    return sorted(paths)
 
 
 def _listed(top: str, walk: Walk, hidden: bool) -> Iterator[tuple[str, bool]]:

@@ -33,24 +33,24 @@ class ImageFile(NamedTuple):
     """One file, read or not."""
 
     path: str
-    """As it was given, or the given folder joined with what is in it."""
+    """Path of the image as given, or the given folder joined with the name inside it."""
     digest: str
     """SHA-256 of its bytes, hexadecimal: what it is, wherever it lies. Empty if it could not be read."""
     pixels: Tensor | None
-    """What the transform made of it, (3, S, S)."""
+    """Transformed image, (3, S, S)."""
     reason: str
-    """Why it cannot be used; empty if it can."""
+    """Reason why the file cannot be used; empty if it can."""
 
 
 class FoundImages(NamedTuple):
-    """What names given on a command line mean."""
+    """Image files named on a command line."""
 
     paths: list[str]
     """Images, each once, in natural order (2 before 10)."""
     left_out: Counter[str]
-    """How many files of folders are not named like images, by how their names end."""
+    """Number of files in folders whose names are not those of images, by their endings."""
     walk: Walk
-    """What could not be listed, and what was not."""
+    """Record of the folders that could not be listed or were left out."""
 
     @property
     def total(self) -> int:
@@ -59,7 +59,7 @@ class FoundImages(NamedTuple):
 
 
 def not_images(endings: Counter[str]) -> str:
-    """What to say of files that were left out, if there are any."""
+    """Notes for the user about files left out, if any."""
     common = ", ".join(ending for ending, _ in endings.most_common(5)) + ", ..." * (len(endings) > 5)
     return f"left out {endings.total()} files that are not named like images ({common})" if endings else ""
 

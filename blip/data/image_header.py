@@ -1,4 +1,4 @@
-"""What an encoded image will cost, counted from its bytes before a pixel is decoded; and only the bytes that matter.
+"""Cost of decoding an image, counted from its bytes before a pixel is decoded; and only the bytes that matter.
 
 Decoders bound their work by the size in the header no more than they have to: scans of a JPEG repeat, metadata
 unpacks to any length, blocks may be empty. All counts here are functions of the bytes alone, so an image that is
@@ -25,15 +25,15 @@ MAX_SCANS = 100
 _SCANNED = 4_000_000_000
 """Pixels times scans: some seconds, as an empty scan costs about a nanosecond a pixel."""
 _MOST_PARTS = 100_000
-"""Segments, chunks or blocks that are walked through in Python."""
+"""Most segments, chunks or blocks that are walked through in Python."""
 _METADATA_PARTS = 1_000
-"""Of a header; more are cut out, as Pillow keeps and joins them."""
+"""Most metadata parts of a header; more are cut out, as Pillow keeps and joins them."""
 _RUN_LENGTH_PIXELS = 10_000_000
-"""Of a compressed bitmap, which Pillow decodes in Python at about a microsecond a byte."""
+"""Most pixels of a run-length encoded bitmap, which Pillow decodes in Python at about a microsecond a byte."""
 
 _SCAN = re.compile(rb"\xff\xda")
 _NEXT = re.compile(rb"\xff+[\x01-\xcf\xd8-\xfe]")
-"""What ends entropy-coded data of a JPEG: a marker that is neither stuffing nor a restart."""
+"""Marker that ends entropy-coded data of a JPEG: neither stuffing nor a restart."""
 _NOT_FILL = re.compile(rb"[^\xff]")
 _SOI, _EOI, _SOS, _COM = 0xD8, 0xD9, 0xDA, 0xFE
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -81,13 +81,13 @@ def count_frames(data: bytes, image: Image.Image) -> int:
     """Frames of an image opened from `data`; those of a GIF, which are not in its header, are counted up to 10,000."""
     if image.format != "GIF":
         return getattr(image, "n_frames", 1)
-    found = 0
+    frames = 0
     with contextlib.suppress(UnreadableImage):  # more blocks than are walked through: those so far
         for kind, _, _ in _gif_blocks(data):
-            found += kind == 0x2C
-            if found == 10_000:
+            frames += kind == 0x2C
+            if frames == 10_000:
                 break
-    return max(1, found)
+    return max(1, frames)
 
 
 def _too_many(what: str, most: int) -> UnreadableImage:
@@ -98,34 +98,34 @@ def _too_many(what: str, most: int) -> UnreadableImage:
 
 
 def _jpeg(data: bytes) -> bytes:
-    kept, (width, height, several), scan, left_out = _jpeg_header(data)
+    segments, (width, height, several), scan, left_out = _jpeg_header(data)
     if scan is None:  # no pixels: the decoder says so
         return data
     most = max(1, min(MAX_SCANS, _SCANNED // max(1, width * height)))
     if several and len(_SCAN.findall(data)) > most and _jpeg_scans(data, scan, most) > most:
         raise _too_many(f"scans of {width:,} x {height:,} pixels", most)
-    return b"".join([b"\xff\xd8", *(data[a:b] for a, b in kept), data[scan:]]) if left_out else data
+    return b"".join([b"\xff\xd8", *(data[a:b] for a, b in segments), data[scan:]]) if left_out else data
 
 
 def _jpeg_header(data: bytes) -> tuple[list[tuple[int, int]], tuple[int, int, bool], int | None, bool]:
-    """Where the segments that count are; width, height and whether several scans are taken; where the first one begins,
+    """Segments that count; width, height and whether several scans are taken; where the first one begins,
     None if there is none; and whether there is much else.
     """
     at, parts, junk, exif, frame = 2, 0, 0, 0, (0, 0, False)
     channels = 0
-    kept: list[tuple[int, int]] = []
+    segments: list[tuple[int, int]] = []
     while at + 4 <= len(data):
         start = data.find(b"\xff", at)
         mark = _NOT_FILL.search(data, start) if start >= 0 else None
         if mark is None:
-            return kept, frame, None, False
+            return segments, frame, None, False
         junk, parts, begin, kind = junk + mark.start() - at, parts + 1, mark.start() - 1, data[mark.start()]
         if parts > _MOST_PARTS:
             raise _too_many("segments", _MOST_PARTS)
         at = mark.end()
         if kind == _SOS:
             frame = (*frame[:2], frame[2] or data[at + 2] < channels)
-            return kept, frame, begin, parts > _METADATA_PARTS or junk > _METADATA_PARTS + parts or exif > 8
+            return segments, frame, begin, parts > _METADATA_PARTS or junk > _METADATA_PARTS + parts or exif > 8
         if kind == 0 or kind in _ALONE:
             continue
         at += int.from_bytes(data[at : at + 2], "big")
@@ -135,8 +135,8 @@ def _jpeg_header(data: bytes) -> tuple[list[tuple[int, int]], tuple[int, int, bo
         upright = kind == 0xE1 and data.startswith(b"Exif\0\0", begin + 4)
         exif += upright
         if not (kind == _COM or 0xE0 <= kind <= 0xEF) or kind in (0xE0, 0xEE) or (upright and exif == 1):
-            kept.append((begin, at))
-    return kept, frame, None, False
+            segments.append((begin, at))
+    return segments, frame, None, False
 
 
 def _jpeg_scans(data: bytes, at: int, most: int) -> int:
@@ -162,7 +162,7 @@ def _jpeg_scans(data: bytes, at: int, most: int) -> int:
 
 
 def _png(data: bytes) -> bytes:
-    kept, at, packed, parts = [(0, 8)], 8, 0, 0
+    chunks, at, packed, parts = [(0, 8)], 8, 0, 0
     whole, animated = True, False
     while at + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
@@ -177,7 +177,7 @@ def _png(data: bytes) -> bytes:
         if kind == b"fcTL" and packed and animated:  # of the second frame, up to which Pillow reads
             break
         if kind in _PNG_KEPT or _png_upright(data, at, length, kind):
-            kept.append((at, end))
+            chunks.append((at, end))
         else:
             whole = False
         at = end
@@ -187,7 +187,7 @@ def _png(data: bytes) -> bytes:
     _check_packed(data, packed)
     if whole:
         return data
-    return b"".join([*(data[a:b] for a, b in _joined(kept)), data[at:]])
+    return b"".join([*(data[a:b] for a, b in _joined(chunks)), data[at:]])
 
 
 def _png_upright(data: bytes, at: int, length: int, kind: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""Bytes that nobody vouches for -> an RGB image, or one error that says why not."""
+"""Decode untrusted image bytes to RGB, or raise one clear error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""What is decoded. Pillow's other decoders are rarely needed for images of the web and are where its holes are."""
+"""Formats that are decoded. Pillow's others are rarely needed for images of the web and have most of its holes."""
 MAX_MEMORY = 1 << 30
 """Bytes that decoding one image may take, its file not counted."""
 _WEBP = 18
@@ -39,7 +39,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What sets an image upright, by its EXIF orientation."""
+"""Transposition that sets an image upright, by EXIF orientation."""
 
 _OTHER = {
     b"%PDF": "is a PDF document",
@@ -50,7 +50,7 @@ _OTHER = {
     b"8BPS": "is a Photoshop document",
 }
 _CUT_OFF = ("truncated", "broken data stream", "unexpected end")
-"""How Pillow, which has no codes, says that pixels end or break before they are all there."""
+"""Pillow's messages, as it has no codes, for pixels that end or break before they are all there."""
 
 
 def decode(image: bytes | Path | Image.Image, max_pixels: int, at_least: int | None = None) -> Image.Image:
@@ -210,7 +210,7 @@ def _turned(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """In bands if it is large, so that the copies that are made on the way are small."""
+    """Convert in bands if the image is large, so that intermediate copies are small."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy()
     rows = max(1, _BAND // image.width)

@@ -26,8 +26,8 @@ from blip.objectives.batch import Batch
 logger = logging.getLogger(__name__)
 
 _POLL = 2.0
-"""Seconds between looks at whether the workers still live."""
-_LOOKS, _LOOKING = 10, 0.5
+"""Seconds between checks that the workers are alive."""
+_SAMPLES, _SAMPLING = 10, 0.5
 """Looks at the workers in how many seconds, when a batch is overdue."""
 _STUCK = 60.0
 """Seconds of CPU time after which a sample is given up. What can be counted before decoding is bounded in
@@ -83,7 +83,7 @@ def _shared_memory(purpose: str) -> Iterator[None]:
 
 
 def _free_shared_memory() -> int | None:
-    """Bytes that are left in /dev/shm; None where there is no such thing."""
+    """Bytes left in /dev/shm; None where it does not exist."""
     try:
         return shutil.disk_usage(_SHM).free
     except OSError:
@@ -91,7 +91,7 @@ def _free_shared_memory() -> int | None:
 
 
 class Noted(NamedTuple):
-    """What a worker was last reading."""
+    """Sample that a worker was last reading."""
 
     step: int
     """-1 where the sample says it all."""
@@ -102,7 +102,7 @@ class Noted(NamedTuple):
 
 
 class Reading:
-    """What each worker is reading, in shared memory, so that it is known after the worker's death."""
+    """Record of what each worker is reading, in shared memory, so that it is known after the worker's death."""
 
     def __init__(self, workers: int):
         self._numbers = torch.full((max(1, workers), 2), -1, dtype=torch.int64)
@@ -188,10 +188,10 @@ class Loader:
 
     def _check_room(self, batch: Batch, room: int) -> None:
         """Say at the start what would happen whenever the model takes longer than the workers, at night."""
-        held = min(self._length, _AHEAD * self._config.workers + 1)
-        if held * _bytes(batch) > room:
+        batches = min(self._length, _AHEAD * self._config.workers + 1)
+        if batches * _bytes(batch) > room:
             raise DataError(
-                f"{_SHM} is too small: {held} batches of {_bytes(batch):,} bytes may be on their way at once, and "
+                f"{_SHM} is too small: {batches} batches of {_bytes(batch):,} bytes may be on their way at once, and "
                 f"{room:,} bytes were free. {_SHM_CURE}"
             )
 
@@ -209,7 +209,7 @@ class Loader:
                     raise DataError(self._died(*dead)) from None
                 if not timed_out:
                     raise DataError(f"reading failed: {type(error).__name__}: {error}") from error
-                watch.look()
+                watch.sample()
                 self._refuse_stuck(watch)
                 waited = time.monotonic() - began
                 if waited >= self._config.worker_timeout:
@@ -224,7 +224,7 @@ class Loader:
                     began, watch = time.monotonic(), _Watch(workers)
 
     def _refuse_stuck(self, watch: _Watch) -> None:
-        """A sample that has had enough CPU time, however long that took on this machine."""
+        """Raise DataError for a sample that has used up its CPU time, however long that took on this machine."""
         for number, spent in watch.cpu().items():
             noted = self._reading.of(number)
             if noted.cpu < 0 or spent - noted.cpu < _STUCK or noted != self._reading.of(number):
@@ -253,45 +253,45 @@ class Loader:
 
 
 class _Watch:
-    """What workers do while a batch is waited for: a decoder at work, a busy machine and slow storage differ in it."""
+    """Monitor of workers while a batch is overdue: tells a decoder at work, a busy machine and slow storage apart."""
 
     def __init__(self, workers: list):
         self._processes: dict[int, psutil.Process] = {}
         for number, worker in enumerate(workers):
             with contextlib.suppress(psutil.Error):
                 self._processes[number] = psutil.Process(worker.pid)
-        self._began, self._looks, self._runnable = self.cpu(), 0, Counter[int]()
+        self._began, self._samples, self._runnable = self.cpu(), 0, Counter[int]()
 
     def cpu(self) -> dict[int, float]:
         """Seconds of CPU time that each worker has used in all."""
-        found = {}
+        seconds = {}
         for number, process in self._processes.items():
             with contextlib.suppress(psutil.Error):
                 times = process.cpu_times()
-                found[number] = times.user + times.system
-        return found
+                seconds[number] = times.user + times.system
+        return seconds
 
     def used(self) -> float:
         """Seconds of CPU time of all workers since this object was made."""
         return sum(spent - self._began.get(number, spent) for number, spent in self.cpu().items())
 
-    def look(self) -> None:
+    def sample(self) -> None:
         """Note which workers compute, or would if it were their turn."""
-        self._looks += 1
+        self._samples += 1
         for number, process in self._processes.items():
             with contextlib.suppress(psutil.Error):
                 self._runnable[number] += process.status() == psutil.STATUS_RUNNING
 
     def computing(self) -> bool:
-        """Whether a worker did at most of the looks, rather than wait for storage or for its peers."""
-        for _ in range(_LOOKS):
-            self.look()
-            time.sleep(_LOOKING / _LOOKS)
-        return 2 * max(self._runnable.values(), default=0) > self._looks
+        """Whether a worker was runnable in most samples, rather than waiting for storage or for its peers."""
+        for _ in range(_SAMPLES):
+            self.sample()
+            time.sleep(_SAMPLING / _SAMPLES)
+        return 2 * max(self._runnable.values(), default=0) > self._samples
 
 
 def _quiet(worker: int) -> None:
-    """Signals meant for the training process, which wants to finish its step, must not kill its workers.
+    """Protect a worker from signals meant for the training process, which wants to finish its step.
 
     Where the model computes on the same cores, a worker that takes one of them in the middle of a matrix product holds
     up all the others, so it works in the gaps (docs/log.md).

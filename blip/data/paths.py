@@ -16,7 +16,7 @@ from blip.errors import BadSample, DataError, shown
 
 _ADDRESS = re.compile(r"^(?:[a-z][a-z0-9+.\-]*:/|(?:pipe|data|file|ssh|s3|gs|hf):)", re.IGNORECASE)
 _PLAIN = re.compile(r"^[\w\-][\w\-./ ]*\Z")
-"""Nearly all image paths; what does not match is looked at more closely."""
+"""Nearly all image paths; others are checked more closely."""
 _FILE_URL = re.compile(r"file:(?://(?:localhost)?(?=/)|(?=/(?!/)))", re.IGNORECASE)
 _BASE64 = r"[A-Za-z0-9+/=\-_\r\n]"
 _ENCODED = re.compile(
@@ -35,7 +35,7 @@ _MOST = 1_000_000
 
 
 def is_plain_path(path: str) -> bool:
-    """Whether what a user gave is a path, and no command, address or variable."""
+    """Whether a user's argument is a plain path, not a command, address or variable."""
     return not (_ADDRESS.match(path) or "${" in path or path.lstrip().startswith("|"))
 
 
@@ -99,14 +99,14 @@ def matching(name: str, walk: Walk | None = None) -> list[str]:
 
 
 def present(name: str, what: str) -> list[str]:
-    """`matching`, or DataError that calls it a `what` (source, input) of which there is no such file."""
-    found = matching(name)
-    if not found:
+    """Files of `matching`; DataError if there are none, calling the path a `what` (source, input)."""
+    paths = matching(name)
+    if not paths:
         raise DataError(f"{what} {name}: no such file")
-    gone = next((path for path in found if not os.path.exists(path)), None)
+    gone = next((path for path in paths if not os.path.exists(path)), None)
     if gone is not None:
         raise DataError(f"{what} {gone}: no such file; it is a link to {os.path.realpath(gone)}")
-    return found
+    return paths
 
 
 def is_pattern(spec: str) -> bool:
@@ -125,7 +125,7 @@ def _existing(path: str) -> tuple[str, str]:
 
 
 def _braces(text: str) -> Iterator[str]:
-    """What a shell makes of {a,b} and {1..3}, also within one another; other braces stay as they are."""
+    """Expand {a,b} and {1..3} as a shell does, nested ones too; other braces stay as they are."""
     for start, end in _pairs(text):
         choices = _choices(text[start + 1 : end])
         if choices is not None:
@@ -136,7 +136,7 @@ def _braces(text: str) -> Iterator[str]:
 
 
 def _pairs(text: str) -> Iterator[tuple[int, int]]:
-    """Where braces open and close, in the order in which they open."""
+    """Positions of opening and closing braces, in the order in which they open."""
     for start in (at for at, c in enumerate(text) if c == "{"):
         depth = 0
         for at in range(start, len(text)):
@@ -147,7 +147,7 @@ def _pairs(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _choices(inside: str) -> Iterator[str] | None:
-    """What the inside of a pair of braces stands for; None if it is neither a range nor a list."""
+    """Expansions of the text inside a pair of braces; None if it is neither a range nor a list."""
     span = _RANGE.match(inside)
     if span:
         low, high, step = int(span[1]), int(span[2]), max(1, int(span[3] or 1))
@@ -173,7 +173,7 @@ def _choices(inside: str) -> Iterator[str] | None:
 
 
 def check_name(name: str, root: str | Path) -> str | None:
-    """Why an image path written in data may not be opened under `root`, as far as the text tells; None if it may.
+    """Reason why an image path in data may not be opened under `root`, by its text alone; None if it may.
 
     Never raises, whatever the text is.
     """

@@ -1,4 +1,4 @@
-"""Where the data of a run is, and what becomes of it on its way to the model."""
+"""Settings of a run's data: its sources, and how it is prepared for the model."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class ImageQuestions:
     weight: float = 1.0
     """Passes over this source in one epoch."""
     answer_weight: float | None = None
-    """How much the answers to a question count together; 1 when not given, and 0.2 in the release's rows of dataset vg
+    """Total weight of the answers to a question; 1 when not given, and 0.2 in the release's rows of dataset vg
     (Visual Genome)."""
 
     def __post_init__(self) -> None:
@@ -77,7 +77,7 @@ class ImageSentences:
     image_root: str | None = None
     """Folder of the images, or of images/; the annotation file's own folder when not given."""
     part: Literal["all", "train", "val"] = "all"
-    """Which part to take where one file is split in two; no sentence and no set of images is in both."""
+    """Part to take where one file is split in two; no sentence and no set of images is in both."""
     held_out: float = 0.2
     """Share of `val` in such a split."""
     weight: float = 1.0
@@ -107,12 +107,12 @@ class Dialogues:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What the model is shown."""
+    """Settings of the training data."""
 
     sources: list[SourceConfig] = field(default_factory=list)
     """The sources of a run, mixed by weight."""
     prompt: str = ""
-    """Words put before every caption; a model that writes is given them and does not learn to say them."""
+    """Words put before every caption; a decoder is given them and does not learn to predict them."""
     max_words: int = 30
     """Words kept of a caption, the prompt's not counted."""
     max_tokens: int = 30

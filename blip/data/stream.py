@@ -29,14 +29,14 @@ from blip.data.formats.sources import (
     FIRST_ROWS,
     Record,
     annotated,
-    asked,
+    columns_of,
     digest,
     format_of,
+    log_notes,
     record,
     root_of,
     shard_files,
     tar_record,
-    tell,
 )
 from blip.data.formats.splits import check_split, parts_of, refuse_split
 from blip.data.formats.tars import Shard, check_whole
@@ -63,14 +63,14 @@ class Shards(Protocol):
         """
 
     def identity(self) -> str:
-        """What tells this data from other data: file names and sizes, and settings."""
+        """Fingerprint of this data: file names and sizes, and settings."""
 
 
 class CaptionShards:
     """Captioned images in tar, parquet or JSON-lines files."""
 
     def __init__(self, config: SourceConfig):
-        """Raises DataError unless the source is made of tar, parquet or JSON-lines files at hand."""
+        """Raise DataError unless the source is made of local tar, parquet or JSON-lines files."""
         self.config, self.format = config, format_of(config)
         if self.format not in ("tar", "parquet", "json"):
             raise DataError(f"source {config.path}: streaming reads tar, parquet and jsonl shards, not {self.format}")
@@ -79,7 +79,7 @@ class CaptionShards:
         self.files = shard_files(config.path, self.format)
         root_of(config, self.files[0].parent)
         self.notes: list[str] = []
-        """What is to be said about the source at the start."""
+        """Notes for the user about the source, logged at the start."""
         self.rows = self._estimate()
         if not self.rows:
             raise DataError(f"source {config.path}: no rows in {self.files[0]}")
@@ -93,7 +93,7 @@ class CaptionShards:
         if self.format == "parquet":
             files = [parquet_file(f) for f in self.files]
             for path, file in zip(self.files, files, strict=True):
-                chosen_columns(file.schema_arrow, asked(c), path)
+                chosen_columns(file.schema_arrow, columns_of(c), path)
             return sum(file.metadata.num_rows for file in files)
         if self.format == "json":  # one mark in a CSV file may swallow many rows
             for file in (f for f in self.files[1:] if f.suffix.lower() in CSV):
@@ -109,7 +109,7 @@ class CaptionShards:
         """Samples of the first shard, of which there is said what is said of all where all are opened."""
         shard = self._shard(self.files[0])
         check_whole(f"source {self.config.path}", [shard.summary])
-        tell([shard.summary])
+        log_notes([shard.summary])
         return len(shard)
 
     def _of_split(self) -> tuple[int, int]:
@@ -160,7 +160,7 @@ class CaptionShards:
             rows = self._annotated(file)
         else:
             opened = parquet_file(file)
-            image, caption = chosen_columns(opened.schema_arrow, asked(self.config), file)
+            image, caption = chosen_columns(opened.schema_arrow, columns_of(self.config), file)
             read = rows_of(opened, file, (image, caption))
             rows = ((values[image], values[caption], number) for number, values in enumerate(read))
         for image_value, captions, number in itertools.islice(rows, part, None, parts):
@@ -185,7 +185,7 @@ class ListShards(ABC):
     notes: Sequence[str] = ()
 
     def __init__(self, config: Any, files: list[Path]) -> None:
-        """Raises DataError when the first file, by which the rows of all are estimated, has none."""
+        """Raise DataError if the first file, from which the number of all rows is estimated, has none."""
         self.config, self.files = config, files
         sizes = [file.stat().st_size for file in files]
         first = sum(1 for _ in self.read(files[0]))
@@ -198,7 +198,7 @@ class ListShards(ABC):
         """The records of a row; BadSample or DataError says what is wrong with it."""
 
     def read(self, file: Path, part: int = 0, parts: int = 1) -> Iterator[Any]:
-        """As of `Shards`."""
+        """Read a part of a file, as `Shards` does."""
         return itertools.islice(self._read(file), part, None, parts)
 
     def _read(self, file: Path) -> Iterator[Any]:
@@ -211,7 +211,7 @@ class ListShards(ABC):
                 yield Bad(f"{file.name}:{number}", str(error))
 
     def identity(self) -> str:
-        """As of `Shards`."""
+        """Fingerprint of this data, as of `Shards`."""
         config = dataclasses.asdict(self.config) | {"path": None, "image_root": None}
         return json.dumps([config, [(file.name, file.stat().st_size) for file in self.files]])
 
@@ -220,7 +220,7 @@ class Stream:
     """Endless records of shards, shuffled, shared out to all workers of all processes."""
 
     def __init__(self, shards: Sequence[Shards], prepare: Prepare, seed: int) -> None:
-        """Raises DataError when nothing can be read or the tokenizer does not know the texts."""
+        """Raise DataError if nothing can be read or the tokenizer does not know the texts."""
         if not shards:
             raise DataError("no data: give at least one source")
         self.shards, self.prepare, self.seed = list(shards), prepare, seed
@@ -242,11 +242,11 @@ class Stream:
         """Some texts of each source. DataError if none of its first rows can be used: that is no row's fault."""
         texts, each = [], max(1, PROBES // len(self.shards))
         for shards in self.shards:
-            found = list(itertools.islice(shards.read(shards.files[0]), max(each, FIRST_ROWS)))
-            if found and all(isinstance(one, Bad) for one in found):
-                first = f"{shards.files[0]}: {found[0].key}: {found[0].reason}"
-                raise DataError(f"{first}, and no other of the first {len(found)} rows can be used either; {CURE}")
-            for one in found[:each]:
+            samples = list(itertools.islice(shards.read(shards.files[0]), max(each, FIRST_ROWS)))
+            if samples and all(isinstance(one, Bad) for one in samples):
+                first = f"{shards.files[0]}: {samples[0].key}: {samples[0].reason}"
+                raise DataError(f"{first}, and no other of the first {len(samples)} rows can be used either; {CURE}")
+            for one in samples[:each]:
                 if not isinstance(one, Bad):
                     with contextlib.suppress(BadSample):
                         texts += self.prepare.texts(one)

@@ -55,7 +55,7 @@ class EvalTransform:
         return normalise(image.resize((side, side), Image.Resampling.BICUBIC))
 
     def describe(self) -> str:
-        """What fixes the result, for `Pairs.fingerprint`."""
+        """Description of all that fixes the result, for fingerprints."""
         return f"eval {self.image_size}"
 
 
@@ -95,7 +95,7 @@ class TrainTransform:
         return normalise(image)
 
     def describe(self) -> str:
-        """What fixes the result, for `Pairs.fingerprint`."""
+        """Description of all that fixes the result, for fingerprints."""
         c = self.config
         values = (self.image_size, c.crop_scale_min, c.flip, c.flip_sided_captions, c.augment_ops, c.augment_magnitude)
         return f"train {values}"

@@ -23,7 +23,7 @@ from transformers import (
 import blip
 from blip.app import cli
 from blip.checkpoints import export, foreign
-from blip.checkpoints.card import Origin
+from blip.checkpoints.card import Provenance
 from blip.checkpoints.layouts import original_training
 from blip.checkpoints.table import from_theirs, to_theirs
 from blip.data.transforms import EvalTransform
@@ -42,7 +42,7 @@ from blip.tokenizer import Tokenizer
 
 TEXT = goldens.CONFIG.text
 BEAMS = DecodeConfig(beams=3, max_length=12, min_length=5)
-FROM = Origin("somewhere", "a layout")
+FROM = Provenance("somewhere", "a layout")
 
 
 def close(ours, theirs, tolerance=1e-5):

@@ -211,7 +211,7 @@ def test_images_are_found_by_their_number(tmp_path, split, name):
     value = talk(split=split)
     del value["data"]["dialogs"][0]["image"]
     config = written(tmp_path, value)
-    with pytest.raises(DataError, match="none of its images is there"):
+    with pytest.raises(DataError, match="none of its images exists"):
         Conversations(config).check_some_exist()
     (tmp_path / name).parent.mkdir(exist_ok=True)
     Image.new("RGB", (4, 4)).save(tmp_path / name)

@@ -203,7 +203,7 @@ def test_the_real_nlvr2_is_read(dev):
     assert len(parts["train"]) + len(parts["val"]) == 6982
     assert 0.15 < len(parts["val"]) / 6982 < 0.25
     assert not {e.fold for e in parts["train"].examples} & {e.fold for e in parts["val"].examples}
-    with pytest.raises(DataError, match=r"none of its images is there; looked for .*dev-850-0-img0.png"):
+    with pytest.raises(DataError, match=r"none of its images exists; looked for .*dev-850-0-img0.png"):
         source.check_some_exist()
 
 
@@ -338,7 +338,7 @@ def test_examples_are_streamed_and_a_row_that_does_not_fit_is_one_bad_sample(tmp
     assert "has no 'sentence'" in bad["dev.json:3"]
     for path in tmp_path.glob("*.png"):
         path.unlink()
-    with pytest.raises(DataError, match="none of its images is there"):
+    with pytest.raises(DataError, match="none of its images exists"):
         open_sentences(data)
 
 

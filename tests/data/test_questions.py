@@ -127,7 +127,7 @@ BROKEN = {
     "an empty question": ("q.json", [{**ROW, "question": " "}], "row 0 has no text in 'question'"),
     "no image": ("q.json", [{"question": "a", "answer": "b"}], "row 0 has no text in 'image'"),
     "an answer that is none": ("q.json", [{**ROW, "answer": [None]}], "an answer is None"),
-    "an id twice": ("q.json", [{**ROW, "question_id": 1}] * 2, r"1 question ids .*\(1\)"),
+    "an id twice": ("q.json", [{**ROW, "question_id": 1}] * 2, r"1 duplicate question ids .*\(1\)"),
     "an address": ("q.json", [{**ROW, "image": "http://x/a.png"}], "is an address"),
     "a way out": ("q.json", [{**ROW, "image": "../a.png"}], "is outside"),
     "numbers alone": ("q.json", {"questions": [{"image_id": 1, "question": "a", "question_id": 1}]}, "set image_name"),
@@ -168,7 +168,7 @@ def test_nothing_is_learned_from_questions_without_answers_or_images(folder):
     config = official(folder)
     with pytest.raises(DataError, match="question 70 and 0 others have no answers to learn from"):
         pairs(dataclasses.replace(config, annotations=None))
-    with pytest.raises(DataError, match="none of its images is there"):
+    with pytest.raises(DataError, match="none of its images exists"):
         pairs(dataclasses.replace(config, image_name="{image_id}.png"))
 
 

@@ -129,11 +129,17 @@ def plan(path, *options):
 
 WHOLE = archive(pair("a"), pair("b"), pair("c"))  # headers at 0, 1024, 2048, ...; the end marker from 6144
 AFTER = {
-    "text": (WHOLE + b"an appended note", "zeros from byte 6,144 to 10,240, and then bytes that are no tar header"),
-    "a compressed archive": (WHOLE + b"\x1f\x8b\x08" + b"x" * 900, "10,240, and then bytes that are no tar header"),
-    "in the padding": (WHOLE[:8192] + b"x" * 512 + WHOLE[8704:], "8,192, and then bytes that are no tar header"),
-    "within a block": (WHOLE[:-1] + b"x", "zeros from byte 6,144 to 9,728, and then bytes"),
-    "without a marker": (WHOLE[:6144] + b"x" * 512, "what is at byte 6,144 is no tar header"),
+    "text": (
+        WHOLE + b"an appended note",
+        "zeros from byte 6,144 to 10,240, followed by bytes that are not a tar header",
+    ),
+    "a compressed archive": (
+        WHOLE + b"\x1f\x8b\x08" + b"x" * 900,
+        "10,240, followed by bytes that are not a tar header",
+    ),
+    "in the padding": (WHOLE[:8192] + b"x" * 512 + WHOLE[8704:], "8,192, followed by bytes that are not a tar header"),
+    "within a block": (WHOLE[:-1] + b"x", "zeros from byte 6,144 to 9,728, followed by bytes"),
+    "without a marker": (WHOLE[:6144] + b"x" * 512, "the bytes at 6,144 are not a tar header"),
     "no marker": (WHOLE[:6144], "ends at byte 6,144 without an end marker"),
     "a torn archive": (WHOLE + WHOLE[:1600], "ends at byte 11,840"),
     "half filled": (WHOLE[:6144] + b"\0" * (2 << 20), "more than 1 MiB of zeros from byte 6,144 on"),
@@ -208,7 +214,7 @@ def test_several_zeroed_headers_are_seen():
     for at in (1024, 2048, 4096):
         content[at : at + 512] = bytes(512)
     assert keys(bytes(content)) == ["a"]
-    assert read(bytes(content)).damage == "zeros from byte 1,024 to 1,536, and then bytes that are no tar header"
+    assert read(bytes(content)).damage == "zeros from byte 1,024 to 1,536, followed by bytes that are not a tar header"
 
 
 def test_a_zeroed_header_of_an_empty_member_is_seen():

@@ -60,8 +60,8 @@ def run(chosen: ConvertOptions) -> int:
     path = Path(chosen.source).expanduser()
     name = path.resolve().name if path.exists() else chosen.source
     licence = "bsd-3-clause" if name.startswith("Salesforce/") else source.licence
-    origin = card.Origin(name, source.said, licence)
-    print(f"read {name}: {source.said}, {sum(tensor.numel() for tensor in model.state_dict().values()):,} numbers")
+    origin = card.Provenance(name, source.described, licence)
+    print(f"read {name}: {source.described}, {sum(tensor.numel() for tensor in model.state_dict().values()):,} numbers")
     if account := source.account(model):
         _print_account(account)
     try:

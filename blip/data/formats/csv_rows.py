@@ -95,7 +95,7 @@ def _lines(path: Path, file: TextIO) -> Iterator[str]:
 
 
 def _separator(path: Path, line: int, header: str) -> str:
-    """What separates the most fields of the header; commas where nothing does."""
+    """Separator that gives the header the most fields; a comma where none does."""
     widths = {mark: len(next(csv.reader([header], delimiter=mark))) for mark in _SEPARATORS}
     mark = max(widths, key=lambda mark: widths[mark])  # the first of equals
     if mark == "|":
@@ -105,10 +105,10 @@ def _separator(path: Path, line: int, header: str) -> str:
     return mark
 
 
-def _uneven(path: Path, line: int, found: int, expected: int, separator: str) -> str:
+def _uneven(path: Path, line: int, count: int, expected: int, separator: str) -> str:
     marks = _SEPARATORS[separator]
     return (
-        f"{path}: line {line} has {found} field{'s' * (found != 1)} where the first line has {expected} (separated by "
+        f"{path}: line {line} has {count} field{'s' * (count != 1)} where the first line has {expected} (separated by "
         f"{marks}); {_CURE}"
     )
 
@@ -116,10 +116,10 @@ def _uneven(path: Path, line: int, found: int, expected: int, separator: str) ->
 def _swallowed(text: str, width: int, separator: str) -> bool:
     """Whether two lines of one record look like rows: as wide, and beginning or ending with files or ids alike."""
     rows = [row for row in (line.split(separator) for line in text.splitlines()) if len(row) >= width]
-    return any(_alike(a[at], b[at]) for a, b in itertools.pairwise(rows) for at in (0, -1))
+    return any(_similar(a[at], b[at]) for a, b in itertools.pairwise(rows) for at in (0, -1))
 
 
-def _alike(a: str, b: str) -> bool:
+def _similar(a: str, b: str) -> bool:
     one, other = _SUFFIX.search(a), _SUFFIX.search(b)
     if one and other:
         return one[0].lower() == other[0].lower()
@@ -138,7 +138,7 @@ def _undecodable(path: Path) -> int:
 
 
 def _reason(error: csv.Error) -> str:
-    said = str(error)
-    if "unexpected end" in said or "larger than field limit" in said:
+    message = str(error)
+    if "unexpected end" in message or "larger than field limit" in message:
         return "a quotation mark is opened and never closed"
-    return "text follows a closing quotation mark" if "expected after" in said else said
+    return "text follows a closing quotation mark" if "expected after" in message else message

@@ -1,4 +1,4 @@
-"""Which files a path that a user gave means, and of which format they are: the one rule of training and CapFilt."""
+"""Files and formats that a user's path means: the one rule of training and CapFilt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from blip.errors import DataError
 _ENDINGS = dict.fromkeys((".json", ".jsonl", ".ndjson", ".csv", ".tsv"), "json")
 _ENDINGS |= {".parquet": "parquet", ".tar": "tar"}
 _SHARDS = {"tar": ("tar",), "parquet": ("parquet",), "json": ("jsonl", "ndjson")}
-"""What of a folder is a shard, by the ending."""
+"""Format -> endings of its shards in a folder."""
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 _EXPECTED = (
     f"expected {', '.join(_ENDINGS)} files, a folder of shards (.tar, .parquet, .jsonl, .ndjson), or one with "
@@ -30,24 +30,24 @@ class FoundFile(NamedTuple):
     """json, imagefolder (its metadata), files (img2dataset's parquet), parquet, tar or dataset."""
     path: Path
     of_split: bool = False
-    """Whether all of it is the split asked for, as it lies in a folder of that name."""
+    """Whether the whole file belongs to the requested split, as it lies in a folder of that name."""
 
 
 def find(spec: str, format: str = "auto", split: str | None = None) -> list[FoundFile]:
-    """What a path, a glob, a range {000..012}, a list {a,b} or a::b, a file URL or a folder means.
+    """Find the files of a path, a glob, a range {000..012}, a list {a,b} or a::b, a file URL or a folder.
 
     A name that exists as it is written is no pattern. DataError for what is not there, whose format nobody can tell, or
     which is meant more than once.
     """
-    found = [one for name in alternatives(spec) for one in find_one(check_spec(name), "source", format, split)]
-    twice = next((path for path, times in Counter(one.path for one in found).items() if times > 1), None)
+    files = [one for name in alternatives(spec) for one in find_one(check_spec(name), "source", format, split)]
+    twice = next((path for path, times in Counter(one.path for one in files).items() if times > 1), None)
     if twice is not None:
         raise DataError(f"source {spec} means {twice} more than once")
-    return found
+    return files
 
 
 def find_one(name: str, what: str, format: str = "auto", split: str | None = None) -> list[FoundFile]:
-    """What one path or glob means; errors call it a `what` (source, input)."""
+    """Find the files of one path or glob; errors call it a `what` (source, input)."""
     paths = [Path(path) for path in present(name, what)]
     return [
         one
@@ -63,7 +63,7 @@ def _file(path: Path, what: str, format: str) -> FoundFile:
 
 
 def file_format(path: Path, what: str) -> str:
-    """The format of a file by its ending. DataError if it is none that is read."""
+    """Format of a file by its ending. DataError if that is not a supported one."""
     if path.name.endswith(_COMPRESSED):
         raise DataError(f"{path} is compressed, which leaves no way to a single sample: unpack it to a plain .tar")
     known = _ENDINGS.get(path.suffix.lower())
@@ -86,21 +86,21 @@ def _in(folder: Path, what: str, format: str, split: str | None) -> list[FoundFi
         chosen = metadata(folder / split) if split else []
         if chosen:
             return [FoundFile("imagefolder", file, True) for file in chosen]
-    found = {
+    by_format = {
         kind: sorted(file for ending in ends for file in folder.glob(f"*.{ending}")) for kind, ends in _SHARDS.items()
     }
-    found["imagefolder"] = metadata(folder)
+    by_format["imagefolder"] = metadata(folder)
     if format != "auto":
-        return _all(folder, what, format, found.get(format, []))
-    tars = {file.stem for file in found["tar"]}
-    found["parquet"] = [file for file in found["parquet"] if file.stem not in tars]  # which img2dataset writes beside
-    kinds = [kind for kind in ("tar", "parquet") if found[kind]]
+        return _all(folder, what, format, by_format.get(format, []))
+    tars = {file.stem for file in by_format["tar"]}
+    by_format["parquet"] = [file for file in by_format["parquet"] if file.stem not in tars]  # img2dataset writes both
+    kinds = [kind for kind in ("tar", "parquet") if by_format[kind]]
     kinds += ["imagefolder"] * bool(metadata(folder, within=bool(not kinds)))
     if len(kinds) > 1:
-        endings = sorted({file.suffix for kind in kinds for file in found[kind]})
+        endings = sorted({file.suffix for kind in kinds for file in by_format[kind]})
         raise _unknown(f"{what} {folder}", f"files ending in {', '.join(endings)}")
     kind = kinds[0] if kinds else "json"
-    return _all(folder, what, kind, found[kind])
+    return _all(folder, what, kind, by_format[kind])
 
 
 def _all(folder: Path, what: str, kind: str, files: Sequence[Path]) -> list[FoundFile]:
@@ -126,10 +126,10 @@ def format_of(config: SourceConfig) -> str:
     path = Path(check_spec(config.path))
     if not (path.exists() or path.suffix or is_pattern(config.path)):
         raise _unknown(f"source {config.path}", "no such file")
-    found = find(config.path, split=config.split)
-    formats = {one.format for one in found}
+    files = find(config.path, split=config.split)
+    formats = {one.format for one in files}
     if len(formats) != 1:
-        endings = ", ".join(sorted({one.path.suffix or "nothing" for one in found}))
+        endings = ", ".join(sorted({one.path.suffix or "nothing" for one in files}))
         raise _unknown(f"source {config.path}", f"files ending in {endings}")
     return formats.pop()
 

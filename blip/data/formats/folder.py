@@ -17,8 +17,8 @@ _METADATA = ("metadata.jsonl", "metadata.csv")
 def metadata(folder: Path, *, within: bool = True) -> list[Path]:
     """The metadata files of a folder and of the folders in it: of each folder metadata.jsonl, or else metadata.csv."""
     folders = [folder, *sorted({file.parent for name in _METADATA for file in folder.glob(f"*/{name}")})]
-    found = (next((f for name in _METADATA if (f := at / name).is_file()), None) for at in folders)
-    return [file for file in found if file is not None and (within or file.parent == folder)]
+    lists = (next((f for name in _METADATA if (f := at / name).is_file()), None) for at in folders)
+    return [file for file in lists if file is not None and (within or file.parent == folder)]
 
 
 def images_beside(file: Path) -> Path:
@@ -29,7 +29,7 @@ def images_beside(file: Path) -> Path:
 class Downloaded:
     """The images of one folder of img2dataset's, by the parquet file beside it."""
 
-    def __init__(self, file: Path, asked: Columns):
+    def __init__(self, file: Path, requested: Columns):
         """DataError if the parquet file is another program's."""
         self.folder = images_beside(file)
         present = {}
@@ -41,9 +41,9 @@ class Downloaded:
         if every and not {"key", "status"} <= every[0].keys():
             raise DataError(f"{file} has no columns key and status, so it is not img2dataset's")
         self.values = [row for row in every if row["status"] == "success"]
-        caption = asked.caption
+        caption = requested.caption
         if every and caption != Columns().caption:  # images may have been fetched without any
-            caption = choose(list(every[0]), asked, "caption", file)
+            caption = choose(list(every[0]), requested, "caption", file)
         self.columns = Columns("image", caption)
         for row in self.values:
             row["image"] = present.get(str(row["key"]))

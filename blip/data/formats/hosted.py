@@ -20,7 +20,7 @@ from blip.errors import DataError
 CACHE = os.path.realpath(datasets.config.HF_CACHE_HOME)
 """The folder that the hub fills itself, links followed."""
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOLCK}
-"""What only writing can meet."""
+"""Error numbers that only writing can meet."""
 
 
 def load_parquet(files: Sequence[Path], image: str, caption: str) -> datasets.Dataset:
@@ -99,7 +99,7 @@ def in_cache(name: str) -> bool:
 
 
 def _cache_trouble(error: BaseException | None) -> str | None:
-    """What to say of an error that means that the cache cannot be written; None if it means something else."""
+    """Message for an error that means that the cache cannot be written; None if it means something else."""
     cache = str(datasets.config.HF_DATASETS_CACHE)
     folders = [os.path.abspath(folder) for folder in (cache, datasets.config.HF_CACHE_HOME)]
     while error is not None:

@@ -77,13 +77,13 @@ def _values(path: Path) -> Iterator[Row | BadSample]:
             file.seek(start)
             yield from _listed(path, _text(file))
             return
-        found = _parsed(line)
-        if isinstance(found[0], BadSample):
+        values = _parsed(line)
+        if isinstance(values[0], BadSample):
             whole = _whole(path, file, line)
             if whole is not None:
                 yield from whole
                 return
-        yield from found
+        yield from values
         for line in lines:
             if not line.isspace():
                 yield from _parsed(line)
@@ -106,7 +106,7 @@ def _lines(file: IO[bytes], begun: bytes = b"") -> Iterator[bytes]:
 
 
 def _parsed(line: bytes) -> list[Row | BadSample]:
-    """What a line of JSON lines holds: one row, or several one after another."""
+    """Parse a line of JSON lines: one row, or several one after another."""
     if len(line) > _LONGEST:
         return [BadSample(f"is longer than {_LONGEST:,} characters")]
     try:
@@ -180,7 +180,7 @@ def _whole(path: Path, file: IO[bytes], line: bytes) -> Iterator[Row | BadSample
 
 
 def _without_pauses(make: Callable[[], T]) -> T:
-    """What a function returns that makes millions of objects, at which the garbage collector would look every time."""
+    """Call a function that makes millions of objects with the garbage collector off, which would revisit them."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -301,16 +301,16 @@ def _coco(path: Path, images: list[Any], annotations: list[Any], note: Note | No
     for image in images:
         if isinstance(image, dict) and _is_id(image.get("id")):
             captions[same_id(image["id"])] = []
-    astray, last, told = 0, None, False
+    astray, last, has_captions = 0, None, False
     for annotation in annotations:
         name = annotation.get("image_id") if isinstance(annotation, dict) else None
-        found = captions.get(same_id(name)) if _is_id(name) else None
-        if found is None:
+        texts = captions.get(same_id(name)) if _is_id(name) else None
+        if texts is None:
             astray, last = astray + 1, annotation
         else:
-            found.append(annotation.get("caption"))
-            told = told or "caption" in annotation
-    if annotations and not told:
+            texts.append(annotation.get("caption"))
+            has_captions = has_captions or "caption" in annotation
+    if annotations and not has_captions:
         which = "is of one of its images" if astray == len(annotations) else "has a caption"
         none = f"none of its {len(annotations):,} annotations {which}"
         raise DataError(f"{path} is not COCO's caption format: {none}; the first is {kind_of(annotations[0])}")

@@ -59,13 +59,13 @@ def _check_column(
         raise DataError(f"{where} has {times} columns {column!r}: rename all but one")
     if _may_hold(schema, column, fits):
         return
-    found, feature = " ".join(str(schema.field(column).type).split()), _feature(schema, column)
-    found = found if len(found) <= _LONGEST_TYPE else f"{found[:_LONGEST_TYPE]}..."
-    found = f"{feature} ({found})" if feature in _MEDIA else found
+    stored, feature = " ".join(str(schema.field(column).type).split()), _feature(schema, column)
+    stored = stored if len(stored) <= _LONGEST_TYPE else f"{stored[:_LONGEST_TYPE]}..."
+    stored = f"{feature} ({stored})" if feature in _MEDIA else stored
     others = [name for name in schema.names if name not in (column, taken) and schema.names.count(name) == 1]
     others = [name for name in others if _may_hold(schema, name, fits)]
     cure = f"; set {option} to another column ({', '.join(others)[:200]})" if others else ""
-    raise DataError(f"{where}: column {column!r} holds {found}; expected {expected} in each row{cure}")
+    raise DataError(f"{where}: column {column!r} holds {stored}; expected {expected} in each row{cure}")
 
 
 def _may_hold(schema: pa.Schema, column: str, fits: Callable) -> bool:
@@ -118,7 +118,7 @@ def _has_items(kind: pa.DataType) -> bool:
 
 
 def _feature(schema: pa.Schema, column: str) -> str | None:
-    """What `datasets` called a column when it wrote the file, as Image or ClassLabel."""
+    """Feature type that `datasets` noted for a column when it wrote the file, such as Image or ClassLabel."""
     try:
         kind = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]["_type"]
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -157,9 +157,9 @@ def _filled(kind: pa.DataType, other: pa.DataType) -> pa.DataType:
     if pa.types.is_null(kind):
         return other
     if pa.types.is_struct(kind) and pa.types.is_struct(other):
-        found = {other.field(i).name: other.field(i).type for i in range(other.num_fields)}
+        types = {other.field(i).name: other.field(i).type for i in range(other.num_fields)}
         fields = [kind.field(i) for i in range(kind.num_fields)]
-        return pa.struct([(f.name, _filled(f.type, found.get(f.name, pa.null()))) for f in fields])
+        return pa.struct([(f.name, _filled(f.type, types.get(f.name, pa.null()))) for f in fields])
     if _has_items(kind) and _has_items(other) and pa.types.is_null(kind.value_type):
         return other
     return kind
@@ -238,9 +238,9 @@ class RowGroups:
         return self._kept[1]
 
 
-def chosen_columns(schema: pa.Schema, asked: Columns, where: str | Path) -> Columns:
+def chosen_columns(schema: pa.Schema, requested: Columns, where: str | Path) -> Columns:
     """The columns of image and caption, each there once and of a type that holds them. DataError if not."""
-    columns = choose_columns(schema.names, asked, where)
+    columns = choose_columns(schema.names, requested, where)
     check_columns(schema, where, *columns)
     return columns
 

@@ -18,15 +18,15 @@ from blip.data.formats.values import captions_of, image_of
 from blip.errors import BadSample, DataError
 
 FIRST_ROWS = 64
-"""Rows of a file that are looked at for the columns there are, and of which one must be usable."""
+"""Rows at the start of a file that are checked for its columns, and of which one must be usable."""
 NO_COLUMN = "none"
-"""As caption column: images without captions."""
+"""Caption column that stands for images without captions."""
 _KNOWN = {"image": ("jpg", "file_name"), "caption": ("text", "TEXT")}
-"""Columns that img2dataset and image folders use, taken where nobody asked for another than the default."""
+"""Columns that img2dataset and image folders use, taken where the default is set."""
 
 
 class Columns(NamedTuple):
-    """The columns of images and captions, as asked for or as found."""
+    """The columns of images and captions, as configured or as chosen from those of a file."""
 
     image: str = "image"
     caption: str | None = "caption"
@@ -37,17 +37,17 @@ class StoredRow:
     """One row as it is stored: nothing is decoded, and no file that it names is opened."""
 
     number: int
-    """From 0, in the file."""
+    """Number of the row in its file, from 0."""
     key: str
-    """Its own key, or the number where it has none."""
+    """Key of the row, or its number where it has none."""
     image: bytes | str | BadSample
     """Encoded, or the path of its file as the row says it, or why there is none."""
     captions: list[str] | BadSample
-    """One or more, or why there is none; an empty list where no captions were asked for."""
+    """Captions, one or more, or why there is none; an empty list where none were requested."""
     values: Mapping[str, Any]
-    """All columns that were read."""
+    """Values of all columns that were read."""
     columns: Columns
-    """Which of them are image and caption."""
+    """Names of the image and caption columns among them."""
 
     def others(self) -> dict[str, Any]:
         """The other columns, as far as JSON can hold them: no bytes, and null for a number that is none."""
@@ -88,14 +88,14 @@ def _without(values: Mapping[str, Any], column: str, code: str) -> BadSample:
     return BadSample(f"the row has no {column!r} (it has: {have})", code)
 
 
-def choose_columns(names: Sequence[str], asked: Columns, where: str | Path) -> Columns:
-    """Which of a file's columns are image and caption. DataError lists those there are, and the option to set."""
-    return Columns(choose(names, asked, "image", where), choose(names, asked, "caption", where))
+def choose_columns(names: Sequence[str], requested: Columns, where: str | Path) -> Columns:
+    """Choose the image and caption columns of a file. DataError lists those there are, and the option to set."""
+    return Columns(choose(names, requested, "image", where), choose(names, requested, "caption", where))
 
 
 def choose(
     names: Sequence[str],
-    asked: Columns,
+    requested: Columns,
     which: str,
     where: str | Path,
     *,
@@ -105,12 +105,12 @@ def choose(
 
     `known` is whether one that other programs use in place of the default will do.
     """
-    wanted = getattr(asked, which)
+    wanted = getattr(requested, which)
     if which == "caption" and wanted == NO_COLUMN:
         return None
-    found = found_column(names, wanted, which) if known or wanted in names else None
-    if found is not None:
-        return found
+    column = found_column(names, wanted, which) if known or wanted in names else None
+    if column is not None:
+        return column
     have = ", ".join(sorted(map(str, names)))[:200] or "nothing"
     raise DataError(f"{where} has no column {wanted!r} (it has: {have}); set {which}_column")
 
@@ -123,13 +123,17 @@ def found_column(names: Collection[str], wanted: str, which: str) -> str | None:
 
 def plain_columns(values: Mapping[str, Any], *taken: str | None) -> dict[str, Any]:
     """The columns that are not `taken`, as far as JSON can hold them."""
-    found = {}
+    plain = {}
     for name, value in values.items():
         if name not in taken and not isinstance(value, bytes | BadSample):
             with contextlib.suppress(TypeError, ValueError, RecursionError):
-                found[name] = json.loads(json.dumps(value, default=_as_text), parse_constant=lambda _: None)
-    return found
+                plain[name] = _decode(_encode(value))
+    return plain
 
 
 def _as_text(value: Any) -> str | None:
     return None if isinstance(value, bytes) else str(value)
+
+
+_encode = json.JSONEncoder(default=_as_text).encode  # made once: json.dumps and json.loads make theirs for each value
+_decode = json.JSONDecoder(parse_constant=lambda _: None).decode

@@ -1,4 +1,4 @@
-"""Where image-text pairs come from. A source gives a row's encoded image and captions; it never decodes.
+"""Sources of image-text pairs. A source gives a row's encoded image and captions; it never decodes.
 
 Nothing that data says is fetched or executed: image paths are files under a folder that the user named, shards are
 local files.
@@ -52,11 +52,11 @@ class Record:
     """One row as it is stored."""
 
     key: str
-    """`file:row` or `shard/member`, for people and for the ledger."""
+    """Name `file:row` or `shard/member`, for messages and the ledger."""
     image: bytes | Path | Image.Image
     """Encoded, or where it is, or (from a source that draws) the image itself."""
     captions: list[str]
-    """One or more; one of them is shown per epoch."""
+    """Captions, one or more; one of them is shown per epoch."""
 
 
 class Source(Protocol):
@@ -75,7 +75,7 @@ class Source(Protocol):
         """The row's `Record.key`, without reading it."""
 
     def identity(self) -> str:
-        """What tells this data from other data: file names, sizes, row counts."""
+        """Fingerprint of this data: file names, sizes, row counts."""
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------
@@ -91,8 +91,8 @@ def root_of(config: SourceConfig, default: Path) -> Path:
     return Path(os.path.abspath(root))
 
 
-def asked(config: SourceConfig) -> Columns:
-    """The columns that a source's settings ask for."""
+def columns_of(config: SourceConfig) -> Columns:
+    """The columns that a source's settings name."""
     return Columns(config.image_column, config.caption_column)
 
 
@@ -118,7 +118,7 @@ def annotated(
     config: SourceConfig, file: Path, note: Note | None = None, seen: Counter[str] | None = None
 ) -> Iterator[tuple[str | BadSample, list[str] | BadSample, int]]:
     """(image path, captions, row number) of a file's rows of the split asked for, or in place of each what it lacks."""
-    for row in table.rows(file, asked(config), config.split, seen, note):
+    for row in table.rows(file, columns_of(config), config.split, seen, note):
         yield row.image, row.captions, row.number
 
 
@@ -128,15 +128,15 @@ class ListedRows:
     A row that cannot be used has the reason in place of its image, and no captions.
     """
 
-    def __init__(self, config: SourceConfig, found: Sequence[FoundFile]):
+    def __init__(self, config: SourceConfig, files: Sequence[FoundFile]):
         self.weight, self.kind = config.weight, config.kind
-        self.files = [one.path for one in found]
-        self._config = dataclasses.replace(config, split=None) if all(one.of_split for one in found) else config
+        self.files = [one.path for one in files]
+        self._config = dataclasses.replace(config, split=None) if all(one.of_split for one in files) else config
         self.roots = [root_of(config, file.parent) for file in self.files]
         self.notes: list[str] = []
-        """What is to be said about the source at the start."""
+        """Notes for the user about the source, logged at the start."""
         seen: Counter[str] = Counter()
-        blocks = list(_blocks(self._rows(found, seen), _BLOCK))
+        blocks = list(_blocks(self._rows(files, seen), _BLOCK))
         check_split(self._config.split, config.path, seen)
         if not blocks:
             raise DataError(f"source {config.path}: no rows")
@@ -148,17 +148,17 @@ class ListedRows:
 
     def _read(self, one: FoundFile, seen: Counter[str]) -> Iterator[StoredRow]:
         if one.format != "files":
-            return table.rows(one.path, asked(self._config), self._config.split, seen, self.notes.append)
+            return table.rows(one.path, columns_of(self._config), self._config.split, seen, self.notes.append)
         refuse_split(self._config.split, self._config.path, "parquet sources")
-        return Downloaded(one.path, asked(self._config)).rows()
+        return Downloaded(one.path, columns_of(self._config)).rows()
 
-    def _rows(self, found: Sequence[FoundFile], seen: Counter[str]) -> Iterator[tuple[str, list[str] | None, int, int]]:
+    def _rows(self, files: Sequence[FoundFile], seen: Counter[str]) -> Iterator[tuple[str, list[str] | None, int, int]]:
         """(image path, captions, row number, number of the file); (reason, None, ...) for a row that cannot be used.
 
         DataError if the image of none of a file's first rows can be used, or no row at all.
         """
         first, faults, usable = "", 0, 0
-        for f, one in enumerate(found):
+        for f, one in enumerate(files):
             leading = 0
             for row in self._read(one, seen):
                 image, captions = row.image, row.captions
@@ -190,7 +190,7 @@ class ListedRows:
         paths = [self._root(int(row)) / self._images[int(row)].as_py() for row in rows]
         if not any(map(os.path.exists, paths)):
             raise DataError(
-                f"source {self._config.path}: none of its images is there; {self.key(int(rows[0]))} is looked for at "
+                f"source {self._config.path}: none of its images exists; {self.key(int(rows[0]))} is looked for at "
                 f"{str(paths[0])[:300]}. Set image_root to the folder that the paths in the file start from"
             )
 
@@ -249,7 +249,7 @@ class Mapped:
     def __init__(self, config: SourceConfig, data: datasets.Dataset, root: Path | None, files: Sequence[Path] = ()):
         self.weight, self.kind = config.weight, config.kind
         self._config, self._root, self._files = config, root, list(files)
-        self._columns = chosen_columns(data.features.arrow_schema, asked(config), config.path)
+        self._columns = chosen_columns(data.features.arrow_schema, columns_of(config), config.path)
         if not len(data):
             raise DataError(f"source {config.path}: no rows")
         rows = [parquet_file(f).metadata.num_rows for f in self._files]
@@ -299,7 +299,7 @@ def _contained_in_any(name: str, root: Path | None) -> Path:
 
 def _open_parquet(config: SourceConfig, files: Sequence[Path]) -> Mapped:
     root = root_of(config, files[0].parent)
-    columns = chosen_columns(parquet_file(files[0]).schema_arrow, asked(config), files[0])
+    columns = chosen_columns(parquet_file(files[0]).schema_arrow, columns_of(config), files[0])
     if columns.caption is None:
         raise DataError(f"source {config.path}: caption_column {NO_COLUMN!r} leaves no captions to learn from")
     return Mapped(config, load_parquet(files, *columns), root, files)
@@ -331,7 +331,7 @@ class Tars:
         self._names, self._spans = pa.concat_arrays(names), np.concatenate(spans)
         self._is_json, self._file_of = np.concatenate(is_json), np.concatenate(of)
         check_whole(f"source {config.path}", summaries)
-        tell(summaries)
+        log_notes(summaries)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -349,7 +349,7 @@ class Tars:
         return _identity(self.files, len(self), self._config)
 
 
-def tell(shards: Sequence[Summary]) -> None:
+def log_notes(shards: Sequence[Summary]) -> None:
     """Log what a user should know of some shards, the first few by name; in the main process only."""
     lines = [f"{shard.path}: {note}" for shard in shards for note in shard.notes]
     if lines and dist.is_main():
@@ -359,10 +359,11 @@ def tell(shards: Sequence[Summary]) -> None:
 
 def tar_record(shard: Path, key: str, image: Member, caption: tuple[Member, bool], column: str) -> Record:
     """Read one sample of a shard. Raises BadSample when a part is missing."""
-    said = caption[0] if caption[0].size >= 0 else None
-    text, told = (None, said) if caption[1] else (said, None)
+    member, is_json = caption
+    image_member, caption_member = (one if one.size >= 0 else None for one in (image, member))
+    text, json_member = (None, caption_member) if is_json else (caption_member, None)
     read = functools.partial(read_member, shard)
-    return record_of(key, sample_row(0, key, image if image.size >= 0 else None, text, told, column, read), None)
+    return record_of(key, sample_row(0, key, image_member, text, json_member, Columns("", column), read), None)
 
 
 # Opening --------------------------------------------------------------------------------------------------------------
@@ -373,11 +374,11 @@ def open_source(config: SourceConfig) -> Source:
     kind = format_of(config)
     if kind == "dataset":
         return _open_dataset(config)
-    found = find(config.path, "auto" if kind == "files" else kind, config.split)
+    files_found = find(config.path, "auto" if kind == "files" else kind, config.split)
     if kind not in ("parquet", "tar"):
-        return ListedRows(config, found)
+        return ListedRows(config, files_found)
     refuse_split(config.split, config.path, f"{kind} sources")
-    files = [one.path for one in found]
+    files = [one.path for one in files_found]
     return _open_parquet(config, files) if kind == "parquet" else Tars(config, files)
 
 

@@ -56,7 +56,7 @@ def of_split(
 
 
 def check_split(split: str | None, where: str | Path, seen: Counter[str]) -> None:
-    """Raise DataError that names the splits there are if one that was asked for is not among those `seen`."""
+    """Raise DataError, listing the splits, if a requested one is not among those `seen`."""
     missing = [name for name in parts_of(split or "") if name not in seen] if split else []
     if missing:
         names = ", ".join(f"{shown(name)[1:-1]} ({count:,})" for name, count in sorted(seen.items())[:_NAMED])

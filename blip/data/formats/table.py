@@ -15,7 +15,7 @@ from blip.errors import BadSample, DataError
 
 def rows(
     file: Path,
-    asked: Columns,
+    requested: Columns,
     split: str | None = None,
     seen: Counter[str] | None = None,
     note: Note | None = None,
@@ -25,8 +25,8 @@ def rows(
     `seen` counts the splits there are, `note` is told what is left out. DataError names the file and the row where the
     file is at fault, or if none of its first rows has the columns.
     """
-    found = of_split(rows_or_faults(file, note), split, file, Counter() if seen is None else seen)
-    first = list(itertools.islice(found, FIRST_ROWS))
+    parsed = of_split(rows_or_faults(file, note), split, file, Counter() if seen is None else seen)
+    first = list(itertools.islice(parsed, FIRST_ROWS))
     names = list(dict.fromkeys(str(name) for _, values in first if isinstance(values, dict) for name in values))
     if first and not names:
         number, values = first[0]
@@ -34,8 +34,8 @@ def rows(
         raise DataError(
             f"{file}: row {number}: the row {reason}, and no other of its first {len(first)} rows is better"
         )
-    columns = choose_columns(names, asked, file) if first else asked
-    for number, values in itertools.chain(first, found):
+    columns = choose_columns(names, requested, file) if first else requested
+    for number, values in itertools.chain(first, parsed):
         if isinstance(values, BadSample):
             fault = BadSample(f"the row {values.reason}", "no_image")
             yield StoredRow(number, str(number), fault, fault, {}, columns)

@@ -7,6 +7,7 @@ import os
 import tarfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
@@ -41,19 +42,20 @@ _TAIL, _NO_TAIL = 8, (IMAGES - {"bmp"}) | TEXTS | {"json"}
 """Zeros at its end that no member of these endings has; a black BMP and foreign files may."""
 _DIGITS = len(f"{MAX_EXTENDED} ")
 _FEW = 20
-"""Fewer whole samples than one in so many are worth a word."""
+"""Shards with fewer than one whole sample in this many get a note."""
 _ENDINGS, _TOLD, _SHOWN = 32, 5, 80
 """Endings that are told apart, those of them that are said, and characters of a name that are shown."""
 _MAC = "__MACOSX"
 
 
 class Member(NamedTuple):
-    """Where the bytes of a member are in its shard; size -1 says that there is none."""
+    """Byte range of a member in its shard; size -1 for a member that does not exist."""
 
     offset: int
     size: int
 
 
+ReadMember = Callable[[Member], bytes]
 _NONE = Member(0, -1)
 _IN_TEXT = Columns("", None)
 """The columns of a sample whose caption is no column."""
@@ -68,11 +70,11 @@ class TarSample:
     key: str
     image: Member = _NONE
     text: Member = _NONE
-    """Of txt or caption."""
+    """Member with ending txt or caption."""
     json: Member = _NONE
 
     def caption(self, column: str) -> Member:
-        """Where a caption is looked for: the text, or the JSON where there is none or another column is asked for."""
+        """Member that holds the caption: the text, or the JSON if there is no text or another column is wanted."""
         return self.json if self.text is _NONE or column != TEXT_COLUMN else self.text
 
     @property
@@ -89,16 +91,16 @@ class TarSample:
 
 @dataclass(frozen=True)
 class Headers:
-    """What the headers of a shard say."""
+    """Contents of a shard's headers."""
 
     samples: list[TarSample]
-    """In the order of their first member, wherever in the file the others are."""
+    """Samples in the order of their first member, wherever in the file the others are."""
     twice: list[str]
     """Keys that occur more than once."""
     damage: str | None
-    """What is wrong with the file and at which byte; the samples are then those before that."""
+    """Damage of the file and the byte where it begins; `samples` are then those before it."""
     notes: list[str]
-    """What a user should know of a shard that is read: members left out, names that occur twice, joined archives."""
+    """Notes for the user: members left out, names that occur twice, joined archives."""
     members: str
     """How the members are named, for messages."""
 
@@ -107,7 +109,7 @@ class Headers:
 
 
 class _Damage(Exception):
-    """What is wrong with a tar file, and where."""
+    """Damage of a tar file, and where it is."""
 
 
 def read_headers(file: IO[bytes], path: str | Path) -> Headers:
@@ -144,7 +146,7 @@ def _blocks(size: int) -> int:
 
 
 class _Walk:
-    """From header to header through all archives of a file; contents are passed over.
+    """Walk from header to header through all archives of a file; contents are skipped.
 
     tarfile decodes single headers. It does not walk, because it takes the first block of zeros for the end of the
     file, calls itself for each extended header, and before Python 3.11.10 and 3.12.6 may take hours to parse one
@@ -156,7 +158,7 @@ class _Walk:
         self._archives, self._padding = 1, 0
 
     def members(self) -> Iterator[tarfile.TarInfo]:
-        """All members but folders. Raises _Damage where the file is damaged."""
+        """Yield all members but folders. Raises _Damage where the file is damaged."""
         at, began, last = 0, 0, None
         shared: dict[str, bytes] = {}  # what global headers say of all members after them
         while True:
@@ -229,10 +231,10 @@ class _Walk:
         try:
             return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except (tarfile.TarError, ValueError, OverflowError):
-            raise _Damage(f"what is at byte {at:,} is no tar header") from None
+            raise _Damage(f"the bytes at {at:,} are not a tar header") from None
 
     def _after(self, at: int, began: int, last: tarfile.TarInfo | None) -> int | None:
-        """Where the archive after the zeros at a byte begins; None if the file ends with them.
+        """Start of the archive after the zeros at a byte; None if the file ends with them.
 
         One block of zeros where a header belongs is a header that was lost; two or more end an archive. They are
         believed unless there are more than any program writes, or they begin inside the last member.
@@ -245,7 +247,7 @@ class _Walk:
             try:
                 self._header(end)
             except _Damage:
-                raise _Damage(f"{zeros}, and then bytes that are no tar header") from None
+                raise _Damage(f"{zeros}, followed by bytes that are not a tar header") from None
             if end - at < 2 * _BLOCK:
                 raise _Damage(f"{zeros} stand where a header belongs")
         # What tar writes: two blocks, or up to a whole record of the archive that ends.
@@ -450,24 +452,24 @@ class Shard:
         self._json = bytearray()
         try:
             with path.open("rb") as file:
-                found = read_headers(file, path)
+                headers = read_headers(file, path)
         except OSError as e:
             raise DataError(f"{self.path} cannot be read: {e.strerror}") from None
-        if found.damage and (not found.samples or not allow_truncated):
+        if headers.damage and (not headers.samples or not allow_truncated):
             raise DataError(
-                f"{self.path} is not a whole tar file ({found.damage}) after {len(found.samples)} samples: "
+                f"{self.path} is not a whole tar file ({headers.damage}) after {len(headers.samples)} samples: "
                 "copy it again, or set allow_truncated to use the readable part"
             )
-        whole = {sample.key for sample in found.samples if _NONE not in (sample.image, sample.caption(column))}
-        for sample in found.samples:
+        whole = {sample.key for sample in headers.samples if _NONE not in (sample.image, sample.caption(column))}
+        for sample in headers.samples:
             if sample.key in whole or sample.owner not in whole:
                 caption = sample.caption(column)
                 self.names.append(sample.key)
                 self._spans.extend((*sample.image, *caption))
                 self._json.append(caption is not sample.text)
-        notes = [f"not whole ({found.damage}): its first {len(self)} samples are used"] if found.damage else []
+        notes = [f"not whole ({headers.damage}): its first {len(self)} samples are used"] if headers.damage else []
         images, captions = (int((self.spans()[:, column] >= 0).sum()) for column in (1, 3))
-        self.summary = Summary(path, len(whole), images, captions, found.members, notes + found.notes)
+        self.summary = Summary(path, len(whole), images, captions, headers.members, notes + headers.notes)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -476,7 +478,7 @@ class Shard:
         return Member(self._spans[4 * i], self._spans[4 * i + 1])
 
     def caption(self, i: int) -> tuple[Member, bool]:
-        """Where the caption is, and whether it is in a JSON member."""
+        """Member that holds the caption, and whether it is a JSON member."""
         return Member(self._spans[4 * i + 2], self._spans[4 * i + 3]), bool(self._json[i])
 
     def spans(self) -> np.ndarray:
@@ -489,7 +491,7 @@ class Shard:
 
 
 class Summary(NamedTuple):
-    """What a user is told of a shard that has been opened."""
+    """Summary of an opened shard, for messages."""
 
     path: Path
     whole: int
@@ -517,14 +519,15 @@ def sample_row(
     image: Member | None,
     text: Member | None,
     json: Member | None,
-    column: str | None,
-    read: Callable[[Member], bytes],
+    columns: Columns,
+    read: ReadMember,
 ) -> StoredRow:
     """The row of a sample whose members `read` gives, which may raise BadSample.
 
     Its caption is the text, or the JSON member's where there is no text or another column is asked for; a JSON member
     that is no object is the caption itself.
     """
+    column = columns.caption
     in_text = text is not None and column == TEXT_COLUMN
     content: bytes | BadSample | None = None
     captions: list[str] | BadSample | None = [] if column is None else None
@@ -542,10 +545,10 @@ def sample_row(
         content = BadSample("no image member", "no_image")
     if captions is None:
         captions = BadSample("no caption member", "no_caption")
-    return StoredRow(number, key, content, captions, values, _IN_TEXT if in_text else Columns("", column))
+    return StoredRow(number, key, content, captions, values, _IN_TEXT if in_text else columns)
 
 
-def _whole(member: Member, read: Callable[[Member], bytes]) -> bytes:
+def _whole(member: Member, read: ReadMember) -> bytes:
     if member.size > MAX_BYTES:
         raise BadSample(f"{member.size:,} bytes, more than the limit of {MAX_BYTES:,}", "too_many_bytes")
     return read(member)
@@ -584,19 +587,21 @@ def json_columns(content: bytes) -> dict[str, Any]:
 class Tar:
     """The samples of one shard by an index of where their members are."""
 
-    def __init__(self, index: RowGroups, column: str | None, read: Callable[[Member], bytes]):
-        self.index, self.column, self.read = index, column, read
+    def __init__(self, index: RowGroups, column: str | None, reading: Callable[[], AbstractContextManager[ReadMember]]):
+        """`reading` opens the shard, for as long as rows are read."""
+        self.index, self.columns, self.reading = index, Columns("", column), reading
 
     def __len__(self) -> int:
         return len(self.index)
 
     def rows(self, lo: int, hi: int) -> Iterator[StoredRow]:
-        for number, entry in zip(range(lo, hi), self.index.values(lo, hi), strict=True):
-            image, text, json = entry["image"], entry["text"], entry["json"]
-            image = image and Member(image["at"], image["size"])
-            text = text and Member(text["at"], text["size"])
-            json = json and Member(json["at"], json["size"])
-            yield sample_row(number, entry["key"], image, text, json, self.column, self.read)
+        with self.reading() as read:
+            for number, entry in zip(range(lo, hi), self.index.values(lo, hi), strict=True):
+                image, text, json = entry["image"], entry["text"], entry["json"]
+                image = image and Member(image["at"], image["size"])
+                text = text and Member(text["at"], text["size"])
+                json = json and Member(json["at"], json["size"])
+                yield sample_row(number, entry["key"], image, text, json, self.columns, read)
 
 
 def read_member(shard: Path, member: Member) -> bytes:

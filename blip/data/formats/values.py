@@ -53,12 +53,12 @@ def captions_of(value: Any) -> list[str]:
 
 
 def encodable(text: str) -> str:
-    """A text without the half characters that JSON may hold and nothing can store."""
+    """Text with unpaired surrogates removed, which JSON may hold and nothing can store."""
     return text if text.isascii() else text.encode("utf-8", "ignore").decode("utf-8")
 
 
 def kind_of(value: Any) -> str:
-    """What a value of JSON or of a table is, in a few words."""
+    """Short description of a value of JSON or of a table."""
     if isinstance(value, dict):
         return f"an object with {', '.join(map(str, list(value)[:5]))[:60] or 'nothing'}"
     if isinstance(value, list):

@@ -67,7 +67,7 @@ def image_id_of(record: Record) -> int:
 
 
 def check_prompt(tokenizer: Tokenizer, config: DataConfig) -> int:
-    """How many word pieces the prompt is. ValueError if the tokenizer lacks one or no room is left for a caption."""
+    """Number of word pieces of the prompt. ValueError if the tokenizer lacks one or no room is left for a caption."""
     pieces = tokenizer.pieces(config.prompt, len(config.prompt) + 2)[1:-1]
     if tokenizer.unk_id in pieces:
         raise ValueError(f"data.prompt {config.prompt!r} has words that tokenizer {tokenizer.where} does not know")

@@ -41,11 +41,11 @@ class Round:
 
     question: int
     answer: int | None
-    """What was answered; None where it is to be found out."""
+    """Index of the given answer; None where it is to be predicted."""
     options: np.ndarray
     """Candidate answers, int32; none where only what was said matters."""
     true: int | None
-    """Which of the candidates is right."""
+    """Position of the right answer among the candidates."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Conversation:
     caption: str
     rounds: tuple[Round, ...]
     where: str
-    """`file:dialogue`, for people."""
+    """Name `file:dialogue`, for messages."""
     relevance: tuple[int, tuple[float, ...]] | None = None
     """A round's number, from 0, and how right each of its candidates is, 0 to 1."""
 
@@ -91,7 +91,7 @@ class Conversations:
 
     @cached_property
     def wording(self) -> Wording:
-        """How alike its answers are worded."""
+        """Similarity in wording of its answers."""
         return Wording(self.answers)
 
     def check_some_exist(self) -> None:
@@ -99,7 +99,7 @@ class Conversations:
         step = max(1, len(self) // 16)
         if not any(dialogue.image.exists() for dialogue in self.dialogues[::step]):
             raise DataError(
-                f"source {self.config.path}: none of its images is there; looked for {self.dialogues[0].image}. "
+                f"source {self.config.path}: none of its images exists; looked for {self.dialogues[0].image}. "
                 "Set image_root to the folder that holds them"
             )
 
@@ -196,7 +196,7 @@ def _with_relevance(path: Path, dialogues: Sequence[Conversation]) -> list[Conve
     if not isinstance(rows, list):
         raise DataError(f"{path}: expected a list of {{image_id, round_id, gt_relevance}}")
     at = {dialogue.image_id: number for number, dialogue in enumerate(dialogues)}
-    found, left = list(dialogues), 0
+    annotated, left = list(dialogues), 0
     for number, row in enumerate(rows):
         where = f"{path}: row {number}"
         values = row.get("gt_relevance", row.get("relevance")) if isinstance(row, dict) else None
@@ -206,7 +206,7 @@ def _with_relevance(path: Path, dialogues: Sequence[Conversation]) -> list[Conve
         if row["image_id"] not in at:
             left += 1
             continue
-        dialogue, index = found[at[row["image_id"]]], row["round_id"] - 1
+        dialogue, index = annotated[at[row["image_id"]]], row["round_id"] - 1
         if not 0 <= index < len(dialogue.rounds) or len(values) != len(dialogue.rounds[index].options):
             raise DataError(
                 f"{where}: {len(values)} values for round {row['round_id']} of image {row['image_id']}; expected one "
@@ -214,10 +214,10 @@ def _with_relevance(path: Path, dialogues: Sequence[Conversation]) -> list[Conve
             )
         if not all(isinstance(v, int | float) and 0 <= v <= 1 for v in values):
             raise DataError(f"{where}: expected numbers from 0 to 1 in gt_relevance")
-        found[at[row["image_id"]]] = replace(dialogue, relevance=(index, tuple(map(float, values))))
+        annotated[at[row["image_id"]]] = replace(dialogue, relevance=(index, tuple(map(float, values))))
     if left == len(rows):
         raise DataError(f"{path}: none of its images is in the dialogues; is it of another split?")
-    return found
+    return annotated
 
 
 class _Finder:
@@ -276,7 +276,7 @@ def read_image(
 
 
 class DialogueRows:
-    """What a model reads of a dialogue: word pieces of each text once, put together as often as asked for."""
+    """Model inputs of a dialogue: each text is tokenized once and joined as often as needed."""
 
     def __init__(self, source: Conversations, dialogue: Conversation, tokenizer: Tokenizer, config: DataConfig) -> None:
         self.source, self.dialogue, self.tokenizer, self.config = source, dialogue, tokenizer, config
@@ -291,25 +291,25 @@ class DialogueRows:
         """One row for each of some answers to the question of a round."""
         rounds, source = self.dialogue.rounds, self.source
         question = self._pieces(source.questions[rounds[number].question])
-        before = self._said(number)
+        before = self._earlier(number)
         return [self._row(question, self._pieces(source.answers[a]), before) for a in answers]
 
-    def _said(self, number: int) -> list[list[int]]:
+    def _earlier(self, number: int) -> list[list[int]]:
         """The earlier rounds, the latest first; one whose answer is not known says its question only."""
-        said = []
+        earlier = []
         for one in reversed(self.dialogue.rounds[:number]):
             answer = [] if one.answer is None else self._pieces(self.source.answers[one.answer])
-            said.append([*self._pieces(self.source.questions[one.question]), *answer, self.tokenizer.sep_id])
-        return said
+            earlier.append([*self._pieces(self.source.questions[one.question]), *answer, self.tokenizer.sep_id])
+        return earlier
 
     def _row(self, question: list[int], answer: list[int], before: Sequence[list[int]]) -> list[int]:
         sep, room = self.tokenizer.sep_id, self.config.max_tokens
         answer = answer[: room - 3]
         row = [self.tokenizer.enc_id, *question[: room - 3 - len(answer)], sep, *answer, sep]
-        for said in before:
-            if len(row) + len(said) > room:
+        for exchange in before:
+            if len(row) + len(exchange) > room:
                 break
-            row += said
+            row += exchange
         return row
 
     def _pieces(self, text: str) -> list[int]:
@@ -353,7 +353,7 @@ class PrepareDialogues(Prepare):
     negatives: int
     """Wrong answers shown with each right one."""
     hard_negatives: int = 0
-    """How many of those are among twice as many that are worded most like the right one."""
+    """Number of those that are hard negatives: drawn from twice as many that are worded most like the right one."""
 
     def __call__(self, record: tuple[Conversations, Conversation], key: tuple[int, ...]) -> Sample:
         source, dialogue = record
@@ -361,14 +361,14 @@ class PrepareDialogues(Prepare):
         for n, number in enumerate(_drawn(_teaching(dialogue), self.rounds, mix(Purpose.ROUNDS, *key))):
             one = dialogue.rounds[number]
             right = source.answers[one.options[one.true]]
-            wrong = [option for option in one.options if source.answers[option] != right]
-            if not wrong:
+            negatives = [option for option in one.options if source.answers[option] != right]
+            if not negatives:
                 raise BadSample(f"round {number + 1} has no false answer")
             true, hard = one.options[one.true], []
             if self.hard_negatives:
-                hard = source.wording.most_like(true, wrong, 2 * self.hard_negatives)
+                hard = source.wording.most_like(true, negatives, 2 * self.hard_negatives)
                 hard = _drawn(hard, min(self.hard_negatives, len(hard)), mix(Purpose.HARD_NEGATIVES, n, *key))
-            others = [option for option in wrong if option not in hard] or wrong
+            others = [option for option in negatives if option not in hard] or negatives
             others = _drawn(others, self.negatives - len(hard), mix(Purpose.NEGATIVES, n, *key))
             texts += rows.round(number, [true, *hard, *others])
         sided = any(map(is_sided, _all_texts(source, dialogue)))
@@ -395,7 +395,7 @@ class PrepareDialogues(Prepare):
 
 
 class Wording:
-    """Which answers are worded alike: by the words that they share, the more the fewer answers have one."""
+    """Similarity of answers by the words that they share, rare words counting more."""
 
     def __init__(self, answers: Sequence[str]) -> None:
         self.answers = answers
@@ -403,7 +403,7 @@ class Wording:
         self.weights = {word: math.log(1 + len(answers) / count) for word, count in counts.items()}
 
     def most_like(self, true: int, others: Sequence[int], count: int) -> list[int]:
-        """Of other answers those most like one, by the weight of the words of both over that of the words of either."""
+        """The candidates most like an answer, by the weight of shared words over that of all words of both."""
         own = set(self.answers[true].lower().split())
         likeness = {}
         for other in others:
@@ -421,16 +421,16 @@ def _teaching(dialogue: Conversation) -> list[int]:
 
 
 def _all_texts(source: Conversations, dialogue: Conversation) -> list[str]:
-    """All that is said of the image."""
+    """All texts of the dialogue."""
     answers = [source.answers[r.answer] for r in dialogue.rounds if r.answer is not None]
     return [dialogue.caption, *answers, *(source.questions[r.question] for r in dialogue.rounds)]
 
 
 def _drawn(items: Sequence[int], count: int, key: int) -> list[int]:
     """`count` of some items, none twice before all were taken."""
-    found: list[int] = []
+    drawn: list[int] = []
     rest: list[int] = []
     for n in range(count):
         rest = rest or list(items)
-        found.append(rest.pop(mix(key, n) % len(rest)))
-    return found
+        drawn.append(rest.pop(mix(key, n) % len(rest)))
+    return drawn

@@ -33,12 +33,12 @@ from blip.tokenizer import Tokenizer
 
 Id = int | str
 VISUAL_GENOME = 0.2
-"""What the answers of rows of dataset vg count in the 2022 release."""
+"""Weight of the answers of rows of dataset vg in the 2022 release."""
 _BLOCK = 1 << 16
 _LONGEST_ANSWER = 32
 """Word pieces of the longest answer that is learned, [DEC] and [SEP] included."""
 _NAME = "{subset}/COCO_{subset}_{image_id:012d}.jpg"
-"""Where VQA v2's images are."""
+"""Default path of VQA v2's images."""
 
 
 class Question(NamedTuple):
@@ -51,7 +51,7 @@ class Question(NamedTuple):
     answers: list[str]
     """Those of the annotators, one each; none where the data does not say."""
     weight: float = 1.0
-    """How much the answers count together."""
+    """Total weight of the answers."""
     question_type: str = ""
     answer_type: str = ""
 
@@ -82,7 +82,7 @@ class Questions:
         names = [self._table["image"][row].as_py() for row in rows]
         if not any((self.root / name).exists() for name in names):
             raise DataError(
-                f"source {self.config.path}: none of its images is there; looked for {self.root / names[0]}. "
+                f"source {self.config.path}: none of its images exists; looked for {self.root / names[0]}. "
                 "Set image_root (and image_name, for images that are known by number) to where they are"
             )
 
@@ -100,7 +100,7 @@ class Questions:
         return f"{self.path.name}:{row} question {self.ids[row]}"
 
     def answers(self) -> Counter[str]:
-        """All answers that are given, with how often."""
+        """All answers of the source, with their counts."""
         return Counter(answer for chunk in self._table["answers"].chunks for answer in chunk.flatten().to_pylist())
 
     def unanswered(self) -> list[int]:
@@ -133,7 +133,7 @@ class QuestionShards(ListShards):
     """The questions of lists of rows, read in sequence."""
 
     def __init__(self, config: ImageQuestions) -> None:
-        """Raises DataError for files of other formats, too."""
+        """Raise DataError for files that cannot be read or cannot be streamed."""
         files = shard_files(config.path, "json")
         for file in files:
             if config.annotations or _is_whole(file):
@@ -149,7 +149,7 @@ class QuestionShards(ListShards):
         return [_record(f"{file.name}:{number} question {question.id}", question, self._roots[file])]
 
     def answers(self) -> Counter[str]:
-        """As of `Questions`; reads all files once."""
+        """Count answers as `Questions` does; reads all files once."""
         records = (one for file in self.files for one in self.read(file) if isinstance(one, QuestionRecord))
         return Counter(answer for one in records for answer in one.captions)
 
@@ -186,7 +186,7 @@ def _refuse_repeated(path: Path, ids: Sequence[Id]) -> None:
     if len(set(ids)) < len(ids):
         twice = [name for name, count in Counter(ids).items() if count > 1]
         raise DataError(
-            f"{path}: {len(twice)} question ids are there more than once ({', '.join(map(str, twice[:5]))}); expected "
+            f"{path}: {len(twice)} duplicate question ids ({', '.join(map(str, twice[:5]))}); expected "
             "each once: set id_column, or give a file without them"
         )
 
@@ -250,30 +250,30 @@ def _official(config: ImageQuestions, path: Path, value: dict[str, Any]) -> Iter
     questions = value.get("questions")
     if not isinstance(questions, list):
         keys = ", ".join(map(str, list(value)[:8]))
-        said = "it has annotations: give it as annotations, and the file of questions as path"
-        raise DataError(f"{path} has no questions ({said if 'annotations' in value else f'it has: {keys}'})")
+        hint = "it has annotations: give it as annotations, and the file of questions as path"
+        raise DataError(f"{path} has no questions ({hint if 'annotations' in value else f'it has: {keys}'})")
     subset = value.get("data_subtype")
     subset = {"test-dev2015": "test2015"}.get(subset, subset)
-    told = annotations(Path(check_spec(config.annotations))) if config.annotations else None
+    answers_by_id = annotations(Path(check_spec(config.annotations))) if config.annotations else None
     weight = 1.0 if config.answer_weight is None else config.answer_weight
     unanswered = []
     for number, row in enumerate(questions):
         where = f"{path}: row {number}"
         name, text = _id(row, "question_id", where), _text(row, "question", where)
         image = _text(row, "image", where) if "image" in row else _image(config, row, subset, where)
-        if told is None:
+        if answers_by_id is None:
             yield Question(name, text, image, [], weight)
             continue
-        if name not in told:
+        if name not in answers_by_id:
             unanswered.append(name)
             continue
-        found = told.pop(name)
-        yield Question(name, text, image, found.answers, weight, found.question_type, found.answer_type)
-    if unanswered or told:
-        missing, other = (", ".join(map(str, islice(names, 5))) for names in (unanswered, told or ()))
-        said = [f"{len(unanswered)} questions of {path.name} without answers ({missing})"] * bool(unanswered)
-        said += [f"{len(told or ())} answers to other questions ({other})"] * bool(told)
-        raise DataError(f"{config.annotations}: {' and '.join(said)}; are they of the same split?")
+        question = answers_by_id.pop(name)
+        yield Question(name, text, image, question.answers, weight, question.question_type, question.answer_type)
+    if unanswered or answers_by_id:
+        missing, other = (", ".join(map(str, islice(names, 5))) for names in (unanswered, answers_by_id or ()))
+        problems = [f"{len(unanswered)} questions of {path.name} without answers ({missing})"] * bool(unanswered)
+        problems += [f"{len(answers_by_id or ())} answers to other questions ({other})"] * bool(answers_by_id)
+        raise DataError(f"{config.annotations}: {' and '.join(problems)}; are they of the same split?")
 
 
 def annotations(path: Path) -> dict[Id, Question]:
@@ -282,18 +282,18 @@ def annotations(path: Path) -> dict[Id, Question]:
     rows = value.get("annotations") if isinstance(value, dict) else None
     if not isinstance(rows, list):
         raise DataError(f"{path} has no list of annotations; expected VQA v2's {{annotations: [...]}}")
-    found: dict[Id, Question] = {}
+    questions: dict[Id, Question] = {}
     for number, row in enumerate(rows):
         where = f"{path}: annotation {number}"
         name = _id(row, "question_id", where)
-        if name in found:
+        if name in questions:
             raise DataError(f"{where}: duplicate question {name}")
         answers = _answers(row.get("answers"), where)
         if not answers:
             raise DataError(f"{where} (question {name}) has no answers")
         kinds = [str(row.get(key) or "") for key in ("question_type", "answer_type")]
-        found[name] = Question(name, "", "", answers, 1.0, *kinds)
-    return found
+        questions[name] = Question(name, "", "", answers, 1.0, *kinds)
+    return questions
 
 
 def _image(config: ImageQuestions, row: dict[str, Any], subset: Any, where: str) -> str:
@@ -345,28 +345,28 @@ def _id(row: Any, key: str, where: str) -> Id:
 def _answers(value: Any, where: str) -> list[str]:
     """An answer, a list of them, or of VQA v2's {answer, answer_confidence}."""
     values = value if isinstance(value, list) else [] if value is None else [value]
-    found = [one.get("answer") if isinstance(one, dict) else one for one in values]
-    for one in found:
+    answers = [one.get("answer") if isinstance(one, dict) else one for one in values]
+    for one in answers:
         if isinstance(one, bool) or not isinstance(one, str | int | float):
             raise DataError(f"{where}: an answer is {shown(one)}; expected a text")
-    return [str(one) for one in found]
+    return [str(one) for one in answers]
 
 
 def read_answers(path: Path) -> list[str]:
     """Answers to choose from: a JSON list, as the 2022 release's answer_list.json, or one a line. Raises DataError."""
     if path.suffix == ".json":
-        found = load(path)
-        if not isinstance(found, list) or not all(isinstance(answer, str) for answer in found):
+        answers = load(path)
+        if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
             raise DataError(f"{path} is not a list of texts; expected answers to choose from")
     else:
         try:
-            found = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+            answers = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path} cannot be read as a list of answers: {error}") from None
-    found = [answer for answer in found if answer.strip()]
-    if not found:
+    answers = [answer for answer in answers if answer.strip()]
+    if not answers:
         raise DataError(f"{path} has no answers")
-    return found
+    return answers
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -433,9 +433,9 @@ def weighed(answers: Sequence[str], weight: float, tokenizer: Tokenizer) -> dict
 
     Answers that are spelt with the same pieces are one. Those without words, or of more than 32 pieces, are left out.
     """
-    found: dict[tuple[int, ...], float] = {}
+    weights: dict[tuple[int, ...], float] = {}
     for answer in answers:
         pieces = tuple(tokenizer.pieces(answer, _LONGEST_ANSWER + 1))
         if 2 < len(pieces) <= _LONGEST_ANSWER:
-            found[pieces] = found.get(pieces, 0.0) + weight / len(answers)
-    return found
+            weights[pieces] = weights.get(pieces, 0.0) + weight / len(answers)
+    return weights

@@ -46,7 +46,7 @@ class Example:
     """A sentence about images, as it is stored."""
 
     id: str
-    """As in a results file."""
+    """Identifier of the example, as in a results file."""
     group: str
     """Examples of one sentence: consistent where all of them are answered rightly."""
     fold: str
@@ -59,7 +59,7 @@ class Example:
     root: Path
     """The folder that they must be in, links followed."""
     where: str
-    """`file:row`, for people."""
+    """Name `file:row`, for messages."""
     boxes: int = 1
     """Images in each file."""
 
@@ -85,7 +85,7 @@ class Sentences:
         self.path = Path(check_spec(config.path))
         find = _finder(config, self.path)
         rows = (_examples(self.path, number, row, find) for number, row in read_rows(self.path))
-        self.examples = [example for found in rows for example in found if _is_wanted(example, config)]
+        self.examples = [example for examples in rows for example in examples if _is_wanted(example, config)]
         if not self.examples:
             part = "" if config.part == "all" else f" in part {config.part!r}"
             raise DataError(f"{self.path}: no examples{part}")
@@ -117,13 +117,13 @@ class SentenceShards(ListShards):
     """The examples of annotation files, read in sequence."""
 
     def __init__(self, config: ImageSentences) -> None:
-        """Raises DataError when there are no examples, or none of the first images is there."""
+        """Raise DataError if there are no examples, or none of the first images exists."""
         files = shard_files(config.path, "json")
         self._find = {file: _finder(config, file) for file in files}
         self._first: Example | None = None
         super().__init__(config, files)
-        found = (example for example in self.read(files[0]) if isinstance(example, Example))
-        if first := list(islice(found, FIRST_ROWS)):
+        usable = (example for example in self.read(files[0]) if isinstance(example, Example))
+        if first := list(islice(usable, FIRST_ROWS)):
             self._first = first[0]
             _check_some_exist(config, first)
 
@@ -133,16 +133,16 @@ class SentenceShards(ListShards):
         return self._first.count if self._first else 0
 
     def records(self, file: Path, number: int, row: Row) -> list[Example]:
-        found = [e for e in _examples(file, number, row, self._find[file]) if _is_wanted(e, self.config)]
-        for example in found:
+        examples = [e for e in _examples(file, number, row, self._find[file]) if _is_wanted(e, self.config)]
+        for example in examples:
             _check_count(example, self._first or example)
-        return found
+        return examples
 
 
 def _check_some_exist(config: ImageSentences, examples: Sequence[Example]) -> None:
     if not any(image.exists() for example in examples for image in example.images):
         raise DataError(
-            f"source {config.path}: none of its images is there; looked for {examples[0].images[0]}. "
+            f"source {config.path}: none of its images exists; looked for {examples[0].images[0]}. "
             "Set image_root to the folder that holds them"
         )
 
@@ -158,8 +158,8 @@ def _check_count(example: Example, first: Example) -> None:
 def _is_wanted(example: Example, config: ImageSentences) -> bool:
     if config.part == "all":
         return True
-    held = mix(Purpose.HELD_OUT, *example.fold.encode()) % 1000 < 1000 * config.held_out
-    return held == (config.part == "val")
+    is_val = mix(Purpose.HELD_OUT, *example.fold.encode()) % 1000 < 1000 * config.held_out
+    return is_val == (config.part == "val")
 
 
 def _refuse_repeated(path: Path, examples: Sequence[Example]) -> None:
@@ -185,48 +185,48 @@ def _finder(config: ImageSentences, path: Path) -> _Finder:
 
 def _examples(path: Path, number: int, row: Row, find: _Finder) -> list[Example]:
     """The examples of a row. Raises DataError."""
-    said, where = f"{path}: row {number}", f"{path.name}:{number}"
+    place, where = f"{path}: row {number}", f"{path.name}:{number}"
     sentence = row.get("sentence")
     if not isinstance(sentence, str) or not sentence.strip():
-        raise DataError(f"{said} has no 'sentence' ({_columns(row)})")
-    label = _label(row, said)
+        raise DataError(f"{place} has no 'sentence' ({_columns(row)})")
+    label = _label(row, place)
     name, images = row.get("identifier"), row.get("images")
     if images is not None:
         if not isinstance(images, list) or len(images) < 2 or not all(isinstance(i, str) for i in images):
-            raise DataError(f"{said}: 'images' is {str(images)[:60]!r}; expected a list of two or more paths")
+            raise DataError(f"{place}: 'images' is {str(images)[:60]!r}; expected a list of two or more paths")
         name = name if isinstance(name, str) else where
-        paths = tuple(find(said, i) for i in images)
+        paths = tuple(find(place, i) for i in images)
         return [Example(name, *_group(name), sentence, label, paths, find.root, where)]
-    if isinstance(name, str) and (found := _NLVR2_ID.match(name)):
-        split, series, pair, _ = found.groups()
+    if isinstance(name, str) and (match := _NLVR2_ID.match(name)):
+        split, series, pair, _ = match.groups()
         files = (f"{split}-{series}-{pair}-img{k}.png" for k in range(2))
-        paths = tuple(find(said, file, split, row.get("directory")) for file in files)
+        paths = tuple(find(place, file, split, row.get("directory")) for file in files)
         return [Example(name, *_group(name), sentence, label, paths, find.root, where)]
-    if isinstance(name, str) and (found := _NLVR_ID.match(name)):
+    if isinstance(name, str) and (match := _NLVR_ID.match(name)):
         files = [f"{path.stem}-{name}-{k}.png" for k in range(_ORDERS)]
-        images = [find(said, file, path.stem, row.get("directory")) for file in files]
+        images = [find(place, file, path.stem, row.get("directory")) for file in files]
         both = zip(files, images, strict=True)
-        return [Example(f, found[1], found[1], sentence, label, (i,), find.root, where, BOXES) for f, i in both]
+        return [Example(f, match[1], match[1], sentence, label, (i,), find.root, where, BOXES) for f, i in both]
     raise DataError(
-        f"{said} has neither 'images' nor an 'identifier' such as dev-850-0-1 (NLVR2) or 1572-0 (NLVR) "
+        f"{place} has neither 'images' nor an 'identifier' such as dev-850-0-1 (NLVR2) or 1572-0 (NLVR) "
         f"({_columns(row)})"
     )
 
 
 def _group(name: str) -> tuple[str, str]:
     """Group and fold of an identifier; an example of another naming is alone in both."""
-    found = _NLVR2_ID.match(name)
-    return (f"{found[1]}-{found[2]}-{found[4]}", f"{found[1]}-{found[2]}") if found else (name, name)
+    match = _NLVR2_ID.match(name)
+    return (f"{match[1]}-{match[2]}-{match[4]}", f"{match[1]}-{match[2]}") if match else (name, name)
 
 
 def _label(row: dict[str, Any], where: str) -> bool | None:
     label = row.get("label")
     if label is None or isinstance(label, bool):
         return label
-    said = str(label).lower()
-    if said not in ("true", "false"):
+    text = str(label).lower()
+    if text not in ("true", "false"):
         raise DataError(f"{where}: the label is {shown(label)}; expected True or False")
-    return said == "true"
+    return text == "true"
 
 
 def _columns(row: dict[str, Any]) -> str:
@@ -234,7 +234,7 @@ def _columns(row: dict[str, Any]) -> str:
 
 
 class _Finder:
-    """Where images lie: in the root itself, or in the folders that the data sets come with."""
+    """Search for images: in the root itself, or in the folders that the data sets come with."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -264,15 +264,15 @@ class _Finder:
 
 def read_images(example: Example, max_pixels: int, at_least: int | None = None) -> list[Image.Image]:
     """The K images of an example, RGB; `at_least` as in `images.decode`. Raises BadSample that names the file."""
-    found = []
+    images = []
     for path in example.images:
         try:
             inside = record(example.id, str(path), example.sentence, example.root).image
             with own_fault():
-                found += cut(decode(inside, max_pixels, at_least if example.boxes == 1 else None), example.boxes)
+                images += cut(decode(inside, max_pixels, at_least if example.boxes == 1 else None), example.boxes)
         except BadSample as error:
             raise BadSample(f"{path.name}: {error.reason}") from None
-    return found
+    return images
 
 
 def cut(image: Image.Image, boxes: int) -> list[Image.Image]:
