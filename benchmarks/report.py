@@ -1,4 +1,4 @@
-"""How benchmarks print and save: medians, the ratios made of them, and the machine they are from."""
+"""Printing and saving of benchmarks: medians, their ratios, and the machine."""
 
 from __future__ import annotations
 

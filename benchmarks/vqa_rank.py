@@ -98,7 +98,7 @@ def straightforward(model: Vqa, states: Tensor, candidates: Candidates) -> Tenso
 
 @torch.no_grad()
 def ours(model: Vqa, states: Tensor, candidates: Candidates) -> Tensor:
-    """The same."""
+    """Best candidate (R,) of each question, by this project's ranking."""
     context: Context = model.answer.context(states)
     return rank(model, context, candidates, AnswerConfig(k=K, smoothing=SMOOTHING)).index[:, 0]
 

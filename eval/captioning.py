@@ -87,24 +87,24 @@ class CaptionScores:
     cider: dict[Any, float]
     """CIDEr of each image's caption."""
     tokenizer: str
-    """Who split the captions into words."""
+    """Tokenizer that split the captions into words."""
     images: int
     """Images that were scored."""
     references: int
-    """Their reference captions."""
+    """Reference captions of those images."""
     missing: int
     """Images with references that had no result and were left out."""
     resamples: int
-    """Draws that the intervals are of."""
+    """Bootstrap draws of the intervals."""
     seed: int
     """Random seed of the draws."""
     groups: dict[str, int] = field(default_factory=dict)
     """Images in each group."""
     not_computed: dict[str, str] = field(default_factory=dict)
-    """What was asked for and is not there, and why; `java_tokenizer` where the Java-free one stood in."""
+    """Metrics that were requested but not computed, and why; `java_tokenizer` where Python's replaced it."""
 
     def facts(self) -> dict[str, Any]:
-        """How the scores came about, as JSON can hold it."""
+        """Provenance of the scores, as JSON can hold it."""
         rest = dataclasses.asdict(self)
         del rest["values"], rest["cider"]
         return rest

@@ -39,7 +39,8 @@ def evaluate(options: ClassificationOptions, runner: Runner) -> Iterator[tuple[s
         print(left_out, file=sys.stderr)
     runner.out.write("results.json", results(data, chances))
     counts = {"pictures": len(data.paths), "classes": len(data.names)}  # names of fields in files stay
-    runner.record("model", "source", **counts, templates=templates)
+    runner.record("model", "source", **counts)
+    runner.record(templates=templates)
     runner.times = 1
     yield from accuracy(chances, data.labels).items()
 
@@ -53,13 +54,13 @@ class ClassFolder:
 
     where: Path
     names: list[str]
-    """C names of classes, as texts speak of them."""
+    """Names of the C classes, as prompts use them."""
     paths: list[str]
-    """N files."""
+    """Paths of the N images."""
     labels: list[int]
-    """Class of each."""
+    """Class of each image."""
     left_out: Counter[str]
-    """How many files are not named like images, by how their names end."""
+    """Number of files left out as not images, by ending."""
 
     @classmethod
     def open(cls, where: str | Path, names: Mapping[str, str] | None = None) -> ClassFolder:
@@ -135,7 +136,7 @@ def classify(features: Features, data: ClassFolder, templates: Sequence[str] = T
 
 
 def results(data: ClassFolder, chances: Tensor) -> str:
-    """Probabilities (N, C) -> JSON: for each image its class, and up to five that were found, likeliest first."""
+    """Probabilities (N, C) -> JSON: for each image its class, and up to five predictions, likeliest first."""
     best = chances.topk(min(max(RANKS), len(data.names)), dim=1)
     rows = zip(data.paths, data.labels, best.indices.tolist(), best.values.tolist(), strict=True)
     return listed(

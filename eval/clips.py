@@ -31,7 +31,7 @@ class VideoClip:
     """A video with its human captions."""
 
     id: str | int
-    """As the list says it."""
+    """Name of the clip in the list."""
     file: Path
     captions: list[str] = field(default_factory=list)
 

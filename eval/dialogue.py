@@ -69,7 +69,7 @@ def ranks_of(
 ) -> Ranks:
     """Rank the candidates of all rounds that have some, of the first `limit` dialogues; all processes share the work.
 
-    `batch` rows go through the model at once; all rounds of a dialogue look at its image as projected once.
+    `batch` rows go through the model at once; all rounds of a dialogue share the projection of its image.
     `max_tokens` of a row are read, as many as the model can when not given. Among equal scores the earlier candidate
     comes first. DataError, in every process, for an image that cannot be read.
     """
@@ -156,7 +156,7 @@ def score(
 
 
 def _sparse(right: Tensor) -> dict[str, float]:
-    """In float32 as the official code computes it, to be equal to the last digit."""
+    """MRR, recall and mean rank in float32 as in the official code, equal to the last digit."""
     right = right.float()
     scores = {"mrr": right.reciprocal().mean().item()}
     scores |= {f"r@{k}": (right <= k).float().mean().item() for k in RECALLS}

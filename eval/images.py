@@ -1,4 +1,4 @@
-"""Images to write about, with their ids and references. S image side in pixels."""
+"""Images to caption, with their ids and references. S image side in pixels."""
 
 from __future__ import annotations
 

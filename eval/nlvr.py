@@ -1,6 +1,6 @@
 """NLVR2 and NLVR: is a sentence true of some images (paper, section 5.4)?
 
-`answers_of(model, tokenizer, examples)` asks a model about each example, `score(examples, answers)` computes accuracy
+`answers_of(model, tokenizer, examples)` classifies each example, `score(examples, answers)` computes accuracy
 and consistency as the official scripts do. K images of an example, T text tokens.
 """
 
@@ -65,7 +65,7 @@ def evaluate(options: NlvrOptions, runner: Runner) -> Iterator[tuple[str, float]
 def answers_of(model: Nlvr, tokenizer: Tokenizer, examples: Sequence[Example], *, batch: int = 32) -> dict[str, bool]:
     """Whether a model holds each sentence to be true, by the example's id; all processes share the work.
 
-    Nothing is random: images are looked at as they are, in their order. `batch` examples go through the model at
+    Nothing is random: images are used unaugmented, in their order. `batch` examples go through the model at
     once. DataError, in every process, for an image that cannot be read or another number of images than the model's.
     """
     count = model.config.images

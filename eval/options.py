@@ -21,22 +21,22 @@ def _positive(**values: float | None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Machine:
-    """What a model runs on."""
+    """Device and precision."""
 
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; `auto` is a GPU if there is one."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of matrix products; `auto` is float32, with which results do not depend on the batch."""
+    """Numeric precision. `auto` is float32, where results do not depend on batch size."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Resampled:
-    """How far scores may be from those of other data of the kind."""
+    """Confidence intervals of the scores."""
 
     resamples: int = 1000
     """Bootstrap draws for the 95% intervals; 0 for none."""
     seed: int = 0
-    """Random seed of those draws."""
+    """Random seed of the bootstrap intervals."""
 
     def __post_init__(self) -> None:
         if self.resamples < 0:
@@ -78,7 +78,7 @@ class CaptioningOptions(_Resampled, _Machine):
     out: str | None = None
     """Folder for results.json, scores.json and captions.html; required with --model."""
     tokenizer: Literal["auto", "java", "python"] = "auto"
-    """Who splits captions into words: Stanford's (needs Java), the rules here, or Java if it answers."""
+    """Tokenizer of captions: Stanford's (needs Java), the rules here, or Java if it answers."""
     meteor: bool = True
     """Compute METEOR if there is Java; it starts in some 15 seconds."""
     spice: bool = True
@@ -86,7 +86,7 @@ class CaptioningOptions(_Resampled, _Machine):
     spice_folder: str | None = None
     """Folder of spice-1.0.jar with lib/; pycocoevalcap's when not given."""
     java_timeout: float = 300.0
-    """Seconds after which a Java program is ended."""
+    """Time limit of a Java program, seconds."""
     allow_partial: bool = False
     """Score the images that have a result although others of the references have none."""
     shown: int = 60
@@ -118,7 +118,7 @@ class RetrievalOptions(_Machine):
     """
 
     model: str
-    """A folder, or a name on the hub."""
+    """Model: a folder, or a name on the hub."""
     source: SourceConfig
     """Images with their captions."""
     limit: int | None = None
@@ -130,7 +130,7 @@ class RetrievalOptions(_Machine):
     batch: int = 50
     """Images that are read at once."""
     out: str | None = None
-    """Folder for scores.json and results.json, what was found for each image and text."""
+    """Folder for scores.json and results.json, the ranking of each image and text."""
 
     def __post_init__(self) -> None:
         _positive(limit=self.limit, k=self.k, max_tokens=self.max_tokens, batch=self.batch)
@@ -146,7 +146,7 @@ class VideoRetrievalOptions(_Machine):
     """
 
     model: str
-    """A folder, or a name on the hub."""
+    """Model: a folder, or a name on the hub."""
     clips: str
     """List of clips with captions: MSR-VTT's {videos, sentences}, or rows of {video, caption} as JSON, lines or CSV."""
     video_root: str | None = None
@@ -156,7 +156,7 @@ class VideoRetrievalOptions(_Machine):
     limit: int | None = None
     """Clips to use, from the first on; all when not given."""
     frames: int = 8
-    """Frames of a clip that are looked at, evenly spaced."""
+    """Frames to use of each clip, evenly spaced."""
     k: int = 128
     """Candidates that are re-ranked."""
     max_tokens: int = 35
@@ -164,7 +164,7 @@ class VideoRetrievalOptions(_Machine):
     batch: int = 4
     """Clips that go through the image encoder at once."""
     out: str | None = None
-    """Folder for scores.json and results.json, what was found for each clip and text."""
+    """Folder for scores.json and results.json, the ranking of each clip and text."""
 
     def __post_init__(self) -> None:
         _positive(limit=self.limit, frames=self.frames, k=self.k, max_tokens=self.max_tokens, batch=self.batch)
@@ -180,7 +180,7 @@ class VideoQuestionsOptions(_Machine):
     """
 
     model: str
-    """A folder, or a name on the hub."""
+    """Model: a folder, or a name on the hub."""
     questions: str
     """Questions as in MSR-VTT-QA and MSVD-QA: rows of {video_id, question, answer} as JSON or lines."""
     video_root: str | None = None
@@ -194,7 +194,7 @@ class VideoQuestionsOptions(_Machine):
     limit: int | None = None
     """Clips to use, from the first on; all when not given."""
     frames: int = 8
-    """Frames of a clip that are looked at, evenly spaced."""
+    """Frames to use of each clip, evenly spaced."""
     batch: int = 4
     """Clips that go through the image encoder at once."""
     out: str | None = None
@@ -214,7 +214,7 @@ class ClassificationOptions(_Machine):
     """
 
     model: str
-    """A folder, or a name on the hub."""
+    """Model: a folder, or a name on the hub."""
     source: str
     """Folder of the classes' folders, SOURCE/CLASS/image.jpg."""
     names: str | None = None
@@ -224,7 +224,7 @@ class ClassificationOptions(_Machine):
     batch: int = 32
     """Images that go through the model at once."""
     out: str | None = None
-    """Folder for scores.json and results.json, what was found for each image."""
+    """Folder for scores.json and results.json, the likeliest classes of each image."""
 
     def __post_init__(self) -> None:
         _positive(batch=self.batch)

@@ -1,4 +1,4 @@
-"""Reference captions and results as files hold them, by image id; what does not fit is said in a line that names it."""
+"""Reference captions and results read from files, by image id; errors name the file and row."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class ImageCaptions(NamedTuple):
 
     id: ImageId
     captions: list[str]
-    """None of them where the file is a list of images only."""
+    """Reference captions; empty where the file only lists images."""
     image: str | None = None
-    """Where the image is, as the file says it."""
+    """Path of the image as the file has it."""
     domain: str | None = None
-    """NoCaps: in-domain, near-domain or out-domain."""
+    """Domain in NoCaps: in-domain, near-domain or out-domain."""
 
 
 def read_references(

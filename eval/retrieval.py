@@ -1,6 +1,6 @@
 """Image-text retrieval: ITC, then ITM re-ranking of the best k (paper, section 5.1). N images, M texts, K candidates.
 
-Each image is looked at by all the texts it has to be matched with in either direction, so it is projected once; its
+An image is projected once for all the texts that it is matched with in either direction; its
 batch of the gallery goes to one process, so that the answer does not depend on how many processes there are.
 """
 
@@ -80,11 +80,11 @@ class Gallery(NamedTuple):
     """Held-out images and texts, as `retrieval` takes them."""
 
     images: Views
-    """In order, as often as asked for."""
+    """Images in order; can be iterated any number of times."""
     texts: list[str]
     """Cleaned captions."""
     image_of_text: list[int]
-    """Which image each caption belongs to."""
+    """Image that each caption belongs to."""
 
     @classmethod
     def open(
@@ -106,7 +106,7 @@ class Gallery(NamedTuple):
 
     @property
     def ids(self) -> Sequence[ImageId]:
-        """What the source calls each image."""
+        """Ids of the images in the source."""
         return self.images.ids
 
 
@@ -133,13 +133,13 @@ class Ranking(NamedTuple):
     """Scores of N images with M texts; a larger one is a better match."""
 
     cosines: Tensor
-    """(N, M), of the joint embeddings."""
+    """Cosines (N, M) of the joint embeddings."""
     scores: Tensor
-    """(N, M), match logit plus cosine, as in the original; minus infinity for pairs that were not matched."""
+    """Scores (N, M), match logit plus cosine, as in the original; minus infinity for pairs that were not matched."""
     of_image: Tensor
-    """(N, M) bool, the texts that were re-ranked for each image."""
+    """Mask (N, M), the texts that were re-ranked for each image."""
     of_text: Tensor
-    """(N, M) bool, the images that were re-ranked for each text."""
+    """Mask (N, M), the images that were re-ranked for each text."""
 
     def best_texts(self, count: int) -> list[list[int]]:
         """For each image its best texts after re-ranking, best first."""
@@ -308,7 +308,7 @@ def recall_of_images(scores: Tensor, owner: Tensor) -> dict[str, float]:
 
 
 def _rank(scores: Tensor, right: Tensor) -> Tensor:
-    """Per row, how many wrong ones come before the best right one; a tie counts against us."""
+    """Number of wrong candidates before the best right one, per row; a tie counts against us."""
     never = float("-inf")
     best = scores.masked_fill(~right, never).amax(1)
     before = (scores.masked_fill(right, never) >= best[:, None]).sum(1)
@@ -339,7 +339,7 @@ def results(
     name: str = "image_id",
     kind: str = "images",
 ) -> str:
-    """What was found, as JSON: for each image its best texts, for each text its best images, up to 10 of each.
+    """Ranking as JSON: for each image its best texts, for each text its best images, up to 10 of each.
 
     `ids` are those of the images, `owners` says which each text belongs to; `name` and `kind` are what to call them.
     """

@@ -1,4 +1,4 @@
-"""What all evaluations share: the model, processes that divide the work, files in `--out`, the scores on the screen.
+"""Shared parts of evaluations: the model, dividing work among processes, files in `--out`, printing scores.
 
 A task of `blip-eval` is a file with a function `evaluate(options, runner)`. All processes read, and answer with the
 model, together; what the main process then yields as (name, number) is printed and written into scores.json.
@@ -30,7 +30,7 @@ _BESIDE = ("results.json", "results.csv", "ranks.json", "captions.html")
 
 
 class Runner:
-    """Gives an evaluation its model, and keeps what it writes and records."""
+    """The model, output folder and records of one evaluation."""
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -58,7 +58,7 @@ class Runner:
                 self.facts[name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
 
     def unscored(self, name: str, lacking: str) -> None:
-        """Say that a file holds the answers, and that there is nothing to compare them with."""
+        """Print that the answers are in a file and cannot be scored."""
         print(f"{self.out.where}/{name} is written; without {lacking} there is nothing to score")
 
 
@@ -93,7 +93,7 @@ def table(scores: Mapping[str, float | None], times: float = 100.0, as_they_are:
 class ResultsFolder:
     """The folder that `--out` names, made at once: hours of work come before what is written there. None is no folder.
 
-    OSError if it cannot be made; DataError if files of such names are in it and no scores, as then they are somebody's.
+    OSError if it cannot be made; DataError if it holds such files but no scores: they are not this program's.
     """
 
     def __init__(self, where: str | Path | None) -> None:
@@ -109,7 +109,7 @@ class ResultsFolder:
                 )
 
     def write(self, name: str, content: str) -> None:
-        """Leave a file, whole or not at all."""
+        """Write a file atomically."""
         if self.where:
             files.replace_file(self.where / name, content.encode("utf-8", "replace"))
             self.written.append(name)
@@ -125,7 +125,7 @@ def listed(rows: Sequence[Mapping[str, object]]) -> str:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model without dropout and gradients; afterwards it is in the mode that it was in."""
+    """Context: the model in eval mode without gradients; restores its mode."""
     training = model.training
     model.eval()
     try:

@@ -69,11 +69,11 @@ def evaluate(options: VqaOptions, runner: Runner) -> Iterator[tuple[str, float |
 
 @dataclass(frozen=True)
 class VqaScores:
-    """Accuracies as fractions (papers print 100 times as much), and how they came about."""
+    """Accuracies as fractions (papers print 100 times as much), and their provenance."""
 
     accuracy: float
     accuracy_low: float | None
-    """Lower end of its 95% interval: a percentile bootstrap over questions; None where none was asked for."""
+    """Lower end of its 95% interval: a percentile bootstrap over questions; None without resampling."""
     accuracy_high: float | None
     by_answer_type: dict[str, float]
     """yes/no, number, other, as far as the data says."""
@@ -169,7 +169,7 @@ def evalai_results(answers: Mapping[Id, str]) -> str:
 
 
 class QuestionSet:
-    """The first `limit` questions of a source with their images, each once however many are asked about it."""
+    """The first `limit` questions of a source with their images, each image once."""
 
     def __init__(self, source: Questions, limit: int | None = None) -> None:
         """DataError if no image is there, or a question has no words."""

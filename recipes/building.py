@@ -64,7 +64,7 @@ class ModelChoice:
 
     @property
     def origin(self) -> str:
-        """From what the model was trained, in words."""
+        """Where training started, in words."""
         return f"from {self.start_from}" if self.start_from else "from first weights"
 
 
@@ -73,13 +73,13 @@ class World:
     """Data of the synthetic world, drawn to disk before a run unless they are there."""
 
     folder: str = "runs/world"
-    """Where they go: FOLDER/train.json, FOLDER/val.json and FOLDER/test.json with their images."""
+    """Folder of the data: FOLDER/train.json, FOLDER/val.json and FOLDER/test.json with their images."""
     train: int = 20000
     """Training images."""
     held_out: int = 200
     """Images of each of val and test."""
     image_size: int = 64
-    """Side, pixels."""
+    """Side of the images, pixels."""
 
     def draw(self) -> None:
         """Have the main process write the splits that are not there yet; the others wait."""
@@ -117,7 +117,7 @@ class WorldChoice(World):
 
 @dataclass(frozen=True)
 class TaskData(DataConfig):
-    """What the model of a task is shown whose samples are not captions."""
+    """Training data of a task whose samples are not captions."""
 
     crop_scale_min: float = 0.5
     """Smallest share of the image that a random crop shows; 1 shows the whole image."""
@@ -171,7 +171,7 @@ def build_task(kind: type[Model], choice: ModelChoice, seed: int, **shape: Any) 
 
 
 def _opened(choice: ModelChoice) -> checkpoint.Own | Foreign:
-    """What a choice starts from; what is missing is told by the name of the option."""
+    """What a choice starts from; a missing file is reported by the name of the option."""
     try:
         return checkpoint.opened(choice.start_from)
     except FileNotFoundError as error:
@@ -240,7 +240,7 @@ def _shape(config: BlipConfig) -> tuple:
 
 
 def build_feed(config: DataConfig, image_size: int, tokenizer: Tokenizer, seed: int) -> TrainingData:
-    """The captions of a run."""
+    """Build the stream of training captions of a run."""
     prepare = PrepareCaptions(TrainTransform(image_size, config), tokenizer, config)
     return feed_of(open_captions(config), prepare, seed)
 
@@ -253,7 +253,7 @@ def feed_of(sources: Sequence[Any], prepare: Prepare, seed: int) -> TrainingData
 
 
 def _say_notes(sources: Sequence[Any]) -> None:
-    """Say on stderr, once a run, what sources leave out."""
+    """Print on stderr, once a run, what sources leave out."""
     if dist.is_main():
         for note in (note for source in sources for note in getattr(source, "notes", ())):
             print(f"note: {note}", file=sys.stderr, flush=True)

@@ -42,7 +42,7 @@ class CaptionRun(FineTuneRun):
     """A captioning run. Every option can stand in the YAML file of `--config` or be given as `--any.option value`."""
 
     objective: CaptionConfig = field(default_factory=CaptionConfig)
-    """The loss."""
+    """Settings of the loss."""
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     """How captions of held-out images are generated; the model with the best CIDEr is kept."""
     world: WorldChoice | None = None

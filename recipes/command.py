@@ -1,4 +1,4 @@
-"""How recipes read their command line, and how they end."""
+"""Command lines and exit statuses of recipes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Settings = TypeVar("Settings")
 
 
 def read(settings: type[Settings], args: Sequence[str] | None = None) -> Settings:
-    """Build `settings` from `--config FILE.yaml` and `--any.option value`; what is off ends the process with status 2.
+    """Build `settings` from `--config FILE.yaml` and `--any.option value`; errors end the process with status 2.
 
     `--help` lists every option with its meaning, `--print-config` prints the effective YAML.
     """

@@ -100,7 +100,7 @@ def demo(run: PretrainRun) -> dict[str, Any]:
 
 
 class Stopwatch:
-    """Seconds by part of the story."""
+    """Stopwatch: seconds by part of the story."""
 
     def __init__(self) -> None:
         self.start, self.seconds = time.monotonic(), {}
@@ -157,7 +157,7 @@ def _steps(run: PretrainRun) -> int:
 def clean(run: PretrainRun, writer: Path, filtering: Path, out: Path) -> Job:
     """The job on the crawl, as `python -m capfilt run` does it: plan, score, select, export, report, verify.
 
-    Stopped if it does not end well; it has said why.
+    Raises Stopped if it fails; the job has printed why.
     """
     inputs = [word for source in run.data.sources if source.kind == "web" for word in ("--input", source.path)]
     args = ["run", *inputs, "--out", out / "capfilt", "--to", out / "clean", "--no-blur"]

@@ -28,19 +28,19 @@ from recipes.run import BestModel, Evaluation, FineTuneRun, HeldOut, begin, fine
 
 @dataclass(frozen=True)
 class DialogueData(TaskData):
-    """What the model is shown."""
+    """Training data of a dialogue model."""
 
     sources: list[Dialogues] = field(default_factory=list)
     max_words: int = MAX_WORDS
     """Words kept of a caption, a question or an answer."""
     max_tokens: int = 128
-    """Word pieces that are read of question, answer and history; the oldest rounds are left out."""
+    """Word pieces kept of question, answer and history; the oldest rounds are left out."""
     rounds: int = 4
     """Rounds of each dialogue that are shown at once; they share the image's context."""
     wrong: int = 2
-    """False answers shown beside each true one."""
+    """Negatives per question: false answers beside the true one."""
     alike: int = 0
-    """How many of the false answers are worded much like the true one, as "yes" and "yes it is"."""
+    """Hard negatives among them, by word overlap with the true answer, as "yes" and "yes it is"."""
 
     samples = "dialogues"
 
@@ -57,7 +57,7 @@ class HeldOutDialogues(HeldOut):
     """Dialogues that are not trained on."""
 
     source: Dialogues
-    """Where they are."""
+    """Source of the dialogues."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ Answers = dict[str, bool]
 
 @dataclass(frozen=True)
 class NlvrData(TaskData):
-    """What the model is shown."""
+    """Training data of an NLVR model."""
 
     sources: list[ImageSentences] = field(default_factory=list)
     max_words: int = MAX_WORDS
@@ -48,7 +48,7 @@ class HeldOutSentences(HeldOut):
     """Sentences that are not trained on."""
 
     source: ImageSentences
-    """Where they are."""
+    """Source of the sentences."""
 
 
 @dataclass(frozen=True)

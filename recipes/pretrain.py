@@ -33,11 +33,11 @@ class HeldOutPairs:
     """Held-out pairs on which retrieval is measured."""
 
     source: SourceConfig
-    """Where they are."""
+    """Source of the pairs."""
     limit: int | None = None
     """Images to use; all when not given."""
     k: int = 128
-    """Candidates that the matching head re-ranks; it is not asked where it is not trained (`clip`)."""
+    """Candidates that the matching head re-ranks; unused with `clip`, which trains no matching head."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class PretrainRun:
     model: ModelChoice = field(default_factory=ModelChoice)
     """The model and its first weights."""
     data: DataConfig = field(default_factory=DataConfig)
-    """What it is shown."""
+    """Training data."""
     objective: PretrainConfig = field(default_factory=PretrainConfig)
-    """The three losses."""
+    """Settings of the three losses."""
     clip: ClipConfig | None = None
     """CLIP's contrast of the two towers within the batch, instead of the three losses; `{}` for its defaults."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """How long and how fast."""
+    """Schedule, optimizer and checkpoints."""
     held_out: HeldOutPairs | None = None
     """Evaluation during and after the run."""
     world: WorldChoice | None = None
@@ -63,7 +63,7 @@ class PretrainRun:
 
 
 def gallery(name: str, held_out: HeldOutPairs, image_size: int) -> Gallery:
-    """A held-out set, opened, so that what does not fit is said before the training.
+    """Open a held-out set, so that errors in it show before the training.
 
     Raises DataError for rows that cannot be used or when there is no caption, ValueError for a `k` or `limit` below 1.
     """

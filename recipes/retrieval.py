@@ -31,7 +31,7 @@ class RetrievalRun(FineTuneRun):
 
     data: DataConfig = field(default_factory=lambda: DataConfig(max_tokens=35))
     objective: RetrievalConfig = field(default_factory=RetrievalConfig)
-    """The two losses."""
+    """Settings of the two losses."""
     validation: HeldOutPairs | None = None
     """Searched at every evaluation; the model with the best mean recall is kept. Without it the last model is."""
     test: HeldOutPairs | None = None

@@ -1,7 +1,7 @@
 """What training recipes share: how a run begins and trains, and the best model by held-out scores.
 
 A fine-tuning recipe states its settings (`FineTuneRun`), what it measures (an `Evaluation`), and hands model, data and
-objective to `fine_tune`. A run that is killed anywhere goes on as if it had not been.
+objective to `fine_tune`. A run that is killed anywhere resumes to the same result.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class HeldOut:
     """Images with reference captions, or other data with the right answers, which are not trained on."""
 
     source: SourceConfig
-    """Where they are; rows of one image are taken together."""
+    """Source of the data; rows of one image are taken together."""
     limit: int | None = None
-    """How many to use, from the first on; all when not given."""
+    """Number of examples to use, from the first on; all when not given."""
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -58,9 +58,9 @@ class FineTuneRun:
     model: ModelChoice = field(default_factory=ModelChoice)
     """The model to fine-tune, usually `start_from` a pre-training run's."""
     data: DataConfig = field(default_factory=DataConfig)
-    """What it is shown."""
+    """Training data."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """How long and how fast."""
+    """Schedule, optimizer and checkpoints."""
     validation: HeldOut | None = None
     """Measured at every evaluation; the best model is kept. Without it the last model is."""
     test: HeldOut | None = None
@@ -134,11 +134,11 @@ class Evaluation:
     """
 
     def answers(self, model: Any) -> Any:
-        """All that the scores are computed of; all processes return the same."""
+        """Compute what the scores are computed from; all processes return the same."""
         raise NotImplementedError
 
     def scores(self, answers: Any) -> Scores:
-        """Named scores."""
+        """Compute scores by name."""
         raise NotImplementedError
 
     def files(self, name: str, answers: Any) -> dict[str, str]:
@@ -258,7 +258,7 @@ class BestModel:
 
 
 def _in_main(action: Callable[[], None]) -> None:
-    """Write something in the main process; all raise if it could not."""
+    """Run `action`, which writes, in the main process; all raise if it fails."""
     failure = None
     if dist.is_main():
         try:

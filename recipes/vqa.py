@@ -38,7 +38,7 @@ Answers = dict[Id, str]
 
 @dataclass(frozen=True)
 class VqaData(TaskData):
-    """What the model is shown."""
+    """Training data of a VQA model."""
 
     sources: list[ImageQuestions] = field(default_factory=list)
     max_words: int = QUESTION_WORDS
@@ -54,7 +54,7 @@ class HeldOutQuestions(HeldOut):
     """Questions that are not trained on."""
 
     source: ImageQuestions
-    """Where they are."""
+    """Source of the questions."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,13 @@ class VqaRun(FineTuneRun):
 
     data: VqaData = field(default_factory=VqaData)
     objective: VqaConfig = field(default_factory=VqaConfig)
-    """The loss."""
+    """Settings of the loss."""
     answers: AnswerConfig = field(default_factory=AnswerConfig)
     """How held-out questions are answered; the model with the best accuracy is kept."""
     candidates: str | None = None
     """File of the answers to choose from, a JSON list or one a line; the commonest of the sources when not given."""
     common: int = 3000
-    """How many of the commonest; 0 to search for words instead of choosing."""
+    """Number of commonest answers to choose from; 0 to generate freely instead."""
     validation: HeldOutQuestions | None = None
     test: HeldOutQuestions | None = None
     world: QuestionWorld | None = None

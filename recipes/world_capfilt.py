@@ -73,7 +73,7 @@ def filterer(out: Path, start_from: Path, people: list[SourceConfig], batch: int
 
 
 def _going_on(settings: Any, start_from: Path, people: list[SourceConfig], batch: int, steps: int) -> Any:
-    """A fine-tuning run's settings with a model, batch and steps; what it is measured on is left to who asks."""
+    """A fine-tuning run's settings with a model, batch and steps; the caller adds what it is measured on."""
     return dataclasses.replace(
         settings,
         model=ModelChoice(start_from=str(start_from)),
@@ -89,14 +89,14 @@ def _going_on(settings: Any, start_from: Path, people: list[SourceConfig], batch
 
 
 def carry_out(*args: str | Path) -> None:
-    """A command line of `python -m capfilt`. Stopped if it does not end well; it has said why."""
+    """A command line of `python -m capfilt`. Raises Stopped if it fails; it has printed why."""
     status = capfilt([str(arg) for arg in args])
     if status:
         raise Stopped(f"capfilt {args[0]} ended with status {status}; what it said stands above")
 
 
 def models(writer: Path, reader: Path, decode: str, max_tokens: int) -> list[str]:
-    """The options of a plan that say who writes and who reads."""
+    """The options of a plan that name captioner and filter."""
     args = ["--captioner", str(writer), "--filter", str(reader), "--decode", decode, "--max-length", str(LONGEST)]
     return [*args, "--max-tokens", str(max_tokens)]
 

@@ -1,7 +1,7 @@
-"""What a sub-command says: answers on standard output or into a file as they are made, progress on stderr.
+"""Output of sub-commands: answers on standard output or into a file as they are made, progress on stderr.
 
-A file of answers is gone on with, image by image, and nothing but answers of the same command with the same options is
-ever written over: `FILE.options.json` beside it keeps the options.
+A file of answers is continued image by image, and only answers of the same command with the same options are ever
+overwritten: `FILE.options.json` beside it keeps the options.
 """
 
 from __future__ import annotations
@@ -29,39 +29,39 @@ if TYPE_CHECKING:
     from blip.data.image_files import FoundImages, ImageFile
 
 _FEW = 5
-"""So many images are answered without talk of progress."""
+"""Largest number of images that are answered without progress lines."""
 _SECONDS = 10.0
-"""Between two lines of progress where there is no terminal."""
+"""Seconds between two lines of progress where there is no terminal."""
 
 
 _SYNC_SECONDS = 5.0
-"""Between two times that a file of answers is made to survive a power cut; a killed process loses nothing written."""
+"""Seconds between two syncs of a file of answers to disk, for power cuts; a killed process loses nothing written."""
 _OPTIONS = ".options.json"
 _FORMAT = "openblip answers"
 _MARKS = (b'<meta name="generator" content="openblip">', b"tEXtSoftware\0openblip", b"openblip explain")
-"""By which a page, a PNG and a JPEG of ours are known."""
+"""Marks that identify a page, a PNG and a JPEG written by this program."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """What the lines of a command's answers look like, and what they depend on beside the image."""
+    """Layout of a command's lines of answers, and the options that they depend on."""
 
     command: str
     as_json: bool
     keys: tuple[str, ...]
-    """Of a JSON line; the first names what is answered about."""
+    """Keys of a JSON line; the first names the subject of the answer."""
     fields: str
-    """Of a line of text, the first as of `keys`: t for text, n for a number."""
+    """Types of the fields of a text line, the first being the subject: t for text, n for a number."""
     options: dict[str, Any] = field(default_factory=dict)
     lines: int = 1
-    """Of text that are written about one image, at most."""
+    """Largest number of text lines for one image."""
 
     def named(self, name: str) -> str:
-        """What stands in the file for what is answered about."""
+        """Name of a subject as the file has it."""
         return name if self.as_json else shown(name)
 
     def key(self, line: bytes) -> str | None:
-        """What a whole line is about; None if it is no answer of this command."""
+        """Subject of a whole line; None if it is not an answer of this command."""
         if re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", line):
             return None
         text = line.decode("utf-8", "surrogateescape")
@@ -86,7 +86,7 @@ class Form:
         return any(name == about if tab else name.startswith(about) for name in map(shown, names))
 
     def record(self) -> dict[str, Any]:
-        """As it is kept beside the answers."""
+        """The form and its options as they are kept beside the answers."""
         form = "JSON lines" if self.as_json else "text"
         values = {"format": _FORMAT, "version": 1, "command": self.command, "form": form, **self.options}
         return json.loads(json.dumps(values))
@@ -97,9 +97,9 @@ def _is(value: str, kind: str) -> bool:
 
 
 class Answers:
-    """A context in which lines are given out, flushed one by one, and progress is told.
+    """Context that prints results line by line, flushing each, and reports progress.
 
-    `path` None is standard output. With `form` a file is gone on with: see `to_do`. With `whole` it gets all its lines
+    `path` None is standard output. With `form` a file is continued: see `to_do`. With `whole` it gets all its lines
     at once, at the end. OSError, naming the file, when it cannot be written; ValueError when it holds anything but
     answers of this form with these options.
     """
@@ -196,11 +196,11 @@ class Answers:
             self._synced = time.monotonic()
 
     def text(self, name: str, *fields: str) -> None:
-        """One line of fields with tabs between them, the first a file's name."""
+        """Write one line of fields with tabs between them, the first a file's name."""
         self._give("\t".join((shown(name), *fields)))
 
     def json(self, values: dict[str, Any]) -> None:
-        """One line of JSON."""
+        """Write one line of JSON."""
         self._give(json.dumps(values))
 
     def _give(self, line: str) -> None:
@@ -217,12 +217,12 @@ class Answers:
             raise OSError(written) from None
 
     def failure(self, name: str, reason: str) -> None:
-        """One line on stderr about what could not be used."""
+        """Print one line on stderr about what could not be used."""
         self.failed += 1
         self._say(f"{shown(name)}: {reason}")
 
     def readable(self, files: Iterable[ImageFile]) -> list[ImageFile]:
-        """Those that could be read; a failure is told of each other."""
+        """Return the files that could be read; report each other one as a failure."""
         read = []
         for image in files:
             if image.reason:
@@ -232,7 +232,7 @@ class Answers:
         return read
 
     def advance(self, count: int) -> None:
-        """So many more are done, failed ones included."""
+        """Count `count` more as done, failed ones included."""
         self.done += count
         self._bar.update(count)
         self._sync(_SYNC_SECONDS)
@@ -248,7 +248,7 @@ class Answers:
 
 
 def refuse_out(path: str | None) -> None:
-    """ValueError for a name that answers cannot have: a folder's, or an image's, as a shell makes of --out *.jpg."""
+    """Raise ValueError for a name answers cannot have: a folder's or an image's, as a shell expands --out *.jpg."""
     if path is None:
         return
     if os.path.isdir(path):
@@ -261,7 +261,7 @@ def refuse_out(path: str | None) -> None:
 
 
 def refuse_page(option: str, path: str) -> None:
-    """ValueError for a page or strip that would be written over something that none of ours wrote."""
+    """Raise ValueError if a page or strip would overwrite a file that this program did not write."""
     if os.path.isdir(path):
         raise ValueError(f"{option} {path} is a folder; give the name of a file")
     if not os.path.isfile(path) or not os.path.getsize(path):
@@ -276,7 +276,7 @@ def refuse_page(option: str, path: str) -> None:
 
 
 def _resumable(path: str, form: Form, names: Sequence[str]) -> tuple[int, list[str]]:
-    """How many bytes of a file are whole answers, and what they are about; what is torn is answered again."""
+    """Number of bytes of a file that are whole answers, and their subjects; a torn answer is made again."""
     try:
         content = Path(path).read_bytes()
     except FileNotFoundError:
@@ -313,7 +313,7 @@ def _resumable(path: str, form: Form, names: Sequence[str]) -> tuple[int, list[s
 
 
 def _last_group(keys: Sequence[str]) -> int:
-    """How many lines at the end are about the same."""
+    """Number of lines at the end with the same subject."""
     return next((n for n, key in enumerate(reversed(keys)) if key != keys[-1]), len(keys))
 
 

@@ -10,7 +10,7 @@ from blip.tokenizer import Tokenizer
 
 
 def load_candidates(given: str | None, model: str | Path, method: str, tokenizer: Tokenizer) -> Candidates | None:
-    """What `--candidates` and `--method` (auto, rank, generate) mean for a model: None where words are searched.
+    """Load the candidates that `--candidates` and `--method` (auto, rank, generate) choose; None to generate freely.
 
     Without a file, the model's own answers.json. DataError for a file that is none; ValueError where one is needed and
     not there, or given and not needed.

@@ -56,18 +56,18 @@ class Found:
     """An image of the folder that fits a text."""
 
     name: str
-    """From the folder."""
+    """Path relative to the folder."""
     image: Image.Image
-    """Small."""
+    """Thumbnail."""
     itc: float
     itm: float | None
-    """Probability that the text fits; None where it was not asked."""
+    """Probability that the text fits; None if it was not re-ranked."""
 
 
 class Demo:
     """Models, an index of images and a CapFilt run, ready to answer; safe to call from several threads.
 
-    What lies on this machine is chosen by whoever starts the page and by nobody who uses it.
+    Only whoever starts the page chooses files on this machine; its users cannot.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class Demo:
     def refresh(self, report: Callable[[int, int], None] = lambda done, total: None) -> tuple[int, int]:
         """Bring the index up to date -> images that can be searched, and that cannot be used.
 
-        `report` is called with how many of the new ones are done, and how many there are.
+        `report` is called with the number of new images that are done, and their total.
         """
         index = self._searched()
         paths = find([str(index.folder)]).paths

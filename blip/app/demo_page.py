@@ -1,4 +1,4 @@
-"""The page of `blip demo`: where things stand on it, and what keeps it shut. What it can do is in `blip.app.demo`.
+"""The page of `blip demo`: layout and access control. What it can do is in `blip.app.demo`.
 
 Only those who sit at this machine are let in unless its owner says otherwise, files are served from one private folder,
 and neither the page nor the server asks another machine for anything.
@@ -64,7 +64,7 @@ footer{display:none!important}
 
 
 def upload() -> gr.Image:
-    """A field that hands on the file as it came; what opens it is `blip.data.images`, with its limits.
+    """An upload field that passes the file on unchanged; `blip.data.images` opens it, with its limits.
 
     The methods are put on the field itself, as Gradio writes a file beside the code of any class made from its own.
     """
@@ -82,7 +82,7 @@ def upload() -> gr.Image:
 
 
 class _TooLargeError(Exception):
-    """A body has grown beyond what the page takes; no more of it is read."""
+    """A request body exceeds the limit; no more of it is read."""
 
 
 class Guard:
@@ -161,7 +161,7 @@ def is_local(host: str) -> bool:
 
 
 def _friendly(function: Callable) -> Callable:
-    """What a person can put right is told on the page; of anything else the page says that the terminal knows."""
+    """Show user errors on the page; print any other error to the terminal and refer to it on the page."""
 
     @functools.wraps(function)
     def answer(*values: Any, **named: Any) -> Any:
@@ -218,7 +218,7 @@ def serving(demo: Demo, host: str = "127.0.0.1", port: int | None = None) -> Ite
 
 @contextmanager
 def _environment(folder: str) -> Iterator[None]:
-    """What Gradio takes from the environment alone, as long as the page is shown."""
+    """Set the environment variables that configure Gradio while the page is shown."""
     before = dict(os.environ)
     os.environ.pop("GRADIO_ALLOWED_PATHS", None)  # it would open folders that nobody here asked for
     os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_EXAMPLES_CACHE": str(Path(folder, "examples"))}

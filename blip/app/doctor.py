@@ -1,4 +1,4 @@
-"""What this machine has of what the project can use: a list of findings, each with what to do about it.
+"""Diagnosis of this machine for the project: a list of findings, each with its remedy.
 
 Nothing here waits long, raises, or needs more than Python itself to start: it is asked when something is wrong.
 """
@@ -43,7 +43,7 @@ _SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     status: str
@@ -54,7 +54,7 @@ class Finding:
 
 
 def examine(folder: Path) -> Iterator[Finding]:
-    """Look at everything, the quick things first; `folder` is where runs are written."""
+    """Run all checks, the quick ones first; `folder` is where runs are written."""
     checks: list[Callable[[], list[Finding]]] = [
         python, core, extras, hardware, cores, memory, lambda: [disk(folder)], lambda: [cache()], hub, java, video,
     ]  # fmt: skip
@@ -67,7 +67,7 @@ def examine(folder: Path) -> Iterator[Finding]:
 
 
 def works(findings: list[Finding]) -> bool:
-    """Whether nothing is wrong; what is missing is somebody else's need."""
+    """Whether nothing is wrong; missing optional parts do not count."""
     return all(finding.status != WRONG for finding in findings)
 
 
@@ -132,7 +132,7 @@ def _series(version: str) -> tuple[int, ...]:
 
 
 def extras() -> list[Finding]:
-    """What only some need."""
+    """Check the optional packages."""
     findings = []
     for extra, what in _EXTRAS.items():
         for one in installed.packages(extra):

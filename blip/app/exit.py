@@ -1,4 +1,4 @@
-"""How commands and recipes end when something is off that a person can put right: one line, and an exit status."""
+"""User-facing errors and exit codes of commands and recipes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ what a shell reports of a program that SIGINT or SIGPIPE ended."""
 
 
 def run(main: Callable[[], int | None], *, also: type[Exception] = DataError) -> int:
-    """Run a program; what a person can put right, and errors that are `also` theirs, are a line and no traceback.
+    """Run a program; print user errors, and those of the classes `also`, as one line without a traceback.
 
     Returns its status, or raises SystemExit with that of what stopped it.
     """
@@ -62,7 +62,7 @@ def leave(main: Callable[[], int | None]) -> NoReturn:
 
 
 def fail(message: str, status: int) -> NoReturn:
-    """Say one line on stderr and end the process."""
+    """Print one line on stderr and end the process."""
     sys.stderr.write(f"error: {message}\n")
     raise SystemExit(status)
 

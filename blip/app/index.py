@@ -38,7 +38,7 @@ _NAME = re.compile(r"embeddings-[0-9a-f]{16}\.safetensors")
 _SAVE_SECONDS = 60.0
 """Between two saves while an index is built, so that a stopped build goes on."""
 _UNLISTED_SECONDS = 60.0
-"""After which embeddings that no list names are a killed process's."""
+"""Age in seconds after which unlisted embeddings count as left by a killed process."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class IndexOrigin:
     weights: str
     """Start of the SHA-256 of the image encoder and its projection."""
     precision: str
-    """Of matrix products."""
+    """Precision of matrix products."""
 
     def __str__(self) -> str:
         return f"{self.name} (image encoder {self.weights}, {self.precision})"
@@ -71,14 +71,14 @@ class IndexOrigin:
 
 @dataclass(frozen=True)
 class Entry:
-    """A file as it was when it was looked at."""
+    """A file as it was when it was indexed."""
 
     path: str
-    """From the indexed folder."""
+    """Path relative to the indexed folder."""
     size: int
     mtime_ns: int
     sha256: str
-    """Of its bytes, hexadecimal; empty if it could not be read."""
+    """SHA-256 of the file, hexadecimal; empty if it could not be read."""
     reason: str = ""
     """Why it has no embedding; empty if it has one."""
 
@@ -94,7 +94,7 @@ class Index:
     entries: list[Entry] = field(default_factory=list)
     """Readable and unreadable files, in natural order of their names."""
     embeddings: Tensor = field(default_factory=lambda: torch.empty(0, 0))
-    """(N, E) float32, of the readable ones in order."""
+    """Embeddings (N, E) float32 of the readable files in order."""
 
     def __post_init__(self) -> None:
         self.readable = [entry for entry in self.entries if not entry.reason]
@@ -177,7 +177,7 @@ class Index:
     # Building -----------------------------------------------------------------------------------------------------
 
     def stale(self, paths: Sequence[str]) -> list[str]:
-        """Which of some images are not here as they are on disk, by size and time of change."""
+        """Images that are new or changed on disk, by size and modification time."""
         known = {entry.path: (entry.size, entry.mtime_ns) for entry in self.entries}
         return [path for path in paths if known.get(_within(path, self.folder)) != _stat(path)]
 

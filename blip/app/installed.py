@@ -1,4 +1,4 @@
-"""Which packages are installed, held against the ranges that this project's own metadata asks for."""
+"""Installed packages, compared with the ranges that this project's metadata requires."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TESTED = {"torch": ("2.11", "2.15"), "transformers": ("5.17", "5.24")}
 
 @dataclass(frozen=True)
 class Package:
-    """A package that is asked for, and what is there of it."""
+    """A required package and its installed version."""
 
     name: str
     wanted: str
@@ -51,7 +51,7 @@ def packages(extra: str = "") -> list[Package]:
 
 
 def require(extra: str, what: str) -> None:
-    """ValueError, in a line, unless the packages of an extra are there; `what` needs them."""
+    """Raise ValueError, in one line, unless the packages of an extra are installed; `what` needs them."""
     for package in packages(extra):
         if not package.fits:
             there = f"this is {package.version}" if package.version else "it is not installed"

@@ -1,4 +1,4 @@
-"""`blip.load`: a model that is asked for features of files and texts."""
+"""`blip.load`: a model that computes features of files and texts."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class Loaded:
     dtype: torch.dtype
 
     def options(self, where: str | None) -> dict[str, str]:
-        """What answers depend on: the model by its name, by the SHA-256 of its weights, and how it computes."""
+        """Options that answers depend on: the model by its name, by the SHA-256 of its weights, and how it computes."""
         digest = hashlib.sha256(type(self.model).__name__.encode())
         for key, value in sorted(self.model.state_dict().items()):
             digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
@@ -38,7 +38,7 @@ class Loaded:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Around every use of the model: its precision, and a line if memory runs out."""
+        """Context for every use of the model: its precision, and a one-line error if memory runs out."""
         try:
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 yield

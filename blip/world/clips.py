@@ -42,7 +42,7 @@ class MovingScene:
     """A scene in which the thing `moving` crosses the image."""
 
     scene: Scene
-    """As it begins."""
+    """Scene at the beginning."""
     moving: int
     direction: str
     seed: int
@@ -176,7 +176,7 @@ def write(
         out: Folder to write into; several splits may share one.
         split: train, val and test share no scene; composition shows colour-shape pairs that no other split has.
         count: How many clips.
-        seed: Of the clips.
+        seed: Random seed of the clips.
         size: Side of the images, pixels; even.
         length: Frames of a clip, 8 a second.
         overwrite: Replace what an earlier call wrote for this split.

@@ -106,7 +106,7 @@ class Turn:
     options: tuple[Reply, ...]
     relevance: tuple[float, ...]
     kind: str
-    """What is asked."""
+    """Kind of question."""
     by_history: bool
     """Whether the question is about "it"."""
 

@@ -57,13 +57,13 @@ class Asked:
 
     question: str
     answer: str
-    """The true one."""
+    """True answer."""
     answers: list[str]
-    """Of ten annotators."""
+    """Answers of ten annotators."""
     kind: str
-    """One of `KINDS`."""
+    """Kind of question: one of `KINDS`."""
     question_type: str
-    """Its first words, as VQA v2 sorts questions."""
+    """First words of the question, as VQA v2 sorts questions."""
 
     @property
     def answer_type(self) -> str:

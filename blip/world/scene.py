@@ -114,9 +114,9 @@ class Thing:
     y: int
     radius: int
     tilt: int
-    """Degrees clockwise."""
+    """Rotation, degrees clockwise."""
     tint: tuple[int, int, int]
-    """Added to the colour's red, green and blue."""
+    """Offset of the colour's red, green and blue."""
 
     @property
     def row(self) -> int:
@@ -138,7 +138,7 @@ class Background:
     turn: int
     """Direction of a gradient, quarter turns."""
     seed: int
-    """Of the speckles."""
+    """Random seed of the speckles."""
 
 
 @dataclass(frozen=True)

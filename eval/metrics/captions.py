@@ -24,7 +24,7 @@ class Metric(NamedTuple):
 
     names: tuple[str, ...]
     rows: np.ndarray
-    """(N, C) of each image."""
+    """Statistics (N, C) of each image."""
     of_sums: Callable[[np.ndarray, int], np.ndarray]
     """Sums (..., C) over n images, and n -> scores (..., len(names))."""
 

@@ -62,9 +62,9 @@ class Tokens(NamedTuple):
 
     texts: list[str]
     tokenizer: str
-    """Which one made them, a value of NAMES."""
+    """Tokenizer that was used, a value of NAMES."""
     fallback: str
-    """Why it was not Java, where Java was to be tried; else empty."""
+    """Reason why Java was tried and not used; else empty."""
 
 
 def tokenize(captions: Sequence[str], choice: Choice = "auto", seconds: float = 300.0) -> Tokens:

@@ -252,7 +252,7 @@ class _Seed:
         return self._pair(folder, start, self.run.cleaners, self._step(self.run.model))
 
     def _larger(self, folder: str) -> list[str]:
-        """The same of a larger model, which has learned from the same crawl."""
+        """Captioner and filter of a larger model that has learned from the same crawl."""
         larger, k = self.run.larger, self.run.k
         cost, start = self._step(larger.model), f"{folder}/pretrain"
         self._add(

@@ -13,13 +13,13 @@ class TableRow:
     name: str
     title: str
     cleaner: str | None = None
-    """The job whose texts it learns from; none for the crawl as it is."""
+    """Job that made the training texts; None for the crawl as it is."""
     keep: str = "both"
-    """Which of the job's texts: one of `CLEANERS`."""
+    """Selection of the job's texts: one of `CLEANERS`."""
     continued: bool = False
-    """Goes on from the model of the first row instead of starting from scratch."""
+    """Whether training continues from the model of the first row instead of starting from scratch."""
     longer: bool = False
-    """Takes more steps."""
+    """Whether to train for more steps."""
 
 
 TEACHER = TableRow("neither", "neither: the crawl as it is")

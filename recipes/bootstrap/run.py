@@ -33,7 +33,7 @@ def bootstrap(run: BootstrapRun) -> dict[str, Any]:
     done = report.complete(everything)
 
     def write_table() -> None:
-        """Write the table again whenever a row is done for a seed, by whomever."""
+        """Write the table again whenever a process finishes a row of a seed."""
         nonlocal done
         if (now := report.complete(everything)) != done:
             done = now

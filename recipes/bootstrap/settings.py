@@ -25,9 +25,9 @@ class BootstrapWorld:
     test: int = 200
     """Held-out images for retrieval and captions."""
     composition: int = 200
-    """Held-out images of colour-shape pairs that nobody has seen: the zero-shot captions."""
+    """Held-out images of colour-shape pairs that no model has seen: the zero-shot captions."""
     image_size: int = 63
-    """Side, pixels."""
+    """Side of the images, pixels."""
     workers: int = 1
     """Processes that draw."""
 
@@ -37,9 +37,9 @@ class FineTuning:
     """Fine-tuning; what is not here is as in caption_world.yaml and filter_world.yaml."""
 
     captioner: int = 150
-    """Of a captioner."""
+    """Steps of fine-tuning a captioner."""
     retrieval: int = 150
-    """Of a retrieval model, which the filter is."""
+    """Steps of fine-tuning a retrieval model, which the filter is."""
     captioner_lr: float | None = None
     """Peak learning rate of a captioner; caption_world.yaml's when not given."""
     retrieval_lr: float | None = None
@@ -54,11 +54,11 @@ class Larger:
     """The captioner and filter that are larger than the models that learn from what they clean."""
 
     model: ModelChoice = field(default_factory=ModelChoice)
-    """Their size and input."""
+    """Size and input of the larger models."""
     steps: int = 400
-    """Steps of their pre-training, on the crawl as it is."""
+    """Steps of pre-training the larger models, on the crawl as it is."""
     cleaners: FineTuning = field(default_factory=FineTuning)
-    """How they are made captioner and filter."""
+    """Fine-tuning of the larger captioner and filter."""
     captioner: str | None = None
     """Folder of a captioner to take instead; then nothing larger is trained. Goes with `filter`."""
     filter: str | None = None
@@ -74,7 +74,7 @@ class Cleaning:
     """How a crawl is cleaned."""
 
     decode: str = "nucleus"
-    """Preset of blip.inference.settings.DECODE_PRESETS by which captions are written."""
+    """Preset of blip.inference.settings.DECODE_PRESETS by which captions are generated."""
     beam: str = "caption_2022"
     """Preset of the row that searches instead of sampling."""
     threshold: float = 0.5

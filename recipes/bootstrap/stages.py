@@ -32,15 +32,15 @@ class Stage:
     """One piece of work with a folder of its own."""
 
     name: str
-    """Its folder within the work's."""
+    """Name of the stage, and of its folder."""
     work: Callable[[Path], dict[str, Any]]
-    """Does it in that folder, going on where an earlier attempt stopped; returns results, as JSON holds them."""
+    """Function that does the stage in its folder, resuming an earlier attempt; returns results that JSON can hold."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """All that its results depend on, besides the stages that it needs."""
+    """Settings that its results depend on, besides the stages that it needs."""
     needs: tuple[str, ...] = ()
-    """Names of the stages that come before it."""
+    """Names of the stages that must be done before it."""
     cost: float = 1.0
-    """Seconds that it will take, about."""
+    """Expected duration, seconds."""
 
 
 class Stages:

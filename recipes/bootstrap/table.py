@@ -58,7 +58,7 @@ class Mean:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean | None:
-        """None of no values."""
+        """Mean of some values; None if there are none."""
         if not values:
             return None
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
@@ -79,12 +79,12 @@ class Mean:
 
 
 def means(scores: Scores, row: str, column: str) -> Mean | None:
-    """Of a row over its seeds; None where the column says nothing about it."""
+    """Means of a row over its seeds; None where the column says nothing about it."""
     return Mean.of([by_column[column] for by_column in scores.get(row, {}).values() if column in by_column])
 
 
 def difference(scores: Scores, row: str, other: str, column: str) -> Mean | None:
-    """Of a row to another, paired by seed; None without a seed that has both."""
+    """Mean difference of a row to another, paired by seed; None without a seed that has both."""
     mine, theirs = scores.get(row, {}), scores.get(other, {})
     both = [seed for seed in mine if seed in theirs and column in mine[seed] and column in theirs[seed]]
     return Mean.of([mine[seed][column] - theirs[seed][column] for seed in both])

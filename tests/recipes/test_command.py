@@ -71,7 +71,7 @@ BROKEN = {
     "typo": ("out: x\ntrain:\n  batchsize: 3\n", ["train", "batchsize"]),
     "typo of a section": ("out: x\ntrian:\n  lr: 3\n", ["trian"]),
     "typo in a list": ("out: x\ndata:\n  sources:\n    - path: a\n      wieght: 1\n", ["data.sources", "wieght"]),
-    "typo in an optional section": ("out: x\nworld:\n  images: 3\n", ["world", "pictures"]),
+    "typo in an optional section": ("out: x\nworld:\n  images: 3\n", ["world", "images"]),
     "a word for a number": ("out: x\ntrain:\n  batch_size: many\n", ["train.batch_size", "many"]),
     "a fraction for a whole number": ("out: x\ntrain:\n  steps: 3.5\n", ["train.steps", "3.5"]),
     "a word for yes or no": ("out: x\nmodel:\n  checkpoint: maybe\n", ["model.checkpoint", "maybe"]),

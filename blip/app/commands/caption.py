@@ -1,4 +1,4 @@
-"""`blip caption`: what images show, in words."""
+"""`blip caption`: caption images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ file's name or --batch. Exit status: 0, or 1 if some images could not be used, o
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionOptions(ImageOptions, ModelOptions):
-    """Say what images show, in words."""
+    """Caption images."""
 
     preset: Literal["greedy", "caption_2022", "nucleus", "capfilt_2022"] = "caption_2022"
     """Ways of decoding, which the options below change; caption_2022 is the paper's captioner"""
@@ -34,7 +34,7 @@ class CaptionOptions(ImageOptions, ModelOptions):
     num: int | None = option(None, metavar="N")
     """Captions of each image (default: 1)"""
     beams: int | None = option(None, metavar="N")
-    """Texts that a search keeps in view"""
+    """Beams of a search"""
     length_rule: Literal["generated", "2022"] | None = None
     """What counts as length where beams are compared: generated words with [SEP], as in today's transformers, or 2022:
     the prompt too and not [SEP], as in the original (default: the preset's; caption_2022 has 2022)"""

@@ -79,7 +79,7 @@ def run(chosen: ConvertOptions) -> int:
 
 
 def _print_account(account: Account) -> None:
-    """What became of every tensor."""
+    """Print what became of every tensor."""
     print(f"  {account.carried} tensors carried over, {account.copies} more are second names of these")
     for why, names in account.dropped.items():
         print(f"  {len(names)} left out ({names[0]}{', ...' * (len(names) > 1)}): {why}")

@@ -1,4 +1,4 @@
-"""`blip explain`: where the model looks when it says that a text fits an image."""
+"""`blip explain`: maps of the image regions by which a model matches a text."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class ExplainOptions(ModelOptions):
     image: str = argument("IMAGE")
     """Image"""
     text: str = argument("TEXT")
-    """What may be seen in it"""
+    """Text to explain"""
     out: str = option(metavar="FILE")
     """Page (.html), or a strip of images (.png, .jpg) to write"""
     layer: int | None = option(None, metavar="N")
-    """Cross-attention to ask, from 0 (default: 7 of 12, as the authors show)"""
+    """Cross-attention layer to explain by, from 0 (default: 7 of 12, as the authors show)"""
 
 
 def run(chosen: ExplainOptions) -> int:

@@ -38,13 +38,13 @@ class SearchOptions(AnswerOptions, ModelOptions):
     top: int = option(10, metavar="N")
     """Images to name"""
     rerank: int = option(16, metavar="N")
-    """Images nearest by ITC that are compared by ITM too; 0 for a quick search"""
+    """Images nearest by ITC that are re-ranked by ITM; 0 for a quick search"""
     sheet: str | None = option(None, metavar="FILE.html")
     """Write a page that shows the images found"""
     index: str | None = option(None, metavar="DIR")
     """Where the index is kept (default: FOLDER/.blip-index)"""
     rebuild: bool = False
-    """Forget the index and look at all images again"""
+    """Discard the index and embed all images again"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,14 +53,14 @@ class SearchOptions(AnswerOptions, ModelOptions):
 
 
 class Hit(NamedTuple):
-    """An image that was found."""
+    """A search result."""
 
     path: Path
     score: float
     """Match logit plus cosine, or the cosine where it was not re-ranked."""
     itc: float
     itm: float | None
-    """Probability that the text fits; None where it was not asked."""
+    """Probability that the text fits; None if it was not re-ranked."""
 
 
 def run(chosen: SearchOptions) -> int:
@@ -133,7 +133,7 @@ def find_one(
 
 
 def up_to_date(chosen: SearchOptions, inputs: FoundImages, features: Features) -> tuple[Index, int]:
-    """The index of the folder as it is now, and how many images could not be used; progress is told on stderr."""
+    """The index of the folder as it is now, and how many images could not be used; progress goes to stderr."""
     from blip import files
     from blip.app.answers import Answers
     from blip.app.index import Index, IndexOrigin
@@ -175,7 +175,7 @@ def _precision(name: str) -> str:
 
 
 def sheet(answered: list[tuple[str, list[Hit]]], folder: str, images: int) -> str:
-    """A page with the images that were found, which needs nothing else."""
+    """A self-contained page with the images that were found."""
     from blip.app import page
     from blip.data.images import UnreadableImage, model_input, small
     from blip.data.settings import DataConfig

@@ -29,8 +29,8 @@ class ModelOptions(TokenizerOption):
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; `auto` is a GPU if there is one, else cpu"""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of matrix products; `auto` is float32, with which an answer does not depend on --batch; bfloat16 is
-    faster and rounds differently for every batch size"""
+    """Numeric precision; `auto` is float32, where answers do not depend on --batch; bfloat16 is faster and rounds
+    differently for every batch size"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class ImageOptions(AnswerOptions):
 
 
 def at_least(least: int, **values: int | None) -> None:
-    """ValueError that names the first value that is given and below `least`."""
+    """Raise ValueError naming the first given value below `least`."""
     for name, value in values.items():
         if value is not None and value < least:
             raise ValueError(f"{name} must be {least} or more, got {value}")

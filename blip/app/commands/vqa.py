@@ -33,7 +33,7 @@ class QuestionOptions(ImageOptions, ModelOptions):
     """Answer a question about images."""
 
     question: str = argument("QUESTION")
-    """What is asked, in quotes"""
+    """Question, in quotes"""
     top: int = option(1, metavar="N")
     """Answers to give"""
     method: Literal["auto", "rank", "generate"] = "auto"
@@ -97,7 +97,7 @@ def run(chosen: QuestionOptions) -> int:
 
 
 def _ways(chosen: QuestionOptions, loaded: Loaded, candidates: Candidates | None) -> dict[str, object]:
-    """What answers depend on beside the image."""
+    """Options that the answers depend on."""
     among = hashlib.sha256(json.dumps(candidates.texts).encode()).hexdigest()[:16] if candidates else None
     return {"question": chosen.question, "top": chosen.top, "candidates": among, **loaded.options(chosen.model)}
 
