@@ -138,15 +138,15 @@ def test_twenty_kills_anywhere_leave_the_same_bytes(base, tmp_path, starter, wor
 
 def decoders(where):
     """Decoding processes whose parent is gone."""
-    found = []
+    pids = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open(f"/proc/{pid}/cmdline") as file, open(f"/proc/{pid}/stat") as stat:
                 if "capfilt.score.pool" in file.read() and stat.read().rpartition(")")[2].split()[1] == "1":
-                    found.append(int(pid))
+                    pids.append(int(pid))
         except OSError:
             continue
-    return found
+    return pids
 
 
 POINTS = ["commit.before_fsync", "commit.after_tmp", "commit.after_replace", "commit.after_dir_fsync"]
@@ -295,9 +295,9 @@ def test_a_damaged_part_is_found_and_done_again(base, tmp_path, how):
     if how == "bit":
         content[len(content) // 2] ^= 1
     path.write_bytes({"bit": content, "cut": content[:-100], "empty": b""}[how])
-    found = verify(run.where)
-    assert found.status() == 4
-    assert name_of(pid) in found.problems[0]
+    findings = verify(run.where)
+    assert findings.status() == 4
+    assert name_of(pid) in findings.problems[0]
     with pytest.raises(DamagedPart, match="run `score` again"):
         run.parts.read(pid)
     out = io.StringIO()
@@ -397,8 +397,8 @@ def soaked(starter, folder, rows, parts, kills):
 def test_a_long_run_neither_grows_nor_loses(tmp_path, starter):
     """Fault 23: 1,000 parts and 20 kills; memory and open files of the process that does the second half stay level."""
     run, samples = soaked(starter, tmp_path, SOAK, 1000, 20)
-    found = verify(run.where)
-    assert (found.status(), sum(found.rows.values())) == (0, SOAK)
+    findings = verify(run.where)
+    assert (findings.status(), sum(findings.rows.values())) == (0, SOAK)
     quarter = len(samples) // 4
     early, late = samples[quarter : 2 * quarter], samples[-quarter:]
     for which, growth in ((0, 1.05), (1, 1.0)):

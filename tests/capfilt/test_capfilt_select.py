@@ -168,9 +168,9 @@ def test_verify_says_what_does_not_add_up(tmp_path):
     def wrong(path, content):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
-        found = verify(run.where)
+        findings = verify(run.where)
         path.write_bytes(good[path]) if path in good else path.unlink()
-        return found
+        return findings
 
     part = run.storage.path(f"parts/{run.plan[0].pid[:2]}/{run.plan[0].pid}.parquet")
     other = run.storage.path(f"parts/{run.plan[1].pid[:2]}/{run.plan[1].pid}.parquet")
@@ -216,9 +216,9 @@ def test_verify_counts_the_texts_of_a_selection(tmp_path):
     account.write_text(json.dumps(said))
     source, kept = rows["text_source"][0].as_py(), rows["kept"][0].as_py()
     n = said["kept" if kept else "dropped"][source]
-    found = verify(run.where)
-    assert found.status() == 4
-    assert f"selection half: {'kept' if kept else 'dropped'}.{source}: {n} -> {n - 1} in its table" in found.problems
+    findings = verify(run.where)
+    assert findings.status() == 4
+    assert f"selection half: {'kept' if kept else 'dropped'}.{source}: {n} -> {n - 1} in its table" in findings.problems
 
 
 def test_verify_gives_no_all_clear_for_what_was_not_looked_at(tmp_path, capsys):
@@ -271,9 +271,9 @@ def test_texts_of_one_source_only(run, only, other):
     account = select(run, f"only-{only}", SelectConfig(only=only))
     assert set(account["kept"]) == {only}
     wanted = [(t["sample_id"], t["text"]) for t in texts_of(run, "both") if t["kept"] and t["text_source"] == only]
-    found = texts_of(run, f"only-{only}")
-    assert [(t["sample_id"], t["text"]) for t in found if t["kept"]] == wanted != []
-    assert {t["reason"] for t in found if t["text_source"] == other and t["score"] is not None} == {
+    texts = texts_of(run, f"only-{only}")
+    assert [(t["sample_id"], t["text"]) for t in texts if t["kept"]] == wanted != []
+    assert {t["reason"] for t in texts if t["text_source"] == other and t["score"] is not None} == {
         f"only {only} texts"
     }
 
@@ -398,28 +398,28 @@ def _one_less(path):
 def test_verify_counts_what_the_files_of_an_export_hold(run, half, tmp_path, form, together):
     """Files whose digests fit, and which hold one sample less than the export says, or cannot be read."""
     out = tmp_path / "out"
-    said = export(run, "half", form, str(out), shard=30, together=together)
+    manifest = export(run, "half", form, str(out), shard=30, together=together)
     assert verify(str(out)).status() == 0
     whole = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     path = next(path for path in whole if path.suffix in (".tar", ".parquet", ".json", ".npy"))
 
-    def found(damage):
+    def verified(damage):
         damage(path)
         name = str(path.relative_to(out))
-        files = said["files"] | {name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}}
-        (out / "_SUCCESS").write_text(json.dumps(said | {"files": files}))
+        files = manifest["files"] | {name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}}
+        (out / "_SUCCESS").write_text(json.dumps(manifest | {"files": files}))
         findings = verify(str(out))
         for name, content in whole.items():
             name.write_bytes(content)
         return findings
 
-    one_less = found(_one_less)
+    n, one_less = manifest["samples"], verified(_one_less)
     assert one_less.status() == 4
-    assert any(f"samples: {said['samples']} -> {said['samples'] - 1} in its files" in w for w in one_less.problems) or (
+    assert any(f"samples: {n} -> {n - 1} in its files" in w for w in one_less.problems) or (
         form == "json" and "image files, captions.json names" in one_less.problems[0]
     )
-    assert found(lambda path: path.write_bytes(whole[path][: len(whole[path]) // 2])).status() == 4
-    assert f"cannot be read as {form}" in found(lambda path: path.write_bytes(b"x" * 600)).problems[0]
+    assert verified(lambda path: path.write_bytes(whole[path][: len(whole[path]) // 2])).status() == 4
+    assert f"cannot be read as {form}" in verified(lambda path: path.write_bytes(b"x" * 600)).problems[0]
     (out / "00099.tar").write_bytes(b"")
     assert verify(str(out)).problems == [f"{out}/00099.tar is not of this export, and training would read it as well"]
 
