@@ -51,7 +51,7 @@ def open_file(path: str) -> IO[bytes]:
 
 
 def read_range(path: str, start: int, size: int, opened: int | None = None) -> bytes:
-    """Read `size` bytes of a file from `start`; `opened` is its descriptor, if it is open. OSError if there are fewer."""
+    """Read `size` bytes of a file from `start`; `opened` is its descriptor where it is open. OSError for fewer."""
     if opened is not None:
         content = os.pread(opened, size, start)
     elif is_remote(path):
