@@ -156,7 +156,7 @@ EXPLAINED = {
     "caption": "Label smoothing of the language-modelling loss (default: 0.1)",
     "retrieval": "Epochs over which alpha rises linearly from 0 (default: 1.0)",
     "nlvr": "Word pieces kept of a sentence, first and last special tokens included (default: 64)",
-    "dialogue": "False answers shown beside each true one (default: 2)",
+    "dialogue": "Negatives per question: false answers beside the true one (default: 2)",
     "vqa": "Label smoothing of the loss of an answer's words (default: 0.1)",
 }
 
