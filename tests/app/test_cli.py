@@ -530,7 +530,7 @@ def test_progress_is_told_in_lines_where_there_is_no_terminal(run, photos, monke
     said = [line.split() for line in err.splitlines()]
     assert [words[0] for words in said] == ["4/11", "8/11", "11/11"]
     for words in said:
-        assert words[1:2] + words[3:5] + words[6:] == ["pictures", "a", "second", "left"]
+        assert words[1:2] + words[3:5] + words[6:] == ["images", "a", "second", "left"]
         assert float(words[2]) > 0
     assert run("photos/p1.png", "photos/p2.png")[2] == "", "two images need no progress"
 
@@ -541,7 +541,7 @@ def test_on_a_terminal_there_is_a_bar_and_the_answers_are_as_ever(run, photos, m
     _, out, err = run("photos", "--batch", 4)
     assert out == expected
     assert "11/11" in err
-    assert "pictures/s]" in err
+    assert "images/s]" in err
 
 
 def test_help_is_quick_and_has_examples():

@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import io
 import json
@@ -703,7 +704,13 @@ def test_images_without_captions_are_rows_for_the_ledger(folder):
 
 def test_real_photographs_and_emoji(real_data):
     photos = open_source(SourceConfig(str(real_data / "photos" / "photos.json"), caption_column="captions"))
-    assert len(photos) == 207
+    assert len(photos) == 236
+    rows = json.loads((real_data / "photos" / "photos.json").read_text())
+    without = [number for number, row in enumerate(rows) if not row.get("captions")]
+    assert len(without) == 29
+    for row in range(236):
+        with pytest.raises(BadSample, match="no caption") if row in without else contextlib.nullcontext():
+            assert photos[row].captions
     assert len(photos[0].captions) == 5
     assert decode(photos[0].image, 10**8).size == (586, 640)
     names = str(real_data / "emoji" / "names.json")
