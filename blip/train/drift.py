@@ -22,8 +22,8 @@ FREE_TO_CHANGE = frozenset(
     | {"workers", "worker_timeout", "max_bad_fraction", "timeout", "out"}
 )
 """Settings that do not change what is computed; all others must stay the same when a run continues."""
-YOUNGER = {"length_rule": "generated", "towers": [], "clip": None}
-"""Settings missing from older checkpoints -> the value that was in effect."""
+YOUNGER = {"decode.length_rule": "generated", "answers.length_rule": "generated", "train.towers": [], "clip": None}
+"""Settings missing from older checkpoints, by their whole names -> the value that was in effect."""
 
 
 def plain(value: Any) -> Any:
@@ -44,9 +44,8 @@ def drift(before: dict, now: dict) -> list[str]:
     """List `name: before -> now` for each setting that differs but must not."""
     old, new = flatten(plain(before)), flatten(plain(now))
     for name in new.keys() - old.keys():
-        last = name.rpartition(".")[2]
-        if last in YOUNGER:
-            old[name] = YOUNGER[last]
+        if name in YOUNGER:
+            old[name] = YOUNGER[name]
     gone = "(not set)"
     return [
         f"{name}: {old.get(name, gone)} -> {new.get(name, gone)}"

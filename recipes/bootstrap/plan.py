@@ -133,13 +133,13 @@ class _Seed:
         )  # fmt: skip
 
     def _training(self) -> dict[str, Any]:
-        run = self.run
+        run, train = self.run, _plain(self.run.train, "train.")
         return {
             "seed": self.seed,
             "data": _plain(run.data),
             "people_share": run.people_share,
             "objective": _plain(run.objective),
-            "train": {name: value for name, value in _plain(run.train).items() if name not in ("steps", "seed")},
+            "train": {name: value for name, value in train.items() if name not in ("steps", "seed")},
         }
 
     def _by_recipe(self, config: str, steps: int, lr: float | None = None) -> dict[str, Any]:
@@ -359,7 +359,8 @@ def _source(folder: Path, split: str) -> SourceConfig:
     return SourceConfig(str(folder / f"{split}.json"))
 
 
-def _plain(settings: Any) -> dict[str, Any]:
-    """Settings that decide results; without those that runs of before do not name, where they are as they were."""
+def _plain(settings: Any, section: str = "") -> dict[str, Any]:
+    """Settings of a section that decide results; without those that older runs do not name, where they are as then."""
     decisive = {name: value for name, value in dataclasses.asdict(settings).items() if name not in FREE_TO_CHANGE}
-    return {name: value for name, value in decisive.items() if name not in YOUNGER or value != YOUNGER[name]}
+    younger = {name.removeprefix(section): value for name, value in YOUNGER.items() if name.startswith(section)}
+    return {name: value for name, value in decisive.items() if name not in younger or value != younger[name]}

@@ -16,6 +16,8 @@ import yaml
 from blip.data.formats.sources import open_source
 from blip.data.settings import SourceConfig
 from blip.train.drift import drift
+from blip.train.settings import TrainConfig
+from blip.train.towers import Tower
 from capfilt.run import Run as Job
 from capfilt.verify import verify
 from recipes import command
@@ -229,6 +231,12 @@ def test_seeds_and_rows_are_given_as_words():
     ]  # fmt: skip
     run = read("--rows", "neither", "both", "--seeds", "5")
     assert (run.rows, run.seeds) == (["neither", "both"], [5])
+
+
+def test_a_stage_is_known_by_the_settings_that_decide_it_and_by_what_older_runs_name():
+    assert plan._plain(TrainConfig(clip=None), "train.")["clip"] is None
+    assert "towers" not in plan._plain(TrainConfig(), "train.")
+    assert plan._plain(TrainConfig(towers=[Tower("vision")]), "train.")["towers"][0]["part"] == "vision"
 
 
 def started(out: Path, *args: str) -> subprocess.Popen:

@@ -513,3 +513,14 @@ def test_a_run_directory_says_how_it_was_made(tmp_path):
     (start,) = json.loads((tmp_path / "run.json").read_text())["starts"]
     assert start["versions"]["torch"] == torch.__version__.split("+")[0]
     assert start["host"] == socket.gethostname()
+
+
+def test_a_setting_that_is_younger_than_the_checkpoint_drifts_only_from_what_was_done_then():
+    before = {"train": {"lr": 1.0}, "decode": {"beams": 3}}
+    now = {"train": {"lr": 1.0, "towers": []}, "decode": {"beams": 3, "length_rule": "generated"}, "clip": None}
+    assert drift.drift(before, now) == []
+    changed = now | {"decode": {"beams": 3, "length_rule": "2022"}}
+    assert drift.drift(before, changed) == ["decode.length_rule: generated -> 2022"]
+    assert drift.drift(before, now | {"train": {"lr": 1.0, "towers": [], "clip": None}}) == [
+        "train.clip: (not set) -> None"
+    ]
