@@ -31,6 +31,13 @@ def tensor_bytes(tensors: dict[str, Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values()) + 200 * len(tensors)
 
 
+def add_to_digest(digest: Any, tensors: dict[str, Tensor], before: str = "") -> None:
+    """Feed names, shapes, types and contents of tensors, sorted by name, to a hash; `before` precedes each name."""
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{before}{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """A state dict as safetensors; a tensor under several names is stored once and the names are kept."""
     stored: dict[str, Tensor] = {}

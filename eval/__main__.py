@@ -16,9 +16,6 @@ from blip import options
 from blip.app import exit
 from eval.options import COMMANDS
 
-_STOPPED = 130
-"""What a shell reports of a program that SIGINT ended."""
-
 
 def main(args: list[str] | None = None) -> int:
     """Carry out a command line, or the process's own; what does not fit ends the process with status 2."""
@@ -35,10 +32,7 @@ def _measure(args: list[str]) -> None:
     chosen = read(name, args[1:])
     from eval.runner import measure  # with torch, for which the help and a typing error need not wait
 
-    try:
-        measure(import_module(COMMANDS[name][1]).evaluate, chosen)
-    except KeyboardInterrupt:
-        raise SystemExit(_STOPPED) from None
+    measure(import_module(COMMANDS[name][1]).evaluate, chosen)
 
 
 def read(name: str, args: list[str]) -> Any:

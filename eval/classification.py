@@ -31,7 +31,7 @@ def evaluate(options: ClassificationOptions, runner: Runner) -> Iterator[tuple[s
     data = ClassFolder.open(options.source, read_names(Path(options.names)) if options.names else None)
     templates = read_templates(Path(options.templates)) if options.templates else list(TEMPLATES)
     with runner.model() as loaded:
-        features = Features(loaded.model, loaded.tokenizer, batch=options.batch)
+        features = loaded.features(options.batch)
         chances = classify(features, data, templates)
     if not dist.is_main():
         return

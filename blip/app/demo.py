@@ -21,13 +21,12 @@ from blip.app.commands import caption as caption_command
 from blip.app.commands import explain as explain_command
 from blip.app.commands import search as search_command
 from blip.data import images
-from blip.data.image_files import find, reader
+from blip.data.image_files import find
 from blip.data.images import UnreadableImage
 from blip.data.settings import DataConfig
 from blip.data.transforms import EvalTransform
 from blip.inference.answering import answers, ask
 from blip.inference.explain import explain
-from blip.inference.features import Features
 from blip.inference.generate import write
 from blip.inference.settings import CAPTION_PROMPT, AnswerConfig
 from blip.text import clean_question
@@ -87,8 +86,7 @@ class Demo:
         """
         self.matcher, self.captioner, self.vqa = matcher, captioner or matcher, vqa
         self.candidates, self.prompt, self.index = candidates, prompt, index
-        read = reader(matcher.model.config.vision.image_size)
-        self.features = Features(matcher.model, matcher.tokenizer, read, batch=_BATCH)
+        self.features = matcher.features(_BATCH)
         self.run = Path(run) if run else None
         self._lock = Lock()
         self._check_prompt(prompt)

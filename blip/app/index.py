@@ -30,7 +30,7 @@ from blip.data.image_files import ImageFile, read_images
 from blip.data.transforms import EvalTransform
 from blip.errors import DataError
 from blip.inference.features import Features
-from blip.tensors import read_tensors, write_tensors
+from blip.tensors import add_to_digest, read_tensors, write_tensors
 
 FORMAT, VERSION = "openblip-index", 1
 _LIST = "index.json"
@@ -63,9 +63,7 @@ class IndexOrigin:
     def of(cls, features: Features, name: str, precision: str) -> IndexOrigin:
         digest = hashlib.sha256(EvalTransform(features.image_size).describe().encode())
         for part in ("vision", "image_proj"):
-            for key, value in sorted(getattr(features.model, part).state_dict().items()):
-                digest.update(f"{part}.{key} {tuple(value.shape)} {value.dtype}".encode())
-                digest.update(value.detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
+            add_to_digest(digest, getattr(features.model, part).state_dict(), f"{part}.")
         return cls(name, digest.hexdigest()[:12], precision)
 
 

@@ -12,8 +12,11 @@ import torch
 
 from blip.app.commands.shared import MODEL_VARIABLE
 from blip.checkpoints import checkpoint
+from blip.data.image_files import reader
 from blip.errors import is_out_of_memory
+from blip.inference.features import Features
 from blip.models.blip import Blip
+from blip.tensors import add_to_digest
 from blip.tokenizer import Tokenizer
 
 
@@ -29,12 +32,14 @@ class Loaded:
     def options(self, where: str | None) -> dict[str, str]:
         """Options that answers depend on: the model by its name, by the SHA-256 of its weights, and how it computes."""
         digest = hashlib.sha256(type(self.model).__name__.encode())
-        for key, value in sorted(self.model.state_dict().items()):
-            digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(value.detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
+        add_to_digest(digest, self.model.state_dict())
         precision = str(self.dtype).removeprefix("torch.")
         name = where or os.environ.get(MODEL_VARIABLE, "")
         return {"model": name, "weights": digest.hexdigest()[:16], "precision": precision}
+
+    def features(self, batch: int = 32) -> Features:
+        """Features of files and texts, `batch` images at once; ValueError for a model that compares no texts."""
+        return Features(self.model, self.tokenizer, reader(self.model.config.vision.image_size), batch=batch)
 
     @contextmanager
     def computing(self) -> Iterator[None]:

@@ -183,8 +183,7 @@ class Draws(Dataset):
             except BadSample as error:
                 bad.append(Bad(name, error.reason))
             row = mix(Purpose.REPLACEMENT, *key) % len(source)
-        listed = "; ".join(f"{b.key}: {b.reason}" for b in bad[:3])
-        raise DataError(f"{ATTEMPTS} samples in a row are unreadable, the first: {listed}")
+        raise too_many(bad)
 
     def _probe(self) -> list[str]:
         """Texts of some records, evenly spread; unreadable ones are left for the ledger."""
@@ -250,6 +249,12 @@ class _Places:
     def batch(self, number: int) -> list[tuple[int, int]]:
         n, first = len(self.draws), (number * self.world + self.rank) * self.batch_size
         return [(p // n, int(self.draws.order(p // n)[p % n])) for p in range(first, first + self.batch_size)]
+
+
+def too_many(bad: Sequence[Bad]) -> DataError:
+    """Error for samples in a row that are all unreadable."""
+    listed = "; ".join(f"{b.key}: {b.reason}" for b in bad[:3])
+    return DataError(f"{len(bad)} samples in a row are unreadable, the first: {listed}")
 
 
 def check_process(rank: int, world: int) -> None:

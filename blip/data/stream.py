@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from blip.data.draws import ATTEMPTS, LEFT_OUT, PROBES, Prepare, Sample, check_process
+from blip.data.draws import ATTEMPTS, LEFT_OUT, PROBES, Prepare, Sample, check_process, too_many
 from blip.data.formats.json_rows import CSV, Note, Row, rows_or_faults
 from blip.data.formats.parquet import chosen_columns, parquet_file, rows_of
 from blip.data.formats.sources import (
@@ -356,8 +356,7 @@ class _Batches(IterableDataset):
             except BadSample as error:
                 bad.append(Bad(r.key, error.reason))
             if len(bad) >= 4 * ATTEMPTS:
-                listed = "; ".join(f"{b.key}: {b.reason}" for b in bad[:3])
-                raise DataError(f"{len(bad)} samples in a row are unreadable, the first: {listed}")
+                raise too_many(bad)
 
     def name(self, worker: int) -> str:
         noted = self.reading.of(worker)

@@ -51,12 +51,11 @@ def run(chosen: ClassifyOptions) -> int:
     from blip.app.answers import Answers, Form, refuse_out, shown
     from blip.app.loaded import load
     from blip.data.transforms import EvalTransform
-    from blip.inference.features import Features
     from blip.inference.zero_shot import TEMPLATES, class_embeddings, probabilities
 
     refuse_out(chosen.out)
     loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
-    features = Features(loaded.model, loaded.tokenizer, batch=chosen.batch)
+    features = loaded.features(chosen.batch)
     with loaded.computing():
         classes = class_embeddings(features, names, chosen.template or TEMPLATES)
     keys = ("path", "classes", "probability")

@@ -60,15 +60,12 @@ def run(chosen: ExplainOptions) -> int:
     from blip.app import page
     from blip.app.answers import Answers, refuse_page, shown
     from blip.app.loaded import load
-    from blip.data.image_files import reader
     from blip.inference.explain import explain
-    from blip.inference.features import Features
 
     refuse_page("--out", chosen.out)
     loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
     with loaded.computing():
-        read = reader(loaded.model.config.vision.image_size)
-        explanation = explain(Features(loaded.model, loaded.tokenizer, read), original, chosen.text, chosen.layer)
+        explanation = explain(loaded.features(), original, chosen.text, chosen.layer)
     panels = images(small(original, _SIDE), explanation)
     if chosen.out.endswith((".html", ".htm")):
         total = max(float(explanation.maps.sum()), 1e-12)

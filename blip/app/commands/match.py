@@ -39,11 +39,10 @@ def run(chosen: MatchOptions) -> int:
     from blip.app.answers import Answers, Form, refuse_out, shown
     from blip.app.loaded import load
     from blip.data.transforms import EvalTransform
-    from blip.inference.features import Features
 
     refuse_out(chosen.out)
     loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
-    features = Features(loaded.model, loaded.tokenizer, batch=chosen.batch)
+    features = loaded.features(chosen.batch)
     with loaded.computing():
         features.embed_text(chosen.texts)  # a text that will not do is found before a file is opened
     ways = {"texts": chosen.texts, **loaded.options(chosen.model)} if chosen.out else {}

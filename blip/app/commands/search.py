@@ -79,15 +79,12 @@ def run(chosen: SearchOptions) -> int:
     from blip import files
     from blip.app.answers import Answers, Form, refuse_out, refuse_page, shown
     from blip.app.loaded import load
-    from blip.data.image_files import reader
-    from blip.inference.features import Features
 
     refuse_out(chosen.out)
     if chosen.sheet:
         refuse_page("--sheet", chosen.sheet)
     loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
-    read = reader(loaded.model.config.vision.image_size)
-    features = Features(loaded.model, loaded.tokenizer, read, batch=chosen.batch)
+    features = loaded.features(chosen.batch)
     with loaded.computing():
         embeds = features.embed_text(chosen.queries)
         index, failed = up_to_date(chosen, inputs, features)
