@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import report
 from blip.models.blip import Blip
-from blip.models.presets import BASE
+from blip.models.presets import BASE, usual_options
 from blip.objectives.batch import Batch
 from blip.objectives.objective import Clock
 from blip.objectives.pretrain import Pretrain, PretrainConfig
@@ -56,7 +56,7 @@ class Side:
 
     def __init__(self, data: list[Batch]) -> None:
         torch.manual_seed(0)
-        self.pretrain = Pretrain(Blip(BASE), CONFIG).train()
+        self.pretrain = Pretrain(Blip(BASE, usual_options(BASE.text)), CONFIG).train()
         self.data, self.at = data, 0
         self.optimizer = torch.optim.AdamW(self.pretrain.model.parameters(), lr=1e-5, fused=self.fused)
 

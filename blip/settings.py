@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import reprlib
+from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
@@ -62,10 +63,11 @@ def check_fields(settings: Any, where: str = "") -> None:
         require(fits or nothing, f"{where}{one.name} must be {wanted}, got {reprlib.repr(value)}")
 
 
-def known(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
+def known(cls: type, values: dict[str, Any], where: str, besides: Sequence[str] = ()) -> dict[str, Any]:
+    """Copy a mapping with the fields of a dataclass; ValueError for a missing or unknown key, or one of `besides`."""
     require(isinstance(values, dict), f"{where} must be a mapping, got {type(values).__name__}")
     names = {f.name: "later" in f.metadata for f in dataclasses.fields(cls)}
-    unknown = sorted(reprlib.repr(name) for name in set(values) - set(names))
+    unknown = sorted(reprlib.repr(name) for name in set(values) - set(names) - set(besides))
     missing = sorted(name for name, later in names.items() if name not in values and not later)
     require(not unknown, f"{where} has unknown keys: {', '.join(unknown[:3])}{', ...' * (len(unknown) > 3)}")
     require(not missing, f"{where} lacks keys: {', '.join(missing)}")

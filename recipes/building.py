@@ -22,9 +22,9 @@ from blip.data.stream import Stream
 from blip.data.transforms import TrainTransform
 from blip.models.blip import Blip
 from blip.models.families import TASKS
-from blip.models.presets import PRESETS
+from blip.models.presets import PRESETS, usual_options
 from blip.models.settings import BlipConfig
-from blip.nn.settings import VisionConfig
+from blip.nn.settings import TrainingOptions, VisionConfig
 from blip.tokenizer import Tokenizer
 from blip.world import files
 
@@ -45,7 +45,9 @@ class ModelChoice:
     patch_size: int | None = None
     """Side of a patch, pixels; the preset's when not given."""
     drop_path: float | None = None
-    """Stochastic depth of the image encoder; the model's when not given."""
+    """Stochastic depth of the image encoder, the probability at its last block; 0 when not given."""
+    dropout: float | None = None
+    """Dropout of the text transformer; when not given 0.1, or 0 if it is narrower than that of base."""
     patch_drop: float = 0.0
     """Share of patches left out in training (FLIP); faster and approximate."""
     checkpoint: bool = False
@@ -140,9 +142,9 @@ def build_model(choice: ModelChoice, seed: int) -> tuple[Blip, Tokenizer]:
     tokenizer = Tokenizer.load(choice.tokenizer or "bert-base-uncased")
     preset = PRESETS[choice.size or "base"]
     torch.manual_seed(seed)
-    model = Blip(
-        dataclasses.replace(preset, vision=_vision(choice, preset.vision), text=tokenizer.text_config(preset.text))
-    )
+    text = tokenizer.text_config(preset.text)
+    config = dataclasses.replace(preset, vision=_vision(choice, preset.vision), text=text)
+    model = Blip(config, _options(choice, usual_options(text)))
     if choice.vision_weights:
         initial_vision(model, choice.vision_weights, option="--model.vision_weights")
     if choice.text_weights:
@@ -181,14 +183,15 @@ def _opened(choice: ModelChoice) -> checkpoint.Own | Foreign:
 def _continued(
     kind: type[Model], choice: ModelChoice, start: checkpoint.Own | Foreign, seed: int
 ) -> tuple[Model, Tokenizer]:
-    """The model that a choice starts from, made ready to be trained as the choice says.
+    """The model that a choice starts from, to be trained as the choice says.
 
     Seeds PyTorch, so that what an objective draws at random, as the first rows of its queues, follows from the seed.
     """
     torch.manual_seed(seed)
     size, words = choice.image_size, choice.tokenizer
     try:
-        model, tokenizer = checkpoint.from_pretrained(start, kind, image_size=size, tokenizer=words)
+        options = start.options or usual_options(start.model_config.text)
+        model, tokenizer = checkpoint.from_pretrained(start, kind, image_size=size, tokenizer=words, options=options)
     except ValueError as error:
         raise ValueError(f"model.start_from {choice.start_from}: {error}") from None
     _refuse_contradiction(choice, model.config)
@@ -196,21 +199,29 @@ def _continued(
 
 
 def _vision(choice: ModelChoice, config: VisionConfig) -> VisionConfig:
-    """An image encoder's configuration with what a choice says of its weights, its input and its training."""
+    """An image encoder's configuration with what a choice says of its weights and its input."""
     named = architecture(choice.vision_weights) if choice.vision_weights else None
     if named not in (None, config.model):
         config = VisionConfig(named, image_size=config.image_size)
-    names = ("image_size", "patch_size", "drop_path")
+    names = ("image_size", "patch_size")
     chosen = {name: getattr(choice, name) for name in names if getattr(choice, name) is not None}
-    return dataclasses.replace(config, patch_drop=choice.patch_drop, checkpoint=choice.checkpoint, **chosen)
+    return dataclasses.replace(config, **chosen)
+
+
+def _options(choice: ModelChoice, usual: TrainingOptions) -> TrainingOptions:
+    """Training options of a choice, with the usual ones of the model where it leaves them open."""
+    chosen = {} if choice.drop_path is None else {"drop_path": choice.drop_path}
+    if choice.dropout is not None:
+        chosen |= {"dropout": choice.dropout, "attention_dropout": choice.dropout}
+    return dataclasses.replace(usual, patch_drop=choice.patch_drop, checkpoint=choice.checkpoint, **chosen)
 
 
 def _trained_as(choice: ModelChoice, model: Model) -> Model:
-    """The same weights in a model that is trained with the choice's stochastic depth, patch drop and recomputation."""
-    config = dataclasses.replace(model.config, vision=_vision(choice, model.config.vision))
-    if config == model.config:
+    """The same weights in a model that is trained with the choice's options."""
+    options = _options(choice, model.options)
+    if options == model.options:
         return model
-    rebuilt = type(model)(config)
+    rebuilt = type(model)(model.config, options)
     rebuilt.load_state_dict(model.state_dict())
     return rebuilt
 

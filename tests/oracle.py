@@ -40,25 +40,25 @@ def vision(encoder, image):
 
 
 def text(med, ids, keep, causal=False, tokens=None):
-    config, training = med.config, med.training
+    config, training, dropout = med.config, med.training, med.dropout.p
     length = ids.shape[1]
     allowed = keep[:, None, None, :].expand(-1, 1, length, -1)
     if causal:
         allowed = allowed & torch.ones(length, length, dtype=torch.bool).tril()
     mask = torch.zeros(allowed.shape).masked_fill(~allowed, -10000.0)
     x = med.norm(med.word(ids) + med.position(torch.arange(length)))
-    x = F.dropout(x, config.dropout, training)
+    x = F.dropout(x, dropout, training)
     for block in med.blocks:
         own, norm = (block.causal, block.causal_norm) if causal else (block.text, block.text_norm)
         q, k, v = apply(own.qkv, x).chunk(3, dim=-1)
-        y = apply(own.out, attention(q, k, v, config.heads, mask, config.attention_dropout, training))
-        x = norm(x + F.dropout(y, config.dropout, training))
+        y = apply(own.out, attention(q, k, v, config.heads, mask, own.dropout, training))
+        x = norm(x + F.dropout(y, dropout, training))
         if tokens is not None:
             k, v = apply(block.cross.kv, tokens).chunk(2, dim=-1)
-            y = attention(apply(block.cross.query, x), k, v, config.heads, None, config.attention_dropout, training)
-            x = block.cross_norm(x + F.dropout(apply(block.cross.out, y), config.dropout, training))
+            y = attention(apply(block.cross.query, x), k, v, config.heads, None, own.dropout, training)
+            x = block.cross_norm(x + F.dropout(apply(block.cross.out, y), dropout, training))
         y = apply(block.down, F.gelu(apply(block.up, x)))
-        x = block.ffn_norm(x + F.dropout(y, config.dropout, training))
+        x = block.ffn_norm(x + F.dropout(y, dropout, training))
     return x
 
 

@@ -15,7 +15,7 @@ HEADS = {32: 2, 24: 2, 16: 2}
 NLVR = NlvrModelConfig(
     vision=VisionConfig("vit_tiny_patch16_224", image_size=32, patch_size=8, width=24, depth=2, heads=2),
     text=TextConfig(
-        vocab_size=99, width=16, layers=12, heads=2, hidden=32, max_positions=32, dropout=0.0, attention_dropout=0.0,
+        vocab_size=99, width=16, layers=12, heads=2, hidden=32, max_positions=32,
         cls_id=2, sep_id=3, dec_id=97, enc_id=98,
     ),
 )  # fmt: skip

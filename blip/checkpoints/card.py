@@ -60,8 +60,8 @@ _DIFFERENT = {
 _ALL_DIFFERENT = """\
 - Its default image processor resizes with torchvision, which differs from what models are trained with by up to 0.015;
   the one that uses PIL is exact.
-- Dropout, heads and epsilons are those that the model was trained with, as config.json says; transformers' own defaults
-  are others.
+- Heads and epsilons are those that the model was trained with, as config.json says; transformers' own defaults are
+  others.
 - Temperature, momentum teacher and queues have no place in it."""
 
 

@@ -29,12 +29,14 @@ from blip.checkpoints.table import NUMBERS, refuse_unsound, type_in_words
 from blip.checkpoints.weights import ENDINGS, Weights, read_json
 from blip.models.blip import Blip
 from blip.models.families import TASKS, kind_of, names_of
-from blip.models.settings import BlipConfig
+from blip.models.settings import BlipConfig, former_options
+from blip.nn.settings import TrainingOptions
 from blip.nn.vision import fit_positions
 from blip.tensors import read_outline, read_tensors, tensor_bytes, write_tensors
 from blip.tokenizer import Tokenizer
 
-FORMAT, VERSION = "openblip", 1
+FORMAT, VERSION = "openblip", 2
+_READABLE = (1, VERSION)
 _CONFIG, WEIGHTS, _POSITIONS = "config.json", "model.safetensors", "vision.vit.pos_embed"
 _TEMPERATURE = "temperature"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
@@ -111,6 +113,8 @@ class Own:
     task: str
     """Name of the task, one of `TASKS`."""
     model_config: BlipConfig
+    options: TrainingOptions | None
+    """Training options, which only older versions saved."""
     described = "a model folder of openblip"
     """Human-readable description."""
 
@@ -174,8 +178,8 @@ def opened(where: str | Path) -> Own | Foreign:
     settings = read_json(config_path)
     if settings.get("format") != FORMAT and "model_type" in settings:
         return foreign.open_directory(config_path, Weights.find(part, *_FOREIGN_WEIGHTS), tokenizer_at())
-    task, config = _read_config(config_path, settings)
-    return Own(config_path, Weights.find(part, WEIGHTS), tokenizer_at(), task, config)
+    task, config, options = _read_config(config_path, settings)
+    return Own(config_path, Weights.find(part, WEIGHTS), tokenizer_at(), task, config, options)
 
 
 def built(
@@ -184,6 +188,7 @@ def built(
     image_size: int | None = None,
     device: str | torch.device = "cpu",
     tokenizer: str | Path | None = None,
+    options: TrainingOptions | None = None,
 ) -> tuple[Any, Tokenizer]:
     """The model and tokenizer of what was opened, in evaluation mode; arguments and errors as in `from_pretrained`."""
     words = source.tokenizer(tokenizer)
@@ -193,7 +198,7 @@ def built(
     source.fits(_outline(source, config))
     if image_size is not None and image_size != config.vision.image_size:
         config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=image_size))
-    model = kind_of(source.task, config)(config)
+    model = kind_of(source.task, config)(config, options or source.options or TrainingOptions())
     state = source.state(model)
     if _POSITIONS in state and state[_POSITIONS].ndim == 3:
         state[_POSITIONS] = fit_positions(model.vision.vit, state[_POSITIONS], config.vision.image_size)
@@ -207,7 +212,7 @@ def built(
 def _outline(source: Own | Foreign, config: BlipConfig) -> nn.Module:
     """A model's names, shapes and types without content. ValueError, naming the file, for one that cannot be."""
     # What does not change a shape may need content to be made.
-    plain = dataclasses.replace(config, vision=dataclasses.replace(config.vision, drop_path=0.0, init_gain=None))
+    plain = dataclasses.replace(config, vision=dataclasses.replace(config.vision, init_gain=None))
     try:
         with torch.device("meta"):
             return kind_of(source.task, plain)(plain)
@@ -223,6 +228,7 @@ def from_pretrained(
     image_size: int | None = None,
     device: str | torch.device = "cpu",
     tokenizer: str | Path | None = None,
+    options: TrainingOptions | None = None,
 ) -> tuple[Blip, Tokenizer]: ...
 @overload
 def from_pretrained(
@@ -232,20 +238,22 @@ def from_pretrained(
     image_size: int | None = None,
     device: str | torch.device = "cpu",
     tokenizer: str | Path | None = None,
+    options: TrainingOptions | None = None,
 ) -> tuple[Model, Tokenizer]: ...
-def from_pretrained(where, kind=Blip, *, image_size=None, device="cpu", tokenizer=None):
+def from_pretrained(where, kind=Blip, *, image_size=None, device="cpu", tokenizer=None, options=None):
     """Read a model; it is in evaluation mode.
 
     `where` is a model directory, a `.pth` of the 2022 release or LAVIS, a directory of transformers, the name of a
     repository with one on the hub, or what `opened` found there. `kind` is the class that is expected, `Blip` or a task
     model. With another `image_size` (pixels) the position embeddings are resized. `tokenizer` is for what brings none,
-    as a `.pth`: what `Tokenizer.load` takes. FileNotFoundError if it is not there, ValueError, naming the file and what
+    as a `.pth`: what `Tokenizer.load` takes. `options` is for training; nothing is random in it unless given, or saved
+    by an older version or another program. FileNotFoundError if it is not there, ValueError, naming the file and what
     is wrong with it, if it is not whole, of another format or kind, or if weights, configuration and tokenizer do not
     fit each other.
     """
     source = where if isinstance(where, Own | Foreign) else opened(where)
     _refuse_kind(source, kind)
-    return built(source, image_size=image_size, device=device, tokenizer=tokenizer)
+    return built(source, image_size=image_size, device=device, tokenizer=tokenizer, options=options)
 
 
 def check_kind(where: str | Path, kind: type[Any] = Blip) -> None:
@@ -316,18 +324,19 @@ def _first(find: Callable[[str], Path], *names: str) -> Path:
     raise missing
 
 
-def _read_config(path: Path, settings: dict[str, Any]) -> tuple[str, BlipConfig]:
-    """Read the task, one of `TASKS`, and the configuration from config.json."""
+def _read_config(path: Path, settings: dict[str, Any]) -> tuple[str, BlipConfig, TrainingOptions | None]:
+    """Read the task, one of `TASKS`, the configuration and older versions' training options from config.json."""
     if settings.get("format") != FORMAT:
         raise ValueError(f"{path} does not say format {FORMAT!r}, nor transformers' model_type: is it another model's?")
-    if settings.get("version") != VERSION:
+    if settings.get("version") not in _READABLE:
         version = settings.get("version")
-        raise ValueError(f"{path} is version {version!r}, this program reads {VERSION}: update openblip")
+        raise ValueError(f"{path} is version {version!r}, this program reads up to {VERSION}: update openblip")
     task = settings.get("task", "blip")
     if not isinstance(task, str) or task not in TASKS:
         raise ValueError(f"{path} is of task {task!r}, this program knows {', '.join(TASKS)}: update openblip")
     try:
-        return task, TASKS[task].config.from_dict(settings.get("model"))
+        values = settings.get("model")
+        return task, TASKS[task].config.from_dict(values), former_options(values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
 

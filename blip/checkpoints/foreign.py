@@ -25,7 +25,7 @@ from blip.checkpoints.table import State, Table, from_theirs, in_words, refuse_m
 from blip.checkpoints.weights import Weights, read_file, read_weights, unwrapped
 from blip.models.presets import BASE, LARGE
 from blip.models.settings import BlipConfig, NlvrModelConfig
-from blip.nn.settings import TextConfig, VisionConfig
+from blip.nn.settings import TextConfig, TrainingOptions, VisionConfig
 from blip.tokenizer import Tokenizer
 
 TOKENIZER_VARIABLE = "OPENBLIP_TOKENIZER"
@@ -147,6 +147,10 @@ class Foreign:
     @property
     def task(self) -> str:
         return self.layout.task
+
+    @property
+    def options(self) -> TrainingOptions:
+        return self.settings.options
 
     @property
     def described(self) -> str:

@@ -13,6 +13,7 @@ from blip.checkpoints.settings import Settings
 from blip.checkpoints.weights import read_json
 from blip.inference.settings import DECODE_PRESETS, AnswerConfig
 from blip.nn.pixels import MEAN, STD
+from blip.nn.settings import TrainingOptions
 from blip.tokenizer import Tokenizer
 
 CLASSES = {
@@ -50,11 +51,10 @@ def read_settings(path: Path) -> Settings:
         vision.whole("num_attention_heads", least=1),
         text.whole("num_attention_heads", least=1),
         None if eps == VISION_EPS else eps,
-        {
-            "norm_eps": text.share("layer_norm_eps"),
-            "dropout": text.share("hidden_dropout_prob"),
-            "attention_dropout": text.share("attention_probs_dropout_prob"),
-        },
+        {"norm_eps": text.share("layer_norm_eps")},
+        TrainingOptions(
+            dropout=text.share("hidden_dropout_prob"), attention_dropout=text.share("attention_probs_dropout_prob")
+        ),
         {name: text.whole(theirs) for name, theirs in _IDS.items()},
         {
             f"{part.name}.{field}": part.whole(field, least=1)
@@ -145,8 +145,8 @@ def their_config(model: Any) -> TheirConfig:
             "num_attention_heads": text.heads,
             "max_position_embeddings": text.max_positions,
             "layer_norm_eps": text.norm_eps,
-            "hidden_dropout_prob": text.dropout,
-            "attention_probs_dropout_prob": text.attention_dropout,
+            "hidden_dropout_prob": model.options.dropout,
+            "attention_probs_dropout_prob": model.options.attention_dropout,
             "initializer_range": text.init_std,
             "bos_token_id": text.dec_id,
             "eos_token_id": text.sep_id,

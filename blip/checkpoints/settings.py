@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from blip.models.presets import BASE, usual_options
+from blip.nn.settings import TrainingOptions
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -16,6 +19,8 @@ class Settings:
     vision_eps: float | None = None
     text: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `TextConfig`."""
+    options: TrainingOptions = field(default_factory=lambda: usual_options(BASE.text))
+    """Training options; the paper's where nothing states them."""
     ids: Mapping[str, int] = field(default_factory=dict)
     """Special ids that the configuration says, to be those of the tokenizer."""
     sizes: Mapping[str, int] = field(default_factory=dict)

@@ -15,32 +15,41 @@ from torch import Tensor, nn
 from blip.models.settings import BlipConfig
 from blip.nn.context import Context
 from blip.nn.linear import Linear
-from blip.nn.settings import TextConfig
+from blip.nn.settings import TextConfig, TrainingOptions
 from blip.nn.stack import Block, CrossAttention, Stack
 from blip.nn.text import TextPass, TextTransformer
 from blip.nn.vision import VisionEncoder
 
 
-def med(config: TextConfig, attentions: Sequence[str], context_width: int | None = None) -> TextTransformer:
+def med(
+    config: TextConfig, options: TrainingOptions, attentions: Sequence[str], context_width: int | None = None
+) -> TextTransformer:
     """Build the multimodal mixture of encoder and decoder (paper, section 3.1), or only the parts that are needed.
 
     A layer has a self-attention for each of `attentions`, `text` (encoder) and `causal` (decoder), and shares the rest.
     """
-    blocks = [
-        Block(config, attentions, None if context_width is None else CrossAttention(config, context_width))
-        for _ in range(config.layers)
-    ]
-    return TextTransformer(config, Stack(blocks), head="causal" in attentions)
+
+    def block() -> Block:
+        cross = None if context_width is None else CrossAttention(config, options, context_width)
+        return Block(config, options, attentions, cross)
+
+    return TextTransformer(config, options, Stack(block() for _ in range(config.layers)), head="causal" in attentions)
 
 
 class Towers(nn.Module):
     """The two unimodal encoders with their projections into the joint space: all that contrast needs."""
 
-    def __init__(self, config: BlipConfig, attentions: Sequence[str] = ("text",), grounded: bool = False) -> None:
+    def __init__(
+        self,
+        config: BlipConfig,
+        options: TrainingOptions = TrainingOptions(),
+        attentions: Sequence[str] = ("text",),
+        grounded: bool = False,
+    ) -> None:
         super().__init__()
-        self.config = config
-        self.vision = VisionEncoder(config.vision)
-        self.med = med(config.text, attentions, self.vision.width if grounded else None)
+        self.config, self.options = config, options
+        self.vision = VisionEncoder(config.vision, options)
+        self.med = med(config.text, options, attentions, self.vision.width if grounded else None)
         self.image_proj = Linear(self.vision.width, config.embed_dim)
         self.text_proj = Linear(config.text.width, config.embed_dim)
 
@@ -57,8 +66,10 @@ class Towers(nn.Module):
 class Matcher(Towers):
     """The towers and the image-grounded text encoder: what a retrieval or matching checkpoint has."""
 
-    def __init__(self, config: BlipConfig, attentions: Sequence[str] = ("text",)) -> None:
-        super().__init__(config, attentions, grounded=True)
+    def __init__(
+        self, config: BlipConfig, options: TrainingOptions = TrainingOptions(), attentions: Sequence[str] = ("text",)
+    ) -> None:
+        super().__init__(config, options, attentions, grounded=True)
         self.match_head = Linear(config.text.width, 2)
         self.temperature = nn.Parameter(torch.tensor(config.temperature))
 
@@ -79,11 +90,11 @@ class Matcher(Towers):
 class Captioner(nn.Module):
     """The image encoder and the image-grounded text decoder: what a captioner's checkpoint has."""
 
-    def __init__(self, config: BlipConfig) -> None:
+    def __init__(self, config: BlipConfig, options: TrainingOptions = TrainingOptions()) -> None:
         super().__init__()
-        self.config = config
-        self.vision = VisionEncoder(config.vision)
-        self.med = med(config.text, ("causal",), self.vision.width)
+        self.config, self.options = config, options
+        self.vision = VisionEncoder(config.vision, options)
+        self.med = med(config.text, options, ("causal",), self.vision.width)
 
     def context(self, tokens: Tensor, queries: int | None = None) -> Context:
         """Project image tokens (B, P, V) once for all texts; `queries` as in `Stack.context`."""
@@ -104,8 +115,8 @@ class Captioner(nn.Module):
 class Blip(Matcher):
     """One image encoder and one text transformer that embeds, matches and generates."""
 
-    def __init__(self, config: BlipConfig) -> None:
-        super().__init__(config, ("text", "causal"))
+    def __init__(self, config: BlipConfig, options: TrainingOptions = TrainingOptions()) -> None:
+        super().__init__(config, options, ("text", "causal"))
 
     decoder = Captioner.decoder
     caption_logits = Captioner.caption_logits

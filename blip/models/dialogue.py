@@ -19,6 +19,7 @@ from blip.models.protocols import Matches, require
 from blip.models.settings import DialogueModelConfig
 from blip.nn.context import Context
 from blip.nn.linear import Linear
+from blip.nn.settings import TrainingOptions
 from blip.nn.text import TextPass
 from blip.nn.vision import VisionEncoder
 
@@ -26,11 +27,11 @@ from blip.nn.vision import VisionEncoder
 class Dialogue(nn.Module):
     """An image encoder, and a text encoder for the caption and then the dialogue, whose head matches answers."""
 
-    def __init__(self, config: DialogueModelConfig) -> None:
+    def __init__(self, config: DialogueModelConfig, options: TrainingOptions = TrainingOptions()) -> None:
         super().__init__()
-        self.config = config
-        self.vision = VisionEncoder(config.vision)
-        self.med = med(config.text, ("text",), self.vision.width)
+        self.config, self.options = config, options
+        self.vision = VisionEncoder(config.vision, options)
+        self.med = med(config.text, options, ("text",), self.vision.width)
         self.match_head = Linear(config.text.width, 2)
         if self.vision.width != config.text.width:
             self.caption_proj = Linear(config.text.width, self.vision.width)
@@ -39,7 +40,7 @@ class Dialogue(nn.Module):
     def from_blip(cls, blip: Blip | Matcher, caption_sees_image: bool = False) -> Self:
         """Build a model with the weights of a pre-trained one, as `origin` says; new weights are random."""
         require(blip, Matches)
-        model = cls(DialogueModelConfig.of(blip.config, caption_sees_image))
+        model = cls(DialogueModelConfig.of(blip.config, caption_sees_image), blip.options)
         inherit.copy(model, blip, model.origin())
         return model.train(blip.training)
 

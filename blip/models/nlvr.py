@@ -22,7 +22,7 @@ from blip.models.settings import NlvrModelConfig
 from blip.nn.context import Context, project
 from blip.nn.linear import Linear
 from blip.nn.packing import Layout
-from blip.nn.settings import TextConfig
+from blip.nn.settings import TextConfig, TrainingOptions
 from blip.nn.stack import Block, CrossAttention, Stack
 from blip.nn.text import TextPass, TextTransformer
 from blip.nn.vision import VisionEncoder
@@ -31,9 +31,11 @@ from blip.nn.vision import VisionEncoder
 class SeveralCross(nn.Module):
     """K cross-attentions in place of one, each to its own image, with merged results."""
 
-    def __init__(self, config: TextConfig, context_width: int, images: int, merges: bool) -> None:
+    def __init__(
+        self, config: TextConfig, options: TrainingOptions, context_width: int, images: int, merges: bool
+    ) -> None:
         super().__init__()
-        self.of_image = nn.ModuleList(CrossAttention(config, context_width) for _ in range(images))
+        self.of_image = nn.ModuleList(CrossAttention(config, options, context_width) for _ in range(images))
         if merges:
             self.merge = Linear(images * config.width, config.width)
         self.merges = merges
@@ -50,16 +52,17 @@ class SeveralCross(nn.Module):
 class Nlvr(nn.Module):
     """An image encoder, a text encoder over several images, and a head that classifies false and true."""
 
-    def __init__(self, config: NlvrModelConfig) -> None:
+    def __init__(self, config: NlvrModelConfig, options: TrainingOptions = TrainingOptions()) -> None:
         super().__init__()
-        self.config = config
-        self.vision = VisionEncoder(config.vision)
+        self.config, self.options = config, options
+        self.vision = VisionEncoder(config.vision, options)
         half = config.text.layers // 2
         cross = [
-            SeveralCross(config.text, self.vision.width, config.images, merges=layer >= half)
+            SeveralCross(config.text, options, self.vision.width, config.images, merges=layer >= half)
             for layer in range(config.text.layers)
         ]
-        self.med = TextTransformer(config.text, Stack(Block(config.text, ("text",), one) for one in cross))
+        blocks = Stack(Block(config.text, options, ("text",), one) for one in cross)
+        self.med = TextTransformer(config.text, options, blocks)
         width = config.text.width
         self.head_dense, self.head = Linear(width, width), Linear(width, 2)
 
@@ -67,7 +70,7 @@ class Nlvr(nn.Module):
     def from_blip(cls, blip: Blip | Matcher, images: int = 2) -> Self:
         """Build a model with the weights of a pre-trained one, as `origin` says; new weights are random."""
         require(blip, Matches)
-        model = cls(NlvrModelConfig.of(blip.config, images=images))
+        model = cls(NlvrModelConfig.of(blip.config, images=images), blip.options)
         inherit.copy(model, blip, model.origin())
         return model.train(blip.training)
 

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from blip.nn.settings import TextConfig, VisionConfig
+from blip.nn.settings import TextConfig, TrainingOptions, VisionConfig
 from blip.settings import LATER, WIDTH, between, check_fields, known
 
 
@@ -33,9 +33,27 @@ class BlipConfig:
     def from_dict(cls, values: dict[str, Any]) -> BlipConfig:
         """Build from `to_dict`'s output, this or an earlier version's; ValueError names an unknown or missing key."""
         values = known(cls, values, "model config")
-        values["vision"] = VisionConfig(**known(VisionConfig, values["vision"], "vision config"))
-        values["text"] = TextConfig(**known(TextConfig, values["text"], "text config"))
+        for part, kind in (("vision", VisionConfig), ("text", TextConfig)):
+            own = known(kind, values[part], f"{part} config", besides=_FORMER[part])
+            values[part] = kind(**{name: value for name, value in own.items() if name not in _FORMER[part]})
         return cls(**values)
+
+
+_FORMER = {"vision": ("drop_path", "patch_drop", "checkpoint"), "text": ("dropout", "attention_dropout")}
+"""Training options that older versions saved with the shapes."""
+
+
+def former_options(values: dict[str, Any]) -> TrainingOptions | None:
+    """Read the training options from the `to_dict` output of an older version; None if it has none."""
+    options: dict[str, Any] = {}
+    for part, names in _FORMER.items():
+        stored = {name: values[part][name] for name in names if name in values[part]}
+        try:
+            TrainingOptions(**stored)
+        except ValueError as error:
+            raise ValueError(f"{part}.{error}") from None
+        options |= stored
+    return TrainingOptions(**options) if options else None
 
 
 @dataclass(frozen=True)

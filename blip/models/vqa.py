@@ -16,6 +16,7 @@ from blip.models.inherit import WeightOrigin
 from blip.models.protocols import Generates, Matches, require
 from blip.models.settings import BlipConfig
 from blip.nn.context import Context
+from blip.nn.settings import TrainingOptions
 from blip.nn.text import TextPass, TextTransformer
 from blip.nn.vision import VisionEncoder
 
@@ -26,18 +27,18 @@ class Vqa(nn.Module):
     `generate` and `write` of `blip.inference` accept it in place of a `Blip`, with a context of questions, not images.
     """
 
-    def __init__(self, config: BlipConfig) -> None:
+    def __init__(self, config: BlipConfig, options: TrainingOptions = TrainingOptions()) -> None:
         super().__init__()
-        self.config = config
-        self.vision = VisionEncoder(config.vision)
-        self.question = med(config.text, ("text",), self.vision.width)
-        self.answer = med(config.text, ("causal",), config.text.width)
+        self.config, self.options = config, options
+        self.vision = VisionEncoder(config.vision, options)
+        self.question = med(config.text, options, ("text",), self.vision.width)
+        self.answer = med(config.text, options, ("causal",), config.text.width)
 
     @classmethod
     def from_blip(cls, blip: Blip) -> Self:
         """Build a model with the weights of a pre-trained one, as `origin` says; new weights are random."""
         require(blip, Matches, Generates)
-        model = cls(blip.config)
+        model = cls(blip.config, blip.options)
         inherit.copy(model, blip, model.origin())
         return model.train(blip.training)
 

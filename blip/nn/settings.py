@@ -1,4 +1,4 @@
-"""Shapes of the two transformers, and the ids of special tokens."""
+"""Shapes of the two transformers, the ids of special tokens, and what training adds to both."""
 
 from __future__ import annotations
 
@@ -25,12 +25,6 @@ class VisionConfig:
     """Number of blocks."""
     heads: int | None = field(default=None, metadata=HEADS)
     """Number of attention heads."""
-    drop_path: float = field(default=0.0, metadata=SHARE)
-    """Probability of stochastic depth at the last block."""
-    patch_drop: float = field(default=0.0, metadata=SHARE)
-    """Share of patches dropped in training (FLIP), which trades accuracy for speed."""
-    checkpoint: bool = False
-    """Recompute blocks in the backward pass to save memory."""
     init_gain: float | None = field(default=None, metadata=between(0, 1000))
     """Deviation of initial weights times sqrt(inputs), with sinusoidal positions; `None`: timm's, slow if narrow."""
     norm_eps: float | None = field(default=None, metadata=LATER | SHARE)
@@ -46,8 +40,6 @@ class VisionConfig:
             f"vision.model must be the name of a timm architecture, such as vit_base_patch16_224, not a repository, an "
             f"address, a path or the name of weights; got {reprlib.repr(self.model)}",
         )
-        require(self.drop_path < 1, f"drop_path must be in [0, 1), got {self.drop_path}")
-        require(self.patch_drop < 1, f"patch_drop must be in [0, 1), got {self.patch_drop}")
         whole = None in (self.width, self.heads) or self.width % self.heads == 0
         require(whole, f"vision.width {self.width} is not a multiple of vision.heads {self.heads}")
 
@@ -68,10 +60,6 @@ class TextConfig:
     """Width inside the feed-forward."""
     max_positions: int = field(default=512, metadata=between(2, 1 << 20))
     """Longest text in tokens."""
-    dropout: float = field(default=0.1, metadata=SHARE)
-    """Dropout of embeddings and block outputs."""
-    attention_dropout: float = field(default=0.1, metadata=SHARE)
-    """Dropout of attention probabilities."""
     norm_eps: float = field(default=1e-12, metadata=SHARE)
     """Epsilon of layer normalisation."""
     init_std: float = field(default=0.02, metadata=between(0, 1000))
@@ -93,3 +81,24 @@ class TextConfig:
         for name in ("pad_id", "cls_id", "sep_id", "dec_id", "enc_id"):
             value = getattr(self, name)
             require(value < self.vocab_size, f"text.{name} {value} is outside the vocabulary of {self.vocab_size}")
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How a model computes while it is trained: a setting of a run, not saved with the model."""
+
+    drop_path: float = field(default=0.0, metadata=SHARE)
+    """Probability of stochastic depth at the last block of the image encoder."""
+    patch_drop: float = field(default=0.0, metadata=SHARE)
+    """Share of patches dropped (FLIP), which trades accuracy for speed."""
+    checkpoint: bool = False
+    """Recompute the image encoder's blocks in the backward pass to save memory."""
+    dropout: float = field(default=0.0, metadata=SHARE)
+    """Dropout of the text transformer's embeddings and block outputs."""
+    attention_dropout: float = field(default=0.0, metadata=SHARE)
+    """Dropout of the text transformer's attention probabilities."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(self.drop_path < 1, f"drop_path must be in [0, 1), got {self.drop_path}")
+        require(self.patch_drop < 1, f"patch_drop must be in [0, 1), got {self.patch_drop}")

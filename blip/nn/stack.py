@@ -23,7 +23,7 @@ from blip.nn.attention import attention
 from blip.nn.context import Context, project
 from blip.nn.linear import Linear, linear
 from blip.nn.packing import Layout, first_tokens, join, split
-from blip.nn.settings import TextConfig
+from blip.nn.settings import TextConfig, TrainingOptions
 
 
 @dataclass(eq=False, repr=False)
@@ -134,9 +134,9 @@ _Seen = dict[Pass, tuple[Tensor, ...]]
 class SelfAttention(nn.Module):
     """Multi-head self-attention among the tokens of a pass."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig, options: TrainingOptions) -> None:
         super().__init__()
-        self.heads, self.dropout = config.heads, config.attention_dropout
+        self.heads, self.dropout = config.heads, options.attention_dropout
         self.qkv = Linear(config.width, 3 * config.width)
         self.out = Linear(config.width, config.width)
 
@@ -188,9 +188,9 @@ def _apart(grid: Tensor, segments: Sequence[Segment]) -> list[Tensor]:
 class CrossAttention(nn.Module):
     """Multi-head attention of packed tokens to a `Context`."""
 
-    def __init__(self, config: TextConfig, context_width: int) -> None:
+    def __init__(self, config: TextConfig, options: TrainingOptions, context_width: int) -> None:
         super().__init__()
-        self.heads, self.dropout = config.heads, config.attention_dropout
+        self.heads, self.dropout = config.heads, options.attention_dropout
         self.query = Linear(config.width, config.width)
         self.kv = Linear(context_width, 2 * config.width)
         self.out = Linear(config.width, config.width)
@@ -216,13 +216,14 @@ class Block(nn.Module):
     def __init__(
         self,
         config: TextConfig,
+        options: TrainingOptions,
         attentions: Sequence[str],
         cross: nn.Module | None = None,
         feed_forwards: Sequence[str] = ("",),
     ) -> None:
         super().__init__()
         for name in attentions:
-            self.add_module(name, SelfAttention(config))
+            self.add_module(name, SelfAttention(config, options))
             self.add_module(f"{name}_norm", nn.LayerNorm(config.width, config.norm_eps))
         self.cross = cross
         if cross is not None:
@@ -232,7 +233,7 @@ class Block(nn.Module):
             self.add_module(up, Linear(config.width, config.hidden))
             self.add_module(down, Linear(config.hidden, config.width))
             self.add_module(norm, nn.LayerNorm(config.width, config.norm_eps))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(options.dropout)
 
     def attend_self(self, group: _Group, x: Tensor, layer: int, seen: _Seen) -> Tensor:
         (name, first), parts = group

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from blip.nn.context import Context
 from blip.nn.linear import Linear, linear
 from blip.nn.packing import Layout, join, split
-from blip.nn.settings import TextConfig
+from blip.nn.settings import TextConfig, TrainingOptions
 from blip.nn.stack import Cache, Pass, Segment, Stack
 
 
@@ -41,13 +41,13 @@ class TextPass:
 class TextTransformer(nn.Module):
     """Embeddings, a stack whose self-attentions are called `text` and `causal`, and the head that predicts words."""
 
-    def __init__(self, config: TextConfig, blocks: Stack, head: bool = False) -> None:
+    def __init__(self, config: TextConfig, options: TrainingOptions, blocks: Stack, head: bool = False) -> None:
         super().__init__()
         self.config = config
         self.word = nn.Embedding(config.vocab_size, config.width, padding_idx=config.pad_id)
         self.position = nn.Embedding(config.max_positions, config.width)
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(options.dropout)
         self.blocks = blocks
         if head:
             self.head_dense = Linear(config.width, config.width)

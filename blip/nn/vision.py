@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from blip.nn.attention import plain_is_faster
 from blip.nn.linear import adopt
-from blip.nn.settings import VisionConfig
+from blip.nn.settings import TrainingOptions, VisionConfig
 
 _EXPECTED = "expected a timm ViT with a class token, such as those of DeiT, MAE, BEiT, CLIP, DINO and EVA"
 
@@ -23,22 +23,22 @@ _EXPECTED = "expected a timm ViT with a class token, such as those of DeiT, MAE,
 class VisionEncoder(nn.Module):
     """A timm ViT without pooling or head (paper, section 3.1). ValueError if the timm model is not such a ViT."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, options: TrainingOptions) -> None:
         super().__init__()
         shape = {"patch_size": config.patch_size, "embed_dim": config.width, "depth": config.depth}
         shape["num_heads"] = config.heads
-        options = {name: value for name, value in shape.items() if value is not None}
+        arguments = {name: value for name, value in shape.items() if value is not None}
         if config.hidden is not None:
-            options["mlp_ratio"] = _ratio(config)
-        if config.patch_drop:
-            options["patch_drop_rate"] = config.patch_drop
+            arguments["mlp_ratio"] = _ratio(config)
+        if options.patch_drop:
+            arguments["patch_drop_rate"] = options.patch_drop
         if config.norm_eps is not None:
-            options["norm_layer"] = partial(LayerNorm, eps=config.norm_eps)
-        self.vit = _build(config, options)
+            arguments["norm_layer"] = partial(LayerNorm, eps=config.norm_eps)
+        self.vit = _build(config, arguments | {"drop_path_rate": options.drop_path})
         adopt(self.vit)
         if config.init_gain is not None:
             _start_narrow(self.vit, config.init_gain)
-        if config.checkpoint:
+        if options.checkpoint:
             self.vit.set_grad_checkpointing(True)
         self.image_size = config.image_size
         self.width: int = self.vit.num_features
@@ -62,14 +62,14 @@ def _ratio(config: VisionConfig) -> float:
     return (config.hidden + 0.5) / config.width
 
 
-def _build(config: VisionConfig, options: dict[str, Any]) -> nn.Module:
+def _build(config: VisionConfig, arguments: dict[str, Any]) -> nn.Module:
     """Build the timm model. ValueError for one without a class token and one token for each patch."""
     if not timm.is_model(config.model):
         reason = f"timm {timm.__version__} has no such architecture"
         raise ValueError(f"vision.model {config.model} cannot be an image encoder here ({reason}): {_EXPECTED}")
-    fixed = {"img_size": config.image_size, "num_classes": 0, "global_pool": "", "drop_path_rate": config.drop_path}
+    fixed = {"img_size": config.image_size, "num_classes": 0, "global_pool": ""}
     try:
-        vit = timm.create_model(config.model, **fixed, **options)
+        vit = timm.create_model(config.model, **fixed, **arguments)
     except Exception as error:  # whose type depends on the kind of model
         reason = str(error).split("\n")[0][:200] or type(error).__name__
         raise ValueError(

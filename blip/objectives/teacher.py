@@ -31,7 +31,7 @@ class Teacher(nn.Module):
 
     def __init__(self, student: Towers) -> None:
         super().__init__()
-        self.towers = Towers(student.config).requires_grad_(False)
+        self.towers = Towers(student.config, student.options).requires_grad_(False)
         self.update(student, momentum=0.0)
 
     @torch.no_grad()

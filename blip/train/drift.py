@@ -22,7 +22,13 @@ FREE_TO_CHANGE = frozenset(
     | {"workers", "worker_timeout", "max_bad_fraction", "timeout", "out"}
 )
 """Settings that do not change what is computed; all others must stay the same when a run continues."""
-YOUNGER = {"decode.length_rule": "generated", "answers.length_rule": "generated", "train.towers": [], "clip": None}
+YOUNGER = {
+    "decode.length_rule": "generated",
+    "answers.length_rule": "generated",
+    "train.towers": [],
+    "clip": None,
+    "model.dropout": None,
+}
 """Settings missing from older checkpoints, by their whole names -> the value that was in effect."""
 
 

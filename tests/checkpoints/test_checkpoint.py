@@ -15,7 +15,7 @@ from blip import files as atomic
 from blip.checkpoints.checkpoint import from_pretrained, push_to_hub, save_pretrained
 from blip.models.blip import Blip
 from blip.models.presets import TINY
-from blip.nn.settings import TextConfig, VisionConfig
+from blip.nn.settings import TextConfig, TrainingOptions, VisionConfig
 from blip.tensors import read_tensors, write_tensors
 from blip.tokenizer import Tokenizer
 
@@ -70,11 +70,32 @@ def test_another_image_size_resizes_positions_only(saved):
 def test_towers_with_other_parts_come_back(tmp_path, name):
     """Rotary positions and register tokens, too, have shapes that are known without content."""
     side = 28 if "patch14" in name else 32
-    vision = VisionConfig(name, image_size=side, depth=1, drop_path=0.1)
-    model = Blip(dataclasses.replace(SMALLEST, vision=vision))
+    vision = VisionConfig(name, image_size=side, depth=1)
+    model = Blip(dataclasses.replace(SMALLEST, vision=vision), TrainingOptions(drop_path=0.1))
     save_pretrained(model, TOKENIZER, tmp_path / "model")
     loaded, _ = from_pretrained(tmp_path / "model")
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_training_options_are_not_saved_and_those_of_older_versions_are_read(tmp_path):
+    where, options = tmp_path / "model", TrainingOptions(0.2, 0.5, True, 0.3, 0.4)
+    model = Blip(dataclasses.replace(SMALLEST, vision=dataclasses.replace(SMALLEST.vision, depth=2)), options)
+    save_pretrained(model, TOKENIZER, where)
+    settings = json.loads((where / "config.json").read_text())
+    for name, part in ("drop_path", "vision"), ("patch_drop", "vision"), ("checkpoint", "vision"), ("dropout", "text"):
+        assert name not in settings["model"][part]
+    assert from_pretrained(where)[0].options == TrainingOptions()
+    assert from_pretrained(where, options=options)[0].options == options
+
+    settings["version"] = 1  # which had them beside the shapes
+    settings["model"]["vision"] |= {"drop_path": 0.2, "patch_drop": 0.5, "checkpoint": True}
+    settings["model"]["text"] |= {"dropout": 0.3, "attention_dropout": 0.4}
+    (where / "config.json").write_text(json.dumps(settings))
+    older, _ = from_pretrained(where)
+    assert older.config == model.config
+    assert older.options == options
+    assert older.vision.vit.blocks[-1].drop_path1.drop_prob == pytest.approx(0.2)
+    assert (older.med.dropout.p, older.med.blocks[0].dropout.p, older.med.blocks[0].text.dropout) == (0.3, 0.3, 0.4)
 
 
 def test_saving_again_replaces_the_model_and_keeps_other_files(saved):

@@ -26,7 +26,7 @@ from blip.checkpoints.table import from_theirs, to_theirs
 from blip.checkpoints.weights import load, read_weights
 from blip.models.blip import Blip
 from blip.models.presets import BASE
-from blip.nn.settings import VisionConfig
+from blip.nn.settings import TrainingOptions, VisionConfig
 from blip.nn.text import TextPass
 from blip.nn.vision import VisionEncoder
 from blip.objectives.pretrain import Pretrain
@@ -439,9 +439,9 @@ def test_initial_vision_of_a_family_by_name(monkeypatch, tmp_path, name, expecte
 
 
 def test_a_recipe_takes_the_architecture_that_weights_are_named_by():
-    choice = ModelChoice(size="base", vision_weights="vit_base_patch16_clip_224.openai", drop_path=0.1)
+    choice = ModelChoice(size="base", vision_weights="vit_base_patch16_clip_224.openai")
     vision = building._vision(choice, BASE.vision)
-    assert vision == VisionConfig("vit_base_patch16_clip_224", drop_path=0.1)
+    assert vision == VisionConfig("vit_base_patch16_clip_224")
     for name in ("deit_base_patch16_224.fb_in1k", "vit_base_patch16_384.augreg_in21k_ft_in1k", "./vit.pth"):
         assert building._vision(ModelChoice(vision_weights=name), BASE.vision) == BASE.vision
 
@@ -459,7 +459,7 @@ def test_a_recipe_takes_the_architecture_that_weights_are_named_by():
 )
 def test_models_of_timm_that_cannot_be_the_tower(name, told):
     with pytest.raises(ValueError, match=told) as error:
-        VisionEncoder(VisionConfig(name, image_size=224))
+        VisionEncoder(VisionConfig(name, image_size=224), TrainingOptions())
     assert name in str(error.value)
     assert "DeiT, MAE, BEiT, CLIP, DINO" in str(error.value)
 

@@ -43,7 +43,7 @@ from blip.models.nlvr import Nlvr
 from blip.models.presets import BASE, LARGE
 from blip.models.video import embed_clip
 from blip.models.vqa import Vqa
-from blip.nn.settings import VisionConfig
+from blip.nn.settings import TrainingOptions, VisionConfig
 from blip.objectives.caption import Caption, CaptionConfig
 from blip.tokenizer import Tokenizer
 from eval.retrieval import retrieval
@@ -87,8 +87,8 @@ def test_every_kind_is_known_by_its_keys_and_read_whole(name, tmp_path):
     wanted = released.NLVR if name == "nlvr" else goldens.CONFIG
     for size in ("image_size", "patch_size", "width", "depth", "heads"):
         assert getattr(model.config.vision, size) == getattr(wanted.vision, size), size
-    dropout = {"dropout": 0.1, "attention_dropout": 0.1}  # the paper's, as no file tells it
-    assert model.config.text == dataclasses.replace(wanted.text, **dropout)
+    assert model.config.text == wanted.text
+    assert model.options == TrainingOptions(dropout=0.1, attention_dropout=0.1)  # the paper's, as no file tells it
     assert model.config.parts == found.layout.parts
     assert not model.training
     table = found.layout.table(model)

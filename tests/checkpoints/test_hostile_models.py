@@ -149,7 +149,7 @@ CASES |= {
     "temperature null": (config("temperature", None), "config.json: temperature must"),
     "heads that do not divide, image": (config("vision.heads", 5), "config.json: vision.width 24"),
     "heads that do not divide, text": (config("text.heads", 3), "config.json: text width 16"),
-    "drop_path 1": (config("vision.drop_path", 1), "config.json: drop_path must"),
+    "drop_path 1": (config("vision.drop_path", 1), "config.json: vision.drop_path must"),
     "parts": (config("parts", "most"), "config.json: parts must"),
     "parts of a list": (config("parts", ["all"]), "config.json: parts must"),
     "checkpoint": (config("vision.checkpoint", 1), "config.json: vision.checkpoint must"),

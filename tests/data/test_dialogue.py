@@ -41,7 +41,7 @@ def close(ours, theirs, tolerance=1e-5):
 
 def random_model(sees=False, tokenizer=TOKENIZER, **vision):
     torch.manual_seed(3)
-    text = dataclasses.replace(SMALLEST.text, layers=2, dropout=0.0, attention_dropout=0.0, max_positions=48)
+    text = dataclasses.replace(SMALLEST.text, layers=2, max_positions=48)
     text = tokenizer.text_config(text)
     eye = dataclasses.replace(SMALLEST.vision, **vision)
     model = Dialogue.from_blip(Blip(dataclasses.replace(SMALLEST, vision=eye, text=text)), sees)

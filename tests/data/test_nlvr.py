@@ -45,7 +45,7 @@ GOLDEN = Path(__file__).parents[1] / "goldens/nlvr.safetensors"
 ORIGINAL = NlvrModelConfig(
     vision=VisionConfig("vit_tiny_patch16_224", image_size=32, patch_size=8, width=24, depth=2, heads=2),
     text=TextConfig(
-        vocab_size=99, width=16, layers=12, heads=2, hidden=32, max_positions=32, dropout=0.0, attention_dropout=0.0,
+        vocab_size=99, width=16, layers=12, heads=2, hidden=32, max_positions=32,
         cls_id=2, sep_id=3, dec_id=97, enc_id=98,
     ),
 )  # fmt: skip
@@ -108,7 +108,7 @@ def test_loss_and_gradient_are_the_originals(original, golden):
 
 def random_model(images=2, layers=2):
     torch.manual_seed(3)
-    text = dataclasses.replace(SMALLEST.text, layers=layers, attention_dropout=0.0, dropout=0.0)
+    text = dataclasses.replace(SMALLEST.text, layers=layers)
     blip = Blip(dataclasses.replace(SMALLEST, text=text))
     model = Nlvr.from_blip(blip, images=images).eval()
     with torch.no_grad():  # the start is so even that a mistake would not be seen

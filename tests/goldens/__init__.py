@@ -17,7 +17,7 @@ STEPS = 3
 CONFIG = BlipConfig(
     vision=VisionConfig("vit_tiny_patch16_224", image_size=32, patch_size=8, width=32, depth=2, heads=2),
     text=TextConfig(
-        vocab_size=99, width=24, layers=2, heads=2, hidden=48, max_positions=32, dropout=0.0, attention_dropout=0.0,
+        vocab_size=99, width=24, layers=2, heads=2, hidden=48, max_positions=32,
         pad_id=0, cls_id=2, sep_id=3, dec_id=97, enc_id=98,
     ),
     embed_dim=16,

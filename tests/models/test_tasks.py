@@ -133,10 +133,10 @@ def test_a_recipe_builds_it_from_a_choice(blip, tmp_path):
     choice = ModelChoice(start_from=str(tmp_path / "blip"), drop_path=0.1)
     model, _ = build_task(Vqa, choice, seed=3)
     assert same(model, build_task(Vqa, choice, seed=3)[0])
-    assert model.config.vision.drop_path == 0.1
+    assert model.options.drop_path == 0.1
     save_pretrained(model, TOKENIZER, tmp_path / "vqa")
     again, _ = build_task(Vqa, ModelChoice(start_from=str(tmp_path / "vqa")), seed=9)
     assert same(again, model)
-    assert again.config.vision.drop_path == 0.1
+    assert again.options.drop_path == 0
     tiny, _ = build_task(Vqa, ModelChoice(size="tiny", tokenizer="world"), seed=0)
     assert tiny.config.text.width == 128

@@ -6,6 +6,7 @@ from test_objectives import CONFIG, make_batch
 
 from blip.models.blip import Blip, Captioner, Matcher, Towers, med
 from blip.nn.packing import Layout
+from blip.nn.settings import TrainingOptions
 from blip.nn.text import TextPass
 
 
@@ -114,7 +115,7 @@ def test_a_padded_layout_computes_what_a_packed_one_does(model, batch, monkeypat
 
 
 def test_a_text_only_transformer_has_no_grounded_parts():
-    text = med(CONFIG.text, ("text",))
+    text = med(CONFIG.text, TrainingOptions(), ("text",))
     names = {name.split(".")[2] for name, _ in text.named_parameters() if name.startswith("blocks")}
     assert names == {"text", "text_norm", "up", "down", "ffn_norm"}
     assert set(Towers(CONFIG).state_dict()) < set(Matcher(CONFIG).state_dict()) < set(Blip(CONFIG).state_dict())

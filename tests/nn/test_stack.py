@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from transformers import BertConfig, BertModel
 
 from blip.nn.packing import Layout
-from blip.nn.settings import TextConfig
+from blip.nn.settings import TextConfig, TrainingOptions
 from blip.nn.stack import Block, Cache, CrossAttention, Pass, Segment, Stack
 
+NONE = TrainingOptions()
 CONFIG = TextConfig(
-    vocab_size=120, width=32, layers=4, heads=4, hidden=48, max_positions=40, dropout=0.0, attention_dropout=0.0,
+    vocab_size=120, width=32, layers=4, heads=4, hidden=48, max_positions=40,
     cls_id=2, sep_id=3, dec_id=118, enc_id=119,
 )  # fmt: skip
 ROWS, WORDS, PATCHES, QUERIES, WIDTH = 5, 9, 6, 3, 24
@@ -60,7 +61,7 @@ def bert():
 
 def like(bert, feed_forwards):
     """A stack with BERT's weights, the same in every feed-forward."""
-    stack = Stack(Block(CONFIG, ["text"], feed_forwards=feed_forwards) for _ in range(4)).double()
+    stack = Stack(Block(CONFIG, NONE, ["text"], feed_forwards=feed_forwards) for _ in range(4)).double()
     for block, layer in zip(stack, bert.encoder.layer, strict=True):
         theirs = layer.attention
         pairs = [(block.text.out, theirs.output.dense), (block.text_norm, theirs.output.LayerNorm)]
@@ -113,7 +114,8 @@ def test_each_kind_of_token_has_its_own_feed_forward(bert, words_at):
 def qformer():
     torch.manual_seed(1)
     blocks = [
-        Block(CONFIG, ["text"], CrossAttention(CONFIG, WIDTH) if i % 2 == 0 else None, ["", "query"]) for i in range(4)
+        Block(CONFIG, NONE, ["text"], CrossAttention(CONFIG, NONE, WIDTH) if i % 2 == 0 else None, ["", "query"])
+        for i in range(4)
     ]
     return randomised(Stack(blocks))
 

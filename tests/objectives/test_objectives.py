@@ -1,6 +1,5 @@
 """The pre-training objective against the straightforward implementation, and what must not change it."""
 
-import dataclasses
 
 import oracle
 import pytest
@@ -8,7 +7,7 @@ import torch
 
 from blip.models.blip import Blip
 from blip.models.settings import BlipConfig
-from blip.nn.settings import TextConfig, VisionConfig
+from blip.nn.settings import TextConfig, TrainingOptions, VisionConfig
 from blip.objectives import negatives, targets
 from blip.objectives.batch import Batch
 from blip.objectives.objective import Clock
@@ -17,7 +16,7 @@ from blip.objectives.pretrain import Pretrain, PretrainConfig
 CONFIG = BlipConfig(
     vision=VisionConfig("vit_tiny_patch16_224", image_size=32, patch_size=8, width=48, depth=2, heads=3),
     text=TextConfig(
-        vocab_size=120, width=32, layers=3, heads=4, hidden=64, max_positions=40, dropout=0.0, attention_dropout=0.0,
+        vocab_size=120, width=32, layers=3, heads=4, hidden=64, max_positions=40,
         cls_id=2, sep_id=3, dec_id=118, enc_id=119,
     ),
     embed_dim=16,
@@ -154,16 +153,16 @@ def test_alpha_rises_over_the_first_epochs(fixed_negatives, monkeypatch):
 
 
 def test_teacher_gets_no_gradient_and_no_dropout():
-    config = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, dropout=0.5, attention_dropout=0.5))
+    options = TrainingOptions(dropout=0.5, attention_dropout=0.5)
     torch.manual_seed(0)
-    pretrain = Pretrain(Blip(config), PretrainConfig(queue_size=8)).train()
+    pretrain = Pretrain(Blip(CONFIG, options), PretrainConfig(queue_size=8)).train()
     batch = make_batch()
     first, second = pretrain(batch, Clock()), pretrain(batch, Clock())
     assert torch.equal(first.carry.text.vector, second.carry.text.vector)
     assert not torch.equal(first.losses["lm"], second.losses["lm"])
     sum(first.losses.values()).backward()
     assert all(p.grad is None for p in pretrain.teacher.parameters())
-    noisy = Pretrain(Blip(config), PretrainConfig(queue_size=8, teacher_dropout=True)).train()
+    noisy = Pretrain(Blip(CONFIG, options), PretrainConfig(queue_size=8, teacher_dropout=True)).train()
     assert not torch.equal(noisy(batch, Clock()).carry.text.vector, noisy(batch, Clock()).carry.text.vector)
 
 

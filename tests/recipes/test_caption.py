@@ -45,8 +45,8 @@ from blip.world import files as world_files
 from blip.world.scene import COLOURS, scene_of
 from eval.captioning import captions_of, score
 from eval.images import Images
+from recipes import building, command
 from recipes import caption as recipe
-from recipes import command
 from recipes.building import ModelChoice, build_feed, build_model
 from recipes.run import BestModel, HeldOut
 
@@ -229,11 +229,21 @@ def test_the_seed_decides_what_a_continued_model_is_trained_with(start):
     assert any(not torch.equal(value, other[name]) for name, value in first.items())
 
 
+@pytest.mark.parametrize(
+    ("size", "chosen", "expected"), [("tiny", None, 0.0), ("tiny", 0.2, 0.2), ("base", None, 0.1), ("base", 0.0, 0.0)]
+)
+def test_dropout_is_what_the_size_is_trained_with_unless_chosen(monkeypatch, size, chosen, expected):
+    built = []
+    monkeypatch.setattr(building, "Blip", lambda config, options: built.append(options))
+    build_model(ModelChoice(size=size, dropout=chosen, tokenizer="world"), seed=0)
+    assert [(options.dropout, options.attention_dropout) for options in built] == [(expected, expected)]
+
+
 def test_how_it_is_trained_is_the_runs_choice(start):
     choice = ModelChoice(start_from=str(start), image_size=96, drop_path=0.2, patch_drop=0.5, checkpoint=True)
     model, _ = build_model(choice, seed=0)
-    vision, vit = model.config.vision, model.vision.vit
-    assert (vision.image_size, vision.drop_path, vision.patch_drop, vision.checkpoint) == (96, 0.2, 0.5, True)
+    vision, vit, options = model.config.vision, model.vision.vit, model.options
+    assert (vision.image_size, options.drop_path, options.patch_drop, options.checkpoint) == (96, 0.2, 0.5, True)
     assert (vit.grad_checkpointing, vit.patch_drop.prob) == (True, 0.5)
     assert vit.blocks[-1].drop_path1.drop_prob == pytest.approx(0.2)
     assert vit.pos_embed.shape[1] == 1 + 6 * 6

@@ -1,6 +1,5 @@
 """Whole pre-training runs: with the real loader, killed and continued, launched as documented, given bad input."""
 
-import dataclasses
 import functools
 import json
 import os
@@ -19,7 +18,6 @@ from PIL import Image
 from stub_run import HERE, SEARCHED, Zygote, curve
 
 import blip
-from blip.models.presets import PRESETS
 from blip.tensors import read_tensors, write_tensors
 from blip.train.state import Checkpoints
 from blip.world import files as world_files
@@ -32,14 +30,11 @@ FEW += ["--objective.queue_size", "13", "--train.batch_size", "4", "--train.step
 FEW += ["--train.warmup_steps", "2", "--train.lr", "1e-3", "--train.log_every", "1", "--train.timeout", "20"]
 FEW += ["--data.workers", "0"]
 ALL_RANDOM = ["--data.workers", "2", "--data.augment_ops", "2", "--data.crop_scale_min", "0.3"]
-ALL_RANDOM += ["--model.drop_path", "0.2", "--objective.teacher_dropout", "true"]
+ALL_RANDOM += ["--model.drop_path", "0.2", "--model.dropout", "0.2", "--objective.teacher_dropout", "true"]
 
 
-def job(args: list[str], dropout: float = 0.0) -> None:
-    """The recipe as its module runs it; `dropout` for the TINY preset, which has none."""
-    tiny = PRESETS["tiny"]
-    text = dataclasses.replace(tiny.text, dropout=dropout, attention_dropout=dropout)
-    PRESETS["tiny"] = dataclasses.replace(tiny, text=text)
+def job(args: list[str]) -> None:
+    """The recipe as its module runs it."""
     command.run(lambda: pretrain(command.read(PretrainRun, args)))
 
 
@@ -173,10 +168,10 @@ def compare_with_undisturbed(zygote, tmp_path, source, kills: int, world: int, s
         more = [*ALL_RANDOM, "--train.steps", str(steps), "--train.save_every", "3"]
         return options(source, tmp_path / out, *more)
 
-    finish(zygote, tmp_path, arguments("whole"), world=world, dropout=0.2)
+    finish(zygote, tmp_path, arguments("whole"), world=world)
     out, done = tmp_path / "killed", 0
     for kill in range(kills):
-        pids = zygote.start(tmp_path / "log", arguments("killed"), world=world, dropout=0.2)
+        pids = zygote.start(tmp_path / "log", arguments("killed"), world=world)
         aim = lines(out) + dice.randint(0, max(1, steps // kills))
         end = time.monotonic() + 120
         while lines(out) < min(aim, steps - 1) and time.monotonic() < end:
@@ -187,7 +182,7 @@ def compare_with_undisturbed(zygote, tmp_path, source, kills: int, world: int, s
         assert -signal.SIGKILL in found, f"the run was over before kill {kill}: give it more steps"
         assert lines(out) >= done - 3
         done = lines(out)
-    finish(zygote, tmp_path, arguments("killed"), world=world, dropout=0.2)
+    finish(zygote, tmp_path, arguments("killed"), world=world)
     assert_same_run(tmp_path / "killed", tmp_path / "whole", steps)
 
 
