@@ -21,6 +21,13 @@ def check_rates(settings: Any, *names: str) -> None:
         require(value is None or 0 <= value < float("inf"), f"{name} must be a number of 0 or more, got {value}")
 
 
+def check_fractions(settings: Any, *names: str) -> None:
+    """Raise ValueError unless each of these fields is in [0, 1)."""
+    for name in names:
+        value = getattr(settings, name)
+        require(0 <= value < 1, f"{name} must be in [0, 1), got {value}")
+
+
 def check_positive(value: float, name: str) -> None:
     require(0 < value < float("inf"), f"{name} must be a positive number, got {value}")
 

@@ -19,8 +19,8 @@ from blip import dist
 from blip.inference.generate import write
 from blip.inference.settings import DecodeConfig
 from blip.models.blip import Blip
+from blip.progress import bar
 from blip.tokenizer import Tokenizer
-from blip.train.log import bar
 from eval.caption_page import report
 from eval.images import Images
 from eval.metrics.captions import Metric, bleu, cider, mean, rouge_l, summary

@@ -21,9 +21,9 @@ from blip.inference.features import cosines
 from blip.inference.matching import match
 from blip.models.blip import Blip
 from blip.models.protocols import Embeds, Matches, require
+from blip.progress import bar
 from blip.text import clean_caption
 from blip.tokenizer import Tokenizer
-from blip.train.log import bar
 from eval.images import Images
 from eval.options import RetrievalOptions
 from eval.references import ImageId

@@ -20,7 +20,7 @@ from blip import dist, files
 from blip.app.loaded import Loaded, load
 from blip.errors import DataError
 from blip.models.blip import Blip
-from blip.train.log import bar
+from blip.progress import bar
 
 Part = TypeVar("Part")
 Made = TypeVar("Made")

@@ -41,20 +41,8 @@ def test_arrows_point_one_way(folder):
 CHAPTERS = ("nn", "models", "objectives", "train", "inference", "checkpoints", "data", "world", "app")
 """Chapters of the library in the order of reading: each imports itself and those before it."""
 FOUNDATION = {
-    *(
-        "startup",
-        "errors",
-        "settings",
-        "processes",
-        "files",
-        "tensors",
-        "dist",
-        "hub",
-        "options",
-        "keyed",
-        "text",
-        "tokenizer",
-    ),
+    *("startup", "errors", "settings", "processes", "files", "lock", "progress", "tensors", "dist", "hub", "options"),
+    *("keyed", "text", "tokenizer"),
 }
 """Files beside the chapters, which import no chapter; `tokenizer` may import the first."""
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from blip import files
 from blip.data.formats.tars import IMAGES
 from blip.data.image_files import not_images
-from blip.train.log import clock
+from blip.progress import clock
 
 if TYPE_CHECKING:
     from blip.data.image_files import FoundImages, ImageFile

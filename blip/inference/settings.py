@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from blip.settings import check_positive, require
+from blip.settings import check_fractions, check_positive, require
 
 CAPTION_PROMPT = "a picture of "
 """Beginning of a captioner's texts (paper, section 5.2)."""
@@ -99,7 +99,7 @@ class AnswerConfig:
 
     def __post_init__(self) -> None:
         require(self.k >= 1, f"k must be 1 or more, got {self.k}")
-        require(0 <= self.smoothing < 1, f"smoothing must be in [0, 1), got {self.smoothing}")
+        check_fractions(self, "smoothing")
         _check_length_rule(self)
         self.decode()
 

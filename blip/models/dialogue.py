@@ -48,9 +48,7 @@ class Dialogue(nn.Module):
         """Sources of initial weights; only `caption_proj`, for images and texts of different widths, is new."""
         fresh = {name: "brings captions to the width of images" for name in self.state_dict() if "caption_proj" in name}
         copied = {name: name for name in self.state_dict() if name not in fresh}
-        heads = [f"{name}.{kind}" for name in ("image_proj", "text_proj") for kind in ("weight", "bias")]
-        unused = dict.fromkeys(["temperature", *heads], "nothing is contrasted")
-        unused |= dict.fromkeys(inherit.generating(self.config.text.layers), "nothing is generated")
+        unused = inherit.not_contrasted() | inherit.not_generated(self.config.text.layers)
         return WeightOrigin(copied, fresh, unused)
 
     def context(self, image: Tensor, caption_ids: Tensor, caption_keep: Tensor, queries: int | None = None) -> Context:

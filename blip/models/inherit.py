@@ -49,8 +49,18 @@ def under(prefix: str, state: Mapping[str, Tensor], source: str) -> dict[str, st
     return {f"{prefix}.{name}": f"{source}.{name}" for name in state}
 
 
-def generating(layers: int) -> list[str]:
-    """List the names in `Blip` that only generation uses: causal self-attentions and the vocabulary's head."""
+def linear(*names: str) -> list[str]:
+    """Names of the weights and biases of linear layers."""
+    return [f"{name}.{kind}" for name in names for kind in ("weight", "bias")]
+
+
+def not_contrasted() -> dict[str, str]:
+    """Weights in `Blip` that only contrast uses: entries for `WeightOrigin.unused`."""
+    return dict.fromkeys(["temperature", *linear("image_proj", "text_proj")], "nothing is contrasted")
+
+
+def not_generated(layers: int) -> dict[str, str]:
+    """Weights in `Blip` that only generation uses, causal self-attentions and the vocabulary's head: likewise."""
     own = ("causal.qkv", "causal.out", "causal_norm")
-    parts = [f"blocks.{i}.{name}" for i in range(layers) for name in own] + ["head_dense", "head_norm"]
-    return ["med.head_bias", *(f"med.{part}.{kind}" for part in parts for kind in ("weight", "bias"))]
+    parts = [f"med.blocks.{i}.{name}" for i in range(layers) for name in own] + ["med.head_dense", "med.head_norm"]
+    return dict.fromkeys(["med.head_bias", *linear(*parts)], "nothing is generated")

@@ -77,16 +77,15 @@ class Nlvr(nn.Module):
     def origin(self) -> WeightOrigin:
         """Sources of initial weights: every image's cross-attention is a copy of the pre-trained one."""
         copied = inherit.under("vision", self.vision.state_dict(), "vision")
-        fresh = dict.fromkeys(("head_dense.weight", "head_dense.bias", "head.weight", "head.bias"), "not pre-trained")
+        fresh = dict.fromkeys(inherit.linear("head_dense", "head"), "not pre-trained")
         for name in self.med.state_dict():
             if ".cross.merge." in name:
                 fresh[f"med.{name}"] = "pre-training has one image and nothing to merge"
             else:
                 block, _, part = name.partition(".cross.of_image.")
                 copied[f"med.{name}"] = f"med.{block}.cross.{part.split('.', 1)[1]}" if part else f"med.{name}"
-        unused = dict.fromkeys(("temperature", *_linear("image_proj"), *_linear("text_proj")), "nothing is contrasted")
-        unused |= dict.fromkeys(_linear("match_head"), "has another head")
-        unused |= dict.fromkeys(inherit.generating(self.config.text.layers), "nothing is generated")
+        unused = inherit.not_contrasted() | inherit.not_generated(self.config.text.layers)
+        unused |= dict.fromkeys(inherit.linear("match_head"), "has another head")
         return WeightOrigin(copied, fresh, unused)
 
     def contexts(self, image: Tensor, queries: int | None = None) -> list[Context]:
@@ -105,7 +104,3 @@ class Nlvr(nn.Module):
         """Classify sentences (B, T) that start with [ENC], each about its own images -> logits (B, 2): false, true."""
         (states,) = self.med([TextPass(ids, keep, context=images, first=True)])
         return self.head(F.relu(self.head_dense(states)))
-
-
-def _linear(name: str) -> tuple[str, str]:
-    return f"{name}.weight", f"{name}.bias"

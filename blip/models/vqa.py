@@ -57,8 +57,7 @@ class Vqa(nn.Module):
             fresh = {name: why for name in copied if name.startswith("answer.") and name.endswith(".cross.kv.weight")}
         for name in fresh:
             del copied[name]
-        unused = dict.fromkeys(("temperature", *_head("image_proj"), *_head("text_proj")), "nothing is contrasted")
-        unused |= dict.fromkeys(_head("match_head"), "nothing is matched")
+        unused = inherit.not_contrasted() | dict.fromkeys(inherit.linear("match_head"), "nothing is matched")
         return WeightOrigin(copied, fresh, unused)
 
     @property
@@ -74,7 +73,3 @@ class Vqa(nn.Module):
         one = TextPass(ids, keep, context=image)
         (states,) = self.question([one])
         return self.answer.context(one.layout.unpack(states), keep, queries)
-
-
-def _head(name: str) -> tuple[str, str]:
-    return f"{name}.weight", f"{name}.bias"

@@ -6,7 +6,7 @@ import re
 import reprlib
 from dataclasses import dataclass, field
 
-from blip.settings import DEPTH, HEADS, ID, LATER, SHARE, SIDE, WIDTH, between, check_fields, require
+from blip.settings import DEPTH, HEADS, ID, LATER, SHARE, SIDE, WIDTH, between, check_fields, check_fractions, require
 
 
 @dataclass(frozen=True)
@@ -100,5 +100,4 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(self.drop_path < 1, f"drop_path must be in [0, 1), got {self.drop_path}")
-        require(self.patch_drop < 1, f"patch_drop must be in [0, 1), got {self.patch_drop}")
+        check_fractions(self, "drop_path", "patch_drop")

@@ -9,7 +9,7 @@ from blip.models.blip import Blip
 from blip.objectives.batch import Batch
 from blip.objectives.captioning import caption_pass, captioning_loss, token_accuracy
 from blip.objectives.objective import Clock, Objective, Outcome
-from blip.settings import require
+from blip.settings import check_fractions
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class CaptionConfig:
     """Label smoothing of the language-modelling loss."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.label_smoothing < 1, f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        check_fractions(self, "label_smoothing")
 
 
 class Caption(Objective):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from blip.models import families
+from blip.models.dialogue import Dialogue
 from blip.objectives.batch import DialogueBatch
 from blip.objectives.matching import matching_loss
 from blip.objectives.objective import Clock, Objective, Outcome
@@ -13,7 +13,7 @@ from blip.objectives.objective import Clock, Objective, Outcome
 class DialogueObjective(Objective):
     """Classify answers as true or false, as ITM does captions of an image."""
 
-    def __init__(self, model: families.dialogue.Dialogue) -> None:
+    def __init__(self, model: Dialogue) -> None:
         super().__init__()
         self.model = model
 

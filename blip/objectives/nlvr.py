@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 
-from blip.models import families
 from blip.models.blip import starting_with
+from blip.models.nlvr import Nlvr
 from blip.objectives.batch import SentenceBatch
 from blip.objectives.objective import Clock, Objective, Outcome
 
@@ -13,7 +13,7 @@ from blip.objectives.objective import Clock, Objective, Outcome
 class NlvrObjective(Objective):
     """Classify whether a sentence is true of several images."""
 
-    def __init__(self, model: families.nlvr.Nlvr) -> None:
+    def __init__(self, model: Nlvr) -> None:
         super().__init__()
         self.model = model
 

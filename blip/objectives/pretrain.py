@@ -19,7 +19,7 @@ from blip.objectives.objective import Clock, Outcome
 from blip.objectives.similarity import EmbeddedPair
 from blip.objectives.targets import OwnPartner
 from blip.objectives.teacher import MomentumContrast, MomentumContrastConfig
-from blip.settings import require
+from blip.settings import check_fractions
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class PretrainConfig(MomentumContrastConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.label_smoothing < 1, f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        check_fractions(self, "label_smoothing")
 
 
 class Pretrain(MomentumContrast):

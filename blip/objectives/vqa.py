@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip.models import families
 from blip.models.blip import starting_with
+from blip.models.vqa import Vqa
 from blip.objectives.batch import QuestionBatch
 from blip.objectives.captioning import IGNORED, decoding_pass, token_accuracy
 from blip.objectives.objective import Clock, Objective, Outcome
-from blip.settings import require
+from blip.settings import check_fractions
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class VqaConfig:
     """Label smoothing of the loss of an answer's words."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.label_smoothing < 1, f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        check_fractions(self, "label_smoothing")
 
 
 class VqaObjective(Objective):
     """Language modelling of the human answers, each by its weight."""
 
-    def __init__(self, model: families.vqa.Vqa, config: VqaConfig) -> None:
+    def __init__(self, model: Vqa, config: VqaConfig) -> None:
         super().__init__()
         self.config = config
         self.model = model

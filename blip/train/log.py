@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import math
@@ -16,6 +15,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from blip import files
+from blip.progress import LenientStream, clock
 
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
 """Names of trackers -> packages, one of which must be installed."""
@@ -101,7 +101,7 @@ class TrainingProgress:
 
     def __init__(self, total: int, step: int, show: bool, stream: TextIO | None = None) -> None:
         # The launcher that reads these lines may end first; the run's state matters more.
-        self.stream = _Lenient(stream or sys.stderr)
+        self.stream = LenientStream(stream or sys.stderr)
         self.total, self.show = total, show
         self.started, self.first = time.monotonic(), step
         self.bar: tqdm | None = None
@@ -133,46 +133,6 @@ class TrainingProgress:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-
-
-class _Lenient:
-    """A stream whose reader may be gone: failed writes are dropped, so that the run goes on."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> None:
-        with contextlib.suppress(OSError):
-            self._stream.write(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self._stream.flush()
-
-
-def bar(total: int, what: str, unit: str = "it", *, show: bool = True) -> tqdm:
-    """A progress line on stderr with rate and time left, shown after the first second."""
-    every = 0.1 if sys.stderr.isatty() else 30.0
-    return tqdm(
-        total=total,
-        desc=what,
-        unit=f" {unit}",
-        delay=1.0,
-        leave=None,
-        mininterval=every,
-        maxinterval=max(10.0, every),
-        file=_Lenient(sys.stderr),
-        disable=not show,
-    )
-
-
-def clock(seconds: float) -> str:
-    """3725 -> 1:02:05."""
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 class Alarms:

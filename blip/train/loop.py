@@ -26,10 +26,10 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from blip import dist, files
 from blip.errors import DataError, Stopped, StuckSample, is_out_of_memory
+from blip.lock import RunLock, RunLocked, only_writer
 from blip.objectives.batch import Batch
 from blip.objectives.objective import Clock, Objective
 from blip.train import drift, log, optim
-from blip.train.lock import RunLock, RunLocked, only_writer
 from blip.train.memory import give_back_freed_memory, keep_freed_memory
 from blip.train.precision import all_multiply_bfloat16, precision
 from blip.train.settings import TrainConfig

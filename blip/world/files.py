@@ -29,7 +29,7 @@ import pyarrow.parquet
 
 from blip import options
 from blip.errors import DataError
-from blip.train.log import bar
+from blip.progress import bar
 from blip.world.scene import Dice, Split, draw, scene
 from blip.world.text import NOISE, captions, description, web_text
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from blip import files
+from blip.lock import RunLock, RunLocked
 from blip.train import drift
-from blip.train.lock import RunLock, RunLocked
 
 RECORD = "stage.json"
 LOCKS = "locks"

@@ -1,6 +1,5 @@
 """The pre-training objective against the straightforward implementation, and what must not change it."""
 
-
 import oracle
 import pytest
 import torch

@@ -14,7 +14,7 @@ import yaml
 from blip import files
 from blip.data.settings import SourceConfig
 from blip.errors import DataError
-from blip.train.lock import RunLocked
+from blip.lock import RunLocked
 from recipes import __main__ as programs
 from recipes import caption, command, dialogue, nlvr, pretrain, retrieval, vqa
 from recipes.bootstrap.settings import BootstrapRun

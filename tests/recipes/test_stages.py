@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from blip.train.lock import RunLock
+from blip.lock import RunLock
 from recipes.bootstrap import stages
 from recipes.bootstrap.stages import Stage, Stages
 

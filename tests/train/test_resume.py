@@ -17,10 +17,10 @@ import pytest
 import torch
 from stub_run import HERE, Fault, Numbers, Stub, curve, quick, the_zygote
 
-from blip import files
+from blip import files, lock
+from blip.lock import RunLock, RunLocked
 from blip.tensors import read_pickled_tensors, read_tensors, write_tensors
-from blip.train import drift, lock
-from blip.train.lock import RunLock, RunLocked
+from blip.train import drift
 from blip.train.loop import TrainingInterrupted, fit
 from blip.train.state import Checkpoints, State, restore
 
