@@ -4,7 +4,6 @@ import importlib.util
 import io
 import json
 import math
-import sys
 
 import pytest
 from stub_run import Numbers, Stub, quick
@@ -15,9 +14,7 @@ from blip.train.log import (
     Metrics,
     TrainingProgress,
     Window,
-    bar,
     check_trackers,
-    clock,
     read_metrics,
 )
 from blip.train.loop import fit
@@ -94,32 +91,6 @@ def test_a_bar_on_a_terminal():
     progress.close()
     assert "itc 1.25  12.3 samples/s" in stream.getvalue()
     assert "a word" in stream.getvalue()
-
-
-def test_long_work_tells_how_far_it_is_and_survives_who_listened(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", told := io.StringIO())
-    with bar(10, "short", "pictures") as short:
-        short.update(10)
-    assert told.getvalue() == "", "what is done at once needs no progress"
-    with bar(10, "long", "pictures") as line:
-        line.start_t -= 100
-        line.update(5)
-    assert "long:  50%" in told.getvalue()
-    assert "5/10" in told.getvalue()
-
-    class Gone(io.StringIO):
-        def write(self, text):
-            raise BrokenPipeError("nobody reads this")
-
-    monkeypatch.setattr(sys, "stderr", Gone())
-    with bar(10, "long", "pictures") as line:
-        line.start_t -= 100
-        line.update(5)
-    assert line.n == 5
-
-
-def test_clock():
-    assert clock(3725.9) == "1:02:05"
 
 
 def test_a_tracker_that_is_not_installed_is_an_error_at_the_start(tmp_path, monkeypatch):
