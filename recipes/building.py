@@ -190,12 +190,12 @@ def _continued(
     torch.manual_seed(seed)
     size, words = choice.image_size, choice.tokenizer
     try:
-        options = start.options or usual_options(start.model_config.text)
+        options = _options(choice, start.options or usual_options(start.model_config.text))
         model, tokenizer = checkpoint.from_pretrained(start, kind, image_size=size, tokenizer=words, options=options)
     except ValueError as error:
         raise ValueError(f"model.start_from {choice.start_from}: {error}") from None
     _refuse_contradiction(choice, model.config)
-    return _trained_as(choice, model), tokenizer
+    return model, tokenizer
 
 
 def _vision(choice: ModelChoice, config: VisionConfig) -> VisionConfig:
@@ -214,16 +214,6 @@ def _options(choice: ModelChoice, usual: TrainingOptions) -> TrainingOptions:
     if choice.dropout is not None:
         chosen |= {"dropout": choice.dropout, "attention_dropout": choice.dropout}
     return dataclasses.replace(usual, patch_drop=choice.patch_drop, checkpoint=choice.checkpoint, **chosen)
-
-
-def _trained_as(choice: ModelChoice, model: Model) -> Model:
-    """The same weights in a model that is trained with the choice's options."""
-    options = _options(choice, model.options)
-    if options == model.options:
-        return model
-    rebuilt = type(model)(model.config, options)
-    rebuilt.load_state_dict(model.state_dict())
-    return rebuilt
 
 
 def _refuse_contradiction(choice: ModelChoice, config: BlipConfig) -> None:
