@@ -113,7 +113,7 @@ def test_another_model_may_write_the_captions(desk, model, photos, tmp_path):  #
 
 
 def test_answers_are_those_of_the_command(desk, run, photos, vqa_model):  # noqa: F811
-    found = desk.ask("photos/p3.png", QUESTION, 4)
+    found = desk.answer("photos/p3.png", QUESTION, 4)
     (told,) = lines(run("vqa", "photos/p3.png", QUESTION, "--model", vqa_model, "--top", 4, "--json"))
     assert [answer.words for answer in found] == told["answers"]
     assert [round(demo.probability(answer), 5) for answer in found] == told["probability"]
@@ -224,7 +224,7 @@ def test_files_that_are_no_images_are_told_of(desk, tmp_path, case):
     content, told = HOSTILE[case]
     (tmp_path / "p.png").write_bytes(content)
     start = time.monotonic()
-    for use in (desk.caption, lambda path: desk.match(path, "a"), lambda path: desk.ask(path, "a"),
+    for use in (desk.caption, lambda path: desk.match(path, "a"), lambda path: desk.answer(path, "a"),
                 lambda path: desk.explain_match(path, "a")):  # fmt: skip
         with pytest.raises(ValueError, match="this image cannot be used: ") as stop:
             use(str(tmp_path / "p.png"))
@@ -245,12 +245,12 @@ WRONG = {
     "no captions": (lambda d, p: d.caption(p, "nucleus", 0), "1 to 10 captions, not 0"),
     "a share above one": (lambda d, p: d.caption(p, "nucleus", 1, top_p=2.0), "top_p must be"),
     "unknown words": (lambda d, p: d.caption(p, prompt="собака"), "the model does not know"),
-    "no question": (lambda d, p: d.ask(p, " ! "), "type a question first"),
+    "no question": (lambda d, p: d.answer(p, " ! "), "type a question first"),
     "no text": (lambda d, p: d.match(p, " \n \n"), "type a text first"),
     "no words": (lambda d, p: d.match(p, "!!"), "cannot be compared"),
     "too many texts": (lambda d, p: d.match(p, "\n".join(map(str, range(21)))), "at most 20 texts at once, not 21"),
     "a long text": (lambda d, p: d.match(p, "a" * 2001), "2,000 letters"),
-    "a long question": (lambda d, p: d.ask(p, "a" * 2001), "2,000 letters"),
+    "a long question": (lambda d, p: d.answer(p, "a" * 2001), "2,000 letters"),
     "nothing to look for": (lambda d, p: d.explain_match(p, " "), "type a text first"),
     "no folder": (lambda d, p: d.search("a"), "--folder DIR"),
     "no folder to refresh": (lambda d, p: d.refresh(), "--folder DIR"),
@@ -267,7 +267,7 @@ def test_what_is_off_is_said_in_a_line(desk, photos, case):  # noqa: F811
 
 def test_without_a_model_for_questions_it_says_how_to_get_one(model, photos):  # noqa: F811
     with pytest.raises(ValueError, match="--vqa DIR"):
-        Demo(load(model, "cpu", "auto")).ask("photos/p1.png", QUESTION)
+        Demo(load(model, "cpu", "auto")).answer("photos/p1.png", QUESTION)
     with pytest.raises(ValueError, match="leave it empty"):
         Demo(load(model, "cpu", "auto"), prompt="собака")
 
@@ -275,7 +275,7 @@ def test_without_a_model_for_questions_it_says_how_to_get_one(model, photos):  #
 def test_twenty_at_once_are_answered_one_by_one(desk, photos, monkeypatch):  # noqa: F811
     paths = [f"photos/p{i % 11 + 1}.png" for i in range(20)]
     expected = {path: desk.caption(path, "nucleus", 2) for path in set(paths)}
-    inside, most, write = 0, 0, demo.write
+    inside, most, generate_texts = 0, 0, demo.generate_texts
     guard = threading.Lock()
 
     def watched(*args, **options):
@@ -285,12 +285,12 @@ def test_twenty_at_once_are_answered_one_by_one(desk, photos, monkeypatch):  # n
             most = max(most, inside)
         try:
             time.sleep(0.005)
-            return write(*args, **options)
+            return generate_texts(*args, **options)
         finally:
             with guard:
                 inside -= 1
 
-    monkeypatch.setattr(demo, "write", watched)
+    monkeypatch.setattr(demo, "generate_texts", watched)
     with ThreadPoolExecutor(20) as pool:
         found = list(pool.map(lambda path: desk.caption(path, "nucleus", 2), paths))
     assert found == [expected[path] for path in paths]

@@ -101,7 +101,9 @@ def test_captions_are_those_of_the_library(run, photos, model):
     loaded, tokenizer = blip.from_pretrained(model)
     for name, said in zip(names, captions, strict=True):
         images = EvalTransform(64)(Image.open(name).convert("RGB"))[None]
-        ((text,),) = generate.write(loaded, tokenizer, images, DECODE_PRESETS["caption_2022"], prompt=CAPTION_PROMPT)
+        ((text,),) = generate.generate_texts(
+            loaded, tokenizer, images, DECODE_PRESETS["caption_2022"], prompt=CAPTION_PROMPT
+        )
         assert said == text.words
 
 
@@ -282,8 +284,8 @@ def test_answers_go_into_pipes_and_devices(run, photos):
 def test_a_kill_loses_the_last_batch_at_most(photos, model):
     """A real one, in the middle of the work."""
     command = [sys.executable, "-m", "blip", "caption", "photos", "--model", model, "--out", "out", "--batch", "1"]
-    slow = "import time, blip.inference.generate as g, blip.app.cli, sys; w = g.write\n"
-    slow += "g.write = lambda *a, **k: (time.sleep(0.2), w(*a, **k))[1]\n"
+    slow = "import time, blip.inference.generate as g, blip.app.cli, sys; w = g.generate_texts\n"
+    slow += "g.generate_texts = lambda *a, **k: (time.sleep(0.2), w(*a, **k))[1]\n"
     slow += f"sys.exit(blip.app.cli.main({command[3:]!r}))"
     started = subprocess.Popen([sys.executable, "-c", slow], stderr=subprocess.DEVNULL)
     while not Path("out").exists() or Path("out").read_text().count("\n") < 3:
@@ -300,14 +302,14 @@ def test_a_kill_loses_the_last_batch_at_most(photos, model):
 
 
 def test_answers_appear_as_they_are_made(run, photos, tmp_path, monkeypatch):
-    seen, write = [], generate.write
+    seen, generate_texts = [], generate.generate_texts
 
     def watched(*args, **options):
         path = tmp_path / "out.txt"
         seen.append(path.read_text().count("\n") if path.exists() else None)
-        return write(*args, **options)
+        return generate_texts(*args, **options)
 
-    monkeypatch.setattr(generate, "write", watched)
+    monkeypatch.setattr(generate, "generate_texts", watched)
     run("photos", "--out", tmp_path / "out.txt", "--batch", 4)
     assert seen == [None, 0, 4, 8]
 
@@ -467,15 +469,15 @@ def test_closed_standard_output_is_one_line(monkeypatch, capfd):
 
 def failing(monkeypatch, after: int, error: BaseException):
     """From the call `after` on the model fails."""
-    calls, write = [], generate.write
+    calls, generate_texts = [], generate.generate_texts
 
     def failing(*args, **options):
         calls.append(0)
         if len(calls) > after:
             raise error
-        return write(*args, **options)
+        return generate_texts(*args, **options)
 
-    monkeypatch.setattr(generate, "write", failing)
+    monkeypatch.setattr(generate, "generate_texts", failing)
 
 
 def test_a_key_press_stops_it_and_keeps_what_is_there(run, photos, monkeypatch):

@@ -342,7 +342,7 @@ def test_ask(page, whole, images):
     page.tab("Ask")
     page.view.get_by_label("Question").fill(QUESTION)
     page.press("Ask it")
-    best = whole.ask(str(images / "p3.png"), QUESTION, 5)
+    best = whole.answer(str(images / "p3.png"), QUESTION, 5)
     page.view.locator("#answers td").first.wait_for()
     rows = page.view.locator("#answers tr").all_inner_texts()[1:]
     for row, answer in zip(rows, best, strict=True):

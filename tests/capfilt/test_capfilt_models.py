@@ -18,7 +18,7 @@ from blip.checkpoints.table import to_theirs
 from blip.data.formats.sources import open_source
 from blip.data.settings import SourceConfig
 from blip.data.transforms import EvalTransform
-from blip.inference.generate import write
+from blip.inference.generate import generate_texts
 from blip.inference.settings import DECODE_PRESETS
 from blip.models.blip import Blip
 from blip.models.presets import TINY
@@ -72,7 +72,7 @@ def one_by_one(captioner, filter, config, photo, texts, key):
     decode = dataclasses.replace(DECODE_PRESETS[config.decode], num=config.captions, seed=config.seed)
     model, tokenizer = captioner
     image = EvalTransform(model.vision.image_size)(photo)[None]
-    said = write(model, tokenizer, image, decode, prompt="a picture of", keys=[key])[0]
+    said = generate_texts(model, tokenizer, image, decode, prompt="a picture of", keys=[key])[0]
     model, tokenizer = filter
     image = EvalTransform(model.vision.image_size)(photo)[None]
     found = []

@@ -27,8 +27,8 @@ from blip.checkpoints.card import Provenance
 from blip.checkpoints.layouts import original_training
 from blip.checkpoints.table import from_theirs, to_theirs
 from blip.data.transforms import EvalTransform
-from blip.inference.answering import answers, ask
-from blip.inference.generate import write
+from blip.inference.answering import answers, encode_questions
+from blip.inference.generate import generate_texts
 from blip.inference.settings import AnswerConfig, DecodeConfig
 from blip.models.blip import Blip, starting_with
 from blip.models.dialogue import Dialogue
@@ -125,7 +125,7 @@ def test_a_captioner_says_the_same_in_transformers(model, kept, words, tmp_path)
         inputs = processor(images=images(), return_tensors="pt", **given)
         said = theirs.generate(**inputs, num_beams=3, max_length=12, min_length=5)
         start = len(prompt.split()) + 1
-        ours = write(model, words, inputs.pixel_values, BEAMS, prompt=prompt)
+        ours = generate_texts(model, words, inputs.pixel_values, BEAMS, prompt=prompt)
         assert [text.words for (text,) in ours] == [words.decode([row[start:].tolist()])[0] for row in said]
         assert processor.batch_decode(said, skip_special_tokens=True)[0].startswith(prompt)
     transform = EvalTransform(32)
@@ -161,7 +161,7 @@ def test_an_answerer_says_the_same_in_transformers(answerer, words, tmp_path):
     for image, question in zip(images(), ("w3 w9", "w4", "w8 w1 w2 w7"), strict=True):
         inputs = processor(images=image, text=question, return_tensors="pt")
         said = theirs.generate(**inputs, num_beams=3, max_length=10)[0, 1:].tolist()
-        context = ask(answerer, words, answerer.vision(inputs.pixel_values), [question], [0])
+        context = encode_questions(answerer, words, answerer.vision(inputs.pixel_values), [question], [0])
         ((best,),) = answers(answerer, words, context, AnswerConfig(), None, 1)
         assert words.decode([said]) == [best.words]
 
@@ -482,7 +482,7 @@ def test_whole_base_and_large_models_both_ways(preset, side, tmp_path):
         if use == "captioning":
             close(model.caption_logits(ids, keep, model.context(tokens)), found.logits)
             said = theirs.generate(image, num_beams=3, max_length=8, min_length=5)
-            ours = write(model, words, image, DecodeConfig(beams=3, max_length=8, min_length=5))
+            ours = generate_texts(model, words, image, DecodeConfig(beams=3, max_length=8, min_length=5))
             assert [text.words for (text,) in ours] == words.decode(said[:, 1:])
         else:
             close(model.match(ids, keep, model.context(tokens)), found.itm_score)

@@ -34,7 +34,7 @@ from blip.checkpoints import checkpoint, foreign
 from blip.checkpoints.foreign import Foreign, recognise
 from blip.checkpoints.settings import Settings
 from blip.checkpoints.table import to_theirs
-from blip.inference.generate import generate, write
+from blip.inference.generate import generate, generate_texts
 from blip.inference.settings import AnswerConfig, DecodeConfig
 from blip.models.blip import Blip, starting_with
 from blip.models.dialogue import Dialogue
@@ -203,7 +203,7 @@ def test_a_part_does_not_do_what_it_was_not_trained_for(tmp_path):
     captioner, words = load(released.pth(tmp_path, "captioning"), "captioning")
     matcher, _ = load(released.pth(tmp_path, "retrieval"), "retrieval")
     image = goldens.batch(0).image
-    ((text,),) = write(captioner, words, image[:1], DecodeConfig(beams=1, max_length=8), prompt="w4")
+    ((text,),) = generate_texts(captioner, words, image[:1], DecodeConfig(beams=1, max_length=8), prompt="w4")
     assert text.words
     for use in (
         lambda: blip.load(tmp_path / "captioning.pth"),
@@ -217,7 +217,7 @@ def test_a_part_does_not_do_what_it_was_not_trained_for(tmp_path):
         with pytest.raises(ValueError, match="is a Captioner and cannot compare texts with images: give a pre-"):
             use()
     for use in (
-        lambda: write(matcher, words, image[:1], DecodeConfig(beams=1, max_length=8)),
+        lambda: generate_texts(matcher, words, image[:1], DecodeConfig(beams=1, max_length=8)),
         lambda: blip.objectives.pretrain.Pretrain(matcher, goldens.PRETRAIN),
         lambda: Caption(matcher, CaptionConfig()),
         lambda: Vqa.from_blip(matcher),
@@ -274,7 +274,7 @@ def test_a_captioner_of_transformers(tmp_path, eps):
     close(model.caption_logits(ids, batch.keep, model.context(tokens))[batch.keep], logits[batch.keep])
     prompt = torch.tensor([[2, 9, 12, 3]] * 4)
     theirs = theirs.generate(batch.image, prompt, num_beams=3, max_length=12, min_length=5)
-    ours = write(model, words, batch.image, DecodeConfig(beams=3, max_length=12, min_length=5), prompt="w4 w7")
+    ours = generate_texts(model, words, batch.image, DecodeConfig(beams=3, max_length=12, min_length=5), prompt="w4 w7")
     assert [text.words for (text,) in ours] == [words.decode([row[3:].tolist()])[0] for row in theirs]
 
 

@@ -143,15 +143,18 @@ def test_importing_the_package_brings_no_torch():
     assert {"load", "Features", "MatchScores"} <= set(blip.__all__)
 
 
-def test_a_renamed_class_is_refused_by_its_new_name():
+def test_a_former_name_is_refused_with_the_new_one():
     with pytest.raises(AttributeError, match=r"blip\.Matches is now blip\.MatchScores"):
         blip.Matches  # noqa: B018
+    with pytest.raises(AttributeError, match=r"blip\.write is now blip\.generate_texts"):
+        blip.write  # noqa: B018
+    assert blip.generate_texts.__name__ == "generate_texts"
 
 
 def test_chosen_texts_are_those_that_are_matched(model, features, photos):  # noqa: F811
     """Images with no text, few and more than go through the model at once, in any order, equal all with all."""
     tokens = torch.cat(list(features.tokens(photos)))
-    ids, keep = features._read(TEXTS, "enc")
+    ids, keep = features._tokenize(TEXTS, "enc")
     everything = features.match(photos, TEXTS).logits
     chosen = [torch.tensor([0, 2, 1, 3]), torch.tensor([], dtype=torch.int64), torch.tensor([3])]
     for batch in (1, 2, 3, 100):

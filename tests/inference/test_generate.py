@@ -13,7 +13,7 @@ from transformers import BlipForConditionalGeneration, TemperatureLogitsWarper, 
 from blip.checkpoints.layouts import original_captioning, original_vqa, transformers_captioning
 from blip.checkpoints.table import from_theirs, to_theirs
 from blip.inference import generate as module
-from blip.inference.generate import generate, queries, write
+from blip.inference.generate import generate, generate_texts, queries
 from blip.inference.settings import DECODE_PRESETS, AnswerConfig, DecodeConfig
 from blip.models.blip import Blip
 from blip.models.vqa import Vqa
@@ -522,12 +522,13 @@ def speaker(tokenizer):
 
 def test_write_takes_prompts_and_returns_words(speaker, tokenizer, images):
     config = DecodeConfig(beams=3, num=2, max_length=12)
-    texts = write(speaker, tokenizer, images[:3], config, prompt=["ab", "", "c d e"])
+    texts = generate_texts(speaker, tokenizer, images[:3], config, prompt=["ab", "", "c d e"])
     with torch.no_grad():
         tokens = speaker.vision(images[:3])
     for other in (tokens, speaker.context(tokens)):
         assert [[t.words for t in some] for some in texts] == [
-            [t.words for t in some] for some in write(speaker, tokenizer, other, config, prompt=["ab", "", "c d e"])
+            [t.words for t in some]
+            for some in generate_texts(speaker, tokenizer, other, config, prompt=["ab", "", "c d e"])
         ]
     for row, prompt in enumerate(["ab", "", "c d e"]):
         ids, keep = tokenizer.encode([prompt], first="dec", max_length=30)
@@ -538,17 +539,17 @@ def test_write_takes_prompts_and_returns_words(speaker, tokenizer, images):
             assert texts[row][n].words == tokenizer.decode([written])[0]
             assert texts[row][n].logprob == pytest.approx(float(found.logprobs[0, n].sum()), abs=1e-4)
             assert texts[row][n].finished == found.finished[0, n]
-    same = write(speaker, tokenizer, images[:3], config, prompt="ab")
+    same = generate_texts(speaker, tokenizer, images[:3], config, prompt="ab")
     assert same[0][0].words == texts[0][0].words
 
 
 def test_write_refuses(speaker, tokenizer, images):
     config = DecodeConfig(max_length=12)
     with pytest.raises(ValueError, match="exceeds the model's 32 positions"):
-        write(speaker, tokenizer, images, config, prompt="x " * 60)
+        generate_texts(speaker, tokenizer, images, config, prompt="x " * 60)
     with pytest.raises(ValueError, match="2 prompts for 12 contexts"):
-        write(speaker, tokenizer, images, config, prompt=["a", "b"])
+        generate_texts(speaker, tokenizer, images, config, prompt=["a", "b"])
     with pytest.raises(ValueError, match="needs a key"):
-        write(speaker, tokenizer, images, DECODE_PRESETS["nucleus"])
+        generate_texts(speaker, tokenizer, images, DECODE_PRESETS["nucleus"])
     with pytest.raises(ValueError, match="does not fit the model"):
-        write(Blip(goldens.CONFIG).eval(), tokenizer, images, config)
+        generate_texts(Blip(goldens.CONFIG).eval(), tokenizer, images, config)

@@ -13,7 +13,7 @@ from test_parity import close, matcher, model  # noqa: F401
 import blip
 from blip import dist
 from blip.checkpoints import checkpoint
-from blip.inference.answering import Candidates, answers, ask
+from blip.inference.answering import Candidates, answers, encode_questions
 from blip.inference.matching import match
 from blip.inference.settings import AnswerConfig
 from blip.models.presets import TINY
@@ -165,7 +165,7 @@ def test_questions_are_answered_over_all_frames(answerer, world):
             (shown,) = batches(clips, [questions[row].clip], 1, 2, 64)
             with torch.no_grad():
                 tokens = torch.cat([loaded.vision(shown[0, n : n + 1]) for n in range(2)], dim=1)
-            context = ask(loaded, tokenizer, tokens, [questions[row].question], [0])
+            context = encode_questions(loaded, tokenizer, tokens, [questions[row].question], [0])
             ((alone,),) = answers(loaded, tokenizer, context, config, candidates)
             assert found[row].words == alone.words
             assert found[row].logprob == pytest.approx(alone.logprob, abs=1e-4)

@@ -11,7 +11,7 @@ from transformers import BlipConfig, BlipForQuestionAnswering
 
 from blip.checkpoints.layouts import original_vqa, transformers_vqa
 from blip.checkpoints.table import from_theirs, to_theirs
-from blip.inference.answering import Candidates, answers, ask, rank
+from blip.inference.answering import Candidates, answers, encode_questions, rank
 from blip.inference.generate import generate
 from blip.inference.settings import AnswerConfig, DecodeConfig
 from blip.models.blip import Blip
@@ -232,7 +232,7 @@ def _asked(model, rows):
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(8))[list(rows)]
     with torch.no_grad():
         tokens = model.vision(images)
-    return ask(model, TOKENIZER, tokens, [ASKED[i] for i in rows], list(range(len(rows))), 35)
+    return encode_questions(model, TOKENIZER, tokens, [ASKED[i] for i in rows], list(range(len(rows))), 35)
 
 
 def by_text(candidates, found, row):
@@ -318,11 +318,11 @@ def test_a_searched_answer_has_the_probability_it_is_ranked_with(small, asked):
 
 def test_several_questions_of_an_image_share_its_tokens(small):
     tokens = torch.randn(2, small.vision.tokens if hasattr(small.vision, "tokens") else 17, 24)
-    together = ask(small, TOKENIZER, tokens, [ASKED[0], ASKED[1], ASKED[0]], [1, 0, 0], 35)
+    together = encode_questions(small, TOKENIZER, tokens, [ASKED[0], ASKED[1], ASKED[0]], [1, 0, 0], 35)
     config, candidates = AnswerConfig(), Candidates(ANSWERS, TOKENIZER)
     found = rank(small, together, candidates, config)
     for row, (text, image) in enumerate([(ASKED[0], 1), (ASKED[1], 0), (ASKED[0], 0)]):
-        alone = rank(small, ask(small, TOKENIZER, tokens[[image]], [text], [0], 35), candidates, config)
+        alone = rank(small, encode_questions(small, TOKENIZER, tokens[[image]], [text], [0], 35), candidates, config)
         close(alone.scores[0], found.scores[row])
 
 

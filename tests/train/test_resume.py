@@ -411,7 +411,7 @@ def test_a_run_whose_folder_was_removed_writes_nothing_more(tmp_path, again):
 def test_without_the_systems_record_locks_there_is_one_writer_as_well(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "fcntl", None)  # as on Windows
     with RunLock(tmp_path), monkeypatch.context() as other:
-        other.setattr(RunLock, "_held_here", set())
+        other.setattr(RunLock, "_locked_here", set())
         with pytest.raises(RunLocked, match=f"written to by process {os.getpid()}"), RunLock(tmp_path):
             pass
     with RunLock(tmp_path):

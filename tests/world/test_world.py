@@ -310,8 +310,8 @@ STAR, RING, MOON = thing("red star", 0), thing("blue ring", 4, "large"), thing("
 def test_judge_reads_imperfect_texts(text, right, said):
     verdict = judge(make(STAR, RING, MOON), text)
     assert dict(verdict.right) == right
-    assert dict(verdict.said) == (right if said is None else said)
-    assert verdict.true == (verdict.right == verdict.said and bool(verdict.said))
+    assert dict(verdict.claimed) == (right if said is None else said)
+    assert verdict.true == (verdict.right == verdict.claimed and bool(verdict.claimed))
 
 
 def test_precision_and_recall():
@@ -371,7 +371,7 @@ def test_web_text_is_what_its_kind_says():
             assert text not in captions(made)
             assert len(text.split()) > 4
         elif kind == "vague":
-            assert not verdict.said
+            assert not verdict.claimed
         elif kind == "mismatched":
             assert not verdict.true
         else:
