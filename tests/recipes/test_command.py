@@ -53,10 +53,10 @@ BASES = {"drawn", "finetune", "finetune_world"}
 """Configs that others are based on, and that are no runs."""
 
 
-def refused(capsys, args: list[str]) -> str:
+def refused(capsys, args: list[str], settings: type = PretrainRun) -> str:
     """What is said of a command line that does not fit."""
     with pytest.raises(SystemExit) as stop:
-        command.read(PretrainRun, args)
+        command.read(settings, args)
     said = capsys.readouterr()
     assert stop.value.code == 2
     assert said.out == ""
@@ -156,7 +156,7 @@ EXPLAINED = {
     "caption": "Label smoothing of the language-modelling loss (default: 0.1)",
     "retrieval": "Epochs over which alpha rises linearly from 0 (default: 1.0)",
     "nlvr": "Word pieces kept of a sentence, first and last special tokens included (default: 64)",
-    "dialogue": "Negatives per question: false answers beside the true one (default: 2)",
+    "dialogue": "False answers shown beside each true one (default: 2)",
     "vqa": "Label smoothing of the loss of an answer's words (default: 0.1)",
 }
 
@@ -270,6 +270,17 @@ def test_a_new_list_of_sources_takes_nothing_from_the_old_one(tmp_path, how):
     given = ["--config", str(new)] if how == "file" else ["--data.sources", '[{"path": "b.json"}]']
     run = command.read(PretrainRun, ["--config", str(old), *given, "--data.sources+", '{"path": "c.json"}'])
     assert run.data.sources == [SourceConfig("b.json"), SourceConfig("c.json")]
+
+
+@pytest.mark.parametrize(("former", "now"), [("wrong", "negatives"), ("alike", "hard_negatives")])
+def test_former_names_of_dialogue_options_are_refused_with_those_of_today(capsys, tmp_path, former, now):
+    path = tmp_path / "old.yaml"
+    path.write_text(f"out: x\ndata:\n  {former}: 1\n")
+    assert f"{path}: data.{former} is called data.{now} now" in refused(
+        capsys, ["--config", str(path)], RECIPES["dialogue"]
+    )
+    line = f"--data.{former} is called --data.{now.replace('_', '-')} now"
+    assert line in refused(capsys, ["--out", "x", f"--data.{former}", "1"], RECIPES["dialogue"])
 
 
 def walk(kind: type, before: str = "") -> list[str]:

@@ -460,6 +460,18 @@ def test_other_data_or_processes_are_refused(tmp_path):
         drift.refuse_drift(said, {}, "new", FACTS["layout"], tmp_path)
 
 
+def test_a_checkpoint_with_former_names_of_settings_continues(tmp_path):
+    before = {"data": {"rounds": 4, "wrong": 7, "alike": 3}}
+    now = {"data": {"rounds": 4, "negatives": 7, "hard_negatives": 3}}
+    with pytest.raises(TrainingInterrupted):
+        fit(Stub(fault=Fault("stop", step=4)), Numbers(), quick(steps=10), out=tmp_path, settings=before)
+    changed = {"data": {"rounds": 4, "negatives": 8, "hard_negatives": 2}}
+    with pytest.raises(ValueError, match=r"\n  data\.hard_negatives: 3 -> 2\n  data\.negatives: 7 -> 8\nGo back"):
+        fit(Stub(), Numbers(), quick(steps=10), out=tmp_path, settings=changed)
+    assert loaded_step(tmp_path) == 5
+    assert fit(Stub(), Numbers(), quick(steps=10), out=tmp_path, settings=now).steps == 10
+
+
 def test_settings_that_touch_no_number_may_change(tmp_path):
     fit(Stub(), Numbers(), quick(steps=4, save_every=2), out=tmp_path)
     changed = quick(steps=4, save_every=3, log_every=2, keep_checkpoints=5, eval_every=2, timeout=5.0, skip_nonfinite=3)
