@@ -47,7 +47,7 @@ DECODE, POLICY = "greedy", "web-else-syn"
 its texts are true in every word, 33% of the likeliest), and its text is worse than a web text that passes."""
 SHOWN = 24
 """Images on the page."""
-TOLD = ("cider", "attribute_precision", "attribute_recall", "all_true")
+COMPARED = ("cider", "attribute_precision", "attribute_recall", "all_true")
 """Scores of captions."""
 AGAIN = "_bootstrapped"
 """Ends the names of the second model's scores."""
@@ -206,7 +206,7 @@ def _recalls(scores: dict[str, Any]) -> list[list[str | float]]:
 
 
 def _captions(scores: dict[str, Any]) -> list[list[str | float]]:
-    return [[side, *(scores[f"{name}{again}"] for name in TOLD)] for side, again in SIDES]
+    return [[side, *(scores[f"{name}{again}"] for name in COMPARED)] for side, again in SIDES]
 
 
 def _page(out: Path, scores: dict[str, Any], kinds: dict[str, Kind], items: list[page.Card], run: PretrainRun) -> str:

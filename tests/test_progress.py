@@ -7,15 +7,15 @@ from blip.progress import bar, clock
 
 
 def test_long_work_tells_how_far_it_is_and_survives_who_listened(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", told := io.StringIO())
+    monkeypatch.setattr(sys, "stderr", stderr := io.StringIO())
     with bar(10, "short", "images") as short:
         short.update(10)
-    assert told.getvalue() == "", "what is done at once needs no progress"
+    assert stderr.getvalue() == "", "what is done at once needs no progress"
     with bar(10, "long", "images") as line:
         line.start_t -= 100
         line.update(5)
-    assert "long:  50%" in told.getvalue()
-    assert "5/10" in told.getvalue()
+    assert "long:  50%" in stderr.getvalue()
+    assert "5/10" in stderr.getvalue()
 
     class Gone(io.StringIO):
         def write(self, text):

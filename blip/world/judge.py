@@ -80,19 +80,19 @@ class Verdict:
     """Claims per attribute: how many are true, how many were made, how many the scene allows."""
 
     right: Counter[str]
-    said: Counter[str]
+    claimed: Counter[str]
     recalled: Counter[str]
     possible: Counter[str]
 
     @property
     def true(self) -> bool:
         """Whether the text says something about the image, and nothing false."""
-        return self.said.total() > 0 and self.right == self.said
+        return self.claimed.total() > 0 and self.right == self.claimed
 
     @property
     def precision(self) -> float:
         """Share of the claims that is true; 1 where nothing is claimed."""
-        return self.right.total() / self.said.total() if self.said.total() else 1.0
+        return self.right.total() / self.claimed.total() if self.claimed.total() else 1.0
 
     @property
     def recall(self) -> float:
@@ -145,7 +145,7 @@ def judge(scene: Scene, text: str) -> Verdict:
 def grade(verdicts: Iterable[Verdict]) -> dict[str, float]:
     """Attribute precision and recall over many captions, together and per attribute, and the share that is true."""
     verdicts = list(verdicts)
-    parts = ("right", "said", "recalled", "possible")
+    parts = ("right", "claimed", "recalled", "possible")
     sums = {part: sum((getattr(v, part) for v in verdicts), Counter()) for part in parts}
     right, claimed, recalled, possible = (sums[part] for part in parts)
     result = {
