@@ -236,8 +236,8 @@ def _refuse_contradiction(choice: ModelChoice, config: BlipConfig) -> None:
 def _shape(config: BlipConfig) -> tuple:
     """What a size says of a model: all that its weights depend on but vocabulary, input and patches."""
     vision, text = config.vision, config.text
-    eye = (vision.model, vision.width, vision.depth, vision.heads, vision.hidden)
-    return *eye, text.width, text.layers, text.heads, text.hidden, text.max_positions, config.embed_dim
+    image_encoder = (vision.model, vision.width, vision.depth, vision.heads, vision.hidden)
+    return *image_encoder, text.width, text.layers, text.heads, text.hidden, text.max_positions, config.embed_dim
 
 
 def build_feed(config: DataConfig, image_size: int, tokenizer: Tokenizer, seed: int) -> TrainingData:
