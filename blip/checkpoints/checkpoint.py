@@ -49,7 +49,7 @@ def save_pretrained(
     card: str = "",
     licence: str | None = "apache-2.0",
 ) -> None:
-    """Write a model directory that `from_pretrained` reads; one that is there already is replaced as a whole.
+    """Write a model directory that `from_pretrained` reads; an existing one is replaced as a whole.
 
     `card` is the body of README.md (Markdown), `licence` as the hub names it, None where it is not known. Files in the
     directory that are not the model's stay. ValueError if the tokenizer does not fit the model, atomic.WriteError if

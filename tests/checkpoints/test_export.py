@@ -324,7 +324,7 @@ def test_a_folder_with_something_in_it_is_left_alone(kept, tmp_path, capsys):
     (tmp_path / "full/notes.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for target in ("full", "file"):
-        assert "is there already: give a new or an empty folder" in refused(capsys, kept, tmp_path / target)
+        assert "already exists: give a new or empty folder" in refused(capsys, kept, tmp_path / target)
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["notes.txt"]
     (tmp_path / "empty").mkdir()
     assert run(kept, tmp_path / "empty", "--to", "original") == 0

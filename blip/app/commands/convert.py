@@ -46,7 +46,7 @@ def run(chosen: ConvertOptions) -> int:
     """Convert what the options name; returns the exit status."""
     target = Path(chosen.folder).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} is there already: give a new or an empty folder")
+        raise ValueError(f"{target} already exists: give a new or empty folder")
     if chosen.to == "openblip" and chosen.use:
         raise ValueError("--use chooses among other programs' models: leave it out with --to openblip")
 
