@@ -302,9 +302,7 @@ def _resumable(path: str, form: Form, names: Sequence[str]) -> tuple[int, list[s
     if content and record is not None:
         # The model's folder may have moved; its weights are compared instead.
         there, now = ({k: v for k, v in record_of.items() if k != "model"} for record_of in (record, form.record()))
-        other = [
-            f"{k} {there.get(k)!r} then, {now.get(k)!r} now" for k in there | now if there.get(k) != now.get(k)
-        ]
+        other = [f"{k} {there.get(k)!r} then, {now.get(k)!r} now" for k in there | now if there.get(k) != now.get(k)]
         if other:
             raise ValueError(f"{path} holds answers made with other options ({'; '.join(other)}): {another}")
     if not form.as_json and keys and 0 < (count := _last_group(keys)) < form.lines:

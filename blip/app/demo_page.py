@@ -370,9 +370,7 @@ def _explain_tab(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
 
 def _search_tab(demo: Demo, model: dict[str, Any]) -> None:
     if demo.index is None:
-        gr.Markdown(
-            "No folder is indexed. Start the page with one:\n\n```\nblip demo --model ... --folder photos\n```"
-        )
+        gr.Markdown("No folder is indexed. Start the page with one:\n\n```\nblip demo --model ... --folder photos\n```")
         return
     with gr.Row():
         text = gr.Textbox(label="Text to search for", placeholder="a red bicycle", max_length=300, scale=3)
@@ -413,10 +411,7 @@ def _hit(rank: int, name: str, itc: float, itm: float | None) -> str:
 
 def _capfilt_tab(demo: Demo, made: gr.Blocks) -> None:
     if demo.run is None:
-        gr.Markdown(
-            "No CapFilt run is open. Start the page with one:\n\n"
-            "```\nblip demo --model ... --capfilt run\n```"
-        )
+        gr.Markdown("No CapFilt run is open. Start the page with one:\n\n```\nblip demo --model ... --capfilt run\n```")
         return
     names = demo.reports()
     choice = gr.Dropdown(names, value=names[0] if names else None, label="Report", elem_id="report")

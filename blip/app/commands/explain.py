@@ -74,9 +74,7 @@ def run(chosen: ExplainOptions) -> int:
             page.Captioned("share of the evidence", image, name, share, [])
             for (name, image), share in zip(panels, shares, strict=True)
         ]
-        legend = (
-            f"Probability of a match: {100 * explanation.probability:.1f}%. Red is evidence for it, blue is none."
-        )
+        legend = f"Probability of a match: {100 * explanation.probability:.1f}%. Red is evidence for it, blue is none."
         made = page.page(chosen.text, [("Where it looks", legend, page.captioned(cards))]).encode("utf-8", "replace")
     else:
         buffer = io.BytesIO()
