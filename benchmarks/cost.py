@@ -124,7 +124,7 @@ def _pretraining() -> str:
         [name, *(f"{pretraining(SHAPES[name], tokens) / 1e9:.0f}" for tokens in lengths)]
         for name in ("BASE, 224 px", "LARGE, 224 px")
     ]
-    return _table(["GFLOP a pair", *(f"texts of {tokens:g} tokens" for tokens in lengths)], rows)
+    return _table(["GFLOP per pair", *(f"texts of {tokens:g} tokens" for tokens in lengths)], rows)
 
 
 def _pretraining_hours() -> str:
@@ -141,7 +141,7 @@ def _capfilt() -> str:
     for name, shape in SHAPES.items():
         if name != "LARGE, 224 px":
             rows.append([name, *(f"{count / 1e9:,.0f}" for count in capfilt(shape).values())])
-    return _table(["GFLOP an image", *capfilt(SHAPES["BASE, 384 px"])], rows)
+    return _table(["GFLOP per image", *capfilt(SHAPES["BASE, 384 px"])], rows)
 
 
 def _capfilt_hours() -> str:

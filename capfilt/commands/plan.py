@@ -87,7 +87,7 @@ def _described(run, allow_damaged: bool) -> int:
     for source in damaged:
         print(f"source_damaged: {source.path}: {source.damage}", file=sys.stderr)
     if damaged and not allow_damaged:
-        print(f"{len(damaged)} damaged files: only their readable rows are planned; --allow-damaged accepts that", file=sys.stderr)
+        print(f"{len(damaged)} damaged: only readable rows are planned; --allow-damaged accepts that", file=sys.stderr)
         return WRONG
     return DONE
 

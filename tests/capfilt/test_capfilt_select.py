@@ -566,7 +566,7 @@ def test_all_in_one_go_and_again_with_more(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(args) == 2
-    assert "run is for one process" in capsys.readouterr().err
+    assert "run` is for one process" in capsys.readouterr().err
     monkeypatch.delenv("WORLD_SIZE")
     for more in (["--limit", "20"], [], ["--itm", "0.9"]):  # each export takes the place of the one before
         assert main([*args, *more]) == 0
