@@ -1,4 +1,4 @@
-"""Exporting: what a selection keeps as a data set that training reads as it is, with the original bytes of the images.
+"""Export the texts of a selection as a data set that training reads directly, with the images' original bytes.
 
 The same selection gives the same bytes. `_SUCCESS`, which is written last, lists every file with its SHA-256.
 """

@@ -1,4 +1,4 @@
-"""What the files of an export hold, counted by opening them: what an export says of itself is held against this."""
+"""Contents of an export's files, counted by opening them, to check its manifest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from blip.errors import DataError
 from capfilt.store.storage import Local, Storage
 
 BEGUN = "_BEGUN"
-"""Marker of an unfinished export, which says which export it is."""
+"""Marker of an unfinished export, with its settings."""
 MARKERS = ("_SUCCESS", BEGUN)
 OURS = re.compile(r"\d{5,}\.(tar|parquet)|captions\.json|uids\.npy|images/\d{5,}/\d{9,}\.\w+|_SUCCESS|_BEGUN")
 """Names of the files that exports write."""

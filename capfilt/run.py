@@ -50,7 +50,7 @@ class Run:
 
     @classmethod
     def open(cls, where: str) -> Run:
-        """Open a run. DataError if there is none."""
+        """Open a run. DataError if the folder is not a run."""
         storage = open_storage(where)
         try:
             job = json.loads(storage.read("job.json"))

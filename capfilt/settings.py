@@ -70,7 +70,7 @@ class ScoreConfig:
         at_least(3, max_tokens=self.max_tokens)
         presets = [name for name, rules in PRESETS.items() if rules & IMAGE_RULES.keys()]
         if self.rules_first and self.rules_first not in presets:
-            raise ValueError(f"rules_first {self.rules_first!r} is none of {', '.join(presets)}")
+            raise ValueError(f"unknown rules_first {self.rules_first!r}: expected one of {', '.join(presets)}")
         if self.scorer == "blip" and not self.filter:
             raise ValueError("give --filter (and --captioner, for synthetic texts), or --scorer fake to rehearse")
 
@@ -125,7 +125,7 @@ class ReadConfig:
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """How the work is done. None of it changes a result."""
+    """Settings of the work, none of which changes a result."""
 
     batch: int | None = option(None, was="batch-size")
     """Images per batch of the models (default: by device)."""
@@ -194,7 +194,7 @@ class ReportOptions:
 
 
 def resolve(config: ScoreConfig) -> dict[str, Any]:
-    """Replace names of models and presets by hashes and numbers: what is fingerprinted.
+    """Replace names of models and presets by hashes and numbers, for the fingerprint.
 
     FileNotFoundError or ValueError if a model is missing, or is made for another task.
     """

@@ -1,4 +1,4 @@
-"""The files that a run reads, of this machine or of an object store, and what tells each from other files."""
+"""The files that a run reads, on this machine or in an object store, and the identity of each."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Captioning: captions that a model generates, scored against human captions (paper, section 5.2).
 
 `captions_of(model, tokenizer, Images.open(source), config, prompt="a picture of ")` generates a caption of each image,
-`score(images.references, captions).values["cider"]` says how good they are.
+`score(images.references, captions).values["cider"]` scores them.
 """
 
 from __future__ import annotations

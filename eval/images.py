@@ -33,7 +33,7 @@ class Images:
     def open(cls, config: SourceConfig, limit: int | None = None) -> Images:
         """The first `limit` images of a source, each once.
 
-        An image's id is what the file says (`eval.references`); in a source without ids, such as shards, the row's key.
+        An image's id is the file's (`eval.references`), or in a source without ids, such as shards, the row's key.
         """
         if format_of(config) != "json":
             return cls._of_rows(config, limit)

@@ -87,7 +87,7 @@ def matching(references: Mapping[Any, Sequence[str]], results: Mapping[Any, str]
     not a text. With `allow_partial`, references without a result are left out.
     """
     if not results:
-        raise DataError("there are no results to score")
+        raise DataError("no results to score")
     for name, caption in results.items():
         if not isinstance(caption, str):
             raise DataError(f"the result of image {name} is {kind_of(caption)}, not a text")

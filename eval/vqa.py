@@ -1,7 +1,7 @@
-"""Visual question answering: what a model answers, and how right that is by the official measure (paper, section 5.3).
+"""Visual question answering: a model's answers, and their score by the official metric (paper, section 5.3).
 
 `answers_of(model, tokenizer, source, config, candidates)` answers each question of a
-`blip.data.prepare.questions.Questions`, `score(source, answers).accuracy` says how right the answers are. Q questions.
+`blip.data.prepare.questions.Questions`, `score(source, answers).accuracy` scores the answers. Q questions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Calibration: what a threshold means, by a labelled audit, a clean reference set, or captions that cannot be right."""
+"""Calibrate a threshold with a labelled audit, a clean reference set, or shuffled captions."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def run(options: RunVerb) -> int:
             "when all are done select, export, report and verify in one"
         )
     if options.dry_run:
-        with tempfile.TemporaryDirectory() as folder:  # gone when it is said how long the rest would take
+        with tempfile.TemporaryDirectory() as folder:  # only for the estimate
             return _scored(dataclasses.replace(options, out=folder))
     status = _scored(options)
     if status not in (DONE, WRONG):
@@ -61,7 +61,7 @@ def run(options: RunVerb) -> int:
     export.run(export.ExportVerb(run=where, select=name, to=to, replace=True, **ways))
     report.run(report.ReportVerb(run=where, page=dataclasses.replace(options.page, select=name)))
     verified = verify.run(verify.VerifyVerb(run=where))
-    is_partial = verified == FAILED_PARTS and options.how.limit is not None  # what is left was not asked for
+    is_partial = verified == FAILED_PARTS and options.how.limit is not None  # the rest is beyond --limit
     return status if verified == DONE or is_partial else verified
 
 

@@ -18,12 +18,12 @@ NAMES = {"java": "Stanford PTBTokenizer 3.4.1 (Java)", "python": "eval.ptb (Pyth
 
 PUNCTUATION = frozenset(("''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--",
                          "...", ";"))  # fmt: skip
-"""What pycocoevalcap leaves out. Its brackets are in upper case and the tokens in lower, so brackets stay: so be it."""
+"""Tokens that pycocoevalcap removes. Its brackets are upper case and the tokens lower case, so brackets remain."""
 
 _BETWEEN = "A"
-"""A line between captions, as most captions begin."""
+"""Line between captions, which begins like most captions."""
 _BREAKS = re.compile("[\r\n\v\f\x85\u2028\u2029\0]+")
-"""What Stanford's tokenizer takes for the end of a line, or of everything."""
+"""Characters that end a line, or the input, for Stanford's tokenizer."""
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-", '"': "''"}
 _PLAIN = str.maketrans(
     {

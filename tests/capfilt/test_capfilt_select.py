@@ -147,7 +147,7 @@ def test_a_selection_is_never_quietly_another(run):
     stamp = path.stat().st_mtime_ns
     assert select(run, "same", SelectConfig()) == first
     assert path.stat().st_mtime_ns == stamp
-    with pytest.raises(ValueError, match="there with other settings"):
+    with pytest.raises(ValueError, match="exists with other settings"):
         select(run, "same", SelectConfig(itm=0.7))
     assert select(run, "same", SelectConfig(itm=0.7), replace=True)["settings"]["itm"] == 0.7
     with pytest.raises(ValueError, match=r"no selection 'nope' \(there are:"):
