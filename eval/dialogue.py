@@ -164,7 +164,7 @@ def _sparse(right: Tensor) -> dict[str, float]:
 
 
 def ndcg(rounds: Sequence[tuple[Sequence[int], Sequence[float]]]) -> float:
-    """Normalised discounted cumulative gain of (ranks, relevance) pairs, each cut off at its number of relevant ones."""
+    """Normalised discounted cumulative gain of (ranks, relevance) pairs, each cut off at its number of relevant."""
     total = torch.tensor(0.0)
     for given, relevance in rounds:
         gains = torch.tensor(relevance)

@@ -657,7 +657,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path, monkeypatch):
 def test_heads_that_nothing_tells(tmp_path, monkeypatch):
     monkeypatch.undo()
     path = released.pth(tmp_path, "captioning")
-    with pytest.raises(ValueError, match="attention heads of its .* of width 24 is unknown"):
+    with pytest.raises(ValueError, match=r"attention heads of its .* of width 24 is unknown"):
         blip.from_pretrained(path)
     told = released.pth(tmp_path, "captioning", attention_heads={"vision": 2, "text": 2})
     assert blip.from_pretrained(told)[0].config.text.heads == 2

@@ -208,10 +208,10 @@ def test_steps_are_equal_but_where_it_says_longer():
     [
         (["--rows", "bath"], "rows bath: expected some of neither, filter"),
         (["--seeds", "a"], "seeds"),
-        (["--seeds"], "at least one of rows and one of seeds"),
+        (["--seeds"], "rows or seeds is empty"),
         (["--people_share", "1"], "people_share must be between 0 and 1"),
-        (["--larger.filter", "x"], "give both or none"),
-        (["--data.sources", '[{"path": "x"}]'], "leave them out"),
+        (["--larger.filter", "x"], "give both or neither"),
+        (["--data.sources", '[{"path": "x"}]'], "data.sources must be empty"),
         (["--longer", "0.5"], "longer must be 1 or more"),
         (["--fine_tuning.captioner_lr", "-1"], "captioner_lr must be a number of 0 or more"),
         (["--cleaners.retrieval_lr", "-0.1"], "retrieval_lr must be a number of 0 or more"),
