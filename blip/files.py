@@ -27,18 +27,18 @@ from safetensors import SafetensorError
 from blip.errors import Stopped
 
 TEMPORARY = ".tmp-"
-"""Beginning of the name of what is being written."""
+"""Prefix of the names of temporaries."""
 _WRITER = re.compile(re.escape(TEMPORARY) + r".+-([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{8}")
-"""A temporary's name: of what, by which machine and process, begun when."""
+"""Name of a temporary: its target, the writer's machine and process, and the start time."""
 _STALE = 3600.0
-"""Seconds after which what another machine left half written, and has not touched since, is taken for abandoned."""
+"""Seconds without a change after which another machine's temporary is taken for abandoned."""
 _CLOCK = 60.0
-"""Seconds by which two readings of when a process began may differ."""
+"""Seconds by which two readings of a process's start time may differ."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sync(path: Path) -> None:
-    """Have the disk keep a file, or what a folder lists, before anything else is done."""
+    """Sync a file, or a folder's entries, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -146,7 +146,7 @@ def sha256(path: Path) -> str:
 
 
 def not_permitted(error: PermissionError) -> str:
-    """Message for a file that this user may not use: which, whose it is, and what its owner can do."""
+    """Message for a file that this user may not use: its name, its owner, and what the owner can do."""
     if error.filename is None:
         return str(error)
     path = Path(os.fsdecode(error.filename))
@@ -170,7 +170,7 @@ def _user(number: int) -> str:
 
 
 def not_written(path: Path, advice: str, error: BaseException | None = None, needs: int | None = None) -> str:
-    """Message for a file that could not be written: path, bytes needed and free, and, of a full disk, what to do."""
+    """Message for a file that could not be written: path, bytes needed and free, and, for a full disk, what to do."""
     folder = path.parent
     while not folder.exists():
         folder = folder.parent
@@ -189,11 +189,11 @@ _ADVICE = "lower train.keep_checkpoints"
 
 
 class WriteError(Stopped):
-    """A file could not be written; nothing of it was left behind."""
+    """A file could not be written; nothing is left of it."""
 
 
 def checkpoint_event(event: str, path: Path) -> None:
-    """Called before and after each thing that is written, renamed or removed; a place for tests to pull the plug."""
+    """Called before and after each write, rename and removal; tests crash the process here."""
 
 
 def write_directory(
@@ -225,7 +225,7 @@ def write_directory(
 
 
 def clear_unfinished(parent: Path) -> None:
-    """Remove what a killed process left half written; only where nobody else writes."""
+    """Remove temporaries of a killed process; only for folders without other writers."""
     for unfinished in parent.glob(f"{TEMPORARY}*"):
         if unfinished.is_dir():
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -257,7 +257,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 @contextmanager
 def explain_write(path: Path, size: int) -> Iterator[None]:
-    """Turn whatever a library says of a failed write into one message."""
+    """Turn any library's error about a failed write into one message."""
     try:
         yield
     # torch and safetensors say of a full disk what they saw of it: unexpected positions, errno in a text.

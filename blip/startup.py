@@ -10,7 +10,7 @@ import sys
 from importlib.machinery import PathFinder
 
 HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-"""The folder that our packages are in."""
+"""Folder of our packages."""
 OURS = ("blip", "capfilt", "eval", "recipes")
 SCRIPTS = ("blip", "capfilt", "blip-eval", "blip-recipe")
 
@@ -39,13 +39,13 @@ def leave_current_folder() -> None:
 
 
 def environment() -> dict[str, str]:
-    """The environment for a Python that imports nothing from the current folder."""
+    """Environment for a Python process that imports nothing from the current folder."""
     paths = {"PYTHONPATH": os.pathsep.join(_remaining())} if _given() else {}
     return {**os.environ, "PYTHONSAFEPATH": "1", **paths}
 
 
 def python(module: str, *args: str) -> list[str]:
-    """The command line that runs a module of ours in a Python of its own, wherever it is started."""
+    """Command line that runs one of our modules in a new Python process, from any folder."""
     return [os.path.abspath(sys.executable), "-P", os.path.join(HOME, "blip", "startup.py"), module, *args]
 
 
@@ -58,13 +58,13 @@ def program(name: str) -> str | None:
 
 
 def _given() -> list[str]:
-    """The entries of PYTHONPATH, an empty one being the current folder."""
+    """Entries of PYTHONPATH; an empty one is the current folder."""
     given = os.environ.get("PYTHONPATH")
     return given.split(os.pathsep) if given else []
 
 
 def _remaining() -> list[str]:
-    """Those of them that do not mean whatever the current folder is; who names it in full wants it."""
+    """Entries that are not relative to the current folder; a full path to it is intended."""
     return [path for path in _given() if os.path.isabs(path) or not _is_here(path)]
 
 

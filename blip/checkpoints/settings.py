@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings that shapes do not show; None where nothing states them."""
+    """Settings that shapes do not show; None if not stated."""
 
     vision_heads: int | None = None
     text_heads: int | None = None
@@ -17,6 +17,6 @@ class Settings:
     text: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `TextConfig`."""
     ids: Mapping[str, int] = field(default_factory=dict)
-    """Special ids that the configuration says, to be those of the tokenizer."""
+    """Special ids in the configuration, which the tokenizer must have."""
     sizes: Mapping[str, int] = field(default_factory=dict)
-    """Fields of transformers' configuration that shapes tell, too, and that must agree with them."""
+    """Fields of transformers' configuration that must agree with the shapes."""

@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 ENDINGS = frozenset({"mp4", "m4v", "mov", "mkv", "webm", "avi", "mpg", "mpeg", "ts", "flv", "3gp"})
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,flv"
 MAX_FRAMES = 500_000
-"""A clip with more is refused: some four hours."""
+"""Most frames of a clip: some four hours."""
 _JUMP = 60
-"""Frames between two wanted ones from which seeking a key frame is worth while."""
+"""Fewest frames between two wanted ones for which seeking a key frame pays off."""
 
 
 class UnreadableClip(BadSample):
-    """A video that cannot be decoded, or that may not be."""
+    """A video that cannot or must not be decoded."""
 
 
 def read_frames(path: Path, count: int, max_pixels: int) -> list[Image.Image]:
@@ -63,7 +63,7 @@ def read_frames(path: Path, count: int, max_pixels: int) -> list[Image.Image]:
 
 
 def pyav() -> ModuleType:
-    """The library that reads and writes videos. DataError, saying what to install, where it is not there."""
+    """Import PyAV, which reads and writes videos. DataError, with the command to install it, if it is missing."""
     try:
         return import_module("av")
     except ImportError as error:
@@ -125,7 +125,7 @@ def _packets(container: InputContainer) -> tuple[list[int], list[int]]:
 def _decoded(
     container: InputContainer, numbers: Sequence[int], times: Sequence[int], keys: Sequence[int]
 ) -> Iterator[tuple[int, VideoFrame]]:
-    """The frames of some numbers, in order; what lies far between them is not decoded."""
+    """Yield the frames of some numbers, in order, seeking over long gaps."""
     place = {time: i for i, time in enumerate(times)} if keys else {}
     stream = container.streams.video[0]
     container.seek(0 if not keys else times[0], stream=stream)

@@ -19,7 +19,7 @@ from blip.errors import UnreadableImage
 MAX_BYTES = 256 << 20
 """Encoded images larger than this are refused unread."""
 MAX_SIDE, MAX_ASPECT = 65_535, 1_000
-"""Pixels of a side, and how many times it may be as long as the other."""
+"""Most pixels of a side, and largest aspect ratio."""
 MAX_SCANS = 100
 """Passes over the pixels of a JPEG; cameras and editors make 1 to 20."""
 _SCANNED = 4_000_000_000
@@ -67,7 +67,7 @@ def screened(data: bytes) -> bytes:
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
-    """Raise UnreadableImage for too many pixels, or for a side or an aspect ratio that no photograph has."""
+    """Raise UnreadableImage for too many pixels, or for an extreme side or aspect ratio."""
     by = f"{width:,} x {height:,} pixels by its header"
     if width * height > max_pixels:
         raise UnreadableImage("too_many_pixels", f"{by}, more than the limit of {max_pixels:,}")
@@ -140,7 +140,7 @@ def _jpeg_header(data: bytes) -> tuple[list[tuple[int, int]], tuple[int, int, bo
 
 
 def _jpeg_scans(data: bytes, at: int, most: int) -> int:
-    """Scans from the first one at `at` to the end of the image, which ignores what other images a file holds."""
+    """Count scans from the first one, at `at`, to the end of the image; further images in the file are ignored."""
     scans = parts = 0
     while scans <= most and at + 4 <= len(data):
         kind = data[at + 1]
@@ -205,7 +205,7 @@ def _check_packed(data: bytes, packed: int) -> None:
 
 
 def _joined(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Neighbouring spans as one."""
+    """Merge neighbouring spans."""
     start, end = spans[0]
     for a, b in spans[1:]:
         if a != end:
@@ -219,7 +219,7 @@ def _joined(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 
 def _gif_blocks(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Kind (0x2C an image, 0x21 an extension), start and end of each block of a GIF, as far as it is whole."""
+    """Yield kind (0x2C image, 0x21 extension), start and end of each block of a GIF, up to the first damage."""
     at, parts = _gif_start(data), 0
     while at + 2 < len(data) and data[at] != 0x3B:
         begin, kind, parts = at, data[at], parts + 1
@@ -278,12 +278,12 @@ def _bmp(data: bytes) -> None:
 
 
 def cut_off(data: bytes) -> bool:
-    """Whether a WEBP has fewer bytes than its header says, which its decoder does not tell from other damage."""
+    """Whether a WEBP has fewer bytes than its header declares, which its decoder reports like other damage."""
     return data.startswith(b"RIFF") and data[8:12] == b"WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data)
 
 
 def webp_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height by the header of a WEBP; None for anything else."""
+    """Width and height in the header of a WEBP; None for anything else."""
     if not (data.startswith(b"RIFF") and data[8:12] == b"WEBP"):
         return None
     kind, body = data[12:16], data[20:30]

@@ -14,7 +14,7 @@ from blip.errors import TooManyBad
 from blip.objectives.batch import Bad
 
 _MINIMUM = 200
-"""Samples that must have been seen before the share of bad ones is judged."""
+"""Number of samples before which the share of bad ones is not checked."""
 
 
 class Ledger:
@@ -29,7 +29,7 @@ class Ledger:
         self._bad_draws = 0
         self._torn = False  # whether the last line was cut off
         self.left_out: frozenset[str] = frozenset()
-        """Keys of samples that are not to be decoded."""
+        """Keys of samples that must not be decoded."""
         if self.path.exists():
             text = self.path.read_text(encoding="utf-8", errors="replace")
             self._torn = bool(text) and not text.endswith("\n")
@@ -41,7 +41,7 @@ class Ledger:
             self.left_out |= {entry["key"] for entry in entries if entry.get("left_out")}
 
     def __len__(self) -> int:
-        """Different bad samples so far."""
+        """Number of different bad samples so far."""
         return len(self._reasons)
 
     def __contains__(self, key: str) -> bool:
@@ -64,7 +64,7 @@ class Ledger:
             raise TooManyBad(self._message(draws))
 
     def leave_out(self, key: str, reason: str) -> None:
-        """Note a sample that is left out whenever the run goes on."""
+        """Record a sample to leave out whenever the run continues."""
         self._append({key: reason}, left_out=True)
         self._reasons[key] = reason
         self.left_out |= {key}
