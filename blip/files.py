@@ -47,12 +47,12 @@ def sync(path: Path) -> None:
 
 
 def partial(path: Path) -> Path:
-    """The name under which a file or folder is written before it gets the name `path`.
+    """Temporary name of a file or folder while it is written, before it is renamed to `path`.
 
-    What dead writers left beside it is swept first, once in a process.
+    Temporaries of dead writers in the same folder are removed first, once per process.
     """
     _sweep_once(str(path.parent.absolute()), os.getpid())
-    # A long name has to leave room for who writes; what tells two temporaries apart is their end.
+    # Long names are cut to leave room for the writer; the end of the name makes it unique.
     return path.with_name(
         f"{TEMPORARY}{path.name.encode()[:120].decode(errors='ignore')}-{_me()}-{uuid.uuid4().hex[:8]}"
     )
@@ -64,10 +64,10 @@ def _sweep_once(folder: str, process: int) -> None:
 
 
 def sweep(folder: Path, *, inside: bool = False) -> None:
-    """Remove the temporaries in a folder, and `inside` its folders, whose writers are dead.
+    """Remove temporaries of dead writers from a folder, with `inside` also from its subfolders.
 
-    A writer of this machine is asked for; one of another is taken for dead when an hour went by without a change. A
-    live writer's, and whatever was not named by `partial`, is left alone.
+    A writer on this machine is looked up; one on another is taken for dead after an hour without a change. Temporaries
+    of live writers, and files not named by `partial`, are left alone.
     """
     for path in folder.glob(f"**/{TEMPORARY}*" if inside else f"{TEMPORARY}*"):
         with contextlib.suppress(OSError):
@@ -119,11 +119,11 @@ def _began(process: int) -> float | None:
 
 @contextlib.contextmanager
 def ordinary_mode(path: Path) -> Iterator[None]:
-    """Around whatever writes a file: it has the permissions of any new file here, also where a library chose others.
+    """Context for writing a file: gives it the usual permissions of a new file, even if a library sets others.
 
-    safetensors 0.8 gives a file to its writer alone, so that nobody else could load a model.
+    safetensors 0.8 makes a file readable by its writer only, so that no other user could load a model.
     """
-    with path.open("ab"):  # made as files are made here, by the umask or what the folder hands down
+    with path.open("ab"):  # created with the usual permissions, from the umask or the folder
         pass
     mode = stat.S_IMODE(path.stat().st_mode)
     yield
@@ -201,9 +201,9 @@ def write_directory(
 ) -> None:
     """Write files into a new directory, all or nothing.
 
-    `writers` maps a file name to a function that writes it and the bytes it will need about. With `facts`, a manifest
-    of them and of each file's size and SHA-256 comes last; then the directory gets its name in one rename. WriteError
-    when the disk is full or refuses, naming the path and the bytes needed and free.
+    `writers` maps a file name to a function that writes it and the approximate bytes needed. With `facts`, a manifest
+    with them and each file's size and SHA-256 is written last; then the directory gets its name in one rename.
+    WriteError, naming the path and the bytes needed and free, if the disk is full or writing fails.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     _require_space(target, sum(size for _, size in writers.values()))
@@ -271,9 +271,9 @@ def _require_space(target: Path, size: int) -> None:
 
 
 def check_manifest(directory: Path) -> dict:
-    """The manifest of a directory whose files are all as they were written; ValueError names the first that is not.
+    """Check a directory's files against its manifest and return it; ValueError names the first that differs.
 
-    PermissionError for one that may not be read, which says nothing about what it holds.
+    PermissionError for a file that may not be read, whose contents are then unknown.
     """
     path = directory / MANIFEST
     try:

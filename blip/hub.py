@@ -14,10 +14,10 @@ OUT_OF_REACH = "the hub is out of reach (or HF_HUB_OFFLINE is set)"
 
 
 def file(repository: str, name: str, option: str) -> Path:
-    """A file of a repository on the hub, from the local cache or downloaded.
+    """Get a file of a repository on the hub, from the local cache or by download.
 
-    FileNotFoundError, within 2 seconds if the hub is out of reach, that says what to download and which `option` takes
-    a local path instead.
+    FileNotFoundError, within 2 seconds if the hub is out of reach, with the download command and the `option` that
+    takes a local path instead.
     """
     cached = try_to_load_from_cache(repository, name)
     if isinstance(cached, str):

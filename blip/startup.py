@@ -1,8 +1,8 @@
 """Safe imports and child processes: nothing comes from the current folder.
 
-`python -m` puts the current folder first on the path, and so does an empty entry of PYTHONPATH. Whoever stands in a
-downloaded crawl would run its numpy.py, and whoever has an eval.py of their own would get that instead of ours. The
-packages of this project run this file before anything else; it imports what Python has loaded by then.
+`python -m` puts the current folder first on the path, and so does an empty entry of PYTHONPATH. In a downloaded crawl
+this would run its numpy.py, and in a folder with an eval.py that file instead of ours. The packages of this project run
+this file before anything else; it imports only modules that Python has already loaded.
 """
 
 import os
@@ -16,9 +16,9 @@ SCRIPTS = ("blip", "capfilt", "blip-eval", "blip-recipe")
 
 
 def leave_current_folder() -> None:
-    """Take the current folder off the path, in this process and in those that it starts; our packages stay ours.
+    """Take the current folder off the path, in this process and in those that it starts; our packages stay importable.
 
-    A checkout that is not installed is found all the same: where it is the current folder it goes to the path's end.
+    If the current folder is a checkout that is not installed, it is moved to the end of the path.
     """
     done = os.environ.get("PYTHONSAFEPATH") and not sys.flags.ignore_environment  # by Python, or here before
     if not done and not sys.flags.safe_path and sys.path and _is_here(sys.path[0]):

@@ -105,8 +105,8 @@ class Tokenizer:
     def load(cls, where: str | Path) -> Tokenizer:
         """Read a vocab.txt, a tokenizer.json, a folder with either, a hub name, or "world" for the embedded one.
 
-        Raises FileNotFoundError, saying what to do, when it is not there or the hub cannot be reached; ValueError
-        when what is there is not such a vocabulary.
+        Raises FileNotFoundError, with the remedy, if it does not exist or the hub cannot be reached; ValueError if it
+        is not such a vocabulary.
         """
         if str(where) == "world":
             return cls(_read(_WORLD), "world")

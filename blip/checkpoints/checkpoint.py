@@ -51,7 +51,7 @@ def save_pretrained(
     """Write a model directory that `from_pretrained` reads; an existing one is replaced as a whole.
 
     `card` is the body of README.md (Markdown), `licence` as the hub names it, None where it is not known. Files in the
-    directory that are not the model's stay. ValueError if the tokenizer does not fit the model, atomic.WriteError if
+    directory that are not the model's stay. ValueError if the tokenizer does not fit the model, files.WriteError if
     the disk is full, when the old directory is left as it was.
     """
     tokenizer.check(model.config.text)

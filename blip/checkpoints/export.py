@@ -65,10 +65,10 @@ def write(
     origin: Provenance,
     use: Use | None = None,
 ) -> ForeignLayout:
-    """Write a model for another program into a new folder, all or nothing; returns the layout that it was written in.
+    """Export a model for another program into a new folder, all or nothing; returns its layout.
 
-    ValueError for a model that the program cannot hold or a tokenizer that is another's, atomic.WriteError if the disk
-    refuses.
+    ValueError for a model that the program does not support or another model's tokenizer, files.WriteError if writing
+    fails.
     """
     layout = layout_for(model, to, use)
     tokenizer.check(model.config.text)

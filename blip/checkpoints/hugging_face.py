@@ -30,8 +30,8 @@ VISION_EPS = 1e-6
 def read_settings(path: Path) -> Settings:
     """Read the settings of a config.json that shapes do not show; a missing one has transformers' default.
 
-    Only the fields that are used are looked at: others may ask for anything, such as a billion names of classes.
-    ValueError if it is not of a BLIP, of one that computes otherwise, or if a field is of another type.
+    Only the fields that are used are read: others may have any value, such as a billion class names. ValueError if it
+    is not of a BLIP, or of a variant that computes differently, or if a field has the wrong type.
     """
     settings = read_json(path)
     if settings.get("model_type") != "blip":
@@ -104,9 +104,9 @@ _SIZES = {
 
 
 def write(folder: Path, model: Any, tokenizer: Tokenizer, name: Literal["captioning", "matching", "vqa"]) -> None:
-    """Write what stands beside the weights: config.json, generation_config.json, image processor and tokenizer.
+    """Write the files beside the weights: config.json, generation_config.json, image processor and tokenizer.
 
-    Texts that are matched, and questions, begin with [ENC] as in training: the tokenizer that is written sees to it.
+    For matching and questions the tokenizer begins texts with [ENC], as in training.
     """
     config = their_config(model)
     config.architectures = [CLASSES[name]]

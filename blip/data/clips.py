@@ -1,7 +1,7 @@
 """Decode untrusted video files to evenly spaced RGB frames, or raise one clear error. F frames.
 
-Needs PyAV, which brings its own FFmpeg: `pip install openblip[video]`. FFmpeg is handed an open file and a list of
-containers, so that a file that is a playlist leads nowhere.
+Needs PyAV, which includes FFmpeg: `pip install openblip[video]`. FFmpeg gets an open file and a list of allowed
+containers, so that a playlist cannot make it open other files.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _sampled(container: InputContainer, file: BinaryIO, count: int, max_pixels: 
 def _packets(container: InputContainer) -> tuple[list[int], list[int]]:
     """Times of all frames, sorted, and the positions of key frames in that order, without decoding.
 
-    Without key frames where the times of a container are not those of its frames, so that there is no seeking.
+    No key frames are given, and so no seeking is done, if the container's times are not those of its frames.
     """
     packets = [p for p in container.demux(video=0) if p.size and not p.is_discard]
     if len(packets) > MAX_FRAMES:

@@ -67,10 +67,10 @@ def not_images(endings: Counter[str]) -> str:
 def find(given: Sequence[str]) -> FoundImages:
     """Find the images in files, folders and globs.
 
-    A file is taken whatever its name; of a folder, and the folders in it, linked ones included, what is named like an
-    image and not hidden. DataError for a name that means nothing.
+    A file given by name may have any name; in folders and their subfolders, linked ones included, files named like
+    images and not hidden are used. DataError for a name that matches nothing.
     """
-    paths: dict[tuple[str, str], str] = {}  # by where it is, so that a file that was named twice is taken once
+    paths: dict[tuple[str, str], str] = {}  # by real location, so that a file named twice is used once
     left_out: Counter[str] = Counter()
     walk, real = Walk(), functools.cache(os.path.realpath)
     for name in given:

@@ -1,8 +1,8 @@
-"""Cost of decoding an image, counted from its bytes before a pixel is decoded; and only the bytes that matter.
+"""Count the cost of decoding an image from its bytes before any pixel is decoded, and strip irrelevant bytes.
 
-Decoders bound their work by the size in the header no more than they have to: scans of a JPEG repeat, metadata
-unpacks to any length, blocks may be empty. All counts here are functions of the bytes alone, so an image that is
-refused is refused everywhere and every time.
+The size in the header does not bound a decoder's work: scans of a JPEG repeat, metadata unpacks to any length, blocks
+may be empty. All counts here are functions of the bytes alone, so an image that is refused is refused everywhere and
+every time.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 def screened(data: bytes) -> bytes:
     """The bytes of an image that decide its pixels, for Pillow to decode. Raises UnreadableImage.
 
-    Metadata is left out where it could refuse or delay the pixels; of most images nothing is. What is damaged is left
-    for the decoder to name.
+    Metadata that could make decoding fail or slow is left out; most images are unchanged. Damage is left for the
+    decoder to report.
     """
     if data.startswith(b"\xff\xd8"):
         return _jpeg(data)
@@ -108,8 +108,8 @@ def _jpeg(data: bytes) -> bytes:
 
 
 def _jpeg_header(data: bytes) -> tuple[list[tuple[int, int]], tuple[int, int, bool], int | None, bool]:
-    """Segments that count; width, height and whether several scans are taken; where the first one begins,
-    None if there is none; and whether there is much else.
+    """Relevant segments; width, height and whether there may be several scans; start of the first scan or None; and
+    whether there is much other data.
     """
     at, parts, junk, exif, frame = 2, 0, 0, 0, (0, 0, False)
     channels = 0

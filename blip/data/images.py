@@ -56,10 +56,10 @@ _CUT_OFF = ("truncated", "broken data stream", "unexpected end")
 def decode(image: bytes | Path | Image.Image, max_pixels: int, at_least: int | None = None) -> Image.Image:
     """Decode to RGB: upright by its EXIF tag, transparency over white, first frame of an animation.
 
-    `max_pixels`, the limits on sides and aspect ratio, and 1 GiB of memory are held against the header before any pixel
-    is decoded, and so is the work that its bytes ask for. `at_least` allows a JPEG to be decoded at a fraction of its
+    The header is checked against `max_pixels`, the limits on sides and aspect ratio, and 1 GiB of memory before any
+    pixel is decoded, and so is the work that the bytes require. `at_least` allows a JPEG to be decoded at a fraction of its
     size as long as both sides keep that many pixels, which is several times faster for photographs. Raises
-    UnreadableImage, whatever the decoder raised; a truncated file is refused.
+    UnreadableImage for any error of the decoder; a truncated file is refused.
     """
     with own_fault():
         if isinstance(image, Image.Image):
@@ -88,7 +88,7 @@ def model_input(
 ) -> T:
     """Decode an image and apply `transform`; any error of either becomes an UnreadableImage.
 
-    One image must not stop what is done to the others, and its size can be too much for a transform as well.
+    One image must not affect the others, and its size can be too much for a transform, too.
     """
     with own_fault():
         return transform(decode(image, max_pixels, at_least))

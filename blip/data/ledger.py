@@ -1,6 +1,6 @@
-"""The list of unreadable samples of a run: each once, with its reason, and a limit on how many there may be.
+"""The list of a run's unreadable samples, each once, with its reason, and a limit on their share.
 
-A sample at which decoding got stuck is in it, too, and is left out when the run goes on.
+A sample on which decoding got stuck is listed, too, and is left out when the run continues.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ _MINIMUM = 200
 
 
 class Ledger:
-    """Appends to a JSON-lines file of {key, reason}; a run that continues reads what it has already written.
+    """A JSON-lines file of {key, reason} to append to; a run that continues reads its earlier entries.
 
-    Each process of a run keeps its own file, `bad_samples-RANK.jsonl`, and reads in all of them what is left out.
+    Each process of a run has its own file, `bad_samples-RANK.jsonl`, and reads from all of them which samples are left
+    out.
     """
 
     def __init__(self, path: str | Path, max_bad_fraction: float = 0.05):
@@ -48,10 +49,10 @@ class Ledger:
         return key in self._reasons
 
     def add(self, bads: Iterable[Bad], seen: int) -> None:
-        """Note bad samples, when this process has been given `seen` good ones since this object was made.
+        """Record bad samples; `seen` is the number of good ones in this process since this object was made.
 
-        Raises TooManyBad when, of all that was drawn, the share that was bad is above the limit, and atomic.WriteError
-        when the disk is full.
+        Raises TooManyBad if the share of bad samples among all drawn exceeds the limit, and files.WriteError if the
+        disk is full.
         """
         bads = list(bads)
         self._bad_draws += len(bads)

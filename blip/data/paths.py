@@ -51,9 +51,9 @@ def check_spec(path: str) -> str:
 
 
 def local(spec: str) -> str:
-    """The path that a file URL (file:///a%20b, file://localhost/a, file:/a) means; anything else as it is.
+    """Convert a file URL (file:///a%20b, file://localhost/a, file:/a) to its path; anything else is returned unchanged.
 
-    Raises DataError for a file URL of another machine and for one without an absolute path.
+    Raises DataError for a file URL of another machine or without an absolute path.
     """
     if spec[:5].lower() != "file:" or os.path.lexists(spec):
         return spec
@@ -66,10 +66,10 @@ def local(spec: str) -> str:
 
 
 def alternatives(spec: str) -> list[str]:
-    """The paths and globs that a user's path, range {000..012}, list {a,b} or joined list a::b means, in order.
+    """Expand a user's path, range {000..012}, list {a,b} or joined list a::b to paths and globs, in order.
 
-    What exists under its literal name, a file or the folders at the beginning, is no pattern. Raises DataError for a
-    pattern of more than a million names, and where `local` does.
+    A file, or leading folders, that exist literally are not treated as patterns. Raises DataError for a pattern of more
+    than a million names, and as `local` does.
     """
     whole = os.path.lexists(os.path.expanduser(spec))
     names: list[str] = []
@@ -83,9 +83,9 @@ def alternatives(spec: str) -> list[str]:
 
 
 def matching(name: str, walk: Walk | None = None) -> list[str]:
-    """The files and folders that one path or glob of `alternatives` means, sorted; none if nothing is there.
+    """The files and folders that match one path or glob of `alternatives`, sorted; empty if there are none.
 
-    `**` passes through folders as `folders.files` does, and `walk` is told what it met.
+    `**` passes through folders as `folders.files` does; problems are recorded in `walk`.
     """
     if os.path.lexists(name):
         return [name]

@@ -1,7 +1,7 @@
 """Streaming: shards read in sequence through a shuffle buffer, for sets too large to index, of any kind of sample.
 
-Every worker of every process reads its own shards, endlessly. A resumed run does not continue where it stopped: it
-reshuffles with a key of (seed, first step), so samples of the interrupted epoch may come again or late.
+Every worker of every process reads its own shards, endlessly. A resumed run does not continue at the same position: it
+reshuffles with a key of (seed, first step), so samples of the interrupted epoch may be repeated or come later.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Some rounds of a dialogue, with the right answer and some wrong ones each, are a sample.
 
-A row is [ENC] question [SEP] answer [SEP], then what was said before, the latest round first, each ending in [SEP]; the
-oldest rounds are left out where there is no room. B dialogues, K rows of each, T text tokens, S image side in pixels.
+A row is [ENC] question [SEP] answer [SEP], then the earlier rounds, the latest first, each ending in [SEP]; the oldest
+rounds are left out if there is no room. B dialogues, K rows of each, T text tokens, S image side in pixels.
 """
 
 from __future__ import annotations
