@@ -33,7 +33,7 @@ class DamagedExport(ValueError):
 def count(storage: Storage, form: str, names: Iterable[str]) -> dict[str, int]:
     """Count samples, images and pairs (texts, each with its image) in the files of an export.
 
-    uids do not say how many pairs there are. DamagedExport names a file that cannot be read.
+    uid files do not contain the number of pairs. DamagedExport names a file that cannot be read.
     """
     names = sorted(names)
     counts, last = dict.fromkeys(COUNTED, 0), None
@@ -108,7 +108,7 @@ def _listed_samples(file: IO[bytes], name: str) -> Iterator[tuple[str, int]]:
 
 
 def _uids(file: IO[bytes], name: str) -> Iterator[tuple[tuple[int, int], int]]:
-    """Count the images of a uid file, which does not say how many texts each has."""
+    """Count the images of a uid file, which does not contain numbers of texts."""
     uids = np.load(file, allow_pickle=False)
     if uids.dtype != np.dtype("u8,u8"):
         raise DamagedExport(f"the type is {uids.dtype}, not two u8")

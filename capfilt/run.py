@@ -1,4 +1,4 @@
-"""A planned run as it is found on disk: settings, sources, parts."""
+"""A planned run on disk: settings, sources, parts."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def evaluate(options: ClassificationOptions, runner: Runner) -> Iterator[tuple[s
 
 @dataclass(frozen=True)
 class ClassFolder:
-    """Images that are sorted into one folder for each class."""
+    """Images sorted into one folder per class."""
 
     where: Path
     names: list[str]
@@ -60,7 +60,7 @@ class ClassFolder:
     labels: list[int]
     """Class of each image."""
     left_out: Counter[str]
-    """Number of files left out as not images, by ending."""
+    """Number of files left out as not images, by extension."""
 
     @classmethod
     def open(cls, where: str | Path, names: Mapping[str, str] | None = None) -> ClassFolder:
@@ -89,7 +89,7 @@ class ClassFolder:
 
 
 def read_names(path: Path) -> dict[str, str]:
-    """{folder: name of the class} from JSON. DataError for anything else."""
+    """Read {folder: class name} from JSON. DataError for anything else."""
     try:
         names = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:

@@ -44,13 +44,13 @@ class Runner:
 
     @contextmanager
     def model(self, kind: type = Blip) -> Iterator[Loaded]:
-        """The model of `--model`, which has to be of class `kind`, with its device and precision."""
+        """Load the model of `--model`, which must be of class `kind`, with its device and precision."""
         loaded = load(self.options.model, self.options.device, self.options.precision, kind)
         with loaded.computing():
             yield loaded
 
     def record(self, *names: str, **facts: object) -> None:
-        """Put facts into scores.json, and after them the options of these names that were given."""
+        """Add facts to scores.json, followed by the given options of these names."""
         self.facts |= facts
         for name in names:
             value = getattr(self.options, name)
@@ -58,7 +58,7 @@ class Runner:
                 self.facts[name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
 
     def unscored(self, name: str, lacking: str) -> None:
-        """Print that the answers are in a file and cannot be scored."""
+        """Print that the answers are in a file and there are no references to score them."""
         print(f"{self.out.where}/{name} is written; without {lacking} there is nothing to score")
 
 
@@ -162,7 +162,7 @@ def spread(parts: Sequence[Part], work: Callable[[Part], list[Made]], *, what: s
 
 
 def together(work: Callable[[], Made]) -> list[Made]:
-    """What `work` returns in each of the processes; all have to call it.
+    """Gather the results of `work` in each process; all must call it.
 
     A DataError or ValueError in one process is raised in all of them, so that none waits for it.
     """

@@ -57,8 +57,8 @@ def decode(image: bytes | Path | Image.Image, max_pixels: int, at_least: int | N
     """Decode to RGB: upright by its EXIF tag, transparency over white, first frame of an animation.
 
     The header is checked against `max_pixels`, the limits on sides and aspect ratio, and 1 GiB of memory before any
-    pixel is decoded, and so is the work that the bytes require. `at_least` allows a JPEG to be decoded at a fraction of its
-    size as long as both sides keep that many pixels, which is several times faster for photographs. Raises
+    pixel is decoded, and so is the work that the bytes require. `at_least` allows a JPEG to be decoded at a fraction of
+    its size as long as both sides keep that many pixels, which is several times faster for photographs. Raises
     UnreadableImage for any error of the decoder; a truncated file is refused.
     """
     with own_fault():

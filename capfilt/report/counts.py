@@ -21,7 +21,7 @@ from capfilt.settings import ReportOptions
 from capfilt.store.parts import facts_of, name_of
 
 BINS = 200
-"""Steps of the threshold; histograms have one bin more, for scores of exactly 1."""
+"""Number of threshold steps; histograms have one more bin, for scores of exactly 1."""
 _COLUMNS = [
     "sample_id", "source_uri", "source_row", "status", "error_code", "web_text", "web_text_norm", "syn_text", "itm_web",
     "itm_syn", "rule_flags", "device", "seconds",

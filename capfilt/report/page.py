@@ -163,7 +163,7 @@ def _threshold(report: dict[str, Any]) -> str:
 
 
 def _histogram(series: dict[str, np.ndarray]) -> str:
-    """Draw shares of texts by score, on a square-root scale, so that small bins are visible beside large ones."""
+    """Draw shares of texts by score, on a square-root scale, so that small bins are visible next to large ones."""
     colours = {"web": "#d97706", "syn": "#2563eb", "shuffled": "#64748b"}
     shares = {kind: np.sqrt(c.reshape(-1)[:BINS].reshape(50, 4).sum(1) / max(1, c.sum())) for kind, c in series.items()}
     top = max((s.max() for s in shares.values()), default=0) or 1

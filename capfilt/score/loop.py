@@ -33,11 +33,11 @@ from capfilt.store.storage import host
 _CHUNK = 16
 """Rows per decoding task."""
 _JUDGED = 2000
-"""Rows after which the error rate decides whether the input as a whole is wrong."""
+"""Number of rows after which the error rate is checked."""
 
 
 Tasks = deque[tuple["Pool | Inline", Future]]
-"""The decoding tasks of a part, with the pool that each was given to."""
+"""The decoding tasks of a part, each with its pool."""
 
 
 class ScoringInterrupted(Exception):
@@ -49,7 +49,7 @@ class TooManyErrors(DataError):
 
 
 class Worker:
-    """Scores parts with one scorer: the part function that every engine calls."""
+    """Score parts with one scorer; every engine calls it."""
 
     def __init__(self, run: Run, scorer: Scorer, options: ScoreOptions, pool: Pool | Inline | None = None) -> None:
         self.run, self.scorer, self.options = run, scorer, options
@@ -235,7 +235,7 @@ def find_work(run: Run, options: ScoreOptions, claims: Claims) -> Work:
 
 
 def describe_work(run: Run, work: Work, options: ScoreOptions) -> str:
-    """Describe the state of the parts in a line."""
+    """Describe the state of the parts in one line."""
     whose = f"process {options.rank} of {options.world}: " if options.world > 1 else ""
     line = f"{whose}{len(work.done)} of {len(work.share)} parts are done"
     if work.damaged:

@@ -60,7 +60,7 @@ class DecodeTask:
 
 
 class Decoder:
-    """Reads and prepares rows; keeps the readers of the last sources open."""
+    """Reader and decoder of rows; keeps the readers of the last sources open."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup, self._storage = setup, open_storage(setup.where)

@@ -80,7 +80,7 @@ def _last_words(path: Path) -> str:
 
 
 def shipped(*parts: str) -> Path:
-    """A file that comes with pycocoevalcap. NoJava if it does not."""
+    """Path of a file in pycocoevalcap. NoJava if it is missing."""
     spec = importlib.util.find_spec("pycocoevalcap")
     if spec is None:
         raise NoJava("pycocoevalcap is not installed")
