@@ -100,7 +100,7 @@ def pretrain(run: PretrainRun) -> tuple[Result, Path]:
     if dist.is_main():
         about = f"Pre-trained for {result.steps} steps on {result.samples} pairs with `recipes.pretrain`."
         if run.clip:
-            about += "\n\nOnly the two towers were trained, by CLIP's contrast; match head and decoder are untrained."
+            about += "\n\nCLIP's contrast trained the two towers only; match head and decoder keep their first weights."
         scores = {name: f"{value:.2f}" for name, value in result.metrics.items()}
         checkpoint.save_pretrained(model, tokenizer, out / "model", card=card(about, run.data.sources, scores))
         print(f"model written to {out / 'model'}")
