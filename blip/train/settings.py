@@ -34,7 +34,7 @@ class TrainConfig:
     decay: float = 0.9
     """Factor per epoch of `epoch_decay`."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """Optimizer. `muon` orthogonalises the updates of the blocks' matrices: fewer steps for a model trained from scratch."""
+    """Optimizer. `muon` orthogonalises updates of the blocks' matrices: fewer steps for models trained from scratch."""
     weight_decay: float = 0.05
     """Decoupled weight decay."""
     decay_all: bool = False
