@@ -296,7 +296,7 @@ def test_it_tells_what_became_of_every_tensor(tmp_path, capsys, monkeypatch):
 
 def test_cards_say_licence_and_differences(kept, tmp_path):
     for use, words in (
-        ("captioning", ("generation_config.json is loaded and not used", "prompts of one length")),
+        ("captioning", ("generation_config.json is loaded but not used", "prompts of the same length")),
         ("matching", ("[ENC]", "cls_token_id")),
     ):
         run(kept, tmp_path / use, "--to", "transformers", "--use", use)

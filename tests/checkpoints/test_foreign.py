@@ -567,7 +567,7 @@ def damaged(name, change):
         (
             "captioning",
             put(POSITIONS_OF_CAPTIONS, lambda t: torch.zeros(0, 10**12)),
-            "a.pth: its text transformer is 1000000000000 wide",
+            "a.pth: the number of attention heads of its text transformer of width 1000000000000",
         ),
         ("captioning", put(POSITIONS_OF_CAPTIONS, lambda t: torch.zeros(10**12, 0)), "a.pth: "),
         ("captioning", put(POSITIONS_OF_CAPTIONS, lambda t: torch.zeros(0, 24)), "a.pth: text.max_positions must be"),
