@@ -52,7 +52,7 @@ ENTRIES = pa.schema(
 
 @dataclass
 class InputRow:
-    """A row of the input as it is stored."""
+    """A stored row of the input."""
 
     number: int
     key: str

@@ -100,7 +100,7 @@ def score(
 ) -> VqaScores:
     """Score one answer a question against its annotators' answers.
 
-    DataError if the ids do not match, unless `allow_partial` and only results are missing, or nobody gave an answer.
+    DataError if the ids do not match, unless `allow_partial` and only results are missing, or there are no answers.
     """
     known = {question.id for question in questions}
     if not results:

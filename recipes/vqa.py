@@ -82,9 +82,9 @@ class VqaRun(FineTuneRun):
     answers: AnswerConfig = field(default_factory=AnswerConfig)
     """How held-out questions are answered; the model with the best accuracy is kept."""
     candidates: str | None = None
-    """File of the answers to choose from, a JSON list or one per line; the commonest of the sources by default."""
+    """File of answers to choose from, a JSON list or one per line; the sources' most common ones by default."""
     common: int = 3000
-    """Number of commonest answers to choose from; 0 generates answers freely instead."""
+    """Number of most common answers to choose from; 0 generates answers freely instead."""
     validation: HeldOutQuestions | None = None
     test: HeldOutQuestions | None = None
     world: QuestionWorld | None = None
@@ -112,7 +112,7 @@ def answer(run: VqaRun) -> tuple[Result, Path]:
 def chosen(run: VqaRun, sources: Sequence[Questions | QuestionShards], tokenizer: Tokenizer) -> list[str]:
     """The answers to choose from, sorted; none if answers are generated freely.
 
-    Answers with words unknown to the tokenizer are left out of the sources' commonest ones.
+    Answers with words unknown to the tokenizer are left out of the sources' most common ones.
     """
     if run.candidates:
         return sorted(set(read_answers(Path(run.candidates))))

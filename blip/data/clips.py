@@ -39,7 +39,7 @@ class UnreadableClip(BadSample):
 def read_frames(path: Path, count: int, max_pixels: int) -> list[Image.Image]:
     """`count` frames of a video: 0, n / count, 2 n / count, ... of its n frames, rounded down, as in the original.
 
-    Upright RGB images. A clip with fewer frames shows some of them several times. `max_pixels` is held against a
+    Upright RGB images. A clip with fewer frames shows some of them several times. `max_pixels` is checked against a
     frame's size before anything is decoded. Raises UnreadableClip, whatever the decoder raised; DataError without PyAV.
     """
     av = pyav()

@@ -1,7 +1,7 @@
 """Scoring on several GPUs and machines: Ray places the workers, files record what is done.
 
 An actor is never restarted by Ray and a part never bound to one: when an actor dies, its part goes back into the queue
-and a replacement is started that nobody waits for. With Ray's own retries a part stays with an actor that cannot be
+and a replacement starts in the background. With Ray's own retries a part stays with an actor that cannot be
 placed any more when its node is gone, and the job hangs.
 """
 

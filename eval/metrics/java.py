@@ -140,7 +140,7 @@ def meteor_summable(statistics: np.ndarray) -> np.ndarray:
 def spice_scores(
     references: Sequence[Sequence[str]], captions: Sequence[str], seconds: float, folder: str | None = None
 ) -> np.ndarray:
-    """SPICE's F (images,) of tokenized captions. NoJava if it fails or the parser that it needs is not there.
+    """SPICE's F (images,) of tokenized captions. NoJava if it fails or its parser is missing.
 
     `folder` holds spice-1.0.jar and lib/; pycocoevalcap's when not given.
     """

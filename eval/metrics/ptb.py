@@ -1,7 +1,7 @@
-"""Captions as the field's metrics count their words: Penn Treebank tokens in lower case, without punctuation.
+"""Tokenize captions for the metrics: Penn Treebank tokens in lower case, without punctuation.
 
-The reference is Stanford's tokenizer, a Java program. The rules here are for where Java is not to be had, or not to be
-waited for. They agree with it on 99.994% of COCO's captions; NLTK's Treebank tokenizer, which takes every text for one
+The reference is Stanford's tokenizer, a Java program. The rules here are for machines without Java, or when it is too
+slow. They agree with it on 99.994% of COCO's captions; NLTK's Treebank tokenizer, which treats every text as one
 sentence, agrees on 99.772%, takes seven times as long, and would bring four packages.
 """
 

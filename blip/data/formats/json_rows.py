@@ -230,7 +230,7 @@ def _listed(path: Path, file: IO[str], *, is_list: bool = True) -> Iterator[Row 
 
 
 def _incomplete(error: ValueError | RecursionError, text: str) -> bool:
-    """Whether an error may only mean that a text is not all there."""
+    """Whether an error may only mean that the text is incomplete."""
     if not isinstance(error, json.JSONDecodeError):
         return False
     return error.pos >= len(text) - _NEAR or error.msg.startswith("Unterminated string")
@@ -263,7 +263,7 @@ def _flattened(
             yield from enumerate(map(_karpathy, images))
         first = next(values, None)
         if first is not None:
-            raise DataError(f"{path} goes on after an object with images; expected one such object and nothing else")
+            raise DataError(f"{path} has more data after an object with images; expected only that object")
     elif first is not None:
         yield from enumerate(itertools.chain([first], values))
 

@@ -49,7 +49,7 @@ CURE = "set image_column, caption_column or image_root, or repair the file"
 
 @dataclass(frozen=True)
 class Record:
-    """One row as it is stored."""
+    """One stored row."""
 
     key: str
     """Name `file:row` or `shard/member`, for messages and the ledger."""

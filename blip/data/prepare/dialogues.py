@@ -50,7 +50,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A dialogue about an image, as it is stored."""
+    """A stored dialogue about an image."""
 
     image_id: int | str
     image: Path

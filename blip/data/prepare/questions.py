@@ -42,7 +42,7 @@ _NAME = "{subset}/COCO_{subset}_{image_id:012d}.jpg"
 
 
 class Question(NamedTuple):
-    """A question as it is stored."""
+    """A stored question."""
 
     id: Id
     text: str
@@ -90,7 +90,7 @@ class Questions:
         return len(self.ids)
 
     def question(self, row: int) -> Question:
-        """A question as it is stored."""
+        """A stored question."""
         return Question(self.ids[row], **{name: self._table[name][row].as_py() for name in _TYPES})
 
     def __getitem__(self, row: int) -> QuestionRecord:

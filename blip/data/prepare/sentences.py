@@ -43,7 +43,7 @@ _PLACES = re.compile(r"\b(?:first|second|third|middle|central|last)\b", re.IGNOR
 
 @dataclass(frozen=True)
 class Example:
-    """A sentence about images, as it is stored."""
+    """A stored sentence about images."""
 
     id: str
     """Identifier of the example, as in a results file."""
