@@ -127,17 +127,17 @@ class Theirs:
 
 
 def transformers_config(config: BlipConfig) -> transformers.BlipConfig:
-    text, eye = config.text, config.vision
+    text, vision = config.text, config.vision
     words = {
         "vocab_size": text.vocab_size, "hidden_size": text.width, "num_hidden_layers": text.layers,
         "num_attention_heads": text.heads, "intermediate_size": text.hidden, "layer_norm_eps": text.norm_eps,
         "max_position_embeddings": text.max_positions, "bos_token_id": text.dec_id, "sep_token_id": text.sep_id,
-        "eos_token_id": text.sep_id, "pad_token_id": text.pad_id, "encoder_hidden_size": eye.width or 768,
+        "eos_token_id": text.sep_id, "pad_token_id": text.pad_id, "encoder_hidden_size": vision.width or 768,
     }  # fmt: skip
     images = {
-        "image_size": eye.image_size, "patch_size": eye.patch_size or 16, "hidden_size": eye.width or 768,
-        "num_hidden_layers": eye.depth or 12, "num_attention_heads": eye.heads or 12,
-        "intermediate_size": 4 * (eye.width or 768), "layer_norm_eps": 1e-6, "initializer_range": 0.02,
+        "image_size": vision.image_size, "patch_size": vision.patch_size or 16, "hidden_size": vision.width or 768,
+        "num_hidden_layers": vision.depth or 12, "num_attention_heads": vision.heads or 12,
+        "intermediate_size": 4 * (vision.width or 768), "layer_norm_eps": 1e-6, "initializer_range": 0.02,
     }  # fmt: skip
     return transformers.BlipConfig(text_config=words, vision_config=images, image_text_hidden_size=config.embed_dim)
 

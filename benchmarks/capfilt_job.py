@@ -47,8 +47,8 @@ def crawl(folder: Path, rows: int, side: int) -> Path:
         for i in range(rows):
             buffer = io.BytesIO()
             Image.fromarray(np.roll(pixels, i, 0)).resize((side, side)).save(buffer, "JPEG", quality=90)
-            for ending, content in (("jpg", buffer.getvalue()), ("txt", f"an image with number {i}".encode())):
-                member = tarfile.TarInfo(f"{i:06d}.{ending}")
+            for suffix, content in (("jpg", buffer.getvalue()), ("txt", f"an image with number {i}".encode())):
+                member = tarfile.TarInfo(f"{i:06d}.{suffix}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     return folder

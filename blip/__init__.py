@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any  # noqa: E402
 if TYPE_CHECKING:
     from blip.checkpoints.checkpoint import from_pretrained, push_to_hub, save_pretrained
     from blip.inference.features import Features, MatchScores, load
-    from blip.inference.generate import write
+    from blip.inference.generate import generate_texts
     from blip.inference.settings import DECODE_PRESETS, DecodeConfig
     from blip.models.blip import Blip
     from blip.models.presets import BASE, LARGE, SMALL, TINY
@@ -38,13 +38,13 @@ _WHERE = {
     "Features": "blip.inference.features",
     "MatchScores": "blip.inference.features",
     "load": "blip.app.load",
-    "write": "blip.inference.generate",
+    "generate_texts": "blip.inference.generate",
     "Tokenizer": "blip.tokenizer",
     "from_pretrained": "blip.checkpoints.checkpoint",
     "save_pretrained": "blip.checkpoints.checkpoint",
     "push_to_hub": "blip.checkpoints.checkpoint",
 }
-_RENAMED = {"Matches": "MatchScores"}
+_RENAMED = {"Matches": "MatchScores", "write": "generate_texts"}
 __all__ = [
     "BASE",
     "DECODE_PRESETS",
@@ -58,10 +58,10 @@ __all__ = [
     "MatchScores",
     "Tokenizer",
     "from_pretrained",
+    "generate_texts",
     "load",
     "push_to_hub",
     "save_pretrained",
-    "write",
 ]
 
 

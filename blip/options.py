@@ -322,8 +322,11 @@ def _section(kind: type, value: Any, place: Place) -> Tree:
         _refuse(place, "a mapping of options", value)
     fields = _fields(kind)
     for key in [key for key in value if key not in fields]:
-        names = [place.inside(name).path for name in fields]
-        raise ValueError(place.where.removesuffix("--") + unknown_option(place.inside(key).path, names))
+        names, given = {name: place.inside(name).path for name in fields}, place.inside(key).path
+        former = {field.metadata.get("was"): names[name] for name, (field, *_) in fields.items()}
+        if now := former.get(given.replace("_", "-")):
+            raise ValueError(f"{place.where}{given} is now called {now}")
+        raise ValueError(place.where.removesuffix("--") + unknown_option(given, names.values()))
     return {key: _typed(*fields[key][1:], item, place.inside(key), is_text=False) for key, item in value.items()}
 
 

@@ -34,7 +34,7 @@ from capfilt.store.storage import Storage, open_storage
 FORMATS = ("wds", "parquet", "json", "uids")
 _GROUP = 256
 """Rows per row group of a parquet file."""
-_ENDING = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
+_SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
 """File extensions by format; MPO, which phones and cameras write, is a JPEG followed by more images."""
 _PASSED_ON = ("sample_id", "source_uri", "source_row", "key", "url", "image_sha256", "width", "height",
               "web_text", "syn_text", "itm_web", "itm_syn", "itc_web", "itc_syn", "extra_json")  # fmt: skip
@@ -47,7 +47,7 @@ class ExportSample:
     name: str
     """Name of the sample: its running number in the export."""
     captions: list[str]
-    ending: str
+    suffix: str
     image: bytes
     facts: dict[str, Any]
     first: bool
@@ -177,7 +177,7 @@ def _samples(run: Run, selection: str, together: bool) -> Iterator[ExportSample]
             groups = [chosen] if together else [[text] for text in chosen]
             for i, group in enumerate(groups):
                 fates = [{"source": t["text_source"], "score": t["score"], "reason": t["reason"]} for t in group]
-                yield ExportSample(f"{number:09d}", [t["text"] for t in group], _ENDING[note["format"]], image,
+                yield ExportSample(f"{number:09d}", [t["text"] for t in group], _SUFFIX[note["format"]], image,
                            {**facts, "kept": fates}, i == 0, f"{images:09d}")  # fmt: skip
                 number += 1
             images += 1
@@ -219,7 +219,7 @@ def _write_wds(samples: Iterator[ExportSample], files: _Files, size: int) -> Non
             tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
         ):
             for sample in group:
-                _add(tar, f"{sample.name}.{sample.ending}", sample.image)
+                _add(tar, f"{sample.name}.{sample.suffix}", sample.image)
                 if len(sample.captions) == 1:
                     _add(tar, f"{sample.name}.txt", sample.captions[0].encode())
                 record = {
@@ -246,7 +246,7 @@ def _write_parquet(samples: Iterator[ExportSample], files: _Files, size: int) ->
 
 def _row(sample: ExportSample) -> dict[str, Any]:
     return {
-        "image": {"bytes": sample.image, "path": f"{sample.name}.{sample.ending}"},
+        "image": {"bytes": sample.image, "path": f"{sample.name}.{sample.suffix}"},
         "caption": sample.captions,
         "sample_id": sample.facts["sample_id"],
         "source": [fate["source"] for fate in sample.facts["kept"]],
@@ -282,7 +282,7 @@ def _write_json(samples: Iterator[ExportSample], files: _Files, size: int) -> No
     with files.writing("captions.json") as listing:
         start = b"[\n"
         for sample in samples:
-            name = f"images/{int(sample.image_name) // size:05d}/{sample.image_name}.{sample.ending}"
+            name = f"images/{int(sample.image_name) // size:05d}/{sample.image_name}.{sample.suffix}"
             if sample.first:
                 with files.writing(name) as file:
                     file.write(sample.image)

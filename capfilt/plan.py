@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from blip.data.formats.finding import FoundFile
+from blip.data.formats.finding import SourceFile
 from blip.data.formats.splits import check_split
 from blip.data.paths import local
 from blip.errors import DataError
@@ -25,7 +25,7 @@ from capfilt.store.identity import differences, fingerprint, part_id
 from capfilt.store.storage import Storage, open_storage
 
 
-def _find_all(specs: Sequence[str], split: str | None) -> list[FoundFile]:
+def _find_all(specs: Sequence[str], split: str | None) -> list[SourceFile]:
     """Return the files that all inputs name. DataError for duplicates."""
     files = [one for spec in specs for one in find(spec, split)]
     (path, times), *_ = Counter(one.path for one in files).most_common(1) or [("", 0)]
@@ -110,7 +110,7 @@ def anchored(reading: ReadConfig) -> ReadConfig:
 
 
 def _describe_all(
-    files: Sequence[FoundFile], root: str, reading: ReadConfig, storage: Storage, seen: Counter[str] | None = None
+    files: Sequence[SourceFile], root: str, reading: ReadConfig, storage: Storage, seen: Counter[str] | None = None
 ) -> list[PlannedSource]:
     counts = [Counter() for _ in files]  # one each, as threads count
     with ThreadPoolExecutor(4) as pool:

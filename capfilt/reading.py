@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from blip.data import images
 from blip.data.formats import rows, table, tars
-from blip.data.formats.finding import FoundFile, file_format, find_one
+from blip.data.formats.finding import SourceFile, file_format, find_one
 from blip.data.formats.folder import Downloaded
 from blip.data.formats.parquet import Parquet, RowGroups, chosen_columns, parquet_file
 from blip.data.formats.rows import NO_COLUMN, Columns, Format
@@ -68,13 +68,13 @@ class InputRow:
 # Finding files --------------------------------------------------------------------------------------------------------
 
 
-def find(spec: str, split: str | None = None) -> list[FoundFile]:
+def find(spec: str, split: str | None = None) -> list[SourceFile]:
     """List the files that an input names, in a fixed order. DataError for missing or unreadable ones.
 
     `split` chooses among the folders of an image folder that has one per split.
     """
     if spec.startswith(HUB):
-        return [FoundFile("dataset", spec)]
+        return [SourceFile("dataset", spec)]
     files = []
     for name in alternatives(spec):
         if is_remote(name):
@@ -87,7 +87,7 @@ def find(spec: str, split: str | None = None) -> list[FoundFile]:
     return [one._replace(path=str(one.path)) for one in files]
 
 
-def _remote(spec: str) -> list[FoundFile]:
+def _remote(spec: str) -> list[SourceFile]:
     import fsspec
 
     files, inside = fsspec.core.url_to_fs(spec)
@@ -95,7 +95,7 @@ def _remote(spec: str) -> list[FoundFile]:
     paths = sorted(files.glob(inside)) if "*" in inside else [inside] if files.exists(inside) else []
     if not paths:
         raise DataError(f"input {spec}: no such object")
-    kinds = [FoundFile(file_format(Path(p), "input"), f"{scheme}://{p.lstrip('/')}") for p in paths]
+    kinds = [SourceFile(file_format(Path(p), "input"), f"{scheme}://{p.lstrip('/')}") for p in paths]
     if any(one.format == "json" for one in kinds):
         raise DataError(f"input {spec}: only tar and parquet are read from an object store; copy lists here")
     return kinds
@@ -105,7 +105,7 @@ def _remote(spec: str) -> list[FoundFile]:
 
 
 def describe(
-    input_file: FoundFile, relpath: str, config: ReadConfig, storage: Storage, seen: Counter[str] | None = None
+    input_file: SourceFile, relpath: str, config: ReadConfig, storage: Storage, seen: Counter[str] | None = None
 ) -> PlannedSource:
     """Describe a file for the plan, with its number of rows; writes its index of rows where the format needs one.
 

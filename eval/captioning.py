@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from blip import dist
-from blip.inference.generate import write
+from blip.inference.generate import generate_texts
 from blip.inference.settings import DecodeConfig
 from blip.models.blip import Blip
 from blip.tokenizer import Tokenizer
@@ -208,7 +208,9 @@ def captions_of(
         captions = []
         with bar(len(mine), "caption", "images", show=dist.is_main()) as progress:
             for ids, views in images.batches(mine, batch, side, threads):
-                texts = write(model, tokenizer, views.to(device), config, prompt=prompt, keys=[str(i) for i in ids])
+                texts = generate_texts(
+                    model, tokenizer, views.to(device), config, prompt=prompt, keys=[str(i) for i in ids]
+                )
                 captions += [(name, best.words) for name, (best,) in zip(ids, texts, strict=True)]
                 progress.update(len(ids))
         return captions

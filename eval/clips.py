@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blip.data.ahead import read_ahead
-from blip.data.clips import ENDINGS, read_frames
+from blip.data.clips import SUFFIXES, read_frames
 from blip.data.formats.json_rows import read_rows
 from blip.data.images import own_fault
 from blip.data.paths import check_name
@@ -139,7 +139,7 @@ def find_file(name: str | int, root: Path, where: str) -> Path:
     if reason:
         raise DataError(f"{where}: {reason.replace('image', 'video', 1)}")
     for stem in stems:
-        for file in (root / stem, *(root / f"{stem}.{ending}" for ending in sorted(ENDINGS))):
+        for file in (root / stem, *(root / f"{stem}.{suffix}" for suffix in sorted(SUFFIXES))):
             if file.is_file():
                 if not file.resolve().is_relative_to(root.resolve()):
                     raise DataError(f"{where}: video {name!r} is a link that leads outside {root}")

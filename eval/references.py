@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from blip.data.formats.json_rows import CSV, read_rows, same_id
-from blip.data.formats.rows import FIRST_ROWS, found_column
+from blip.data.formats.rows import FIRST_ROWS, find_column
 from blip.data.formats.splits import check_split, of_split, refuse_split
 from blip.data.formats.values import kind_of
 from blip.errors import DataError, counted, shown
@@ -49,8 +49,8 @@ def read_references(
     else:
         rows = value if isinstance(value, list) else [value]
         names = {name for row in rows[:FIRST_ROWS] if isinstance(row, dict) for name in row}
-        image = found_column(names, image_column, "image") or image_column
-        caption = found_column(names, caption_column, "caption") or caption_column
+        image = find_column(names, image_column, "image") or image_column
+        caption = find_column(names, caption_column, "caption") or caption_column
         entries = _rows(path, rows, split, image, caption)
     images = list(entries)
     if not images:

@@ -8,7 +8,7 @@ from pathlib import Path
 from blip import dist
 from blip.app.candidates import load_candidates
 from blip.errors import DataError
-from blip.inference.answering import Answer, Candidates, answers, ask
+from blip.inference.answering import Answer, Candidates, answers, encode_questions
 from blip.inference.settings import QUESTION_WORDS, AnswerConfig
 from blip.models.video import FRAMES, clip_tokens
 from blip.models.vqa import Vqa
@@ -86,7 +86,7 @@ def answers_about_clips(
         answered: list[tuple[int, Answer]] = []
         for part in in_parts(rows, _AT_ONCE):
             places = [place for _, place in part]
-            context = ask(model, tokenizer, tokens, [texts[row] for row, _ in part], places)
+            context = encode_questions(model, tokenizer, tokens, [texts[row] for row, _ in part], places)
             best = answers(model, tokenizer, context, config, candidates)
             answered += [(row, answer) for (row, _), (answer,) in zip(part, best, strict=True)]
         return answered

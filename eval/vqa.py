@@ -19,7 +19,7 @@ from blip import dist
 from blip.app.candidates import load_candidates
 from blip.data.prepare.questions import Id, Question, Questions, load
 from blip.errors import BadSample, DataError, counted
-from blip.inference.answering import Answer, Candidates, answers, ask
+from blip.inference.answering import Answer, Candidates, answers, encode_questions
 from blip.inference.settings import QUESTION_WORDS, AnswerConfig
 from blip.models.vqa import Vqa
 from blip.text import clean_question
@@ -225,7 +225,7 @@ def answers_of(
         answered: list[tuple[int, Answer]] = []
         for part in in_parts(about, _AT_ONCE):
             texts = [question_set.texts[row] for row, _ in part]
-            context = ask(model, tokenizer, tokens, texts, [place for _, place in part])
+            context = encode_questions(model, tokenizer, tokens, texts, [place for _, place in part])
             best = answers(model, tokenizer, context, config, candidates)
             answered += [(row, answer) for (row, _), (answer,) in zip(part, best, strict=True)]
         return answered

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from blip.errors import DataError, counted
-from blip.inference.generate import write
+from blip.inference.generate import generate_texts
 from blip.inference.settings import DecodeConfig
 from blip.models.blip import Blip
 from blip.objectives.caption import Caption, CaptionConfig
@@ -76,7 +76,9 @@ class CaptionEvaluation(Evaluation):
         self.graders = graders(references)
         self.images.image(0)
         side = model.vision.image_size
-        write(model.eval(), tokenizer, torch.zeros(1, 3, side, side), run.decode, prompt=self.prompt, keys=[""])
+        generate_texts(
+            model.eval(), tokenizer, torch.zeros(1, 3, side, side), run.decode, prompt=self.prompt, keys=[""]
+        )
 
     def answers(self, model: Blip) -> Captions:
         return captions_of(model, self.tokenizer, self.images, self.decode, prompt=self.prompt)

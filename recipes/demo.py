@@ -48,7 +48,7 @@ when it samples (12% of its texts are true in every word, 33% with greedy decodi
 text that passes."""
 SHOWN = 24
 """Number of images on the page."""
-TOLD = ("cider", "attribute_precision", "attribute_recall", "all_true")
+COMPARED = ("cider", "attribute_precision", "attribute_recall", "all_true")
 """Caption scores in the report."""
 AGAIN = "_bootstrapped"
 """Suffix of the second model's scores."""
@@ -207,7 +207,7 @@ def _recalls(scores: dict[str, Any]) -> list[list[str | float]]:
 
 
 def _captions(scores: dict[str, Any]) -> list[list[str | float]]:
-    return [[side, *(scores[f"{name}{again}"] for name in TOLD)] for side, again in SIDES]
+    return [[side, *(scores[f"{name}{again}"] for name in COMPARED)] for side, again in SIDES]
 
 
 def _page(out: Path, scores: dict[str, Any], kinds: dict[str, Kind], items: list[page.Card], run: PretrainRun) -> str:

@@ -17,6 +17,7 @@ from blip.data.transforms import TrainTransform
 from blip.errors import DataError
 from blip.models.dialogue import Dialogue
 from blip.objectives.dialogue import DialogueObjective
+from blip.options import option
 from blip.tokenizer import Tokenizer
 from blip.train.loop import Result
 from blip.world import dialogues
@@ -37,19 +38,19 @@ class DialogueData(TaskData):
     """Most word pieces of question, answer and history together; the oldest rounds are dropped."""
     rounds: int = 4
     """Rounds of one dialogue in a training sample; they share the image's context."""
-    wrong: int = 2
+    negatives: int = option(2, was="data.wrong")
     """Negatives per question: false answers beside the true one."""
-    alike: int = 0
+    hard_negatives: int = option(0, was="data.alike")
     """Hard negatives among them, chosen by word overlap with the true answer ("yes" and "yes it is")."""
 
     samples = "dialogues"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rounds < 1 or self.wrong < 1:
-            raise ValueError(f"rounds and wrong must be 1 or more, got {self.rounds} and {self.wrong}")
-        if not 0 <= self.alike <= self.wrong:
-            raise ValueError(f"alike must be 0 to wrong ({self.wrong}), got {self.alike}")
+        if self.rounds < 1 or self.negatives < 1:
+            raise ValueError(f"rounds and negatives must be 1 or more, got {self.rounds} and {self.negatives}")
+        if not 0 <= self.hard_negatives <= self.negatives:
+            raise ValueError(f"hard_negatives must be 0 to negatives ({self.negatives}), got {self.hard_negatives}")
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def converse(run: DialogueRun) -> tuple[Result, Path]:
     if not sources:
         raise DataError("no data: give at least one source")
     transform = TrainTransform(model.vision.image_size, data)
-    prepare = PrepareDialogues(transform, tokenizer, data, data.rounds, data.wrong, data.alike)
+    prepare = PrepareDialogues(transform, tokenizer, data, data.rounds, data.negatives, data.hard_negatives)
     held_out = open_evaluations(run, DialogueEvaluation, data.max_tokens, tokenizer)
     about = f"Ranks answers in dialogues about images; trained {run.model.origin} with `recipes.dialogue`."
     best = BestModel(run, tokenizer, held_out, by="mrr", about=about, shown="{:.4f}".format)

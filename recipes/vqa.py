@@ -20,7 +20,7 @@ from blip.data.prepare.questions import Id, PrepareQuestions, Questions, Questio
 from blip.data.settings import ImageQuestions
 from blip.data.transforms import TrainTransform
 from blip.errors import DataError, counted
-from blip.inference.answering import ANSWERS, Candidates, answers, ask
+from blip.inference.answering import ANSWERS, Candidates, answers, encode_questions
 from blip.inference.settings import QUESTION_TOKENS, QUESTION_WORDS, AnswerConfig
 from blip.models.vqa import Vqa
 from blip.objectives.vqa import VqaConfig, VqaObjective
@@ -148,7 +148,11 @@ class VqaEvaluation(Evaluation):
         with torch.no_grad():
             tokens = model.eval().vision(torch.zeros(1, 3, side, side))
             answers(
-                model, tokenizer, ask(model, tokenizer, tokens, self.question_set.texts[:1], [0]), config, candidates
+                model,
+                tokenizer,
+                encode_questions(model, tokenizer, tokens, self.question_set.texts[:1], [0]),
+                config,
+                candidates,
             )
 
     def answers(self, model: Vqa) -> Answers:

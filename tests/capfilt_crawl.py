@@ -82,10 +82,10 @@ def check_complete(where, baseline):
     """The oracle of every fault: all planned rows, each once, nothing else, equal to an uninterrupted run."""
     run = Run.open(str(where))
     assert run.parts.present().keys() == {part.pid for part in run.plan}
-    found, wanted = annotations(run), annotations(baseline)
-    ids = found["sample_id"].to_pylist()
+    table, wanted = annotations(run), annotations(baseline)
+    ids = table["sample_id"].to_pylist()
     assert len(ids) == len(set(ids)) == run.rows
-    assert found.equals(wanted)
+    assert table.equals(wanted)
 
 
 class Starter:
@@ -98,18 +98,18 @@ class Starter:
         pipe = subprocess.PIPE
         self.process = subprocess.Popen([sys.executable, __file__], stdin=pipe, stdout=pipe, text=True, env=env)
 
-    def _ask(self, request):
+    def _request(self, request):
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
     def start(self, *args, **env):
         """The process id of a command; its output goes to the log."""
-        return self._ask({"args": [str(a) for a in args], "env": env, "log": str(self.log)})
+        return self._request({"args": [str(a) for a in args], "env": env, "log": str(self.log)})
 
     def wait(self, pid):
         """Its exit status, negative for a signal."""
-        return os.waitstatus_to_exitcode(self._ask({"wait": pid}))
+        return os.waitstatus_to_exitcode(self._request({"wait": pid}))
 
     def run(self, *args, **env):
         return self.wait(self.start(*args, **env))
@@ -118,7 +118,7 @@ class Starter:
         """Kill a process with -9 after some seconds; False if it was done before."""
         deadline = time.monotonic() + after
         while time.monotonic() < deadline:
-            if self._ask({"alive": pid}) is False:
+            if self._request({"alive": pid}) is False:
                 return False
             time.sleep(0.002)
         (os.killpg if group else os.kill)(pid, signal.SIGKILL)

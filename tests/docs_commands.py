@@ -83,23 +83,23 @@ class Reading:
 @functools.cache
 def commands() -> list[Command]:
     """Of all pages, in their order."""
-    return [found for page in PAGES for found in commands_of(page)]
+    return [command for page in PAGES for command in commands_of(page)]
 
 
 def commands_of(page: Path) -> list[Command]:
     """Of a page: what stands in blocks without a language, `bash` or `sh`, and whole command lines in backquotes."""
-    name, found, prose = str(page.relative_to(ROOT)), [], []
+    name, documented, prose = str(page.relative_to(ROOT)), [], []
     for line, language, block in blocks(page.read_text()):
         if language is None:
             prose.append((line, block))
         elif language in ("", "bash", "sh"):
-            found += [Command(name, line + at, *_marked(text), False) for at, text in _joined(block)]
+            documented += [Command(name, line + at, *_marked(text), False) for at, text in _joined(block)]
     for line, text in prose:
         for span in re.finditer(r"`([^`]+)`", text):
             words = " ".join(span[1].split())
             if _is_whole(words.split(" ")):
-                found.append(Command(name, line + text[: span.start()].count("\n"), *_marked(words), True))
-    return sorted(found, key=lambda one: one.line)
+                documented.append(Command(name, line + text[: span.start()].count("\n"), *_marked(words), True))
+    return sorted(documented, key=lambda one: one.line)
 
 
 def blocks(text: str) -> Iterator[tuple[int, str | None, str]]:
@@ -295,10 +295,10 @@ def _capfilt(args: list[str]) -> Reading:
 def _target(target: str) -> list[Reading]:
     """What the Makefile does for a target."""
     makefile = (ROOT / "Makefile").read_text()
-    found = re.search(rf"^{re.escape(target)}:.*\n((?:\t.*\n)*)", makefile, re.M)
-    if not found:
+    rule = re.search(rf"^{re.escape(target)}:.*\n((?:\t.*\n)*)", makefile, re.M)
+    if not rule:
         raise Unreadable(f"the Makefile has no target {target}")
-    recipe = [line.strip().replace("$(BIN)/", "") for line in found[1].splitlines()]
+    recipe = [line.strip().replace("$(BIN)/", "") for line in rule[1].splitlines()]
     readings = [Reading(f"make {target}", (), {})]
     for line in recipe:
         if line.startswith("python -m ") and "pytest" not in line and "sphinx" not in line:
@@ -325,13 +325,13 @@ def _stopped(main: Any, name: str, args: list[str]) -> Any:
 
 def _quietly(call: Any) -> Any:
     """Its result; what it says as it ends is in Unreadable, unless it is help."""
-    said = io.StringIO()
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(io.StringIO()):
             return call()
     except SystemExit as end:
         if end.code not in (None, 0):
-            raise Unreadable(said.getvalue().strip() or str(end.code)) from None
+            raise Unreadable(output.getvalue().strip() or str(end.code)) from None
         return None
 
 
@@ -371,14 +371,14 @@ def reads_and_writes(reading: Reading) -> tuple[set[str], set[str]]:
 @functools.cache
 def made() -> set[str]:
     """All that those commands of the pages write which need nothing that is not there."""
-    found: set[str] = set()
+    paths: set[str] = set()
     for command in commands():
         if command.needs:
             continue
         with contextlib.suppress(Unreadable):
             for reading in read(command):
-                found |= reads_and_writes(reading)[1]
-    return {path.rstrip("/") for path in found if path.startswith("runs/")}
+                paths |= reads_and_writes(reading)[1]
+    return {path.rstrip("/") for path in paths if path.startswith("runs/")}
 
 
 def not_there(command: Command) -> set[str]:

@@ -90,11 +90,11 @@ def losses(pretrain, image, ids, keep, alpha, negatives=None, length=30):
         _, image_teacher, text_teacher = features(teacher, image, ids, keep)
         image_all = torch.cat([image_teacher, pretrain.image_queue.features.clone()])
         text_all = torch.cat([text_teacher, pretrain.text_queue.features.clone()])
-        eye = torch.zeros(batch, len(image_all)).fill_diagonal_(1)
+        identity = torch.zeros(batch, len(image_all)).fill_diagonal_(1)
         i2t_soft = (image_teacher @ text_all.T / model.temperature).softmax(1)
         t2i_soft = (text_teacher @ image_all.T / model.temperature).softmax(1)
-        i2t_target = alpha * i2t_soft + (1 - alpha) * eye
-        t2i_target = alpha * t2i_soft + (1 - alpha) * eye
+        i2t_target = alpha * i2t_soft + (1 - alpha) * identity
+        t2i_target = alpha * t2i_soft + (1 - alpha) * identity
     i2t = image_student @ text_all.T / model.temperature
     t2i = text_student @ image_all.T / model.temperature
     i2t_loss = -(i2t.log_softmax(1) * i2t_target).sum(1).mean()

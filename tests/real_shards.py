@@ -27,31 +27,31 @@ def samples(data, photos, emoji):
     right += [
         (data / "emoji" / one["file"], f"an emoji of {one['name']}") for one in named[:: max(1, len(named) // emoji)]
     ][:emoji]
-    found = []
+    rows = []
     for i, (path, text) in enumerate(right):
         planted = i % 3 == 2
-        said = right[(i * 7 + 5) % len(right)][1] if planted else text
-        kind = "planted" if said != text else "right"
-        found.append((path.read_bytes(), path.suffix, said, {"kind": kind, "file": path.name}))
+        caption = right[(i * 7 + 5) % len(right)][1] if planted else text
+        kind = "planted" if caption != text else "right"
+        rows.append((path.read_bytes(), path.suffix, caption, {"kind": kind, "file": path.name}))
     for i, one in enumerate(json.loads((data / "broken_images" / "manifest.json").read_text())):
         record = {"kind": "broken", "file": one["file"], "outcome": one["outcome"]}
         content = (data / "broken_images" / one["file"]).read_bytes()
         # Whatever it is, the crawl has called it an image.
-        found.append((content, (".jpg", ".png")[i % 2], f"an image with number {i}", record))
-    random.Random(0).shuffle(found)
-    return found
+        rows.append((content, (".jpg", ".png")[i % 2], f"an image with number {i}", record))
+    random.Random(0).shuffle(rows)
+    return rows
 
 
 def write(out, data, photos=207, emoji=600, shard=300):
     """Shards of so many samples; returns the samples in their order."""
-    found = samples(data, photos, emoji)
-    for start in range(0, len(found), shard):
+    rows = samples(data, photos, emoji)
+    for start in range(0, len(rows), shard):
         members = []
-        for i, (image, ending, text, record) in enumerate(found[start : start + shard], start):
-            contents = ((ending, image), (".txt", text.encode()), (".json", json.dumps(record).encode()))
+        for i, (image, suffix, text, record) in enumerate(rows[start : start + shard], start):
+            contents = ((suffix, image), (".txt", text.encode()), (".json", json.dumps(record).encode()))
             members += [(f"{i:06d}{name}", content) for name, content in contents]
         write_tar(Path(out) / f"{start // shard:05d}.tar", members)
-    return found
+    return rows
 
 
 if __name__ == "__main__":

@@ -38,22 +38,26 @@ def state(name: str) -> dict[str, torch.Tensor]:
         return {key: whole[key] for key in goldens.keys(name)}
     if name in ("retrieval", "matching"):
         whole |= {"idx_queue": torch.full((1, 24), -100), "ptr_queue": torch.zeros(1, dtype=torch.long)}
-        found = {key: whole[key] for key in goldens.keys("retrieval")}
+        tensors = {key: whole[key] for key in goldens.keys("retrieval")}
         training = ("_m.", "queue", "temp")
-        return found if name == "retrieval" else {k: v for k, v in found.items() if not any(t in k for t in training)}
+        return (
+            tensors if name == "retrieval" else {k: v for k, v in tensors.items() if not any(t in k for t in training)}
+        )
     if name == "vqa":
-        found = {k: v for k, v in whole.items() if k.startswith(("visual_encoder.", "text_encoder."))}
-        found |= {k: v for k, v in load_file(goldens.HERE / "vqa.safetensors").items() if k.startswith("text_decoder.")}
+        tensors = {k: v for k, v in whole.items() if k.startswith(("visual_encoder.", "text_encoder."))}
+        tensors |= {
+            k: v for k, v in load_file(goldens.HERE / "vqa.safetensors").items() if k.startswith("text_decoder.")
+        }
         decoder = "text_decoder.cls.predictions"
-        found |= {
-            f"{decoder}.decoder.weight": found["text_decoder.bert.embeddings.word_embeddings.weight"],
-            f"{decoder}.decoder.bias": found[f"{decoder}.bias"],
+        tensors |= {
+            f"{decoder}.decoder.weight": tensors["text_decoder.bert.embeddings.word_embeddings.weight"],
+            f"{decoder}.decoder.bias": tensors[f"{decoder}.bias"],
             "text_decoder.bert.embeddings.position_ids": torch.arange(32)[None],
         }
-        return found
-    found = load_file(goldens.HERE / "nlvr.safetensors")
-    found = {k.removeprefix("weights."): v for k, v in found.items() if k.startswith("weights.")}
-    return found | {"text_encoder.embeddings.position_ids": torch.arange(32)[None]}
+        return tensors
+    tensors = load_file(goldens.HERE / "nlvr.safetensors")
+    tensors = {k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")}
+    return tensors | {"text_encoder.embeddings.position_ids": torch.arange(32)[None]}
 
 
 def pth(folder: Path, name: str, beside: bool = True, **more) -> Path:

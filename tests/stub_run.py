@@ -176,7 +176,7 @@ class Zygote:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    def _ask(self, **request) -> Any:
+    def _request(self, **request) -> Any:
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
@@ -193,12 +193,12 @@ class Zygote:
             shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             places = [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
         request = {"module": module, "function": function, "arguments": arguments}
-        return [self._ask(**request, place=place, log=f"{log}-{r}") for r, place in enumerate(places)]
+        return [self._request(**request, place=place, log=f"{log}-{r}") for r, place in enumerate(places)]
 
     def wait(self, pid: int, seconds: float = 60.0) -> int:
         """Exit status, negative for a signal. TimeoutError, and the process is killed, when it takes too long."""
         end = time.monotonic() + seconds
-        while (status := self._ask(wait=pid)) is None:
+        while (status := self._request(wait=pid)) is None:
             if time.monotonic() > end:
                 os.kill(pid, signal.SIGKILL)
                 raise TimeoutError(f"process {pid} still runs after {seconds} s")

@@ -66,9 +66,9 @@ def test_what_a_command_needs_is_there_or_said(name):
 
 def test_enough_commands_are_found():
     """The checks above are empty if nothing is found; these pages have many."""
-    found = {name: len(of(name)) for name in NAMES}
+    counts = {name: len(of(name)) for name in NAMES}
     for name, least in {"README.md": 15, "docs/own_crawl.md": 18, "docs/finetuning.md": 9, "docs/vqa.md": 5}.items():
-        assert found[name] >= least, found
+        assert counts[name] >= least, counts
     assert {command.needs for command in commands() if command.needs} >= {"COCO", "NLVR2", "VisDial", "VQA v2"}
 
 
@@ -162,8 +162,8 @@ def test_tests_that_the_map_names_are_there():
     files = {path.stem: path.read_text() for path in HERE.rglob("*.py")}
     for name in re.findall(r"\btest_\w+", (DOCS / "index.md").read_text()):
         assert name in files or any(f"def {name}(" in text for text in files.values()), name
-    asked = (DOCS / "index.md").read_text().split("## Frequent requests")[1]
-    rows = [row for row in asked.splitlines() if row.startswith("| ")][1:]
+    questions = (DOCS / "index.md").read_text().split("## Frequent requests")[1]
+    rows = [row for row in questions.splitlines() if row.startswith("| ")][1:]
     assert len(rows) == 5
     assert all(re.search(r"`test_\w+\.py`: test_\w+", row) for row in rows)
 
@@ -202,9 +202,9 @@ def test_snippets_run_on_a_tiny_model(name, tmp_path, monkeypatch):
     world_files.write("runs/world", "json", "test", 3)
     Image.new("RGB", (50, 40), (200, 30, 30)).save("photo.jpg")
     known = {"blip": blip, "torch": torch, "images": torch.zeros(1, 3, 64, 64)}
-    found = [text for page, _, text in snippets() if page == name]
-    assert found
-    for text in found:
+    texts = [text for page, _, text in snippets() if page == name]
+    assert texts
+    for text in texts:
         here = text.replace('device="cuda"', 'device="cpu"')
         run_snippet(compile(here, name, "exec"), known)
 
@@ -278,8 +278,8 @@ class Walker(Zygote):
     def walk(self, command: Command) -> None:
         for words in simple(command.text):
             if given := module_of(words):
-                status, said = self.python(*given)
-                assert status == 0, f"{command}\nended with {status}:\n{said[-3000:]}"
+                status, output = self.python(*given)
+                assert status == 0, f"{command}\nended with {status}:\n{output[-3000:]}"
 
     def python(self, name: str, args: list[str]) -> tuple[int, str]:
         """Status of `python -m name args` and what it said."""
@@ -318,16 +318,16 @@ def module_of(words: list[str]) -> tuple[str, list[str]] | None:
 def my_files(folder: Path) -> None:
     """What the page about fine-tuning says a reader has, with images; some photographs."""
     text = (DOCS / "finetuning.md").read_text()
-    found = re.findall(r"`(mine/[\w-]+\.json)`, and [^`]*`(mine/[\w-]+\.json)`.*?```json\n(.*?)```", text, re.S)
-    assert len(found) == 4, "captions, questions, pairs, dialogue"
-    for train, held_out, content in found:
+    matches = re.findall(r"`(mine/[\w-]+\.json)`, and [^`]*`(mine/[\w-]+\.json)`.*?```json\n(.*?)```", text, re.S)
+    assert len(matches) == 4, "captions, questions, pairs, dialogue"
+    for train, held_out, content in matches:
         rows = json.loads(content)
         for name in (train, held_out):
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(json.dumps(rows))
         for image in set(re.findall(r'"(images/\w+\.jpg)"', content)):
             draw(folder / "mine" / image)
-    answers = [{"question_id": row["question_id"], "answer": "two"} for row in json.loads(found[1][2])]
+    answers = [{"question_id": row["question_id"], "answer": "two"} for row in json.loads(matches[1][2])]
     (folder / "mine/answers.json").write_text(json.dumps(answers))
     for name in ("photo.jpg", "photos/1.jpg", "photos/2.jpg"):
         draw(folder / name)
@@ -367,15 +367,15 @@ def test_pretraining_converges(tmp_path):
     """The quick start's first command with a quarter of its steps: losses fall, recalls are far above chance."""
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     args = ["--config", "recipes/configs/pretrain_world.yaml", "--train.steps", "200", "--world.train", "6000"]
-    status, said = Walker(tmp_path).python("recipes.pretrain", args)
-    assert status == 0, said[-3000:]
+    status, output = Walker(tmp_path).python("recipes.pretrain", args)
+    assert status == 0, output[-3000:]
     lines = [json.loads(line) for line in (tmp_path / "runs/pretrain_world/metrics.jsonl").read_text().splitlines()]
     first, *_, last = [line["losses"] for line in lines if "losses" in line]
-    found = next(line["eval"] for line in lines if "eval" in line)
+    scores = next(line["eval"] for line in lines if "eval" in line)
     assert last["lm"] < 0.6 * first["lm"]
     assert last["itc"] < 0.75 * first["itc"]
     chance = 100 / 200
-    assert min(found["tr@1_itc"], found["ir@1_itc"]) > 10 * chance
+    assert min(scores["tr@1_itc"], scores["ir@1_itc"]) > 10 * chance
 
 
 # Reference and figures -----------------------------------------------------------------------------------------------

@@ -60,12 +60,12 @@ def test_an_index_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypat
     with pytest.raises(PermissionError) as error:
         Index.read(tmp_path, tmp_path / "index")
     monkeypatch.undo()
-    said = one_line(error.value)
-    assert f"{tmp_path}/index/{name}" in said
-    assert "permission denied" in said
-    assert "belongs to" in said
-    assert "damaged" not in said
-    assert "delete" not in said
+    message = one_line(error.value)
+    assert f"{tmp_path}/index/{name}" in message
+    assert "permission denied" in message
+    assert "belongs to" in message
+    assert "damaged" not in message
+    assert "delete" not in message
 
 
 @pytest.mark.parametrize("name", ["MANIFEST", "optimizer", "state"])

@@ -125,8 +125,8 @@ def test_a_checkout_that_is_not_installed_finds_its_own_packages(crawl):
         (crawl / name).symlink_to(ROOT / name)
     for args in (PLAN, SCORE):
         stand_in(crawl, sys.executable, "-S", "-m", "capfilt", *args, PYTHONPATH=LIBRARIES)
-    said = stand_in(crawl, sys.executable, "-S", "-m", "capfilt", "verify", "../run", PYTHONPATH=LIBRARIES)
-    assert "rows 2 = ok 2" in said
+    output = stand_in(crawl, sys.executable, "-S", "-m", "capfilt", "verify", "../run", PYTHONPATH=LIBRARIES)
+    assert "rows 2 = ok 2" in output
     assert not (crawl.parent / "sang").exists()
 
 
@@ -162,13 +162,13 @@ STARTS = {f"subprocess.{name}" for name in ("run", "Popen", "call", "check_call"
 
 def test_every_child_is_started_by_its_absolute_path():
     """Each place that starts a process, and what it starts."""
-    found = {}
+    programs = {}
     for folder in ("blip", "capfilt", "eval", "recipes"):
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Call) and ast.unparse(node.func) in STARTS:
-                    found[str(path.relative_to(ROOT))] = ast.unparse(node.args[0])
-    assert found == {
+                    programs[str(path.relative_to(ROOT))] = ast.unparse(node.args[0])
+    assert programs == {
         "blip/app/doctor.py": "[where, '-version']",
         "blip/train/drift.py": "command",
         "capfilt/score/pool.py": "startup.python('capfilt.score.pool', str(theirs.fileno()), str(errors.fileno()))",
@@ -241,8 +241,8 @@ def checkpoint(folder: Path, model, name: str) -> None:
     content = (path / name).read_bytes()
     manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     (path / files.MANIFEST).write_text(json.dumps(manifest))
-    found, _ = Checkpoints(folder, 1).newest()
-    assert found == path, "the forged manifest must pass"
+    newest, _ = Checkpoints(folder, 1).newest()
+    assert newest == path, "the forged manifest must pass"
     restore(path, objective)
 
 
@@ -314,8 +314,8 @@ def pickles_in_a_tar(folder: Path) -> SourceConfig:
     with tarfile.open(folder / "s.tar", "w") as tar:
         add(tar, "a.png", png())
         add(tar, "a.txt", b"hello")
-        for ending in ("pyd", "pth", "pt", "pkl", "pickle", "npy", "npz", "bin"):
-            add(tar, f"a.{ending}", pickle.dumps(Canary()))
+        for suffix in ("pyd", "pth", "pt", "pkl", "pickle", "npy", "npz", "bin"):
+            add(tar, f"a.{suffix}", pickle.dumps(Canary()))
     return SourceConfig(str(folder / "s.tar"))
 
 
@@ -498,8 +498,8 @@ def test_a_row_cannot_name_what_is_outside_or_elsewhere(rows, name, folder):
 @pytest.mark.parametrize("rows", [rows_json, rows_jsonl, rows_parquet, rows_parquet_struct])
 def test_a_streamed_row_cannot_either(rows, name, folder):
     shards = CaptionShards(rows(folder, name))
-    (found,) = shards.read(shards.files[0])
-    assert "outside" in found.reason or "address" in found.reason
+    (row,) = shards.read(shards.files[0])
+    assert "outside" in row.reason or "address" in row.reason
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -676,17 +676,17 @@ def offline(tmp_path_factory) -> tuple[Path, list[tuple[int, str]]]:
 
 
 def test_documented_commands_need_no_network(offline):
-    folder, found = offline
+    folder, outcomes = offline
     assert not (folder / "connections").exists(), "somebody tried to connect"
-    for command, (status, said) in zip(WORKS, found, strict=False):
-        assert status == 0, f"{command}: {said}"
+    for command, (status, output) in zip(WORKS, outcomes, strict=False):
+        assert status == 0, f"{command}: {output}"
     assert (folder / "runs/demo/report.html").exists()
-    assert found[len(WORKS) - 1][1].count("written/images/test/") == 8
+    assert outcomes[len(WORKS) - 1][1].count("written/images/test/") == 8
 
 
 def test_what_is_missing_without_a_network_is_named(offline):
-    for (name, command), (status, said) in zip(LACKS.items(), offline[1][len(WORKS) :], strict=True):
-        errors = [line for line in said.splitlines() if line.startswith("error: ")]
-        assert (status, len(errors)) == (2, 1), f"{command}: {said}"
+    for (name, command), (status, output) in zip(LACKS.items(), offline[1][len(WORKS) :], strict=True):
+        errors = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert (status, len(errors)) == (2, 1), f"{command}: {output}"
         assert name in errors[0]
-        assert "Traceback" not in said
+        assert "Traceback" not in output

@@ -67,7 +67,7 @@ def name_of(path):
 def graph():
     """Each of our modules -> those that it imports, anywhere in the file and for type checkers, too."""
     paths = {name_of(path): path for folder in MAY_IMPORT for path in modules(folder)}
-    found = {}
+    imported = {}
     for name, path in paths.items():
         tree = ast.parse(path.read_text())
         targets = set()
@@ -79,8 +79,8 @@ def graph():
                 targets |= inside & set(paths) or {node.module}
                 if not inside <= set(paths):
                     targets.add(node.module)
-        found[name] = (targets & set(paths)) - {name}
-    return found
+        imported[name] = (targets & set(paths)) - {name}
+    return imported
 
 
 def chapter_of(name):
@@ -95,26 +95,26 @@ def chapter_of(name):
 
 
 def test_chapters_import_only_what_comes_before():
-    found = graph()
-    ours = [name for name in found if name.split(".")[0] == "blip"]
+    imported = graph()
+    ours = [name for name in imported if name.split(".")[0] == "blip"]
     assert {name.split(".")[1] for name in ours if "." in name} == {*CHAPTERS, *FOUNDATION}
     wrong = [
         f"{name} imports {other}"
         for name in ours
-        for other in found[name]
+        for other in imported[name]
         if chapter_of(other) > chapter_of(name) or (chapter_of(name) == 0 and other == "blip.tokenizer")
     ]
     assert wrong == []
 
 
-def circles(found):
+def circles(imported):
     """Groups of modules each of which reaches all the others (Tarjan's strongly connected components)."""
     index, low, stack, groups = {}, {}, [], []
 
     def visit(name):
         index[name] = low[name] = len(index)
         stack.append(name)
-        for other in found[name]:
+        for other in imported[name]:
             if other not in index:
                 visit(other)
                 low[name] = min(low[name], low[other])
@@ -126,7 +126,7 @@ def circles(found):
                 group.add(stack.pop())
             groups.append(frozenset(group))
 
-    for name in found:
+    for name in imported:
         if name not in index:
             visit(name)
     return {group for group in groups if len(group) > 1}

@@ -144,6 +144,7 @@ WRONG = {
     "a choice": ("train: {rule: new}", "train.rule: expected one of old, 2022, null, got 'new'"),
     "a key twice": ("quick: true\nquick: false", ", line 2: duplicate key 'quick'"),
     "a key twice within": ("train:\n  lr: 1\n  lr: 2", ", line 3: duplicate key 'lr'"),
+    "a former name": ("to: x", ": to is called out now"),
     "a date that is none": ("out: 2020-99-99", "month must be in 1..12"),
     "a program": ("out: !!python/object/apply:os.getcwd []", ", line 1: could not determine a constructor"),
 }
@@ -151,15 +152,15 @@ WRONG = {
 
 @pytest.mark.parametrize("what", WRONG)
 def test_a_file_that_will_not_do_is_named_with_the_option(tmp_path, what):
-    content, said = WRONG[what]
+    content, message = WRONG[what]
     path = config(tmp_path, content)
-    found = refused("--config", path)
-    assert found.startswith(f"--config {path}")
-    assert said in found
+    error = refused("--config", path)
+    assert error.startswith(f"--config {path}")
+    assert message in error
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         (["--train.batch-size", "null"], "--train.batch-size is null; give a value, or leave it out"),
         (["--train.batch_size=1e3"], "--train.batch-size: expected a whole number, got '1e3'"),
@@ -182,8 +183,8 @@ def test_a_file_that_will_not_do_is_named_with_the_option(tmp_path, what):
         (["--config"], "--config: expected one argument"),
     ],
 )
-def test_an_option_that_will_not_do_is_named(args, said):
-    assert said in refused(*args)
+def test_an_option_that_will_not_do_is_named(args, message):
+    assert message in refused(*args)
 
 
 def test_a_file_says_only_what_differs_from_its_base(tmp_path):
@@ -194,8 +195,8 @@ def test_a_file_says_only_what_differs_from_its_base(tmp_path):
     assert run("--config", top) == expected
     assert run("--config", top, "--train.lr", "7").train.lr == 7
     assert run("--config", tmp_path / "in/middle.yaml").train == Train(2, 2.0)
-    said = {"train": {"lr": 2, "batch_size": 2, "rule": 2022}, "seeds": [5], "sources": [{"path": "b"}]}
-    assert content(top) == said
+    merged = {"train": {"lr": 2, "batch_size": 2, "rule": 2022}, "seeds": [5], "sources": [{"path": "b"}]}
+    assert content(top) == merged
 
 
 def test_a_base_is_checked_as_any_file(tmp_path):
@@ -209,9 +210,9 @@ def test_a_base_is_checked_as_any_file(tmp_path):
     assert f"base {two}: base one.yaml is itself based on this file; remove one of the two" in refused("--config", one)
     config(tmp_path, "base: in/../two.yaml\n", "two.yaml")
     assert "base in/../two.yaml is itself based on this file" in refused("--config", two)
-    for wrong, said in (("base: null\n", "base is null"), ("base: [one.yaml]\n", "base: expected text")):
+    for wrong, message in (("base: null\n", "base is null"), ("base: [one.yaml]\n", "base: expected text")):
         config(tmp_path, wrong, "one.yaml")
-        assert said in refused("--config", one)
+        assert message in refused("--config", one)
     assert "there is no option train.base" in refused("--config", config(tmp_path, "train: {base: one.yaml}\n"))
 
 
@@ -228,9 +229,9 @@ def test_help_is_complete_and_in_groups(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         read(Run, ["--help"], "try", files=True, examples="examples:\n  try --out x")
     assert not stop.value.code
-    said = capsys.readouterr().out
-    assert said.startswith("usage: try --out DIR [options]\n\nA run of 100% nothing.\n")
-    assert said.endswith("examples:\n  try --out x\n")
+    stdout = capsys.readouterr().out
+    assert stdout.startswith("usage: try --out DIR [options]\n\nA run of 100% nothing.\n")
+    assert stdout.endswith("examples:\n  try --out x\n")
     for line in (
         "  --out DIR                   Folder (required)\n",
         "  --quick                     Leave things out\n",
@@ -245,7 +246,7 @@ def test_help_is_complete_and_in_groups(capsys, monkeypatch):
         "\nheld-out: What is measured on:\n",
         "  --held-out MAPPING          the whole section as inline YAML, or null for none\n",
     ):
-        assert line in said, line
+        assert line in stdout, line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,13 +270,13 @@ def test_arguments_repeated_options_and_flat_sections():
     assert given == Program(images=["a", "null"], question="what?", template=["[x]", "1"], source=Source("p"), train={})
     given = read(Program, ["--path=p", "--lr", "2", "--batch_size=3", "--", "--a_b", "what?"], "try")
     assert (given.images, given.train) == (["--a_b"], {"lr": 2.0, "batch_size": 3})
-    for args, said in (
+    for args, message in (
         (["a"], "the following arguments are required: QUESTION"),
         (["a", "b"], "--path is required"),
         (["a", "b", "--weight", "2"], "there is no option --weight"),
         (["a", "b", "--path", "p", "--lr", "x"], "--lr: expected a number, got 'x'"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             read(Program, args, "try")
 
 
@@ -284,8 +285,8 @@ def test_the_first_word_is_one_of_the_verbs(capsys):
     assert verb("try", ["vqa", "--help"], verbs, "About.") == "vqa"
     assert verb("try", ["--help"], verbs, "About.") is None
     assert "  caption  say what images show\n  vqa      answer\n" in capsys.readouterr().out
-    for args, said in (([], "give one of caption, vqa"), (["captoin"], "did you mean caption?"), (["--x"], "'--x'")):
-        with pytest.raises(ValueError, match=re.escape(said)):
+    for args, message in (([], "give one of caption, vqa"), (["captoin"], "did you mean caption?"), (["--x"], "'--x'")):
+        with pytest.raises(ValueError, match=re.escape(message)):
             verb("try", args, verbs, "About.")
 
 
@@ -296,9 +297,9 @@ def programs() -> dict[str, type]:
     """Each command line of blip, capfilt and blip-eval, and its options; the recipes' are in test_command.py."""
     ours = {("blip", name): f"blip.app.commands.{name}" for name in cli.COMMANDS}
     ours |= {("capfilt", name): f"capfilt.commands.{name.replace('-', '_')}" for name in capfilt.VERBS}
-    found = {" ".join(words): options_of(import_module(module)) for words, module in ours.items()}
+    options = {" ".join(words): options_of(import_module(module)) for words, module in ours.items()}
     measures = {name: kind for name, (kind, _) in MEASURES.items()}
-    return found | {f"blip-eval {name}": kind for name, kind in measures.items()}
+    return options | {f"blip-eval {name}": kind for name, kind in measures.items()}
 
 
 @pytest.mark.parametrize("name", programs())
@@ -309,10 +310,10 @@ def test_every_option_is_explained(name, capsys):
             assert docs(one.owner)[one.field.name], f"{name} --{one.name}"
     with pytest.raises(SystemExit):
         read(kind, ["--help"], name)
-    said = capsys.readouterr().out
+    stdout = capsys.readouterr().out
     for one in walk(kind):
         if "argument" not in one.field.metadata and not dataclasses.is_dataclass(one.kind):
-            assert re.search(rf"^  --{re.escape(one.name)}( |$)", said, re.M), one.name
+            assert re.search(rf"^  --{re.escape(one.name)}( |$)", stdout, re.M), one.name
 
 
 def test_one_thing_has_one_name():
@@ -327,7 +328,7 @@ def test_one_thing_has_one_name():
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         (["score", "x", "--dtype", "bfloat16"], "--dtype is now called --precision"),
         (["plan", "--out", "x", "--dtype=bfloat16"], "--dtype is now called --precision"),
@@ -335,9 +336,9 @@ def test_one_thing_has_one_name():
         (["run", "--out", "x", "--batch_size", "4"], "--batch-size is now called --batch"),
     ],
 )
-def test_former_names_are_refused_with_those_of_today(args, said, capsys):
+def test_former_names_are_refused_with_those_of_today(args, message, capsys):
     assert capfilt.main(args) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_help_loads_nothing_heavy():

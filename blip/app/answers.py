@@ -26,7 +26,7 @@ from blip.data.image_files import not_images
 from blip.train.log import clock
 
 if TYPE_CHECKING:
-    from blip.data.image_files import FoundImages, ImageFile
+    from blip.data.image_files import ImageFile, InputImages
 
 _FEW = 5
 """Largest number of images processed without progress lines."""
@@ -107,7 +107,7 @@ class Answers:
     def __init__(
         self,
         path: str | None,
-        about: FoundImages | Sequence[str] | int,
+        about: InputImages | Sequence[str] | int,
         unit: str = "images",
         form: Form | None = None,
         *,
@@ -122,8 +122,8 @@ class Answers:
         """Names without an answer in the file so far."""
         self._out: TextIO = sys.stdout
         self._lines: list[str] = []
-        self._told = self.total > _FEW
-        self._started, self._said = time.monotonic(), float("-inf")
+        self._reports = self.total > _FEW
+        self._started, self._last_report = time.monotonic(), float("-inf")
         self._synced = self._started
 
     def __enter__(self) -> Self:
@@ -134,8 +134,8 @@ class Answers:
             self._open(self.path)
         before = len(self.names) - len(self.to_do)
         self.total -= before
-        self._told = self.total > _FEW
-        bar = self._told and sys.stderr.isatty()
+        self._reports = self.total > _FEW
+        bar = self._reports and sys.stderr.isatty()
         self._bar = tqdm(total=self.total, unit=f" {self.unit}", file=sys.stderr, dynamic_ncols=True, disable=not bar)
         if before and not self.to_do:
             self._say(f"{self.path} already has the answers about all {before} {self.unit}: nothing to do")
@@ -165,7 +165,7 @@ class Answers:
         if not size:
             files.replace_file(Path(path + _OPTIONS), record)
 
-    def _report(self, images: FoundImages) -> None:
+    def _report(self, images: InputImages) -> None:
         for line in (not_images(images.left_out), *map(shown, images.walk.notes)):
             if line:
                 self._say(line)
@@ -237,11 +237,11 @@ class Answers:
         self._bar.update(count)
         self._sync(_SYNC_SECONDS)
         now = time.monotonic()
-        if self._told and self._bar.disable and (now - self._said >= _SECONDS or self.done == self.total):
+        if self._reports and self._bar.disable and (now - self._last_report >= _SECONDS or self.done == self.total):
             rate = self.done / max(now - self._started, 1e-9)
             left = clock((self.total - self.done) / rate)
             self._say(f"{self.done}/{self.total} {self.unit}  {rate:.1f} a second  {left} left")
-            self._said = now
+            self._last_report = now
 
     def _say(self, line: str) -> None:
         tqdm.write(line, file=sys.stderr)

@@ -25,9 +25,9 @@ from blip.data.image_files import find
 from blip.data.images import UnreadableImage
 from blip.data.settings import DataConfig
 from blip.data.transforms import EvalTransform
-from blip.inference.answering import answers, ask
+from blip.inference.answering import answers, encode_questions
 from blip.inference.explain import explain
-from blip.inference.generate import write
+from blip.inference.generate import generate_texts
 from blip.inference.settings import CAPTION_PROMPT, AnswerConfig
 from blip.text import clean_question
 
@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 MAX_BYTES, MAX_PIXELS = 5 << 20, 20_000_000
 """Limits of an uploaded image."""
-MOST_CAPTIONS, MOST_TEXTS, MOST_FOUND, MOST_LETTERS = 10, 20, 60, 2000
+MOST_CAPTIONS, MOST_TEXTS, MOST_HITS, MOST_LETTERS = 10, 20, 60, 2000
 """Limits of one request; letters are characters of one text field."""
 _BATCH = 16
 _SIDE = 640
@@ -51,7 +51,7 @@ _REPORT_BYTES = 20 << 20
 
 
 @dataclass(frozen=True)
-class Found:
+class FolderHit:
     """A search result: an image of the folder."""
 
     name: str
@@ -114,13 +114,15 @@ class Demo:
         self._check_prompt(begin)
         config = caption_command.CaptionOptions(images=[], method=method, num=num, top_p=top_p, seed=seed).decoding()
         with self._lock, one.computing():
-            return write(one.model, one.tokenizer, pixels[None].to(one.device), config, prompt=begin, keys=[digest])[0]
+            return generate_texts(
+                one.model, one.tokenizer, pixels[None].to(one.device), config, prompt=begin, keys=[digest]
+            )[0]
 
     def _check_prompt(self, prompt: str) -> None:
         if self.captioner.tokenizer.unknown_rate([prompt]):
             raise ValueError(f"the prompt {prompt!r} has words that the model does not know; leave it empty")
 
-    def ask(self, path: str | None, question: str, top: int = 3) -> list[Answer]:
+    def answer(self, path: str | None, question: str, top: int = 3) -> list[Answer]:
         """Answer a question about an image, with the same result as `blip vqa --top N`."""
         if self.vqa is None:
             raise ValueError("no VQA model is loaded: start the page with --vqa DIR, a model trained by recipes.vqa")
@@ -130,7 +132,9 @@ class Demo:
         if not cleaned:
             raise ValueError("type a question first")
         with self._lock, one.computing(), torch.no_grad():
-            context = ask(one.model, one.tokenizer, one.model.vision(pixels[None].to(one.device)), [cleaned], [0])
+            context = encode_questions(
+                one.model, one.tokenizer, one.model.vision(pixels[None].to(one.device)), [cleaned], [0]
+            )
             return answers(one.model, one.tokenizer, context, AnswerConfig(), self.candidates, top)[0]
 
     def match(self, path: str | None, texts: str) -> list[tuple[str, float, float]]:
@@ -179,13 +183,13 @@ class Demo:
         index = self._searched()
         return len(index.readable), len(index.entries) - len(index.readable)
 
-    def search(self, text: str, top: int = 12, rerank: int = 16) -> list[Found]:
+    def search(self, text: str, top: int = 12, rerank: int = 16) -> list[FolderHit]:
         """The images of the folder that match a text best, with the same result as `blip search --top N`."""
         index = self._searched()
         if not text.strip():
             raise ValueError("type a text to search for first")
-        if not 1 <= top <= MOST_FOUND:
-            raise ValueError(f"the number of images must be 1 to {MOST_FOUND}, got {top}")
+        if not 1 <= top <= MOST_HITS:
+            raise ValueError(f"the number of images must be 1 to {MOST_HITS}, got {top}")
         with self._lock, self.matcher.computing():
             embed = self.features.embed_text([_short(text)])
             hits = search_command.find_one(index, self.features, self.matcher, _short(text), embed, top, rerank)
@@ -195,7 +199,7 @@ class Demo:
                 image = images.model_input(hit.path, DataConfig.max_pixels, _small, _SIDE)
             except UnreadableImage:  # removed since it was indexed
                 continue
-            hits_shown.append(Found(str(hit.path.relative_to(index.folder)), image, hit.itc, hit.itm))
+            hits_shown.append(FolderHit(str(hit.path.relative_to(index.folder)), image, hit.itc, hit.itm))
         return hits_shown
 
     def _searched(self) -> Index:

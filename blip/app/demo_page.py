@@ -24,7 +24,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
-from blip.app.demo import MAX_BYTES, MAX_PIXELS, MOST_CAPTIONS, MOST_FOUND, Demo, probability
+from blip.app.demo import MAX_BYTES, MAX_PIXELS, MOST_CAPTIONS, MOST_HITS, Demo, probability
 from blip.app.exit import one_line
 from blip.errors import DataError
 
@@ -257,7 +257,7 @@ def layout(demo: Demo) -> gr.Blocks:
                 gr.Markdown(f"JPEG, PNG, WEBP, GIF or BMP; up to {MAX_BYTES >> 20} MB and {megapixels} million pixels.")
             with gr.Column(scale=3):
                 _caption_tab(demo, image, model)
-                _ask_tab(demo, image, model)
+                _answer_tab(demo, image, model)
                 _match_tab(demo, image, model)
                 _explain_tab(demo, image, model)
         with gr.Tab("A folder"):
@@ -298,7 +298,7 @@ def captions(texts: list[CaptionText]) -> str:
     return f"<ol>{''.join(rows)}</ol>"
 
 
-def _ask_tab(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
+def _answer_tab(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
     with gr.Tab("Ask"):
         if demo.vqa is None:
             gr.Markdown(
@@ -311,7 +311,7 @@ def _ask_tab(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
         output = gr.HTML(elem_id="answers", elem_classes="answer", min_height=40)
 
         def show(path: str | None, words: str) -> str:
-            rows = [(answer.words, probability(answer), "") for answer in demo.ask(path, words, 5)]
+            rows = [(answer.words, probability(answer), "") for answer in demo.answer(path, words, 5)]
             return bars(("answer", "probability", ""), rows)
 
         for start in (button.click, question.submit):
@@ -374,7 +374,7 @@ def _search_tab(demo: Demo, model: dict[str, Any]) -> None:
         return
     with gr.Row():
         text = gr.Textbox(label="Text to search for", placeholder="a red bicycle", max_length=300, scale=3)
-        top = gr.Slider(1, MOST_FOUND, value=12, step=1, label="Images", scale=2)
+        top = gr.Slider(1, MOST_HITS, value=12, step=1, label="Images", scale=2)
     button = gr.Button("Search", variant="primary")
     state = gr.HTML(_counted(*demo.counts()), elem_id="indexed", elem_classes="answer")
     gallery = gr.Gallery(

@@ -197,7 +197,7 @@ class Index:
         entries = {entry.path: entry for entry in self.entries if entry.path not in again}
         saved = time.monotonic()
         try:
-            for before, batch in _looked_at(stale, features):
+            for before, batch in _read_batches(stale, features):
                 fresh = {p.digest: p for p in batch if not p.reason and p.digest not in by_bytes}
                 if fresh:
                     images = torch.stack([image.pixels for image in fresh.values()])
@@ -224,7 +224,7 @@ class Index:
         return Index(self.folder, self.where, self.origin, listed, embeddings)
 
 
-def _looked_at(
+def _read_batches(
     paths: Sequence[str], features: Features
 ) -> Iterator[tuple[dict[str, tuple[int, int] | None], list[ImageFile]]]:
     """Yield batches of images with the files' sizes and times from before they were read."""

@@ -25,7 +25,7 @@ from blip import files, hub
 from blip.checkpoints import foreign
 from blip.checkpoints.foreign import Foreign
 from blip.checkpoints.table import NUMBERS, refuse_unsound, type_in_words
-from blip.checkpoints.weights import ENDINGS, Weights, read_json
+from blip.checkpoints.weights import SUFFIXES, Weights, read_json
 from blip.models.blip import Blip
 from blip.models.families import TASKS, kind_of, names_of
 from blip.models.settings import BlipConfig
@@ -167,7 +167,7 @@ class Own:
 def opened(where: str | Path) -> Own | Foreign:
     """Open the checkpoint at a path, or on the hub under a name; errors as in `from_pretrained`."""
     folder = Path(where).expanduser()
-    if str(where).endswith(ENDINGS) and "://" not in str(where) and not folder.is_dir():
+    if str(where).endswith(SUFFIXES) and "://" not in str(where) and not folder.is_dir():
         return foreign.open_file(folder)
     config_path, part, tokenizer_at = _find(where)
     settings = read_json(config_path)
@@ -297,7 +297,7 @@ def _find(where: str | Path) -> tuple[Path, Callable[[str], Path], Callable[[], 
 
 def _in_folder(folder: Path, part: str) -> Path:
     if not (folder / part).is_file():
-        weights = [path.name for path in sorted(folder.iterdir()) if path.name.endswith(ENDINGS)]
+        weights = [path.name for path in sorted(folder.iterdir()) if path.name.endswith(SUFFIXES)]
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         give = f"; give the file itself, {folder / weights[0]}" if weights and part == _CONFIG else ""
         raise FileNotFoundError(f"{folder} has no {part}, so it is not a model directory; it holds {there}{give}")

@@ -15,7 +15,7 @@ from torch import Tensor
 from blip.checkpoints.table import State, Table, from_theirs, some_of
 from blip.tensors import read_pickled_tensors, read_tensors
 
-ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 """Endings of weight files."""
 _JSON_BYTES = 1 << 24
 _INDEX, _MOST_PARTS = ".index.json", 1000
@@ -24,7 +24,9 @@ _INDEX, _MOST_PARTS = ".index.json", 1000
 def is_local(where: str | Path) -> bool:
     """Whether a name is meant as a path rather than as one on the hub."""
     text = str(where)
-    return isinstance(where, Path) or Path(where).exists() or text.startswith((".", "/", "~")) or text.endswith(ENDINGS)
+    return (
+        isinstance(where, Path) or Path(where).exists() or text.startswith((".", "/", "~")) or text.endswith(SUFFIXES)
+    )
 
 
 def read_weights(path: str | Path) -> State:
@@ -87,7 +89,7 @@ def _listed(index: Path, part: Callable[[str], Path]) -> tuple[Path, ...]:
         raise ValueError(f"{index} is not an index of weights: it has no weight_map from tensors to files")
     names = sorted(set(places.values()))
     for name in names:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}", name) or not name.endswith(ENDINGS):
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}", name) or not name.endswith(SUFFIXES):
             raise ValueError(f"{index} names {name[:100]!r}, which is not a weight file in its folder")
     if len(names) > _MOST_PARTS:
         raise ValueError(f"{index} names {len(names):,} files; the limit is {_MOST_PARTS}")

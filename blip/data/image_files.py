@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _MOST_THREADS = 8
-_LOOKED = f"looked for names ending in {', '.join(sorted(IMAGES))}"
+_EXPECTED = f"looked for names ending in {', '.join(sorted(IMAGES))}"
 
 
 class ImageFile(NamedTuple):
@@ -42,7 +42,7 @@ class ImageFile(NamedTuple):
     """Reason why the file cannot be used; empty if it can."""
 
 
-class FoundImages(NamedTuple):
+class InputImages(NamedTuple):
     """Image files named on a command line."""
 
     paths: list[str]
@@ -58,13 +58,13 @@ class FoundImages(NamedTuple):
         return len(self.paths) + len(self.walk.unreadable)
 
 
-def not_images(endings: Counter[str]) -> str:
+def not_images(suffixes: Counter[str]) -> str:
     """Notes for the user about files left out, if any."""
-    common = ", ".join(ending for ending, _ in endings.most_common(5)) + ", ..." * (len(endings) > 5)
-    return f"left out {endings.total()} files that are not named like images ({common})" if endings else ""
+    common = ", ".join(suffix for suffix, _ in suffixes.most_common(5)) + ", ..." * (len(suffixes) > 5)
+    return f"left out {suffixes.total()} files that are not named like images ({common})" if suffixes else ""
 
 
-def find(given: Sequence[str]) -> FoundImages:
+def find(given: Sequence[str]) -> InputImages:
     """Find the images in files, folders and globs.
 
     A file given by name may have any name; in folders and their subfolders, linked ones included, files named like
@@ -78,15 +78,15 @@ def find(given: Sequence[str]) -> FoundImages:
             folder, file = os.path.split(path)
             paths.setdefault((real(folder), file), path)
     if not paths:
-        raise DataError(f"no images in {', '.join(given)}: {_LOOKED}{_unreadable(walk)}")
-    return FoundImages(sorted(paths.values(), key=_natural), left_out, walk)
+        raise DataError(f"no images in {', '.join(given)}: {_EXPECTED}{_unreadable(walk)}")
+    return InputImages(sorted(paths.values(), key=_natural), left_out, walk)
 
 
 def _files(name: str, left_out: Counter[str], walk: Walk) -> Iterator[str]:
     if os.path.isdir(name):
         within = list(_in_folder(name, left_out, walk))
         if not within:
-            raise DataError(f"no images in {name}: {_LOOKED}{_unreadable(walk)}")
+            raise DataError(f"no images in {name}: {_EXPECTED}{_unreadable(walk)}")
         yield from within
     elif os.path.lexists(name):
         yield name
@@ -104,13 +104,13 @@ def _files(name: str, left_out: Counter[str], walk: Walk) -> Iterator[str]:
 def _in_folder(folder: str, left_out: Counter[str], walk: Walk) -> Iterator[str]:
     try:
         for path in files(folder, walk):
-            ending = os.path.splitext(path)[1].lower()
-            if ending[1:] in IMAGES:
+            suffix = os.path.splitext(path)[1].lower()
+            if suffix[1:] in IMAGES:
                 yield path
             elif os.path.islink(path) and not os.path.exists(path):  # to a folder of images, it may be
                 walk.unreadable.append((path, f"is a link to {os.readlink(path)}, where nothing can be found"))
             else:
-                left_out[ending or "no ending"] += 1
+                left_out[suffix or "no ending"] += 1
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from blip.inference.generate import write
+from blip.inference.generate import generate_texts
 from blip.inference.settings import QUESTION_TOKENS, AnswerConfig
 from blip.models.vqa import Vqa
 from blip.nn.context import Context
@@ -156,11 +156,11 @@ def rank(model: Vqa, questions: Context, candidates: Candidates, config: AnswerC
     used = used.scatter(1, 1 + nodes.flatten(1), True)[:, 1:]
     count = int(used.sum(1).max())
     # Rows that need fewer are filled up with nodes that are not used.
-    read = used.byte().sort(dim=1, descending=True, stable=True).indices[:, :count]  # (R, N)
-    states = _read(model, questions, tree, read)
+    decoded = used.byte().sort(dim=1, descending=True, stable=True).indices[:, :count]  # (R, N)
+    states = _decode_nodes(model, questions, tree, decoded)
 
     places = torch.zeros_like(used, dtype=torch.int64)
-    places.scatter_(1, read, torch.arange(count, device=read.device).expand_as(read))
+    places.scatter_(1, decoded, torch.arange(count, device=decoded.device).expand_as(decoded))
     at = places.gather(1, nodes[..., :-1].clamp(min=0).flatten(1))
     block = max(1, _LOGITS // (count * model.config.text.vocab_size))
     for i in range(0, rows, block):
@@ -172,15 +172,15 @@ def rank(model: Vqa, questions: Context, candidates: Candidates, config: AnswerC
     return Ranked(chosen.gather(1, order), score, logprobs.gather(1, order))
 
 
-def _read(model: Vqa, questions: Context, tree: _Tree, read: Tensor) -> Tensor:
-    """Decode the nodes `read` (R, N) -> states (R, N, D); each sees [DEC], the beginnings of its own, and itself."""
-    rows, count = read.shape
-    depth = tree.depth[read]
-    above = tree.paths[read].gather(2, depth[:, None].expand(-1, count, -1)) == read[:, None]
-    sees = torch.ones(rows, 1 + count, 1 + count, dtype=torch.bool, device=read.device)
+def _decode_nodes(model: Vqa, questions: Context, tree: _Tree, nodes: Tensor) -> Tensor:
+    """Decode the `nodes` (R, N) -> states (R, N, D); each sees [DEC], the beginnings of its own, and itself."""
+    rows, count = nodes.shape
+    depth = tree.depth[nodes]
+    above = tree.paths[nodes].gather(2, depth[:, None].expand(-1, count, -1)) == nodes[:, None]
+    sees = torch.ones(rows, 1 + count, 1 + count, dtype=torch.bool, device=nodes.device)
     sees[:, 0, 1:] = False
     sees[:, 1:, 1:] = above
-    ids = torch.nn.functional.pad(tree.words[read], (1, 0), value=model.config.text.dec_id)
+    ids = torch.nn.functional.pad(tree.words[nodes], (1, 0), value=model.config.text.dec_id)
     positions = torch.nn.functional.pad(1 + depth, (1, 0))
     return model.decoder.step(ids, positions, sees, Cache(1 + count), questions)[:, 1:]
 
@@ -194,13 +194,13 @@ def answers(
     candidates: Candidates | None = None,
     num: int = 1,
 ) -> list[list[Answer]]:
-    """Find the `num` best answers to each question (R contexts from `ask`), best first.
+    """Find the `num` best answers to each question (R contexts from `encode_questions`), best first.
 
     They are chosen among candidates, of which there may be fewer; without candidates they come from beam search.
     """
     if candidates is None:
         decode = dataclasses.replace(config.decode(), num=num, beams=max(num, config.beams))
-        decoded = write(model, tokenizer, questions, decode)
+        decoded = generate_texts(model, tokenizer, questions, decode)
         return [[Answer(text.words, text.logprob) for text in texts] for texts in decoded]
     best = rank(model, questions, candidates, config)
     rows = zip(best.index[:, :num].tolist(), best.logprobs[:, :num].tolist(), strict=True)
@@ -208,7 +208,7 @@ def answers(
 
 
 @torch.no_grad()
-def ask(
+def encode_questions(
     model: Vqa,
     tokenizer: Tokenizer,
     tokens: Tensor,

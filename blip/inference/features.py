@@ -109,7 +109,7 @@ class Features:
         """Texts -> joint embeddings (M, E) of length 1 (paper, section 3.2, ITC)."""
         embeddings = []
         for start in range(0, len(texts), 8 * self.batch):
-            ids, keep = self._read(texts[start : start + 8 * self.batch], "cls")
+            ids, keep = self._tokenize(texts[start : start + 8 * self.batch], "cls")
             embeddings.append(self.model.embed_text(ids.to(self.device), keep.to(self.device)))
         return torch.cat(embeddings) if embeddings else torch.empty(0, self.model.config.embed_dim, device=self.device)
 
@@ -118,7 +118,7 @@ class Features:
         """Encode text i over image i, or all texts over a single image -> [ENC] states (M, D), ITM's input."""
         if len(images) != len(texts) and len(images) != 1:
             raise ValueError(f"{len(images)} images and {len(texts)} texts: give as many of both, or one image")
-        ids, keep = self._read(texts, "enc")
+        ids, keep = self._tokenize(texts, "enc")
         everything = torch.arange(len(texts))
         states, done = [], 0
         for tokens in self.tokens(images):
@@ -131,7 +131,7 @@ class Features:
     def match(self, images: Sequence[ImageInput] | Tensor, texts: Sequence[str]) -> MatchScores:
         """Score every image with every text, by ITC and by ITM."""
         words = self.embed_text(texts)
-        ids, keep = self._read(texts, "enc")
+        ids, keep = self._tokenize(texts, "enc")
         embeds, logits = [], []
         for tokens in self.tokens(images):
             embeds.append(self.model.embed_image(tokens))
@@ -141,7 +141,7 @@ class Features:
             raise ValueError(f"nothing to match: {len(images)} images and {len(texts)} texts")
         return MatchScores(cosines(torch.cat(embeds), words), torch.stack(logits))
 
-    def _read(self, texts: Sequence[str], first: str) -> tuple[Tensor, Tensor]:
+    def _tokenize(self, texts: Sequence[str], first: str) -> tuple[Tensor, Tensor]:
         if isinstance(texts, str):
             raise ValueError("texts must be a list of texts, not one text")
         cleaned = []

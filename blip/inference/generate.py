@@ -56,7 +56,7 @@ class CaptionText(NamedTuple):
 
 
 @torch.no_grad()
-def write(
+def generate_texts(
     model: Generates,
     tokenizer: Tokenizer,
     images: Tensor | Context,

@@ -23,7 +23,8 @@ from blip.nn.vision import VisionEncoder
 class Vqa(nn.Module):
     """An image encoder, a question encoder over the image, and an answer decoder over the question.
 
-    `generate` and `write` of `blip.inference` accept it in place of a `Blip`, with a context of questions, not images.
+    `generate` and `generate_texts` of `blip.inference` accept it in place of a `Blip`, with a context of questions, not
+    images.
     """
 
     def __init__(self, config: BlipConfig) -> None:

@@ -24,6 +24,8 @@ FREE_TO_CHANGE = frozenset(
 """Settings that do not change what is computed; all others must stay the same when a run continues."""
 YOUNGER = {"decode.length_rule": "generated", "answers.length_rule": "generated", "train.towers": [], "clip": None}
 """Settings missing from older checkpoints, by their whole names -> the value that was in effect."""
+RENAMED = {"data.wrong": "data.negatives", "data.alike": "data.hard_negatives"}
+"""Whole names of settings in older checkpoints -> their names today."""
 
 
 def plain(value: Any) -> Any:
@@ -42,7 +44,8 @@ def flatten(settings: dict, prefix: str = "") -> dict[str, Any]:
 
 def drift(before: dict, now: dict) -> list[str]:
     """List `name: before -> now` for each setting that differs but must not."""
-    old, new = flatten(plain(before)), flatten(plain(now))
+    old = {RENAMED.get(name, name): value for name, value in flatten(plain(before)).items()}
+    new = flatten(plain(now))
     for name in new.keys() - old.keys():
         if name in YOUNGER:
             old[name] = YOUNGER[name]

@@ -41,17 +41,17 @@ class RunLock:
     every few seconds. On Windows filelock's lock, on a file of its own, takes the place of the record lock.
     """
 
-    _held_here: set[Path] = set()  # noqa: RUF012 - a record lock does not stop its own process
+    _locked_here: set[Path] = set()  # noqa: RUF012 - a record lock does not stop its own process
 
     def __init__(self, out: Path) -> None:
         self.path = out / "run.lock"
         self._stop = threading.Event()
-        self._held: Any = None
+        self._system_lock: Any = None
 
     def __enter__(self) -> RunLock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._key = self.path.resolve()
-        if self._key in self._held_here:
+        if self._key in self._locked_here:
             raise RunLocked(f"{self.path.parent} is already written to by this process ({os.getpid()})")
         self._file = self.path.open("a+")
         try:
@@ -59,7 +59,7 @@ class RunLock:
         except BaseException:
             self._file.close()
             raise
-        self._held_here.add(self._key)
+        self._locked_here.add(self._key)
         self._write({"pid": os.getpid(), "host": socket.gethostname(), "started": started(os.getpid())})
         threading.Thread(target=self._beat, daemon=True).start()
         return self
@@ -67,10 +67,10 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._write(None)
-        self._held_here.discard(self._key)
+        self._locked_here.discard(self._key)
         self._file.close()
-        if self._held is not None:
-            self._held.release()
+        if self._system_lock is not None:
+            self._system_lock.release()
 
     def check(self) -> None:
         """Raise RunLocked if the folder was removed or replaced: it may belong to another process now."""
@@ -110,9 +110,9 @@ class RunLock:
             return True
         import filelock
 
-        self._held = filelock.FileLock(f"{self.path}.held", timeout=0)
+        self._system_lock = filelock.FileLock(f"{self.path}.held", timeout=0)
         try:
-            self._held.acquire()
+            self._system_lock.acquire()
         except filelock.Timeout:
             raise OSError(errno.EAGAIN, "another process has the lock") from None
         return True

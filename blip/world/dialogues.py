@@ -170,9 +170,9 @@ def _right(answer: Reply, kind: str, value: str) -> float:
 
 # Questions ------------------------------------------------------------------------------------------------------------
 
-Asked = tuple[str, tuple[str, str], Thing | None]
+Exchange = tuple[str, tuple[str, str], Thing | None]
 """A question, the meaning of its answer (kind and value), and the thing it mentions."""
-Ask = Callable[[Dice, Scene, Thing | None], Asked | None]
+MakeExchange = Callable[[Dice, Scene, Thing | None], Exchange | None]
 
 
 def _truth(holds: bool) -> tuple[str, str]:
@@ -188,16 +188,16 @@ def _a(name: str) -> str:
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
-def _how_many(dice: Dice, one: Scene, it: Thing | None) -> Asked:
+def _how_many(dice: Dice, one: Scene, it: Thing | None) -> Exchange:
     question = dice.choice(("how many things are there ?", "how many shapes do you see ?"))
     return question, ("count", _NUMBERS[len(one.things)]), None
 
 
-def _behind(dice: Dice, one: Scene, it: Thing | None) -> Asked:
+def _behind(dice: Dice, one: Scene, it: Thing | None) -> Exchange:
     return "what is the background like ?", ("background", one.background.kind), None
 
 
-def _is_there(dice: Dice, one: Scene, it: Thing | None) -> Asked:
+def _is_there(dice: Dice, one: Scene, it: Thing | None) -> Exchange:
     """Ask whether there is a thing of a shape, of a colour or of both."""
     thing = dice.choice(one.things)
     by, here = dice.choice(("shape", "colour", "both")), dice.chance(0.5)
@@ -210,47 +210,47 @@ def _is_there(dice: Dice, one: Scene, it: Thing | None) -> Asked:
     return f"is there {_a(name)} ?", _truth(bool(fits)), fits[0] if len(fits) == 1 else None
 
 
-def _colour_of(dice: Dice, one: Scene, it: Thing | None) -> Asked | None:
+def _colour_of(dice: Dice, one: Scene, it: Thing | None) -> Exchange | None:
     thing = dice.choice(one.things)
     if not _only(one, shape=thing.shape):
         return None
     return f"what colour is the {thing.shape} ?", ("colour", thing.colour), thing
 
 
-def _shape_of(dice: Dice, one: Scene, it: Thing | None) -> Asked | None:
+def _shape_of(dice: Dice, one: Scene, it: Thing | None) -> Exchange | None:
     thing = dice.choice(one.things)
     if not _only(one, colour=thing.colour):
         return None
     return f"what shape is the {thing.colour} thing ?", ("shape", thing.shape), thing
 
 
-def _where_is(dice: Dice, one: Scene, it: Thing | None) -> Asked | None:
+def _where_is(dice: Dice, one: Scene, it: Thing | None) -> Exchange | None:
     thing = dice.choice(one.things)
     return f"where is the {thing.colour} {thing.shape} ?", ("place", thing.place), thing
 
 
-def _size_of(dice: Dice, one: Scene, it: Thing | None) -> Asked | None:
+def _size_of(dice: Dice, one: Scene, it: Thing | None) -> Exchange | None:
     thing = dice.choice(one.things)
     return f"what size is the {thing.colour} {thing.shape} ?", ("size", thing.size), thing
 
 
-def _colour_of_it(dice: Dice, one: Scene, it: Thing | None) -> Asked:
+def _colour_of_it(dice: Dice, one: Scene, it: Thing | None) -> Exchange:
     return "what colour is it ?", ("colour", it.colour), it
 
 
-def _shape_of_it(dice: Dice, one: Scene, it: Thing | None) -> Asked:
+def _shape_of_it(dice: Dice, one: Scene, it: Thing | None) -> Exchange:
     return "what shape is it ?", ("shape", it.shape), it
 
 
-def _size_of_it(dice: Dice, one: Scene, it: Thing | None) -> Asked:
+def _size_of_it(dice: Dice, one: Scene, it: Thing | None) -> Exchange:
     return "what size is it ?", ("size", it.size), it
 
 
-def _where_is_it(dice: Dice, one: Scene, it: Thing | None) -> Asked:
+def _where_is_it(dice: Dice, one: Scene, it: Thing | None) -> Exchange:
     return "where is it ?", ("place", it.place), it
 
 
-def _relation_of_it(dice: Dice, one: Scene, it: Thing | None) -> Asked | None:
+def _relation_of_it(dice: Dice, one: Scene, it: Thing | None) -> Exchange | None:
     others = [t for t in one.things if t is not it]
     if not others:
         return None
@@ -260,7 +260,7 @@ def _relation_of_it(dice: Dice, one: Scene, it: Thing | None) -> Asked | None:
     return f"is it {way} the {other.colour} {other.shape} ?", _truth(holds), it
 
 
-_OF_SCENE: dict[str, Ask] = {
+_OF_SCENE: dict[str, MakeExchange] = {
     "count": _how_many,
     "background": _behind,
     "is_there": _is_there,
@@ -269,7 +269,7 @@ _OF_SCENE: dict[str, Ask] = {
     "place": _where_is,
     "size": _size_of,
 }
-_OF_IT: dict[str, Ask] = {
+_OF_IT: dict[str, MakeExchange] = {
     "colour": _colour_of_it,
     "shape": _shape_of_it,
     "size": _size_of_it,

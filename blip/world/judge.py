@@ -84,19 +84,19 @@ class Verdict:
     """Claims per attribute: how many are true, were made, count towards recall, and could be made of the scene."""
 
     right: Counter[str]
-    said: Counter[str]
+    claimed: Counter[str]
     recalled: Counter[str]
     possible: Counter[str]
 
     @property
     def true(self) -> bool:
         """Whether the text makes at least one claim, and no false one."""
-        return self.said.total() > 0 and self.right == self.said
+        return self.claimed.total() > 0 and self.right == self.claimed
 
     @property
     def precision(self) -> float:
         """Share of the claims that is true; 1 if there are no claims."""
-        return self.right.total() / self.said.total() if self.said.total() else 1.0
+        return self.right.total() / self.claimed.total() if self.claimed.total() else 1.0
 
     @property
     def recall(self) -> float:
@@ -149,7 +149,7 @@ def judge(scene: Scene, text: str) -> Verdict:
 def grade(verdicts: Iterable[Verdict]) -> dict[str, float]:
     """Attribute precision and recall over many captions, overall and per attribute, and the share of true captions."""
     verdicts = list(verdicts)
-    parts = ("right", "said", "recalled", "possible")
+    parts = ("right", "claimed", "recalled", "possible")
     sums = {part: sum((getattr(v, part) for v in verdicts), Counter()) for part in parts}
     right, claimed, recalled, possible = (sums[part] for part in parts)
     result = {

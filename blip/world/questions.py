@@ -39,7 +39,7 @@ KINDS = ("colour", "shape", "count", "relation", "yes/no")
 _MOST_MISTAKEN = 2
 """Most annotators who give a false answer to one question."""
 _OTHER_WORDS = {"moon": "crescent", "circle": "disc", "middle": "centre"}
-_ALIKE = {
+_MISTAKES = {
     "red": "orange", "orange": "red", "yellow": "orange", "green": "blue", "blue": "purple", "purple": "pink",
     "white": "pink", "pink": "purple", "circle": "ring", "ring": "circle", "square": "cross", "cross": "star",
     "star": "cross", "triangle": "heart", "heart": "triangle", "moon": "ring", "yes": "no", "no": "yes",
@@ -52,7 +52,7 @@ _PLURAL = {"cross": "crosses", **{shape: f"{shape}s" for shape in SHAPES if shap
 
 
 @dataclass(frozen=True)
-class Asked:
+class SceneQuestion:
     """A question about a scene."""
 
     question: str
@@ -73,20 +73,20 @@ class Asked:
         return "number" if self.answer.isdigit() else "other"
 
 
-def questions(scene: Scene) -> list[Asked]:
+def questions(scene: Scene) -> list[SceneQuestion]:
     """One question of each of `KINDS`, all answerable from the image."""
     dice = Dice("vqa", scene.seed, scene.split, scene.i)
     pairs = []
     for kind in KINDS:
-        start, rest, answer = _ASK[kind](dice, scene)
-        pairs.append(Asked(f"{start} {rest}?", answer, _annotated(dice, answer), kind, start))
+        start, rest, answer = _QUESTION_MAKERS[kind](dice, scene)
+        pairs.append(SceneQuestion(f"{start} {rest}?", answer, _annotated(dice, answer), kind, start))
     return pairs
 
 
 def _annotated(dice: Dice, answer: str) -> list[str]:
     answers = [answer] * ANNOTATORS
     mistaken = dice.below(_MOST_MISTAKEN + 1) if dice.chance(0.4) else 0
-    answers[:mistaken] = [_ALIKE[answer]] * mistaken
+    answers[:mistaken] = [_MISTAKES[answer]] * mistaken
     if answer in _OTHER_WORDS and dice.chance(0.5):
         others = dice.between(1, 3)
         answers[mistaken : mistaken + others] = [_OTHER_WORDS[answer]] * others
@@ -182,7 +182,7 @@ def _yes_or_no(true: bool) -> str:
     return "yes" if true else "no"
 
 
-_ASK: dict[str, Callable[[Dice, Scene], tuple[str, str, str]]] = {
+_QUESTION_MAKERS: dict[str, Callable[[Dice, Scene], tuple[str, str, str]]] = {
     "colour": _colour,
     "shape": _shape,
     "count": _count,

@@ -17,7 +17,7 @@ from torch import Tensor
 from blip import dist
 from blip.checkpoints import checkpoint
 from blip.errors import BadSample, is_out_of_memory
-from blip.inference.generate import CaptionText, write
+from blip.inference.generate import CaptionText, generate_texts
 from blip.models.blip import Blip, starting_with
 from blip.models.protocols import Embeds, Generates, Matches, require
 from blip.nn.context import Context
@@ -30,7 +30,7 @@ from capfilt.settings import ScoreConfig, decided, decode_record, decode_setting
 T = TypeVar("T")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LONG = 1 << 20
-_FAN, _FEW = 8, 16
+_PER_IMAGE, _FEW = 8, 16
 """Most texts matched at once: per image of a batch, and in any case."""
 
 
@@ -146,7 +146,9 @@ class BlipScorer:
             return [[] for _ in items]
         seen = tokens if self.shared else self.captioner.vision(self._images(items, self.captioner))
         keys = [item.sample_id for item in items]
-        return write(self.captioner, self.writer, seen, self.decode, prompt=self.config.prompt.strip(), keys=keys)
+        return generate_texts(
+            self.captioner, self.writer, seen, self.decode, prompt=self.config.prompt.strip(), keys=keys
+        )
 
     def _match(self, tokens: Tensor, texts: Sequence[Sequence[str]]) -> list[list[Matched]]:
         """Match all texts of all images: images with equally many together, and never more texts at once than allowed.
@@ -154,7 +156,7 @@ class BlipScorer:
         An image with many texts so costs the others nothing.
         """
         matches: list[list[Matched]] = [[] for _ in texts]
-        room = max(_FEW, _FAN * len(texts))
+        room = max(_FEW, _PER_IMAGE * len(texts))
         embedded = self.filter.embed_image(tokens).float()
         for count in sorted({len(some) for some in texts} - {0}):
             same_count = [i for i, some in enumerate(texts) if len(some) == count]

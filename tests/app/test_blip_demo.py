@@ -91,14 +91,14 @@ def run(model, monkeypatch, capfd):  # noqa: F811
 def test_captions_are_those_of_the_command(desk, run, photos, options):  # noqa: F811
     args = [part for name, value in options.items() for part in ("--" + name.replace("_", "-"), value)]
     method, num = options.pop("method"), options.pop("num")
-    said = set()
+    texts = set()
     for path in ("photos/p2.png", "photos/p7.png"):
-        found = desk.caption(path, method, num, **options)
-        (told,) = lines(run("caption", path, "--json", *args))
-        assert [text.words for text in found] == told["captions"]
-        assert [round(text.logprob, 3) for text in found] == told["logprob"]
-        said |= set(told["captions"])
-    assert len(said) > num, "the test needs captions that differ"
+        captions = desk.caption(path, method, num, **options)
+        (printed,) = lines(run("caption", path, "--json", *args))
+        assert [text.words for text in captions] == printed["captions"]
+        assert [round(text.logprob, 3) for text in captions] == printed["logprob"]
+        texts |= set(printed["captions"])
+    assert len(texts) > num, "the test needs captions that differ"
 
 
 def test_another_model_may_write_the_captions(desk, model, photos, tmp_path):  # noqa: F811
@@ -113,24 +113,24 @@ def test_another_model_may_write_the_captions(desk, model, photos, tmp_path):  #
 
 
 def test_answers_are_those_of_the_command(desk, run, photos, vqa_model):  # noqa: F811
-    found = desk.ask("photos/p3.png", QUESTION, 4)
-    (told,) = lines(run("vqa", "photos/p3.png", QUESTION, "--model", vqa_model, "--top", 4, "--json"))
-    assert [answer.words for answer in found] == told["answers"]
-    assert [round(demo.probability(answer), 5) for answer in found] == told["probability"]
+    answers = desk.answer("photos/p3.png", QUESTION, 4)
+    (printed,) = lines(run("vqa", "photos/p3.png", QUESTION, "--model", vqa_model, "--top", 4, "--json"))
+    assert [answer.words for answer in answers] == printed["answers"]
+    assert [round(demo.probability(answer), 5) for answer in answers] == printed["probability"]
 
 
 def test_matches_are_those_of_the_command(desk, run, photos):  # noqa: F811
-    found = desk.match("photos/p4.png", "\n".join([" " + TEXTS[0], "", *TEXTS]))
-    (told,) = lines(run("match", "photos/p4.png", *TEXTS, "--json"))
-    assert [(text, round(itc, 5), round(itm, 5)) for text, itc, itm in found] == list(
-        zip(told["texts"], told["itc"], told["itm"], strict=True)
+    matches = desk.match("photos/p4.png", "\n".join([" " + TEXTS[0], "", *TEXTS]))
+    (printed,) = lines(run("match", "photos/p4.png", *TEXTS, "--json"))
+    assert [(text, round(itc, 5), round(itm, 5)) for text, itc, itm in matches] == list(
+        zip(printed["texts"], printed["itc"], printed["itm"], strict=True)
     )
 
 
 def test_where_it_looks_is_told_for_each_word(desk, photos):  # noqa: F811
     ((_, _, chance),) = desk.match("photos/p4.png", TEXTS[0])
-    found, shown = desk.explain_match("photos/p4.png", TEXTS[0])
-    assert found == pytest.approx(chance, abs=1e-6)
+    probability, shown = desk.explain_match("photos/p4.png", TEXTS[0])
+    assert probability == pytest.approx(chance, abs=1e-6)
     assert [name for name, _ in shown] == ["the whole text", "a", "red", "circle"]
     assert len({image.tobytes() for _, image in shown}) == 4
 
@@ -138,21 +138,21 @@ def test_where_it_looks_is_told_for_each_word(desk, photos):  # noqa: F811
 def test_the_folder_is_searched_as_by_the_command(model, run, photos):  # noqa: F811
     one = Demo(load(model, "cpu", "auto"))
     one.index = Index(Path("photos"), Path("photos/.blip-index"), IndexOrigin.of(one.features, model, "float32"))
-    told = []
-    assert one.refresh(lambda done, total: told.append((done, total))) == (11, 0)
-    assert told[-1] == (11, 11)
+    reported = []
+    assert one.refresh(lambda done, total: reported.append((done, total))) == (11, 0)
+    assert reported[-1] == (11, 11)
     for top in (3, 11):
-        found = one.search(TEXTS[0], top, rerank=4)
+        hits = one.search(TEXTS[0], top, rerank=4)
         expected = lines(run("search", "photos", TEXTS[0], "--top", top, "--rerank", 4, "--json"))
-        assert [f"photos/{hit.name}" for hit in found] == [line["path"] for line in expected]
-        assert [round(hit.itc, 5) for hit in found] == [line["itc"] for line in expected]
-        assert [hit.itm and round(hit.itm, 5) for hit in found] == [line["itm"] for line in expected]
+        assert [f"photos/{hit.name}" for hit in hits] == [line["path"] for line in expected]
+        assert [round(hit.itc, 5) for hit in hits] == [line["itc"] for line in expected]
+        assert [hit.itm and round(hit.itm, 5) for hit in hits] == [line["itm"] for line in expected]
     Path("photos/new.png").write_bytes(png(50))
     Path("photos/bad.png").write_bytes(b"<html>")
     Path("photos/p1.png").unlink()
-    told.clear()
-    assert one.refresh(lambda done, total: told.append((done, total))) == (11, 1)
-    assert told[-1] == (2, 2)
+    reported.clear()
+    assert one.refresh(lambda done, total: reported.append((done, total))) == (11, 1)
+    assert reported[-1] == (2, 2)
     names = {hit.name for hit in one.search(TEXTS[0], 60)}
     assert "new.png" in names
     assert not {"p1.png", "bad.png"} & names
@@ -221,14 +221,14 @@ HOSTILE = {
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_files_that_are_no_images_are_told_of(desk, tmp_path, case):
-    content, told = HOSTILE[case]
+    content, message = HOSTILE[case]
     (tmp_path / "p.png").write_bytes(content)
     start = time.monotonic()
-    for use in (desk.caption, lambda path: desk.match(path, "a"), lambda path: desk.ask(path, "a"),
+    for use in (desk.caption, lambda path: desk.match(path, "a"), lambda path: desk.answer(path, "a"),
                 lambda path: desk.explain_match(path, "a")):  # fmt: skip
         with pytest.raises(ValueError, match="this image cannot be used: ") as stop:
             use(str(tmp_path / "p.png"))
-        assert told in str(stop.value)
+        assert message in str(stop.value)
         assert str(tmp_path) not in str(stop.value)
         assert "\n" not in str(stop.value)
     assert time.monotonic() - start < 10
@@ -245,12 +245,12 @@ WRONG = {
     "no captions": (lambda d, p: d.caption(p, "nucleus", 0), "captions must be 1 to 10, got 0"),
     "a share above one": (lambda d, p: d.caption(p, "nucleus", 1, top_p=2.0), "top_p must be"),
     "unknown words": (lambda d, p: d.caption(p, prompt="собака"), "the model does not know"),
-    "no question": (lambda d, p: d.ask(p, " ! "), "type a question first"),
+    "no question": (lambda d, p: d.answer(p, " ! "), "type a question first"),
     "no text": (lambda d, p: d.match(p, " \n \n"), "type a text first"),
     "no words": (lambda d, p: d.match(p, "!!"), "cannot be compared"),
     "too many texts": (lambda d, p: d.match(p, "\n".join(map(str, range(21)))), "compared at once, got 21"),
     "a long text": (lambda d, p: d.match(p, "a" * 2001), "2,001 characters; the limit is 2,000"),
-    "a long question": (lambda d, p: d.ask(p, "a" * 2001), "2,001 characters; the limit is 2,000"),
+    "a long question": (lambda d, p: d.answer(p, "a" * 2001), "2,001 characters; the limit is 2,000"),
     "nothing to look for": (lambda d, p: d.explain_match(p, " "), "type a text first"),
     "no folder": (lambda d, p: d.search("a"), "--folder DIR"),
     "no folder to refresh": (lambda d, p: d.refresh(), "--folder DIR"),
@@ -259,15 +259,15 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_what_is_off_is_said_in_a_line(desk, photos, case):  # noqa: F811
-    use, told = WRONG[case]
-    with pytest.raises(ValueError, match=re.escape(told)) as stop:
+    use, message = WRONG[case]
+    with pytest.raises(ValueError, match=re.escape(message)) as stop:
         use(desk, "photos/p1.png")
     assert "\n" not in str(stop.value)
 
 
 def test_without_a_model_for_questions_it_says_how_to_get_one(model, photos):  # noqa: F811
     with pytest.raises(ValueError, match="--vqa DIR"):
-        Demo(load(model, "cpu", "auto")).ask("photos/p1.png", QUESTION)
+        Demo(load(model, "cpu", "auto")).answer("photos/p1.png", QUESTION)
     with pytest.raises(ValueError, match="leave it empty"):
         Demo(load(model, "cpu", "auto"), prompt="собака")
 
@@ -275,7 +275,7 @@ def test_without_a_model_for_questions_it_says_how_to_get_one(model, photos):  #
 def test_twenty_at_once_are_answered_one_by_one(desk, photos, monkeypatch):  # noqa: F811
     paths = [f"photos/p{i % 11 + 1}.png" for i in range(20)]
     expected = {path: desk.caption(path, "nucleus", 2) for path in set(paths)}
-    inside, most, write = 0, 0, demo.write
+    inside, most, generate_texts = 0, 0, demo.generate_texts
     guard = threading.Lock()
 
     def watched(*args, **options):
@@ -285,15 +285,15 @@ def test_twenty_at_once_are_answered_one_by_one(desk, photos, monkeypatch):  # n
             most = max(most, inside)
         try:
             time.sleep(0.005)
-            return write(*args, **options)
+            return generate_texts(*args, **options)
         finally:
             with guard:
                 inside -= 1
 
-    monkeypatch.setattr(demo, "write", watched)
+    monkeypatch.setattr(demo, "generate_texts", watched)
     with ThreadPoolExecutor(20) as pool:
-        found = list(pool.map(lambda path: desk.caption(path, "nucleus", 2), paths))
-    assert found == [expected[path] for path in paths]
+        captions = list(pool.map(lambda path: desk.caption(path, "nucleus", 2), paths))
+    assert captions == [expected[path] for path in paths]
     assert most == 1
 
 
@@ -311,12 +311,12 @@ def refused(capfd, *args) -> str:
 
 
 def test_without_gradio_it_says_what_to_install(monkeypatch, capfd, model):  # noqa: F811
-    for version, told in ((None, "it is not installed"), ("6.21.0", "6.21.0 is installed")):
+    for version, reason in ((None, "it is not installed"), ("6.21.0", "6.21.0 is installed")):
         monkeypatch.setattr(installed, "_version", lambda name, version=version: version)
-        said = refused(capfd, "--model", model)
-        assert told in said
-        assert "pip install 'openblip[demo]'" in said
-        assert "gradio>=6.22" in said
+        stderr = refused(capfd, "--model", model)
+        assert reason in stderr
+        assert "pip install 'openblip[demo]'" in stderr
+        assert "gradio>=6.22" in stderr
 
 
 def test_wrong_use_is_one_line(monkeypatch, capfd, model, tmp_path):  # noqa: F811
@@ -333,11 +333,11 @@ def test_wrong_use_is_one_line(monkeypatch, capfd, model, tmp_path):  # noqa: F8
 
 
 def test_every_model_gets_the_tokenizer_that_is_given(monkeypatch, capfd):
-    asked = []
+    requests = []
 
     def load(where, *_, tokenizer=None, **options):
-        asked.append((where, tokenizer))
-        if len(asked) == 3:
+        requests.append((where, tokenizer))
+        if len(requests) == 3:
             raise ValueError("enough")
 
     monkeypatch.setattr(installed, "require", lambda *_: None)
@@ -346,7 +346,7 @@ def test_every_model_gets_the_tokenizer_that_is_given(monkeypatch, capfd):
     )  # it needs Gradio
     monkeypatch.setattr(loading, "load", load)
     refused(capfd, "--model", "a.pth", "--captioner", "b.pth", "--vqa", "c.pth", "--tokenizer", "vocab.txt")
-    assert asked == [("a.pth", "vocab.txt"), ("b.pth", "vocab.txt"), ("c.pth", "vocab.txt")]
+    assert requests == [("a.pth", "vocab.txt"), ("b.pth", "vocab.txt"), ("c.pth", "vocab.txt")]
     assert "did you mean --folder?" in refused(capfd, "--foldr", "photos")
 
 

@@ -74,9 +74,9 @@ def run(model, monkeypatch, capfd):
             status = cli.main(["caption", *map(str, args)])
         except SystemExit as stop:
             status = stop.code
-        said = capfd.readouterr()
-        assert "Traceback" not in said.err
-        return status, said.out, said.err
+        output = capfd.readouterr()
+        assert "Traceback" not in output.err
+        return status, output.out, output.err
 
     return run
 
@@ -99,20 +99,22 @@ def test_captions_are_those_of_the_library(run, photos, model):
     assert list(names) == [f"photos/p{i}.png" for i in range(1, 12)]
     assert len(set(captions)) > 5, "the test needs captions that depend on their images"
     loaded, tokenizer = blip.from_pretrained(model)
-    for name, said in zip(names, captions, strict=True):
+    for name, printed in zip(names, captions, strict=True):
         images = EvalTransform(64)(Image.open(name).convert("RGB"))[None]
-        ((text,),) = generate.write(loaded, tokenizer, images, DECODE_PRESETS["caption_2022"], prompt=CAPTION_PROMPT)
-        assert said == text.words
+        ((text,),) = generate.generate_texts(
+            loaded, tokenizer, images, DECODE_PRESETS["caption_2022"], prompt=CAPTION_PROMPT
+        )
+        assert printed == text.words
 
 
 def test_several_captions_as_text_and_as_json(run, photos):
     status, out, _ = run("photos/p3.png", "photos/p2.png", "--num", 2)
     assert status == 0
     assert [line.split("\t")[0] for line in out.splitlines()] == [f"photos/p{i}.png" for i in (2, 2, 3, 3)]
-    _, told, _ = run("photos/p3.png", "photos/p2.png", "--num", 2, "--json")
-    found = lines(told)
-    assert [f"{line['path']}\t{text}" for line in found for text in line["captions"]] == out.splitlines()
-    for line in found:
+    _, stdout, _ = run("photos/p3.png", "photos/p2.png", "--num", 2, "--json")
+    records = lines(stdout)
+    assert [f"{line['path']}\t{text}" for line in records for text in line["captions"]] == out.splitlines()
+    for line in records:
         assert list(line) == ["path", "captions", "logprob", "finished"]
         assert [len(values) for values in list(line.values())[1:]] == [2, 2, 2]
         assert all(value < 0 for value in line["logprob"])
@@ -232,7 +234,7 @@ OTHERS = {
 @pytest.mark.parametrize("more", [[], ["--json"]], ids=["text", "json"])
 @pytest.mark.parametrize("recorded", [False, True])
 def test_what_is_not_ours_is_never_written_over(run, photos, what, more, recorded):
-    content, told = OTHERS[what]
+    content, message = OTHERS[what]
     if recorded:  # answers were here once, and something else is now
         run("photos", "--out", "mine", *more)
         if what in ("a table", "answers without a record") and not more:
@@ -242,7 +244,7 @@ def test_what_is_not_ours_is_never_written_over(run, photos, what, more, recorde
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: ")
     assert "--out" in err
-    assert recorded or more or told in err
+    assert recorded or more or message in err
     assert Path("mine").read_bytes() == content
 
 
@@ -282,8 +284,8 @@ def test_answers_go_into_pipes_and_devices(run, photos):
 def test_a_kill_loses_the_last_batch_at_most(photos, model):
     """A real one, in the middle of the work."""
     command = [sys.executable, "-m", "blip", "caption", "photos", "--model", model, "--out", "out", "--batch", "1"]
-    slow = "import time, blip.inference.generate as g, blip.app.cli, sys; w = g.write\n"
-    slow += "g.write = lambda *a, **k: (time.sleep(0.2), w(*a, **k))[1]\n"
+    slow = "import time, blip.inference.generate as g, blip.app.cli, sys; w = g.generate_texts\n"
+    slow += "g.generate_texts = lambda *a, **k: (time.sleep(0.2), w(*a, **k))[1]\n"
     slow += f"sys.exit(blip.app.cli.main({command[3:]!r}))"
     started = subprocess.Popen([sys.executable, "-c", slow], stderr=subprocess.DEVNULL)
     while not Path("out").exists() or Path("out").read_text().count("\n") < 3:
@@ -300,14 +302,14 @@ def test_a_kill_loses_the_last_batch_at_most(photos, model):
 
 
 def test_answers_appear_as_they_are_made(run, photos, tmp_path, monkeypatch):
-    seen, write = [], generate.write
+    seen, generate_texts = [], generate.generate_texts
 
     def watched(*args, **options):
         path = tmp_path / "out.txt"
         seen.append(path.read_text().count("\n") if path.exists() else None)
-        return write(*args, **options)
+        return generate_texts(*args, **options)
 
-    monkeypatch.setattr(generate, "write", watched)
+    monkeypatch.setattr(generate, "generate_texts", watched)
     run("photos", "--out", tmp_path / "out.txt", "--batch", 4)
     assert seen == [None, 0, 4, 8]
 
@@ -324,11 +326,11 @@ def test_files_folders_and_globs_are_taken_once_in_natural_order(tmp_path, monke
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).touch()
     Path("a/loop").symlink_to(tmp_path)
-    found = image_files.find(["."])
-    assert [path.removeprefix("./") for path in found.paths] == [
+    inputs = image_files.find(["."])
+    assert [path.removeprefix("./") for path in inputs.paths] == [
         "[odd].png", "a/b/x1.bmp", "a/x2.webp", "a9.JPG", "a10.png", "A11.gif", "a-b.jpeg",
     ]  # fmt: skip
-    assert found.left_out == {"no ending": 1, ".txt": 1, ".csv": 1, ".tiff": 1}
+    assert inputs.left_out == {"no ending": 1, ".txt": 1, ".csv": 1, ".tiff": 1}
     assert image_files.find(["a10.png", "a*.JPG", "./a10.png", "a9.JPG"]).paths == ["a9.JPG", "a10.png"]
     assert image_files.find(["[odd].png", "notes"]).paths == ["[odd].png", "notes"]
     Path("a/loop").unlink()  # a glob follows links
@@ -370,15 +372,15 @@ def test_images_that_cannot_be_read_are_listed_and_the_others_answered(run, phot
     status, out, err = run("photos", *DRAWN, "--batch", 4)
     assert status == 1
     assert by_name(out) == expected
-    said = err.splitlines()
-    assert said[0] == "left out 1 files that are not named like images (.txt)"
-    assert [line for line in said if line.startswith("photos/")] == [
+    messages = err.splitlines()
+    assert messages[0] == "left out 1 files that are not named like images (.txt)"
+    assert [line for line in messages if line.startswith("photos/")] == [
         "photos/gone.png: no such file",
         "photos/p0.gif: is empty (0 bytes)",
         "photos/p5.jpg: is an HTML page, not an image: the download failed",
         "photos/pipe.png: not a regular file",
     ]
-    assert said[-1] == "4 of 15 images could not be used"
+    assert messages[-1] == "4 of 15 images could not be used"
 
 
 def test_no_image_at_all_can_be_read(run, photos):
@@ -429,12 +431,12 @@ def test_wrong_use_is_one_line_and_changes_nothing(run, photos, case):
     Path("foreign/config.json").write_text('{"model_type": "blip"}')
     Path("foreign/model.safetensors").touch()
     Path("old").write_text("old")
-    args, told = WRONG[case]
+    args, message = WRONG[case]
     status, out, err = run(*args, *([] if "--out" in args else ["--out", "old"]))
     assert (status, out) == (2, "")
     assert err.startswith("error: ")
     assert err.count("\n") == 1
-    assert told in err
+    assert message in err
     assert Path("old").read_text() == "old"
 
 
@@ -467,15 +469,15 @@ def test_closed_standard_output_is_one_line(monkeypatch, capfd):
 
 def failing(monkeypatch, after: int, error: BaseException):
     """From the call `after` on the model fails."""
-    calls, write = [], generate.write
+    calls, generate_texts = [], generate.generate_texts
 
     def failing(*args, **options):
         calls.append(0)
         if len(calls) > after:
             raise error
-        return write(*args, **options)
+        return generate_texts(*args, **options)
 
-    monkeypatch.setattr(generate, "write", failing)
+    monkeypatch.setattr(generate, "generate_texts", failing)
 
 
 def test_a_key_press_stops_it_and_keeps_what_is_there(run, photos, monkeypatch):
@@ -527,9 +529,9 @@ def test_odd_names_stay_one_line(run, photos):
 def test_progress_is_told_in_lines_where_there_is_no_terminal(run, photos, monkeypatch):
     monkeypatch.setattr("blip.app.answers._SECONDS", 0)
     _, _, err = run("photos", "--batch", 4)
-    said = [line.split() for line in err.splitlines()]
-    assert [words[0] for words in said] == ["4/11", "8/11", "11/11"]
-    for words in said:
+    reports = [line.split() for line in err.splitlines()]
+    assert [words[0] for words in reports] == ["4/11", "8/11", "11/11"]
+    for words in reports:
         assert words[1:2] + words[3:5] + words[6:] == ["images", "a", "second", "left"]
         assert float(words[2]) > 0
     assert run("photos/p1.png", "photos/p2.png")[2] == "", "two images need no progress"
@@ -563,8 +565,8 @@ assert not heavy, heavy
 def test_the_script_is_installed():
     from importlib.metadata import entry_points
 
-    (found,) = entry_points(group="console_scripts", name="blip")
-    assert found.load() is cli.command
+    (script,) = entry_points(group="console_scripts", name="blip")
+    assert script.load() is cli.command
 
 
 # Real images
@@ -575,11 +577,11 @@ def test_real_photographs(run, real_data):
     status, out, err = run(real_data / "photos", *options, "--batch", 32)
     assert status == 0
     assert err.startswith("left out 2 files that are not named like images (.json)\n")
-    found = by_name(out)
-    assert len(found) == 236
-    some = sorted(found)[::40]
+    captions = by_name(out)
+    assert len(captions) == 236
+    some = sorted(captions)[::40]
     again = by_name(run(*(real_data / "photos/images" / name for name in reversed(some)), *options, "--batch", 2)[1])
-    assert again == {name: found[name] for name in some}
+    assert again == {name: captions[name] for name in some}
 
 
 def test_real_broken_images(run, real_data):
@@ -593,8 +595,8 @@ def test_real_broken_images(run, real_data):
             refused[str(path)] = error.reason
     status, out, err = run(folder, "--json")
     assert status == 1
-    said = dict(line.split(": ", 1) for line in err.splitlines() if line.startswith(str(folder)))
-    assert said == refused
+    reasons = dict(line.split(": ", 1) for line in err.splitlines() if line.startswith(str(folder)))
+    assert reasons == refused
     assert {line["path"] for line in lines(out)} == {str(path) for path in paths} - refused.keys()
     assert err.splitlines()[-1] == f"{len(refused)} of {len(paths)} images could not be used"
 
@@ -626,7 +628,7 @@ leave(main)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the C library by its name")
 @pytest.mark.parametrize(
-    ("body", "status", "said"),
+    ("body", "status", "printed"),
     [
         ("return 4", 4, ""),
         ("return None", 0, ""),
@@ -635,10 +637,10 @@ leave(main)
         ("raise KeyError('key')", 1, "KeyError: 'key'"),
     ],
 )
-def test_a_library_that_aborts_at_the_end_changes_no_status(body, status, said):
+def test_a_library_that_aborts_at_the_end_changes_no_status(body, status, printed):
     done = subprocess.run([sys.executable, "-c", LEAVING.format(body=body)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (status, "a thread was waited for\ndone at the end\n")
-    assert said in done.stderr
+    assert printed in done.stderr
 
 
 def test_the_programs_end_so():

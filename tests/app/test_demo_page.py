@@ -35,7 +35,7 @@ from blip.app.index import Index, IndexOrigin
 from blip.app.loaded import load
 
 IMAGES = 12
-_REAL, _LOOK_UP = socket.socket.connect, socket.getaddrinfo
+_REAL, _RESOLVE = socket.socket.connect, socket.getaddrinfo
 _HERE = ("127.0.0.1", "::1", "localhost")
 
 
@@ -52,13 +52,13 @@ def abroad():
         near = self.family == socket.AF_UNIX or str(address[0]) in _HERE
         return _REAL(self, address) if near else refuse(address)
 
-    def look_up(host, *more, **named):
+    def resolve(host, *more, **named):
         near = host is None or (host.decode() if isinstance(host, bytes) else host) in _HERE
-        return _LOOK_UP(host, *more, **named) if near else refuse(host)
+        return _RESOLVE(host, *more, **named) if near else refuse(host)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", connect)
-        patch.setattr(socket, "getaddrinfo", look_up)
+        patch.setattr(socket, "getaddrinfo", resolve)
         yield tried
 
 
@@ -134,8 +134,8 @@ def test_nothing_is_written_beside_the_code(address):
 
 
 def test_another_origin_may_not_read(address):
-    said = httpx.get(f"{address}/config", headers={"origin": "http://evil.example"})
-    assert said.headers.get("access-control-allow-origin") != "http://evil.example"
+    response = httpx.get(f"{address}/config", headers={"origin": "http://evil.example"})
+    assert response.headers.get("access-control-allow-origin") != "http://evil.example"
 
 
 @pytest.mark.parametrize("path", [
@@ -145,11 +145,11 @@ def test_another_origin_may_not_read(address):
 ])  # fmt: skip
 @pytest.mark.parametrize("route", ["/gradio_api/file=", "/file=", "/gradio_api/file/", "/gradio_api/proxy="])
 def test_files_of_the_machine_are_refused(address, abroad, route, path):
-    said = httpx.get(f"{address}{route}{path}")
-    assert said.status_code in (403, 404), said.text[:200]
-    assert "root:" not in said.text
+    response = httpx.get(f"{address}{route}{path}")
+    assert response.status_code in (403, 404), response.text[:200]
+    assert "root:" not in response.text
     if route == "/gradio_api/file=" and ".." not in path:
-        assert said.status_code == 403
+        assert response.status_code == 403
     assert abroad == []
 
 
@@ -209,12 +209,12 @@ def test_a_body_without_a_length_is_counted_as_it_comes(address, route):
 def test_what_is_uploaded_lies_in_a_folder_of_its_own(address):
     (path,) = httpx.post(f"{address}/gradio_api/upload", files={"files": ("x.html", b"<script>1</script>")}).json()
     assert "openblip-demo-" in path
-    said = httpx.get(f"{address}/gradio_api/file={path}")
-    assert said.headers["content-disposition"].startswith("attachment")
-    assert said.headers["x-content-type-options"] == "nosniff"
+    response = httpx.get(f"{address}/gradio_api/file={path}")
+    assert response.headers["content-disposition"].startswith("attachment")
+    assert response.headers["x-content-type-options"] == "nosniff"
 
 
-def ask_raw(address: str, image: dict) -> str:
+def post_raw(address: str, image: dict) -> str:
     """What the page is told when a question names this for an image, without anything being uploaded."""
     config = httpx.get(f"{address}/config").json()
     (number,) = [one["id"] for one in config["dependencies"] if one["api_name"] == "match"]
@@ -234,20 +234,20 @@ def ask_raw(address: str, image: dict) -> str:
     {"path": "nowhere", "url": "http://169.254.169.254/"},
 ])  # fmt: skip
 def test_a_question_cannot_name_files_or_addresses(address, abroad, given):
-    said = ask_raw(address, given | {"meta": {"_type": "gradio.FileData"}})
-    assert '"success":false' in said
-    assert "root:" not in said
-    assert "Traceback" not in said
+    body = post_raw(address, given | {"meta": {"_type": "gradio.FileData"}})
+    assert '"success":false' in body
+    assert "root:" not in body
+    assert "Traceback" not in body
     assert abroad == []
 
 
 @pytest.mark.parametrize("case", [name for name in HOSTILE if name != "6 MB"])
 def test_files_that_are_no_images_get_a_friendly_line(client, tmp_path, case):
-    content, told = HOSTILE[case]
+    content, message = HOSTILE[case]
     (tmp_path / "p.png").write_bytes(content)
     with pytest.raises(Exception, match="this image cannot be used: ") as stop:
         client.predict(handle_file(tmp_path / "p.png"), "a star", api_name="/match")
-    assert told in str(stop.value)
+    assert message in str(stop.value)
     assert str(tmp_path) not in str(stop.value)
     assert "Traceback" not in str(stop.value)
 
@@ -268,8 +268,8 @@ def test_twenty_at_once_all_get_their_own_answer(client, whole, images):
     expected = {path: demo_page.matches(whole.match(path, "\n".join(TEXTS))) for path in set(paths)}
     assert len(set(expected.values())) == IMAGES
     with ThreadPoolExecutor(20) as pool:
-        ask = lambda path: client.predict(handle_file(path), "\n".join(TEXTS), api_name="/match")  # noqa: E731
-        assert list(pool.map(ask, paths)) == [expected[path] for path in paths]
+        match = lambda path: client.predict(handle_file(path), "\n".join(TEXTS), api_name="/match")  # noqa: E731
+        assert list(pool.map(match, paths)) == [expected[path] for path in paths]
 
 
 def test_local_or_not():
@@ -284,12 +284,12 @@ class Page:
     """The page, opened; everything that it asks for is kept."""
 
     def __init__(self, browser, address: str) -> None:
-        self.address, self.asked, self.errors = address, [], []
+        self.address, self.requests, self.errors = address, [], []
         self.view = browser.new_page(viewport={"width": 1280, "height": 900})
         self.view.set_default_timeout(60_000)
-        self.view.on("request", lambda request: self.asked.append(request.url))
+        self.view.on("request", lambda request: self.requests.append(request.url))
         self.view.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.view.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
+        self.view.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
         self.view.goto(address)
         self.view.get_by_role("tab", name="Describe").wait_for()
 
@@ -310,7 +310,7 @@ class Page:
             self.view.screenshot(path=f"{os.environ['OPENBLIP_SHOTS']}/{name}.png", full_page=True)
 
     def outside(self) -> list[str]:
-        return [url for url in self.asked if not url.startswith((self.address, "data:", "blob:", "about:"))]
+        return [url for url in self.requests if not url.startswith((self.address, "data:", "blob:", "about:"))]
 
 
 @pytest.fixture
@@ -328,10 +328,10 @@ def test_describe(page, whole, images, label, method):
     page.view.get_by_text(label).first.click()
     page.press("Describe it")
     page.view.locator("#captions li").first.wait_for()
-    said = page.view.locator("#captions li").all_inner_texts()
+    captions = page.view.locator("#captions li").all_inner_texts()
     expected = whole.caption(str(images / "p3.png"), method, 3)
-    assert len(said) == 3
-    for line, text in zip(said, expected, strict=True):
+    assert len(captions) == 3
+    for line, text in zip(captions, expected, strict=True):
         assert line.startswith(text.words)
         assert f"{text.logprob:.2f}" in line
     page.shot(f"describe-{method}")
@@ -342,7 +342,7 @@ def test_ask(page, whole, images):
     page.tab("Ask")
     page.view.get_by_label("Question").fill(QUESTION)
     page.press("Ask it")
-    best = whole.ask(str(images / "p3.png"), QUESTION, 5)
+    best = whole.answer(str(images / "p3.png"), QUESTION, 5)
     page.view.locator("#answers td").first.wait_for()
     rows = page.view.locator("#answers tr").all_inner_texts()[1:]
     for row, answer in zip(rows, best, strict=True):
@@ -358,8 +358,8 @@ def test_match(page, whole, images):
     page.press("Compare")
     page.view.locator("#matches td").first.wait_for()
     rows = page.view.locator("#matches tr").all_inner_texts()[1:]
-    found = sorted(whole.match(str(images / "p4.png"), "\n".join(TEXTS)), key=lambda one: -one[2])
-    for row, (text, itc, itm) in zip(rows, found, strict=True):
+    matches = sorted(whole.match(str(images / "p4.png"), "\n".join(TEXTS)), key=lambda one: -one[2])
+    for row, (text, itc, itm) in zip(rows, matches, strict=True):
         assert text in row  # markup in it included
         assert f"{100 * itm:.1f}%" in row
         assert f"{itc:.3f}" in row
@@ -374,8 +374,8 @@ def test_look(page, whole, images):
     page.view.locator("#maps img").nth(3).wait_for()
     chance, shown = whole.explain_match(str(images / "p4.png"), TEXTS[0])
     assert f"{100 * chance:.1f}%" in page.view.locator("#looks").inner_text()
-    said = page.view.locator("#maps").inner_text()
-    assert all(name in said for name, _ in shown)
+    legend = page.view.locator("#maps").inner_text()
+    assert all(name in legend for name, _ in shown)
     assert page.view.locator("#maps img").first.evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
     page.shot("look")
 
@@ -387,8 +387,8 @@ def test_search(page, whole, images):
     page.press("Search")
     page.view.locator("#found img").nth(IMAGES - 1).wait_for()
     hits = whole.search(TEXTS[0], 12)
-    said = page.view.locator("#found").inner_text()
-    at = [said.index(f"{n}. {100 * hit.itm:.1f}% ({hit.itc:.3f}) {hit.name}") for n, hit in enumerate(hits, 1)]
+    listed = page.view.locator("#found").inner_text()
+    at = [listed.index(f"{n}. {100 * hit.itm:.1f}% ({hit.itc:.3f}) {hit.name}") for n, hit in enumerate(hits, 1)]
     assert at == sorted(at)
     page.shot("search")
     (images / "new.png").write_bytes(png(77))
@@ -406,8 +406,8 @@ def test_capfilt(page, whole):
     page.view.locator("#capfilt iframe").wait_for()
     frame = page.view.frame_locator("#capfilt iframe")
     frame.locator(".card").first.wait_for()
-    said = json.loads(Path(whole.run, "report/strict/report.json").read_text())
-    kept = sum(said["kept"].values())
+    report = json.loads(Path(whole.run, "report/strict/report.json").read_text())
+    kept = sum(report["kept"].values())
     assert f"of which {kept} are kept" in frame.locator("body").inner_text()
     assert frame.locator(".text.kept").count() > 0
     assert frame.locator(".text.dropped").count() > 0
@@ -440,9 +440,9 @@ def test_a_large_image_is_told_of_before_it_is_sent(browser, address, tmp_path):
 def test_without_more_than_a_model_it_says_what_is_needed(browser, model, abroad):  # noqa: F811
     with serving(Demo(load(model, "cpu", "auto"))) as address:
         page = Page(browser, address.rstrip("/"))
-        for tab, told in (("Ask", "--vqa"), ("A folder", "--folder"), ("A CapFilt run", "--capfilt")):
+        for tab, option in (("Ask", "--vqa"), ("A folder", "--folder"), ("A CapFilt run", "--capfilt")):
             page.tab(tab)
-            page.view.get_by_text(told).first.wait_for()
+            page.view.get_by_text(option).first.wait_for()
         assert page.outside() == []
         page.view.close()
 
@@ -480,9 +480,9 @@ def test_the_command_needs_no_network_and_leaves_nothing(model, images, tmp_path
     )  # fmt: skip
     try:
         line = process.stdout.readline()
-        found = re.match(r"(http://127\.0\.0\.1:\d+)/? shows the page", line)
-        assert found, line + process.stderr.read()
-        assert httpx.get(found[1], trust_env=False).status_code == 200
+        match = re.match(r"(http://127\.0\.0\.1:\d+)/? shows the page", line)
+        assert match, line + process.stderr.read()
+        assert httpx.get(match[1], trust_env=False).status_code == 200
         (folder,) = tmp_path.glob("openblip-demo-*")
         process.send_signal(sent)
         _, err = process.communicate(timeout=60)

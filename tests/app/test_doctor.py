@@ -54,17 +54,17 @@ def test_what_is_asked_for_is_what_the_project_file_says():
 
 
 def test_the_tested_series_are_those_of_the_documentation():
-    told = (ROOT / "CONTRIBUTING.md").read_text().replace("\n", " ")
+    page = (ROOT / "CONTRIBUTING.md").read_text().replace("\n", " ")
     for name, (oldest, newest) in installed.TESTED.items():
-        assert f"{name} {oldest} to {newest}" in told
+        assert f"{name} {oldest} to {newest}" in page
 
 
 @pytest.mark.parametrize(("version", "fits"), [(None, False), ("2.10.0", False), ("2.11.0", True), ("2.16.0", True),
                                                ("2.15.0+cu130", True), ("2.12.0rc1", True)])  # fmt: skip
 def test_versions_are_held_against_the_range(monkeypatch, version, fits):
     monkeypatch.setattr(installed, "_version", lambda name: version if name == "torch" else "99")
-    (found,) = [package for package in installed.packages() if package.name == "torch"]
-    assert found.fits == fits
+    (torch_package,) = [package for package in installed.packages() if package.name == "torch"]
+    assert torch_package.fits == fits
     wrong = [finding for finding in doctor.core() if finding.status == WRONG]
     assert [finding.name for finding in wrong if finding.name == "torch"] == ["torch"] * (not fits)
     if not fits:
@@ -90,11 +90,11 @@ def test_a_package_that_cannot_be_imported_is_wrong(monkeypatch):
 
 def test_extras_are_missing_and_not_wrong(monkeypatch):
     monkeypatch.setattr(installed, "_version", lambda name: {"ray": "1.0"}.get(name))
-    found = doctor.extras()
-    assert {finding.status for finding in found} == {MISSING}
+    findings = doctor.extras()
+    assert {finding.status for finding in findings} == {MISSING}
     for_work_on_the_project = {"dev", "docs"}
-    assert {finding.name for finding in found} == set(PROJECT["optional-dependencies"]) - for_work_on_the_project
-    (ray,) = named(found, "ray")
+    assert {finding.name for finding in findings} == set(PROJECT["optional-dependencies"]) - for_work_on_the_project
+    (ray,) = named(findings, "ray")
     assert "1.0 is too old" in ray.said
     assert ray.remedy == "pip install 'openblip[ray]'"
 
@@ -105,19 +105,19 @@ def test_series_that_are_not_tested_are_told():
     assert "may work as well" in doctor.tested("transformers", "5.4.0").said
 
 
-@pytest.mark.parametrize(("version", "told"), [
+@pytest.mark.parametrize(("version", "is_reported"), [
     ((3, 11, 9, "final", 0), True), ((3, 11, 10, "final", 0), False), ((3, 12, 5, "final", 0), True),
     ((3, 12, 6, "final", 0), False), ((3, 13, 0, "candidate", 1), True), ((3, 13, 0, "candidate", 2), False),
     ((3, 13, 1, "final", 0), False), ((3, 14, 0, "final", 0), False),
 ])  # fmt: skip
-def test_a_tarfile_that_an_archive_can_hold_up_is_told(monkeypatch, version, told):
+def test_a_tarfile_that_an_archive_can_hold_up_is_told(monkeypatch, version, is_reported):
     """The releases of the advisory on CVE-2024-6232; the core works with the others, too."""
     monkeypatch.setattr(doctor.sys, "version_info", version)
-    found = named(doctor.python(), "tarfile")
-    assert [finding.status for finding in found] == [OK] * told
-    if told:
-        assert "CVE-2024-6232" in found[0].said
-        assert "3.11.10, 3.12.6 or newer" in found[0].remedy
+    findings = named(doctor.python(), "tarfile")
+    assert [finding.status for finding in findings] == [OK] * is_reported
+    if is_reported:
+        assert "CVE-2024-6232" in findings[0].said
+        assert "3.11.10, 3.12.6 or newer" in findings[0].remedy
 
 
 # Java
@@ -128,45 +128,45 @@ def program(folder: Path, text: str) -> None:
     (folder / "java").chmod(0o755)
 
 
-@pytest.mark.parametrize(("text", "status", "told"), [
+@pytest.mark.parametrize(("text", "status", "message"), [
     ("echo 'openjdk version \"17.0.9\"' >&2", OK, '"17.0.9"'),
     ("exit 3", MISSING, "ends with status 3"),
     ("sleep 60", MISSING, "does not run"),
     ("printf '\\377\\n' >&2", OK, "for METEOR"),
 ])  # fmt: skip
-def test_java_of_all_kinds(monkeypatch, tmp_path, text, status, told):
+def test_java_of_all_kinds(monkeypatch, tmp_path, text, status, message):
     program(tmp_path, text)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     start = time.monotonic()
-    (found,) = doctor.java(seconds=1)
+    (finding,) = doctor.java(seconds=1)
     assert time.monotonic() - start < 8
-    assert found.status == status
-    assert told in found.said
+    assert finding.status == status
+    assert message in finding.said
 
 
 def test_no_java(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    (found,) = doctor.java()
-    assert found.status == MISSING
-    assert "apt-get install" in found.remedy
+    (finding,) = doctor.java()
+    assert finding.status == MISSING
+    assert "apt-get install" in finding.remedy
 
 
 # Hardware
 
 
 def test_cores_and_memory(monkeypatch, tmp_path):
-    (found,) = doctor.cores()
+    (finding,) = doctor.cores()
     assert (
-        f"{torch.get_num_threads()} compute threads; {len(os.sched_getaffinity(0))} of {os.cpu_count()}" in found.said
+        f"{torch.get_num_threads()} compute threads; {len(os.sched_getaffinity(0))} of {os.cpu_count()}" in finding.said
     )
     files = {"/sys/fs/cgroup/cpu.max": "50000 100000", "/sys/fs/cgroup/memory.max": str(1 << 30)}
     monkeypatch.setattr(doctor, "_read", lambda path: files.get(path, ""))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    (found,) = doctor.cores()
-    assert "limited to 0.5 by the container" in found.said
-    assert "OMP_NUM_THREADS=1" in found.remedy
-    (found,) = doctor.memory()
-    assert "limited to 1.0 GB by the container" in found.said
+    (finding,) = doctor.cores()
+    assert "limited to 0.5 by the container" in finding.said
+    assert "OMP_NUM_THREADS=1" in finding.remedy
+    (finding,) = doctor.memory()
+    assert "limited to 1.0 GB by the container" in finding.said
     files["/sys/fs/cgroup/cpu.max"] = "max 100000"
     assert "limit" not in doctor.cores()[0].said
 
@@ -192,8 +192,8 @@ def test_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
     monkeypatch.setattr(formats, "multiplies_bfloat16", lambda device: False)
-    found = doctor.hardware()
-    assert [finding.said for finding in found[:2]] == [
+    findings = doctor.hardware()
+    assert [finding.said for finding in findings[:2]] == [
         f"cuda:{i} A Card, 80.0 GB, no bfloat16: use float16" for i in range(2)
     ]
 
@@ -202,16 +202,16 @@ def test_a_gpu(monkeypatch):
 
 
 def test_disk(monkeypatch, tmp_path):
-    found = doctor.disk(tmp_path / "not" / "there")
-    assert found.status == OK
+    finding = doctor.disk(tmp_path / "not" / "there")
+    assert finding.status == OK
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
-    found = doctor.disk(tmp_path / "file" / "runs")
-    assert found.status == WRONG
-    assert "--out DIR" in found.remedy
+    finding = doctor.disk(tmp_path / "file" / "runs")
+    assert finding.status == WRONG
+    assert "--out DIR" in finding.remedy
     monkeypatch.setattr(doctor.tempfile, "TemporaryFile", lambda dir: (_ for _ in ()).throw(PermissionError(13, "no")))
-    found = doctor.disk(tmp_path)
-    assert (found.status, f"{tmp_path} cannot be written (no)") == (WRONG, found.said)
+    finding = doctor.disk(tmp_path)
+    assert (finding.status, f"{tmp_path} cannot be written (no)") == (WRONG, finding.said)
     monkeypatch.undo()
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda at: shutil._ntuple_diskusage(1, 1, 1 << 20))
     assert "3 GB" in doctor.disk(tmp_path).remedy
@@ -254,8 +254,8 @@ def test_a_check_that_fails_is_told_and_the_others_go_on(monkeypatch):
 
     monkeypatch.setattr(doctor, "memory", ill)
     findings = list(doctor.examine(Path("runs")))
-    (found,) = [finding for finding in findings if finding.status == WRONG]
-    assert found.said == "check failed: RuntimeError: two"
+    (failed,) = [finding for finding in findings if finding.status == WRONG]
+    assert failed.said == "check failed: RuntimeError: two"
     assert not works(findings)
     assert {"python", "packages", "device", "cores", "disk", "cache", "hub", "tokenizer", "java"} <= {
         finding.name for finding in findings
@@ -272,9 +272,9 @@ def test_the_command(monkeypatch, capfd, tmp_path):
     assert out.endswith("The core works.\n")
     assert list(tmp_path.iterdir()) == []
     assert cli.main(["doctor", "--json"]) == 0
-    said = json.loads(capfd.readouterr().out)
-    assert said["works"] is True
-    assert {frozenset(finding) for finding in said["findings"]} == {frozenset(("name", "status", "said", "remedy"))}
+    printed = json.loads(capfd.readouterr().out)
+    assert printed["works"] is True
+    assert {frozenset(finding) for finding in printed["findings"]} == {frozenset(("name", "status", "said", "remedy"))}
     (tmp_path / "file").touch()
     assert cli.main(["doctor", "--out", "file"]) == 1
     out = capfd.readouterr().out

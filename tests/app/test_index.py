@@ -146,8 +146,8 @@ def test_the_model_is_known_by_its_image_encoder(features, model_folder):  # noq
 
 
 def change(folder, **values):
-    said = json.loads((folder / "ix/index.json").read_text())
-    (folder / "ix/index.json").write_text(json.dumps(said | values))
+    listing = json.loads((folder / "ix/index.json").read_text())
+    (folder / "ix/index.json").write_text(json.dumps(listing | values))
 
 
 DAMAGE = {

@@ -25,9 +25,9 @@ def run(model, monkeypatch, capfd):  # noqa: F811
             status = cli.main([*map(str, args)])
         except SystemExit as stop:
             status = stop.code
-        said = capfd.readouterr()
-        assert "Traceback" not in said.err
-        return status, said.out, said.err
+        output = capfd.readouterr()
+        assert "Traceback" not in output.err
+        return status, output.out, output.err
 
     return run
 
@@ -39,8 +39,8 @@ def features(model):  # noqa: F811
 
 def test_match_says_what_the_library_says(run, photos, features):  # noqa: F811
     paths = ["photos/p2.png", "photos/p3.png"]
-    found = features.match(paths, TEXTS)
-    for path, itc, itm in zip(paths, found.itc, found.probability, strict=True):
+    scores = features.match(paths, TEXTS)
+    for path, itc, itm in zip(paths, scores.itc, scores.probability, strict=True):
         status, out, err = run("match", path, *TEXTS)
         assert (status, err) == (0, "")
         expected = [f"{path}\t{a:.4f}\t{b:.4f}\t{t}" for a, b, t in zip(itc, itm, TEXTS, strict=True)]
@@ -50,8 +50,8 @@ def test_match_says_what_the_library_says(run, photos, features):  # noqa: F811
     assert [line["path"] for line in answers] == [f"photos/p{i}.png" for i in range(1, 12)]
     assert list(answers[0]) == ["path", "texts", "itc", "itm"]
     assert answers[1]["texts"] == TEXTS
-    torch.testing.assert_close(torch.tensor(answers[1]["itc"]), found.itc[0], atol=2e-5, rtol=0)
-    torch.testing.assert_close(torch.tensor(answers[2]["itm"]), found.probability[1], atol=2e-5, rtol=0)
+    torch.testing.assert_close(torch.tensor(answers[1]["itc"]), scores.itc[0], atol=2e-5, rtol=0)
+    torch.testing.assert_close(torch.tensor(answers[2]["itm"]), scores.probability[1], atol=2e-5, rtol=0)
 
 
 def test_match_names_what_it_cannot_use(run, photos):  # noqa: F811
@@ -70,11 +70,11 @@ def test_match_names_what_it_cannot_use(run, photos):  # noqa: F811
 def by_hand(features, query, rerank):
     """All images in order, one at a time."""
     paths = [f"photos/p{i}.png" for i in range(1, 12)]
-    found = features.match(paths, [query])
-    order = found.itc[:, 0].argsort(descending=True, stable=True).tolist()
-    first = sorted(order[:rerank], key=lambda i: -found.score[i, 0].item())
-    return [(paths[i], found.score[i, 0].item()) for i in first] + [
-        (paths[i], found.itc[i, 0].item()) for i in order[rerank:]
+    scores = features.match(paths, [query])
+    order = scores.itc[:, 0].argsort(descending=True, stable=True).tolist()
+    first = sorted(order[:rerank], key=lambda i: -scores.score[i, 0].item())
+    return [(paths[i], scores.score[i, 0].item()) for i in first] + [
+        (paths[i], scores.itc[i, 0].item()) for i in order[rerank:]
     ]
 
 
@@ -174,9 +174,9 @@ def test_search_says_what_is_wrong(run, photos):  # noqa: F811
         ("photos", "a", "--top", "0"): "top must be 1 or more, got 0",
         ("photos", "a", "--model", "./gone"): "./gone is not a model directory",
     }
-    for args, said in wrong.items():
+    for args, message in wrong.items():
         status, out, err = run("search", *args)
         assert (status, out) == (2, "")
-        assert said in err
+        assert message in err
         assert err.count("\n") == 1
     assert json.dumps(sorted(os.listdir(photos))).count("index") == 0

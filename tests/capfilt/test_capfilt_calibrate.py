@@ -20,8 +20,8 @@ class Honest(FakeScorer):
     """A filter that knows: the number in the text is that of the image, or only near it."""
 
     def _match(self, text, seen, shift):
-        said = int(text.split()[-1]) if text.split()[-1].isdigit() else -1
-        gap = abs(said - self.numbers.get(seen, -100))
+        number = int(text.split()[-1]) if text.split()[-1].isdigit() else -1
+        gap = abs(number - self.numbers.get(seen, -100))
         return Matched(4.0 if gap <= 1 else -4.0, 1.0 / (1 + gap), 5)
 
 
@@ -87,9 +87,9 @@ def test_the_null_floor_is_of_wrong_pairs_and_reaches_the_report(run):
     lines = calibrate(run, CalibrateOptions("null", count=50, **HERE), make_honest)
     assert lines[0].startswith("50 captions with an image that is not theirs")
     # Shuffling by one gives near misses, which this filter takes for right: 1 / (1 + e^-4) = 0.98.
-    said = json.loads(run.storage.read("report/null.json"))
-    assert sum(said["histogram"]) == 50
-    assert said["histogram"][int(200 / (1 + math.exp(-4)))] >= 45
+    floor = json.loads(run.storage.read("report/null.json"))
+    assert sum(floor["histogram"]) == 50
+    assert floor["histogram"][int(200 / (1 + math.exp(-4)))] >= 45
     assert "shuffled" in Path(report(run)).read_text()
 
 
@@ -125,10 +125,10 @@ def test_an_audit_from_sheet_to_precision(tmp_path, capsys):
         writer.writerows({**r, "match": "y" if float(r["score"]) > 0.6 else "N"} for r in rows)
     capsys.readouterr()
     assert main(["calibrate", run.where, "--labels", str(sheet), "--target", "0.5"]) == 0
-    said = capsys.readouterr().out
-    assert "at 0.6   precision 100.0%" in said
-    assert "recall 100.0%" in said
-    assert "chosen on half of the labels" in said
+    stdout = capsys.readouterr().out
+    assert "at 0.6   precision 100.0%" in stdout
+    assert "recall 100.0%" in stdout
+    assert "chosen on half of the labels" in stdout
 
 
 @pytest.mark.parametrize(

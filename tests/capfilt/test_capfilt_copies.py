@@ -88,12 +88,12 @@ def dropped(run, name, **options):
     account = select(run, name, SelectConfig(itm=0.0, **options))
     texts = pq.read_table(run.storage.path(f"selections/{name}/texts.parquet")).to_pylist()
     keys = dict(zip(*(annotations(run)[c].to_pylist() for c in ("sample_id", "key")), strict=True))
-    found = {}
+    reasons = {}
     for text in texts:
         if text["reason"].startswith("rule "):
-            found.setdefault(keys[text["sample_id"]], set()).add((text["text_source"], text["reason"]))
+            reasons.setdefault(keys[text["sample_id"]], set()).add((text["text_source"], text["reason"]))
             assert not text["kept"]
-    return found, account
+    return reasons, account
 
 
 def whole(reason):
@@ -110,8 +110,8 @@ def test_hashes_are_annotated(run):
 def test_duplicates(run):
     assert dropped(run, "bytes", duplicates="sha256")[0] == {"5": whole("rule duplicate")}
     assert dropped(run, "look", duplicates="phash64")[0] == {"5": whole("rule duplicate")}
-    found, account = dropped(run, "near", duplicates="phash64", duplicate_bits=4)
-    assert found == {"5": whole("rule duplicate"), "6": whole("rule duplicate")}
+    reasons, account = dropped(run, "near", duplicates="phash64", duplicate_bits=4)
+    assert reasons == {"5": whole("rule duplicate"), "6": whole("rule duplicate")}
     assert account["reasons"]["dropped: rule duplicate"] == 4
     assert account["reasons"]["dropped: status decode_error"] == 2  # a copy of what is broken is no copy
 
@@ -140,8 +140,8 @@ def test_images_that_must_not_be_used(run, tmp_path):
     sha = hashlib.sha256(encoded(pattern(3))).hexdigest()
     listed.write_text(f"# a test set\n{sha}  # by its bytes\n\n{GOLDEN[1].upper()}\n")
     assert dropped(run, "sha", contamination=str(listed))[0] == dict.fromkeys("31", whole("rule contaminated"))
-    found, _ = dropped(run, "sha-near", contamination=str(listed), duplicate_bits=4, duplicates="sha256")
-    assert found == dict.fromkeys("136", whole("rule contaminated")) | {"5": whole("rule duplicate")}
+    reasons, _ = dropped(run, "sha-near", contamination=str(listed), duplicate_bits=4, duplicates="sha256")
+    assert reasons == dict.fromkeys("136", whole("rule contaminated")) | {"5": whole("rule duplicate")}
     listed.write_text(f"{GOLDEN[2]}\n")  # another list by the same name is another selection
     with pytest.raises(ValueError, match="exists with other settings"):
         select(run, "sha", SelectConfig(itm=0.0, contamination=str(listed)))
@@ -155,8 +155,8 @@ def test_a_run_on_a_test_set_is_a_list(run, tmp_path):
 @pytest.mark.parametrize(("content", "error"), [("12345\n", "line 1: expected 64 hex"), ("# none\n", "no images")])
 def test_a_wrong_list_is_said(run, tmp_path, content, error, capsys):
     (tmp_path / "list.txt").write_text(content)
-    for where, said in ((tmp_path / "list.txt", error), (tmp_path / "gone.txt", "no such file")):
-        with pytest.raises(DataError, match=said):
+    for where, message in ((tmp_path / "list.txt", error), (tmp_path / "gone.txt", "no such file")):
+        with pytest.raises(DataError, match=message):
             select(run, "wrong", SelectConfig(contamination=str(where)))
     assert main(["select", run.where, "--name", "x", "--duplicate-bits", "9"]) == 2
     assert "duplicate_bits must be 0 to 6" in capsys.readouterr().err

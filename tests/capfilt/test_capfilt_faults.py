@@ -124,11 +124,11 @@ def test_twenty_kills_anywhere_leave_the_same_bytes(base, tmp_path, starter, wor
     took = time.monotonic() - start
     wanted = outcome(Run.open(tmp_path / "whole"), tmp_path / "whole-out")
     assert len(wanted) > 5
-    dice, at, found = random.Random(workers), [], tmp_path / "killed"
+    dice, at, killed = random.Random(workers), [], tmp_path / "killed"
     while len(at) < 20:
         pid = starter.start(*args("killed"), **SLOW)
         if starter.kill(pid, dice.uniform(0.01, 0.6 * took), group=True):
-            at.append([(found / name).exists() for name in ("job.json", "selections/default/_SUCCESS", "report")])
+            at.append([(killed / name).exists() for name in ("job.json", "selections/default/_SUCCESS", "report")])
     assert starter.run(*args("killed"), **SLOW) == 0, starter.log.read_text()[-800:]
     assert len(set(map(tuple, at))) > 1  # the kills fell on different verbs
     run = Run.open(tmp_path / "killed")
@@ -195,9 +195,9 @@ def test_two_jobs_on_one_run(base, tmp_path, starter):
     second = starter.start("score", run.where, "--decode-workers", "0", **SLOW)
     assert [starter.wait(pid) for pid in (first, second)] == [0, 0]
     check_complete(run.where, base)
-    said = starter.log.read_text()
-    assert "in the hands of another process" in said
-    assert "0 of 24 parts are done" in said
+    log = starter.log.read_text()
+    assert "in the hands of another process" in log
+    assert "0 of 24 parts are done" in log
 
 
 def test_asked_to_stop(base, tmp_path, starter):
@@ -363,7 +363,7 @@ SOAK = int(os.environ.get("CAPFILT_SOAK", 100_000))
 """Rows; a million take some twenty minutes."""
 
 
-def held(pid):
+def resources_of(pid):
     """Kilobytes in memory and open files of a process; None when it is gone."""
     try:
         with open(f"/proc/{pid}/status") as file:
@@ -386,7 +386,7 @@ def soaked(starter, folder, rows, parts, kills):
         os.kill(pid, signal.SIGKILL)
         assert starter.wait(pid) == -signal.SIGKILL
     pid, samples = starter.start(*command), []
-    while (sample := held(pid)) and len(run.parts.present()) < parts:
+    while (sample := resources_of(pid)) and len(run.parts.present()) < parts:
         samples.append(sample)
         time.sleep(0.05)
     assert starter.wait(pid) == 0

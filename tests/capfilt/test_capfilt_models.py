@@ -18,7 +18,7 @@ from blip.checkpoints.table import to_theirs
 from blip.data.formats.sources import open_source
 from blip.data.settings import SourceConfig
 from blip.data.transforms import EvalTransform
-from blip.inference.generate import write
+from blip.inference.generate import generate_texts
 from blip.inference.settings import DECODE_PRESETS
 from blip.models.blip import Blip
 from blip.models.presets import TINY
@@ -72,17 +72,17 @@ def one_by_one(captioner, filter, config, photo, texts, key):
     decode = dataclasses.replace(DECODE_PRESETS[config.decode], num=config.captions, seed=config.seed)
     model, tokenizer = captioner
     image = EvalTransform(model.vision.image_size)(photo)[None]
-    said = write(model, tokenizer, image, decode, prompt="a picture of", keys=[key])[0]
+    captions = generate_texts(model, tokenizer, image, decode, prompt="a picture of", keys=[key])[0]
     model, tokenizer = filter
     image = EvalTransform(model.vision.image_size)(photo)[None]
-    found = []
-    for text in [*texts, *(clean_caption(t.words, 30) if t.words.strip() else "" for t in said)]:
+    scores = []
+    for text in [*texts, *(clean_caption(t.words, 30) if t.words.strip() else "" for t in captions)]:
         ids, keep = tokenizer.encode([text], first=config.itm_token, max_length=config.max_tokens)
         logits = model.match(ids, keep, model.context(model.vision(image)))
         ids, keep = tokenizer.encode([text], first="cls", max_length=config.max_tokens)
         cosine = (model.embed_text(ids, keep) * model.embed_image(model.vision(image))).sum()
-        found.append((float(torch.softmax(logits, 1)[0, 1]), float(logits[0, 1] - logits[0, 0]), float(cosine)))
-    return said, found
+        scores.append((float(torch.softmax(logits, 1)[0, 1]), float(logits[0, 1] - logits[0, 0]), float(cosine)))
+    return captions, scores
 
 
 @pytest.mark.parametrize("token", ["enc", "cls"])
@@ -93,13 +93,13 @@ def test_equal_to_one_by_one(models, token, decode):
     scorer = BlipScorer(captioner, filter, config)
     assert not scorer.shared
     for item, photo, scores in zip(items(scorer.sides), photos(), scorer.score(items(scorer.sides)), strict=True):
-        said, found = one_by_one(captioner, filter, config, photo, item.texts, item.sample_id)
-        assert [t.text for t in scores.syn] == [t.words for t in said]
-        assert [t.finished for t in scores.syn] == [t.finished for t in said]
-        assert [t.logprob for t in scores.syn] == pytest.approx([t.logprob for t in said], abs=1e-4)
+        captions, match_scores = one_by_one(captioner, filter, config, photo, item.texts, item.sample_id)
+        assert [t.text for t in scores.syn] == [t.words for t in captions]
+        assert [t.finished for t in scores.syn] == [t.finished for t in captions]
+        assert [t.logprob for t in scores.syn] == pytest.approx([t.logprob for t in captions], abs=1e-4)
         matched = [*scores.web, *(t.match for t in scores.syn)]
-        assert len(matched) == len(found) > 0
-        for got, (probability, margin, cosine) in zip(matched, found, strict=True):
+        assert len(matched) == len(match_scores) > 0
+        for got, (probability, margin, cosine) in zip(matched, match_scores, strict=True):
             assert got.margin == pytest.approx(margin, abs=1e-4)
             assert got.probability == pytest.approx(probability, abs=1e-5)
             assert got.itc == pytest.approx(cosine, abs=1e-5)
@@ -184,10 +184,10 @@ def test_equal_towers_are_one(models):
 def test_towers_of_two_sizes(models):
     scorer = BlipScorer(tiny(3, 48), models[1], ScoreConfig(filter="f"))
     assert scorer.sides == (48, 32)
-    said, found = one_by_one(tiny(3, 48), models[1], scorer.config, photos()[0], TEXTS[0], f"{0:032x}")
+    captions, match_scores = one_by_one(tiny(3, 48), models[1], scorer.config, photos()[0], TEXTS[0], f"{0:032x}")
     scores = scorer.score(items(scorer.sides)[:1])[0]
-    assert scores.syn[0].text == said[0].words
-    assert scores.web[0].margin == pytest.approx(found[0][1], abs=1e-4)
+    assert scores.syn[0].text == captions[0].words
+    assert scores.web[0].margin == pytest.approx(match_scores[0][1], abs=1e-4)
 
 
 def test_a_filter_alone_writes_nothing(models):
@@ -236,7 +236,7 @@ def gpus(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("environment", "asked", "device"),
+    ("environment", "option", "device"),
     [
         ({}, None, "cuda:0"),
         ({"LOCAL_RANK": "3"}, None, "cuda:3"),
@@ -250,14 +250,14 @@ def gpus(monkeypatch):
         ({"LOCAL_RANK": "3", "ACCELERATE_USE_CPU": "true"}, None, "cpu"),
     ],
 )
-def test_each_process_of_a_launcher_takes_its_own_gpu(models, gpus, monkeypatch, environment, asked, device):
+def test_each_process_of_a_launcher_takes_its_own_gpu(models, gpus, monkeypatch, environment, option, device):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     made = []
     monkeypatch.setattr(BlipScorer, "__init__", lambda self, *_: made.append(_[-1]) or setattr(self, "facts", {}))
     monkeypatch.setattr("capfilt.score.models.checkpoint.from_pretrained", lambda *_, **__: (None, None))
     monkeypatch.setattr("capfilt.score.models.resolve", lambda config: {"captioner": None, "filter": "x"})
-    BlipScorer.load(ScoreConfig(filter="x"), asked)
+    BlipScorer.load(ScoreConfig(filter="x"), option)
     assert made == [device]
     assert gpus == [device] * (device != "cpu")
 
@@ -298,16 +298,16 @@ def test_the_number_format_is_decided_once_when_the_job_is_planned(models, tmp_p
 
 def theirs(kind, table, model):
     """transformers' model of a kind with our weights."""
-    text, eye = model.config.text, model.config.vision
+    text, vision = model.config.text, model.config.vision
     words = {
         "vocab_size": text.vocab_size, "hidden_size": text.width, "num_hidden_layers": text.layers,
         "num_attention_heads": text.heads, "intermediate_size": text.hidden, "layer_norm_eps": text.norm_eps,
-        "max_position_embeddings": text.max_positions, "encoder_hidden_size": eye.width, "pad_token_id": text.pad_id,
+        "max_position_embeddings": text.max_positions, "encoder_hidden_size": vision.width, "pad_token_id": text.pad_id,
         "bos_token_id": text.dec_id, "eos_token_id": text.sep_id, "sep_token_id": text.sep_id,
     }  # fmt: skip
     photos = {
-        "image_size": eye.image_size, "patch_size": eye.patch_size, "hidden_size": eye.width,
-        "num_hidden_layers": eye.depth, "num_attention_heads": eye.heads, "intermediate_size": 4 * eye.width,
+        "image_size": vision.image_size, "patch_size": vision.patch_size, "hidden_size": vision.width,
+        "num_hidden_layers": vision.depth, "num_attention_heads": vision.heads, "intermediate_size": 4 * vision.width,
         "layer_norm_eps": 1e-6, "initializer_range": 0.02,
     }  # fmt: skip
     config = transformers.BlipConfig(
@@ -333,11 +333,14 @@ def test_equal_to_transformers(models):
     images = torch.stack([EvalTransform(32)(p) for p in shown])
     prompt, _ = words.encode(["a picture of"] * 20, first="dec", max_length=20)  # generate drops the last, [SEP]
     written = writer.generate(images, prompt, num_beams=1, do_sample=False, max_length=20, min_length=5)
-    said = words.decode(written[:, prompt.shape[1] - 1 :])
-    assert [s.syn[0].text for s in scores] == said
-    assert len(set(said)) > 10
-    for image, some, found, own in zip(images, texts, scores, said, strict=True):
-        for text, got in [*zip(some, found.web, strict=True), (clean_caption(own, 30), found.syn[0].match)]:
+    captions = words.decode(written[:, prompt.shape[1] - 1 :])
+    assert [s.syn[0].text for s in scores] == captions
+    assert len(set(captions)) > 10
+    for image, some, image_scores, own in zip(images, texts, scores, captions, strict=True):
+        for text, got in [
+            *zip(some, image_scores.web, strict=True),
+            (clean_caption(own, 30), image_scores.syn[0].match),
+        ]:
             ids, keep = words.encode([text], first="cls", max_length=35)
             inputs = {"input_ids": ids, "pixel_values": image[None], "attention_mask": keep.long()}
             logits = matcher(**inputs).itm_score[0]
@@ -386,7 +389,7 @@ def test_models_that_are_none_are_said_before_anything_is_written(models, tmp_pa
         save_pretrained(*models[1], path)
     plan = ["plan", "--input", str(folder), "--out", str(tmp_path / "run")]
     config = json.loads((wrong / "config.json").read_text())
-    for change, said in (
+    for change, message in (
         ({"task": "vqa"}, "is of a Vqa model"),
         ({"task": "poetry"}, "update openblip"),
         ({"format": "other"}, "is it another model's?"),
@@ -398,7 +401,7 @@ def test_models_that_are_none_are_said_before_anything_is_written(models, tmp_pa
             error = capsys.readouterr().err
             assert error.startswith("error: ")
             assert error.count("\n") == 1
-            assert said in error
+            assert message in error
             assert str(wrong) in error
     (wrong / "model.safetensors").unlink()
     assert main([*plan, "--filter", str(wrong)]) == 2
@@ -432,6 +435,6 @@ def test_a_plan_says_the_length_rule_only_where_it_is_not_generated():
     }  # fmt: skip
     for preset in ("capfilt_2022", "nucleus", "greedy"):
         assert set(decode_record(ScoreConfig(filter="f", decode=preset))) == before
-    found = decode_record(ScoreConfig(filter="f", decode="caption_2022"))
-    assert found["length_rule"] == "2022"
-    assert set(found) == before | {"length_rule"}
+    record = decode_record(ScoreConfig(filter="f", decode="caption_2022"))
+    assert record["length_rule"] == "2022"
+    assert set(record) == before | {"length_rule"}

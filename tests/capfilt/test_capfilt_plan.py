@@ -53,11 +53,11 @@ def test_other_settings_are_refused_with_what_differs(tmp_path, change, capsys):
         ["plan", "--input", str(tmp_path / "in"), "--out", str(tmp_path / "run"), "--scorer", "fake", *option],
     ):
         assert main(command) == 2
-        said = capsys.readouterr().err
-        assert said.startswith("error: ")
-        assert said.count("\n") == 1
-        assert name in said
-        assert f"-> {str(value).lower() if value is True else value}" in said
+        stderr = capsys.readouterr().err
+        assert stderr.startswith("error: ")
+        assert stderr.count("\n") == 1
+        assert name in stderr
+        assert f"-> {str(value).lower() if value is True else value}" in stderr
     assert {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()} == before
 
 
@@ -92,19 +92,19 @@ def test_extending_keeps_what_is_there(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "said"),
+    ("option", "message"),
     [
         (["--seed", "7"], "seed: 0 -> 7"),
         (["--part-size", "8"], "part_size: 16 -> 8"),
         (["--caption-column", "alt"], "reading.caption_column: caption -> alt"),
     ],
 )
-def test_an_extension_with_other_settings_is_refused(tmp_path, capsys, option, said):
+def test_an_extension_with_other_settings_is_refused(tmp_path, capsys, option, message):
     run = planned(crawl(tmp_path / "in", shards=1), tmp_path / "run")
     later = write_tar(tmp_path / "in" / "later.tar", sample("x", 500))
     extend = ["plan", "--extend", "--out", str(tmp_path / "run"), "--input", str(later)]
     assert main([*extend, *option]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert Run.open(run.where).rows == 40
     assert main([*extend, "--seed", "0", "--part-size", "16"]) == 0
     assert Run.open(run.where).rows == 41
@@ -146,7 +146,7 @@ def test_wrong_use_is_said_in_a_line(tmp_path, capsys):
     crawl(tmp_path / "in", shards=1)
     (tmp_path / "in" / "x.tar.gz").write_bytes(b"\x1f\x8b")
     (tmp_path / "empty").mkdir()
-    for args, said in (
+    for args, message in (
         (["plan", "--input", str(tmp_path / "no.tar"), "--out", "o", "--scorer", "fake"], "no such file"),
         (["plan", "--input", str(tmp_path / "empty"), "--out", "o", "--scorer", "fake"], "without shards"),
         (["plan", "--input", str(tmp_path / "in" / "x.tar.gz"), "--out", "o", "--scorer", "fake"], "unpack it"),
@@ -158,7 +158,7 @@ def test_wrong_use_is_said_in_a_line(tmp_path, capsys):
         assert main(args) == 2, args
         error = capsys.readouterr().err
         assert error.startswith("error: ")
-        assert said in error, error
+        assert message in error, error
         assert error.count("\n") == 1
 
 
@@ -168,9 +168,9 @@ def test_wrong_use_is_said_in_a_line(tmp_path, capsys):
 )
 def test_wrong_options_are_said_in_a_line(args, capsys):
     assert main(args) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -256,13 +256,13 @@ def test_inputs_by_lists_urls_and_globs(tmp_path, tmp_path_factory, place):
         }.items()
     ):
         assert list(planned(spec, runs / str(i)).sources) == names, spec
-    for spec, said in (
+    for spec, message in (
         (f"{folder}/{{00000,00009}}.tar", r"input .*00009\.tar: no such file"),
         ("{http://x/a.tar,pipe:cat}", "only files of this machine"),
         (f"{folder}/00000.tar::http://x/a.tar", "only files of this machine"),
         ("file://elsewhere/a.tar", "not a file of this machine"),
     ):
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=message):
             planned(spec, runs / "none")
     (folder / "00003.tar").symlink_to(folder / "gone")
     with pytest.raises(DataError, match=r"00003\.tar: no such file; it is a link to .*gone"):

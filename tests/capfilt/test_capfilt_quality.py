@@ -52,7 +52,7 @@ def shuffled_crawl(folder, count, split="train", share=0.4, size=32):
         text = another(scenes, i) if wrong else captions(shown)[i % 5]
         record = {"image_id": shown.image_id, "kind": "shuffled" if wrong else "right"}
         contents = {"jpg": packed(shown, size), "txt": text.encode(), "json": json.dumps(record).encode()}
-        members += [(f"{i:04d}.{ending}", content) for ending, content in contents.items()]
+        members += [(f"{i:04d}.{suffix}", content) for suffix, content in contents.items()]
     write_tar(folder / "a.tar", members)
     return scenes
 
@@ -69,8 +69,8 @@ class Oracle(FakeScorer):
         number, shown = self.scenes[item.sample_id]
         others = [one for _, one in self.scenes.values()]
         text = captions(shown)[0] if number % 3 else another(others, number)
-        said = SyntheticText(text, -1.0, True, self._margin(shown, text))
-        return Scores([self._margin(shown, text) for text in item.texts], [said])
+        caption = SyntheticText(text, -1.0, True, self._margin(shown, text))
+        return Scores([self._margin(shown, text) for text in item.texts], [caption])
 
     def _margin(self, shown, text):
         doubt = sum(chance(shown.image_id, text, k) for k in range(12)) - 6  # about a normal deviate
@@ -89,13 +89,13 @@ def run(tmp_path_factory):
 
 def test_wrong_texts_are_dropped_and_right_ones_kept(run):
     """Fault 28."""
-    found = grade(run, "half")
-    right, wrong = found["right"], found["shuffled"]
+    grades = grade(run, "half")
+    right, wrong = grades["right"], grades["shuffled"]
     assert right.texts + wrong.texts == 300
     assert 90 < wrong.texts < 150
     assert 1 - wrong.kept / wrong.texts >= 0.95
     assert right.kept / right.texts >= 0.95
-    assert found["wrong"] == wrong
+    assert grades["wrong"] == wrong
     syn = read_account(run, "half")
     assert syn["kept"]["syn"] == pytest.approx(200, abs=6)  # the captioner's wrong texts are gone as well
 
@@ -142,7 +142,7 @@ def test_a_real_filter_finds_exchanged_captions(tmp_path, monkeypatch):
     crawl = planned(tmp_path / "in" / "a.tar", tmp_path / "run", 64, filter=str(model), scorer="blip")
     assert score(crawl, lambda run: BlipScorer.load(run.config, "cpu"), HERE, io.StringIO()) == 0
     select(crawl, "half", SelectConfig())
-    found = grade(Run.open(crawl.where), "half")
-    assert found["shuffled"].auc >= 0.97
-    assert 1 - found["shuffled"].kept / found["shuffled"].texts >= 0.95
-    assert found["right"].kept / found["right"].texts >= 0.6
+    grades = grade(Run.open(crawl.where), "half")
+    assert grades["shuffled"].auc >= 0.97
+    assert 1 - grades["shuffled"].kept / grades["shuffled"].texts >= 0.95
+    assert grades["right"].kept / grades["right"].texts >= 0.6

@@ -53,15 +53,15 @@ def cluster(monkeypatch):
 
 
 def in_background(run):
-    found = {}
+    outcome = {}
     out = io.StringIO()
 
     def work():
-        found["status"] = ray_engine.score_with_ray(run, "cpu", HERE, 2, out)
+        outcome["status"] = ray_engine.score_with_ray(run, "cpu", HERE, 2, out)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    return thread, found, out
+    return thread, outcome, out
 
 
 def until(parts, run):
@@ -74,35 +74,35 @@ def until(parts, run):
         time.sleep(0.02)
 
 
-def finished(thread, found, run):
+def finished(thread, outcome, run):
     until(len(run.plan), run)
     thread.join(PATIENCE)
     assert not thread.is_alive(), "it hangs"
-    assert found["status"] == 0
+    assert outcome["status"] == 0
 
 
 def actors():
     """Process ids of the actors."""
-    found = []
+    pids = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             if b"ray::PartScorer" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(int(pid))
+                pids.append(int(pid))
         except OSError:
             continue
-    return found
+    return pids
 
 
 @pytest.mark.slow
 def test_actors_are_killed(cluster, base, tmp_path):
     """Faults 12 and 17."""
     run = planned(base.job["root"], tmp_path / "run")
-    thread, found, _ = in_background(run)
+    thread, outcome, _ = in_background(run)
     for kill in range(1, 6):
         until(3 * kill, run)
         for pid in actors()[:1]:
             os.kill(pid, signal.SIGKILL)
-    finished(thread, found, run)
+    finished(thread, outcome, run)
     check_complete(run.where, base)
 
 
@@ -110,10 +110,10 @@ def test_actors_are_killed(cluster, base, tmp_path):
 def test_a_node_goes_away(cluster, base, tmp_path):
     """Fault 18."""
     run = planned(base.job["root"], tmp_path / "run")
-    thread, found, _ = in_background(run)
+    thread, outcome, _ = in_background(run)
     until(6, run)
     cluster.remove_node(cluster.second, allow_graceful=False)
-    finished(thread, found, run)
+    finished(thread, outcome, run)
     check_complete(run.where, base)
 
 
@@ -128,8 +128,8 @@ def test_the_driver_is_killed_and_another_goes_on(cluster, base, tmp_path):
     until(4, run)
     driver.kill()
     driver.wait()
-    thread, found, _ = in_background(run)
-    finished(thread, found, run)
+    thread, outcome, _ = in_background(run)
+    finished(thread, outcome, run)
     check_complete(run.where, base)
 
 
@@ -140,6 +140,6 @@ def test_another_engine_goes_on(cluster, base, tmp_path):
     assert score(run, make_fake, replace(HERE, limit=60), io.StringIO()) == 0
     assert score(run, make_fake, replace(HERE, rank=1, world=3), io.StringIO()) == 0
     assert 4 < len(run.parts.present()) < len(run.plan)
-    thread, found, _ = in_background(run)
-    finished(thread, found, run)
+    thread, outcome, _ = in_background(run)
+    finished(thread, outcome, run)
     check_complete(run.where, base)

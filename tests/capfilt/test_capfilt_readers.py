@@ -67,10 +67,10 @@ def test_hostile_names_are_keys_and_nothing_more(tmp_path):
     assert [row["key"] for row in rows] == [*names[:7], "\\udcff\\udcfe", "a\nb"]
     assert {row["status"] for row in rows} == {"ok"}
     select(run, "all", SelectConfig(itm=0.0))
-    said = export(run, "all", "wds", str(tmp_path / "out"))
+    account = export(run, "all", "wds", str(tmp_path / "out"))
     with tarfile.open(tmp_path / "out" / "00000.tar") as tar:
         assert all(re.fullmatch(r"\d{9}\.(jpg|txt|json)", name) for name in tar.getnames())
-    assert said["pairs"] == 2 * len(names)
+    assert account["pairs"] == 2 * len(names)
     with tarfile.open(tmp_path / "nul.tar", "w") as tar:
         member = tarfile.TarInfo("x.jpg")
         member.size, member.pax_headers = len(jpeg(0)), {"path": "a\0b.jpg"}
@@ -351,8 +351,8 @@ def test_a_parquet_file_damaged_inside_gives_rows_that_say_so(tmp_path):
     at = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
     content[at : at + 60] = b"\xff" * 60
     path.write_bytes(content)
-    found = annotations(scored(path, tmp_path / "run"))
-    assert found["status"].to_pylist() == ["ok"] * 3 + ["source_error"] * 3
+    table = annotations(scored(path, tmp_path / "run"))
+    assert table["status"].to_pylist() == ["ok"] * 3 + ["source_error"] * 3
 
 
 # All stacks alike -----------------------------------------------------------------------------------------------------
@@ -360,13 +360,13 @@ def test_a_parquet_file_damaged_inside_gives_rows_that_say_so(tmp_path):
 
 def by_number(path, out, split=None):
     """The captions of a row, or None for a bad one, as training reads them."""
-    source, found = open_source(SourceConfig(str(path), split=split)), []
+    source, rows = open_source(SourceConfig(str(path), split=split)), []
     for row in range(len(source)):
         try:
-            found.append(source[row].captions)
+            rows.append(source[row].captions)
         except BadSample:
-            found.append(None)
-    return found
+            rows.append(None)
+    return rows
 
 
 def by_stream(path, out, split=None):
@@ -419,10 +419,10 @@ def test_a_value_that_is_not_utf8_is_said_of_its_row(tmp_path):
     shards = CaptionShards(SourceConfig(str(tmp_path / "a.parquet")))
     (bad,) = (r for r in shards.read(shards.files[0]) if isinstance(r, Bad))
     assert (bad.key, bad.reason) == ("a.parquet:20", "column 'caption' is not UTF-8 text: invalid start byte")
-    found = annotations(scored(tmp_path / "a.parquet", tmp_path / "run")).to_pylist()
-    assert [row["status"] for row in found] == ["ok"] * 20 + ["source_error"] + ["ok"] * 19
-    assert found[20]["error_detail"] == bad.reason
-    assert json.loads(found[20]["extra_json"]) == {"n": 20}
+    rows = annotations(scored(tmp_path / "a.parquet", tmp_path / "run")).to_pylist()
+    assert [row["status"] for row in rows] == ["ok"] * 20 + ["source_error"] + ["ok"] * 19
+    assert rows[20]["error_detail"] == bad.reason
+    assert json.loads(rows[20]["extra_json"]) == {"n": 20}
 
 
 def test_other_columns_that_nothing_can_hold(tmp_path):
@@ -563,11 +563,11 @@ def test_lists_give_the_split_asked_for_and_name_those_there_are(tmp_path, read,
     path = tmp_path / name
     assert read(path, tmp_path / "val", "val") == [["val 1"], ["val 4"]]
     assert read(path, tmp_path / "two", "test+train") == [["train 0"], ["train 2"], ["test 3"]]
-    for asked, missing in (("valid", "'valid'"), ("train+dev", "'dev'"), ("dev+x", "'dev' or 'x'")):
+    for requested, missing in (("valid", "'valid'"), ("train+dev", "'dev'"), ("dev+x", "'dev' or 'x'")):
         with pytest.raises(
             DataError, match=rf"no rows of split {missing}; there are: test \(1\), train \(2\), val \(2\)"
         ):
-            read(path, tmp_path / "run", asked)
+            read(path, tmp_path / "run", requested)
 
 
 @pytest.mark.parametrize("read", [by_number, by_capfilt])

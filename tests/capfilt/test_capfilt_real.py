@@ -68,11 +68,11 @@ def test_every_image_is_used_or_refused_with_its_reason(whole):
 
 def test_planted_captions_are_dropped(whole):
     samples, run, _ = whole
-    found = grade(run, "half")
+    grades = grade(run, "half")
     planted = sum(record["kind"] == "planted" for *_, record in samples)
-    assert found["planted"].texts == planted > 8
-    assert found["planted"].kept == 0
-    assert found["right"].kept == found["right"].texts == 36 - planted
+    assert grades["planted"].texts == planted > 8
+    assert grades["planted"].kept == 0
+    assert grades["right"].kept == grades["right"].texts == 36 - planted
 
 
 def test_the_account_and_the_report_add_up(whole):
@@ -95,9 +95,9 @@ def test_verify_notices_any_changed_byte(whole):
         content = path.read_bytes()
         middle = len(content) // 2
         path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
-        found = verify(run.where)
+        problems = verify(run.where)
         path.write_bytes(content)
-        assert found.status() == 4, path
-        assert path.name in found.problems[0]
+        assert problems.status() == 4, path
+        assert path.name in problems.problems[0]
     assert verify(run.where).status() == 0
     assert json.loads((out / "_SUCCESS").read_bytes())["pairs"] > 0

@@ -56,25 +56,25 @@ def page(run):
 class Elements(HTMLParser):
     def __init__(self, text):
         super().__init__()
-        self.found = []
+        self.elements = []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
+        self.elements.append((tag, dict(attrs)))
 
 
 def test_figures_add_up(run, page):
-    said = json.loads((page.parent / "report.json").read_bytes())
+    record = json.loads((page.parent / "report.json").read_bytes())
     rows = annotations(run).to_pylist()
-    assert said["rows"] == sum(said["rows_in"].values()) == len(rows) == 111
-    assert sum(said["texts_in"].values()) == sum(said["kept"].values()) + sum(said["dropped"].values())
+    assert record["rows"] == sum(record["rows_in"].values()) == len(rows) == 111
+    assert sum(record["texts_in"].values()) == sum(record["kept"].values()) + sum(record["dropped"].values())
     for kind in ("web", "syn"):
         scores = np.array([p for row in rows for p in row[f"itm_{kind}"] if p is not None], dtype=np.float32)
         for step in (0, 60, 100, 190):
-            assert sum(said["histogram"][kind][step:]) == (scores >= np.float32(step / 200)).sum()
-    assert said["repeated"]["web"][0] == ["the same text", 20]
-    assert sum(shard["rows"] for shard in said["shards"].values()) == 111
-    assert said["error_codes"] == {"html_page": 1, "truncated": 1}
+            assert sum(record["histogram"][kind][step:]) == (scores >= np.float32(step / 200)).sum()
+    assert record["repeated"]["web"][0] == ["the same text", 20]
+    assert sum(shard["rows"] for shard in record["shards"].values()) == 111
+    assert record["error_codes"] == {"html_page": 1, "truncated": 1}
     text = page.read_text()
     assert "<td>rows in</td><td>111</td>" in text
 
@@ -82,7 +82,7 @@ def test_figures_add_up(run, page):
 def test_the_page_is_whole_small_and_asks_nobody(page):
     text = page.read_text()
     assert len(text) < 5_000_000
-    elements = Elements(text).found
+    elements = Elements(text).elements
     allowed = "html head meta title style body h1 h2 h3 p table tr td th div input svg rect path polyline text label"
     assert {tag for tag, _ in elements} <= {*allowed.split(), "img", "b", "span", "code", "script"}
     for tag, attributes in elements:
@@ -129,11 +129,11 @@ def test_a_card_makes_objects_of_its_own_row_only(tmp_path):
 def test_forgotten_captions_are_counted_all_the_same(run, page, monkeypatch, tmp_path):
     whole = json.loads((page.parent / "report.json").read_text())["texts"]
     monkeypatch.setattr("capfilt.report.counts._MOST_CAPTIONS", 5)
-    found = json.loads(Path(report(run, ReportOptions(to=str(tmp_path)))).with_name("report.json").read_text())["texts"]
+    texts = json.loads(Path(report(run, ReportOptions(to=str(tmp_path)))).with_name("report.json").read_text())["texts"]
     for kind in ("web", "syn"):
-        assert found[kind]["counts_are_partial"]
-        assert found[kind]["texts"] == whole[kind]["texts"]
-        assert found[kind]["words_each"] == whole[kind]["words_each"]
+        assert texts[kind]["counts_are_partial"]
+        assert texts[kind]["texts"] == whole[kind]["texts"]
+        assert texts[kind]["words_each"] == whole[kind]["words_each"]
 
 
 def test_the_same_run_gives_the_same_page(run, tmp_path):
@@ -166,8 +166,8 @@ def test_a_run_without_results_or_complete_ones_says_so(tmp_path, capsys):
 
 def opened(browser, page, scripts=True):
     view = browser.new_page(java_script_enabled=scripts)
-    view.asked, view.errors = [], []
-    view.on("request", lambda request: view.asked.append(request.url))
+    view.requests, view.errors = [], []
+    view.on("request", lambda request: view.requests.append(request.url))
     view.on("pageerror", lambda error: view.errors.append(str(error)))
     view.on("console", lambda message: view.errors.append(message.text) if message.type == "error" else None)
     view.goto(page.as_uri())
@@ -175,27 +175,27 @@ def opened(browser, page, scripts=True):
 
 
 def test_the_slider_counts(browser, page):
-    said = json.loads((page.parent / "report.json").read_bytes())
+    record = json.loads((page.parent / "report.json").read_bytes())
     view = opened(browser, page)
     for step in (100, 37, 200, 0):
         view.evaluate(
             "t => {const s=document.getElementById('slider');s.value=t;s.dispatchEvent(new Event('input'))}", step
         )
-        kept = {kind: sum(said["histogram"][kind][step:]) for kind in ("web", "syn")}
+        kept = {kind: sum(record["histogram"][kind][step:]) for kind in ("web", "syn")}
         text = view.inner_text("#counts")
         assert f"keeps {kept['web'] + kept['syn']:,} texts" in text
         assert f"web {kept['web']:,} of" in text
     assert view.title().startswith("CapFilt report")  # nothing in the crawl has run
-    assert [url for url in view.asked if not url.startswith(("file:", "data:"))] == []
+    assert [url for url in view.requests if not url.startswith(("file:", "data:"))] == []
     assert view.errors == []
 
 
 def test_images_are_blurred_until_somebody_wants_to_see(browser, page):
     view = opened(browser, page)
-    look = "() => getComputedStyle(document.querySelector('.card img')).filter"
-    assert "blur" in view.evaluate(look)
+    blur = "() => getComputedStyle(document.querySelector('.card img')).filter"
+    assert "blur" in view.evaluate(blur)
     view.check("#clear")
-    assert view.evaluate(look) == "none"
+    assert view.evaluate(blur) == "none"
     assert view.evaluate("() => document.querySelector('.card img').naturalWidth") > 0
 
 

@@ -188,8 +188,8 @@ def test_what_fails_after_decoding_is_the_row_s_fault_as_well(tmp_path, monkeypa
     monkeypatch.setattr(decoding, "phash", hash_of)
     members = [m for i in range(4) for m in sample(f"good{i}", i)] + [("x.jpg", jpeg(1, (33, 33))), ("x.txt", b"an x")]
     run = scored(write_tar(tmp_path / "a.tar", members), tmp_path / "run", lenient=lenient)
-    found = {row["key"]: (row["status"], row["error_code"]) for row in annotations(run).to_pylist()}
-    assert found == {**{f"good{i}": ("ok", None) for i in range(4)}, "x": ("too_large", "too_much_memory")}
+    outcomes = {row["key"]: (row["status"], row["error_code"]) for row in annotations(run).to_pylist()}
+    assert outcomes == {**{f"good{i}": ("ok", None) for i in range(4)}, "x": ("too_large", "too_much_memory")}
 
 
 TEXTS = {
@@ -462,14 +462,14 @@ BROKEN = {
 def test_a_decoder_that_cannot_start_ends_the_job_and_blames_no_row(tmp_path, monkeypatch, capsys, how):
     folder = crawl(tmp_path / "in", shards=1)
     run = planned(folder, tmp_path / "run")
-    code, said = BROKEN.get(how, ("", "No such file"))
+    code, message = BROKEN.get(how, ("", "No such file"))
     program = "/no/such/python" if how == "no program" else sys.executable
     with monkeypatch.context() as patch:
         patch.setattr(startup, "python", lambda *_: [program, "-c", code])
         assert main(["score", run.where, "--decode-workers", "2"]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: decoding cannot start: ")
-    assert said in last
+    assert message in last
     assert not run.parts.present()
     assert not list((tmp_path / "run" / "failures").glob("*")), "a part was blamed"
     if how == "no module":
@@ -558,9 +558,9 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     before = set((tmp_path / "run").rglob("*"))
     assert main(["score", run.where, "--dry-run", "--decode-workers", "0"]) == 0
     assert set((tmp_path / "run").rglob("*")) == before
-    said = capsys.readouterr().out
-    assert "120 rows in 9 parts, 120 rows to do" in said
-    assert "images/s" in said
+    stdout = capsys.readouterr().out
+    assert "120 rows in 9 parts, 120 rows to do" in stdout
+    assert "images/s" in stdout
 
 
 def test_progress_says_what_is_left():

@@ -48,14 +48,14 @@ def texts_of(run, name):
 
 def straightforward(run):
     """Every text with its scores, by hand: (sample_id, source, index, itm, itc, row)."""
-    found = []
+    chosen = []
     for row in annotations(run).to_pylist():
         for kind in ("web", "syn"):
             scores = zip(row[f"itm_{kind}"], row[f"itc_{kind}"], strict=True)
             texts = row[f"{kind}_text"]
             padded = [*scores, *[(None, None)] * len(texts)][: len(texts)]
-            found += [(row["sample_id"], kind, i, *padded[i], row) for i in range(len(texts))]
-    return found
+            chosen += [(row["sample_id"], kind, i, *padded[i], row) for i in range(len(texts))]
+    return chosen
 
 
 def test_blip_keeps_each_text_by_itself(run):
@@ -174,10 +174,10 @@ def test_verify_says_what_does_not_add_up(tmp_path):
 
     part = run.storage.path(f"parts/{run.plan[0].pid[:2]}/{run.plan[0].pid}.parquet")
     other = run.storage.path(f"parts/{run.plan[1].pid[:2]}/{run.plan[1].pid}.parquet")
-    found = wrong(part, good[other])  # a whole file in the wrong place
-    assert found.status() == 4
-    assert any("does not have each of the rows 0 to 16 once" in w for w in found.problems)
-    assert any("different ids" in w for w in found.problems)
+    problems = wrong(part, good[other])  # a whole file in the wrong place
+    assert problems.status() == 4
+    assert any("does not have each of the rows 0 to 16 once" in w for w in problems.problems)
+    assert any("different ids" in w for w in problems.problems)
     assert (
         "not in the plan"
         in wrong(tmp_path / "run" / "parts" / "00" / "0000000000000000.parquet", good[part]).problems[0]
@@ -185,12 +185,12 @@ def test_verify_says_what_does_not_add_up(tmp_path):
     chosen = tmp_path / "run" / "selections" / "half" / "texts.parquet"
     assert "has changed since it was written" in wrong(chosen, good[chosen][:-1]).problems[0]
     account = chosen.parent / "_SUCCESS"
-    said = json.loads(good[account])
-    said["kept"]["web"] += 1
-    assert "texts are not" in wrong(account, json.dumps(said).encode()).problems[0]
-    said["dropped"]["web"] -= 1
-    said["rows_in"]["ok"] += 1
-    assert "counts 41 rows, the annotations 40" in wrong(account, json.dumps(said).encode()).problems[0]
+    record = json.loads(good[account])
+    record["kept"]["web"] += 1
+    assert "texts are not" in wrong(account, json.dumps(record).encode()).problems[0]
+    record["dropped"]["web"] -= 1
+    record["rows_in"]["ok"] += 1
+    assert "counts 41 rows, the annotations 40" in wrong(account, json.dumps(record).encode()).problems[0]
     index = next((tmp_path / "run" / "plan" / "index").iterdir())
     assert wrong(index, good[index][:-50] + b"x" + good[index][-49:]).status() == 4
     for damage in (lambda: chosen.write_bytes(b"x"), chosen.unlink):
@@ -211,11 +211,11 @@ def test_verify_counts_the_texts_of_a_selection(tmp_path):
     table, account = (tmp_path / "run" / "selections" / "half" / name for name in ("texts.parquet", "_SUCCESS"))
     rows = pq.read_table(table)
     pq.write_table(rows.slice(1), table)
-    said = json.loads(account.read_bytes())
-    said["files"]["texts.parquet"] = hashlib.sha256(table.read_bytes()).hexdigest()
-    account.write_text(json.dumps(said))
+    record = json.loads(account.read_bytes())
+    record["files"]["texts.parquet"] = hashlib.sha256(table.read_bytes()).hexdigest()
+    account.write_text(json.dumps(record))
     source, kept = rows["text_source"][0].as_py(), rows["kept"][0].as_py()
-    n = said["kept" if kept else "dropped"][source]
+    n = record["kept" if kept else "dropped"][source]
     findings = verify(run.where)
     assert findings.status() == 4
     assert f"selection half: {'kept' if kept else 'dropped'}.{source}: {n} -> {n - 1} in its table" in findings.problems
@@ -229,8 +229,8 @@ def test_verify_gives_no_all_clear_for_what_was_not_looked_at(tmp_path, capsys):
     select(run, "half", SelectConfig(itm=0.0))
     export(run, "half", "wds", str(tmp_path / "out"), shard=30)
     assert main(["verify", str(tmp_path / "out")]) == 0
-    said = capsys.readouterr().out
-    assert said == f"export {tmp_path / 'out'}: 40 images, 80 pairs, 80 samples in 3 files\nnothing is wrong\n"
+    stdout = capsys.readouterr().out
+    assert stdout == f"export {tmp_path / 'out'}: 40 images, 80 pairs, 80 samples in 3 files\nnothing is wrong\n"
 
 
 @pytest.mark.parametrize("column", ["itm", "itm_web", "itm_syn"])
@@ -251,17 +251,17 @@ def test_a_threshold_is_of_the_kind_that_is_compared(column, by, bad, good):
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "message"),
     [
         (["select", "--itm", "50", "--name", "x"], "0 to 1"),
         (["score", "--max-error-rate", "1.5"], "0 to 1"),
         (["score", "--max-error-rate", "nan"], "--max-error-rate: expected a number"),
     ],
 )
-def test_a_share_out_of_range_is_refused_by_the_command(tmp_path, capsys, command, said):
+def test_a_share_out_of_range_is_refused_by_the_command(tmp_path, capsys, command, message):
     run = scored(crawl(tmp_path / "in", shards=1, rows=4), tmp_path / "run")
     assert main([command[0], run.where, *command[1:]]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("only", "other"), [("web", "syn"), ("syn", "web")])
@@ -281,10 +281,10 @@ def test_texts_of_one_source_only(run, only, other):
 def test_a_selection_of_before_there_was_more_to_choose_is_the_same(run):
     select(run, "old", SelectConfig())
     account = run.storage.path("selections/old/_SUCCESS")
-    said = json.loads(account.read_bytes())
-    del said["settings"]["only"]
-    account.write_text(json.dumps(said))
-    assert select(run, "old", SelectConfig()) == said
+    record = json.loads(account.read_bytes())
+    del record["settings"]["only"]
+    account.write_text(json.dumps(record))
+    assert select(run, "old", SelectConfig()) == record
 
 
 def test_nothing_kept_is_an_error_unless_allowed(tmp_path, capsys):
@@ -307,9 +307,9 @@ def test_a_job_of_which_nothing_worked_is_an_error_of_any_size(tmp_path, capsys)
     args = ["run", "--input", str(tmp_path / "a.json"), "--out", str(tmp_path / "run"), "--scorer", "fake"]
     for more in ([], [], ["--max-error-rate", "1"]):  # the same when it is said again, and nothing to export anyway
         assert main([*args, "--decode-workers", "0", "--to", str(tmp_path / "clean"), *more]) == 2
-        said = capsys.readouterr()
-        assert "nothing is wrong" not in said.out
-        assert ("keeps none of 24 texts" if more else "none of 24 rows could be used (no_image 24)") in said.err
+        output = capsys.readouterr()
+        assert "nothing is wrong" not in output.out
+        assert ("keeps none of 24 texts" if more else "none of 24 rows could be used (no_image 24)") in output.err
     assert not (tmp_path / "clean").exists()
 
 
@@ -334,18 +334,18 @@ def own_cache(tmp_path_factory, monkeypatch):
 @pytest.mark.parametrize("form", ["wds", "parquet", "json"])
 @pytest.mark.parametrize("together", [False, True])
 def test_training_reads_an_export_as_it_is(run, half, tmp_path, form, together):
-    said = export(run, "half", form, str(tmp_path / "out"), shard=30, together=together)
-    assert said["pairs"] == len(half)
+    account = export(run, "half", form, str(tmp_path / "out"), shard=30, together=together)
+    assert account["pairs"] == len(half)
     path = {"wds": "*.tar", "parquet": "*.parquet", "json": "captions.json"}[form]
     source = open_source(SourceConfig(str(tmp_path / "out" / path)))
-    assert len(source) == said["samples"]
+    assert len(source) == account["samples"]
     read = []
     for i in range(len(source)):
         record = source[i]
         image = record.image if isinstance(record.image, bytes) else record.image.read_bytes()
         read += [(image, caption) for caption in record.captions]
     assert read == half
-    assert said["images"] == len({s["sample_id"] for s in texts_of(run, "half") if s["kept"]})
+    assert account["images"] == len({s["sample_id"] for s in texts_of(run, "half") if s["kept"]})
     assert verify(str(tmp_path / "out")).status() == 0
 
 
@@ -354,8 +354,8 @@ def test_training_reads_an_export_as_it_is(run, half, tmp_path, form, together):
 def test_every_kept_text_is_in_a_large_export(tmp_path_factory, large, form, together):
     """More samples than a file's buffers hold, in one file."""
     out = tmp_path_factory.mktemp("large") / "out"
-    said = export(large, "all", form, str(out), together=together)
-    assert (said["images"], said["pairs"], said["samples"]) == (600, 1200, 600 if together else 1200)
+    account = export(large, "all", form, str(out), together=together)
+    assert (account["images"], account["pairs"], account["samples"]) == (600, 1200, 600 if together else 1200)
     if form == "wds":
         with tarfile.open(out / "00000.tar") as tar:
             notes = [json.load(tar.extractfile(name)) for name in tar.getnames() if name.endswith(".json")]
@@ -552,9 +552,9 @@ def test_help_of_every_verb(capsys):
         assert main([verb, "--help"]) == 0
         assert "--" in capsys.readouterr().out
     assert main(["run", "--help"]) == 0
-    said = capsys.readouterr().out
-    assert "capfilt run --input cc --out try --scorer fake" in said  # something to begin with
-    assert max(map(len, said.splitlines())) <= 120
+    stdout = capsys.readouterr().out
+    assert "capfilt run --input cc --out try --scorer fake" in stdout  # something to begin with
+    assert max(map(len, stdout.splitlines())) <= 120
 
 
 def test_all_in_one_go_and_again_with_more(tmp_path, capsys, monkeypatch):

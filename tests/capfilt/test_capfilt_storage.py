@@ -34,9 +34,9 @@ def test_a_run_in_an_object_store(base, url, tmp_path):
     run = scored(base.job["root"], url)
     assert annotations(run).equals(annotations(base))
     select(run, "half", SelectConfig())
-    said = export(run, "half", "wds", f"{url}/out")
+    account = export(run, "half", "wds", f"{url}/out")
     select(base, "half", SelectConfig())
-    assert said["files"] == export(base, "half", "wds", str(tmp_path / "out"))["files"]
+    assert account["files"] == export(base, "half", "wds", str(tmp_path / "out"))["files"]
     assert verify(url).status() == 0
     assert open_storage(url).listing("nothing") == {}
 
@@ -47,8 +47,8 @@ def test_shards_in_an_object_store(base, url):
         with open(f"{base.job['root']}/{s:05d}.tar", "rb") as file:
             files.pipe_file(f"{url.removeprefix('memory:/')}/in/{s:05d}.tar", file.read())
     run = scored(f"{url}/in/*.tar", f"{url}/run")
-    found, wanted = annotations(run), annotations(base)
-    assert found.equals(wanted)  # ids as well: a crawl may be copied to a store
+    table, wanted = annotations(run), annotations(base)
+    assert table.equals(wanted)  # ids as well: a crawl may be copied to a store
     files.pipe_file(f"{url.removeprefix('memory:/')}/in/00001.tar", b"\0" * 1024)
     again = Run.open(f"{url}/run")
     for part in again.plan[:5]:
@@ -72,8 +72,8 @@ def test_a_store_with_faults(base, url, monkeypatch, fault):
         return put(self, path, mode, **more)
 
     def late(self, path, **more):
-        found = find(self, path, **more)
-        return {p: i for p, i in found.items() if "parts/" not in p or hash(p) % 2}
+        paths = find(self, path, **more)
+        return {p: i for p, i in paths.items() if "parts/" not in p or hash(p) % 2}
 
     monkeypatch.setattr(MemoryFileSystem, "_open", open_)
     if fault == "lists late":

@@ -198,13 +198,13 @@ def outcome(read, path, split):
 
 
 def by_number(path, split):
-    source, found = open_source(SourceConfig(path, split=split)), []
+    source, rows = open_source(SourceConfig(path, split=split)), []
     for row in range(len(source)):
         try:
-            found.append(source[row].captions)
+            rows.append(source[row].captions)
         except BadSample:
-            found.append(None)
-    return found
+            rows.append(None)
+    return rows
 
 
 def in_order(path, split):
@@ -233,11 +233,11 @@ def test_one_outcome(tmp_path, case):
         (folder / place / "y.jpg").write_bytes(jpeg(0))
     write(folder)
     path = str(folder / below) if below else str(folder)
-    found = {read.__name__: outcome(read, path, split) for read in (by_number, by_capfilt)}
+    outcomes = {read.__name__: outcome(read, path, split) for read in (by_number, by_capfilt)}
     streamed = outcome(in_order, path, split)
     if isinstance(streamed, list) or "streaming reads tar, parquet and jsonl shards" not in streamed:
-        found["in_order"] = streamed
-    for name, got in found.items():
+        outcomes["in_order"] = streamed
+    for name, got in outcomes.items():
         assert (expected in got) if isinstance(expected, str) else got == expected, name
     if isinstance(expected, str):  # the same words but for what the path is called
-        assert len({got.replace("source ", "").replace("input ", "").split(": ")[-1] for got in found.values()}) == 1
+        assert len({got.replace("source ", "").replace("input ", "").split(": ")[-1] for got in outcomes.values()}) == 1

@@ -104,7 +104,7 @@ def edit(where, change):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda state: state.pop("image_proj.bias"), "1 missing: image_proj.bias"),
         (lambda state: state.update(more=torch.ones(1)), "1 unexpected: more"),
@@ -118,10 +118,10 @@ def edit(where, change):
         ),
     ],
 )
-def test_weights_that_do_not_fit_are_refused_by_name(saved, change, told):
+def test_weights_that_do_not_fit_are_refused_by_name(saved, change, message):
     _, where = saved
     edit(where, change)
-    with pytest.raises(ValueError, match=f"model.safetensors does not fit its config.json: {told}"):
+    with pytest.raises(ValueError, match=f"model.safetensors does not fit its config.json: {message}"):
         from_pretrained(where)
 
 
@@ -131,7 +131,7 @@ class Canary:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
         (b"\n<!DOCTYPE html><html>404</html>", "web page"),
@@ -142,7 +142,7 @@ class Canary:
         ("half", "not a readable safetensors"),
     ],
 )
-def test_files_that_are_not_weights_are_recognised_and_not_run(saved, content, told, tmp_path, monkeypatch):
+def test_files_that_are_not_weights_are_recognised_and_not_run(saved, content, message, tmp_path, monkeypatch):
     _, where = saved
     path = where / "model.safetensors"
     monkeypatch.setenv("CANARY", str(tmp_path / "canary"))
@@ -151,13 +151,13 @@ def test_files_that_are_not_weights_are_recognised_and_not_run(saved, content, t
     elif content == "half":
         content = path.read_bytes()[: path.stat().st_size // 2]
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"model.safetensors.*{told}"):
+    with pytest.raises(ValueError, match=f"model.safetensors.*{message}"):
         from_pretrained(where)
     assert not (tmp_path / "canary").exists()
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("{", "is not JSON"),
         ('{"model_type": "vit"}', "is of a vit model, not of a BLIP"),
@@ -167,10 +167,10 @@ def test_files_that_are_not_weights_are_recognised_and_not_run(saved, content, t
         ('{"format": "openblip", "version": 1}', "must be a mapping"),
     ],
 )
-def test_configurations_that_cannot_be_read_are_named(saved, content, told):
+def test_configurations_that_cannot_be_read_are_named(saved, content, message):
     _, where = saved
     (where / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=rf"config\.json.*{told}"):
+    with pytest.raises(ValueError, match=rf"config\.json.*{message}"):
         from_pretrained(where)
 
 

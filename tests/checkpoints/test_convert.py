@@ -253,9 +253,9 @@ def test_the_canary_does_sing(tmp_path):
         (b"\x80\x02 torn", "torn"),
     ],
 )
-@pytest.mark.parametrize("ending", ["pth", "safetensors"])
-def test_files_that_are_no_weights(tmp_path, content, expected, ending):
-    path = tmp_path / f"torn.{ending}"
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_files_that_are_no_weights(tmp_path, content, expected, suffix):
+    path = tmp_path / f"torn.{suffix}"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=expected) as error:
         read_weights(path)
@@ -356,12 +356,12 @@ def test_initial_vision_by_name(monkeypatch, tmp_path):
     torch.manual_seed(6)
     vit = timm.create_model("vit_tiny_patch16_224")
     save_file(vit.state_dict(), tmp_path / "model.safetensors")
-    asked = []
-    monkeypatch.setattr(hub, "file", lambda *args: asked.append(args) or tmp_path / "model.safetensors")
+    requests = []
+    monkeypatch.setattr(hub, "file", lambda *args: requests.append(args) or tmp_path / "model.safetensors")
     vision = VisionConfig("vit_tiny_patch16_224", image_size=64)
     model = Blip(dataclasses.replace(CONFIG, vision=vision))
     initial_vision(model, name, "--init-vision")
-    assert asked == [(f"timm/{name}", "model.safetensors", "--init-vision")]
+    assert requests == [(f"timm/{name}", "model.safetensors", "--init-vision")]
     assert torch.equal(model.vision.vit.blocks[3].attn.qkv.weight, vit.blocks[3].attn.qkv.weight)
     assert model.vision.vit.pos_embed.shape == (1, 17, 192)
 
@@ -447,7 +447,7 @@ def test_a_recipe_takes_the_architecture_that_weights_are_named_by():
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("swin_tiny_patch4_window7_224", "is a SwinTransformer, not a plain ViT"),
         ("resnet18", "cannot be an image encoder here"),
@@ -457,8 +457,8 @@ def test_a_recipe_takes_the_architecture_that_weights_are_named_by():
         ("vit_of_nobody", "cannot be an image encoder here"),
     ],
 )
-def test_models_of_timm_that_cannot_be_the_tower(name, told):
-    with pytest.raises(ValueError, match=told) as error:
+def test_models_of_timm_that_cannot_be_the_tower(name, message):
+    with pytest.raises(ValueError, match=message) as error:
         VisionEncoder(VisionConfig(name, image_size=224))
     assert name in str(error.value)
     assert "DeiT, MAE, BEiT, CLIP, DINO" in str(error.value)

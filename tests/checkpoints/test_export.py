@@ -27,8 +27,8 @@ from blip.checkpoints.card import Provenance
 from blip.checkpoints.layouts import original_training
 from blip.checkpoints.table import from_theirs, to_theirs
 from blip.data.transforms import EvalTransform
-from blip.inference.answering import answers, ask
-from blip.inference.generate import write
+from blip.inference.answering import answers, encode_questions
+from blip.inference.generate import generate_texts
 from blip.inference.settings import AnswerConfig, DecodeConfig
 from blip.models.blip import Blip, starting_with
 from blip.models.dialogue import Dialogue
@@ -87,16 +87,16 @@ def run(*args):
 def refused(capsys, *args):
     with pytest.raises(SystemExit) as stop:
         run(*args)
-    said = capsys.readouterr().err
-    assert (stop.value.code, said.count("\n")) == (2, 1), said
-    return said
+    stderr = capsys.readouterr().err
+    assert (stop.value.code, stderr.count("\n")) == (2, 1), stderr
+    return stderr
 
 
 def loaded(kind, folder):
     """A model of transformers, loaded as anyone does; nothing may lack or be left over."""
-    found, info = kind.from_pretrained(folder, output_loading_info=True)
+    model, info = kind.from_pretrained(folder, output_loading_info=True)
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    return found.eval()
+    return model.eval()
 
 
 def images(side=(50, 40)):
@@ -116,18 +116,18 @@ def test_a_captioner_says_the_same_in_transformers(model, kept, words, tmp_path)
     )
     batch = goldens.batch(0)
     ids = starting_with(batch.ids, TEXT.dec_id)
-    found = theirs(pixel_values=batch.image, input_ids=ids, attention_mask=batch.keep.long()).logits
+    logits = theirs(pixel_values=batch.image, input_ids=ids, attention_mask=batch.keep.long()).logits
     close(
-        model.caption_logits(ids, batch.keep, model.context(model.vision(batch.image)))[batch.keep], found[batch.keep]
+        model.caption_logits(ids, batch.keep, model.context(model.vision(batch.image)))[batch.keep], logits[batch.keep]
     )
     for prompt in ("", "w4 w7"):
         given = {"text": [prompt] * 3} if prompt else {}
         inputs = processor(images=images(), return_tensors="pt", **given)
-        said = theirs.generate(**inputs, num_beams=3, max_length=12, min_length=5)
+        generated = theirs.generate(**inputs, num_beams=3, max_length=12, min_length=5)
         start = len(prompt.split()) + 1
-        ours = write(model, words, inputs.pixel_values, BEAMS, prompt=prompt)
-        assert [text.words for (text,) in ours] == [words.decode([row[start:].tolist()])[0] for row in said]
-        assert processor.batch_decode(said, skip_special_tokens=True)[0].startswith(prompt)
+        ours = generate_texts(model, words, inputs.pixel_values, BEAMS, prompt=prompt)
+        assert [text.words for (text,) in ours] == [words.decode([row[start:].tolist()])[0] for row in generated]
+        assert processor.batch_decode(generated, skip_special_tokens=True)[0].startswith(prompt)
     transform = EvalTransform(32)
     ours = torch.stack([transform(image) for image in images()])
     assert float((inputs.pixel_values - ours).abs().max()) < 0.03, "its default processor resizes a little otherwise"
@@ -160,10 +160,10 @@ def test_an_answerer_says_the_same_in_transformers(answerer, words, tmp_path):
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
     for image, question in zip(images(), ("w3 w9", "w4", "w8 w1 w2 w7"), strict=True):
         inputs = processor(images=image, text=question, return_tensors="pt")
-        said = theirs.generate(**inputs, num_beams=3, max_length=10)[0, 1:].tolist()
-        context = ask(answerer, words, answerer.vision(inputs.pixel_values), [question], [0])
+        ids = theirs.generate(**inputs, num_beams=3, max_length=10)[0, 1:].tolist()
+        context = encode_questions(answerer, words, answerer.vision(inputs.pixel_values), [question], [0])
         ((best,),) = answers(answerer, words, context, AnswerConfig(), None, 1)
-        assert words.decode([said]) == [best.words]
+        assert words.decode([ids]) == [best.words]
 
 
 @pytest.mark.parametrize("use", ["captioning", "matching"])
@@ -185,13 +185,13 @@ def test_to_transformers_and_back(model, kept, words, tmp_path, use):
 
 def test_config_json_says_what_was_trained(model, kept, tmp_path):
     run(kept, tmp_path / "out", "--to", "transformers", "--use", "captioning")
-    said = AutoConfig.from_pretrained(tmp_path / "out")
-    assert said.vision_config.layer_norm_eps == 1e-6
-    assert (said.vision_config.num_attention_heads, said.text_config.num_attention_heads) == (2, 2)
-    assert said.text_config.layer_norm_eps == 1e-12
-    assert said.text_config.encoder_hidden_size == 32
-    assert said.architectures == ["BlipForConditionalGeneration"]
-    ids = said.text_config
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.vision_config.layer_norm_eps == 1e-6
+    assert (config.vision_config.num_attention_heads, config.text_config.num_attention_heads) == (2, 2)
+    assert config.text_config.layer_norm_eps == 1e-12
+    assert config.text_config.encoder_hidden_size == 32
+    assert config.architectures == ["BlipForConditionalGeneration"]
+    ids = config.text_config
     assert (ids.bos_token_id, ids.sep_token_id, ids.eos_token_id, ids.pad_token_id) == (97, 3, 3, 0)
     odd = dataclasses.replace(model.config, vision=dataclasses.replace(model.config.vision, norm_eps=1e-3))
     other = Blip(odd)
@@ -267,8 +267,8 @@ def test_from_the_original_to_transformers(tmp_path):
     assert run(path, tmp_path / "out", "--to", "transformers") == 0
     theirs, batch = loaded(BlipForConditionalGeneration, tmp_path / "out"), goldens.batch(0)
     ids = starting_with(batch.ids, TEXT.dec_id)
-    found = theirs(pixel_values=batch.image, input_ids=ids, attention_mask=batch.keep.long()).logits
-    close(found[batch.keep], goldens.results()["lm_logits"][batch.keep])
+    logits = theirs(pixel_values=batch.image, input_ids=ids, attention_mask=batch.keep.long()).logits
+    close(logits[batch.keep], goldens.results()["lm_logits"][batch.keep])
 
 
 # The command ----------------------------------------------------------------------------------------------------------
@@ -343,7 +343,7 @@ def test_a_full_disk_leaves_nothing(kept, tmp_path, capsys, monkeypatch):
 
 def test_wrong_use_is_one_line(kept, tmp_path, capsys):
     out = tmp_path / "out"
-    for args, told in (
+    for args, message in (
         ((kept, out, "--to", "transformers"), "say --use captioning or --use matching"),
         ((kept, out, "--to", "transformers", "--use", "nlvr"), "it can be for captioning, matching"),
         ((kept, out, "--use", "captioning"), "leave it out with --to openblip"),
@@ -353,7 +353,7 @@ def test_wrong_use_is_one_line(kept, tmp_path, capsys):
         ((kept, out, "--too", "original"), "there is no option --too; did you mean --to?"),
         ((kept, out, "--to", "lavis"), "expected one of openblip"),
     ):
-        assert told in refused(capsys, *args)
+        assert message in refused(capsys, *args)
     assert not out.exists()
 
 
@@ -374,7 +374,7 @@ def test_models_that_a_program_cannot_hold(words, tmp_path):
         ValueError, match=r"feed-forward is 48 wide, and the code of 2022 has 4 times its width \(128\)"
     ):
         export.write(Blip(flat), words, tmp_path / "a", "original", FROM)
-    for name, told in (
+    for name, message in (
         ("vit_base_patch16_clip_224", "needs vision.vit.patch_embed.proj.bias, which the model does not have"),
         ("vit_base_patch16_clip_quickgelu_224", "is not the plain ViT of BLIP"),
         ("beit_base_patch16_224", "is not the plain ViT of BLIP"),
@@ -382,7 +382,7 @@ def test_models_that_a_program_cannot_hold(words, tmp_path):
     ):
         tower = Blip(dataclasses.replace(goldens.CONFIG, vision=dataclasses.replace(goldens.CONFIG.vision, model=name)))
         for to in ("original", "transformers"):
-            with pytest.raises(ValueError, match=told):
+            with pytest.raises(ValueError, match=message):
                 export.write(tower, words, tmp_path / "a", to, FROM, "captioning")
     assert not (tmp_path / "a").exists()
 
@@ -399,20 +399,20 @@ def test_a_command_takes_the_file_and_what_it_was_converted_to(tmp_path, capsys,
     assert run("ours", "matching", "--to", "transformers", "--use", "matching") == 0
     capsys.readouterr()
 
-    def said(*args):
+    def stdout_of(*args):
         assert cli.main([*args]) == 0
         return capsys.readouterr().out
 
     options = ("p.png", "--prompt", "w4", "--max-length", "12", "--json")
     captions = {
-        said("caption", *options, "--model", str(path), "--tokenizer", vocabulary),
-        said("caption", *options, "--model", "ours"),
-        said("caption", *options, "--model", "theirs"),
+        stdout_of("caption", *options, "--model", str(path), "--tokenizer", vocabulary),
+        stdout_of("caption", *options, "--model", "ours"),
+        stdout_of("caption", *options, "--model", "theirs"),
     }
     assert len(captions) == 1
     matches = [
-        said("match", "p.png", "w3 w9", "--model", "ours"),
-        said("match", "p.png", "w3 w9", "--model", "matching"),
+        stdout_of("match", "p.png", "w3 w9", "--model", "ours"),
+        stdout_of("match", "p.png", "w3 w9", "--model", "matching"),
     ]
     assert matches[0] == matches[1]
     with pytest.raises(SystemExit):
@@ -478,14 +478,14 @@ def test_whole_base_and_large_models_both_ways(preset, side, tmp_path):
         ids[:, 0] = first
         export.write(model, words, tmp_path / use, "transformers", FROM, use)
         theirs = loaded(kind, tmp_path / use)
-        found = theirs(pixel_values=image, input_ids=ids, attention_mask=keep.long())
+        outputs = theirs(pixel_values=image, input_ids=ids, attention_mask=keep.long())
         if use == "captioning":
-            close(model.caption_logits(ids, keep, model.context(tokens)), found.logits)
-            said = theirs.generate(image, num_beams=3, max_length=8, min_length=5)
-            ours = write(model, words, image, DecodeConfig(beams=3, max_length=8, min_length=5))
-            assert [text.words for (text,) in ours] == words.decode(said[:, 1:])
+            close(model.caption_logits(ids, keep, model.context(tokens)), outputs.logits)
+            generated = theirs.generate(image, num_beams=3, max_length=8, min_length=5)
+            ours = generate_texts(model, words, image, DecodeConfig(beams=3, max_length=8, min_length=5))
+            assert [text.words for (text,) in ours] == words.decode(generated[:, 1:])
         else:
-            close(model.match(ids, keep, model.context(tokens)), found.itm_score)
+            close(model.match(ids, keep, model.context(tokens)), outputs.itm_score)
         del theirs
         back = blip.from_pretrained(tmp_path / use)[0].state_dict()
         assert all(torch.equal(tensor, whole[name]) for name, tensor in back.items() if name != "temperature")

@@ -34,7 +34,7 @@ from blip.checkpoints import checkpoint, foreign
 from blip.checkpoints.foreign import Foreign, recognise
 from blip.checkpoints.settings import Settings
 from blip.checkpoints.table import to_theirs
-from blip.inference.generate import generate, write
+from blip.inference.generate import generate, generate_texts
 from blip.inference.settings import AnswerConfig, DecodeConfig
 from blip.models.blip import Blip, starting_with
 from blip.models.dialogue import Dialogue
@@ -79,25 +79,25 @@ def load(path, name):
 @pytest.mark.parametrize("name", released.NAMES)
 def test_every_kind_is_known_by_its_keys_and_read_whole(name, tmp_path):
     path = released.pth(tmp_path, name).rename(tmp_path / "renamed.pth")
-    found = checkpoint.opened(path)
+    opened = checkpoint.opened(path)
     known = {"retrieval": "matching"}.get(name, name)
-    assert (found.layout.name, found.layout.program) == (known, "original")
-    assert TASKS[found.task].model is KINDS.get(name, Blip)
+    assert (opened.layout.name, opened.layout.program) == (known, "original")
+    assert TASKS[opened.task].model is KINDS.get(name, Blip)
     model, _ = load(path, name)
     wanted = released.NLVR if name == "nlvr" else goldens.CONFIG
     for size in ("image_size", "patch_size", "width", "depth", "heads"):
         assert getattr(model.config.vision, size) == getattr(wanted.vision, size), size
     dropout = {"dropout": 0.1, "attention_dropout": 0.1}  # the paper's, as no file tells it
     assert model.config.text == dataclasses.replace(wanted.text, **dropout)
-    assert model.config.parts == found.layout.parts
+    assert model.config.parts == opened.layout.parts
     assert not model.training
-    table = found.layout.table(model)
+    table = opened.layout.table(model)
     back, theirs = to_theirs(table, model.state_dict()), released.state(name)
     assert set(theirs) - set(back) <= set(table.dropped)
     assert all(torch.equal(tensor, theirs[key]) for key, tensor in back.items())
-    account = found.account(model)
-    told = account.carried + account.copies + sum(len(names) for names in account.dropped.values())
-    assert told == len(theirs), "every key is carried over, a second name, or left out with a reason"
+    account = opened.account(model)
+    accounted = account.carried + account.copies + sum(len(names) for names in account.dropped.values())
+    assert accounted == len(theirs), "every key is carried over, a second name, or left out with a reason"
     assert all(account.dropped)
 
 
@@ -114,8 +114,8 @@ def test_a_pretraining_file_computes_what_the_original_did(tmp_path):
     close(alone[batch.keep], results["lm_logits"][batch.keep])
     for name in ("retrieval", "matching"):
         matcher, _ = load(released.pth(tmp_path, name), name)
-        found = matcher.match(starting_with(batch.ids, TEXT.enc_id), batch.keep, matcher.context(tokens))
-        close(found, results["itm_logits"][: len(batch)])
+        match_logits = matcher.match(starting_with(batch.ids, TEXT.enc_id), batch.keep, matcher.context(tokens))
+        close(match_logits, results["itm_logits"][: len(batch)])
         close(matcher.embed_text(batch.ids, batch.keep), model.embed_text(batch.ids, batch.keep))
 
 
@@ -149,8 +149,8 @@ def test_the_released_sizes_by_their_keys_and_shapes(program, name, size, monkey
         pytest.skip(f"{program} has none")
     monkeypatch.setattr(torch, "equal", lambda a, b: a.shape == b.shape)  # nothing to compare without numbers
     theirs = {key: torch.empty(shape, device="meta") for key, shape in keys.items()}
-    found = Foreign("some.pth", recognise(set(theirs), "some.pth"), theirs, Settings(), None)
-    config = found.config(Pieces())
+    foreign = Foreign("some.pth", recognise(set(theirs), "some.pth"), theirs, Settings(), None)
+    config = foreign.config(Pieces())
     preset = {"base": BASE, "large": LARGE}[size]
     side = {"pretraining": 224, "vqa": 480}.get(name, 384)
     assert config.vision == dataclasses.replace(preset.vision, image_size=side)
@@ -159,11 +159,11 @@ def test_the_released_sizes_by_their_keys_and_shapes(program, name, size, monkey
     linspace = torch.linspace
     monkeypatch.setattr(torch, "linspace", lambda *args, **o: linspace(*args, **{**o, "device": "cpu"}))
     with torch.device("meta"):
-        model = TASKS[found.task].model(config)
-    ours = found.state(model)
+        model = TASKS[foreign.task].model(config)
+    ours = foreign.state(model)
     assert {key: tensor.shape for key, tensor in ours.items()} == {k: t.shape for k, t in model.state_dict().items()}
-    back = to_theirs(found.layout.table(model), ours)
-    dropped = found.layout.table(model).dropped
+    back = to_theirs(foreign.layout.table(model), ours)
+    dropped = foreign.layout.table(model).dropped
     assert {key: list(tensor.shape) for key, tensor in back.items()} == {
         key: shape for key, shape in keys.items() if key not in dropped
     }
@@ -180,12 +180,12 @@ class Pieces:
 
 def test_a_file_of_lavis(tmp_path):
     """It saves no teacher, and calls the queue's pointer otherwise."""
-    found = {key: value for key, value in released.state("retrieval").items() if "_m." not in key}
-    found["queue_ptr"] = found.pop("ptr_queue")
-    torch.save({"model": found, "epoch": 1, "scaler": None}, tmp_path / "checkpoint_best.pth")
+    state = {key: value for key, value in released.state("retrieval").items() if "_m." not in key}
+    state["queue_ptr"] = state.pop("ptr_queue")
+    torch.save({"model": state, "epoch": 1, "scaler": None}, tmp_path / "checkpoint_best.pth")
     released.vocabulary(tmp_path)
     model, _ = blip.from_pretrained(tmp_path / "checkpoint_best.pth")
-    assert torch.equal(model.match_head.bias, found["itm_head.bias"])
+    assert torch.equal(model.match_head.bias, state["itm_head.bias"])
 
 
 def test_another_image_size(tmp_path):
@@ -203,7 +203,7 @@ def test_a_part_does_not_do_what_it_was_not_trained_for(tmp_path):
     captioner, words = load(released.pth(tmp_path, "captioning"), "captioning")
     matcher, _ = load(released.pth(tmp_path, "retrieval"), "retrieval")
     image = goldens.batch(0).image
-    ((text,),) = write(captioner, words, image[:1], DecodeConfig(beams=1, max_length=8), prompt="w4")
+    ((text,),) = generate_texts(captioner, words, image[:1], DecodeConfig(beams=1, max_length=8), prompt="w4")
     assert text.words
     for use in (
         lambda: blip.load(tmp_path / "captioning.pth"),
@@ -217,7 +217,7 @@ def test_a_part_does_not_do_what_it_was_not_trained_for(tmp_path):
         with pytest.raises(ValueError, match="is a Captioner and cannot compare texts with images: give a pre-"):
             use()
     for use in (
-        lambda: write(matcher, words, image[:1], DecodeConfig(beams=1, max_length=8)),
+        lambda: generate_texts(matcher, words, image[:1], DecodeConfig(beams=1, max_length=8)),
         lambda: blip.objectives.pretrain.Pretrain(matcher, goldens.PRETRAIN),
         lambda: Caption(matcher, CaptionConfig()),
         lambda: Vqa.from_blip(matcher),
@@ -274,7 +274,7 @@ def test_a_captioner_of_transformers(tmp_path, eps):
     close(model.caption_logits(ids, batch.keep, model.context(tokens))[batch.keep], logits[batch.keep])
     prompt = torch.tensor([[2, 9, 12, 3]] * 4)
     theirs = theirs.generate(batch.image, prompt, num_beams=3, max_length=12, min_length=5)
-    ours = write(model, words, batch.image, DecodeConfig(beams=3, max_length=12, min_length=5), prompt="w4 w7")
+    ours = generate_texts(model, words, batch.image, DecodeConfig(beams=3, max_length=12, min_length=5), prompt="w4 w7")
     assert [text.words for (text,) in ours] == [words.decode([row[3:].tolist()])[0] for row in theirs]
 
 
@@ -284,8 +284,8 @@ def test_a_matcher_and_an_answerer_of_transformers(tmp_path):
     theirs = hugging(tmp_path / "itm", MATCHER)
     model, _ = blip.from_pretrained(tmp_path / "itm")
     ids, tokens = starting_with(batch.ids, TEXT.enc_id), model.vision(batch.image)
-    found = theirs(input_ids=ids, pixel_values=batch.image, attention_mask=batch.keep.long()).itm_score
-    close(model.match(ids, batch.keep, model.context(tokens)), found)
+    logits = theirs(input_ids=ids, pixel_values=batch.image, attention_mask=batch.keep.long()).itm_score
+    close(model.match(ids, batch.keep, model.context(tokens)), logits)
     assert float(model.temperature) == pytest.approx(0.07)
 
     # Its decoder reads questions as wide as images, so that both have to be of one width.
@@ -300,8 +300,10 @@ def test_a_matcher_and_an_answerer_of_transformers(tmp_path):
         config = AnswerConfig().decode()
         prompt = torch.tensor([[TEXT.dec_id]])
         ours = generate(model, context, prompt, torch.ones_like(prompt, dtype=torch.bool), config).ids[0, 0].tolist()
-        said = theirs.generate(one, batch.image[row : row + 1], mask.long(), num_beams=3, max_length=10)[0].tolist()
-        assert words.decode([ours]) == words.decode([said[1:]])
+        answer_ids = theirs.generate(one, batch.image[row : row + 1], mask.long(), num_beams=3, max_length=10)[
+            0
+        ].tolist()
+        assert words.decode([ours]) == words.decode([answer_ids[1:]])
 
 
 def test_a_folder_with_a_pickle_and_a_name_on_the_hub(tmp_path, monkeypatch):
@@ -314,10 +316,10 @@ def test_a_folder_with_a_pickle_and_a_name_on_the_hub(tmp_path, monkeypatch):
     model, _ = blip.from_pretrained(tmp_path)
     assert torch.equal(model.med.head_bias, theirs.text_decoder.cls.predictions.bias)
 
-    asked = []
+    requests = []
 
     def file(repository, name, option):
-        asked.append(name)
+        requests.append(name)
         if not (tmp_path / name).is_file():
             raise FileNotFoundError(f"{repository}/{name} is not there")
         return tmp_path / name
@@ -326,7 +328,7 @@ def test_a_folder_with_a_pickle_and_a_name_on_the_hub(tmp_path, monkeypatch):
     again, words = blip.from_pretrained("Salesforce/blip-image-captioning-base")
     assert torch.equal(again.med.head_bias, model.med.head_bias)
     assert (len(words), words.enc_id) == (99, 98)
-    assert asked == ["config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json", "vocab.txt"]
+    assert requests == ["config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json", "vocab.txt"]
 
 
 @torch.no_grad()
@@ -404,7 +406,7 @@ def test_a_feature_extractor_is_named_as_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"model_type": "blip-2"}, "is of a blip-2 model, not of a BLIP"),
         ({"vision_config": {"hidden_act": "relu"}}, "vision_config.hidden_act is relu"),
@@ -427,13 +429,13 @@ def test_a_feature_extractor_is_named_as_one(tmp_path):
         ({"text_config": {"num_attention_heads": 5}}, "text width 24 is not a multiple of 5 heads"),
     ],
 )
-def test_configurations_of_transformers_that_do_not_fit(tmp_path, change, told):
+def test_configurations_of_transformers_that_do_not_fit(tmp_path, change, message):
     hugging(tmp_path, CAPTIONER)
-    said = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((tmp_path / "config.json").read_text())
     for name, value in change.items():
-        said[name] = {**said[name], **value} if isinstance(value, dict) else value
-    (tmp_path / "config.json").write_text(json.dumps(said))
-    with pytest.raises(ValueError, match=told) as error:
+        config[name] = {**config[name], **value} if isinstance(value, dict) else value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message) as error:
         blip.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
     assert str(tmp_path) in str(error.value)
@@ -442,10 +444,10 @@ def test_configurations_of_transformers_that_do_not_fit(tmp_path, change, told):
 def test_fields_that_are_not_used_are_not_carried_out(tmp_path, monkeypatch):
     """A billion classes would be named one by one; a class in a repository would be looked for."""
     hugging(tmp_path, CAPTIONER)
-    said = json.loads((tmp_path / "config.json").read_text())
-    said |= {"num_labels": 10**9, "auto_map": {"AutoModel": "evil/repo--x.Y"}, "_name_or_path": "evil/repo"}
-    said["vision_config"] |= {"num_labels": 10**9}
-    (tmp_path / "config.json").write_text(json.dumps(said))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"num_labels": 10**9, "auto_map": {"AutoModel": "evil/repo--x.Y"}, "_name_or_path": "evil/repo"}
+    config["vision_config"] |= {"num_labels": 10**9}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     mapped = {
         "tokenizer_class": "Evil",
         "auto_map": {"AutoTokenizer": ["evil/repo--x.Y", None]},
@@ -485,8 +487,8 @@ def others():
 
 
 def test_what_is_no_checkpoint_of_blip_is_named(tmp_path):
-    for told, state in others():
-        with pytest.raises(ValueError, match=told) as error:
+    for message, state in others():
+        with pytest.raises(ValueError, match=message) as error:
             recognise(set(state), "some.pth")
         assert str(error.value).startswith("some.pth")
         assert "\n" not in str(error.value)
@@ -507,7 +509,7 @@ def damaged(name, change):
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "told"),
+    ("name", "change", "message"),
     [
         ("captioning", lambda s: s.pop("text_decoder.cls.predictions.bias"), "needs text_decoder.cls.predictions.bias"),
         ("captioning", lambda s: s.pop("visual_encoder.pos_embed"), "needs visual_encoder.pos_embed"),
@@ -591,18 +593,18 @@ def damaged(name, change):
         ),
     ],
 )
-def test_a_checkpoint_that_is_not_whole(tmp_path, name, change, told):
+def test_a_checkpoint_that_is_not_whole(tmp_path, name, change, message):
     path = tmp_path / "a.pth"
     torch.save({"model": damaged(name, change)}, path)
     released.vocabulary(tmp_path)
-    with pytest.raises(ValueError, match=told) as error:
+    with pytest.raises(ValueError, match=message) as error:
         load(path, name)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"", "empty file"),
         (b"<!DOCTYPE html><html>404</html>", "web page"),
@@ -610,10 +612,10 @@ def test_a_checkpoint_that_is_not_whole(tmp_path, name, change, told):
         (b"PK\x03\x04 torn", "fetch or save it again|ending .pth"),
     ],
 )
-def test_files_that_are_no_weights(tmp_path, content, told):
+def test_files_that_are_no_weights(tmp_path, content, message):
     for name in ("a.pth", "a.bin", "a.pt", "a.safetensors"):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name}.*{told}"):
+        with pytest.raises(ValueError, match=f"{name}.*{message}"):
             blip.load(tmp_path / name)
     hugging(tmp_path / "folder", CAPTIONER)
     (tmp_path / "folder/model.safetensors").write_bytes(content)
@@ -659,13 +661,13 @@ def test_heads_that_nothing_tells(tmp_path, monkeypatch):
     path = released.pth(tmp_path, "captioning")
     with pytest.raises(ValueError, match=r"attention heads of its .* of width 24 is unknown"):
         blip.from_pretrained(path)
-    told = released.pth(tmp_path, "captioning", attention_heads={"vision": 2, "text": 2})
-    assert blip.from_pretrained(told)[0].config.text.heads == 2
+    explicit = released.pth(tmp_path, "captioning", attention_heads={"vision": 2, "text": 2})
+    assert blip.from_pretrained(explicit)[0].config.text.heads == 2
 
 
 def test_places_without_a_model(tmp_path):
     released.pth(tmp_path / "folder", "captioning")
-    for where, told in (
+    for where, message in (
         (tmp_path / "none.pth", r"no weights at .*none\.pth"),
         (tmp_path / "folder", r"no config\.json.*give the file itself, .*captioning\.pth"),
         ("https://example.org/model_base.pth", "is an address: download the file first"),
@@ -675,7 +677,7 @@ def test_places_without_a_model(tmp_path):
         ("../outside", "is not a model directory"),
     ):
         start = time.perf_counter()
-        with pytest.raises(FileNotFoundError, match=told):
+        with pytest.raises(FileNotFoundError, match=message):
             blip.from_pretrained(where)
         assert time.perf_counter() - start < 2
 
@@ -737,9 +739,9 @@ def test_a_kind_that_is_not_wanted(tmp_path):
 def test_a_layout_of_ours_from_before_there_were_parts(tmp_path):
     model, words = load(released.pth(tmp_path, "pretraining"), "pretraining")
     blip.save_pretrained(model, words, tmp_path / "model")
-    said = json.loads((tmp_path / "model/config.json").read_text())
-    del said["model"]["parts"], said["model"]["vision"]["norm_eps"]
-    (tmp_path / "model/config.json").write_text(json.dumps(said))
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    del config["model"]["parts"], config["model"]["vision"]["norm_eps"]
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
     assert blip.from_pretrained(tmp_path / "model")[0].config == model.config
 
 

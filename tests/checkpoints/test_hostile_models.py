@@ -47,16 +47,16 @@ def saved(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def calls(monkeypatch):
     """Addresses that were asked for; each try fails."""
-    found = []
+    names = []
 
     def refuse(*args, **_):
-        found.append(args[-1])
+        names.append(args[-1])
         raise OSError("no network here")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
-    return found
+    return names
 
 
 # Edits ----------------------------------------------------------------------------------------------------------------
@@ -66,13 +66,13 @@ def config(field, value):
     """A field of config.json's `model`, such as `vision.width`."""
 
     def edit(folder):
-        said = json.loads((folder / "config.json").read_text())
+        values = json.loads((folder / "config.json").read_text())
         *parts, name = field.split(".")
-        place = said["model"]
+        place = values["model"]
         for part in parts:
             place = place[part]
         place[name] = value
-        (folder / "config.json").write_text(json.dumps(said))
+        (folder / "config.json").write_text(json.dumps(values))
 
     return edit
 
@@ -95,9 +95,9 @@ def weights(change):
 
 def tokenizer(change):
     def edit(folder):
-        said = json.loads((folder / "tokenizer.json").read_text())
-        change(said)
-        (folder / "tokenizer.json").write_text(json.dumps(said))
+        values = json.loads((folder / "tokenizer.json").read_text())
+        change(values)
+        (folder / "tokenizer.json").write_text(json.dumps(values))
 
     return edit
 
@@ -216,20 +216,20 @@ CASES |= {
 }  # fmt: skip
 for name, dtype in {"int64": torch.int64, "uint8": torch.uint8, "bool": torch.bool, "complex64": torch.complex64,
                     "float8_e4m3fn": torch.float8_e4m3fn}.items():  # fmt: skip
-    told = f"1 of another type: image_proj.bias {name} for float32"
-    CASES[f"weights of {name}"] = (cast("image_proj.bias", dtype), told)
+    other_type = f"1 of another type: image_proj.bias {name} for float32"
+    CASES[f"weights of {name}"] = (cast("image_proj.bias", dtype), other_type)
 
 
 def normal(**step):
-    return tokenizer(lambda said: said.update(normalizer=step))
+    return tokenizer(lambda file: file.update(normalizer=step))
 
 
 def vocab(**ids):
-    return tokenizer(lambda said: said["model"]["vocab"].update(ids))
+    return tokenizer(lambda file: file["model"]["vocab"].update(ids))
 
 
 def model(**values):
-    return tokenizer(lambda said: said["model"].update(values))
+    return tokenizer(lambda file: file["model"].update(values))
 
 
 REGEX = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "b"}
@@ -260,32 +260,32 @@ TOKENIZERS = {
     "Precompiled": (normal(type="Precompiled", precompiled_charsmap=""), "a part of type 'Precompiled'"),
     "Prepend": (normal(type="Prepend", prepend="x" * 10**6), "a part of type 'Prepend'"),
     "a normalizer without a type": (normal(pattern="x"), "tokenizer.json is not a tokenizer.json"),
-    "a normalizer of a list": (tokenizer(lambda said: said.update(normalizer=[1])), "is not a tokenizer.json"),
+    "a normalizer of a list": (tokenizer(lambda file: file.update(normalizer=[1])), "is not a tokenizer.json"),
     "many normalizers": (
         normal(type="Sequence", normalizers=[{"type": "Lowercase"}] * 1000), "its normalizer has 1,001 parts"
     ),
     "a splitting expression": (
-        tokenizer(lambda said: said.update(pre_tokenizer={
+        tokenizer(lambda file: file.update(pre_tokenizer={
             "type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Removed", "invert": False})), "type 'Split'"
     ),
     "a template of pages": (
-        tokenizer(lambda said: said["post_processor"].update(single=[{"Sequence": {"id": "A", "type_id": 0}}] * 10000)),
+        tokenizer(lambda file: file["post_processor"].update(single=[{"Sequence": {"id": "A", "type_id": 0}}] * 10000)),
         "its post_processor adds 10,000 pieces"
     ),
-    "a decoder that grows": (tokenizer(lambda said: said.update(decoder=BLOW)), "decoder has a part of type 'Replace'"),
+    "a decoder that grows": (tokenizer(lambda file: file.update(decoder=BLOW)), "decoder has a part of type 'Replace'"),
     "a BPE": (model(type="BPE"), "holds a BPE model"),
     "another unknown piece": (model(unk_token="[PAD]"), "its unknown piece must be [UNK]"),
     "an unknown piece that lacks": (model(unk_token="[NO]"), "its unknown piece must be [UNK]"),
     "words of no characters": (model(max_input_chars_per_word=0), "max_input_chars_per_word must be 1 to"),
     "words of many characters": (model(max_input_chars_per_word=10**9), "max_input_chars_per_word must be 1 to"),
     "an added piece far away": (
-        tokenizer(lambda said: said["added_tokens"].append(ADDED | {"id": 10**9, "content": "zzz"})), "cannot have the"
+        tokenizer(lambda file: file["added_tokens"].append(ADDED | {"id": 10**9, "content": "zzz"})), "cannot have the"
     ),
     "an added piece of nothing": (
-        tokenizer(lambda said: said["added_tokens"].append(ADDED | {"id": 744, "content": ""})), "has 0 characters"
+        tokenizer(lambda file: file["added_tokens"].append(ADDED | {"id": 744, "content": ""})), "has 0 characters"
     ),
     "one piece more": (
-        tokenizer(lambda said: said["added_tokens"].append(ADDED | {"id": 744, "content": "zzz"})),
+        tokenizer(lambda file: file["added_tokens"].append(ADDED | {"id": 744, "content": "zzz"})),
         "does not fit the model"
     ),
 }  # fmt: skip
@@ -313,10 +313,10 @@ def edited(saved, tmp_path, edit, task="blip"):
 
 @pytest.mark.parametrize("case", CASES | TOKENIZERS)
 def test_a_hostile_folder_is_refused_in_a_line(case, saved, tmp_path, calls):
-    edit, told = (CASES | TOKENIZERS)[case]
+    edit, expected = (CASES | TOKENIZERS)[case]
     folder = edited(saved, tmp_path, edit)
     message = refused(lambda: blip.from_pretrained(folder))
-    assert told in message
+    assert expected in message
     assert str(folder) in message
     assert not calls
 
@@ -339,17 +339,17 @@ def test_a_hostile_tokenizer_beside_a_model(case, saved, tmp_path, calls):
 def test_lengths_that_a_tokenizer_says_are_not_kept(saved, tmp_path):
     cut = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 50}
     stretch = STRETCH | {"pad_token": "[PAD]"}
-    folder = edited(saved, tmp_path, tokenizer(lambda said: said.update(truncation=cut, padding=stretch)))
-    found = Tokenizer.load(folder)
-    assert found.pieces("a red square and a blue circle", 30) == WORDS.pieces("a red square and a blue circle", 30)
-    assert found.digest() == WORDS.digest()
+    folder = edited(saved, tmp_path, tokenizer(lambda file: file.update(truncation=cut, padding=stretch)))
+    loaded = Tokenizer.load(folder)
+    assert loaded.pieces("a red square and a blue circle", 30) == WORDS.pieces("a red square and a blue circle", 30)
+    assert loaded.digest() == WORDS.digest()
 
 
 def test_what_programs_write_is_still_read(saved, tmp_path):
     """Half precision is cast, the oldest tokenizers do not say their kind, a mark of byte order is no harm."""
     folder = edited(saved, tmp_path, lambda folder: None)
     weights(lambda state: state.update({k: v.bfloat16() for k, v in state.items()}))(folder)
-    tokenizer(lambda said: said["model"].pop("type"))(folder)
+    tokenizer(lambda file: file["model"].pop("type"))(folder)
     text("config.json", b"\xef\xbb\xbf" + (folder / "config.json").read_bytes())(folder)
     config_of = blip.from_pretrained(folder)[0]
     assert config_of.image_proj.weight.dtype == torch.float32
@@ -361,8 +361,8 @@ def test_what_programs_write_is_still_read(saved, tmp_path):
 def test_a_header_whose_length_looks_like_a_web_page_or_a_pickle(tmp_path, length):
     """15,392 is 0x3c20, which is " <" in the file; 640 is 0x0280, with which a pickle begins."""
     path = tmp_path / "a.safetensors"
-    said = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode().ljust(length)
-    path.write_bytes(struct.pack("<Q", len(said)) + said + struct.pack("<f", 2.0))
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode().ljust(length)
+    path.write_bytes(struct.pack("<Q", len(header)) + header + struct.pack("<f", 2.0))
     assert read_tensors(path)["a"].tolist() == [2.0]
 
 

@@ -41,9 +41,9 @@ def test_which_frames():
     assert wanted(3, 8) == [0, 0, 0, 1, 1, 1, 2, 2]
 
 
-@pytest.mark.parametrize("ending", ["mp4", "mkv", "avi", "mov"])
-def test_evenly_spaced_frames(tmp_path, ending):
-    path = tmp_path / f"a.{ending}"
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi", "mov"])
+def test_evenly_spaced_frames(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
     encode(path)
     frames = read_frames(path, 5, LIMIT)
     assert [frame.size for frame in frames] == [(32, 24)] * 5
@@ -51,18 +51,18 @@ def test_evenly_spaced_frames(tmp_path, ending):
     assert greys(read_frames(path, 40, LIMIT))[:4] == pytest.approx([0, 0, 10, 10], abs=4)
 
 
-@pytest.mark.parametrize("ending", ["mp4", "mkv"])
-def test_far_frames_are_sought_and_are_the_same(tmp_path, monkeypatch, ending):
-    path = tmp_path / f"a.{ending}"
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_far_frames_are_sought_and_are_the_same(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"a.{suffix}"
     encode(path, 400, gap=10)
-    found = read_frames(path, 3, LIMIT)
+    frames = read_frames(path, 3, LIMIT)
     with av.open(str(path)) as container:
         every = [frame.to_image() for frame in container.decode(video=0)]
-    for frame, number in zip(found, wanted(400, 3), strict=True):
+    for frame, number in zip(frames, wanted(400, 3), strict=True):
         assert np.array_equal(np.asarray(frame), np.asarray(every[number]))
     monkeypatch.setattr("blip.data.clips._JUMP", 10**9)
     assert [np.asarray(frame).tobytes() for frame in read_frames(path, 3, LIMIT)] == [
-        np.asarray(frame).tobytes() for frame in found
+        np.asarray(frame).tobytes() for frame in frames
     ]
 
 
@@ -115,9 +115,9 @@ BROKEN = {
 def test_what_cannot_be_read_says_why(tmp_path, name):
     path = tmp_path / "a.mp4"
     encode(path)
-    spoil, said = BROKEN[name]
+    spoil, message = BROKEN[name]
     spoil(path)
-    with pytest.raises(UnreadableClip, match=said):
+    with pytest.raises(UnreadableClip, match=message):
         read_frames(path, 4, LIMIT)
 
 
@@ -234,9 +234,9 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_lists_that_will_not_do_are_one_line(root, name):
-    content, split, said = WRONG[name]
+    content, split, message = WRONG[name]
     (root / "list.json").write_text(content)
-    with pytest.raises(DataError, match=said) as error:
+    with pytest.raises(DataError, match=message) as error:
         read_clips(root / "list.json", root / "videos", split)
     assert "\n" not in str(error.value)
 
@@ -267,8 +267,8 @@ def test_questions(root):
 def test_batches_are_in_order_and_name_what_fails(root):
     (root / "list.json").write_text(json.dumps([{"video": f"video{n}", "caption": "x"} for n in (1, 2, 7)]))
     clips = read_clips(root / "list.json", root / "videos")
-    found = list(batches(clips, [2, 0, 1], 2, 2, 16))
-    assert [tuple(part.shape) for part in found] == [(2, 2, 3, 16, 16), (1, 2, 3, 16, 16)]
+    parts = list(batches(clips, [2, 0, 1], 2, 2, 16))
+    assert [tuple(part.shape) for part in parts] == [(2, 2, 3, 16, 16), (1, 2, 3, 16, 16)]
     (root / "videos/video2.mp4").write_bytes(b"x" * 100)
     with pytest.raises(DataError, match=r"video2.mp4 cannot be evaluated: cannot be decoded"):
         list(batches(clips, [0, 1, 2], 1, 2, 16))

@@ -36,8 +36,8 @@ GOOD = {
 def test_files_that_can_be_read(tmp_path, case, name):
     content, expected = GOOD[case]
     (tmp_path / name).write_text(content, encoding="utf-8", newline="")
-    found = [(row["image"], row["caption"]) for _, row in read_rows(tmp_path / name)]
-    assert found == expected
+    rows = [(row["image"], row["caption"]) for _, row in read_rows(tmp_path / name)]
+    assert rows == expected
 
 
 ROWS = "".join(f"{i}.jpg,a thing\n" for i in range(2, 8))

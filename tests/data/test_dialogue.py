@@ -15,8 +15,15 @@ from test_checkpoint import SMALLEST, TOKENIZER
 
 from blip import dist
 from blip.data.draws import Draws
-from blip.data.prepare.dialogues import Conversation as Said
-from blip.data.prepare.dialogues import Conversations, DialogueRows, PrepareDialogues, Round, Wording, open_dialogues
+from blip.data.prepare.dialogues import (
+    Conversation,
+    Conversations,
+    DialogueRows,
+    PrepareDialogues,
+    Round,
+    Wording,
+    open_dialogues,
+)
 from blip.data.settings import DataConfig, Dialogues
 from blip.data.transforms import TrainTransform
 from blip.errors import DataError
@@ -43,15 +50,15 @@ def random_model(sees=False, tokenizer=TOKENIZER, **vision):
     torch.manual_seed(3)
     text = dataclasses.replace(SMALLEST.text, layers=2, dropout=0.0, attention_dropout=0.0, max_positions=48)
     text = tokenizer.text_config(text)
-    eye = dataclasses.replace(SMALLEST.vision, **vision)
-    model = Dialogue.from_blip(Blip(dataclasses.replace(SMALLEST, vision=eye, text=text)), sees)
+    vision_config = dataclasses.replace(SMALLEST.vision, **vision)
+    model = Dialogue.from_blip(Blip(dataclasses.replace(SMALLEST, vision=vision_config, text=text)), sees)
     with torch.no_grad():  # the start is so even that a mistake would not be seen
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
     return model.eval()
 
 
-def asked(model, count=3, rows=4, length=9):
+def random_inputs(model, count=3, rows=4, length=9):
     g = torch.Generator().manual_seed(0)
     side = model.config.vision.image_size
     image = torch.randn(count, 3, side, side, generator=g)
@@ -73,7 +80,7 @@ def asked(model, count=3, rows=4, length=9):
 def test_neither_padding_nor_batch_nor_order_change_a_score(sees, width):
     model = random_model(sees, width=width)
     assert hasattr(model, "caption_proj") == (width != model.config.text.width)
-    image, captions, caption_keep, ids, keep = asked(model)
+    image, captions, caption_keep, ids, keep = random_inputs(model)
     context = model.context(image, captions, caption_keep)
     together = model.match(ids, keep, context.expand(4))
     assert together.std() > 1e-3
@@ -95,7 +102,7 @@ def test_neither_padding_nor_batch_nor_order_change_a_score(sees, width):
 def test_what_answers_look_at_is_the_image_and_the_caption():
     for sees in (False, True):
         model = random_model(sees)
-        image, captions, caption_keep, ids, keep = asked(model)
+        image, captions, caption_keep, ids, keep = random_inputs(model)
         whole = model.match(ids, keep, model.context(image, captions, caption_keep).expand(4))
         other_image = model.match(ids, keep, model.context(image.flip(0), captions, caption_keep).expand(4))
         other_caption = model.match(ids, keep, model.context(image, captions.roll(1, 1), caption_keep).expand(4))
@@ -106,7 +113,7 @@ def test_what_answers_look_at_is_the_image_and_the_caption():
 @torch.no_grad()
 def test_the_context_is_the_tokens_and_the_states_side_by_side():
     model = random_model()
-    image, captions, caption_keep, ids, keep = asked(model, count=1)
+    image, captions, caption_keep, ids, keep = random_inputs(model, count=1)
     (states,) = model.med([TextPass(captions, caption_keep)])
     tokens = torch.cat([model.vision(image), model.caption_proj(states)[None]], 1)
     context = model.med.context(tokens)
@@ -155,7 +162,7 @@ def written(folder, value, relevance=None):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"data__questions": None}, r"expected VisDial v1.0, an object with data.questions"),
         ({"data__answers__1": 3}, r"answers\[1\] is 3, not a text"),
@@ -170,8 +177,8 @@ def written(folder, value, relevance=None):
         ({"data__dialogs__0__dialog__0__answer_options": [0, -1]}, r"answer_options has -1"),
     ],
 )
-def test_a_file_that_does_not_fit_is_named(tmp_path, changes, said):
-    with pytest.raises(DataError, match=said):
+def test_a_file_that_does_not_fit_is_named(tmp_path, changes, message):
+    with pytest.raises(DataError, match=message):
         Conversations(written(tmp_path, talk(**changes)))
 
 
@@ -183,7 +190,7 @@ def test_one_dialogue_an_image(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "message"),
     [
         ({}, "expected a list of"),
         ([{"image_id": 7}], r"row 0: expected image_id, round_id and gt_relevance"),
@@ -193,8 +200,8 @@ def test_one_dialogue_an_image(tmp_path):
         ([{"image_id": 8, "round_id": 1, "gt_relevance": [0, 1, 0]}], r"none of its images is in the dialogues"),
     ],
 )
-def test_dense_annotations_that_do_not_fit_are_named(tmp_path, rows, said):
-    with pytest.raises(DataError, match=said):
+def test_dense_annotations_that_do_not_fit_are_named(tmp_path, rows, message):
+    with pytest.raises(DataError, match=message):
         Conversations(written(tmp_path, talk(), rows))
 
 
@@ -231,10 +238,10 @@ def test_a_row_is_question_answer_and_history_latest_first(tmp_path):
     source = Conversations(written(tmp_path, talk()))
     sep = TOKENIZER.sep_id
     rows = DialogueRows(source, source.dialogues[0], TOKENIZER, DataConfig(max_tokens=99))
-    (found,) = rows.round(1, [2])
+    (row,) = rows.round(1, [2])
     own = [TOKENIZER.enc_id, *pieces("is it red?"), sep, *pieces("no"), sep]
     before = [*pieces("what is it?"), *pieces("a star"), sep]
-    assert found == own + before
+    assert row == own + before
     assert rows.round(0, [1])[0] == [TOKENIZER.enc_id, *pieces("what is it?"), sep, *pieces("a star"), sep]
     short = DialogueRows(source, source.dialogues[0], TOKENIZER, DataConfig(max_tokens=len(own) + len(before) - 1))
     assert short.round(1, [2])[0] == own, "a round that does not fit is left out whole"
@@ -252,15 +259,15 @@ def pairs(tmp_path):
 
 def test_false_answers_may_be_those_that_are_worded_like_the_true_one(tmp_path):
     answers = ["it is red", "red", "the colour is red", "it is blue", "blue", "it is large", "yes", "no it is not"]
-    told = talk()
-    told["data"]["answers"] = answers
-    for one in told["data"]["dialogs"][0]["dialog"]:
+    content = talk()
+    content["data"]["answers"] = answers
+    for one in content["data"]["dialogs"][0]["dialog"]:
         one |= {"answer": 0, "answer_options": [4, 1, 6, 0, 5, 2, 3, 7], "gt_index": 3}
-    source = Conversations(written(tmp_path, told))
+    source = Conversations(written(tmp_path, content))
     config = DataConfig(crop_scale_min=1.0, augment_ops=0, max_tokens=40, max_unknown=1, workers=0)
 
-    def shown(alike):
-        pairs = Draws([source], PrepareDialogues(TrainTransform(8, config), TOKENIZER, config, 1, 3, alike), 0)
+    def shown(hard_negatives):
+        pairs = Draws([source], PrepareDialogues(TrainTransform(8, config), TOKENIZER, config, 1, 3, hard_negatives), 0)
         pairs = pickle.loads(pickle.dumps(pairs))  # as a spawned worker gets them
         record = pairs.sources[0][0]
         rows = [row for draw in range(20) for row in pairs.prepare(record, (draw,)).texts[1:]]
@@ -342,7 +349,7 @@ class Given:
     def __init__(self, reference):
         options = np.arange(100, dtype=np.int32)
         self.dialogues = [
-            Said(i, Path(), "", tuple(Round(0, g, options, g) for g in gts), f"{i}", (0, tuple(relevance)))
+            Conversation(i, Path(), "", tuple(Round(0, g, options, g) for g in gts), f"{i}", (0, tuple(relevance)))
             for i, (gts, relevance) in enumerate(zip(reference["gt_index"], reference["relevance_round0"], strict=True))
         ]
 
@@ -351,13 +358,13 @@ def test_scores_are_the_official_ones_to_the_last_digit(real_data):
     reference = json.loads((real_data / "eval_references/visdial_metrics.json").read_text())
     places = ranks(torch.tensor(reference["scores"])).tolist()
     ranked = {(i, n + 1): row for i, rounds in enumerate(places) for n, row in enumerate(rounds)}
-    found, wanted = score(Given(reference), ranked), reference["expected"]
-    assert found["ndcg"] == wanted["ndcg"]
-    assert found["mean_rank"] == wanted["mean"]
-    assert {name: found[name] for name in ("mrr", "r@1", "r@5", "r@10")} == {
+    scores, wanted = score(Given(reference), ranked), reference["expected"]
+    assert scores["ndcg"] == wanted["ndcg"]
+    assert scores["mean_rank"] == wanted["mean"]
+    assert {name: scores[name] for name in ("mrr", "r@1", "r@5", "r@10")} == {
         name: wanted[name] for name in ("mrr", "r@1", "r@5", "r@10")
     }
-    assert found["rounds"] == 60
+    assert scores["rounds"] == 60
 
 
 def test_ranks_by_hand():
@@ -373,9 +380,9 @@ def test_ranks_by_hand():
 def test_ranks_that_do_not_fit_are_named(tmp_path):
     source = Conversations(written(tmp_path, talk()))
     both = {(7, 1): [3, 1, 2], (7, 2): [1, 2, 3]}
-    found = score(source, both)
-    assert (found["mrr"], found["r@1"], found["mean_rank"]) == (pytest.approx(2 / 3), 0.5, 2)
-    assert "ndcg" not in found
+    scores = score(source, both)
+    assert (scores["mrr"], scores["r@1"], scores["mean_rank"]) == (pytest.approx(2 / 3), 0.5, 2)
+    assert "ndcg" not in scores
     with pytest.raises(DataError, match=r"no ranks for 1 round \(image 7 round 2\); give all, or allow_partial"):
         score(source, {(7, 1): [3, 1, 2]})
     assert score(source, {(7, 1): [3, 1, 2]}, partial=True)["mrr"] == 1
@@ -387,7 +394,7 @@ def test_ranks_that_do_not_fit_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("{", "is not JSON"),
         ("[]", r'expected \[\{"image_id"'),
@@ -399,9 +406,9 @@ def test_ranks_that_do_not_fit_are_named(tmp_path):
         ),
     ],
 )
-def test_a_file_of_ranks_that_does_not_fit_is_named(tmp_path, content, said):
+def test_a_file_of_ranks_that_does_not_fit_is_named(tmp_path, content, message):
     (tmp_path / "r.json").write_text(content)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         read_ranks(tmp_path / "r.json")
 
 
@@ -424,18 +431,18 @@ def test_without_right_answers_ranks_are_made_and_not_scored(tmp_path):
 
 
 def test_dialogues_of_the_world_are_fixed_and_true():
-    told = set()
+    kinds = set()
     for i in range(60):
         one = scene(0, i, "val")
-        said = dialogues.dialogue(one)
-        assert said == dialogues.dialogue(one)
-        assert len(said.turns) == 10
-        for turn in said.turns:
+        made = dialogues.dialogue(one)
+        assert made == dialogues.dialogue(one)
+        assert len(made.turns) == 10
+        for turn in made.turns:
             assert len({option.text for option in turn.options}) == 100
             assert turn.relevance[turn.options.index(turn.answer)] == 1
-            told.add(turn.kind)
+            kinds.add(turn.kind)
             check(one, turn)
-    assert told == set(dialogues._OF_SCENE) | set(dialogues._OF_IT)
+    assert kinds == set(dialogues._OF_SCENE) | set(dialogues._OF_IT)
 
 
 def check(one, turn):
@@ -459,7 +466,7 @@ def check(one, turn):
 
 
 def test_it_is_what_was_spoken_of_last():
-    found = 0
+    count = 0
     for i in range(80):
         one = scene(1, i)
         turns = dialogues.dialogue(one).turns
@@ -472,9 +479,9 @@ def test_it_is_what_was_spoken_of_last():
                 and not before.by_history
             ):
                 assert turn.answer.value == named[0].place
-                found += 1
+                count += 1
             assert not (turn.by_history and turn.kind == before.kind)
-    assert found > 3
+    assert count > 3
 
 
 def test_the_world_is_written_as_visdial_and_read_back(tmp_path):
@@ -503,7 +510,7 @@ def test_the_world_is_written_as_visdial_and_read_back(tmp_path):
 def finished(tmp_path_factory):
     """A run of a few steps on the world."""
     folder = tmp_path_factory.mktemp("run")
-    held = {
+    held_out = {
         name: recipe.HeldOutDialogues(
             Dialogues(str(folder / f"world/{name}.json"), relevance=str(folder / f"world/{name}-dense.json")), 1
         )
@@ -516,8 +523,8 @@ def finished(tmp_path_factory):
             sources=[Dialogues(str(folder / "world/train.json"))], workers=0, max_tokens=30, max_words=20
         ),
         train=dataclasses.replace(TrainConfig(), steps=2, batch_size=2, warmup_steps=0, lr=1e-3),
-        validation=held["val"],
-        test=held["test"],
+        validation=held_out["val"],
+        test=held_out["test"],
         world=recipe.DialogueWorld(str(folder / "world"), train=4, held_out=1),
     )
     return run, recipe.converse(run)
@@ -575,6 +582,6 @@ def test_rows_longer_than_the_model_are_refused(finished, tmp_path):
 def test_ranks_do_not_depend_on_how_many_rows_go_together(tmp_path):
     source = Conversations(written(tmp_path, talk()))
     model = random_model(image_size=16, patch_size=8).train()
-    found = ranks_of(model, TOKENIZER, source, batch=200)
+    ranks = ranks_of(model, TOKENIZER, source, batch=200)
     assert model.training
-    assert ranks_of(model, TOKENIZER, source, batch=1) == found
+    assert ranks_of(model, TOKENIZER, source, batch=1) == ranks

@@ -61,18 +61,18 @@ def test_links_between_two_linked_folders_end(tree):
 
 def test_a_link_that_leads_above_the_folder_is_named_and_not_followed(tree):
     Path("photos/up").symlink_to("..")
-    found = image_files.find(["photos"])
-    assert found.paths == OWN
-    assert found.walk.unreadable == []
-    assert found.walk.notes == [f"photos/up leads back up to {tree} and was not followed"]
+    inputs = image_files.find(["photos"])
+    assert inputs.paths == OWN
+    assert inputs.walk.unreadable == []
+    assert inputs.walk.notes == [f"photos/up leads back up to {tree} and was not followed"]
 
 
 def test_a_link_that_leads_nowhere_is_named(tree):
     Path("photos/gone").symlink_to("/no/such/folder")
-    found = image_files.find(["photos"])
-    assert found.paths == OWN
-    assert found.walk.unreadable == [("photos/gone", "is a link to /no/such/folder, where nothing can be found")]
-    assert found.total == 3
+    inputs = image_files.find(["photos"])
+    assert inputs.paths == OWN
+    assert inputs.walk.unreadable == [("photos/gone", "is a link to /no/such/folder, where nothing can be found")]
+    assert inputs.total == 3
 
 
 def test_a_folder_that_may_not_be_listed_stops_nothing_else(tree, monkeypatch):
@@ -84,10 +84,10 @@ def test_a_folder_that_may_not_be_listed_stops_nothing_else(tree, monkeypatch):
         return scan(path)
 
     monkeypatch.setattr(folders.os, "scandir", refusing)
-    found = image_files.find(["photos"])
-    assert found.paths == ["photos/a.png"]
-    assert found.walk.unreadable == [("photos/in", "cannot be read: Permission denied")]
-    assert image_files.find(["photos/**/*.png"]).walk.unreadable == found.walk.unreadable
+    inputs = image_files.find(["photos"])
+    assert inputs.paths == ["photos/a.png"]
+    assert inputs.walk.unreadable == [("photos/in", "cannot be read: Permission denied")]
+    assert image_files.find(["photos/**/*.png"]).walk.unreadable == inputs.walk.unreadable
 
 
 def test_hidden_folders_stay_hidden(tree):

@@ -117,7 +117,7 @@ def random_model(images=2, layers=2):
     return model
 
 
-def asked(model, count=5, length=9, images=2):
+def random_inputs(model, count=5, length=9, images=2):
     g = torch.Generator().manual_seed(0)
     side = model.config.vision.image_size
     image = torch.randn(count, images, 3, side, side, generator=g)
@@ -130,7 +130,7 @@ def asked(model, count=5, length=9, images=2):
 @torch.no_grad()
 def test_neither_padding_nor_batch_change_an_answer():
     model = random_model()
-    image, ids, keep = asked(model)
+    image, ids, keep = random_inputs(model)
     together = model.judge(ids, keep, model.contexts(image))
     assert together.std() > 1e-3
     padded = torch.cat([ids, torch.full((5, 3), 7)], 1)
@@ -145,7 +145,7 @@ def test_neither_padding_nor_batch_change_an_answer():
 @torch.no_grad()
 def test_each_image_has_its_own_place():
     model = random_model(images=3)
-    image, ids, keep = asked(model, images=3)
+    image, ids, keep = random_inputs(model, images=3)
     straight = model.judge(ids, keep, model.contexts(image))
     turned = model.judge(ids, keep, model.contexts(image[:, [1, 2, 0]]))
     assert (straight - turned).abs().max() > 1e-3
@@ -167,7 +167,7 @@ def test_copies_of_one_image_start_as_the_pretrained_model_reads_it():
         for one in block.cross.of_image:
             theirs = blip.med.blocks[list(model.med.blocks).index(block)].cross
             assert all(torch.equal(a, b) for a, b in zip(one.parameters(), theirs.parameters(), strict=True))
-    image, ids, keep = asked(model)
+    image, ids, keep = random_inputs(model)
     image[:, 1] = image[:, 0]
     model.med.blocks, blip.med.blocks = model.med.blocks[:1], blip.med.blocks[:1]
     (ours,) = model.med([TextPass(ids, keep, context=model.contexts(image), first=True)])
@@ -177,7 +177,7 @@ def test_copies_of_one_image_start_as_the_pretrained_model_reads_it():
 
 def test_another_number_of_images_is_refused():
     model = random_model()
-    image, _, _ = asked(model, images=3)
+    image, _, _ = random_inputs(model, images=3)
     with pytest.raises(ValueError, match=r"\[5, 3, 3.* the model takes \(B, 2, 3, S, S\)"):
         model.contexts(image)
 
@@ -237,7 +237,7 @@ ROW = {"images": ["a.png", "b.png"], "sentence": "left is red", "label": "True",
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"sentence": " "}, r"dev.json: row 1 has no 'sentence'"),
         ({"label": "perhaps"}, r"dev.json: row 1: the label is 'perhaps'; expected True or False"),
@@ -250,8 +250,8 @@ ROW = {"images": ["a.png", "b.png"], "sentence": "left is red", "label": "True",
         ({"images": ["a.png", "b.png", "a.png"]}, r"dev.json:1 has 3 images, dev.json:0 has 2"),
     ],
 )
-def test_a_row_that_does_not_fit_is_named(tmp_path, change, said):
-    with pytest.raises(DataError, match=said):
+def test_a_row_that_does_not_fit_is_named(tmp_path, change, message):
+    with pytest.raises(DataError, match=message):
         Sentences(rows(tmp_path, ROW, {**ROW, "identifier": "dev-1-0-1", **change}))
 
 
@@ -363,8 +363,8 @@ def test_scores_are_the_official_ones_to_the_last_digit(real_data, dev, name, tm
     wanted = json.loads((folder / "nlvr2_expected.json").read_text())[name]
     answers = read_results(folder / name)
     examples = Sentences(ImageSentences(str(dev))).examples
-    found = score(examples, answers, resamples=0)
-    assert [f"accuracy={found['accuracy']}", f"consistency={found['consistency']}"] == wanted["official"]
+    scores = score(examples, answers, resamples=0)
+    assert [f"accuracy={scores['accuracy']}", f"consistency={scores['consistency']}"] == wanted["official"]
     for part in ("balanced", "unbalanced"):
         path = tmp_path / f"{part}.json"
         path.write_bytes(gzip.decompress((real_data / f"nlvr2/{part}/{part}_dev.json.gz").read_bytes()))
@@ -376,10 +376,10 @@ def test_nlvr_scores_are_the_official_ones_to_the_last_digit(real_data):
     folder = real_data / "eval_references"
     wanted = json.loads((folder / "nlvr_expected.json").read_text())["nlvr_dev_p90.csv"]
     examples = Sentences(ImageSentences(str(real_data / "nlvr/dev/dev.json"))).examples
-    found = score(examples, read_results(folder / "nlvr_dev_p90.csv"))
-    assert [f"precision={found['accuracy']}", f"consistency={found['consistency']}"] == wanted
-    assert found["accuracy_low"] < found["accuracy"] < found["accuracy_high"]
-    assert found["majority"] == pytest.approx(547 / 989)
+    scores = score(examples, read_results(folder / "nlvr_dev_p90.csv"))
+    assert [f"precision={scores['accuracy']}", f"consistency={scores['consistency']}"] == wanted
+    assert scores["accuracy_low"] < scores["accuracy"] < scores["accuracy_high"]
+    assert scores["majority"] == pytest.approx(547 / 989)
 
 
 def four(tmp_path):
@@ -389,9 +389,9 @@ def four(tmp_path):
 def test_scores_by_hand(tmp_path):
     examples = Sentences(rows(tmp_path, *four(tmp_path))).examples
     right = {e.id: e.label for e in examples}
-    found = score(examples, {**right, "dev-1-3-1": True}, resamples=10)
-    assert (found["accuracy"], found["consistency"], found["majority"]) == (0.75, 0.5, 0.75)
-    assert (found["accuracy_low"], found["accuracy_high"]) == (0.75, 0.75), "one set of images, so nothing to draw"
+    scores = score(examples, {**right, "dev-1-3-1": True}, resamples=10)
+    assert (scores["accuracy"], scores["consistency"], scores["majority"]) == (0.75, 0.5, 0.75)
+    assert (scores["accuracy_low"], scores["accuracy_high"]) == (0.75, 0.75), "one set of images, so nothing to draw"
     del right["dev-1-3-1"]
     with pytest.raises(DataError, match=r"no answers for 1 example \(dev-1-3-1\) of 4; give all, or allow_partial"):
         score(examples, right)
@@ -401,7 +401,7 @@ def test_scores_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("dev-1-0-0,True\ndev-1-0-0,False\n", r"duplicate sentence dev-1-0-0, in lines 1 and 2"),
         ("dev-1-0-0,maybe\n", r"line 1 is 'dev-1-0-0,maybe'; expected ID,True"),
@@ -409,9 +409,9 @@ def test_scores_by_hand(tmp_path):
         ("", r"is empty; expected lines"),
     ],
 )
-def test_results_that_do_not_fit_are_named(tmp_path, content, said):
+def test_results_that_do_not_fit_are_named(tmp_path, content, message):
     (tmp_path / "r.csv").write_text(content)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         read_results(tmp_path / "r.csv")
 
 
@@ -450,8 +450,8 @@ def test_what_the_worlds_sentences_say_is_true():
                 assert pair.label == (a > b if "more" in words else a < b)
             elif pair.kind == "side":
                 one = sides["right" in words]
-                found = [t for t in one.things if words[-1] in (t.shape, "thing") and words[-2] in (t.colour, "a")]
-                assert pair.label == bool(found)
+                matching = [t for t in one.things if words[-1] in (t.shape, "thing") and words[-2] in (t.colour, "a")]
+                assert pair.label == bool(matching)
             elif pair.kind == "background" and "both" not in words:
                 assert pair.label == (sides["right" in words].background.kind == words[-2])
             else:
@@ -482,7 +482,7 @@ def finished(tmp_path_factory):
     """A run of a few steps on the world."""
     folder = tmp_path_factory.mktemp("run")
     world = recipe.PairWorld(str(folder / "world"), train=6, held_out=3, image_size=64)
-    held = {
+    held_out = {
         name: recipe.HeldOutSentences(ImageSentences(str(folder / f"world/{name}.json"))) for name in ("val", "test")
     }
     run = recipe.NlvrRun(
@@ -490,8 +490,8 @@ def finished(tmp_path_factory):
         model=ModelChoice(size="tiny", tokenizer="world"),
         data=recipe.NlvrData(sources=[ImageSentences(str(folder / "world/train.json"))], workers=0),
         train=dataclasses.replace(TrainConfig(), steps=3, batch_size=4, warmup_steps=0, eval_every=2, lr=1e-3),
-        validation=held["val"],
-        test=held["test"],
+        validation=held_out["val"],
+        test=held_out["test"],
         world=world,
     )
     return run, recipe.judge(run)
@@ -522,7 +522,7 @@ def test_the_command_measures_what_the_run_measured(finished, tmp_path, capsys):
 def answer_all(model: str, path: str, out: str) -> None:
     """What each process of two does: the command, and examples of which an image cannot be read."""
     dist.start(60)
-    assert spread(list(range(7)), lambda n: [n, -n]) == [found for n in range(7) for found in (n, -n)]
+    assert spread(list(range(7)), lambda n: [n, -n]) == [answer for n in range(7) for answer in (n, -n)]
     main(["nlvr2", "--model", model, "--source.path", path, "--batch", "5", "--out", out, "--device", "cpu"])
     loaded, tokenizer = from_pretrained(model, Nlvr)
     examples = Sentences(ImageSentences(path)).examples
@@ -577,11 +577,11 @@ def test_an_answer_ignores_what_else_is_asked(tmp_path):
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
     model.train()
-    found = answers_of(model, tokenizer, examples, batch=24)
+    answers = answers_of(model, tokenizer, examples, batch=24)
     assert model.training
-    assert len(set(found.values())) == 2, "a model that always says the same would not show a mistake"
-    assert answers_of(model, tokenizer, examples, batch=24) == found
-    assert answers_of(model, tokenizer, examples[::-1], batch=1) == found
+    assert len(set(answers.values())) == 2, "a model that always says the same would not show a mistake"
+    assert answers_of(model, tokenizer, examples, batch=24) == answers
+    assert answers_of(model, tokenizer, examples[::-1], batch=1) == answers
 
 
 def test_a_batch_moves_as_a_whole(tmp_path):

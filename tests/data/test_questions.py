@@ -39,8 +39,8 @@ def official(folder, answers=("red", "red", "orange"), **more):
     }
     rows = [{"answer": answer, "answer_confidence": "yes", "answer_id": i} for i, answer in enumerate(answers)]
     kinds = {"question_type": "what colour", "answer_type": "other", "multiple_choice_answer": "red"}
-    found = {"annotations": [{"question_id": 70, "image_id": 7, **kinds, "answers": rows}]}
-    paths = write(folder, "q.json", questions), write(folder, "a.json", found)
+    annotations = {"annotations": [{"question_id": 70, "image_id": 7, **kinds, "answers": rows}]}
+    paths = write(folder, "q.json", questions), write(folder, "a.json", annotations)
     name = "val2014/COCO_val2014_{image_id:012d}.png"
     return ImageQuestions(paths[0], annotations=paths[1], image_name=name, **more)
 
@@ -52,10 +52,10 @@ def pairs(*configs, **options):
 
 def test_the_official_files(folder):
     source = Questions(official(folder))
-    found = source.question(0)
-    assert (found.id, found.text, found.answers) == (70, "What colour?", ["red", "red", "orange"])
-    assert found.image == "val2014/COCO_val2014_000000000007.png"
-    assert (found.question_type, found.answer_type) == ("what colour", "other")
+    question = source.question(0)
+    assert (question.id, question.text, question.answers) == (70, "What colour?", ["red", "red", "orange"])
+    assert question.image == "val2014/COCO_val2014_000000000007.png"
+    assert (question.question_type, question.answer_type) == ("what colour", "other")
     assert source.key(0) == "q.json:0 question 70"
     assert source.answers() == {"red": 2, "orange": 1}
     without = dataclasses.replace(source.config, annotations=None)
@@ -73,8 +73,8 @@ def test_the_releases_files(folder):
     source = Questions(ImageQuestions(write(folder, "vqa_train.json", rows)))
     assert [source.question(row).id for row in range(2)] == [5, 1]
     assert [source.question(row).weight for row in range(2)] == pytest.approx([1.0, 0.2])
-    found = pairs(source.config)
-    batch = found.prepare.collate([found[(0, row)] for row in range(2)])
+    draws = pairs(source.config)
+    batch = draws.prepare.collate([draws[(0, row)] for row in range(2)])
     assert batch.question.tolist() == [0, 0, 1]
     assert batch.weights.tolist() == pytest.approx([0.7, 0.3, 0.2])
     assert WORLD.decode(batch.answer_ids) == ["yes", "no", "red"]
@@ -110,9 +110,9 @@ def test_real_files(real_data):
         str(real_data / "vqa_rad/questions.json"), image_root=str(real_data / "vqa_rad/images"),
         image_column="image_name", id_column="qid",
     )  # fmt: skip
-    found = Questions(rad)
-    found.check_some_exist()
-    assert (len(found), found.question(0).answers) == (2283, ["Yes"])
+    questions = Questions(rad)
+    questions.check_some_exist()
+    assert (len(questions), questions.question(0).answers) == (2283, ["Yes"])
     easy = Questions(ImageQuestions(str(real_data / "easy_vqa/test/questions.json")))
     easy.check_some_exist()
     assert len(easy.answers()) == 13
@@ -139,11 +139,11 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_does_not_fit_is_named(name, folder):
-    file, value, said = BROKEN[name]
+    file, value, message = BROKEN[name]
     path = write(folder, file, value)
     if value is None:
         (folder / file).write_text('{"questions": [{"image_id"')
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         Questions(ImageQuestions(path))
 
 
@@ -173,8 +173,11 @@ def test_nothing_is_learned_from_questions_without_answers_or_images(folder):
 
 
 def test_answers_with_the_same_pieces_are_one_and_weights_add_up():
-    found = weighed(["Red", "red ", "blue", "star " * 40], 0.5, WORLD)
-    assert {WORLD.decode([list(pieces)])[0]: weight for pieces, weight in found.items()} == {"red": 0.25, "blue": 0.125}
+    weights = weighed(["Red", "red ", "blue", "star " * 40], 0.5, WORLD)
+    assert {WORLD.decode([list(pieces)])[0]: weight for pieces, weight in weights.items()} == {
+        "red": 0.25,
+        "blue": 0.125,
+    }
 
 
 def test_a_question_with_sides_is_not_mirrored(folder):
@@ -189,18 +192,18 @@ def test_a_question_with_sides_is_not_mirrored(folder):
 
     data = DataConfig(max_unknown=1.0, flip=1.0, crop_scale_min=1.0, augment_ops=0)
     source = Questions(ImageQuestions(write(folder, "s.json", rows)))
-    found = Draws([source], PrepareQuestions(TrainTransform(8, data), WORLD, data), seed=0)
+    draws = Draws([source], PrepareQuestions(TrainTransform(8, data), WORLD, data), seed=0)
     plain = EvalTransform(8)(image)
-    mirrored = [not torch.equal(found[(0, row)].images, plain) for row in range(3)]
+    mirrored = [not torch.equal(draws[(0, row)].images, plain) for row in range(3)]
     assert mirrored == [False, False, True]
 
 
 def test_a_image_that_cannot_be_read_is_replaced(folder):
     (folder / "b.png").write_bytes(b"<html>")
     rows = [{"image": name, "question": "what?", "answer": "red"} for name in ("b.png", "a.png")]
-    found = pairs(ImageQuestions(write(folder, "s.json", rows)))[(0, 0)]
-    assert found.bad[0].key == "s.json:0 question 0"
-    assert found.key == "s.json:1 question 1"
+    sample = pairs(ImageQuestions(write(folder, "s.json", rows)))[(0, 0)]
+    assert sample.bad[0].key == "s.json:0 question 0"
+    assert sample.key == "s.json:1 question 1"
 
 
 def test_lists_are_streamed_and_a_row_that_does_not_fit_is_one_bad_sample(folder):
@@ -234,8 +237,8 @@ def test_lists_are_streamed_and_a_row_that_does_not_fit_is_one_bad_sample(folder
 
 def test_what_cannot_be_streamed_says_so(folder):
     easy = ImageQuestions(write(folder, "easy.json", [["is it red?", "yes", 1]]))
-    asked = dataclasses.replace(official(folder), annotations=None)
-    for config, named in ((official(folder), "q.json"), (asked, "q.json"), (easy, "easy.json")):
+    without_answers = dataclasses.replace(official(folder), annotations=None)
+    for config, named in ((official(folder), "q.json"), (without_answers, "q.json"), (easy, "easy.json")):
         with pytest.raises(DataError, match=f"data.streaming reads lists of rows .*, and {named} is VQA v2's or easy"):
             open_questions(DataConfig([config], streaming=True))
 

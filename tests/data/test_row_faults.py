@@ -137,8 +137,8 @@ def refuse():
 
 def in_sequence(config):
     shards = CaptionShards(config)
-    found = shards.read(shards.files[0])
-    return [judged(refuse if isinstance(one, Bad) else lambda one=one: one) for one in found]
+    rows = shards.read(shards.files[0])
+    return [judged(refuse if isinstance(one, Bad) else lambda one=one: one) for one in rows]
 
 
 def by_capfilt(config):

@@ -426,8 +426,8 @@ def test_pickles_in_tars_are_not_looked_at(folder, tmp_path):
 
     with tarfile.open(folder / "s.tar", "w") as tar:
         add(tar, "a.png", png(0)), add(tar, "a.txt", b"hello")
-        for ending in ("pyd", "pth", "pickle", "npy"):
-            add(tar, f"a.{ending}", pickle.dumps(Canary()))
+        for suffix in ("pyd", "pth", "pickle", "npy"):
+            add(tar, f"a.{suffix}", pickle.dumps(Canary()))
     assert open_source(SourceConfig(str(folder / "s.tar")))[0].captions == ["hello"]
     assert not (tmp_path / "canary").exists()
 
@@ -625,19 +625,21 @@ def cocos_own(images=118_287, captions=591_753):
     """As captions_train2017.json is written, of 92 MB."""
     more = {"license": 3, "coco_url": "http://images.example.org/train2017/0.jpg", "height": 480, "width": 640}
     there = [{"file_name": f"{i:012d}.jpg", "id": i, **more, "date_captured": "2013-11-14"} for i in range(images)]
-    said = [{"image_id": k % images, "id": k, "caption": f"A clock as the wheel {k}. " * 3} for k in range(captions)]
-    return {"info": {}, "images": there, "annotations": said}
+    annotations = [
+        {"image_id": k % images, "id": k, "caption": f"A clock as the wheel {k}. " * 3} for k in range(captions)
+    ]
+    return {"info": {}, "images": there, "annotations": annotations}
 
 
 def karpathys_own(images=123_287):
     """As dataset_coco.json is written, of 139 MB."""
     tokens = ["a", "clock", "as", "a", "wheel"] * 2
-    said = [
+    sentences = [
         [{"tokens": tokens, "raw": f"A clock as a wheel {i} {k}." * 4, "imgid": i, "sentid": k} for k in range(5)]
         for i in range(images)
     ]
     named = [{"filepath": "val2014", "filename": f"{i:012d}.jpg", "cocoid": i, "split": "train"} for i in range(images)]
-    return {"images": [{**image, "sentences": s} for image, s in zip(named, said, strict=True)], "dataset": "coco"}
+    return {"images": [{**image, "sentences": s} for image, s in zip(named, sentences, strict=True)], "dataset": "coco"}
 
 
 READ = """
@@ -752,17 +754,17 @@ def test_a_name_that_exists_is_no_pattern(tmp_path, monkeypatch):
     (tmp_path / "a b").mkdir()
     (tmp_path / "a b" / "1.tar").touch()
 
-    def found(spec):
+    def files_of(spec):
         return [path for name in alternatives(spec) for path in matching(name)]
 
     both = ["[2024] {a,b}/c*/1.tar", "[2024] {a,b}/c*/2.tar"]
-    assert found("[2024] {a,b}/*/*.tar") == found("[2024] {a,b}/c*/{1,2}.tar") == both
-    assert found("{x,y}.tar") == ["{x,y}.tar"]
-    assert found("a::b.tar") == ["a::b.tar"]
-    assert found("[2]/*.tar") == ["2/3.tar"]  # what is no folder is a pattern
-    assert found(f"file://{tmp_path}/a%20b/*.tar") == [f"{tmp_path}/a b/1.tar"]
-    assert found(f"file://{tmp_path}/a%20b.tar") == [f"{tmp_path}/a%20b.tar"]
-    assert found("no\0/*") == found("no") == []
+    assert files_of("[2024] {a,b}/*/*.tar") == files_of("[2024] {a,b}/c*/{1,2}.tar") == both
+    assert files_of("{x,y}.tar") == ["{x,y}.tar"]
+    assert files_of("a::b.tar") == ["a::b.tar"]
+    assert files_of("[2]/*.tar") == ["2/3.tar"]  # what is no folder is a pattern
+    assert files_of(f"file://{tmp_path}/a%20b/*.tar") == [f"{tmp_path}/a b/1.tar"]
+    assert files_of(f"file://{tmp_path}/a%20b.tar") == [f"{tmp_path}/a%20b.tar"]
+    assert files_of("no\0/*") == files_of("no") == []
 
 
 @pytest.mark.parametrize(
@@ -875,8 +877,8 @@ def test_an_image_folder_with_a_link_to_another(tmp_path):
     (tmp_path / "photos" / "more").symlink_to(tmp_path / "elsewhere")
     source = open_source(SourceConfig(str(tmp_path / "photos")))
     assert len(source) == 4
-    found = {source[row].captions[0]: source[row].image for row in (0, 2)}
-    assert found == {
+    image_of = {source[row].captions[0]: source[row].image for row in (0, 2)}
+    assert image_of == {
         "in photos/own": tmp_path / "photos" / "own" / "a.png",
         "in elsewhere": tmp_path / "elsewhere" / "a.png",
     }

@@ -33,8 +33,8 @@ def write(folder, kind, shards, each, name="s", bad=()):
         if kind == "tar":
             with tarfile.open(path, "w") as tar:
                 for i, image in zip(numbers, images, strict=True):
-                    for ending, data in (("jpg", image), ("txt", f"image {i}".encode())):
-                        info = tarfile.TarInfo(f"{name}{i:05}.{ending}")
+                    for suffix, data in (("jpg", image), ("txt", f"image {i}".encode())):
+                        info = tarfile.TarInfo(f"{name}{i:05}.{suffix}")
                         info.size = len(data)
                         tar.addfile(info, io.BytesIO(data))
         elif kind == "parquet":
@@ -141,9 +141,9 @@ def test_bad_samples_are_replaced_and_reported(tmp_path, tokenizer):
     s = stream(tokenizer, write(tmp_path, "tar", shards=2, each=10, bad=bad))
     batches = list(load(s, batch=5, steps=8))
     assert all(len(b) == 5 for b in batches)
-    found = {x.key.rsplit("s", 1)[1] for b in batches for x in b.bad}
-    assert found == {f"{i:05}" for i in bad}
-    assert not {k.rsplit("s", 1)[1] for b in batches for k in b.keys} & found
+    reported = {x.key.rsplit("s", 1)[1] for b in batches for x in b.bad}
+    assert reported == {f"{i:05}" for i in bad}
+    assert not {k.rsplit("s", 1)[1] for b in batches for k in b.keys} & reported
 
 
 def test_nothing_but_bad_samples_stops(tmp_path, tokenizer):
@@ -273,8 +273,8 @@ def test_paths_start_at_the_folder_of_their_own_file(tmp_path):
         pq.write_table(pa.table({"image": ["1.jpg"], "caption": [name]}), tmp_path / name / "list.parquet")
     for kind in ("jsonl", "parquet"):
         config = SourceConfig(str(tmp_path / "*" / f"list.{kind}"))
-        found = {r.captions[0]: r.image for r in all_records(config)}
-        assert found == {name: tmp_path / name / "1.jpg" for name in "ab"}
+        image_of = {r.captions[0]: r.image for r in all_records(config)}
+        assert image_of == {name: tmp_path / name / "1.jpg" for name in "ab"}
 
 
 def test_only_the_split_asked_for_is_shown(tmp_path):
@@ -301,6 +301,6 @@ def test_a_split_that_shards_do_not_have_is_refused(tmp_path, kind):
 
 def test_rows_are_named_by_their_place_in_the_file(tmp_path):
     annotated(tmp_path / "a", [{"caption": []}, {"caption": "x", "image": "gone.jpg"}, {"caption": "y"}])
-    found = all_records(SourceConfig(str(tmp_path / "a/list.jsonl")))
-    assert [r.key for r in found] == ["list.jsonl:0", "list.jsonl:1", "list.jsonl:2"]
-    assert found[0].reason == "the row has no caption: its list is empty"
+    records = all_records(SourceConfig(str(tmp_path / "a/list.jsonl")))
+    assert [r.key for r in records] == ["list.jsonl:0", "list.jsonl:1", "list.jsonl:2"]
+    assert records[0].reason == "the row has no caption: its list is empty"

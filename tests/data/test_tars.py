@@ -93,19 +93,19 @@ JOINED = {
 @pytest.mark.parametrize("case", JOINED)
 def test_joined_archives_are_read_whole(case, shard):
     parts, expected = JOINED[case]
-    found = read(b"".join(parts))
-    assert [sample.key for sample in found.samples] == expected
-    assert found.damage is None
-    assert found.twice == ["a"] * (case == "one name")
-    assert "archives are joined in it" in found.notes[0]
+    headers = read(b"".join(parts))
+    assert [sample.key for sample in headers.samples] == expected
+    assert headers.damage is None
+    assert headers.twice == ["a"] * (case == "one name")
+    assert "archives are joined in it" in headers.notes[0]
     assert readers(shard(b"".join(parts))) == (len(expected),) * 3
 
 
 def test_archives_of_tar_itself_can_be_joined(tmp_path):
     """Against GNU tar: what it lists of the joined file with --ignore-zeros."""
     for name in ("a", "b"):
-        for ending in ("jpg", "txt"):
-            (tmp_path / f"{name}.{ending}").write_bytes(name.encode() * 700)
+        for suffix in ("jpg", "txt"):
+            (tmp_path / f"{name}.{suffix}").write_bytes(name.encode() * 700)
         subprocess.run(["tar", "-cf", f"{name}.tar", f"{name}.jpg", f"{name}.txt"], cwd=tmp_path, check=True)
     content = (tmp_path / "a.tar").read_bytes() + (tmp_path / "b.tar").read_bytes()
     (tmp_path / "both.tar").write_bytes(content)
@@ -151,9 +151,9 @@ AFTER = {
 def test_what_follows_the_end_is_padding_an_archive_or_damage(case, shard):
     content, damage = AFTER[case]
     count = 4 if case == "a torn archive" else 3
-    found = read(content)
-    assert damage in found.damage
-    assert len(found.samples) == count
+    headers = read(content)
+    assert damage in headers.damage
+    assert len(headers.samples) == count
     path = shard(content)
     with pytest.raises(DataError, match=rf"s\.tar is not a whole tar file \(.*byte.*\) after {count} samples"):
         open_source(SourceConfig(str(path)))
@@ -166,17 +166,17 @@ def test_what_follows_the_end_is_padding_an_archive_or_damage(case, shard):
 )
 def test_zeros_up_to_a_mebibyte_are_padding(zeros, note):
     """From byte 6,144 on: to 10,240 they are what tar writes, up to 1 MiB they are said."""
-    found = read(WHOLE[:6144] + b"\0" * zeros)
-    assert (len(found.samples), found.damage) == (3, None)
-    assert any(f"{zeros:,} bytes of zeros follow" in line for line in found.notes) == note
+    headers = read(WHOLE[:6144] + b"\0" * zeros)
+    assert (len(headers.samples), headers.damage) == (3, None)
+    assert any(f"{zeros:,} bytes of zeros follow" in line for line in headers.notes) == note
     assert "more than 1 MiB" in read(WHOLE[:6144] + b"\0" * ((1 << 20) + 1)).damage
 
 
 def test_a_download_that_stopped_within_a_member_is_seen_however_small_it_is():
     """71,680 bytes, of which the first 1,600 have arrived: the second member is of bytes 1,536 to 3,536."""
     whole = archive(member("a.jpg", b"x" * 512), member("b.jpg", b"x" * 2000), *(pair(f"{i:03}") for i in range(30)))
-    found = read(whole[:1600].ljust(len(whole), b"\0"))
-    assert "zeros from byte 3,584 to 71,680, which begin inside the last member" in found.damage
+    headers = read(whole[:1600].ljust(len(whole), b"\0"))
+    assert "zeros from byte 3,584 to 71,680, which begin inside the last member" in headers.damage
     black = archive(pair("a"), member("b.bmp", bytes(2000)))  # ends in zeros, and that is what it is
     assert read(black + bytes(10240)).damage is None
     assert "before any member" in read(b"\0" * 40960).damage
@@ -204,9 +204,9 @@ def test_a_zeroed_header_is_seen_wherever_it_stands(seed):
     content, names = archive(content), [f"{i:02}" for i in range(20)]
     assert keys(content) == names
     for at, before in headers:
-        found = read(content[:at] + b"\0" * 512 + content[at + 512 :])
-        assert "zeros" in found.damage
-        assert [sample.key for sample in found.samples] == names[:before]
+        damaged = read(content[:at] + b"\0" * 512 + content[at + 512 :])
+        assert "zeros" in damaged.damage
+        assert [sample.key for sample in damaged.samples] == names[:before]
 
 
 def test_several_zeroed_headers_are_seen():
@@ -236,20 +236,20 @@ def test_each_block_spoiled_in_turn(how):
     for number in range(20):
         spoiled = bytearray(content)
         spoiled[number * 512 : number * 512 + 512] = bytes(512) if how == "zeroed" else rng.randbytes(512)
-        found = read(bytes(spoiled))
+        headers = read(bytes(spoiled))
         seen = number not in contents and not (how == "zeroed" and number >= 14)
-        assert bool(found.damage) == seen, number
-        assert len(found.samples) == (before[number] if seen else 3), number
+        assert bool(headers.damage) == seen, number
+        assert len(headers.samples) == (before[number] if seen else 3), number
 
 
 def test_each_length_in_turn():
     """Cut at each block and within each: whole from the first block of the end marker on."""
     content = archive(pair("a"), pair("b"), pair("c"))
     for size in (*range(0, 10241, 512), *range(100, 10240, 512)):
-        found = read(content[:size])
-        assert bool(found.damage) == (size < 6144 + 512), size
+        headers = read(content[:size])
+        assert bool(headers.damage) == (size < 6144 + 512), size
         # A sample is known by its first header; both members are there 1,540 bytes on.
-        assert len([s for s in found.samples if s.whole]) == sum(size >= start + 1540 for start in (0, 2048, 4096)), (
+        assert len([s for s in headers.samples if s.whole]) == sum(size >= start + 1540 for start in (0, 2048, 4096)), (
             size
         )
 
@@ -264,10 +264,10 @@ def test_random_bytes_and_edits_are_damage_or_read():
         with contextlib.suppress(DataError):
             read(bytes(spoiled))
         try:
-            found = read(rng.randbytes(rng.randrange(1, 3000)))
+            headers = read(rng.randbytes(rng.randrange(1, 3000)))
         except DataError:  # as if compressed
             continue
-        assert found.damage
+        assert headers.damage
 
 
 # Extended headers -----------------------------------------------------------------------------------------------------
@@ -288,9 +288,9 @@ EXTENDED = {
 @pytest.mark.parametrize("case", EXTENDED)
 def test_extended_headers_beyond_64_kb_are_damage(case, shard):
     content = archive(pair("a"), EXTENDED[case], pair("b"))
-    found = read(content)
-    assert "more than 64 KB of extended headers before one member, at byte 2,048" in found.damage
-    assert len(found.samples) == 1
+    headers = read(content)
+    assert "more than 64 KB of extended headers before one member, at byte 2,048" in headers.damage
+    assert len(headers.samples) == 1
     with pytest.raises(DataError, match=r"s\.tar is not a whole tar file \(more than 64 KB"):
         open_source(SourceConfig(str(shard(content))))
 
@@ -323,9 +323,9 @@ DAMAGED = {
 
 @pytest.mark.parametrize("case", DAMAGED)
 def test_damaged_extended_headers_are_damage(case):
-    found = read(archive(pair("a"), member("pax", DAMAGED[case], b"x"), member("b.jpg", JPEG)))
-    assert len(found.samples) == 1
-    assert found.damage
+    headers = read(archive(pair("a"), member("pax", DAMAGED[case], b"x"), member("b.jpg", JPEG)))
+    assert len(headers.samples) == 1
+    assert headers.damage
 
 
 def test_names_and_sizes_are_those_that_tarfile_finds():
@@ -343,9 +343,9 @@ def test_names_and_sizes_are_those_that_tarfile_finds():
             tar.addfile(info)
         with tarfile.open(fileobj=io.BytesIO(file.getvalue())) as tar:
             members = [m for m in tar if m.isreg()]
-        found = read(file.getvalue())
-        assert [s.image for s in found.samples] == [(m.offset_data, m.size) for m in members]
-        assert [s.key for s in found.samples] == [m.name.rpartition(".")[0] for m in members]
+        headers = read(file.getvalue())
+        assert [s.image for s in headers.samples] == [(m.offset_data, m.size) for m in members]
+        assert [s.key for s in headers.samples] == [m.name.rpartition(".")[0] for m in members]
 
 
 def test_a_size_in_an_extended_header_is_honoured():
@@ -368,10 +368,10 @@ def test_hidden_members_are_left_out_and_counted(shard, caplog, capsys):
     path = shard(archive(*mac[:5], pair("./a"), *mac[5:], pair("./b")))
     assert keys(path.read_bytes()) == ["a", "b"]
     assert readers(path) == (2, 2, 2)
-    said = "left out 8 hidden members (._NAME, .NAME, __MACOSX/), e.g. './._a.jpg'"
-    assert [record.message for record in caplog.records] == [f"{path}: {said}"] * 2  # training and streaming
+    note = "left out 8 hidden members (._NAME, .NAME, __MACOSX/), e.g. './._a.jpg'"
+    assert [record.message for record in caplog.records] == [f"{path}: {note}"] * 2  # training and streaming
     assert plan(path) == 0
-    assert said in capsys.readouterr().out
+    assert note in capsys.readouterr().out
 
 
 def test_a_shard_of_hidden_members_only_is_named(shard, capsys):
@@ -395,12 +395,12 @@ FIELDS = {
 def test_fields_with_names_of_their_own_are_read(case, shard):
     image, text = FIELDS[case]
     content = archive(*(m for i in range(3) for m in (member(image.format(i), b"x%d" % i), member(text.format(i)))))
-    found = read(content)
+    headers = read(content)
     owners = [image.removesuffix(".input.jpg").removesuffix(".jpg").removesuffix(".PNG").format(i) for i in range(3)]
-    assert [(s.key, s.image.offset, s.whole) for s in found.samples] == [
+    assert [(s.key, s.image.offset, s.whole) for s in headers.samples] == [
         (owners[i], 512 + i * 1536, True) for i in range(3)
     ]
-    assert any(repr(image.format(0)) in note and repr(text.format(0)) in note for note in found.notes)
+    assert any(repr(image.format(0)) in note and repr(text.format(0)) in note for note in headers.notes)
     assert readers(shard(content)) == (3, 3, 3)
     assert keys(content + content) == owners + [f"{owner}#2" for owner in owners]
 
@@ -421,13 +421,13 @@ AMBIGUOUS = {
 def test_a_shard_without_a_whole_sample_is_refused_by_names(case, shard, capsys):
     names, seen = AMBIGUOUS[case]
     path = shard(archive(*(member(name.format(i), b"x") for i in range(10, 40) for name in names)))
-    told = f"its members are {seen}; expected NAME.jpg (or .png"
+    message = f"its members are {seen}; expected NAME.jpg (or .png"
     for opened in (open_source, CaptionShards):
         with pytest.raises(DataError, match="no sample has") as caught:
             opened(SourceConfig(str(path)))
-        assert f"s.tar: {told}" in str(caught.value)
+        assert f"s.tar: {message}" in str(caught.value)
     assert plan(path) == 0  # nothing is damaged, and an image needs no text there; but it is said
-    assert f"have an image and a text: {told}" in capsys.readouterr().out
+    assert f"have an image and a text: {message}" in capsys.readouterr().out
 
 
 def test_an_image_without_a_text_is_nothing_to_tell(shard):

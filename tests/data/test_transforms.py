@@ -198,11 +198,11 @@ def test_a_caption_of_ten_megabytes_costs_no_more_than_a_page(tokenizer):
 
     text = "dog " * 2_600_000
     tracemalloc.start()
-    cleaned, asked = clean_caption(text, 30), clean_question(text, 50)
+    cleaned, question = clean_caption(text, 30), clean_question(text, 50)
     pieces = tokenizer.pieces(text, 35)
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert (cleaned, asked) == (" ".join(["dog"] * 30), " ".join(["dog"] * 50))
+    assert (cleaned, question) == (" ".join(["dog"] * 30), " ".join(["dog"] * 50))
     assert len(pieces) == 35
     assert most < 4 << 20  # a list of all words would take 150 MiB
     assert len(clean_caption("x" * 10_001, 30)) == 10_000

@@ -62,15 +62,15 @@ def official(real_data, name) -> tuple[dict, dict, dict, dict]:
 )
 def test_official_scores(real_data, name, tokenizer):
     references, results, expected, cases = official(real_data, name)
-    found = quick(references, results, tokenizer=tokenizer)
-    for ours, value in found.values.items():
+    scores = quick(references, results, tokenizer=tokenizer)
+    for ours, value in scores.values.items():
         assert value == pytest.approx(expected[THEIR_NAMES[ours]], abs=5e-7 if tokenizer == "java" else 5e-5), ours
     for ours, value in OFFICIAL[name].items():
-        assert found.values[ours] == pytest.approx(value, abs=5e-5)
-    far = [i for i, value in found.cider.items() if abs(value - cases[i]["scores"]["CIDEr"]) > 1e-3]
+        assert scores.values[ours] == pytest.approx(value, abs=5e-5)
+    far = [i for i, value in scores.cider.items() if abs(value - cases[i]["scores"]["CIDEr"]) > 1e-3]
     assert len(far) <= (0 if tokenizer == "java" else 2), far
-    assert (found.images, found.references) == (len(results), sum(map(len, references.values())))
-    assert (found.missing, found.not_computed) == (0, {})
+    assert (scores.images, scores.references) == (len(results), sum(map(len, references.values())))
+    assert (scores.missing, scores.not_computed) == (0, {})
 
 
 @needs_java
@@ -78,9 +78,9 @@ def test_official_scores(real_data, name, tokenizer):
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_official_meteor(real_data, name):
     references, results, expected, _ = official(real_data, name)
-    found = quick(references, results, tokenizer="java", meteor=True)
-    assert found.not_computed == {}
-    assert found.values["meteor"] == pytest.approx(expected["METEOR"], abs=1e-9)
+    scores = quick(references, results, tokenizer="java", meteor=True)
+    assert scores.not_computed == {}
+    assert scores.values["meteor"] == pytest.approx(expected["METEOR"], abs=1e-9)
 
 
 METEOR_EACH = [0.41388921016683433, 0.128, 1.0, 0.0]
@@ -103,15 +103,15 @@ def test_meteor_of_statistics_that_the_program_gave():
 
 
 def test_bleu_by_hand():
-    found = quick({1: ["the cat sat down"]}, {1: "The cat sat."}).values
+    values = quick({1: ["the cat sat down"]}, {1: "The cat sat."}).values
     short = math.exp(1 - 4 / 3)  # three words where four were wanted
     for n in (1, 2, 3):
-        assert found[f"bleu_{n}"] == pytest.approx(short, abs=1e-6)
-    assert found["bleu_4"] == pytest.approx(short * 1e-6**0.25, rel=1e-5)  # no 4-gram: pycocoevalcap's 1e-15 / 1e-9
+        assert values[f"bleu_{n}"] == pytest.approx(short, abs=1e-6)
+    assert values["bleu_4"] == pytest.approx(short * 1e-6**0.25, rel=1e-5)  # no 4-gram: pycocoevalcap's 1e-15 / 1e-9
     # The set's BLEU is of summed counts: words 4 of 5, pairs 2 of 3; the closest reference lengths are 3 and 2.
-    found = quick({1: ["a b c", "a b c d e"], 2: ["x y"]}, {1: "a b c", 2: "x z"}).values
-    assert found["bleu_1"] == pytest.approx(4 / 5, abs=1e-6)
-    assert found["bleu_2"] == pytest.approx(math.sqrt(4 / 5 * 2 / 3), abs=1e-6)
+    values = quick({1: ["a b c", "a b c d e"], 2: ["x y"]}, {1: "a b c", 2: "x z"}).values
+    assert values["bleu_1"] == pytest.approx(4 / 5, abs=1e-6)
+    assert values["bleu_2"] == pytest.approx(math.sqrt(4 / 5 * 2 / 3), abs=1e-6)
     # Of references one word shorter and three longer, the closer counts; of two that are equally near, the shorter.
     assert quick({1: ["a b c", "a b c d e f g"]}, {1: "a b c d"}).values["bleu_1"] == pytest.approx(1, abs=1e-6)
     assert quick({1: ["a", "a b c d e"]}, {1: "a b c d"}).values["bleu_1"] == pytest.approx(math.exp(-1 / 4), abs=1e-6)
@@ -121,12 +121,12 @@ def test_bleu_by_hand():
 
 
 def test_cider_and_rouge_by_hand():
-    found = quick({1: ["red bird"], 2: ["blue fish"]}, {1: "red bird", 2: "red fish"})
+    scores = quick({1: ["red bird"], 2: ["blue fish"]}, {1: "red bird", 2: "red fish"})
     # Image 1: words and pair are the same, 3- and 4-grams are none: 10 * (1 + 1) / 4. Image 2: one word of two.
-    assert found.cider == pytest.approx({1: 5.0, 2: 10 * 0.5 / 4})
-    assert found.values["cider"] == pytest.approx(3.125)
+    assert scores.cider == pytest.approx({1: 5.0, 2: 10 * 0.5 / 4})
+    assert scores.values["cider"] == pytest.approx(3.125)
     # ROUGE-L, beta 1.2: precision and recall are equal, 1 and 1/2.
-    assert found.values["rouge_l"] == pytest.approx(0.75)
+    assert scores.values["rouge_l"] == pytest.approx(0.75)
     # A word said twice counts once (1 of each, of lengths sqrt(5) and sqrt(2)), one pair of two is right, and for being
     # one pair longer there is exp(-1 / 72).
     longer = quick({1: ["red bird"], 2: ["blue fish"]}, {1: "red bird red", 2: "blue fish"})
@@ -147,7 +147,7 @@ def corpus(count=30, seed=0) -> tuple[dict, dict]:
 def test_intervals_are_those_of_a_loop_over_draws(monkeypatch):
     monkeypatch.setattr("eval.metrics.captions._CELLS", 700)  # several blocks
     references, results = corpus()
-    found = quick(references, results, resamples=60, seed=3)
+    scores = quick(references, results, resamples=60, seed=3)
     ids = list(results)
     drawn = np.concatenate(list(draws(len(ids), 60, 3)))
     assert drawn.shape == (60, 30)
@@ -158,13 +158,15 @@ def test_intervals_are_those_of_a_loop_over_draws(monkeypatch):
         chosen = [i for i, times in zip(ids, row, strict=True) for _ in range(times)]
         gts = {n: references[i] for n, i in enumerate(chosen)}
         bleus.append(Bleu(4).compute_score(gts, {n: [results[i]] for n, i in enumerate(chosen)}, verbose=0)[0])
-        ciders.append(np.mean([found.cider[i] for i in chosen]))
+        ciders.append(np.mean([scores.cider[i] for i in chosen]))
     for n in range(4):
         low, high = np.percentile([b[n] for b in bleus], [2.5, 97.5])
-        assert found.values[f"bleu_{n + 1}_low"] == pytest.approx(low, rel=1e-9)
-        assert found.values[f"bleu_{n + 1}_high"] == pytest.approx(high, rel=1e-9)
-    assert [found.values["cider_low"], found.values["cider_high"]] == pytest.approx(np.percentile(ciders, [2.5, 97.5]))
-    assert found.values["cider_low"] < found.values["cider"] < found.values["cider_high"]
+        assert scores.values[f"bleu_{n + 1}_low"] == pytest.approx(low, rel=1e-9)
+        assert scores.values[f"bleu_{n + 1}_high"] == pytest.approx(high, rel=1e-9)
+    assert [scores.values["cider_low"], scores.values["cider_high"]] == pytest.approx(
+        np.percentile(ciders, [2.5, 97.5])
+    )
+    assert scores.values["cider_low"] < scores.values["cider"] < scores.values["cider_high"]
 
 
 def test_intervals_are_a_function_of_the_seed_and_can_be_left_out():
@@ -185,13 +187,13 @@ def test_the_order_of_images_changes_nothing():
 def test_groups_are_scored_as_sets_of_their_own():
     references, results = corpus()
     groups = {i: "near" if i % 3 else "in" for i in range(20)}
-    found = quick(references, results, groups=groups, resamples=20)
+    scores = quick(references, results, groups=groups, resamples=20)
     for group in ("in", "near"):
         ids = [i for i, name in groups.items() if name == group]
         alone = quick({i: references[i] for i in ids}, {i: results[i] for i in ids}, resamples=20).values
-        assert {name: found.values[f"{group}_{name}"] for name in alone} == pytest.approx(alone)
-    assert found.groups == {"in": 7, "near": 13}
-    assert found.values["cider"] == quick(references, results).values["cider"]
+        assert {name: scores.values[f"{group}_{name}"] for name in alone} == pytest.approx(alone)
+    assert scores.groups == {"in": 7, "near": 13}
+    assert scores.values["cider"] == quick(references, results).values["cider"]
 
 
 # Odd captions, and Java -----------------------------------------------------------------------------------------------
@@ -213,11 +215,11 @@ def test_an_odd_caption_changes_no_other_score(tokenizer):
 def test_what_java_does_not_give_is_said(tmp_path, monkeypatch):
     no_java(tmp_path, monkeypatch)
     references, results = corpus(4)
-    found = quick(references, results, tokenizer="auto", meteor=True, spice=True)
-    assert set(found.not_computed) == {"java_tokenizer", "meteor", "spice"}
-    assert found.not_computed["meteor"] == "there is no java on PATH"
-    assert found.tokenizer == NAMES["python"]
-    assert "meteor" not in found.values
+    scores = quick(references, results, tokenizer="auto", meteor=True, spice=True)
+    assert set(scores.not_computed) == {"java_tokenizer", "meteor", "spice"}
+    assert scores.not_computed["meteor"] == "there is no java on PATH"
+    assert scores.tokenizer == NAMES["python"]
+    assert "meteor" not in scores.values
     with pytest.raises(NoJava, match="take python, or auto"):
         quick(references, results, tokenizer="java")
 
@@ -237,10 +239,10 @@ METEOR_ILL = {
 def test_meteor_that_does_not_behave(name, tmp_path, monkeypatch):
     script, reason = METEOR_ILL[name]
     pids = fake_java(tmp_path, monkeypatch, script)
-    found = quick(*corpus(4), meteor=True, seconds=1)
-    assert reason in found.not_computed["meteor"]
-    assert "meteor" not in found.values
-    assert "cider" in found.values
+    scores = quick(*corpus(4), meteor=True, seconds=1)
+    assert reason in scores.not_computed["meteor"]
+    assert "meteor" not in scores.values
+    assert "cider" in scores.values
     assert nothing_runs(pids)
 
 
@@ -248,9 +250,9 @@ def test_meteor_is_told_each_caption_in_one_line(tmp_path, monkeypatch):
     numbers = " ".join(["5 5 3 3 2 2 3 3", *["0"] * 12, "1 5 5"])
     fake_java(tmp_path, monkeypatch, f"tee {tmp_path}/asked | sed 's/.*/{numbers}/'")
     references = {1: ["a ||| b\nc", "SCORE"], 2: ["x"]}
-    found = quick(references, {1: "<d ||| e|||>", 2: "..."}, meteor=True, resamples=10)
+    scores = quick(references, {1: "<d ||| e|||>", 2: "..."}, meteor=True, resamples=10)
     assert (tmp_path / "asked").read_text() == "SCORE ||| a | | | b c ||| score ||| <d e >\nSCORE ||| x ||| \n"
-    assert found.values["meteor"] == found.values["meteor_low"] == pytest.approx(1.0)
+    assert scores.values["meteor"] == scores.values["meteor_low"] == pytest.approx(1.0)
 
 
 def spice_folder(tmp_path):
@@ -262,18 +264,18 @@ def spice_folder(tmp_path):
 
 def test_spice_is_not_computed_without_its_parser_and_nothing_is_fetched(tmp_path, monkeypatch):
     pids = fake_java(tmp_path, monkeypatch, "exit 0")
-    found = quick(*corpus(4), spice=True)
-    assert "lib/stanford-corenlp-3.6.0.jar" in found.not_computed["spice"]
-    assert "never fetched" in found.not_computed["spice"]
+    scores = quick(*corpus(4), spice=True)
+    assert "lib/stanford-corenlp-3.6.0.jar" in scores.not_computed["spice"]
+    assert "never fetched" in scores.not_computed["spice"]
     assert pids.read_text() == "", "no program was started"
 
 
 def test_spice_is_asked_and_believed(tmp_path, monkeypatch):
     folder = spice_folder(tmp_path)
-    said = json.dumps([{"image_id": i, "scores": {"All": {"f": f}}} for i, f in ((1, 0.5), (0, 0.25))])
-    fake_java(tmp_path, monkeypatch, f"cp in.json {tmp_path}/asked; echo '{said}' > out.json")
-    found = quick({"x": ["a dog"], "y": ["a cat"]}, {"x": "a dog", "y": "cats"}, spice=True, spice_folder=folder)
-    assert found.values["spice"] == 0.375
+    report = json.dumps([{"image_id": i, "scores": {"All": {"f": f}}} for i, f in ((1, 0.5), (0, 0.25))])
+    fake_java(tmp_path, monkeypatch, f"cp in.json {tmp_path}/asked; echo '{report}' > out.json")
+    scores = quick({"x": ["a dog"], "y": ["a cat"]}, {"x": "a dog", "y": "cats"}, spice=True, spice_folder=folder)
+    assert scores.values["spice"] == 0.375
     assert json.loads((tmp_path / "asked").read_text()) == [
         {"image_id": 0, "test": "a dog", "refs": ["a dog"]},
         {"image_id": 1, "test": "cats", "refs": ["a cat"]},
@@ -293,8 +295,8 @@ def test_spice_is_asked_and_believed(tmp_path, monkeypatch):
 )
 def test_spice_that_does_not_behave(tmp_path, monkeypatch, script, reason):
     folder, pids = spice_folder(tmp_path), fake_java(tmp_path, monkeypatch, script)
-    found = quick({0: ["a dog"]}, {0: "a dog"}, spice=True, spice_folder=folder, seconds=1)
-    assert reason in found.not_computed["spice"]
+    scores = quick({0: ["a dog"]}, {0: "a dog"}, spice=True, spice_folder=folder, seconds=1)
+    assert reason in scores.not_computed["spice"]
     assert nothing_runs(pids)
 
 
@@ -458,10 +460,10 @@ def test_sets_that_do_not_match():
     ):
         with pytest.raises(DataError, match=words):
             quick(*wrong)
-    found = quick(references | {0: ["a cow"], 1: []}, {0: "a cow", 5: "a dog"}, allow_partial=True)
-    assert (found.images, found.missing) == (2, 7)
+    scores = quick(references | {0: ["a cow"], 1: []}, {0: "a cow", 5: "a dog"}, allow_partial=True)
+    assert (scores.images, scores.missing) == (2, 7)
     alone = quick({0: ["a cow"], 5: ["a dog"]}, {0: "a cow", 5: "a dog"})
-    assert found.values == alone.values, "as if the others were not there"
+    assert scores.values == alone.values, "as if the others were not there"
     with pytest.raises(DataError, match="without references"):
         quick(references, {99: "x"}, allow_partial=True)
     with pytest.raises(ValueError, match="no reference caption holds a word"):
@@ -556,18 +558,18 @@ def test_images_that_cannot_be_used_are_named(tmp_path):
 def test_captions_are_those_of_each_image_alone(tmp_path):
     model, tokenizer = captioner()
     images = Images.open(draw(tmp_path))
-    found = captions_of(model, tokenizer, images, DECODE, prompt="a ", batch=3)
+    captions = captions_of(model, tokenizer, images, DECODE, prompt="a ", batch=3)
     assert model.training, "left as it was"
-    assert list(found) == list(range(100, 107))
-    assert len(set(found.values())) > 1
+    assert list(captions) == list(range(100, 107))
+    assert len(set(captions.values())) > 1
     for batch in (1, 50):
-        assert captions_of(model, tokenizer, images, DECODE, prompt="a ", batch=batch) == found
-    assert captions_of(model, tokenizer, images, dataclasses.replace(DECODE, num=2), prompt="a ") == found
+        assert captions_of(model, tokenizer, images, DECODE, prompt="a ", batch=batch) == captions
+    assert captions_of(model, tokenizer, images, dataclasses.replace(DECODE, num=2), prompt="a ") == captions
     drawn = DecodeConfig(method="nucleus", max_length=9, min_length=3, seed=4)
     once = captions_of(model, tokenizer, images, drawn)
     assert captions_of(model, tokenizer, images, drawn, batch=2) == once
     assert captions_of(model, tokenizer, images.only([104, 101]), drawn) == {i: once[i] for i in (104, 101)}
-    scores = quick(images.references, found)
+    scores = quick(images.references, captions)
     assert scores.images == 7
 
 
@@ -579,8 +581,8 @@ def write_captions(whole: str, broken: str, out: str) -> None:
     dist.start(60)
     model, tokenizer = captioner()
     for count in COUNTS:
-        found = captions_of(model, tokenizer, Images.open(SourceConfig(whole), count), DECODE, prompt="a ", batch=2)
-        Path(f"{out}-{count}-{dist.rank()}").write_text(coco_results(found))
+        captions = captions_of(model, tokenizer, Images.open(SourceConfig(whole), count), DECODE, prompt="a ", batch=2)
+        Path(f"{out}-{count}-{dist.rank()}").write_text(coco_results(captions))
     with pytest.raises(DataError, match=r"image 103 \(3.png\) cannot be evaluated"):
         captions_of(model, tokenizer, Images.open(SourceConfig(broken)), DECODE, batch=2)
     with pytest.raises(ValueError, match="max_length"):
@@ -636,5 +638,5 @@ def test_the_page_shows_the_best_and_the_worst_and_asks_nobody(tmp_path):
 def test_lists_have_the_columns_that_training_takes(tmp_path):
     rows = [{"file_name": f"{i}.jpg", "text": [f"a {i}", "b"]} for i in range(2)]
     (tmp_path / "a.ndjson").write_text("\n".join(map(json.dumps, rows)))
-    found = read_references(tmp_path / "a.ndjson")
-    assert [(entry.image, entry.captions) for entry in found] == [("0.jpg", ["a 0", "b"]), ("1.jpg", ["a 1", "b"])]
+    references = read_references(tmp_path / "a.ndjson")
+    assert [(entry.image, entry.captions) for entry in references] == [("0.jpg", ["a 0", "b"]), ("1.jpg", ["a 1", "b"])]

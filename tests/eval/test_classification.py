@@ -20,9 +20,9 @@ from eval.classification import ClassFolder, accuracy, classify, read_names
 
 def test_accuracy_by_hand():
     chances = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.3, 0.5], [0.4, 0.4, 0.2], [0.1, 0.2, 0.7]])
-    found = accuracy(chances, [0, 1, 0, 2])
+    scores = accuracy(chances, [0, 1, 0, 2])
     # Rows 0 and 3 are right; in row 2 the right class ties with another, which counts against it.
-    assert found == {"top@1": 50.0, "top@5": 100.0, "mean_class": pytest.approx(100 * (0.5 + 0 + 1) / 3)}
+    assert scores == {"top@1": 50.0, "top@5": 100.0, "mean_class": pytest.approx(100 * (0.5 + 0 + 1) / 3)}
     six = torch.eye(6)[[5, 4]] * 0.1 + torch.arange(6) * 0.01
     assert accuracy(six, [0, 5])["top@5"] == 50.0
 
@@ -57,9 +57,9 @@ def classified(model: str, data: str, out: str) -> None:  # noqa: F811
     """What each of two processes does."""
     dist.start(60)
     for batch in (1, 2, 9):
-        found = classify(blip.load(model, batch=batch), ClassFolder.open(data))
+        chances = classify(blip.load(model, batch=batch), ClassFolder.open(data))
         with open(f"{out}-{batch}-{dist.rank()}", "w") as file:
-            json.dump(found.tolist(), file)
+            json.dump(chances.tolist(), file)
 
 
 def test_two_processes_classify_as_one_does(folder, model, tmp_path):  # noqa: F811
@@ -95,9 +95,9 @@ def test_command(folder, model, tmp_path, capsys):  # noqa: F811
     rows = json.loads((tmp_path / "out/results.json").read_text())
     assert scores["top@1"] == pytest.approx(20 * sum(row["found"][0] == row["class"] for row in rows))
     assert scores["top@5"] == 100
-    said = capsys.readouterr()
-    assert "top@1" in said.out
-    assert "left out 1 files that are not named like images (.md)" in said.err
+    output = capsys.readouterr()
+    assert "top@1" in output.out
+    assert "left out 1 files that are not named like images (.md)" in output.err
     (folder / "moon/9.png").write_bytes(b"<html>")
     with pytest.raises(SystemExit) as stop:
         main(args)
@@ -105,23 +105,23 @@ def test_command(folder, model, tmp_path, capsys):  # noqa: F811
     assert "moon/9.png cannot be evaluated: is an HTML page" in capsys.readouterr().err.splitlines()[-1]
     (tmp_path / "n.json").write_text('{"moon": "crescent"}', encoding="utf-8-sig")
     assert read_names(tmp_path / "n.json") == {"moon": "crescent"}
-    for text, said in (("[]", "expected {"), ("{", "is not JSON"), ('{"moon": 3}', "expected {")):
+    for text, message in (("[]", "expected {"), ("{", "is not JSON"), ('{"moon": 3}', "expected {")):
         (tmp_path / "n.json").write_text(text)
-        assert said in refused(capsys, [*args, "--names", str(tmp_path / "n.json")])
+        assert message in refused(capsys, [*args, "--names", str(tmp_path / "n.json")])
     assert "t2.txt cannot be read" in refused(capsys, [*args, "--templates", str(tmp_path / "t2.txt")])
 
 
 def test_classes_of_the_world(tmp_path):
     folders = write(tmp_path / "shapes", by="shape", count=24)
     assert [path.name for path in folders] == list(SHAPES)
-    found = [path for folder in folders for path in folder.iterdir()]
-    assert len(found) == 24
-    for path in found:
+    images = [path for folder in folders for path in folder.iterdir()]
+    assert len(images) == 24
+    for path in images:
         (thing,) = scene_of(path.stem).things
         assert thing.shape == path.parent.name
         assert (thing.colour, thing.shape) not in HELD_OUT
     again = write(tmp_path / "again", by="shape", count=24)
-    for path in found:
+    for path in images:
         assert (again[0].parent / path.relative_to(tmp_path / "shapes")).read_bytes() == path.read_bytes()
     write(tmp_path / "colours", by="colour", count=9, split="composition")
     assert all((made.things[0].colour, made.things[0].shape) in HELD_OUT for made in single(0, "composition", 9)), (

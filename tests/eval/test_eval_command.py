@@ -25,17 +25,17 @@ def alone(program: str) -> str:
 
 def test_help_is_quick_and_complete(capsys):
     program = "from eval.__main__ import main; main(['--help'])"
-    said = alone(f"{program}; import sys; print(sorted({{'torch', 'yaml'}} & set(sys.modules)))")
-    assert said.splitlines()[-1] == "[]", "a slow import"
+    stdout = alone(f"{program}; import sys; print(sorted({{'torch', 'yaml'}} & set(sys.modules)))")
+    assert stdout.splitlines()[-1] == "[]", "a slow import"
     for name in COMMANDS:
-        assert f"blip-eval {name} --" in said
+        assert f"blip-eval {name} --" in stdout
     for name, wanted in (("captioning", ("--results", "--decode.top-p", "--allow-partial")), ("retrieval", ("--k",))):
         with pytest.raises(SystemExit) as stop:
             main([name, "--help"])
         assert stop.value.code == 0
-        said = capsys.readouterr().out
-        assert f"usage: blip-eval {name}" in said
-        assert all(option in said for option in wanted)
+        stdout = capsys.readouterr().out
+        assert f"usage: blip-eval {name}" in stdout
+        assert all(option in stdout for option in wanted)
 
 
 def test_options_need_no_torch():
@@ -47,12 +47,12 @@ def refused(capsys, args: list[str]) -> str:
     """What is said of a command line that does not fit."""
     with pytest.raises(SystemExit) as stop:
         main(args)
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert stop.value.code == 2
-    assert said.out == ""
-    assert said.err.startswith("error: ")
-    assert said.err.count("\n") == 1
-    return said.err
+    assert output.out == ""
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") == 1
+    return output.err
 
 
 SCORE = ["--results", "r.json", "--references", "g.json"]
@@ -127,20 +127,20 @@ def test_a_results_file_is_scored(tmp_path, capsys, monkeypatch):
     no_java(tmp_path, monkeypatch)
     out = tmp_path / "scores" / "deep"
     main([*files(tmp_path), "--out", str(out), "--resamples", "50"])
-    said = capsys.readouterr().out
-    assert "3 images, 5 reference captions; words by eval.ptb (Python)" in said
-    assert "meteor not computed: there is no java on PATH" in said
+    stdout = capsys.readouterr().out
+    assert "3 images, 5 reference captions; words by eval.ptb (Python)" in stdout
+    assert "meteor not computed: there is no java on PATH" in stdout
     assert sorted(p.name for p in out.iterdir()) == ["captions.html", "results.json", "scores.json"]
     assert read_results(out / "results.json") == RESULTS
-    found = json.loads((out / "scores.json").read_text())
+    scores = json.loads((out / "scores.json").read_text())
     for name in ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "cider", "rouge_l"):
-        assert found[f"{name}_low"] <= found[name] <= found[f"{name}_high"]
-        assert f"{name} " in said
-    assert (found["images"], found["references"], found["missing"], found["resamples"]) == (3, 5, 0, 50)
-    assert found["tokenizer"] == "eval.ptb (Python)"
-    assert set(found["not_computed"]) == {"java_tokenizer", "meteor", "spice"}
-    assert found["results_file"] == str(tmp_path / "r.json")
-    assert found["references_file"] == str(tmp_path / "g.json")
+        assert scores[f"{name}_low"] <= scores[name] <= scores[f"{name}_high"]
+        assert f"{name} " in stdout
+    assert (scores["images"], scores["references"], scores["missing"], scores["resamples"]) == (3, 5, 0, 50)
+    assert scores["tokenizer"] == "eval.ptb (Python)"
+    assert set(scores["not_computed"]) == {"java_tokenizer", "meteor", "spice"}
+    assert scores["results_file"] == str(tmp_path / "r.json")
+    assert scores["references_file"] == str(tmp_path / "g.json")
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     main([*files(tmp_path), "--out", str(out), "--resamples", "50"])
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
@@ -150,9 +150,9 @@ def test_without_out_nothing_is_written(tmp_path, capsys, monkeypatch):
     no_java(tmp_path, monkeypatch)
     args, before = files(tmp_path), sorted(tmp_path.iterdir())
     main([*args, "--resamples", "0", "--meteor", "false", "--spice", "false"])
-    said = capsys.readouterr().out
-    assert "95%" not in said
-    assert "meteor" not in said
+    stdout = capsys.readouterr().out
+    assert "95%" not in stdout
+    assert "meteor" not in stdout
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -174,18 +174,18 @@ def test_java_that_is_asked_for_and_absent_is_an_error(tmp_path, capsys, monkeyp
 @needs_java
 def test_the_java_tokenizer_is_taken_when_it_answers(tmp_path):
     main([*files(tmp_path), "--out", str(tmp_path / "out"), "--meteor", "false", "--spice", "false"])
-    found = json.loads((tmp_path / "out" / "scores.json").read_text())
-    assert found["tokenizer"] == "Stanford PTBTokenizer 3.4.1 (Java)"
-    assert found["not_computed"] == {}
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores["tokenizer"] == "Stanford PTBTokenizer 3.4.1 (Java)"
+    assert scores["not_computed"] == {}
 
 
 def test_nocaps_is_scored_by_domain(tmp_path, capsys, monkeypatch):
     no_java(tmp_path, monkeypatch)
     args = files(tmp_path, domains={7: "in-domain", 8: "near-domain", 9: "near-domain"})
     main([*args, "--out", str(tmp_path / "out")])
-    found = json.loads((tmp_path / "out" / "scores.json").read_text())
-    assert found["groups"] == {"in": 1, "near": 2}
-    assert {"in_cider", "near_cider", "near_cider_low", "cider"} <= found.keys()
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores["groups"] == {"in": 1, "near": 2}
+    assert {"in_cider", "near_cider", "near_cider_low", "cider"} <= scores.keys()
     assert "near_cider" in capsys.readouterr().out
 
 
@@ -206,10 +206,10 @@ def test_a_model_writes_and_is_scored(tmp_path, model, capsys):
     main(args)
     written = read_results(tmp_path / "out" / "results.json")
     assert list(written) == list(range(100, 107))
-    found = json.loads((tmp_path / "out" / "scores.json").read_text())
-    assert (found["images"], found["references"]) == (7, 14)
-    assert (found["model"], found["prompt"], found["decode"]["max_length"]) == (model, "", 8)
-    assert found["decode"]["beams"] == 3
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert (scores["images"], scores["references"]) == (7, 14)
+    assert (scores["model"], scores["prompt"], scores["decode"]["max_length"]) == (model, "", 8)
+    assert scores["decode"]["beams"] == 3
     page = (tmp_path / "out" / "captions.html").read_text()
     assert page.count("<img ") == 7
     # What was written can be scored again, with the images or with references from elsewhere.
@@ -224,7 +224,7 @@ def test_a_model_writes_and_is_scored(tmp_path, model, capsys):
     ]
     main([*again, "--source.path", source.path, "--out", str(tmp_path / "again")])
     rescored = json.loads((tmp_path / "again" / "scores.json").read_text())
-    assert {n: v for n, v in found.items() if isinstance(v, float)} == {
+    assert {n: v for n, v in scores.items() if isinstance(v, float)} == {
         n: v for n, v in rescored.items() if isinstance(v, float)
     }
     main([*args, "--limit", "2", "--references", source.path, "--allow_partial", "true"])
@@ -249,8 +249,8 @@ def test_a_image_that_is_not_there_stops_it_before_anything_is_written(tmp_path,
     with pytest.raises(SystemExit) as stop:
         main(args)
     assert stop.value.code == 2
-    assert "error: source" in (said := capsys.readouterr().err)
-    assert "image 102 (2.png) cannot be evaluated: is an HTML page" in said
+    assert "error: source" in (stderr := capsys.readouterr().err)
+    assert "image 102 (2.png) cannot be evaluated: is an HTML page" in stderr
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -259,9 +259,9 @@ def test_retrieval(tmp_path, model, capsys):
     main(
         ["retrieval", "--model", model, "--source.path", source.path, "--device", "cpu", "--out", str(tmp_path / "out")]
     )
-    found = json.loads((tmp_path / "out" / "scores.json").read_text())
-    assert (found["images"], found["texts"], found["k"]) == (7, 14, 128)
-    assert {"tr@1", "ir@10", "mean_recall", "tr@1_itc"} <= found.keys()
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert (scores["images"], scores["texts"], scores["k"]) == (7, 14, 128)
+    assert {"tr@1", "ir@10", "mean_recall", "tr@1_itc"} <= scores.keys()
     assert "mean_recall" in capsys.readouterr().out
     written = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [row["image_id"] for row in written["texts_of_image"]] == list(range(100, 107))

@@ -128,13 +128,13 @@ def test_odd_captions_change_no_other_caption(tokenizer):
     alone = [tokenize([caption], tokenizer).texts[0] for caption in NORMAL]
     assert alone[0] == "a man rides a horse"
     captions, places = sandwiches()
-    found = tokenize(captions, tokenizer).texts
-    assert [found[i] for i in places] == alone * len(ODD)
-    odd = dict(zip(ODD, found[1 :: 2 * len(NORMAL)], strict=True))
+    tokenized = tokenize(captions, tokenizer).texts
+    assert [tokenized[i] for i in places] == alone * len(ODD)
+    odd = dict(zip(ODD, tokenized[1 :: 2 * len(NORMAL)], strict=True))
     assert odd["nothing"] == odd["only spaces"] == ""
     assert odd["ten thousand words"] == ODD["ten thousand words"].strip()
     assert odd["carriage return"] == odd["carriage return and line feed"] == "a dog a cat"
-    assert not any("\n" in text or "\r" in text for text in found)
+    assert not any("\n" in text or "\r" in text for text in tokenized)
 
 
 def test_no_captions_are_no_tokens():
@@ -172,12 +172,12 @@ def test_java_that_does_not_behave_is_done_without(name, tmp_path, monkeypatch):
         pids = None
     before = set(Path("/tmp").glob("openblip-java-*"))
     start = time.monotonic()
-    found = tokenize(captions, "auto", seconds=1)
+    tokenized = tokenize(captions, "auto", seconds=1)
     assert time.monotonic() - start < 20, "a deadline, not a speed"
-    assert found.texts == ["a man", "a dog"]
-    assert found.tokenizer == NAMES["python"]
-    assert reason in found.fallback
-    assert "\n" not in found.fallback
+    assert tokenized.texts == ["a man", "a dog"]
+    assert tokenized.tokenizer == NAMES["python"]
+    assert reason in tokenized.fallback
+    assert "\n" not in tokenized.fallback
     assert pids is None or nothing_runs(pids)
     with pytest.raises(NoJava, match="tokenizer java: "):
         tokenize(captions, "java", seconds=1)
@@ -195,9 +195,9 @@ def test_java_gets_cleaned_lines_and_a_fixed_locale(tmp_path, monkeypatch):
     )
     assert tokenize(["\u00e9 x\r\ny", "b\u2028c\0d"], "java").texts == ["\u00e9 x y", "b c d"]
     assert (tmp_path / "given").read_bytes().decode() == "\u00e9 x y\nA\nb c d\nA\n"
-    said, environment = (tmp_path / "said").read_text(), (tmp_path / "env").read_text()
-    assert "-Dfile.encoding=UTF-8" in said
-    assert "-Duser.language=en" in said
+    received, environment = (tmp_path / "said").read_text(), (tmp_path / "env").read_text()
+    assert "-Dfile.encoding=UTF-8" in received
+    assert "-Duser.language=en" in received
     assert "LC_ALL=C.UTF-8" in environment
     assert "_JAVA_OPTIONS" not in environment
     folder = Path((tmp_path / "folder").read_text().strip())

@@ -93,10 +93,10 @@ def by_hand(model, images, k):
 @pytest.mark.parametrize("k", [1, 3, 100])
 @pytest.mark.parametrize("batch", [1, 4, 256])
 def test_reranking_equals_scoring_every_pair_alone(model, images, k, batch):
-    found = retrieval(model.train(), Letters(), list(images.split(2)), TEXTS, OWNER, k=k, batch=batch)
+    scores = retrieval(model.train(), Letters(), list(images.split(2)), TEXTS, OWNER, k=k, batch=batch)
     assert model.training
     for name, value in by_hand(model, images, k).items():
-        assert found[name] == pytest.approx(value), name
+        assert scores[name] == pytest.approx(value), name
 
 
 def test_a_gallery_that_does_not_fit_is_refused(model, images):
@@ -126,10 +126,11 @@ def ranked(source: str, broken: str, out: str) -> None:
     model, tokenizer = captioner()
     for batch in (1, 2, 50):
         gallery = Gallery.open(SourceConfig(source), 64, batch=batch)
-        found = rank(model, tokenizer, *gallery, k=4, batch=3)
+        ranking = rank(model, tokenizer, *gallery, k=4, batch=3)
         with open(f"{out}-{batch}-{dist.rank()}", "w") as file:
             file.write(
-                results(gallery.ids, gallery.texts, gallery.image_of_text, found) + json.dumps(found.cosines.tolist())
+                results(gallery.ids, gallery.texts, gallery.image_of_text, ranking)
+                + json.dumps(ranking.cosines.tolist())
             )
     with pytest.raises(DataError, match=r"image 103 \(3.png\) cannot be evaluated"):
         rank(model, tokenizer, *Gallery.open(SourceConfig(broken), 64, batch=1), k=4)

@@ -53,8 +53,8 @@ def official(references) -> list[Question]:
 def test_the_official_numbers(references):
     questions = official(references)
     expected = json.loads((references / "vqa_expected_simple.json").read_text())
-    found = score(questions, read_results(references / "vqa_results.json"), resamples=0)
-    assert round(100 * found.accuracy, 4) == 53.8251
+    scores = score(questions, read_results(references / "vqa_results.json"), resamples=0)
+    assert round(100 * scores.accuracy, 4) == 53.8251
     rows = json.loads((references / "vqa_a.json").read_text())["annotations"]
     files = {
         "majority": read_results(references / "vqa_results_majority.json"),
@@ -62,12 +62,12 @@ def test_the_official_numbers(references):
         "yes": {row["question_id"]: "yes" for row in rows},
     }
     for name, results in files.items():
-        found = score(questions, results, resamples=0)
-        assert round(100 * found.accuracy, 4) == expected[name]["overall"], name
-        kinds = {kind: round(100 * value, 4) for kind, value in found.by_answer_type.items()}
+        scores = score(questions, results, resamples=0)
+        assert round(100 * scores.accuracy, 4) == expected[name]["overall"], name
+        kinds = {kind: round(100 * value, 4) for kind, value in scores.by_answer_type.items()}
         assert kinds == expected[name]["perAnswerType"], name
-    assert len(found.by_question_type) > 20
-    assert sum(found.counts.values()) == found.questions == len(questions)
+    assert len(scores.by_question_type) > 20
+    assert sum(scores.counts.values()) == scores.questions == len(questions)
 
 
 def test_arithmetic_of_the_measure():
@@ -91,36 +91,36 @@ def test_few_annotators():
     assert accuracy("lung", ["heart"]) == 0.0
 
 
-def asked(*answers):
+def questions_with(*answers):
     return [Question(i, "what?", "a.png", list(given), 1.0, "what", kind) for i, (kind, *given) in enumerate(answers)]
 
 
 def test_groups_and_interval():
-    questions = asked(("other", "a"), ("other", "b"), ("number", "1"))
-    found = score(questions, {0: "a", 1: "x", 2: "1"}, resamples=50, seed=1)
-    assert found.by_answer_type == {"number": 1.0, "other": 0.5}
-    assert found.by_question_type == {"what": pytest.approx(2 / 3)}
-    assert found.named() == {"accuracy": pytest.approx(2 / 3), "accuracy_number": 1.0, "accuracy_other": 0.5}
-    assert 0 <= found.accuracy_low < 2 / 3 < found.accuracy_high <= 1
+    questions = questions_with(("other", "a"), ("other", "b"), ("number", "1"))
+    scores = score(questions, {0: "a", 1: "x", 2: "1"}, resamples=50, seed=1)
+    assert scores.by_answer_type == {"number": 1.0, "other": 0.5}
+    assert scores.by_question_type == {"what": pytest.approx(2 / 3)}
+    assert scores.named() == {"accuracy": pytest.approx(2 / 3), "accuracy_number": 1.0, "accuracy_other": 0.5}
+    assert 0 <= scores.accuracy_low < 2 / 3 < scores.accuracy_high <= 1
     json.dumps(asdict(score(questions, {0: "a", 1: "x", 2: "1"}, resamples=0)), allow_nan=False)
 
 
 def test_ids_that_do_not_match():
-    questions = asked(("other", "a"), ("other", "b"))
+    questions = questions_with(("other", "a"), ("other", "b"))
     with pytest.raises(DataError, match=r"no results for 1 question \(1\) of 2"):
         score(questions, {0: "a"})
-    found = score(questions, {0: "a"}, allow_partial=True)
-    assert (found.accuracy, found.questions, found.missing) == (1.0, 1, 1)
+    scores = score(questions, {0: "a"}, allow_partial=True)
+    assert (scores.accuracy, scores.questions, scores.missing) == (1.0, 1, 1)
     with pytest.raises(DataError, match=r"results for 2 questions \(5, 6\) that are not among"):
         score(questions, {0: "a", 1: "b", 5: "", 6: ""}, allow_partial=True)
     with pytest.raises(DataError, match="no results to score"):
         score(questions, {})
     with pytest.raises(DataError, match=r"no annotators' answers to 1 question \(0\)"):
-        score(asked(("other",)), {0: "a"})
+        score(questions_with(("other",)), {0: "a"})
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "message"),
     [
         (
             '[{"question_id": 1, "answer": "a"}, {"question_id": "1", "answer": "b"}]',
@@ -134,9 +134,9 @@ def test_ids_that_do_not_match():
         ("[{", "is not valid JSON"),
     ],
 )
-def test_results_that_are_none(tmp_path, rows, said):
+def test_results_that_are_none(tmp_path, rows, message):
     (tmp_path / "r.json").write_text(rows)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         read_results(tmp_path / "r.json")
 
 
@@ -172,13 +172,13 @@ def test_each_question_is_answered_whatever_the_batch(folder):
     model, tokenizer = from_pretrained(folder / "model", Vqa)
     questions = QuestionSet(Questions(source_of(folder)))
     candidates = Candidates(CHOICES, tokenizer)
-    found = [answers_of(model, tokenizer, questions, AnswerConfig(), candidates, batch=batch) for batch in (1, 3, 50)]
-    assert list(found[0]) == [question.id for question in questions.questions]
-    words = [[answer.words for answer in one.values()] for one in found]
+    answers = [answers_of(model, tokenizer, questions, AnswerConfig(), candidates, batch=batch) for batch in (1, 3, 50)]
+    assert list(answers[0]) == [question.id for question in questions.questions]
+    words = [[answer.words for answer in one.values()] for one in answers]
     assert words[0] == words[1] == words[2]
     assert len(set(words[0])) > 1, "the test needs answers that depend on images and questions"
-    for other in found[1:]:
-        assert [a.logprob for a in other.values()] == pytest.approx([a.logprob for a in found[0].values()], abs=1e-4)
+    for other in answers[1:]:
+        assert [a.logprob for a in other.values()] == pytest.approx([a.logprob for a in answers[0].values()], abs=1e-4)
     free = answers_of(model, tokenizer, questions, AnswerConfig(max_length=5))
     assert len(free) == 35
     assert all(answer.logprob <= 0 for answer in free.values())
@@ -219,11 +219,11 @@ def test_two_processes_leave_the_files_that_one_leaves_and_fail_together(folder,
 def refused(capsys, args: list[str]) -> str:
     with pytest.raises(SystemExit) as stop:
         main(args)
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert stop.value.code == 2
-    assert said.err.startswith("error: ")
-    assert said.err.count("\n") == 1
-    return said.err
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") == 1
+    return output.err
 
 
 def test_the_command(folder, tmp_path, capsys):
@@ -245,8 +245,8 @@ def test_the_command(folder, tmp_path, capsys):
     assert "a.txt cannot be read" in refused(capsys, ["vqa", *model, *known, "--candidates", "a.txt"])
     assert "--model DIR" in refused(capsys, ["vqa", *known])
     save_pretrained(Blip(SMALLEST), TOKENIZER, tmp_path / "blip")
-    said = refused(capsys, ["vqa", "--model", str(tmp_path / "blip"), "--out", "x", *known])
-    assert "is of a Blip model, Vqa is expected: fine-tune it first with recipes.vqa" in said
+    message = refused(capsys, ["vqa", "--model", str(tmp_path / "blip"), "--out", "x", *known])
+    assert "is of a Blip model, Vqa is expected: fine-tune it first with recipes.vqa" in message
 
 
 # blip vqa -------------------------------------------------------------------------------------------------------------
@@ -257,9 +257,9 @@ def command(capfd, *args: str) -> tuple[int, str, str]:
         status = cli.main(["vqa", *map(str, args)])
     except SystemExit as stop:
         status = stop.code
-    said = capfd.readouterr()
-    assert "Traceback" not in said.err
-    return status, said.out, said.err
+    output = capfd.readouterr()
+    assert "Traceback" not in output.err
+    return status, output.out, output.err
 
 
 def test_a_question_about_images(folder, capfd):
@@ -272,10 +272,10 @@ def test_a_question_about_images(folder, capfd):
     status, out, _ = command(
         capfd, images / "world-0-val-000002.jpg", "What colour is the star?", *model, "--top", 3, "--json"
     )
-    (found,) = map(json.loads, out.splitlines())
-    assert (status, found["question"], len(found["answers"])) == (0, "What colour is the star?", 3)
-    assert found["answers"][0] == rows[2][1]
-    assert found["probability"] == sorted(found["probability"], reverse=True)
+    (answer,) = map(json.loads, out.splitlines())
+    assert (status, answer["question"], len(answer["answers"])) == (0, "What colour is the star?", 3)
+    assert answer["answers"][0] == rows[2][1]
+    assert answer["probability"] == sorted(answer["probability"], reverse=True)
     status, out, _ = command(capfd, images, "what is it?", *model, "--method", "generate", "--top", 4)
     assert (status, len(out.splitlines())) == (0, 28)
 

@@ -39,8 +39,8 @@ def checkpoint() -> dict[str, torch.Tensor]:
 
 def batch(step: int, trim: bool = False) -> Batch:
     """The 4 pairs of a step; texts padded to 30 tokens as in the original, or trimmed to the longest."""
-    found = load_file(HERE / "inputs.safetensors")
-    image, ids, keep = (found[f"{step}.{name}"] for name in ("image", "ids", "keep"))
+    inputs = load_file(HERE / "inputs.safetensors")
+    image, ids, keep = (inputs[f"{step}.{name}"] for name in ("image", "ids", "keep"))
     length = int(keep.sum(1).max()) if trim else keep.shape[1]
     return Batch(image, ids[:, :length].long(), keep[:, :length], [f"{step}:{i}" for i in range(len(ids))])
 
@@ -62,12 +62,12 @@ def keys(layout: str) -> dict[str, list[int]]:
 
 def released(program: str, name: str) -> dict[str, list[int]]:
     """Names and shapes of a class of the original, or of LAVIS, at its released size, such as "retrieval large"."""
-    found = json.loads((HERE / "released_keys.json").read_text())[program][name]
+    entry = json.loads((HERE / "released_keys.json").read_text())[program][name]
     if program == "lavis":
-        own = released("original", found["as"])
-        return {key: shape for key, shape in own.items() if key not in found["without"]} | found["more"]
+        own = released("original", entry["as"])
+        return {key: shape for key, shape in own.items() if key not in entry["without"]} | entry["more"]
     whole: dict[str, list[int]] = {}
-    for key, shape in found.items():
+    for key, shape in entry.items():
         numbered = re.search(r"\.(\d+)-(\d+)\.", key)
         if not numbered:
             whole[key] = shape

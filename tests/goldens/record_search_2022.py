@@ -79,7 +79,7 @@ def main(out):
     state = load_file(HERE / "weights.safetensors")
     state |= {second: state[first] for second, first in json.loads((HERE / "shared.json").read_text())["same"].items()}
     images = torch.randn(ROWS, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    found = {}
+    texts = {}
     for name, prompt, length_penalty, how in (
         ("prompt", PROMPT, 1.0, CAPTION),
         ("no prompt", "", 1.0, CAPTION),
@@ -88,7 +88,7 @@ def main(out):
         model = built(blip.BLIP_Decoder, tokenizer, str(folder / "med.json"), image_size=32, prompt=prompt)
         fill(model, state, MORE_SEP["blip"])
         model.text_decoder.config.length_penalty = length_penalty
-        found[name] = searched(model, partial(model.generate, images, **how), model.prompt_length)
+        texts[name] = searched(model, partial(model.generate, images, **how), model.prompt_length)
 
     settings["encoder_width"] = 24  # of the decoder; the original's encoder sets its own
     (folder / "med.json").write_text(json.dumps(settings))
@@ -103,12 +103,12 @@ def main(out):
     state[f"{tied}.bias"] = state["text_decoder.cls.predictions.bias"]
     fill(model, state, MORE_SEP["vqa"])
     questions = [f"w{i} w{(7 * i) % 92} w{(3 * i + 5) % 92}" for i in range(ROWS)]
-    found["answers"] = searched(model, partial(model, images, questions, train=False, inference="generate"), 1)
-    lines = ",\n".join(f' "{name}": {json.dumps(rows, separators=(",", ":"))}' for name, rows in found.items())
+    texts["answers"] = searched(model, partial(model, images, questions, train=False, inference="generate"), 1)
+    lines = ",\n".join(f' "{name}": {json.dumps(rows, separators=(",", ":"))}' for name, rows in texts.items())
     Path(out).write_text(f"{{\n{lines}\n}}\n")
     print(
         transformers.__version__,
-        {name: [len(set(map(tuple, rows))), sum(map(len, rows))] for name, rows in found.items()},
+        {name: [len(set(map(tuple, rows))), sum(map(len, rows))] for name, rows in texts.items()},
     )
 
 

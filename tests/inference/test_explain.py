@@ -40,16 +40,16 @@ def theirs(matcher, tokens, ids, layer):  # noqa: F811
 def test_evidence_is_that_of_transformers(features, matcher, photos, layer):  # noqa: F811
     (tokens,) = features.tokens(photos[:1])
     ids, _ = features.tokenizer.encode([TEXT], first="enc", max_length=30)
-    found = evidence(features.model, tokens, ids, layer)
+    ours = evidence(features.model, tokens, ids, layer)
     probabilities, gradients, logit = theirs(matcher, tokens, ids, layer)
-    assert found.probabilities.shape == (2, 6, 17)
-    close(found.probabilities, probabilities)
-    close(found.probabilities.sum(-1), torch.ones(2, 6))
+    assert ours.probabilities.shape == (2, 6, 17)
+    close(ours.probabilities, probabilities)
+    close(ours.probabilities.sum(-1), torch.ones(2, 6))
     scale = gradients.abs().max()
-    close(found.gradients / scale, gradients / scale)
+    close(ours.gradients / scale, gradients / scale)
     assert gradients.min() < 0 < gradients.max(), "the test needs gradients of both signs"
-    close(found.logits[1], logit)
-    close(found.weighted, (probabilities * gradients.clamp(min=0)).mean(0))
+    close(ours.logits[1], logit)
+    close(ours.weighted, (probabilities * gradients.clamp(min=0)).mean(0))
 
 
 def test_only_what_is_there_is_evidence(features):
@@ -64,31 +64,31 @@ def test_only_what_is_there_is_evidence(features):
     try:
         with torch.no_grad():
             cross.kv.bias[width:] = 0
-        found = evidence(model, tokens, ids, 1)
+        ours = evidence(model, tokens, ids, 1)
     finally:
         cross.kv.bias.data.copy_(before)
     # The last layer's answer comes from [ENC] alone, so other tokens' attention there changes nothing.
-    assert found.gradients[:, 1:].abs().max() == 0
-    assert found.gradients[:, 0, 6].abs().max() > 0
+    assert ours.gradients[:, 1:].abs().max() == 0
+    assert ours.gradients[:, 0, 6].abs().max() > 0
     others = torch.arange(17) != 6
-    assert found.gradients[:, 0, others].abs().max() < 1e-7 * found.gradients.abs().max()
+    assert ours.gradients[:, 0, others].abs().max() < 1e-7 * ours.gradients.abs().max()
 
 
 def test_words_and_their_maps(features, photos):  # noqa: F811
-    found = explain(features, photos[0], "W3, zebra w9!", layer=0)
-    assert found.words == ["w3,", "zebra", "w9"]
-    assert found.maps.shape == (3, 4, 4)
-    assert found.maps.min() >= 0
+    explanation = explain(features, photos[0], "W3, zebra w9!", layer=0)
+    assert explanation.words == ["w3,", "zebra", "w9"]
+    assert explanation.maps.shape == (3, 4, 4)
+    assert explanation.maps.min() >= 0
     # "w3," is two pieces, and the mean over all pieces counts it twice.
-    close(found.whole, (2 * found.maps[0] + found.maps[1] + found.maps[2]) / 4)
+    close(explanation.whole, (2 * explanation.maps[0] + explanation.maps[1] + explanation.maps[2]) / 4)
     matched = features.match(photos[:1], ["W3, zebra w9!"])
-    assert found.probability == pytest.approx(matched.probability.item(), abs=1e-6)
+    assert explanation.probability == pytest.approx(matched.probability.item(), abs=1e-6)
 
 
 def test_a_long_text_loses_whole_words(features, photos):  # noqa: F811
     short = Features(features.model, features.tokenizer, reader(32), max_tokens=6)
-    found = explain(short, photos[0], "w1 w2 w3, w4", layer=0)
-    assert found.words == ["w1", "w2", "w3,"]
+    explanation = explain(short, photos[0], "w1 w2 w3, w4", layer=0)
+    assert explanation.words == ["w1", "w2", "w3,"]
 
 
 def test_the_fast_path_stays_as_it_was(features, photos):  # noqa: F811
@@ -157,11 +157,11 @@ def test_command(model_folder, tmp_path, monkeypatch, capfd):  # noqa: F811
         ("a.png", "a star", "--out", "e.png", "--layer", "7"): "layer must be 0 to",
         ("a.png", "a star", "--out", "gone/e.png"): "gone/e.png",
     }
-    for args, said in wrong.items():
+    for args, message in wrong.items():
         with pytest.raises(SystemExit) as stop:
             cli.main(["explain", *args])
         assert stop.value.code == 2
         err = capfd.readouterr().err
         assert err.startswith("error: ")
         assert err.count("\n") == 1
-        assert said in err
+        assert message in err

@@ -59,26 +59,26 @@ def theirs(matcher: BlipForImageTextRetrieval, features, photos):  # noqa: F811
 @pytest.mark.parametrize("batch", [1, 2, 8])
 def test_every_image_with_every_text(model, tokenizer, photos, theirs, batch):  # noqa: F811
     read = reader(32)
-    found = Features(model, tokenizer, read, batch=batch, max_tokens=30).match(photos, TEXTS)
-    assert found.itc.shape == (3, 4)
-    assert found.logits.shape == (3, 4, 2)
-    assert found.logits[..., 1].std() > 0.01, "the test needs pairs that differ"
+    scores = Features(model, tokenizer, read, batch=batch, max_tokens=30).match(photos, TEXTS)
+    assert scores.itc.shape == (3, 4)
+    assert scores.logits.shape == (3, 4, 2)
+    assert scores.logits[..., 1].std() > 0.01, "the test needs pairs that differ"
     for i in range(3):
         for j, text in enumerate(TEXTS):
             cosine, logits, _ = theirs(i, text)
-            close(found.itc[i, j], cosine)
-            close(found.logits[i, j], logits)
-            close(found.probability[i, j], logits.softmax(0)[1])
-            close(found.score[i, j], logits[1] + cosine)
+            close(scores.itc[i, j], cosine)
+            close(scores.logits[i, j], logits)
+            close(scores.probability[i, j], logits.softmax(0)[1])
+            close(scores.score[i, j], logits[1] + cosine)
 
 
 def test_cosines_are_exact_under_autocast(features, photos):
     """In bfloat16 they would have three digits, and ties."""
     with torch.autocast("cpu", torch.bfloat16):
-        found = features.match(photos, TEXTS)
+        scores = features.match(photos, TEXTS)
         images, words = features.embed_image(photos), features.embed_text(TEXTS)
-    assert found.itc.dtype == found.logits.dtype == torch.float32
-    close(found.itc, images @ words.T)
+    assert scores.itc.dtype == scores.logits.dtype == torch.float32
+    close(scores.itc, images @ words.T)
 
 
 def test_pairs_and_one_image(features, photos, theirs):
@@ -125,11 +125,11 @@ def test_what_cannot_be_used_is_named(features, photos, tmp_path):
 def test_load_honours_type_and_size(model, tokenizer, tmp_path, photos):  # noqa: F811
     blip.save_pretrained(model, tokenizer, tmp_path / "model")
     exact = blip.load(tmp_path / "model")
-    found = blip.load(tmp_path / "model", dtype=torch.bfloat16, image_size=48)
-    assert (exact.dtype, found.dtype, found.device) == (torch.float32, torch.bfloat16, torch.device("cpu"))
-    assert {p.dtype for p in found.model.parameters()} == {torch.bfloat16}
-    assert found.read.keywords["read"].transform.image_size == 48
-    assert found.embed_image(photos).dtype == found.match(photos, TEXTS).logits.dtype == torch.float32
+    features = blip.load(tmp_path / "model", dtype=torch.bfloat16, image_size=48)
+    assert (exact.dtype, features.dtype, features.device) == (torch.float32, torch.bfloat16, torch.device("cpu"))
+    assert {p.dtype for p in features.model.parameters()} == {torch.bfloat16}
+    assert features.read.keywords["read"].transform.image_size == 48
+    assert features.embed_image(photos).dtype == features.match(photos, TEXTS).logits.dtype == torch.float32
     half = blip.load(tmp_path / "model", dtype=torch.bfloat16)
     torch.testing.assert_close(half.embed_image(photos), exact.embed_image(photos), atol=0.03, rtol=0)
     with pytest.raises(FileNotFoundError, match="not a model directory"):
@@ -138,27 +138,30 @@ def test_load_honours_type_and_size(model, tokenizer, tmp_path, photos):  # noqa
 
 def test_importing_the_package_brings_no_torch():
     program = "import blip, sys; blip.BASE; print('torch' in sys.modules)"
-    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert said.stdout == "False\n"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
     assert {"load", "Features", "MatchScores"} <= set(blip.__all__)
 
 
-def test_a_renamed_class_is_refused_by_its_new_name():
+def test_a_former_name_is_refused_with_the_new_one():
     with pytest.raises(AttributeError, match=r"blip\.Matches is now blip\.MatchScores"):
         blip.Matches  # noqa: B018
+    with pytest.raises(AttributeError, match=r"blip\.write is now blip\.generate_texts"):
+        blip.write  # noqa: B018
+    assert blip.generate_texts.__name__ == "generate_texts"
 
 
 def test_chosen_texts_are_those_that_are_matched(model, features, photos):  # noqa: F811
     """Images with no text, few and more than go through the model at once, in any order, equal all with all."""
     tokens = torch.cat(list(features.tokens(photos)))
-    ids, keep = features._read(TEXTS, "enc")
+    ids, keep = features._tokenize(TEXTS, "enc")
     everything = features.match(photos, TEXTS).logits
     chosen = [torch.tensor([0, 2, 1, 3]), torch.tensor([], dtype=torch.int64), torch.tensor([3])]
     for batch in (1, 2, 3, 100):
-        found = matching.match(model, tokens, ids, keep, chosen, batch)
-        assert [x.shape for x in found] == [(4, 2), (0, 2), (1, 2)]
+        logits = matching.match(model, tokens, ids, keep, chosen, batch)
+        assert [x.shape for x in logits] == [(4, 2), (0, 2), (1, 2)]
         for i, rows in enumerate(chosen):
-            close(found[i], everything[i, rows])
+            close(logits[i], everything[i, rows])
     with pytest.raises(ValueError, match="for 2 images, but there are 3"):
         matching.match(model, tokens, ids, keep, chosen[:2])
 

@@ -13,7 +13,7 @@ from transformers import BlipForConditionalGeneration, TemperatureLogitsWarper, 
 from blip.checkpoints.layouts import original_captioning, original_vqa, transformers_captioning
 from blip.checkpoints.table import from_theirs, to_theirs
 from blip.inference import generate as module
-from blip.inference.generate import generate, queries, write
+from blip.inference.generate import generate, generate_texts, queries
 from blip.inference.settings import DECODE_PRESETS, AnswerConfig, DecodeConfig
 from blip.models.blip import Blip
 from blip.models.vqa import Vqa
@@ -113,9 +113,9 @@ def test_searching_equals_transformers(model, captioner, images, context, prompt
         )
         for n in range(config.num):
             expected = up_to_end(theirs.sequences[n])  # behind which theirs puts more [SEP]
-            found = ours.ids[row, n].tolist()
-            assert found[: len(expected)] == expected, (row, n)
-            assert set(found[len(expected) :]) <= {TEXT.pad_id}
+            ids = ours.ids[row, n].tolist()
+            assert ids[: len(expected)] == expected, (row, n)
+            assert set(ids[len(expected) :]) <= {TEXT.pad_id}
             assert bool(ours.finished[row, n]) == (expected[-1] == TEXT.sep_id)
         if config.beams > 1:
             torch.testing.assert_close(ours.scores[row], theirs.sequences_scores, rtol=1e-4, atol=1e-4)
@@ -131,7 +131,7 @@ def test_the_cases_above_end_early_and_late(model, context, prompts):
 
 CAPTION = {"beams": 3, "max_length": 20, "min_length": 5}
 OTHER = {"beams": 5, "max_length": 16, "min_length": 6, "length_penalty": 1.2, "repetition_penalty": 1.1}
-ASKED = torch.tensor([[98, 5 + i, 5 + 7 * i % 92, 5 + (3 * i + 5) % 92, 3] for i in range(60)])
+QUESTIONS = torch.tensor([[98, 5 + i, 5 + 7 * i % 92, 5 + (3 * i + 5) % 92, 3] for i in range(60)])
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +142,8 @@ def original():
     captioner = Blip(goldens.CONFIG).eval()
     state = from_theirs(original_captioning(captioner), state, captioner.state_dict(), "goldens")
     captioner.load_state_dict(state, strict=False)
-    asked = Vqa(goldens.CONFIG).eval()
-    state, g = to_theirs(original_vqa(asked), asked.state_dict()), torch.Generator().manual_seed(3)
+    answerer = Vqa(goldens.CONFIG).eval()
+    state, g = to_theirs(original_vqa(answerer), answerer.state_dict()), torch.Generator().manual_seed(3)
     tied = "text_decoder.cls.predictions.decoder"
     for name in sorted(state):
         if not name.startswith("text_decoder."):
@@ -152,11 +152,11 @@ def original():
             state[name] = 0.15 * torch.randn(state[name].shape, generator=g) + name.endswith("LayerNorm.weight")
     state[f"{tied}.weight"] = state["text_decoder.bert.embeddings.word_embeddings.weight"]
     state[f"{tied}.bias"] = state["text_decoder.cls.predictions.bias"]
-    asked.load_state_dict(from_theirs(original_vqa(asked), state, asked.state_dict(), "goldens"))
+    answerer.load_state_dict(from_theirs(original_vqa(answerer), state, answerer.state_dict(), "goldens"))
     with torch.no_grad():
         captioner.med.head_bias[TEXT.sep_id] += 2.5
-        asked.answer.head_bias[TEXT.sep_id] += 1.8
-    return captioner, asked
+        answerer.answer.head_bias[TEXT.sep_id] += 1.8
+    return captioner, answerer
 
 
 @pytest.mark.parametrize(
@@ -171,23 +171,23 @@ def original():
 @torch.no_grad()
 def test_searching_by_the_rule_of_2022_equals_the_original(original, name, prompt, options):
     """Its unmodified code on transformers 4.15.0; by today's rule many texts are others."""
-    captioner, asked = original
+    captioner, answerer = original
     images = torch.randn(60, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     ids = torch.tensor([prompt]).expand(60, -1)
     keep = torch.ones_like(ids, dtype=torch.bool)
     if options is None:
-        reads, context = asked, asked.question.context(asked.vision(images))
-        context = asked.context(ASKED, torch.ones_like(ASKED, dtype=torch.bool), context)
+        reads, context = answerer, answerer.question.context(answerer.vision(images))
+        context = answerer.context(QUESTIONS, torch.ones_like(QUESTIONS, dtype=torch.bool), context)
         configs = [AnswerConfig(length_rule=rule).decode() for rule in ("2022", "generated")]
     else:
         reads, context = captioner, captioner.context(captioner.vision(images))
         configs = [DecodeConfig(**options, length_rule=rule) for rule in ("2022", "generated")]
-    found = []
+    texts = []
     for config in configs:
-        found.append([up_to_end(row[len(prompt) :]) for row in generate(reads, context, ids, keep, config).ids[:, 0]])
+        texts.append([up_to_end(row[len(prompt) :]) for row in generate(reads, context, ids, keep, config).ids[:, 0]])
     expected = goldens.searched(name)
-    assert found[0] == expected
-    assert sum(ours != theirs for ours, theirs in zip(found[1], expected, strict=True)) > 8
+    assert texts[0] == expected
+    assert sum(ours != theirs for ours, theirs in zip(texts[1], expected, strict=True)) > 8
     ended = [row[-1] == TEXT.sep_id for row in expected]
     assert any(ended)
     assert not all(ended)
@@ -283,8 +283,8 @@ def test_a_nucleus_wider_than_the_head_is_found(model, context, prompts, monkeyp
     config = dataclasses.replace(NUCLEUS, top_p=0.97, temperature=2.0, num=2)
     expected = generate(model, context, *prompts, config, keys())
     monkeypatch.setattr(module, "HEAD", 2)
-    found = generate(model, context, *prompts, config, keys())
-    assert torch.equal(found.ids, expected.ids)
+    generated = generate(model, context, *prompts, config, keys())
+    assert torch.equal(generated.ids, expected.ids)
 
 
 def test_more_samples_leave_the_first_as_they_were(model, context, prompts):
@@ -323,14 +323,14 @@ def test_no_text_changes_with_the_batch_or_its_order(model, config):
     ids = ids.masked_fill(~keep, TEXT.pad_id)
 
     def texts(size, order):
-        found = torch.full((rows, config.num, config.max_length), TEXT.pad_id)
+        padded = torch.full((rows, config.num, config.max_length), TEXT.pad_id)
         for some in order.split(size):
             width = int(keep[some].sum(1).max())
             context = model.med.context(tokens[some], queries=queries(config, width))
             names = [keys(rows)[i] for i in some]
             written = generate(model, context, ids[some, :width], keep[some, :width], config, names).ids
-            found[some, :, : written.shape[2]] = written
-        return found
+            padded[some, :, : written.shape[2]] = written
+        return padded
 
     expected = texts(rows, torch.arange(rows))
     for size in (1, 8, 32):
@@ -346,8 +346,8 @@ def test_an_absorbed_context_equals_a_projected_one(model, images, prompts, mask
     few, many = (model.med.context(tokens, seen, queries=n)[index].expand(2) for n in (12, 13))
     assert [type(few), type(many)] == [Absorbed, Context]
     assert len(few) == len(many) == 4
-    for look in (model.caption_logits, model.match):
-        torch.testing.assert_close(look(ids, keep, few), look(ids, keep, many), rtol=1e-5, atol=1e-5)
+    for logits_of in (model.caption_logits, model.match):
+        torch.testing.assert_close(logits_of(ids, keep, few), logits_of(ids, keep, many), rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="12 texts for 4 contexts with 2 texts each"):
         model.match(*prompts, few)
 
@@ -377,25 +377,27 @@ def test_what_is_said_of_a_text_equals_reading_it_without_a_cache(model, images,
     tokens = model.vision(images)
     context = model.med.context(tokens, queries=1 if absorbed else None)
     assert isinstance(context, Absorbed) == absorbed
-    found = generate(model, context, *prompts, config, keys())
+    generated = generate(model, context, *prompts, config, keys())
     for row, length in enumerate(LENGTHS.tolist()):
         for n in range(config.num):
-            ids = found.ids[row, n]
-            end = ids.tolist().index(TEXT.sep_id) + 1 if found.finished[row, n] else min(len(ids), config.max_length)
-            assert end == config.max_length or found.finished[row, n]
+            ids = generated.ids[row, n]
+            end = (
+                ids.tolist().index(TEXT.sep_id) + 1 if generated.finished[row, n] else min(len(ids), config.max_length)
+            )
+            assert end == config.max_length or generated.finished[row, n]
             assert ids[end:].eq(TEXT.pad_id).all()
             read = ids[None, :end]
             logits = model.caption_logits(read, read >= 0, model.context(tokens[row : row + 1]))
             expected = logits[0].log_softmax(1)[torch.arange(end - 1), ids[1:end]]
             close = {"rtol": 1e-5, "atol": 1e-5}
-            torch.testing.assert_close(found.logprobs[row, n, length:end], expected[length - 1 :], **close)
-            assert found.logprobs[row, n, :length].eq(0).all()
-            assert found.logprobs[row, n, end:].eq(0).all()
-            counted = end - (int(found.finished[row, n]) if config.length_rule == "2022" else length)
+            torch.testing.assert_close(generated.logprobs[row, n, length:end], expected[length - 1 :], **close)
+            assert generated.logprobs[row, n, :length].eq(0).all()
+            assert generated.logprobs[row, n, end:].eq(0).all()
+            counted = end - (int(generated.finished[row, n]) if config.length_rule == "2022" else length)
             score = expected[length - 1 :].sum() / counted**config.length_penalty
-            torch.testing.assert_close(found.scores[row, n], score, **close)
+            torch.testing.assert_close(generated.scores[row, n], score, **close)
     if config.method == "beam":
-        assert (found.scores.diff(dim=1) <= 0).all()
+        assert (generated.scores.diff(dim=1) <= 0).all()
 
 
 def test_rows_that_are_over_are_left_out(model, context, prompts, monkeypatch):
@@ -426,9 +428,9 @@ def test_half_precision(model, images, prompts):
             with torch.autocast("cpu", torch.bfloat16):
                 contexts.append(model.med.context(model.vision(images), queries=few))
                 assert type(contexts[1]) is Context
-                found = [generate(model, contexts[1], *prompts, DecodeConfig(beams=3))]
-        found.append(generate(half, contexts[0], *prompts, DecodeConfig(beams=3)))
-        for written in found:
+                generated = [generate(model, contexts[1], *prompts, DecodeConfig(beams=3))]
+        generated.append(generate(half, contexts[0], *prompts, DecodeConfig(beams=3)))
+        for written in generated:
             assert written.logprobs.dtype == torch.float32
             assert (written.scores[:, 0] - full.scores[:, 0]).abs().median() < 0.1
         assert generate(half, contexts[0], *prompts, NUCLEUS, keys()).scores.isfinite().all()
@@ -522,33 +524,34 @@ def speaker(tokenizer):
 
 def test_write_takes_prompts_and_returns_words(speaker, tokenizer, images):
     config = DecodeConfig(beams=3, num=2, max_length=12)
-    texts = write(speaker, tokenizer, images[:3], config, prompt=["ab", "", "c d e"])
+    texts = generate_texts(speaker, tokenizer, images[:3], config, prompt=["ab", "", "c d e"])
     with torch.no_grad():
         tokens = speaker.vision(images[:3])
     for other in (tokens, speaker.context(tokens)):
         assert [[t.words for t in some] for some in texts] == [
-            [t.words for t in some] for some in write(speaker, tokenizer, other, config, prompt=["ab", "", "c d e"])
+            [t.words for t in some]
+            for some in generate_texts(speaker, tokenizer, other, config, prompt=["ab", "", "c d e"])
         ]
     for row, prompt in enumerate(["ab", "", "c d e"]):
         ids, keep = tokenizer.encode([prompt], first="dec", max_length=30)
         one = speaker.context(tokens[row : row + 1])
-        found = generate(speaker, one, ids[:, :-1], keep[:, :-1], config)
+        generated = generate(speaker, one, ids[:, :-1], keep[:, :-1], config)
         for n in range(2):
-            written = found.ids[0, n, keep.sum() - 1 :]
+            written = generated.ids[0, n, keep.sum() - 1 :]
             assert texts[row][n].words == tokenizer.decode([written])[0]
-            assert texts[row][n].logprob == pytest.approx(float(found.logprobs[0, n].sum()), abs=1e-4)
-            assert texts[row][n].finished == found.finished[0, n]
-    same = write(speaker, tokenizer, images[:3], config, prompt="ab")
+            assert texts[row][n].logprob == pytest.approx(float(generated.logprobs[0, n].sum()), abs=1e-4)
+            assert texts[row][n].finished == generated.finished[0, n]
+    same = generate_texts(speaker, tokenizer, images[:3], config, prompt="ab")
     assert same[0][0].words == texts[0][0].words
 
 
 def test_write_refuses(speaker, tokenizer, images):
     config = DecodeConfig(max_length=12)
     with pytest.raises(ValueError, match="exceeds the model's 32 positions"):
-        write(speaker, tokenizer, images, config, prompt="x " * 60)
+        generate_texts(speaker, tokenizer, images, config, prompt="x " * 60)
     with pytest.raises(ValueError, match="2 prompts for 12 contexts"):
-        write(speaker, tokenizer, images, config, prompt=["a", "b"])
+        generate_texts(speaker, tokenizer, images, config, prompt=["a", "b"])
     with pytest.raises(ValueError, match="needs a key"):
-        write(speaker, tokenizer, images, DECODE_PRESETS["nucleus"])
+        generate_texts(speaker, tokenizer, images, DECODE_PRESETS["nucleus"])
     with pytest.raises(ValueError, match="does not fit the model"):
-        write(Blip(goldens.CONFIG).eval(), tokenizer, images, config)
+        generate_texts(Blip(goldens.CONFIG).eval(), tokenizer, images, config)

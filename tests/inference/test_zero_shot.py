@@ -20,23 +20,23 @@ def test_templates():
 
 
 def test_classes_are_means_over_templates(features):  # noqa: F811
-    found = class_embeddings(features, NAMES, ["a {}", "the {} here"])
-    for name, vector in zip(NAMES, found, strict=True):
+    embeddings = class_embeddings(features, NAMES, ["a {}", "the {} here"])
+    for name, vector in zip(NAMES, embeddings, strict=True):
         article = "an" if name.startswith("o") else "a"
         both = features.embed_text([f"{article} {name}", f"the {name} here"])
         mean = both.mean(0)
         torch.testing.assert_close(vector, mean / mean.norm())
-    for names, said in ((["a", "b", "a"], "'a' is named twice"), ([], "nothing to classify"), (["a", " "], "empty")):
-        with pytest.raises(ValueError, match=said):
+    for names, message in ((["a", "b", "a"], "'a' is named twice"), ([], "nothing to classify"), (["a", " "], "empty")):
+        with pytest.raises(ValueError, match=message):
             class_embeddings(features, names)
 
 
 def test_probabilities_are_a_softmax_at_the_learned_temperature(features, photos):  # noqa: F811
     classes = class_embeddings(features, NAMES)
     image = features.embed_image(["photos/p1.png", "photos/p2.png"])
-    found = probabilities(features, image, classes)
+    chances = probabilities(features, image, classes)
     logits = image @ classes.T / features.model.temperature.item()
-    torch.testing.assert_close(found, logits.exp() / logits.exp().sum(1, keepdim=True))
+    torch.testing.assert_close(chances, logits.exp() / logits.exp().sum(1, keepdim=True))
 
 
 def test_command(run, photos, features):  # noqa: F811
@@ -70,8 +70,8 @@ def test_command_says_what_is_wrong(run, photos):  # noqa: F811
         ("photos", "--classes-file", "latin.txt"): "not UTF-8",
         ("photos", "--classes", "a", "--classes-file", "b"): "give either --classes",
     }
-    for args, said in wrong.items():
+    for args, message in wrong.items():
         status, out, err = run("classify", *args)
         assert (status, out) == (2, ""), args
-        assert said in err
+        assert message in err
         assert err.count("\n") == 1

@@ -109,12 +109,12 @@ def test_every_gradient(pretrain, results, draws):
     outcome, _ = step(pretrain, 0, draws)
     sum(outcome.losses.values()).backward()
     table = original_pretraining(pretrain.model)
-    found = to_theirs(table, {name: p.grad for name, p in pretrain.model.named_parameters()})
+    gradients = to_theirs(table, {name: p.grad for name, p in pretrain.model.named_parameters()})
     expected = {name.removeprefix("grad."): value for name, value in results.items() if name.startswith("grad.")}
     assert set(expected) == {name for row in table.rows for name in row.theirs}
     for name, gradient in expected.items():
         scale = gradient.abs().max().clamp(min=1e-2)  # the gradient of a key's bias is only rounding error
-        error = float((found[name] - gradient).abs().max() / scale)
+        error = float((gradients[name] - gradient).abs().max() / scale)
         assert error < 5e-5, f"{name}: {error}"
 
 
@@ -150,8 +150,8 @@ def test_three_steps(pretrain, results, draws):
 
 @pytest.mark.parametrize("side", [3, 6])
 def test_resized_positions(pretrain, results, side):
-    found = resize_positions(pretrain.model.vision.vit.pos_embed, side * 8, 8)
-    close(found, results[f"positions{side}"], 1e-6)
+    resized = resize_positions(pretrain.model.vision.vit.pos_embed, side * 8, 8)
+    close(resized, results[f"positions{side}"], 1e-6)
 
 
 # transformers -----------------------------------------------------------------------------------------------------

@@ -54,8 +54,8 @@ def test_a_part_is_kept_as_what_it_is(kind, tmp_path):
     """Its config.json names what it has, which earlier versions read as well; a whole one's parts are not there."""
     model = kind(SMALLEST)
     save_pretrained(model, TOKENIZER, tmp_path)
-    said = json.loads((tmp_path / "config.json").read_text())
-    assert (said.get("task"), said["model"]["parts"]) == (None, {Captioner: "writing", Matcher: "matching"}[kind])
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config.get("task"), config["model"]["parts"]) == (None, {Captioner: "writing", Matcher: "matching"}[kind])
     again, _ = from_pretrained(tmp_path)
     assert type(again) is kind
     assert same(again, model)

@@ -13,7 +13,7 @@ from test_parity import close, matcher, model  # noqa: F401
 import blip
 from blip import dist
 from blip.checkpoints import checkpoint
-from blip.inference.answering import Candidates, answers, ask
+from blip.inference.answering import Candidates, answers, encode_questions
 from blip.inference.matching import match
 from blip.inference.settings import AnswerConfig
 from blip.models.presets import TINY
@@ -49,8 +49,8 @@ def test_embedding_and_matching_are_the_originals(model, matcher, frames):  # no
     close(embed_clip(model, tokens, 3), expected)
     early = torch.stack([F.normalize(matcher.vision_proj(each[:, 0]), dim=1).mean(0) for each in states])
     assert (F.normalize(early, dim=1) - expected).abs().max() > 1e-4, "the test tells early from late normalising"
-    found = match(model, tokens, IDS, KEEP, [torch.tensor([0, 1])] * 2)
-    for logits, each in zip(found, states, strict=True):
+    clip_logits = match(model, tokens, IDS, KEEP, [torch.tensor([0, 1])] * 2)
+    for logits, each in zip(clip_logits, states, strict=True):
         for row in range(2):
             ids = IDS[row : row + 1, : int(KEEP[row].sum())]
             state = matcher.text_encoder(ids, encoder_hidden_states=each.reshape(1, -1, 32)).last_hidden_state[:, 0]
@@ -87,9 +87,9 @@ def ranked(model: str, folder: str, out: str) -> None:  # noqa: F811
     clips = read_clips(Path(folder) / "test.json", Path(folder) / "videos")
     for batch in (1, 2, 9):
         gallery = gallery_of(clips, 64, frames=3, batch=batch)
-        found = rank_clips(loaded, tokenizer, gallery, frames=3, k=4, batch=7)
+        ranking = rank_clips(loaded, tokenizer, gallery, frames=3, k=4, batch=7)
         with open(f"{out}-{batch}-{dist.rank()}", "w") as file:
-            file.write(results(gallery.ids, gallery.texts, gallery.image_of_text, found, "video_id", "videos"))
+            file.write(results(gallery.ids, gallery.texts, gallery.image_of_text, ranking, "video_id", "videos"))
 
 
 def test_ranking_is_that_of_each_pair_alone_in_any_number_of_processes(model_folder, world, tmp_path):  # noqa: F811
@@ -106,8 +106,8 @@ def test_ranking_is_that_of_each_pair_alone_in_any_number_of_processes(model_fol
     loaded, tokenizer = checkpoint.from_pretrained(model_folder)
     clips = read_clips(world / "test.json", world / "videos")
     gallery = gallery_of(clips, 64, frames=3)
-    found = rank_clips(loaded, tokenizer, gallery, frames=3, k=99)
-    assert found.scores.shape == (5, 25)
+    ranking = rank_clips(loaded, tokenizer, gallery, frames=3, k=99)
+    assert ranking.scores.shape == (5, 25)
     with torch.no_grad():
         for i, shown in enumerate(batches(clips, range(5), 1, 3, 64)):
             tokens = clip_tokens(loaded.vision, shown)
@@ -116,7 +116,7 @@ def test_ranking_is_that_of_each_pair_alone_in_any_number_of_processes(model_fol
                 embed = loaded.embed_text(*tokenizer.encode([text], first="cls", max_length=35))
                 logits = loaded.match(*tokenizer.encode([text], first="enc", max_length=35), loaded.context(tokens))
                 cosine = (embed_clip(loaded, tokens, 3) @ embed.T)[0, 0]
-                close(found.scores[i, j], logits[0, 1] + cosine)
+                close(ranking.scores[i, j], logits[0, 1] + cosine)
 
 
 def test_retrieval_command(model_folder, world, tmp_path, capsys):  # noqa: F811
@@ -126,9 +126,9 @@ def test_retrieval_command(model_folder, world, tmp_path, capsys):  # noqa: F811
     scores = json.loads((tmp_path / "out/scores.json").read_text())
     assert (scores["videos"], scores["texts"], scores["frames"]) == (4, 20, 2)
     assert {"tr@1", "ir@1", "ir@10_itc", "mean_recall"} <= scores.keys()
-    found = json.loads((tmp_path / "out/results.json").read_text())
-    assert [row["video_id"] for row in found["texts_of_video"]] == [f"world-clip-0-test-{i:06d}" for i in range(4)]
-    assert len(found["videos_of_text"][0]["videos"]) == 4
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert [row["video_id"] for row in results["texts_of_video"]] == [f"world-clip-0-test-{i:06d}" for i in range(4)]
+    assert len(results["videos_of_text"][0]["videos"]) == 4
     assert "ir@1" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         main([*args, "--split", "val"])
@@ -159,30 +159,30 @@ def test_questions_are_answered_over_all_frames(answerer, world):
     clips, questions = read_questions(world / "test_qa.json", world / "videos")
     for candidates in (Candidates(ANSWERS, tokenizer), None):
         config = AnswerConfig(max_length=6)
-        found = answers_about_clips(loaded, tokenizer, clips, questions, config, candidates, frames=2, batch=2)
-        assert len({round(one.logprob, 3) for one in found}) > 10, "the test needs answers that differ"
+        answered = answers_about_clips(loaded, tokenizer, clips, questions, config, candidates, frames=2, batch=2)
+        assert len({round(one.logprob, 3) for one in answered}) > 10, "the test needs answers that differ"
         for row in (0, 7, 29):
             (shown,) = batches(clips, [questions[row].clip], 1, 2, 64)
             with torch.no_grad():
                 tokens = torch.cat([loaded.vision(shown[0, n : n + 1]) for n in range(2)], dim=1)
-            context = ask(loaded, tokenizer, tokens, [questions[row].question], [0])
+            context = encode_questions(loaded, tokenizer, tokens, [questions[row].question], [0])
             ((alone,),) = answers(loaded, tokenizer, context, config, candidates)
-            assert found[row].words == alone.words
-            assert found[row].logprob == pytest.approx(alone.logprob, abs=1e-4)
+            assert answered[row].words == alone.words
+            assert answered[row].logprob == pytest.approx(alone.logprob, abs=1e-4)
 
 
 def test_accuracy_evens_out_spelling(world):
     _, questions = read_questions(world / "test_qa.json", world / "videos")
-    said = [question.answer for question in questions]
-    assert set(accuracy(questions, said).values()) == {100.0}
+    given = [question.answer for question in questions]
+    assert set(accuracy(questions, given).values()) == {100.0}
     number = next(i for i, question in enumerate(questions) if question.question.startswith("how"))
-    said[number] = {"1": "One.", "2": "two", "3": "Three"}[said[number]]
-    assert accuracy(questions, said)["accuracy"] == 100
-    said[number] = "many"
-    found = accuracy(questions, said)
-    assert found["accuracy"] == pytest.approx(100 * 29 / 30)
-    assert found["accuracy_how"] == pytest.approx(80)
-    assert set(found) == {"accuracy", "accuracy_which", "accuracy_what", "accuracy_how", "accuracy_does"}
+    given[number] = {"1": "One.", "2": "two", "3": "Three"}[given[number]]
+    assert accuracy(questions, given)["accuracy"] == 100
+    given[number] = "many"
+    scores = accuracy(questions, given)
+    assert scores["accuracy"] == pytest.approx(100 * 29 / 30)
+    assert scores["accuracy_how"] == pytest.approx(80)
+    assert set(scores) == {"accuracy", "accuracy_which", "accuracy_what", "accuracy_how", "accuracy_does"}
 
 
 def test_questions_command(answerer, world, tmp_path, capsys):

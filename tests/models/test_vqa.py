@@ -11,7 +11,7 @@ from transformers import BlipConfig, BlipForQuestionAnswering
 
 from blip.checkpoints.layouts import original_vqa, transformers_vqa
 from blip.checkpoints.table import from_theirs, to_theirs
-from blip.inference.answering import Candidates, answers, ask, rank
+from blip.inference.answering import Candidates, answers, encode_questions, rank
 from blip.inference.generate import generate
 from blip.inference.settings import AnswerConfig, DecodeConfig
 from blip.models.blip import Blip
@@ -31,8 +31,8 @@ def close(ours, theirs, tolerance=1e-5):
 
 @pytest.fixture(scope="module")
 def golden():
-    found = load_file(goldens.HERE / "vqa.safetensors")
-    return {name: value.long() if value.dtype == torch.int32 else value for name, value in found.items()}
+    tensors = load_file(goldens.HERE / "vqa.safetensors")
+    return {name: value.long() if value.dtype == torch.int32 else value for name, value in tensors.items()}
 
 
 @pytest.fixture
@@ -52,9 +52,9 @@ def words(tmp_path_factory):
 
     path = tmp_path_factory.mktemp("words") / "vocab.txt"
     path.write_text("\n".join([*LAYOUT, *(f"w{i}" for i in range(92))]) + "\n")
-    found = Tokenizer.load(path)
-    assert (found.dec_id, found.enc_id) == (TEXT.dec_id, TEXT.enc_id)
-    return found
+    tokenizer = Tokenizer.load(path)
+    assert (tokenizer.dec_id, tokenizer.enc_id) == (TEXT.dec_id, TEXT.enc_id)
+    return tokenizer
 
 
 def batch(golden) -> QuestionBatch:
@@ -88,9 +88,9 @@ def candidates_of(golden, words) -> Candidates:
 def test_every_tensor_of_the_original_has_a_place():
     model = Vqa(goldens.CONFIG)
     # A released decoder's keys and values read questions, whatever the width of images.
-    found = to_theirs(original_vqa(model), model.state_dict())
+    state = to_theirs(original_vqa(model), model.state_dict())
     kept = {name: shape for name, shape in goldens.keys("vqa").items() if not name.endswith("position_ids")}
-    assert {name: list(value.shape) for name, value in found.items()} == kept
+    assert {name: list(value.shape) for name, value in state.items()} == kept
 
 
 def test_loss_and_every_gradient(model, golden):
@@ -99,12 +99,12 @@ def test_loss_and_every_gradient(model, golden):
     close(outcome.losses["vqa"].detach(), golden["loss"])
     outcome.losses["vqa"].backward()
     table = original_vqa(model)
-    found = to_theirs(table, {name: p.grad for name, p in model.named_parameters()})
+    gradients = to_theirs(table, {name: p.grad for name, p in model.named_parameters()})
     expected = {name.removeprefix("grad."): value for name, value in golden.items() if name.startswith("grad.")}
     assert set(expected) == {name for row in table.rows for name in row.theirs}
     for name, gradient in expected.items():
         scale = gradient.abs().max().clamp(min=0.1)  # the gradient of a key's bias is only rounding error
-        error = float((found[name] - gradient).abs().max() / scale)
+        error = float((gradients[name] - gradient).abs().max() / scale)
         assert error < 5e-5, f"{name}: {error}"
 
 
@@ -112,13 +112,13 @@ def test_loss_and_every_gradient(model, golden):
 def test_ranking_in_2022s_way(model, golden, words):
     candidates, questions = candidates_of(golden, words), questions_of(model, golden)
     for k in (16, 4):
-        found = rank(model, questions, candidates, AnswerConfig(k=k, smoothing=0.1))
+        ranked = rank(model, questions, candidates, AnswerConfig(k=k, smoothing=0.1))
         for row in range(4):
             theirs = words.decode([[i for i in ids if i > 4] for ids in golden[f"rank{k}.ids"][row].tolist()])
             scores = dict(zip(theirs, (-golden[f"rank{k}.nll"][row]).tolist(), strict=True))
-            ours = [candidates.texts[i] for i in found.index[row]]
+            ours = [candidates.texts[i] for i in ranked.index[row]]
             assert set(ours) == set(theirs)
-            close(found.scores[row], torch.tensor([scores[text] for text in ours]))
+            close(ranked.scores[row], torch.tensor([scores[text] for text in ours]))
             best = golden["candidate.ids"][golden[f"rank{k}.best"][row]]
             assert ours[0] == words.decode([best.tolist()])[0]
 
@@ -146,15 +146,15 @@ def test_padding_is_masked_when_writing_where_the_original_reads_it(model, golde
     assert not torch.equal(golden["generated.alone"], golden["generated.together"])
     prompts = torch.full((4, 1), TEXT.dec_id)
     config = DecodeConfig(beams=3, max_length=10, min_length=1, length_penalty=0.0)
-    found = generate(model, questions_of(model, golden), prompts, prompts > 0, config).ids[:, 0]
-    for ids, theirs in zip(found.tolist(), golden["generated.alone"].tolist(), strict=True):
+    generated = generate(model, questions_of(model, golden), prompts, prompts > 0, config).ids[:, 0]
+    for ids, theirs in zip(generated.tolist(), golden["generated.alone"].tolist(), strict=True):
         assert ids + [0] * (10 - len(ids)) == theirs
     # With a mask of ones, and states at padding as the original has them, ours answers what the original answered.
     keep, seen = golden["question.keep"], model.question.context(model.vision(goldens.batch(0).image))
     states = torch.stack([_states(model, golden, row, seen[torch.tensor([row])]) for row in range(4)])
     everything = model.answer.context(states, torch.ones_like(keep))
-    found = generate(model, everything, prompts, prompts > 0, config).ids[:, 0]
-    for ids, theirs in zip(found.tolist(), golden["generated.together"].tolist(), strict=True):
+    generated = generate(model, everything, prompts, prompts > 0, config).ids[:, 0]
+    for ids, theirs in zip(generated.tolist(), golden["generated.together"].tolist(), strict=True):
         assert ids + [0] * (10 - len(ids)) == theirs
 
 
@@ -194,15 +194,17 @@ def test_transformers_says_the_same_of_each_next_word():
     }  # fmt: skip
     theirs = BlipForQuestionAnswering(BlipConfig(vision_config=vision, text_config=text)).eval()
     theirs.load_state_dict(to_theirs(transformers_vqa(model), model.state_dict()), strict=True)
-    question, said = torch.tensor([[98, 12, 31, 7, 3]]), torch.tensor([[97, 20, 41, 9]])
+    question, answer = torch.tensor([[98, 12, 31, 7, 3]]), torch.tensor([[97, 20, 41, 9]])
     image = goldens.batch(0).image[:1]
     tokens = theirs.vision_model(image).last_hidden_state
     mask = torch.ones_like(question)
     states = theirs.text_encoder(question, attention_mask=mask, encoder_hidden_states=tokens).last_hidden_state
-    expected = theirs.text_decoder(said, attention_mask=torch.ones_like(said), encoder_hidden_states=states).logits
+    expected = theirs.text_decoder(answer, attention_mask=torch.ones_like(answer), encoder_hidden_states=states).logits
     context = model.context(question, mask.bool(), model.question.context(model.vision(image)))
-    (found,) = model.answer([TextPass(said, torch.ones_like(said, dtype=torch.bool), causal=True, context=context)])
-    close(model.answer.vocabulary(found), expected[0])
+    (our_states,) = model.answer(
+        [TextPass(answer, torch.ones_like(answer, dtype=torch.bool), causal=True, context=context)]
+    )
+    close(model.answer.vocabulary(our_states), expected[0])
 
 
 # What must not matter -------------------------------------------------------------------------------------------------
@@ -220,23 +222,23 @@ def small():
     return model
 
 
-ASKED = ["is there a star", "what is the colour of the large ring on the left", "how many", "two"]
+QUESTIONS = ["is there a star", "what is the colour of the large ring on the left", "how many", "two"]
 
 
 @pytest.fixture
-def asked(small):
-    return _asked(small, range(4))
+def contexts(small):
+    return _contexts(small, range(4))
 
 
-def _asked(model, rows):
+def _contexts(model, rows):
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(8))[list(rows)]
     with torch.no_grad():
         tokens = model.vision(images)
-    return ask(model, TOKENIZER, tokens, [ASKED[i] for i in rows], list(range(len(rows))), 35)
+    return encode_questions(model, TOKENIZER, tokens, [QUESTIONS[i] for i in rows], list(range(len(rows))), 35)
 
 
-def by_text(candidates, found, row):
-    return {candidates.texts[i]: float(s) for i, s in zip(found.index[row], found.scores[row], strict=True)}
+def by_text(candidates, ranked, row):
+    return {candidates.texts[i]: float(s) for i, s in zip(ranked.index[row], ranked.scores[row], strict=True)}
 
 
 def straightforward(model, context, texts, smoothing):
@@ -255,36 +257,36 @@ def straightforward(model, context, texts, smoothing):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @torch.no_grad()
-def test_scores_are_those_of_each_candidate_alone(small, asked, smoothing):
+def test_scores_are_those_of_each_candidate_alone(small, contexts, smoothing):
     candidates = Candidates(ANSWERS, TOKENIZER)
-    found = rank(small, asked, candidates, AnswerConfig(k=100, smoothing=smoothing))
-    assert found.index.shape == (4, len(ANSWERS))
+    ranked = rank(small, contexts, candidates, AnswerConfig(k=100, smoothing=smoothing))
+    assert ranked.index.shape == (4, len(ANSWERS))
     for row in range(4):
-        expected = straightforward(small, asked[torch.tensor([row])], ANSWERS, smoothing)
-        ours = by_text(candidates, found, row)
+        expected = straightforward(small, contexts[torch.tensor([row])], ANSWERS, smoothing)
+        ours = by_text(candidates, ranked, row)
         assert ours == pytest.approx(expected, abs=2e-5)
         assert list(ours.values()) == sorted(ours.values(), reverse=True)
     if smoothing:
-        expected = straightforward(small, asked[torch.tensor([0])], ANSWERS, 0.0)
-        sure = {candidates.texts[i]: float(s) for i, s in zip(found.index[0], found.logprobs[0], strict=True)}
+        expected = straightforward(small, contexts[torch.tensor([0])], ANSWERS, 0.0)
+        sure = {candidates.texts[i]: float(s) for i, s in zip(ranked.index[0], ranked.logprobs[0], strict=True)}
         assert sure == pytest.approx(expected, abs=2e-5)
 
 
 @torch.no_grad()
-def test_neither_order_nor_repeats_nor_company_change_a_score(small, asked):
+def test_neither_order_nor_repeats_nor_company_change_a_score(small, contexts):
     config = AnswerConfig(k=4)
     candidates = Candidates(ANSWERS, TOKENIZER)
-    wanted = rank(small, asked, candidates, config)
+    wanted = rank(small, contexts, candidates, config)
     other = Candidates([*reversed(ANSWERS), "red", "Yes"], TOKENIZER)
-    shuffled = rank(small, asked, other, config)
+    shuffled = rank(small, contexts, other, config)
     for row in range(4):
         ours, theirs = by_text(candidates, wanted, row), by_text(other, shuffled, row)
         assert list(map(str.lower, ours)) == list(map(str.lower, theirs))
         assert list(ours.values()) == pytest.approx(list(theirs.values()), abs=1e-5)
-        alone = rank(small, _asked(small, [row]), candidates, config)
+        alone = rank(small, _contexts(small, [row]), candidates, config)
         assert alone.index[0].tolist() == wanted.index[row].tolist()
         close(alone.scores[0], wanted.scores[row])
-        assert answers(small, TOKENIZER, _asked(small, [row]), config, candidates)[0][0].words == next(iter(ours))
+        assert answers(small, TOKENIZER, _contexts(small, [row]), config, candidates)[0][0].words == next(iter(ours))
 
 
 @torch.no_grad()
@@ -295,38 +297,38 @@ def test_padding_of_a_question_changes_nothing(small):
     long_ids[~long_keep] = 7  # whatever stands at padding
     candidates = Candidates(ANSWERS, TOKENIZER)
     image = small.question.context(tokens)
-    found = [
+    ranked = [
         rank(small, small.context(i, k, image), candidates, AnswerConfig())
         for i, k in ((ids, keep), (long_ids, long_keep))
     ]
-    assert torch.equal(found[0].index, found[1].index)
-    close(found[0].scores, found[1].scores, 1e-6)
+    assert torch.equal(ranked[0].index, ranked[1].index)
+    close(ranked[0].scores, ranked[1].scores, 1e-6)
 
 
 @torch.no_grad()
-def test_a_searched_answer_has_the_probability_it_is_ranked_with(small, asked):
+def test_a_searched_answer_has_the_probability_it_is_ranked_with(small, contexts):
     config = AnswerConfig(max_length=8)
-    said = answers(small, TOKENIZER, asked, config)
-    for row, ((text, logprob),) in enumerate(said):
+    searched = answers(small, TOKENIZER, contexts, config)
+    for row, ((text, logprob),) in enumerate(searched):
         ids = TOKENIZER.pieces(text, 30) if text else None
         if not text or len(ids) > 8:
             continue
-        found = rank(small, asked[torch.tensor([row])], Candidates([text], TOKENIZER), config)
+        ranked = rank(small, contexts[torch.tensor([row])], Candidates([text], TOKENIZER), config)
         if TOKENIZER.decode([ids]) == [text] and len(ids) < 8:
-            assert float(found.logprobs[0, 0]) == pytest.approx(logprob, abs=1e-4)
+            assert float(ranked.logprobs[0, 0]) == pytest.approx(logprob, abs=1e-4)
 
 
 def test_several_questions_of_an_image_share_its_tokens(small):
     tokens = torch.randn(2, small.vision.tokens if hasattr(small.vision, "tokens") else 17, 24)
-    together = ask(small, TOKENIZER, tokens, [ASKED[0], ASKED[1], ASKED[0]], [1, 0, 0], 35)
+    together = encode_questions(small, TOKENIZER, tokens, [QUESTIONS[0], QUESTIONS[1], QUESTIONS[0]], [1, 0, 0], 35)
     config, candidates = AnswerConfig(), Candidates(ANSWERS, TOKENIZER)
-    found = rank(small, together, candidates, config)
-    for row, (text, image) in enumerate([(ASKED[0], 1), (ASKED[1], 0), (ASKED[0], 0)]):
-        alone = rank(small, ask(small, TOKENIZER, tokens[[image]], [text], [0], 35), candidates, config)
-        close(alone.scores[0], found.scores[row])
+    ranked = rank(small, together, candidates, config)
+    for row, (text, image) in enumerate([(QUESTIONS[0], 1), (QUESTIONS[1], 0), (QUESTIONS[0], 0)]):
+        alone = rank(small, encode_questions(small, TOKENIZER, tokens[[image]], [text], [0], 35), candidates, config)
+        close(alone.scores[0], ranked.scores[row])
 
 
-def test_what_cannot_be_ranked_is_refused(small, asked):
+def test_what_cannot_be_ranked_is_refused(small, contexts):
     with pytest.raises(ValueError, match="no candidate answers"):
         Candidates([], TOKENIZER)
     with pytest.raises(ValueError, match="'  ' has no words"):
@@ -335,6 +337,6 @@ def test_what_cannot_be_ranked_is_refused(small, asked):
         Candidates(["yes", "\u4e00"], TOKENIZER)
     long = Candidates(["yes", "red " * 40], TOKENIZER)
     with pytest.raises(ValueError, match=r"'red red .*' has 41 word pieces, more than the model's 32"):
-        rank(small, asked, long, AnswerConfig())
+        rank(small, contexts, long, AnswerConfig())
     with pytest.raises(ValueError, match="training mode"):
-        rank(small.train(), asked, Candidates(ANSWERS, TOKENIZER), AnswerConfig())
+        rank(small.train(), contexts, Candidates(ANSWERS, TOKENIZER), AnswerConfig())

@@ -31,8 +31,8 @@ def test_attention_equals_a_loop(monkeypatch, plain, kind):
         "causal": torch.ones(5, 5).tril().bool().expand(2, 5, 5),
     }[kind]
     mask = keep[:, None, None, :] if kind == "masked" else None
-    found = attention(query, key, value, mask, causal=kind == "causal")
-    torch.testing.assert_close(found, by_loop(query, key, value, allowed), rtol=1e-5, atol=1e-6)
+    attended = attention(query, key, value, mask, causal=kind == "causal")
+    torch.testing.assert_close(attended, by_loop(query, key, value, allowed), rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_of_the_plain_way_keeps_the_mean(monkeypatch):

@@ -22,9 +22,9 @@ def test_linear_equals_a_float64_product(monkeypatch, onednn, shape, with_bias):
     out, expected = linear(x, weight, bias), F.linear(*doubles)
     torch.testing.assert_close(out, expected.float(), rtol=1e-5, atol=1e-5)
     upstream = torch.randn_like(out)
-    found = torch.autograd.grad(out, inputs, upstream)
+    gradients = torch.autograd.grad(out, inputs, upstream)
     wanted = torch.autograd.grad(expected, doubles, upstream.double())
-    for mine, theirs in zip(found, wanted, strict=True):
+    for mine, theirs in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(mine, theirs.float(), rtol=1e-5, atol=1e-5)
 
 

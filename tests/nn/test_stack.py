@@ -182,8 +182,8 @@ def passes_of(kind, stack, given, words_at):
 
 @pytest.mark.parametrize("kind", ["apart", "both", "causal"])
 def test_a_qformers_masks_equal_masked_attention_written_out(qformer, given, words_at, kind):
-    found = [segment for one in qformer(passes_of(kind, qformer, given, words_at)) for segment in one]
-    ours = found[0].view(ROWS, QUERIES, -1), kept(words_at, found[1])
+    segments = [segment for one in qformer(passes_of(kind, qformer, given, words_at)) for segment in one]
+    ours = segments[0].view(ROWS, QUERIES, -1), kept(words_at, segments[1])
     theirs = []
     for row, length in enumerate(LENGTHS):
         image, queries, words = (given[name][row] for name in ("image", "queries", "words"))
@@ -201,9 +201,9 @@ def test_a_qformers_masks_equal_masked_attention_written_out(qformer, given, wor
 def test_passes_of_all_masks_run_side_by_side(qformer, given, words_at):
     run = [passes_of(kind, qformer, given, words_at) for kind in ("causal", "both", "apart")]
     run += [[Pass(run[2][1].segments, "text", first=True)]]
-    alone = [found for some in run for found in qformer(some)]
+    alone = [segments for some in run for segments in qformer(some)]
     together = qformer([one for some in run for one in some])
-    assert [len(found) for found in together] == [1, 1, 2, 1, 1, 1]
+    assert [len(segments) for segments in together] == [1, 1, 2, 1, 1, 1]
     for some, other in zip(alone, together, strict=True):
         for a, b in zip(some, other, strict=True):
             close(a, b)
@@ -214,11 +214,11 @@ def test_passes_of_all_masks_run_side_by_side(qformer, given, words_at):
 def test_a_pass_after_one_that_has_padding_does_not_see_the_padding(qformer, given, words_at):
     first = Pass([Segment(words_at.pack(given["words"]), words_at)], "text")
     queries = Segment(given["queries"].flatten(0, 1), Layout(ROWS, QUERIES), feed_forward="query")
-    found = qformer([first, Pass([queries], "text", after=first)])[1][0].view(ROWS, QUERIES, -1)
+    states = qformer([first, Pass([queries], "text", after=first)])[1][0].view(ROWS, QUERIES, -1)
     for row, length in enumerate(LENGTHS):
         before = Pass([Segment(given["words"][row, :length], Layout(1, length))], "text")
         alone = Segment(given["queries"][row], Layout(1, QUERIES), feed_forward="query")
-        close(qformer([before, Pass([alone], "text", after=before)])[1][0], found[row])
+        close(qformer([before, Pass([alone], "text", after=before)])[1][0], states[row])
 
 
 @torch.no_grad()
@@ -226,13 +226,13 @@ def test_a_cache_continues_what_a_causal_pass_reads_at_once(qformer, given):
     words, context = given["words"], qformer.context(given["image"])
     everything = Segment(words.flatten(0, 1), Layout(ROWS, WORDS), context)
     ((whole,),) = qformer([Pass([everything], "text", causal=True)])
-    cache, found = Cache(WORDS), []
+    cache, steps = Cache(WORDS), []
     for step in range(WORDS):
         one = Segment(words[:, step], Layout(ROWS, 1), context)
         ((states,),) = qformer([Pass([one], "text", after=cache)])
         cache.filled += 1
-        found.append(states)
-    close(torch.stack(found, 1).flatten(0, 1), whole)
+        steps.append(states)
+    close(torch.stack(steps, 1).flatten(0, 1), whole)
 
 
 def test_a_pass_sees_only_what_is_there_before_it(qformer, given, words_at):

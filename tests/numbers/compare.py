@@ -93,8 +93,8 @@ def compare(before: dict[str, Any], after: dict[str, Any], tolerance: float = 0.
             continue
         compared, lines = differences(before.get(name, {}), after.get(name, {}), tolerance)
         total, same = total + compared, same and compared > 0 and not lines
-        said = f"{len(lines)} differ" if lines else "equal" if compared else "nothing to compare"
-        print(f"{name:<22}{compared:>7,} values compared, {said}")
+        verdict = f"{len(lines)} differ" if lines else "equal" if compared else "nothing to compare"
+        print(f"{name:<22}{compared:>7,} values compared, {verdict}")
         for line in lines[:SHOWN]:
             print(f"    {name}{line[:300]}")
         if len(lines) > SHOWN:

@@ -86,7 +86,7 @@ class Recorder:
     def __init__(self, tree: Path, folder: Path, models: Path, short: bool = False) -> None:
         self.folder, self.models, self.short = folder, models, short
         self.programs = tomllib.loads((tree / "pyproject.toml").read_text())["project"]["scripts"]
-        self.found: dict[str, Any] = {}
+        self.results: dict[str, Any] = {}
         self.log = folder / LOG
 
     # Programs ---------------------------------------------------------------------------------------------------------
@@ -106,10 +106,10 @@ class Recorder:
         if status == 2 and any(str(arg) in RENAMED for arg in args):
             args = tuple(RENAMED.get(str(arg), arg) for arg in args)
             status = self._run(program, args, world)
-        said = self.log.read_text(errors="replace")
+        log = self.log.read_text(errors="replace")
         if status:
-            raise Failed(f"{program} {' '.join(map(str, args))}\nended with status {status}:\n{said[-3000:]}")
-        return said
+            raise Failed(f"{program} {' '.join(map(str, args))}\nended with status {status}:\n{log[-3000:]}")
+        return log
 
     def _run(self, program: str, args: Sequence[Any], world: int) -> int:
         if world == 1:
@@ -122,7 +122,7 @@ class Recorder:
             pids.append(self.start(program, args, log, **launcher))
         return max(map(abs, map(ended, pids)))
 
-    def ask(self, work: Callable[[], Any]) -> Any:
+    def in_child(self, work: Callable[[], Any]) -> Any:
         """What `work` returns, by way of JSON, from a process of its own."""
         answer = self.folder / "answer.json"
         status = ended(fork(lambda: answer.write_text(json.dumps(work())) and None, self.log))
@@ -152,13 +152,13 @@ class Recorder:
 
     def trained(self, name: str) -> dict[str, Any]:
         lines = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
-        found = {
+        outcome = {
             "losses": {str(line["step"]): line["losses"] for line in lines if "losses" in line},
             "scores": {str(line["step"]): line["eval"] for line in lines if "eval" in line},
             "weights": tensors(self.folder / name / "model"),
         }
         results = self.folder / name / "results.json"
-        return found | ({"results": json.loads(results.read_text())} if results.exists() else {})
+        return outcome | ({"results": json.loads(results.read_text())} if results.exists() else {})
 
     def world(self, name: str = "world", train: int = 64, held_out: int = 16) -> list[Any]:
         return ["--world.folder", self.folder / name, "--world.train", train, "--world.held_out", held_out]
@@ -172,7 +172,7 @@ class Recorder:
         rows = [{"path": one} if isinstance(one, str) else one for one in files]
         return ["--data.sources", json.dumps([{k: f"{self.folder}/{v}" for k, v in row.items()} for row in rows])]
 
-    def held(self, *names: str, **more: str) -> list[str]:
+    def held_out(self, *names: str, **more: str) -> list[str]:
         """Options with held-out files: path and further ones of the source."""
         return [
             word
@@ -185,7 +185,7 @@ class Recorder:
         ]
 
     def pretraining(self, name: str, *args: Any) -> list[Any]:
-        given = [*self.world(), *self.sources("world/train.json"), *self.held("held_out", path="world/{}.json")]
+        given = [*self.world(), *self.sources("world/train.json"), *self.held_out("held_out", path="world/{}.json")]
         return self.training(
             name, "pretrain", "pretrain_world", *given, "--held_out.k", 4, "--objective.queue_size", 24, *args
         )
@@ -206,8 +206,8 @@ class Recorder:
                 time.sleep(0.001)
             os.kill(pid, signal.SIGKILL)
             if ended(pid) == -signal.SIGKILL:
-                found = self.pretrain("resumed")
-                return self.agree("a run that was killed and one that was not", found, self.found["pretrain"])
+                results = self.pretrain("resumed")
+                return self.agree("a run that was killed and one that was not", results, self.results["pretrain"])
         raise Failed(f"the run was over before it could be killed:\n{self.log.read_text()[-3000:]}")
 
     def agree(self, what: str, one: Any, other: Any) -> Any:
@@ -221,8 +221,8 @@ class Recorder:
         return self.train(name, recipe, config, *start, *args)
 
     def retrieval(self, name: str = "retrieval", *args: Any) -> dict[str, Any]:
-        held = self.held("validation", "test", path="world/{}.json")
-        given = [*self.world(), *self.sources("world/train.json"), *held, *args]
+        held_out = self.held_out("validation", "test", path="world/{}.json")
+        given = [*self.world(), *self.sources("world/train.json"), *held_out, *args]
         if not self.short:  # Muon multiplies in bfloat16, and its weights differ between processors in the third digit
             given += ["--train.optimizer", "muon", *self.longer(20)]
         return self.fine(name, "retrieval", "filter_world", *given)
@@ -234,24 +234,24 @@ class Recorder:
                               "--objective.queue_size", 24)  # fmt: skip
 
     def caption(self) -> dict[str, Any]:
-        held = self.held("validation", "test", path="world/{}.json")
-        given = [*self.world(), *self.sources("world/train.json"), *held, *self.longer(40)]
+        held_out = self.held_out("validation", "test", path="world/{}.json")
+        given = [*self.world(), *self.sources("world/train.json"), *held_out, *self.longer(40)]
         return self.fine("caption", "caption", "caption_world", *given)
 
     def vqa(self) -> dict[str, Any]:
         files = {"path": "world/questions-{}.json", "annotations": "world/annotations-{}.json"}
         train = {key: file.format("train") for key, file in files.items()}
-        held = self.held("validation", "test", **files)
-        return self.fine("vqa", "vqa", "vqa_world", *self.world(), *self.sources(train), *held, *self.longer(20))
+        held_out = self.held_out("validation", "test", **files)
+        return self.fine("vqa", "vqa", "vqa_world", *self.world(), *self.sources(train), *held_out, *self.longer(20))
 
     def nlvr(self, name: str = "nlvr", *args: Any) -> dict[str, Any]:
-        held = self.held("validation", "test", path="pairs/{}.json")
-        given = [*self.world("pairs", 16, 4), *self.sources("pairs/train.json"), *held]
+        held_out = self.held_out("validation", "test", path="pairs/{}.json")
+        given = [*self.world("pairs", 16, 4), *self.sources("pairs/train.json"), *held_out]
         return self.fine(name, "nlvr", "nlvr_world", *given, *args)
 
     def dialogue(self) -> dict[str, Any]:
-        held = self.held("validation", "test", path="talk/{}.json", relevance="talk/{}-dense.json")
-        given = [*self.world("talk", 32, 4), *self.sources("talk/train.json"), *held]
+        held_out = self.held_out("validation", "test", path="talk/{}.json", relevance="talk/{}-dense.json")
+        given = [*self.world("talk", 32, 4), *self.sources("talk/train.json"), *held_out]
         given += ["--validation.limit", 1, "--test.limit", 2]
         return self.fine("dialogue", "dialogue", "visdial_world", *given)
 
@@ -282,11 +282,15 @@ class Recorder:
             rows = json.loads((self.folder / "world/test.json").read_text())
             texts = [row["caption"][0] for row in rows[:4]]
             match = features.match(self.images(), texts)
-            found = {"images": features.embed_image(self.images()), "texts": features.embed_text(texts)}
-            found |= {"grounded": features.ground(self.images(4), texts), "cosines": match.itc, "logits": match.logits}
-            return {name: value.tolist() for name, value in found.items()}
+            results = {"images": features.embed_image(self.images()), "texts": features.embed_text(texts)}
+            results |= {
+                "grounded": features.ground(self.images(4), texts),
+                "cosines": match.itc,
+                "logits": match.logits,
+            }
+            return {name: value.tolist() for name, value in results.items()}
 
-        return self.ask(work)
+        return self.in_child(work)
 
     def commands(self) -> dict[str, Any]:
         """Answers of the sub-commands of `blip`."""
@@ -306,7 +310,7 @@ class Recorder:
             "nucleus": ("caption", shown, "--preset", "nucleus", "--num", 2, "--seed", 5, *caption),
             "capfilt": ("caption", shown, "--preset", "capfilt_2022", *caption),
         }
-        found: dict[str, Any] = {}
+        results: dict[str, Any] = {}
         for name, args in lines.items():
             out = self.folder / "answers" / f"{name}.jsonl"
             out.parent.mkdir(exist_ok=True)
@@ -314,26 +318,26 @@ class Recorder:
             self.run("blip", *args, "--json", "--out", out)
             answers = [json.loads(line) for line in out.read_text().splitlines()]
             paths = [Path(one.pop("path")).name for one in answers]
-            found[name] = {"paths": paths, "answers": answers}
+            results[name] = {"paths": paths, "answers": answers}
         strip = self.folder / "explained.png"
         self.run("blip", "explain", self.images()[0], "a red circle", "--out", strip, *retrieval)
-        return found | {"explain": pixels(strip)}
+        return results | {"explain": pixels(strip)}
 
     def evaluations(self) -> dict[str, Any]:
         """What `blip-eval` says of the models that an earlier recording has left, or this one."""
         return {name: self.evaluate(name, *args) for name, args in self._evaluations().items()}
 
     def _evaluations(self) -> dict[str, list[Any]]:
-        pairs = self.held("test", path="world/{}.json")
-        questions = self.held("test", path="world/questions-{}.json", annotations="world/annotations-{}.json")
-        dialogues = self.held("test", path="talk/{}.json", relevance="talk/{}-dense.json")
+        pairs = self.held_out("test", path="world/{}.json")
+        questions = self.held_out("test", path="world/questions-{}.json", annotations="world/annotations-{}.json")
+        dialogues = self.held_out("test", path="talk/{}.json", relevance="talk/{}-dense.json")
         lines = {
             "retrieval": ["retrieval", *pairs, "--k", 4],
             "pretrain": ["retrieval", *pairs, "--k", 16],
             "caption": ["captioning", *pairs, "--meteor", "false", "--spice", "false", "--tokenizer", "python"],
             "vqa": ["vqa", *questions],
             "vqa_generate": ["vqa", *questions, "--method", "generate"],
-            "nlvr": ["nlvr2", *self.held("test", path="pairs/{}.json")],
+            "nlvr": ["nlvr2", *self.held_out("test", path="pairs/{}.json")],
             "dialogue": ["visdial", *dialogues],
         }
         return {name: [str(word).replace("--test.source", "--source") for word in line] for name, line in lines.items()}
@@ -391,9 +395,11 @@ class Recorder:
         """Scores of a job, what policies select of it, and exports in every format."""
         job = self.folder / "job"
         self.plan("job", "world/train.json")
-        found: dict[str, Any] = {"annotations": self.score("job"), "selections": {}, "exports": {}}
-        cosines = sorted(value for row in found["annotations"]["values"]["itc_web"] for value in row)
-        middle = sorted(value for row in found["annotations"]["values"]["itm_web"] for value in row)[len(cosines) // 2]
+        results: dict[str, Any] = {"annotations": self.score("job"), "selections": {}, "exports": {}}
+        cosines = sorted(value for row in results["annotations"]["values"]["itc_web"] for value in row)
+        middle = sorted(value for row in results["annotations"]["values"]["itm_web"] for value in row)[
+            len(cosines) // 2
+        ]
         for name, args in {
             "half": ("--itm", middle),
             "best": ("--policy", "rank-k", "--k", 2, "--itm", cosines[0]),
@@ -402,17 +408,21 @@ class Recorder:
             "table": ("--policy", "threshold-table", "--itm-web", middle, "--itm-syn", middle, "--rules", "junk"),
         }.items():
             self.run("capfilt", "select", job, "--name", name, *args)
-            found["selections"][name] = self.selection("job", name)
+            results["selections"][name] = self.selection("job", name)
         for format in ("wds", "parquet", "json", "uids"):
             to = self.folder / ("clean" if format == "wds" else f"clean-{format}")
             self.run("capfilt", "export", job, "--select", "half", "--to", to, "--format", format, "--replace")
-            said = json.loads((to / "_SUCCESS").read_bytes())
-            found["exports"][format] = {"pairs": said["pairs"], "images": said["images"], "content": content(to)}
+            success = json.loads((to / "_SUCCESS").read_bytes())
+            results["exports"][format] = {
+                "pairs": success["pairs"],
+                "images": success["images"],
+                "content": content(to),
+            }
         self.run("capfilt", "report", job, "--select", "half")
         self.run("capfilt", "verify", job)
-        found["null"] = self.run("capfilt", "calibrate", job, "--method", "null", "--count", 64).splitlines()
-        found["null"] = [line for line in found["null"] if str(self.folder) not in line]
-        return found
+        results["null"] = self.run("capfilt", "calibrate", job, "--method", "null", "--count", 64).splitlines()
+        results["null"] = [line for line in results["null"] if str(self.folder) not in line]
+        return results
 
     def selection(self, job: str, name: str) -> dict[str, str]:
         import pyarrow.parquet
@@ -426,23 +436,23 @@ class Recorder:
     def two_workers(self) -> dict[str, Any]:
         """The same job, scored by two processes that share its parts: equal to that of one."""
         self.plan("job-2", "world/train.json")
-        found = self.score("job-2", world=2)
-        return self.agree("a job of two workers and one of one", found, self.found["capfilt"]["annotations"])
+        results = self.score("job-2", world=2)
+        return self.agree("a job of two workers and one of one", results, self.results["capfilt"]["annotations"])
 
     def texts(self) -> dict[str, Any]:
         """Texts and their log-probabilities by every preset of decoding."""
-        found = {}
+        results = {}
         for preset in ("greedy", "caption_2022", "nucleus", "capfilt_2022")[: 1 if self.short else None]:
             several = ["--captions", 2] if preset != "greedy" else []
             self.plan(f"job-{preset}", "world/val.json", "--decode", preset, *several)
-            found[preset] = self.score(f"job-{preset}")["values"]
-        return found
+            results[preset] = self.score(f"job-{preset}")["values"]
+        return results
 
     # Models on disk ---------------------------------------------------------------------------------------------------
 
     def layouts(self) -> dict[str, Any]:
         """Models in the layouts of others, and back again: every tensor there and back."""
-        found = {}
+        results = {}
         for name, to, use in (
             ("pretrain", "original", "pretraining"),
             ("caption", "original", "captioning"),
@@ -466,11 +476,11 @@ class Recorder:
                 one for one in Counter(returned.values()) - whole if " [] " not in one
             ]  # temperatures stay behind
             self.agree(f"the tensors of {name} and those back from {to}", changed, [])
-            found[f"{name} {to}"] = {
-                "there": self.ask(lambda file=there[0]: state(file)),
+            results[f"{name} {to}"] = {
+                "there": self.in_child(lambda file=there[0]: state(file)),
                 "back": {"weights": returned},
             }
-        return found
+        return results
 
 
 def digest(content: bytes) -> str:
@@ -487,11 +497,11 @@ def tensors(folder: Path) -> dict[str, str]:
     start = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:start])
     header.pop("__metadata__", None)
-    found = {}
+    results = {}
     for name, one in sorted(header.items()):
         first, last = (start + at for at in one["data_offsets"])
-        found[name] = f"{one['dtype']} {one['shape']} {digest(raw[first:last])}"
-    return found
+        results[name] = f"{one['dtype']} {one['shape']} {digest(raw[first:last])}"
+    return results
 
 
 def state(file: Path) -> dict[str, str]:
@@ -516,19 +526,19 @@ def pixels(path: Path) -> str:
 
 def content(folder: Path) -> dict[str, str]:
     """Hashes of an export's files; of a tar, of its members, and of a parquet file, of its rows."""
-    found = {}
+    results = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix == ".tar":
             with tarfile.open(path) as tar:
                 members = [(one.name, digest(tar.extractfile(one).read())) for one in tar]
-            found[path.name] = digest(json.dumps(members).encode())
+            results[path.name] = digest(json.dumps(members).encode())
         elif path.suffix == ".parquet":
             import pyarrow.parquet
 
-            found[path.name] = digest(repr(pyarrow.parquet.read_table(path).to_pylist()).encode())
+            results[path.name] = digest(repr(pyarrow.parquet.read_table(path).to_pylist()).encode())
         elif path.is_file() and path.name != "_SUCCESS":
-            found[str(path.relative_to(folder))] = sha(path)
-    return found
+            results[str(path.relative_to(folder))] = sha(path)
+    return results
 
 
 def sections(recorder: Recorder) -> dict[str, Callable[[], Any]]:
@@ -621,28 +631,28 @@ def record(
         raise Failed(f"{folder} is not empty, and no recording has made it: give another --folder")
     recorder = Recorder(tree, folder, models or folder, short)
     known = sections(recorder)
-    facts = json.loads(json.dumps(recorder.ask(machine)))
+    facts = json.loads(json.dumps(recorder.in_child(machine)))
     for name in wanted(SHORT_FORM if short else only, list(known)):
         if name == "bfloat16" and not facts["bfloat16"]:
             print("bfloat16: this processor does not multiply it", file=sys.stderr)
             continue
         began = time.monotonic()
-        recorder.found[name] = known[name]()
+        recorder.results[name] = known[name]()
         print(f"{name}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
-    found = {"machine": facts, **recorder.found}
-    return short_form(found) if short else found
+    results = {"machine": facts, **recorder.results}
+    return short_form(results) if short else results
 
 
-def short_form(found: dict[str, Any]) -> dict[str, Any]:
+def short_form(results: dict[str, Any]) -> dict[str, Any]:
     """What other processors compute nearly the same: no hash, no text and nothing that is counted."""
-    texts = found["texts"]["greedy"]
-    kept: dict[str, Any] = {"machine": found["machine"]}
+    texts = results["texts"]["greedy"]
+    kept: dict[str, Any] = {"machine": results["machine"]}
     for name in SHORT_FORM[:6]:
         kept[name] = {
             step: {loss: value for loss, value in losses.items() if not re.search("accuracy|recall|grad_norm", loss)}
-            for step, losses in found[name]["losses"].items()
+            for step, losses in results[name]["losses"].items()
         }
-    kept["features"] = {name: found["features"][name] for name in ("cosines", "logits")}
+    kept["features"] = {name: results["features"][name] for name in ("cosines", "logits")}
     kept["texts"] = {name: texts[name][:4] for name in ("itm_web", "itc_web")}
     return kept
 
@@ -671,13 +681,13 @@ def main(args: Sequence[str] | None = None) -> None:
         importlib.import_module(library)
     scratch = Path(tempfile.mkdtemp())  # no TemporaryDirectory: a program that ends would remove it, as it is a fork
     try:
-        found = record(tree, given.folder or scratch, given.models, given.only, given.short)
+        results = record(tree, given.folder or scratch, given.models, given.only, given.short)
     except Failed as error:
         raise SystemExit(f"error: {error}") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(found, indent=1) + "\n")
+    out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -50,12 +50,12 @@ def test_loss_and_gradients_are_those_of_transformers():
     outcome = clip(batch, Clock())
     ours, expected = outcome.losses["itc"], theirs(clip.model, batch)
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
-    found = gradients(clip.model, ours)
-    assert_same(found, gradients(clip.model, expected))
-    assert "temperature" in found
+    grads = gradients(clip.model, ours)
+    assert_same(grads, gradients(clip.model, expected))
+    assert "temperature" in grads
     # What contrast does not use is left alone.
     unused = ("cross", "causal", "head", "match")
-    assert {n for n, _ in clip.model.named_parameters()} - found.keys() == {
+    assert {n for n, _ in clip.model.named_parameters()} - grads.keys() == {
         n for n, _ in clip.model.named_parameters() if any(word in n for word in unused)
     }
     image, text = clip.model.embed_image(clip.model.vision(batch.image)), clip.model.embed_text(batch.ids, batch.keep)
@@ -91,8 +91,8 @@ def batches_of_everyone() -> None:
     image = plain.model.embed_image(plain.model.vision(both_batches().image))
     text = plain.model.embed_text(both_batches().ids, both_batches().keep)
     right = ((text @ image.T).argmax(1) == torch.arange(10)).float().mean()
-    found = dist.total(outcome.health["itc_recall_t2i"]) / 2
-    assert found.item() == pytest.approx(right.item())
+    recall = dist.total(outcome.health["itc_recall_t2i"]) / 2
+    assert recall.item() == pytest.approx(right.item())
 
 
 def test_two_processes_are_one_with_the_joined_batch(tmp_path):

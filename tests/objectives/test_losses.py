@@ -31,11 +31,11 @@ def contrastive(student, teacher, images, texts, temperature, alpha, target=None
 
 
 def test_contrastive_of_orthogonal_pairs_by_hand():
-    eye = torch.eye(2)
-    pair, empty = EmbeddedPair(Embedded(eye), Embedded(eye)), torch.zeros(0, 2)
+    identity = torch.eye(2)
+    pair, empty = EmbeddedPair(Embedded(identity), Embedded(identity)), torch.zeros(0, 2)
     loss, cosines = contrastive(pair, pair, empty, empty, torch.tensor(0.5), alpha=0.0)
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-2)))
-    assert torch.equal(cosines.image_to_text, eye)
+    assert torch.equal(cosines.image_to_text, identity)
     # With alpha 1 the target is the softmax itself and the loss its entropy.
     p = 1 / (1 + math.exp(-2))
     entropy = -p * math.log(p) - (1 - p) * math.log(1 - p)
@@ -75,9 +75,9 @@ def test_hard_negatives_follow_the_weights_and_never_pick_the_true_one():
 
 def test_hard_negatives_survive_underflow_and_refuse_a_single_pair():
     cosines = torch.full((2, 2), -1.0).fill_diagonal_(1.0)
-    drawn, found = hard_negatives(cosines, torch.tensor(0.001), 1e-4, torch.eye(2).bool())
+    drawn, is_drawn = hard_negatives(cosines, torch.tensor(0.001), 1e-4, torch.eye(2).bool())
     assert drawn.tolist() == [1, 0]
-    assert found.tolist() == [True, True]
+    assert is_drawn.tolist() == [True, True]
     with pytest.raises(ValueError, match="at least 2 pairs"):
         hard_negatives(torch.ones(1, 1), torch.tensor(0.1), 1e-4, torch.ones(1, 1).bool())
 
@@ -86,10 +86,10 @@ def test_negatives_are_drawn_where_features_are_not_finite():
     # The losses are NaN then, and the loop names the pairs; a draw that raises would end the run without saying them.
     cosines, temperature, own = torch.full((3, 3), float("nan")), torch.tensor(0.1), torch.arange(3)
     cosines[0] = 0.5
-    drawn, found = hard_negatives(cosines, temperature, 1e-4, torch.eye(3, dtype=torch.bool))
+    drawn, is_drawn = hard_negatives(cosines, temperature, 1e-4, torch.eye(3, dtype=torch.bool))
     assert all(drawn != own)
     assert set(drawn.tolist()) <= {0, 1, 2}
-    assert all(found)
+    assert all(is_drawn)
 
 
 def test_matching_loss_of_a_constant_predictor_is_the_entropy_of_a_third():

@@ -140,8 +140,8 @@ def test_a_queue_of_any_size_takes_batches_of_any_size(size):
         features = torch.randn(count, 16)
         pushed.extend(features)
         pretrain.image_queue.push(features)
-    held = {tuple(row.tolist()) for row in pretrain.image_queue.features}
-    assert held == {tuple(row.tolist()) for row in pushed[len(pushed) - size :]}
+    queued = {tuple(row.tolist()) for row in pretrain.image_queue.features}
+    assert queued == {tuple(row.tolist()) for row in pushed[len(pushed) - size :]}
 
 
 def test_alpha_rises_over_the_first_epochs(fixed_negatives, monkeypatch):

@@ -49,8 +49,8 @@ def settings_of(run: BootstrapRun, stage: str) -> dict:
 def test_every_row_is_scored(done):
     run, results = done
     assert list(results["rows"]) == run.rows
-    for row, found in results["rows"].items():
-        (scores,) = found["seeds"].values()
+    for row, row_results in results["rows"].items():
+        (scores,) = row_results["seeds"].values()
         for name in ("tr@1", "ir@1", "tr@1_zero_shot", "ir@1_zero_shot", "tr@1_composition", "noise_kept"):
             assert 0 <= scores[name] <= 100
         assert {"cider", "cider_composition", "attribute_recall", "attribute_precision_composition"} <= scores.keys()
@@ -64,8 +64,8 @@ def test_models_learn_from_what_their_row_says(done):
     """Each row's data are the crawl or an export of its job; people have the same share in all; only one goes on."""
     run, _ = done
     for row in run.rows:
-        told = settings_of(run, f"{row}/pretrain")
-        *web, people = told["data"]["sources"]
+        settings = settings_of(run, f"{row}/pretrain")
+        *web, people = settings["data"]["sources"]
         assert people["path"].endswith("people/train.json")
         if not web:
             continue
@@ -75,11 +75,11 @@ def test_models_learn_from_what_their_row_says(done):
         pairs = len(open_source(SourceConfig(web["path"])))
         human = people["weight"] * run.world.people
         assert human / (human + pairs) == pytest.approx(run.people_share, abs=0.01)
-        ramp = told["objective"]["alpha_ramp_epochs"] * (human + pairs)
+        ramp = settings["objective"]["alpha_ramp_epochs"] * (human + pairs)
         assert ramp == pytest.approx(8 * run.world.crawl / (1 - run.people_share), rel=0.01)
-        start = told["model"]["start_from"]
+        start = settings["model"]["start_from"]
         assert (start or "").endswith("neither/pretrain/model") == (row == "continued")
-        assert told["train"]["seed"] == 0
+        assert settings["train"]["seed"] == 0
 
 
 def test_fine_tuning_has_its_own_rates(done):
@@ -109,29 +109,29 @@ def test_jobs_have_their_own_captioner_and_filter(done):
 
 def test_selections_keep_web_texts_all_texts_or_what_passes(done):
     run, _ = done
-    found = json.loads((Path(run.out) / "seed-0/capfilt/own/stage.json").read_text())["results"]
-    assert found["filter"]["synthetic"] == 0
+    counts = json.loads((Path(run.out) / "seed-0/capfilt/own/stage.json").read_text())["results"]
+    assert counts["filter"]["synthetic"] == 0
     usable = run.world.crawl  # 0.25% of 48 images are broken: none
-    assert (found["captioner"]["web"], found["captioner"]["synthetic"]) == (usable, usable)
-    assert found["captioner"]["noise_kept"] == 100
-    assert found["both"]["web"] == found["filter"]["web"]
-    assert found["both"]["texts"] == found["both"]["web"] + found["both"]["synthetic"]
+    assert (counts["captioner"]["web"], counts["captioner"]["synthetic"]) == (usable, usable)
+    assert counts["captioner"]["noise_kept"] == 100
+    assert counts["both"]["web"] == counts["filter"]["web"]
+    assert counts["both"]["texts"] == counts["both"]["web"] + counts["both"]["synthetic"]
 
 
 class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
-        self.found = []
+        self.links = []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
-        self.found += [value for name, value in attrs if name in ("href", "src")]
+        self.links += [value for name, value in attrs if name in ("href", "src")]
 
 
 def test_the_page_needs_nothing_else(done):
     run, _ = done
     text = (Path(run.out) / "report.html").read_text()
-    links = [link for link in Page(text).found if not link.startswith("data:image/jpeg;base64,")]
+    links = [link for link in Page(text).links if not link.startswith("data:image/jpeg;base64,")]
     assert links == ["seed-0/capfilt/own/job/report/both/report.html"]
     assert (Path(run.out) / links[0]).is_file()
     assert "None" not in text
@@ -204,7 +204,7 @@ def test_steps_are_equal_but_where_it_says_longer():
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         (["--rows", "bath"], "rows bath: expected some of neither, filter"),
         (["--seeds", "a"], "seeds"),
@@ -218,11 +218,11 @@ def test_steps_are_equal_but_where_it_says_longer():
         (["--train.steps", "null"], "train.steps is missing"),
     ],
 )
-def test_what_does_not_fit_is_said_in_a_line(capsys, args, said):
+def test_what_does_not_fit_is_said_in_a_line(capsys, args, message):
     with pytest.raises(SystemExit) as stop:
         read(*args)
     assert stop.value.code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_seeds_and_rows_are_given_as_words():

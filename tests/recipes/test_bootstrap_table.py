@@ -23,30 +23,30 @@ def scores(**rows) -> dict:
 
 
 def test_means_and_paired_differences():
-    found = scores(neither=NEITHER, both=BOTH)
-    mean = table.means(found, "neither", "tr@1")
+    by_row = scores(neither=NEITHER, both=BOTH)
+    mean = table.means(by_row, "neither", "tr@1")
     assert (mean.value, mean.seeds) == (52.0, 3)
     assert mean.error == pytest.approx(2 / math.sqrt(3))  # deviation of 50, 54, 52 is 2
-    paired = table.difference(found, "both", "neither", "tr@1")  # 10, 8, 12
+    paired = table.difference(by_row, "both", "neither", "tr@1")  # 10, 8, 12
     assert paired.value == 10
     assert paired.error == pytest.approx(2 / math.sqrt(3))
     assert paired.verdict == "higher"
     assert paired.text(1, True) == "+10.0 ± 1.2"
-    within = table.difference(found, "both", "neither", "ir@1")  # 1, -1, 0
+    within = table.difference(by_row, "both", "neither", "ir@1")  # 1, -1, 0
     assert (within.value, within.verdict) == (0.0, "open")
-    assert table.difference(found, "neither", "both", "tr@1").verdict == "lower"
+    assert table.difference(by_row, "neither", "both", "tr@1").verdict == "lower"
 
 
 def test_differences_are_of_seeds_that_both_rows_have():
-    found = scores(neither=NEITHER, both=BOTH)
-    del found["both"][1]
-    found["both"][7] = {"tr@1": 1000.0}
-    paired = table.difference(found, "both", "neither", "tr@1")
+    by_row = scores(neither=NEITHER, both=BOTH)
+    del by_row["both"][1]
+    by_row["both"][7] = {"tr@1": 1000.0}
+    paired = table.difference(by_row, "both", "neither", "tr@1")
     assert (paired.value, paired.seeds) == (11.0, 2)
-    del found["both"][0]
-    one = table.difference(found, "both", "neither", "tr@1")
+    del by_row["both"][0]
+    one = table.difference(by_row, "both", "neither", "tr@1")
     assert (one.value, one.error, one.verdict) == (12.0, None, "one seed")
-    assert table.difference(found, "filter", "neither", "tr@1") is None
+    assert table.difference(by_row, "filter", "neither", "tr@1") is None
 
 
 def test_exactly_two_standard_errors_are_not_beyond():
@@ -57,12 +57,12 @@ def test_exactly_two_standard_errors_are_not_beyond():
 
 
 def test_findings_say_whether_they_agree():
-    found = scores(neither=NEITHER, both=BOTH, longer=NEITHER, captioner={"tr@1": (70.0, 73.0, 74.0)})
-    told = {one["claim"]: one["says"] for one in table.findings(found)}
-    assert told["captioning and filtering help"] == "agrees in 5 of 6"  # ir@1 is open
-    assert told["longer training on the noisy texts gains nothing"] == "agrees in 6 of 6"
-    assert told["both help more than captioning alone"] == "agrees in 0 of 6, the other way in 6"
-    assert "filtering alone helps" not in told, "a row that is not there says nothing"
+    by_row = scores(neither=NEITHER, both=BOTH, longer=NEITHER, captioner={"tr@1": (70.0, 73.0, 74.0)})
+    verdicts = {one["claim"]: one["says"] for one in table.findings(by_row)}
+    assert verdicts["captioning and filtering help"] == "agrees in 5 of 6"  # ir@1 is open
+    assert verdicts["longer training on the noisy texts gains nothing"] == "agrees in 6 of 6"
+    assert verdicts["both help more than captioning alone"] == "agrees in 0 of 6, the other way in 6"
+    assert "filtering alone helps" not in verdicts, "a row that is not there says nothing"
 
 
 def test_tables_name_rows_and_mark_what_is_beyond():
@@ -79,8 +79,8 @@ def test_tables_name_rows_and_mark_what_is_beyond():
 
 
 def test_results_hold_every_seed():
-    told = table.results(scores(neither=NEITHER, both=BOTH))
-    assert list(told["rows"]) == ["neither", "both"]
-    assert told["rows"]["both"]["seeds"]["1"]["tr@1"] == 62.0
-    assert told["rows"]["both"]["mean"]["tr@1"]["value"] == 62.0
-    assert told["rows"]["both"]["difference"]["tr@1"]["value"] == 10.0
+    results = table.results(scores(neither=NEITHER, both=BOTH))
+    assert list(results["rows"]) == ["neither", "both"]
+    assert results["rows"]["both"]["seeds"]["1"]["tr@1"] == 62.0
+    assert results["rows"]["both"]["mean"]["tr@1"]["value"] == 62.0
+    assert results["rows"]["both"]["difference"]["tr@1"]["value"] == 10.0

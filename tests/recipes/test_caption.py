@@ -94,12 +94,12 @@ def test_loss_and_every_gradient_of_the_original(captioner, original):
     table = original_captioning(captioner.model)
     rows = {row.ours for row in table.rows}
     grads = {name: p.grad for name, p in captioner.model.named_parameters() if name in rows}
-    found = to_theirs(table, grads)
+    gradients = to_theirs(table, grads)
     expected = {name.removeprefix("grad."): value for name, value in original.items() if name.startswith("grad.")}
     assert len(expected) == 91
     for name, gradient in expected.items():
         scale = gradient.abs().max().clamp(min=1e-2)
-        assert float((found[name] - gradient).abs().max() / scale) < 5e-5, name
+        assert float((gradients[name] - gradient).abs().max() / scale) < 5e-5, name
 
 
 def test_only_what_the_original_learned_gets_a_gradient(captioner, original):
@@ -153,8 +153,8 @@ def test_word_accuracy_is_of_the_words_that_are_asked_for(monkeypatch):
         at = 0
         for row in range(2):
             for place in range(1, int(batch.keep[row].sum())):
-                says = batch.ids[row, place] if place > 2 and place - 2 <= right[row] else 1
-                logits[at, says] = 5.0
+                word = batch.ids[row, place] if place > 2 and place - 2 <= right[row] else 1
+                logits[at, word] = 5.0
                 at += 1
         return logits
 
@@ -331,11 +331,11 @@ FEW += ["--decode.beams", "1", "--decode.max_length", "20"]
 
 
 def options(world, start, out, *more: str) -> list[str]:
-    held = [
+    held_out = [
         f"--{name}.source.path={world / file}" for name, file in (("validation", "val.json"), ("test", "test.json"))
     ]
     sources = json.dumps([{"path": str(world / "train.json")}])
-    return [*FEW, "--model.start_from", str(start), "--data.sources", sources, *held, "--out", str(out), *more]
+    return [*FEW, "--model.start_from", str(start), "--data.sources", sources, *held_out, "--out", str(out), *more]
 
 
 def job(args: list[str], kill: str = "", at: int = 0) -> None:
@@ -385,10 +385,10 @@ class CaptionZygote(Zygote):
     def finish(self, log, args: list[str], world: int = 1, status: int = 0, **arguments) -> str:
         """Run to the end; what the main process printed."""
         pids = self.spawn(log, module="test_caption", function="job", args=args, world=world, **arguments)
-        found = [self.wait(pid, 120) for pid in pids]
-        said = Path(f"{log}-0").read_text()
-        assert found == [status] * world, said
-        return said
+        statuses = [self.wait(pid, 120) for pid in pids]
+        log_text = Path(f"{log}-0").read_text()
+        assert statuses == [status] * world, log_text
+        return log_text
 
 
 @functools.cache
@@ -422,14 +422,14 @@ def evaluations(out) -> list[dict]:
 
 
 def test_a_run_leaves_the_best_model_and_its_scores(finished, world):
-    found = evaluations(finished)
-    assert [line["step"] for line in found] == [5, 10, 15]
-    cider = [line["eval"]["cider"] for line in found]
-    assert [line["eval"]["best"] for line in found] == [
+    evaluated = evaluations(finished)
+    assert [line["step"] for line in evaluated] == [5, 10, 15]
+    cider = [line["eval"]["cider"] for line in evaluated]
+    assert [line["eval"]["best"] for line in evaluated] == [
         float(c > max(cider[:i], default=-1)) for i, c in enumerate(cider)
     ]
     results = json.loads((finished / "results.json").read_text())
-    best = found[cider.index(max(cider))]
+    best = evaluated[cider.index(max(cider))]
     assert (results["kept"], results["epoch"], results["steps"]) == (best["step"], best["epoch"], 15)
     assert results["validation"] == {name: value for name, value in best["eval"].items() if name != "best"}
     assert {"cider", "bleu_4", "attribute_precision", "attribute_recall"} <= results["test"].keys()
@@ -511,16 +511,16 @@ def test_without_validation_the_last_model_is_kept(world, small, tmp_path, monke
     assert set(results) == {"steps", "kept", "test"}
     assert result.metrics == {f"test_{name}": value for name, value in results["test"].items()}
 
-    asked = []
-    monkeypatch.setattr(BestModel, "_test", lambda *_: asked.append("again") or {"cider": 9.0})
+    scored = []
+    monkeypatch.setattr(BestModel, "_test", lambda *_: scored.append("again") or {"cider": 9.0})
     recipe.caption(command.read(recipe.CaptionRun, args))
-    assert not asked
+    assert not scored
     # Another test set, and then another model in the same place: what was said of the old ones does not hold.
     changed = ["--test.limit", "2", "--train.allow_change", "true"]
     assert recipe.caption(command.read(recipe.CaptionRun, [*args, *changed]))[0].metrics == {"test_cider": 9.0}
     shutil.rmtree(tmp_path / "out/checkpoints")
     recipe.caption(command.read(recipe.CaptionRun, [*args, "--train.lr", "0.01"]))
-    assert asked == ["again"] * 2
+    assert scored == ["again"] * 2
 
 
 # The choice of the best -----------------------------------------------------------------------------------------------
@@ -557,14 +557,14 @@ def test_a_full_disk_stops_the_run(tmp_path, small, monkeypatch):
 
 def test_only_the_image_world_is_graded_by_its_truth(world):
     rows = json.loads((world / "val.json").read_text())
-    (told,) = recipe.truth([row["image_id"] for row in rows])
-    assert told({row["image_id"]: row["caption"][0] for row in rows}) == {
+    (truth_of,) = recipe.truth([row["image_id"] for row in rows])
+    assert truth_of({row["image_id"]: row["caption"][0] for row in rows}) == {
         **{"attribute_precision": 1.0, "all_true": 1.0}, "attribute_recall": pytest.approx(0.5, abs=0.4)
     }  # fmt: skip
     thing = scene_of(rows[0]["image_id"]).things[0]
     wrong = next(colour for colour in COLOURS if all(t.colour != colour for t in scene_of(rows[0]["image_id"]).things))
-    (told,) = recipe.truth([rows[0]["image_id"]])
-    assert told({rows[0]["image_id"]: f"a {wrong} {thing.shape}"})["attribute_precision"] == 0.5
+    (truth_of,) = recipe.truth([rows[0]["image_id"]])
+    assert truth_of({rows[0]["image_id"]: f"a {wrong} {thing.shape}"})["attribute_precision"] == 0.5
     assert recipe.truth([139, 285]) == recipe.truth(["a.jpg"]) == recipe.truth([rows[0]["image_id"], "world-cup"]) == []
 
 
@@ -594,8 +594,8 @@ def coco(tmp_path_factory):
         else:
             rows[split].append({"image": f"{folder}/{name}", "caption": captions})
     (root / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
-    for split, found in rows.items():
-        (root / f"coco_karpathy_{split}.json").write_text(json.dumps(found))
+    for split, some in rows.items():
+        (root / f"coco_karpathy_{split}.json").write_text(json.dumps(some))
     return root
 
 
@@ -604,11 +604,11 @@ def test_cocos_files_as_they_are(coco, small, tmp_path, layout):
     if layout == "karpathy":
         path = str(coco / "dataset_coco.json")
         train = {"path": path, "split": "train+restval", "weight": 5}
-        held = [f"--{name}.source={json.dumps({'path': path, 'split': split})}" for name, split in VAL_TEST]
+        held_out = [f"--{name}.source={json.dumps({'path': path, 'split': split})}" for name, split in VAL_TEST]
     else:
         train = {"path": str(coco / "coco_karpathy_train.json")}
-        held = [f"--{name}.source.path={coco / f'coco_karpathy_{split}.json'}" for name, split in VAL_TEST]
-    args = [*FEW, *QUICK, "--model.start_from", str(small), "--data.sources", json.dumps([train]), *held]
+        held_out = [f"--{name}.source.path={coco / f'coco_karpathy_{split}.json'}" for name, split in VAL_TEST]
+    args = [*FEW, *QUICK, "--model.start_from", str(small), "--data.sources", json.dumps([train]), *held_out]
     run = command.read(recipe.CaptionRun, [*args, "--out", str(tmp_path)])
     feed, _ = build_feed(run.data, 32, Tokenizer.load("world"), seed=0)
     assert len(feed) == 40, "an epoch shows eight images with five captions each"
@@ -625,13 +625,13 @@ VAL_TEST = (("validation", "val"), ("test", "test"))
 def test_the_references_of_an_image_are_taken_together(coco, small):
     rows = json.loads((coco / "coco_karpathy_train.json").read_text())
     model, tokenizer = from_pretrained(small)
-    held = HeldOut(SourceConfig(str(coco / "coco_karpathy_train.json")), limit=2)
+    held_out = HeldOut(SourceConfig(str(coco / "coco_karpathy_train.json")), limit=2)
     run = recipe.CaptionRun("out", decode=DecodeConfig(beams=1, max_length=8))
-    exam = recipe.CaptionEvaluation("validation", held, run, model, tokenizer)
-    assert exam.images.references == {f"coco_{n}": [row["caption"] for row in rows[:5]] for n in (300, 301)}
-    said = exam.scores({"coco_300": rows[0]["caption"], "coco_301": "nothing of the kind"})
-    assert said["bleu_4"] > 0.3
-    assert set(said) == {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "cider", "rouge_l"}
+    evaluation = recipe.CaptionEvaluation("validation", held_out, run, model, tokenizer)
+    assert evaluation.images.references == {f"coco_{n}": [row["caption"] for row in rows[:5]] for n in (300, 301)}
+    scores = evaluation.scores({"coco_300": rows[0]["caption"], "coco_301": "nothing of the kind"})
+    assert scores["bleu_4"] > 0.3
+    assert set(scores) == {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "cider", "rouge_l"}
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------
@@ -694,11 +694,11 @@ def test_bad_input_is_one_line_before_anything_is_trained(capsys, tmp_path, monk
 
 
 def test_a_image_that_breaks_an_evaluation_is_named_and_the_run_can_go_on(capsys, tmp_path, world, small):
-    held = rows_with(tmp_path, world, image=str(tmp_path / "broken.jpg"))
+    source = rows_with(tmp_path, world, image=str(tmp_path / "broken.jpg"))
     (tmp_path / "broken.jpg").write_bytes(b"<html>")
-    args = options(world, small, tmp_path / "out", *QUICK, "--validation.source", held.replace(str(world), "/"))
-    said = refused(capsys, args)
-    assert "world-0-val-000001" in said
+    args = options(world, small, tmp_path / "out", *QUICK, "--validation.source", source.replace(str(world), "/"))
+    stderr = refused(capsys, args)
+    assert "world-0-val-000001" in stderr
     assert len(curve(tmp_path / "out")) == 2
     shutil.copy(next((world / "images/val").iterdir()), tmp_path / "broken.jpg")
     job(args)

@@ -53,17 +53,17 @@ BASES = {"drawn", "finetune", "finetune_world"}
 """Configs that others are based on, and that are no runs."""
 
 
-def refused(capsys, args: list[str]) -> str:
+def refused(capsys, args: list[str], settings: type = PretrainRun) -> str:
     """What is said of a command line that does not fit."""
     with pytest.raises(SystemExit) as stop:
-        command.read(PretrainRun, args)
-    said = capsys.readouterr()
+        command.read(settings, args)
+    output = capsys.readouterr()
     assert stop.value.code == 2
-    assert said.out == ""
-    assert said.err.startswith("error: ")
-    assert said.err.count("\n") <= 3
-    assert "Traceback" not in said.err
-    return said.err
+    assert output.out == ""
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") <= 3
+    assert "Traceback" not in output.err
+    return output.err
 
 
 BROKEN = {
@@ -112,9 +112,9 @@ def test_a_broken_config_is_one_line_that_names_what(capsys, tmp_path, monkeypat
     content, named = BROKEN[name]
     path = tmp_path / "broken.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    said = refused(capsys, ["--config", str(path)])
+    stderr = refused(capsys, ["--config", str(path)])
     for word in named:
-        assert word.replace("FILE", str(path)) in said
+        assert word.replace("FILE", str(path)) in stderr
     assert [p.name for p in tmp_path.iterdir()] == ["broken.yaml"], "something was executed"
 
 
@@ -167,14 +167,14 @@ def test_every_option_is_explained(capsys, recipe):
         command.read(RECIPES[recipe], ["--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    said = " ".join(printed.split())
-    assert EXPLAINED[recipe] in said
-    assert "--train.skip-nonfinite" in said
+    text = " ".join(printed.split())
+    assert EXPLAINED[recipe] in text
+    assert "--train.skip-nonfinite" in text
     options = re.findall(r"^  --([a-z.-]+)([^\n]*)\n(?=([^\n]*))", printed, re.M)
     assert {name for name, _, _ in options} >= {path.replace("_", "-") for path in walk(RECIPES[recipe])}
     for name, after, below in options:
         assert "  " in after.rstrip() or below.startswith(" " * 20), f"--{name} without its meaning"
-    assert said.count("(default: ") >= 40
+    assert text.count("(default: ") >= 40
 
 
 def test_the_printed_config_is_the_run(capsys, tmp_path):
@@ -204,14 +204,14 @@ def test_every_config_is_a_run(name):
 
 def assert_arrived(content: dict, run: object) -> None:
     for key, value in content.items():
-        found = getattr(run, key)
+        arrived = getattr(run, key)
         if isinstance(value, dict):
-            assert_arrived(value, found)
+            assert_arrived(value, arrived)
         elif key == "sources":
-            for one, source in zip(value, found, strict=True):
+            for one, source in zip(value, arrived, strict=True):
                 assert_arrived(one, source)
         else:
-            assert (list(found) if isinstance(found, tuple) else found) == value, key
+            assert (list(arrived) if isinstance(arrived, tuple) else arrived) == value, key
 
 
 def test_a_config_is_laid_over_another():
@@ -272,6 +272,17 @@ def test_a_new_list_of_sources_takes_nothing_from_the_old_one(tmp_path, how):
     assert run.data.sources == [SourceConfig("b.json"), SourceConfig("c.json")]
 
 
+@pytest.mark.parametrize(("former", "now"), [("wrong", "negatives"), ("alike", "hard_negatives")])
+def test_former_names_of_dialogue_options_are_refused_with_those_of_today(capsys, tmp_path, former, now):
+    path = tmp_path / "old.yaml"
+    path.write_text(f"out: x\ndata:\n  {former}: 1\n")
+    assert f"{path}: data.{former} is now called data.{now}" in refused(
+        capsys, ["--config", str(path)], RECIPES["dialogue"]
+    )
+    line = f"--data.{former} is now called --data.{now.replace('_', '-')}"
+    assert line in refused(capsys, ["--out", "x", f"--data.{former}", "1"], RECIPES["dialogue"])
+
+
 def walk(kind: type, before: str = "") -> list[str]:
     """Names of all options of a settings class; those of a list's items as `list.name`."""
     hints, names = typing.get_type_hints(kind), []
@@ -284,8 +295,8 @@ def walk(kind: type, before: str = "") -> list[str]:
 
 def test_options_appear_and_disappear_on_purpose():
     """An option is a promise: adding or removing one means changing tests/options.txt as well."""
-    found = sorted(f"{recipe} {option}" for recipe, settings in RECIPES.items() for option in walk(settings))
-    assert found == OPTIONS.read_text().splitlines()
+    options = sorted(f"{recipe} {option}" for recipe, settings in RECIPES.items() for option in walk(settings))
+    assert options == OPTIONS.read_text().splitlines()
 
 
 @pytest.mark.parametrize(
@@ -305,9 +316,9 @@ def test_a_recipes_own_errors_are_one_line(capsys, error, status):
     with pytest.raises(SystemExit) as stop:
         command.run(fails)
     assert stop.value.code == status
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert str(error).split("\n")[0] in said
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == 1
+    assert str(error).split("\n")[0] in stderr
 
 
 def test_what_is_our_own_mistake_keeps_its_traceback():
@@ -326,8 +337,8 @@ def test_each_program_is_there_and_its_recipes_are_those_that_are_told_of(capsys
         assert callable(getattr(import_module(module), name))
     assert {*RECIPES, "demo"} == set(programs.RECIPES)
     programs.main(["--help"])
-    said = capsys.readouterr().out
-    assert all(f"{name}" in said for name in programs.RECIPES)
+    stdout = capsys.readouterr().out
+    assert all(f"{name}" in stdout for name in programs.RECIPES)
     monkeypatch.setattr(sys, "argv", ["blip-recipe"])
     with pytest.raises(SystemExit) as stop:
         programs.main(["caption", "--out", "x", "--train.speed", "3"])

@@ -21,7 +21,7 @@ SMALL += ["--train.warmup_steps", "1", "--train.log_every", "1", "--train.precis
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def story(tmp_path_factory):
     """Where the demo ran, its settings and its scores."""
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
@@ -33,8 +33,8 @@ def told(tmp_path_factory):
         yield folder / "runs/demo", run, scores
 
 
-def test_both_models_are_scored_side_by_side(told):
-    out, _, scores = told
+def test_both_models_are_scored_side_by_side(story):
+    out, _, scores = story
     assert json.loads((out / "results.json").read_text()) == scores
     for name in ("tr@1", "ir@1", "tr@1_itc", "ir@1_itc", "cider", "attribute_precision"):
         assert 0 <= scores[name] <= 1000
@@ -44,8 +44,8 @@ def test_both_models_are_scored_side_by_side(told):
     assert scores["seconds"] >= sum(value for name, value in scores.items() if name.startswith("seconds_"))
 
 
-def test_the_second_training_sees_what_the_job_exported(told):
-    out, run, scores = told
+def test_the_second_training_sees_what_the_job_exported(story):
+    out, run, scores = story
     job = Job.open(str(out / "capfilt"))
     assert job.rows == run.world.train == 60
     assert verify(job.where).status() == 0
@@ -66,25 +66,25 @@ def test_the_second_training_sees_what_the_job_exported(told):
 class Links(HTMLParser):
     def __init__(self, text):
         super().__init__()
-        self.found = []
+        self.links = []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
-        self.found += [value for name, value in attrs if name == "href"]
+        self.links += [value for name, value in attrs if name == "href"]
 
 
-def test_the_page_leads_to_the_report(told):
-    out, _, scores = told
+def test_the_page_leads_to_the_report(story):
+    out, _, scores = story
     text = (out / "report.html").read_text()
-    (link,) = Links(text).found
+    (link,) = Links(text).links
     assert (out / link).is_file()
     assert f"{scores['tr@1_bootstrapped']:.1f}" in text
     assert "one word wrong" in text
     assert "None" not in text
 
 
-def test_started_again_it_says_the_same(told, monkeypatch):
-    out, run, scores = told
+def test_started_again_it_says_the_same(story, monkeypatch):
+    out, run, scores = story
     monkeypatch.chdir(out.parents[1])
     monkeypatch.setattr(demo, "THRESHOLD", 0.0)
     again = demo.demo(run)
@@ -93,7 +93,7 @@ def test_started_again_it_says_the_same(told, monkeypatch):
     }
 
 
-def test_nothing_kept_is_no_end(told, tmp_path):
+def test_nothing_kept_is_no_end(story, tmp_path):
     """A filter that keeps nothing leaves the human-captioned images to learn from."""
     people = [SourceConfig("human/train.json")]
     (tmp_path / "clean").mkdir()

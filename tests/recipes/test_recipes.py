@@ -90,12 +90,12 @@ def refused(zygote, tmp_path: Path, args: list[str]) -> str:
     """The one line that a run with bad input ends with."""
     (pid,) = zygote.start(tmp_path / "log", args)
     status = zygote.wait(pid, 120)
-    said = (tmp_path / "log-0").read_text()
-    assert status == 2, said
-    assert "Traceback" not in said
-    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    log = (tmp_path / "log-0").read_text()
+    assert status == 2, log
+    assert "Traceback" not in log
+    errors = [line for line in log.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert said.splitlines()[-1] == errors[0]
+    assert log.splitlines()[-1] == errors[0]
     return errors[0]
 
 
@@ -118,8 +118,8 @@ def assert_same_run(a: Path, b: Path, steps: int) -> None:
 
 
 def test_clip_trains_the_towers_and_ranks_by_cosines(zygote, world, tmp_path):
-    held = ["--held_out", json.dumps({"source": {"path": str(world / "test.json")}})]
-    finish(zygote, tmp_path, options(world / "train.json", tmp_path / "out", "--clip", "{}", *held))
+    held_out = ["--held_out", json.dumps({"source": {"path": str(world / "test.json")}})]
+    finish(zygote, tmp_path, options(world / "train.json", tmp_path / "out", "--clip", "{}", *held_out))
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert lines[0]["losses"].keys() & {"itc", "itm", "lm"} == {"itc"}
     scores = lines[-1]["eval"]
@@ -131,8 +131,8 @@ def test_clip_trains_the_towers_and_ranks_by_cosines(zygote, world, tmp_path):
 def finished(world, tmp_path_factory) -> Path:
     """The folder of a run of 4 steps that evaluated itself."""
     folder = tmp_path_factory.mktemp("finished")
-    held = ["--held_out", json.dumps({"source": {"path": str(world / "test.json")}, "k": 4})]
-    finish(the_recipe_zygote(), folder, options(world / "train.json", folder / "out", *held))
+    held_out = ["--held_out", json.dumps({"source": {"path": str(world / "test.json")}, "k": 4})]
+    finish(the_recipe_zygote(), folder, options(world / "train.json", folder / "out", *held_out))
     return folder / "out"
 
 
@@ -183,8 +183,8 @@ def compare_with_undisturbed(zygote, tmp_path, source, kills: int, world: int, s
             time.sleep(0.005)
         time.sleep(dice.random() * 0.1)
         os.kill(dice.choice(pids), signal.SIGKILL)
-        found = [zygote.wait(pid, 120) for pid in pids]
-        assert -signal.SIGKILL in found, f"the run was over before kill {kill}: give it more steps"
+        statuses = [zygote.wait(pid, 120) for pid in pids]
+        assert -signal.SIGKILL in statuses, f"the run was over before kill {kill}: give it more steps"
         assert lines(out) >= done - 3
         done = lines(out)
     finish(zygote, tmp_path, arguments("killed"), world=world, dropout=0.2)
@@ -268,9 +268,9 @@ def test_a_bad_file_is_one_line_with_the_remedy(zygote, tmp_path, content, named
     path = tmp_path / "none.json"
     if content is not None:
         path.write_text(content)
-    said = refused(zygote, tmp_path, options(path, tmp_path / "out"))
+    log = refused(zygote, tmp_path, options(path, tmp_path / "out"))
     for word in named:
-        assert word in said
+        assert word in log
     assert not (tmp_path / "out/checkpoints").exists()
 
 
@@ -282,17 +282,17 @@ def test_broken_images_are_replaced_counted_and_listed(zygote, tmp_path, bad):
     epochs = ["--train.steps", "15", "--data.max_bad_fraction", "0.5", "--objective.queue_size", "0"]
     finish(zygote, tmp_path, options(tmp_path / "train.json", tmp_path / "out", *epochs))
     path = tmp_path / "out/bad_samples-0.jsonl"
-    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    assert sorted(entry["key"] for entry in found) == sorted(f"train.json:{i}" for i in broken)
-    assert all(entry["reason"] for entry in found)
+    faults = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    assert sorted(entry["key"] for entry in faults) == sorted(f"train.json:{i}" for i in broken)
+    assert all(entry["reason"] for entry in faults)
 
 
 def test_too_many_broken_images_stop_the_run(zygote, tmp_path):
     world_files.write(tmp_path, "json", "train", IMAGES, size=32, broken=20)
     args = options(tmp_path / "train.json", tmp_path / "out", "--train.batch_size", "20", "--train.steps", "12")
-    said = refused(zygote, tmp_path, args)
+    log = refused(zygote, tmp_path, args)
     for word in ("samples drawn", "data.max_bad_fraction", "train.json:", "bad_samples-0.jsonl"):
-        assert word in said
+        assert word in log
 
 
 def test_odd_captions_are_listed_or_cut(zygote, tmp_path, world):
@@ -313,12 +313,12 @@ def test_odd_captions_are_listed_or_cut(zygote, tmp_path, world):
 
 
 def test_a_held_out_file_that_is_not_there(zygote, tmp_path, world):
-    held = ["--held_out", json.dumps({"source": {"path": str(tmp_path / "gone.json")}})]
-    assert "gone.json" in refused(zygote, tmp_path, options(world / "train.json", tmp_path / "out", *held))
+    held_out = ["--held_out", json.dumps({"source": {"path": str(tmp_path / "gone.json")}})]
+    assert "gone.json" in refused(zygote, tmp_path, options(world / "train.json", tmp_path / "out", *held_out))
 
 
 @pytest.mark.parametrize(
-    ("held", "named"),
+    ("fault", "named"),
     [
         ({"k": 0}, "held_out.k must be 1 or more, got 0"),
         ({"limit": 0}, "held_out.limit must be 1 or more, got 0"),
@@ -326,13 +326,13 @@ def test_a_held_out_file_that_is_not_there(zygote, tmp_path, world):
         ({"image": "gone.png"}, "gone.png"),
     ],
 )
-def test_a_held_out_set_that_does_not_work_is_said_before_the_training(tmp_path, capsys, world, held, named):
-    row = {"image": "1.png", "caption": "a red circle"} | {k: v for k, v in held.items() if k in ("image", "caption")}
+def test_a_held_out_set_that_does_not_work_is_said_before_the_training(tmp_path, capsys, world, fault, named):
+    row = {"image": "1.png", "caption": "a red circle"} | {k: v for k, v in fault.items() if k in ("image", "caption")}
     Image.new("RGB", (32, 32)).save(tmp_path / "1.png")
     (tmp_path / "held.json").write_text(json.dumps([row]))
     source = {"source": {"path": str(tmp_path / "held.json")}}
-    asked = json.dumps(source | {k: v for k, v in held.items() if k in ("k", "limit")})
-    args = options(world / "train.json", tmp_path / "out", "--held_out", asked)
+    option = json.dumps(source | {k: v for k, v in fault.items() if k in ("k", "limit")})
+    args = options(world / "train.json", tmp_path / "out", "--held_out", option)
     with pytest.raises(SystemExit) as stop:
         command.run(lambda: pretrain(command.read(PretrainRun, args)))
     assert stop.value.code == 2
@@ -344,17 +344,17 @@ def test_a_run_that_diverges_names_the_pairs_and_keeps_to_its_budget(zygote, tmp
     more = ["--train.lr", "1e30", "--train.warmup_steps", "0", "--train.clip", "null", "--train.skip_nonfinite", "1"]
     (pid,) = zygote.start(tmp_path / "log", options(world / "train.json", tmp_path / "out", *more))
     assert zygote.wait(pid, 120) == 1
-    said = (tmp_path / "log-0").read_text()
-    assert "Traceback" not in said
-    assert "skipped, 1 of 1 allowed" in said
-    assert "(1 of 1 skipped)" in said.splitlines()[-1]
+    log = (tmp_path / "log-0").read_text()
+    assert "Traceback" not in log
+    assert "skipped, 1 of 1 allowed" in log
+    assert "(1 of 1 skipped)" in log.splitlines()[-1]
     listed = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("nonfinite-step-*.json")]
     assert [len(one["processes"][0]["keys"]) for one in listed] == [4, 4]
 
 
 def test_a_batch_of_one_has_no_negatives(zygote, tmp_path, world):
-    said = refused(zygote, tmp_path, options(world / "train.json", tmp_path / "out", "--train.batch_size", "1"))
-    assert "at least 2 pairs" in said
+    log = refused(zygote, tmp_path, options(world / "train.json", tmp_path / "out", "--train.batch_size", "1"))
+    assert "at least 2 pairs" in log
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "weights", "config"])
@@ -371,11 +371,13 @@ def test_a_start_that_does_not_fit_itself(zygote, tmp_path, world, finished, par
         state["image_proj.weight"] = torch.zeros(3, 5)
         write_tensors(model / "model.safetensors", state)
     else:
-        said = json.loads((model / "config.json").read_text())
-        said["model"]["text"]["width"] = 256
-        (model / "config.json").write_text(json.dumps(said))
-    said = refused(zygote, tmp_path, options(world / "train.json", tmp_path / "out", "--model.start_from", str(model)))
-    assert {"tokenizer": str(model), "weights": "image_proj.weight", "config": "model.safetensors"}[part] in said
+        content = json.loads((model / "config.json").read_text())
+        content["model"]["text"]["width"] = 256
+        (model / "config.json").write_text(json.dumps(content))
+    content = refused(
+        zygote, tmp_path, options(world / "train.json", tmp_path / "out", "--model.start_from", str(model))
+    )
+    assert {"tokenizer": str(model), "weights": "image_proj.weight", "config": "model.safetensors"}[part] in content
 
 
 def test_a_tokenizer_that_is_not_there_and_no_hub(zygote, tmp_path, world):
@@ -383,10 +385,10 @@ def test_a_tokenizer_that_is_not_there_and_no_hub(zygote, tmp_path, world):
     place = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty"), "HF_HUB_CACHE": str(tmp_path / "empty")}
     began = time.monotonic()
     request = {"module": "test_recipes", "function": "job", "arguments": {"args": args}}
-    pid = zygote._ask(**request, place=place, log=str(tmp_path / "log"))
+    pid = zygote._request(**request, place=place, log=str(tmp_path / "log"))
     assert zygote.wait(pid) == 2
-    said = (tmp_path / "log").read_text()
-    assert "HF_HUB_OFFLINE is set" in said
-    assert "hf download bert-base-uncased" in said
-    assert "Traceback" not in said
+    log = (tmp_path / "log").read_text()
+    assert "HF_HUB_OFFLINE is set" in log
+    assert "hf download bert-base-uncased" in log
+    assert "Traceback" not in log
     assert time.monotonic() - began < 20, "it asked the network"

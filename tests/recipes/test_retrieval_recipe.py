@@ -85,7 +85,7 @@ def test_a_pair_of_the_same_image_is_never_a_negative():
     torch.manual_seed(0)
     draws = [hard_negatives(cosines, torch.tensor(0.1), 0.0, same) for _ in range(4000)]
     drawn = torch.stack([chosen for chosen, _ in draws])
-    assert all(found.all() for _, found in draws)
+    assert all(is_drawn.all() for _, is_drawn in draws)
     assert not same[torch.arange(4), drawn].any()
     assert (drawn[:, 0] == 2).float().mean().item() == pytest.approx(1 / (1 + math.exp(-2)), abs=0.03)
     assert (drawn[:, 1] == 2).float().mean().item() == pytest.approx(0.5, abs=0.03)
@@ -148,11 +148,11 @@ def test_where_all_images_differ_it_is_pre_training_without_lm(monkeypatch):
 def test_where_all_images_differ_the_same_negatives_are_drawn():
     pretrain, batch = build(negative_floor=0.0), with_ids(make_batch(), 1, 2, 3, 4, 5)
     pretrain.teacher.update(pretrain.model, 0.0)  # pre-training draws by student and teacher, this by the student
-    ours, found = objective(pretrain), []
+    ours, losses = objective(pretrain), []
     for one in (pretrain, ours):
         torch.manual_seed(4)
-        found.append(one(batch, Clock(epoch=1.0)).losses["itm"])
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+        losses.append(one(batch, Clock(epoch=1.0)).losses["itm"])
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -171,11 +171,11 @@ def test_the_originals_losses_negatives_gradients_and_queues(monkeypatch, origin
     noted = []
     monkeypatch.setattr(torch, "multinomial", lambda weights, _: (noted.append(weights), next(answers)[:, None])[1])
     outcome = ours(dataclasses.replace(goldens.batch(0, trim=True), image_ids=original["image_ids"]), Clock(epoch=1.0))
-    found = torch.stack([outcome.losses["itc"], outcome.losses["itm"]])
-    torch.testing.assert_close(found, original["losses"], rtol=1e-5, atol=1e-5)
+    losses = torch.stack([outcome.losses["itc"], outcome.losses["itm"]])
+    torch.testing.assert_close(losses, original["losses"], rtol=1e-5, atol=1e-5)
     for weights, name in zip(noted, ("weights_t2i", "weights_i2t"), strict=True):
         torch.testing.assert_close(weights, original[name], rtol=1e-5, atol=1e-5)
-    found.sum().backward()
+    losses.sum().backward()
     grads = {name: p.grad for name, p in ours.model.named_parameters() if p.grad is not None}
     state = to_theirs(original_matching(ours.model), grads)
     expected = {name.removeprefix("grad."): value for name, value in original.items() if name.startswith("grad.")}
@@ -290,11 +290,11 @@ def small(tmp_path_factory):
 
 
 def options(world, start, out, *more: str) -> list[str]:
-    held = [
+    held_out = [
         f"--{name}.source.path={world / file}" for name, file in (("validation", "val.json"), ("test", "test.json"))
     ]
     sources = json.dumps([{"path": str(world / "train.json")}])
-    return [*FEW, "--model.start_from", str(start), "--data.sources", sources, *held, "--out", str(out), *more]
+    return [*FEW, "--model.start_from", str(start), "--data.sources", sources, *held_out, "--out", str(out), *more]
 
 
 def job(args: list[str], kill_in_offer: int = -1) -> None:
@@ -302,10 +302,10 @@ def job(args: list[str], kill_in_offer: int = -1) -> None:
     count, offer = iter(range(100)), BestModel.offer
 
     def struck(*given):
-        found = offer(*given)
+        result = offer(*given)
         if next(count) == kill_in_offer:
             os.kill(os.getpid(), signal.SIGKILL)
-        return found
+        return result
 
     BestModel.offer = struck
     command.run(lambda: recipe.retrieve(command.read(recipe.RetrievalRun, args)))
@@ -322,8 +322,8 @@ class RetrievalZygote(Zygote):
 
     def finish(self, log, args: list[str], world: int = 1, status: int = 0, **arguments) -> None:
         pids = self.spawn(log, module="test_retrieval_recipe", function="job", args=args, world=world, **arguments)
-        found = [self.wait(pid, 120) for pid in pids]
-        assert found == [status] * world, Path(f"{log}-0").read_text()
+        statuses = [self.wait(pid, 120) for pid in pids]
+        assert statuses == [status] * world, Path(f"{log}-0").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -344,11 +344,11 @@ def evaluations(out) -> list[dict]:
 
 
 def test_a_run_keeps_the_model_with_the_best_mean_recall(finished, world):
-    found = evaluations(finished)
-    recalls = [line["eval"]["mean_recall"] for line in found]
-    best = found[recalls.index(max(recalls))]
+    evaluated = evaluations(finished)
+    recalls = [line["eval"]["mean_recall"] for line in evaluated]
+    best = evaluated[recalls.index(max(recalls))]
     results = json.loads((finished / "results.json").read_text())
-    assert [line["step"] for line in found] == [4, 8]
+    assert [line["step"] for line in evaluated] == [4, 8]
     assert (results["kept"], results["steps"]) == (best["step"], 8)
     model, tokenizer = from_pretrained(finished / "model")
     for name, file in (("validation", "val.json"), ("test", "test.json")):

@@ -28,17 +28,17 @@ def chain(log: list, setting: int = 1) -> list[Stage]:
 
 
 def test_each_is_done_once_and_in_order(tmp_path):
-    log, said = [], []
-    work = Stages(tmp_path, chain(log), said.append)
+    log, messages = [], []
+    work = Stages(tmp_path, chain(log), messages.append)
     after = []
     work.carry_out(lambda: after.append(len(log)))
     assert log == ["a", "b/c", "d"]
     assert after == [1, 2, 3]
     assert work.results("b/c") == {"value": 2}
     assert not (tmp_path / "d" / "checkpoints").exists()
-    assert "stage 2 of 3: b/c" in said[2]
-    assert "1 done" in said[2]
-    again = Stages(tmp_path, chain(log), said.append)
+    assert "stage 2 of 3: b/c" in messages[2]
+    assert "1 done" in messages[2]
+    again = Stages(tmp_path, chain(log), messages.append)
     again.carry_out()
     assert log == ["a", "b/c", "d"]
     assert again.results("d") == {"value": 3}
@@ -92,10 +92,10 @@ def test_a_stage_needs_one_that_comes_before(tmp_path):
 def test_what_another_process_does_is_left_to_it(tmp_path, monkeypatch):
     """Its lock is held: what does not need it is done, then it is waited for, and its result is used."""
     monkeypatch.setattr(stages, "_POLL", 0.02)
-    log, said = [], []
-    work = Stages(tmp_path, [*chain(log), Stage("free", counted(log, "free"))], said.append)
-    held = RunLock(tmp_path / stages.LOCKS / "a")
-    held.__enter__()
+    log, messages = [], []
+    work = Stages(tmp_path, [*chain(log), Stage("free", counted(log, "free"))], messages.append)
+    lock = RunLock(tmp_path / stages.LOCKS / "a")
+    lock.__enter__()
     waited = threading.Event()
 
     def other() -> None:
@@ -103,13 +103,13 @@ def test_what_another_process_does_is_left_to_it(tmp_path, monkeypatch):
         record = {"fingerprint": work.fingerprints["a"], "settings": {"setting": 1}, "seconds": 1, "results": {"x": 1}}
         (tmp_path / "a").mkdir()
         (tmp_path / "a" / stages.RECORD).write_text(json.dumps(record))
-        held.__exit__()
+        lock.__exit__()
 
     thread = threading.Thread(target=other)
     thread.start()
 
     def say(line: str) -> None:
-        said.append(line)
+        messages.append(line)
         if "waiting for a" in line:
             waited.set()
 
@@ -117,5 +117,5 @@ def test_what_another_process_does_is_left_to_it(tmp_path, monkeypatch):
     work.carry_out()
     thread.join()
     assert log == ["free", "b/c", "d"]
-    assert any("waiting for a, which another process is doing" in line for line in said)
+    assert any("waiting for a, which another process is doing" in line for line in messages)
     assert work.results("a") == {"x": 1}

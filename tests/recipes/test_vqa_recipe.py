@@ -39,12 +39,12 @@ def options(world, start, out, *more: str) -> list[str]:
     def files(split: str) -> dict[str, str]:
         return {"path": str(world / f"questions-{split}.json"), "annotations": str(world / f"annotations-{split}.json")}
 
-    held = [f"--{name}.source.{k}" for name in ("validation", "test") for k in ("path", "annotations")]
+    held_out = [f"--{name}.source.{k}" for name in ("validation", "test") for k in ("path", "annotations")]
     values = [files(split)[k] for split in ("val", "test") for k in ("path", "annotations")]
     train = {"steps": 4, "batch_size": 8, "warmup_steps": 1, "lr": 0.01, "eval_every": 2, "log_every": 1, "seed": 3}
     return [
         "--out", str(out), "--model.start_from", str(start), "--data.sources", json.dumps([files("train")]),
-        "--data.workers", "0", *(part for pair in zip(held, values, strict=True) for part in pair),
+        "--data.workers", "0", *(part for pair in zip(held_out, values, strict=True) for part in pair),
         *(part for name, value in train.items() for part in (f"--train.{name}", str(value))), *more,
     ]  # fmt: skip
 
@@ -56,12 +56,12 @@ def run(args: list[str]):
 def test_a_run_keeps_the_best_model_and_its_answers(world, start, tmp_path):
     result, folder = run(options(world, start, tmp_path / "out"))
     lines = read_metrics(tmp_path / "out/metrics.jsonl")
-    found = [line for line in lines if "eval" in line]
-    accuracies = [line["eval"]["accuracy"] for line in found]
-    assert [line["step"] for line in found] == [2, 4]
+    evaluated = [line for line in lines if "eval" in line]
+    accuracies = [line["eval"]["accuracy"] for line in evaluated]
+    assert [line["step"] for line in evaluated] == [2, 4]
     assert "vqa" in next(line for line in lines if "losses" in line)["losses"]
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert results["kept"] == found[accuracies.index(max(accuracies))]["step"]
+    assert results["kept"] == evaluated[accuracies.index(max(accuracies))]["step"]
     assert result.metrics["accuracy"] == max(accuracies)
     assert set(results["validation"]) == {"accuracy", "accuracy_yes/no", "accuracy_number", "accuracy_other"}
 
@@ -72,11 +72,11 @@ def test_a_run_keeps_the_best_model_and_its_answers(world, start, tmp_path):
         source = ImageQuestions(
             str(world / f"questions-{split}.json"), annotations=str(world / f"annotations-{split}.json")
         )
-        asked = QuestionSet(Questions(source))
-        said = answers_of(model, tokenizer, asked, AnswerConfig(), Candidates(choices, tokenizer))
-        words = {name: answer.words for name, answer in said.items()}
+        question_set = QuestionSet(Questions(source))
+        answers = answers_of(model, tokenizer, question_set, AnswerConfig(), Candidates(choices, tokenizer))
+        words = {name: answer.words for name, answer in answers.items()}
         assert words == read_results(tmp_path / f"out/results-{name}.json")
-        assert score(asked.questions, words, resamples=0).named() == results[name]
+        assert score(question_set.questions, words, resamples=0).named() == results[name]
     assert "accuracy" in (folder / "README.md").read_text()
     again, _ = run(options(world, start, tmp_path / "out"))
     assert again.metrics == result.metrics
@@ -138,6 +138,6 @@ def test_bad_input_is_one_line_before_anything_is_trained(capsys, tmp_path, worl
 
 
 def test_held_out_questions_need_answers(world):
-    held = recipe.HeldOutQuestions(ImageQuestions(str(world / "questions-val.json")))
+    held_out = recipe.HeldOutQuestions(ImageQuestions(str(world / "questions-val.json")))
     with pytest.raises(DataError, match=r"validation\.source .* no answers to 20 questions \(0, 1, 2, 3, 4, \.\.\.\)"):
-        recipe.VqaEvaluation("validation", held, AnswerConfig(), None, Vqa(SMALLEST), TOKENIZER)
+        recipe.VqaEvaluation("validation", held_out, AnswerConfig(), None, Vqa(SMALLEST), TOKENIZER)

@@ -121,33 +121,33 @@ def test_the_one_thread_that_a_launcher_leaves_becomes_a_share_of_the_machine(en
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def configured(monkeypatch):
     """An environment with nothing of a launcher but what is given."""
 
-    def ask(**names):
+    def configure(**names):
         for name in (*dist._SHARDING, *dist._DECIDES, "TORCHELASTIC_RUN_ID", "WORLD_SIZE"):
             monkeypatch.delenv(name, raising=False)
         for name, value in names.items():
             monkeypatch.setenv(name, value)
         return dist.set_aside()
 
-    return ask
+    return configure
 
 
-def test_what_the_runs_settings_decide_is_set_aside_with_a_note(asked):
-    assert asked(ACCELERATE_DYNAMO_BACKEND="NO", ACCELERATE_MIXED_PRECISION="no") == []
-    assert asked(ACCELERATE_DYNAMO_BACKEND="INDUCTOR", ACCELERATE_MIXED_PRECISION="bf16") == [
+def test_what_the_runs_settings_decide_is_set_aside_with_a_note(configured):
+    assert configured(ACCELERATE_DYNAMO_BACKEND="NO", ACCELERATE_MIXED_PRECISION="no") == []
+    assert configured(ACCELERATE_DYNAMO_BACKEND="INDUCTOR", ACCELERATE_MIXED_PRECISION="bf16") == [
         "ACCELERATE_DYNAMO_BACKEND=INDUCTOR of accelerate's configuration is set aside: train.compile decides",
         "ACCELERATE_MIXED_PRECISION=bf16 of accelerate's configuration is set aside: train.precision decides",
     ]
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
-def test_sharding_is_refused_unless_a_file_asks_it_of_one_process(asked, name):
+def test_sharding_is_refused_unless_a_file_asks_it_of_one_process(configured, name):
     name = f"ACCELERATE_USE_{name}"
     for world in ({}, {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}):
         with pytest.raises(ValueError, match=f"^{name} is set, and models are not sharded"):
-            asked(**{name: "true"}, **world)
-    (note,) = asked(**{name: "true", "TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "1"})
+            configured(**{name: "true"}, **world)
+    (note,) = configured(**{name: "true", "TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "1"})
     assert "one process has nothing to shard" in note
     assert name not in os.environ, "accelerate would shard all the same"

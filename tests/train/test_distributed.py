@@ -79,7 +79,7 @@ def negatives_from_everywhere() -> None:
     for name, value in theirs[rank][0].items():
         torch.testing.assert_close(outcome.losses[name], value, rtol=1e-5, atol=1e-6, msg=name)
     # The images that a process looks at belong to another, so only the sum over processes is a gradient.
-    sum(sum(found.values()) for found, _ in theirs).backward()
+    sum(sum(losses.values()) for losses, _ in theirs).backward()
     for name, p in plain.model.named_parameters():
         summed = dist.total(ours[name])
         torch.testing.assert_close(summed, p.grad, rtol=1e-5, atol=1e-5 * p.grad.abs().max().item() + 1e-9, msg=name)

@@ -53,7 +53,7 @@ def test_the_constant_predictor_of_matching():
 def test_a_matching_head_that_does_not_learn_raises_one_alarm():
     alarms = Alarms(warmup_steps=100)
     raised = [alarms.check(step, {"itm": 0.6365}, 0.1) for step in range(50, 400, 50)]
-    assert [bool(said) for said in raised] == [False, False, False, False, True, False, False]
+    assert [bool(messages) for messages in raised] == [False, False, False, False, True, False, False]
     assert "0.6365" in raised[4][0]
     assert "matching head is not learning" in raised[4][0]
 
@@ -67,7 +67,7 @@ def test_other_losses_raise_none(losses):
 def test_waiting_for_data_raises_an_alarm_that_says_what_to_do():
     alarms = Alarms(warmup_steps=10**6)
     raised = [alarms.check(step, {}, wait) for step, wait in enumerate([0.9, 0.9, 0.1, 0.6, 0.6, 0.6, 0.6])]
-    assert [bool(said) for said in raised] == [False, False, False, False, False, True, False]
+    assert [bool(messages) for messages in raised] == [False, False, False, False, False, True, False]
     assert "data.workers" in raised[5][0]
 
 
@@ -97,15 +97,15 @@ def test_a_bar_on_a_terminal():
 
 
 def test_long_work_tells_how_far_it_is_and_survives_who_listened(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", told := io.StringIO())
+    monkeypatch.setattr(sys, "stderr", stderr := io.StringIO())
     with bar(10, "short", "pictures") as short:
         short.update(10)
-    assert told.getvalue() == "", "what is done at once needs no progress"
+    assert stderr.getvalue() == "", "what is done at once needs no progress"
     with bar(10, "long", "pictures") as line:
         line.start_t -= 100
         line.update(5)
-    assert "long:  50%" in told.getvalue()
-    assert "5/10" in told.getvalue()
+    assert "long:  50%" in stderr.getvalue()
+    assert "5/10" in stderr.getvalue()
 
     class Gone(io.StringIO):
         def write(self, text):

@@ -180,11 +180,11 @@ def test_float32_orthogonalises_as_exact_arithmetic_does(shape):
     for _ in range(5):
         values = a * values + b * values**3 + c * values**5
     expected = left @ values.diag() @ right
-    found = orthogonal(matrix, coefficients, 5, 1e-7)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=2e-5)
+    ours = orthogonal(matrix, coefficients, 5, 1e-7)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=2e-5)
     # Half way from the matrix to its polar factor, at least: all directions nearly of one length.
-    assert (found.double() - left @ right).norm() / (left @ right).norm() < 0.3
+    assert (ours.double() - left @ right).norm() / (left @ right).norm() < 0.3
     assert orthogonal(torch.zeros(shape), coefficients, 5, 1e-7).eq(0).all()
 
 

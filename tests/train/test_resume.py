@@ -63,8 +63,8 @@ def kill_often(zygote, out: Path, kills: int, world: int, steps: int) -> None:
 def resumed_at(log: Path) -> int:
     if not log.exists():
         return 10**9
-    found = [line.split()[3] for line in log.read_text().splitlines() if line.startswith("continuing after step")]
-    return int(found[-1]) if found else 10**9
+    steps = [line.split()[3] for line in log.read_text().splitlines() if line.startswith("continuing after step")]
+    return int(steps[-1]) if steps else 10**9
 
 
 def weights(out: Path) -> dict[str, list]:
@@ -134,11 +134,11 @@ def save(out: Path, number: int, keep: int = 2, size: int = 50, more: dict | Non
 
 def loaded(out: Path) -> int:
     """The number of the newest checkpoint, which all of its parts must carry."""
-    path, said = Checkpoints(out, 2).newest()
+    path, state = Checkpoints(out, 2).newest()
     holder = Holder(-1)
     extra = restore(path, holder)
-    assert said["step"] == int(holder.number[0]) == int(extra["optimizer"]["number"][0]), "a mixture was loaded"
-    return said["step"]
+    assert state["step"] == int(holder.number[0]) == int(extra["optimizer"]["number"][0]), "a mixture was loaded"
+    return state["step"]
 
 
 def save_and_die(out: str, at: int, torn: bool) -> None:
@@ -159,21 +159,21 @@ def save_and_die(out: str, at: int, torn: bool) -> None:
 
 
 def test_power_loss_at_every_point_of_a_save_leaves_a_whole_checkpoint(zygote, tmp_path):
-    found = []
+    steps = []
     for at in range(1, 40):
         for torn in (False, True):
             out = tmp_path / f"{at}-{torn}"
             arguments = {"module": "test_resume", "function": "save_and_die", "out": str(out), "at": at, "torn": torn}
             (status,) = zygote.run(tmp_path / "log", **arguments)
-            found.append(loaded(out))
+            steps.append(loaded(out))
             Checkpoints(out, 2).discard_after(None if status else Checkpoints(out, 2).newest()[0])
             assert not list(out.glob("**/.tmp-*"))
         if status == 0:
             break
     assert status == 0
     assert at >= 12, "four files written, a rename and a removal: at least twelve moments"
-    assert found == sorted(found), "once the new checkpoint is there it must stay"
-    assert set(found) == {1, 2}
+    assert steps == sorted(steps), "once the new checkpoint is there it must stay"
+    assert set(steps) == {1, 2}
 
 
 @pytest.mark.parametrize("name", ["objective.safetensors", "optimizer.pt", "state.json", files.MANIFEST])
@@ -235,10 +235,10 @@ def test_a_full_disk_is_named_and_leaves_nothing_behind(zygote, tmp_path, name):
     save(tmp_path / "out", 1)
     arguments = {"module": "test_resume", "function": "save_on_little_room", "out": str(tmp_path / "out"), "name": name}
     assert zygote.run(tmp_path / "log", **arguments) == [1]
-    said = (tmp_path / "log-0").read_text().splitlines()[-1]
-    assert "WriteError: could not write" in said
-    assert name in said
-    assert "bytes are free" in said
+    line = (tmp_path / "log-0").read_text().splitlines()[-1]
+    assert "WriteError: could not write" in line
+    assert name in line
+    assert "bytes are free" in line
     assert os.listdir(tmp_path / "out/checkpoints") == ["step-00000001"]
     assert loaded(tmp_path / "out") == 1
 
@@ -299,15 +299,15 @@ def launch(name: str, out: Path, **options) -> subprocess.Popen:
 
 
 def children(pid: int) -> list[int]:
-    found = []
+    pids = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
         except OSError:
             continue
         if int(fields[1]) == pid:
-            found.append(int(stat.parent.name))
-    return found
+            pids.append(int(stat.parent.name))
+    return pids
 
 
 def gone(pids: list[int], seconds: float) -> bool:
@@ -367,8 +367,8 @@ def test_a_second_run_in_the_same_place_is_refused_at_once(zygote, tmp_path):
     began = time.monotonic()
     assert zygote.run(tmp_path / "second", out=str(out), steps=10_000) == [1]
     assert time.monotonic() - began < 1
-    said = (tmp_path / "second-0").read_text().splitlines()[-1]
-    assert f"written to by process {first} on {socket.gethostname()}" in said
+    line = (tmp_path / "second-0").read_text().splitlines()[-1]
+    assert f"written to by process {first} on {socket.gethostname()}" in line
     os.kill(first, signal.SIGKILL)
     zygote.wait(first)
     assert zygote.run(tmp_path / "second", out=str(out), steps=10_000, fault={"kind": "stop", "step": 2}) == [75]
@@ -411,7 +411,7 @@ def test_a_run_whose_folder_was_removed_writes_nothing_more(tmp_path, again):
 def test_without_the_systems_record_locks_there_is_one_writer_as_well(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "fcntl", None)  # as on Windows
     with RunLock(tmp_path), monkeypatch.context() as other:
-        other.setattr(RunLock, "_held_here", set())
+        other.setattr(RunLock, "_locked_here", set())
         with pytest.raises(RunLocked, match=f"written to by process {os.getpid()}"), RunLock(tmp_path):
             pass
     with RunLock(tmp_path):
@@ -444,20 +444,32 @@ def test_an_evaluation_that_a_kill_prevented_is_made_up(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [({"lr": 5e-3}, r"train\.lr: 0\.01 -> 0\.005"), ({"batch_size": 8}, "Continue with 1 processes of 4 pairs x 1")],
 )
-def test_other_settings_are_refused_and_listed(tmp_path, change, told):
+def test_other_settings_are_refused_and_listed(tmp_path, change, message):
     fit(Stub(), Numbers(), quick(steps=4), out=tmp_path)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         fit(Stub(), Numbers(), quick(steps=4, **change), out=tmp_path)
     fit(Stub(), Numbers(), quick(steps=4, allow_change=True, **change), out=tmp_path)
 
 
 def test_other_data_or_processes_are_refused(tmp_path):
-    said = {**FACTS, "layout": {"world": 2, "batch_size": 4, "accumulate": 1}, "fingerprint": "old"}
+    saved = {**FACTS, "layout": {"world": 2, "batch_size": 4, "accumulate": 1}, "fingerprint": "old"}
     with pytest.raises(ValueError, match=r"(?s)fingerprint old -> new.*world 2 -> 1.*2 processes of 4 pairs x 1"):
-        drift.refuse_drift(said, {}, "new", FACTS["layout"], tmp_path)
+        drift.refuse_drift(saved, {}, "new", FACTS["layout"], tmp_path)
+
+
+def test_a_checkpoint_with_former_names_of_settings_continues(tmp_path):
+    before = {"data": {"rounds": 4, "wrong": 7, "alike": 3}}
+    now = {"data": {"rounds": 4, "negatives": 7, "hard_negatives": 3}}
+    with pytest.raises(TrainingInterrupted):
+        fit(Stub(fault=Fault("stop", step=4)), Numbers(), quick(steps=10), out=tmp_path, settings=before)
+    changed = {"data": {"rounds": 4, "negatives": 8, "hard_negatives": 2}}
+    with pytest.raises(ValueError, match=r"\n  data\.hard_negatives: 3 -> 2\n  data\.negatives: 7 -> 8\nGo back"):
+        fit(Stub(), Numbers(), quick(steps=10), out=tmp_path, settings=changed)
+    assert loaded_step(tmp_path) == 5
+    assert fit(Stub(), Numbers(), quick(steps=10), out=tmp_path, settings=now).steps == 10
 
 
 def test_settings_that_touch_no_number_may_change(tmp_path):

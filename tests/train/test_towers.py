@@ -55,9 +55,9 @@ def test_a_locked_part_does_not_move_until_its_time(tmp_path, optimizer, capsys)
     two = run(tmp_path, Tower("image", locked_until=0.4), weight_decay=0.5, optimizer=optimizer)
     assert moves(two, "image") == [False] * 4 + [True] * 6
     assert moves(two, "text") == [True] * 10
-    said = capsys.readouterr().err
-    assert "step 0: image is locked" in said
-    assert "step 4: image is unlocked" in said
+    stderr = capsys.readouterr().err
+    assert "step 0: image is locked" in stderr
+    assert "step 4: image is unlocked" in stderr
 
 
 def test_a_part_locked_to_the_end_has_no_moments_and_no_dropout(tmp_path):

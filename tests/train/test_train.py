@@ -141,10 +141,10 @@ def test_not_a_number_in_one_process_stops_all_before_the_update(zygote, tmp_pat
     for rank in (0, 1):
         assert (out / f"weights-{rank}").read_text() == "unchanged"
         assert "NonFinite" in (tmp_path / f"log-{rank}").read_text()
-    said = json.loads((out / "nonfinite-step-3.json").read_text())
-    assert said["not finite"] == (["loss", "lm"] if kind == "loss" else []) + ["grad_norm"]
-    assert said["processes"][1]["keys"] == [f"pair:{i}" for i in range(28, 32)]
-    assert said["processes"][0]["keys"] == [f"pair:{i}" for i in range(24, 28)]
+    record = json.loads((out / "nonfinite-step-3.json").read_text())
+    assert record["not finite"] == (["loss", "lm"] if kind == "loss" else []) + ["grad_norm"]
+    assert record["processes"][1]["keys"] == [f"pair:{i}" for i in range(28, 32)]
+    assert record["processes"][0]["keys"] == [f"pair:{i}" for i in range(24, 28)]
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
@@ -159,9 +159,9 @@ def test_weights_are_bitwise_unchanged_in_one_process(tmp_path, kind):
 def test_a_budget_of_skipped_updates_is_kept_over_a_restart(tmp_path):
     options = {"steps": 9, "skip_nonfinite": 1, "save_every": 4}
     fit(Stub(fault=Fault("loss", step=2)), Numbers(), quick(**options), out=tmp_path)
-    _, said = Checkpoints(tmp_path, 2).newest()
-    assert said["skipped"] == 1
-    assert said["step"] == 9
+    _, state = Checkpoints(tmp_path, 2).newest()
+    assert state["skipped"] == 1
+    assert state["step"] == 9
     for path in Checkpoints(tmp_path, 2).paths()[1:]:
         (path / "state.json").unlink()
     with pytest.raises(NonFinite, match="1 of 1 skipped"):

@@ -43,8 +43,8 @@ texts 18e8858d739bb202
 """
 
 
-def thing(look: str, cell: int, size: str = "small") -> Thing:
-    colour, shape = look.split()
+def thing(colour_and_shape: str, cell: int, size: str = "small") -> Thing:
+    colour, shape = colour_and_shape.split()
     return Thing(shape, colour, size, cell, 200 + 300 * (cell % 3), 200 + 300 * (cell // 3), 120, 0, (0, 0, 0))
 
 
@@ -89,14 +89,14 @@ def test_splits_share_no_scene_whatever_the_seed():
 
 
 def test_held_out_pairs_are_seen_in_composition_only():
-    looks = {
+    pairs = {
         split: [{(t.colour, t.shape) for t in world.scene(2, i, split).things} for i in range(800)] for split in SPLITS
     }
     for split in ("train", "val", "test"):
-        assert not set().union(*looks[split]) & HELD_OUT
-    assert set().union(*looks["train"]) == {(c, s) for c in COLOURS for s in SHAPES} - HELD_OUT
-    assert all(scene_looks & HELD_OUT for scene_looks in looks["composition"])
-    assert set().union(*looks["composition"]) >= HELD_OUT
+        assert not set().union(*pairs[split]) & HELD_OUT
+    assert set().union(*pairs["train"]) == {(c, s) for c in COLOURS for s in SHAPES} - HELD_OUT
+    assert all(scene_pairs & HELD_OUT for scene_pairs in pairs["composition"])
+    assert set().union(*pairs["composition"]) >= HELD_OUT
 
 
 def test_things_keep_apart_and_inside():
@@ -130,8 +130,10 @@ def test_things_have_their_colours_and_backgrounds_none_of_them(size):
 
 
 def test_sizes_at_64_pixels():
-    for look, size, low, high in (("white square", "small", 14, 19), ("white circle", "large", 26, 30)):
-        things = [t for i in range(900) for t in world.scene(9, i).things if f"{t.colour} {t.shape}" == look]
+    for colour_and_shape, size, low, high in (("white square", "small", 14, 19), ("white circle", "large", 26, 30)):
+        things = [
+            t for i in range(900) for t in world.scene(9, i).things if f"{t.colour} {t.shape}" == colour_and_shape
+        ]
         things = [t for t in things if t.size == size]
         assert len(things) > 3
         for t in things:
@@ -268,8 +270,8 @@ def test_captions_name_their_scene_among_200():
     """What a perfect reader would retrieve, ties broken by chance: room to tell models apart, little of it lost."""
     scenes = [world.scene(0, i, "test") for i in range(200)]
     texts = [captions(made)[i % 5] for i, made in enumerate(scenes)]
-    found = sum(1 / sum(judge(made, text).true for made in scenes) for text in texts) / 200
-    assert found > 0.85
+    share = sum(1 / sum(judge(made, text).true for made in scenes) for text in texts) / 200
+    assert share > 0.85
 
 
 # ---- reading texts that nobody's template wrote
@@ -278,7 +280,7 @@ STAR, RING, MOON = thing("red star", 0), thing("blue ring", 4, "large"), thing("
 
 
 @pytest.mark.parametrize(
-    ("text", "right", "said"),
+    ("text", "right", "claimed"),
     [
         ("A red star.", {"shape": 1, "colour": 1}, {"shape": 1, "colour": 1}),
         ("a red star a blue ring", {"shape": 2, "colour": 2}, {"shape": 2, "colour": 2}),
@@ -307,11 +309,11 @@ STAR, RING, MOON = thing("red star", 0), thing("blue ring", 4, "large"), thing("
         ("star " * 300, {"shape": 1}, {"shape": 300}),
     ],
 )
-def test_judge_reads_imperfect_texts(text, right, said):
+def test_judge_reads_imperfect_texts(text, right, claimed):
     verdict = judge(make(STAR, RING, MOON), text)
     assert dict(verdict.right) == right
-    assert dict(verdict.said) == (right if said is None else said)
-    assert verdict.true == (verdict.right == verdict.said and bool(verdict.said))
+    assert dict(verdict.claimed) == (right if claimed is None else claimed)
+    assert verdict.true == (verdict.right == verdict.claimed and bool(verdict.claimed))
 
 
 def test_precision_and_recall():
@@ -371,7 +373,7 @@ def test_web_text_is_what_its_kind_says():
             assert text not in captions(made)
             assert len(text.split()) > 4
         elif kind == "vague":
-            assert not verdict.said
+            assert not verdict.claimed
         elif kind == "mismatched":
             assert not verdict.true
         else:
@@ -385,16 +387,16 @@ def test_web_text_is_what_its_kind_says():
 def test_a_mismatched_text_is_not_true_by_accident(monkeypatch):
     """Another scene may look the same: then its caption is no noise, and another is taken."""
     number = next(i for i in range(99) if web_text(world.scene(13, i), 1.0).kind == "mismatched")
-    made, other, asked = world.scene(13, number), world.scene(13, 1000), []
+    made, other, drawn = world.scene(13, number), world.scene(13, 1000), []
 
     def fake(seed: int, i: int, split: str) -> Scene:
-        asked.append(i)
-        return made if len(asked) < 4 else other
+        drawn.append(i)
+        return made if len(drawn) < 4 else other
 
     monkeypatch.setattr(world, "scene", fake)
     text, kind = web_text(made, 1.0)
     assert kind == "mismatched"
-    assert len(set(asked)) == 4
+    assert len(set(drawn)) == 4
     assert text in captions(other)
 
 

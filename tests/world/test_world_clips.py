@@ -57,14 +57,14 @@ def test_captions_and_questions_say_what_is_true():
         assert answers["what colour is the thing that moves"] == thing.colour
         assert answers["how many things are there"] == str(len(made.scene.things))
         assert set(answers.values()) <= set(ANSWERS)
-        for question, said in answers.items():
+        for question, answer in answers.items():
             if question.startswith("does something move"):
-                assert (question.split()[-1] == made.direction) == (said == "yes")
+                assert (question.split()[-1] == made.direction) == (answer == "yes")
             elif question.startswith("does the"):
-                assert (f"{thing.colour} {thing.shape}" in question) == (said == "yes")
+                assert (f"{thing.colour} {thing.shape}" in question) == (answer == "yes")
     tokenizer = Tokenizer.load("world")
-    said = [text for made in CLIPS for text in captions(made)] + [q for made in CLIPS for q, _ in questions(made)]
-    assert tokenizer.unknown_rate([*said, *ANSWERS]) == 0
+    answer = [text for made in CLIPS for text in captions(made)] + [q for made in CLIPS for q, _ in questions(made)]
+    assert tokenizer.unknown_rate([*answer, *ANSWERS]) == 0
 
 
 def test_held_out_looks_stay_held_out():
@@ -89,9 +89,9 @@ def test_files(tmp_path):
     clips = read_clips(first[0], tmp_path / "a/videos", "test")
     assert [item.id for item in clips] == [clip(0, i, "test").video_id for i in range(3)]
     assert clips[1].captions == captions(clip(0, 1, "test"))
-    same, asked = read_questions(first[1], tmp_path / "a/videos")
+    same, read_back = read_questions(first[1], tmp_path / "a/videos")
     assert [item.id for item in same] == [item.id for item in clips]
-    assert [(q.question, q.answer) for q in asked if q.clip == 2] == questions(clip(0, 2, "test"))
+    assert [(q.question, q.answer) for q in read_back if q.clip == 2] == questions(clip(0, 2, "test"))
     drawn = frames(clip(0, 1, "test"), 9)
     for frame, wanted in zip(read_frames(clips[1].file, 9, 10**6), drawn, strict=True):
         assert np.abs(np.asarray(frame).astype(int) - np.asarray(wanted)).mean() < 6

@@ -30,9 +30,9 @@ RELATIONS = {" to the left of ": "left of", " to the right of ": "right of", " a
 
 def related(things, words):
     """The things that 'thing above the ring' and 'above the ring' can mean."""
-    for said, relation in RELATIONS.items():
-        if said in f" {words}":
-            (one,) = named(things, f" {words}".split(said)[1].removeprefix("the "))
+    for phrase, relation in RELATIONS.items():
+        if phrase in f" {words}":
+            (one,) = named(things, f" {words}".split(phrase)[1].removeprefix("the "))
             return [thing for thing in things if thing is not one and relation in relations_of(thing, one)]
     return named(things, words.removeprefix("the "))
 
@@ -55,9 +55,9 @@ def answered(made, question):
         return str(sum(thing.shape == shape for thing in things))
     if words.startswith("is there "):
         return "yes" if named(things, words.split(" ", 3)[3]) else "no"
-    for said, relation in RELATIONS.items():
-        if said in words:
-            left, right = words.removeprefix("is the ").split(said)
+    for phrase, relation in RELATIONS.items():
+        if phrase in words:
+            left, right = words.removeprefix("is the ").split(phrase)
             (a,), (b,) = named(things, left), named(things, right.removeprefix("the "))
             return "yes" if relation in relations_of(a, b) else "no"
     raise AssertionError(question)
@@ -66,36 +66,36 @@ def answered(made, question):
 def test_every_question_has_one_answer_and_it_is_true():
     kinds = Counter()
     for made in SCENES:
-        found = questions(made)
-        assert [asked.kind for asked in found] == list(KINDS)
-        for asked in found:
-            assert answered(made, asked.question) == asked.answer, (made.image_id, asked.question)
-            kinds[asked.answer_type] += 1
+        scene_questions = questions(made)
+        assert [one.kind for one in scene_questions] == list(KINDS)
+        for one in scene_questions:
+            assert answered(made, one.question) == one.answer, (made.image_id, one.question)
+            kinds[one.answer_type] += 1
     assert set(kinds) == {"yes/no", "number", "other"}
 
 
 def test_annotators_disagree_a_little():
-    found = [asked for made in SCENES for asked in questions(made)]
-    assert all(len(asked.answers) == ANNOTATORS for asked in found)
+    scene_questions = [one for made in SCENES for one in questions(made)]
+    assert all(len(one.answers) == ANNOTATORS for one in scene_questions)
     # Three annotators beside the one left out make an answer count in full.
-    assert min(asked.answers.count(asked.answer) for asked in found) >= 4
-    divided = sum(len(set(asked.answers)) > 1 for asked in found) / len(found)
+    assert min(one.answers.count(one.answer) for one in scene_questions) >= 4
+    divided = sum(len(set(one.answers)) > 1 for one in scene_questions) / len(scene_questions)
     assert 0.15 < divided < 0.5
 
 
 def test_words_are_known_and_answers_balanced():
     tokenizer = Tokenizer.load("world")
-    found = [asked for made in SCENES for asked in questions(made)]
-    texts = [text for asked in found for text in (asked.question, *asked.answers)]
+    scene_questions = [one for made in SCENES for one in questions(made)]
+    texts = [text for one in scene_questions for text in (one.question, *one.answers)]
     assert tokenizer.unknown_rate(texts) == 0
-    yes = [asked.answer == "yes" for asked in found if asked.kind == "yes/no"]
+    yes = [one.answer == "yes" for one in scene_questions if one.kind == "yes/no"]
     assert 0.4 < sum(yes) / len(yes) < 0.6
 
 
 def test_held_out_looks_are_only_asked_about_in_composition():
     for made in SCENES:
-        asked_about = {tuple(asked.question.removesuffix("?").split()[-2:]) for asked in questions(made)}
-        assert made.split == "composition" or not asked_about & HELD_OUT
+        colours_and_shapes = {tuple(one.question.removesuffix("?").split()[-2:]) for one in questions(made)}
+        assert made.split == "composition" or not colours_and_shapes & HELD_OUT
 
 
 def test_files_are_read_back_and_the_same_every_time(tmp_path):
@@ -104,10 +104,10 @@ def test_files_are_read_back_and_the_same_every_time(tmp_path):
     source = Questions(ImageQuestions(str(paths[0]), annotations=str(paths[1])))
     source.check_some_exist()
     assert len(source) == 6 * len(KINDS)
-    asked = questions(scene(0, 2, "val"))
+    expected = questions(scene(0, 2, "val"))
     rows = [source.question(row) for row in range(10, 15)]
     assert [(row.id, row.text, row.answers) for row in rows] == [
-        (2000 + n, one.question, one.answers) for n, one in enumerate(asked)
+        (2000 + n, one.question, one.answers) for n, one in enumerate(expected)
     ]
     assert rows[0].image == "images/val/world-0-val-000002.jpg"
     with pytest.raises(FileExistsError, match="questions-val"):

@@ -78,7 +78,7 @@ def run(chosen: CaptionOptions) -> int:
     from blip.app.answers import Answers, Form, refuse_out
     from blip.app.loaded import load
     from blip.data.transforms import EvalTransform
-    from blip.inference.generate import write
+    from blip.inference.generate import generate_texts
 
     refuse_out(chosen.out)
     loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
@@ -88,7 +88,7 @@ def run(chosen: CaptionOptions) -> int:
 
     def describe(images: torch.Tensor, keys: list[str]) -> list[list[CaptionText]]:
         with loaded.computing():
-            return write(model, tokenizer, images.to(loaded.device), config, prompt=chosen.prompt, keys=keys)
+            return generate_texts(model, tokenizer, images.to(loaded.device), config, prompt=chosen.prompt, keys=keys)
 
     describe(torch.zeros(1, 3, side, side), [""])  # so that settings that do not fit fail before a file is opened
     keys = ("path", "captions", "logprob", "finished")

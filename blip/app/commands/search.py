@@ -14,7 +14,7 @@ from blip.options import argument, option
 if TYPE_CHECKING:
     from blip.app.index import Index
     from blip.app.loaded import Loaded
-    from blip.data.image_files import FoundImages
+    from blip.data.image_files import InputImages
     from blip.inference.features import Features
 
 EXAMPLE = """examples:
@@ -129,7 +129,7 @@ def find_one(
     return (sorted(first, key=lambda hit: -hit.score) + hits[rerank:])[:top]
 
 
-def up_to_date(chosen: SearchOptions, inputs: FoundImages, features: Features) -> tuple[Index, int]:
+def up_to_date(chosen: SearchOptions, inputs: InputImages, features: Features) -> tuple[Index, int]:
     """Update the folder's index; returns it and the number of unusable images. Progress goes to stderr."""
     from blip import files
     from blip.app.answers import Answers

@@ -64,7 +64,7 @@ def run(chosen: QuestionOptions) -> int:
     from blip.app.candidates import load_candidates
     from blip.app.loaded import load
     from blip.data.transforms import EvalTransform
-    from blip.inference.answering import answers, ask
+    from blip.inference.answering import answers, encode_questions
     from blip.inference.settings import AnswerConfig
     from blip.models.vqa import Vqa
 
@@ -79,7 +79,7 @@ def run(chosen: QuestionOptions) -> int:
     def reply(images: torch.Tensor) -> list[list[Answer]]:
         with loaded.computing(), torch.no_grad():
             tokens = model.vision(images.to(loaded.device))
-            context = ask(model, tokenizer, tokens, [question] * len(images), list(range(len(images))))
+            context = encode_questions(model, tokenizer, tokens, [question] * len(images), list(range(len(images))))
             return answers(model, tokenizer, context, AnswerConfig(), candidates, chosen.top)
 
     reply(torch.zeros(1, 3, side, side))  # so that settings that do not fit fail before a file is opened

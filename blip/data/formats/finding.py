@@ -12,18 +12,18 @@ from blip.data.paths import alternatives, check_spec, is_pattern, present
 from blip.data.settings import SourceConfig
 from blip.errors import DataError
 
-_ENDINGS = dict.fromkeys((".json", ".jsonl", ".ndjson", ".csv", ".tsv"), "json")
-_ENDINGS |= {".parquet": "parquet", ".tar": "tar"}
+_FORMATS = dict.fromkeys((".json", ".jsonl", ".ndjson", ".csv", ".tsv"), "json")
+_FORMATS |= {".parquet": "parquet", ".tar": "tar"}
 _SHARDS = {"tar": ("tar",), "parquet": ("parquet",), "json": ("jsonl", "ndjson")}
 """Format -> endings of its shards in a folder."""
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 _EXPECTED = (
-    f"expected {', '.join(_ENDINGS)} files, a folder of shards (.tar, .parquet, .jsonl, .ndjson), or one with "
+    f"expected {', '.join(_FORMATS)} files, a folder of shards (.tar, .parquet, .jsonl, .ndjson), or one with "
     "metadata.jsonl"
 )
 
 
-class FoundFile(NamedTuple):
+class SourceFile(NamedTuple):
     """A file, or the folder of a saved data set."""
 
     format: str
@@ -33,7 +33,7 @@ class FoundFile(NamedTuple):
     """Whether the whole file belongs to the requested split, because it is in a folder of that name."""
 
 
-def find(spec: str, format: str = "auto", split: str | None = None) -> list[FoundFile]:
+def find(spec: str, format: str = "auto", split: str | None = None) -> list[SourceFile]:
     """Find the files of a path, a glob, a range {000..012}, a list {a,b} or a::b, a file URL or a folder.
 
     A name that exists literally is not treated as a pattern. DataError for a file that does not exist, has an unknown
@@ -46,7 +46,7 @@ def find(spec: str, format: str = "auto", split: str | None = None) -> list[Foun
     return files
 
 
-def find_one(name: str, what: str, format: str = "auto", split: str | None = None) -> list[FoundFile]:
+def find_one(name: str, what: str, format: str = "auto", split: str | None = None) -> list[SourceFile]:
     """Find the files of one path or glob; errors call it a `what` (source, input)."""
     paths = [Path(path) for path in present(name, what)]
     return [
@@ -56,17 +56,17 @@ def find_one(name: str, what: str, format: str = "auto", split: str | None = Non
     ]
 
 
-def _file(path: Path, what: str, format: str) -> FoundFile:
+def _file(path: Path, what: str, format: str) -> SourceFile:
     if format != "auto":
-        return FoundFile(format, path)
-    return FoundFile(file_format(path, what), path)
+        return SourceFile(format, path)
+    return SourceFile(file_format(path, what), path)
 
 
 def file_format(path: Path, what: str) -> str:
     """Format of a file by its ending. DataError if that is not a supported one."""
     if path.name.endswith(_COMPRESSED):
         raise DataError(f"{path} is compressed, which leaves no way to a single sample: unpack it to a plain .tar")
-    known = _ENDINGS.get(path.suffix.lower())
+    known = _FORMATS.get(path.suffix.lower())
     if known is None:
         raise _unknown(f"{what} {path}", f"files ending in {path.suffix or 'nothing'}")
     return known
@@ -78,16 +78,16 @@ def _unknown(where: str, why: str) -> DataError:
     )
 
 
-def _in(folder: Path, what: str, format: str, split: str | None) -> list[FoundFile]:
+def _in(folder: Path, what: str, format: str, split: str | None) -> list[SourceFile]:
     """A saved data set, an image folder, img2dataset's output, or shards of one format."""
     if format in ("auto", "dataset") and is_dataset(folder):
-        return [FoundFile("dataset", folder)]
+        return [SourceFile("dataset", folder)]
     if format in ("auto", "imagefolder"):
         chosen = metadata(folder / split) if split else []
         if chosen:
-            return [FoundFile("imagefolder", file, True) for file in chosen]
+            return [SourceFile("imagefolder", file, True) for file in chosen]
     by_format = {
-        kind: sorted(file for ending in ends for file in folder.glob(f"*.{ending}")) for kind, ends in _SHARDS.items()
+        kind: sorted(file for suffix in ends for file in folder.glob(f"*.{suffix}")) for kind, ends in _SHARDS.items()
     }
     by_format["imagefolder"] = metadata(folder)
     if format != "auto":
@@ -97,13 +97,13 @@ def _in(folder: Path, what: str, format: str, split: str | None) -> list[FoundFi
     kinds = [kind for kind in ("tar", "parquet") if by_format[kind]]
     kinds += ["imagefolder"] * bool(metadata(folder, within=bool(not kinds)))
     if len(kinds) > 1:
-        endings = sorted({file.suffix for kind in kinds for file in by_format[kind]})
-        raise _unknown(f"{what} {folder}", f"files ending in {', '.join(endings)}")
+        suffixes = sorted({file.suffix for kind in kinds for file in by_format[kind]})
+        raise _unknown(f"{what} {folder}", f"files ending in {', '.join(suffixes)}")
     kind = kinds[0] if kinds else "json"
     return _all(folder, what, kind, by_format[kind])
 
 
-def _all(folder: Path, what: str, kind: str, files: Sequence[Path]) -> list[FoundFile]:
+def _all(folder: Path, what: str, kind: str, files: Sequence[Path]) -> list[SourceFile]:
     if kind == "imagefolder" and not files:
         raise DataError(f"{what} {folder}: no metadata.jsonl or metadata.csv with file_name and a caption column")
     if not files:
@@ -111,7 +111,7 @@ def _all(folder: Path, what: str, kind: str, files: Sequence[Path]) -> list[Foun
             f"{what} {folder}: a folder without shards (.tar, .parquet, .jsonl, .ndjson), metadata.jsonl, metadata.csv "
             "or a saved data set"
         )
-    return [FoundFile("files" if kind == "parquet" and images_beside(f).is_dir() else kind, f) for f in files]
+    return [SourceFile("files" if kind == "parquet" and images_beside(f).is_dir() else kind, f) for f in files]
 
 
 def is_dataset(folder: str | Path) -> bool:
@@ -129,8 +129,8 @@ def format_of(config: SourceConfig) -> str:
     files = find(config.path, split=config.split)
     formats = {one.format for one in files}
     if len(formats) != 1:
-        endings = ", ".join(sorted({one.path.suffix or "nothing" for one in files}))
-        raise _unknown(f"source {config.path}", f"files ending in {endings}")
+        suffixes = ", ".join(sorted({one.path.suffix or "nothing" for one in files}))
+        raise _unknown(f"source {config.path}", f"files ending in {suffixes}")
     return formats.pop()
 
 

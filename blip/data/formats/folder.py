@@ -34,8 +34,8 @@ class Downloaded:
         self.folder = images_beside(file)
         present = {}
         for name in sorted(os.listdir(self.folder)):
-            stem, _, ending = name.rpartition(".")
-            if ending.lower() in IMAGES:
+            stem, _, suffix = name.rpartition(".")
+            if suffix.lower() in IMAGES:
                 present[stem] = f"{self.folder.name}/{name}"
         every = list(values_of(parquet_file(file).read(use_threads=False)))
         if every and not {"key", "status"} <= every[0].keys():

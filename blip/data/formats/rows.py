@@ -108,14 +108,14 @@ def choose(
     wanted = getattr(requested, which)
     if which == "caption" and wanted == NO_COLUMN:
         return None
-    column = found_column(names, wanted, which) if known or wanted in names else None
+    column = find_column(names, wanted, which) if known or wanted in names else None
     if column is not None:
         return column
     have = ", ".join(sorted(map(str, names)))[:200] or "nothing"
     raise DataError(f"{where} has no column {wanted!r} (it has: {have}); set {which}_column")
 
 
-def found_column(names: Collection[str], wanted: str, which: str) -> str | None:
+def find_column(names: Collection[str], wanted: str, which: str) -> str | None:
     """The column of the image or the caption: `wanted`, or a name known to be used in place of the default, or None."""
     known = _KNOWN[which] if wanted == getattr(Columns(), which) else ()
     return next((name for name in (wanted, *known) if name in names), None)

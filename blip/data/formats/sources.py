@@ -25,7 +25,7 @@ from PIL import Image
 
 from blip import dist
 from blip.data.formats import table
-from blip.data.formats.finding import FoundFile, find, format_of
+from blip.data.formats.finding import SourceFile, find, format_of
 from blip.data.formats.finding import shard_files as shard_files
 from blip.data.formats.folder import Downloaded
 from blip.data.formats.hosted import in_cache, load_parquet, open_dataset, rows_at
@@ -42,7 +42,7 @@ from blip.errors import BadSample, DataError, shown
 logger = logging.getLogger(__name__)
 
 _BLOCK = 1 << 16
-_TOLD = 10
+_MOST_NOTES = 10
 """Notes on shards that are logged."""
 CURE = "set image_column, caption_column or image_root, or repair the file"
 
@@ -128,7 +128,7 @@ class ListedRows:
     An unusable row has the reason in place of its image, and no captions.
     """
 
-    def __init__(self, config: SourceConfig, files: Sequence[FoundFile]):
+    def __init__(self, config: SourceConfig, files: Sequence[SourceFile]):
         self.weight, self.kind = config.weight, config.kind
         self.files = [one.path for one in files]
         self._config = dataclasses.replace(config, split=None) if all(one.of_split for one in files) else config
@@ -146,13 +146,15 @@ class ListedRows:
         self._file_of = np.concatenate([b[3] for b in blocks])
         self._check_some_exist()
 
-    def _read(self, one: FoundFile, seen: Counter[str]) -> Iterator[StoredRow]:
+    def _read(self, one: SourceFile, seen: Counter[str]) -> Iterator[StoredRow]:
         if one.format != "files":
             return table.rows(one.path, columns_of(self._config), self._config.split, seen, self.notes.append)
         refuse_split(self._config.split, self._config.path, "parquet sources")
         return Downloaded(one.path, columns_of(self._config)).rows()
 
-    def _rows(self, files: Sequence[FoundFile], seen: Counter[str]) -> Iterator[tuple[str, list[str] | None, int, int]]:
+    def _rows(
+        self, files: Sequence[SourceFile], seen: Counter[str]
+    ) -> Iterator[tuple[str, list[str] | None, int, int]]:
         """Yield (image path, captions, row number, file number), or (reason, None, ...) for an unusable row.
 
         DataError if none of a file's first rows has a usable image, or no row is usable at all.
@@ -353,8 +355,8 @@ def log_notes(shards: Sequence[Summary]) -> None:
     """Log notes on shards, the first few by name; in the main process only."""
     lines = [f"{shard.path}: {note}" for shard in shards for note in shard.notes]
     if lines and dist.is_main():
-        more = f" (and {len(lines) - _TOLD} more such notes)" * (len(lines) > _TOLD)
-        logger.warning("%s%s", "\n".join(lines[:_TOLD]), more)
+        more = f" (and {len(lines) - _MOST_NOTES} more such notes)" * (len(lines) > _MOST_NOTES)
+        logger.warning("%s%s", "\n".join(lines[:_MOST_NOTES]), more)
 
 
 def tar_record(shard: Path, key: str, image: Member, caption: tuple[Member, bool], column: str) -> Record:
@@ -374,11 +376,11 @@ def open_source(config: SourceConfig) -> Source:
     kind = format_of(config)
     if kind == "dataset":
         return _open_dataset(config)
-    files_found = find(config.path, "auto" if kind == "files" else kind, config.split)
+    source_files = find(config.path, "auto" if kind == "files" else kind, config.split)
     if kind not in ("parquet", "tar"):
-        return ListedRows(config, files_found)
+        return ListedRows(config, source_files)
     refuse_split(config.split, config.path, f"{kind} sources")
-    files = [one.path for one in files_found]
+    files = [one.path for one in source_files]
     return _open_parquet(config, files) if kind == "parquet" else Tars(config, files)
 
 

@@ -43,7 +43,7 @@ _TAIL, _NO_TAIL = 8, (IMAGES - {"bmp"}) | TEXTS | {"json"}
 _DIGITS = len(f"{MAX_EXTENDED} ")
 _FEW = 20
 """A shard gets a note if fewer than one in this many samples is complete."""
-_ENDINGS, _TOLD, _SHOWN = 32, 5, 80
+_MOST_SUFFIXES, _MOST_NAMED, _SHOWN = 32, 5, 80
 """Most extensions that are counted, most that a message lists, and most characters shown of a name."""
 _MAC = "__MACOSX"
 
@@ -335,7 +335,7 @@ class _Grouped:
         self._stems: list[str] = []  # of the samples: their keys without a copy's number
         self._copies: dict[str, int] = {}
         self._latest: dict[str, TarSample] = {}
-        self._endings: dict[str, tuple[str, int]] = {}  # the first name of each, and how many there are
+        self._suffixes: dict[str, tuple[str, int]] = {}  # the first name of each, and how many there are
         self._hidden, self._fields = ("", 0), False
 
     def add(self, member: tarfile.TarInfo) -> None:
@@ -346,14 +346,14 @@ class _Grouped:
                 self._hidden = self._hidden[0] or name, self._hidden[1] + 1
                 return
             name = str(path)
-        stem, dot, ending = name.rpartition(".")
-        if not dot or "/" in ending:
+        stem, dot, suffix = name.rpartition(".")
+        if not dot or "/" in suffix:
             return
-        ending = ending.lower()
-        if ending in self._endings or len(self._endings) < _ENDINGS:
-            first, count = self._endings.get(ending, (name, 0))
-            self._endings[ending] = first, count + 1
-        slot = "image" if ending in IMAGES else "text" if ending in TEXTS else "json" if ending == "json" else None
+        suffix = suffix.lower()
+        if suffix in self._suffixes or len(self._suffixes) < _MOST_SUFFIXES:
+            first, count = self._suffixes.get(suffix, (name, 0))
+            self._suffixes[suffix] = first, count + 1
+        slot = "image" if suffix in IMAGES else "text" if suffix in TEXTS else "json" if suffix == "json" else None
         if slot is not None:
             stem = stem.encode("utf-8", "backslashreplace").decode()
             self._put(stem, slot, Member(member.offset_data, member.size))
@@ -407,12 +407,12 @@ class _Grouped:
         notes, copies = [], self.twice()
         images = sum(sample.image is not _NONE for sample in self.samples)
         whole = sum(sample.whole for sample in self.samples)
-        others = sum(count for ending, (_, count) in self._endings.items() if ending not in IMAGES)
+        others = sum(count for suffix, (_, count) in self._suffixes.items() if suffix not in IMAGES)
         if whole * _FEW < min(images, others):
             notes.append(f"{whole} of {len(self.samples)} samples have an image and a text: {self.members()}")
         if self._fields:
             first = [
-                next(n for e, (n, _) in self._endings.items() if (e in IMAGES) == image) for image in (True, False)
+                next(n for e, (n, _) in self._suffixes.items() if (e in IMAGES) == image) for image in (True, False)
             ]
             notes.append(
                 f"fields with names of their own are taken as one sample, as {' and '.join(map(_short, first))}"
@@ -428,8 +428,8 @@ class _Grouped:
 
     def members(self) -> str:
         """How members are named, and how they should be."""
-        ranked = sorted(self._endings.items(), key=lambda one: -one[1][1])
-        named = [f"{count} like {_short(first)}" for _, (first, count) in ranked[:_TOLD]]
+        ranked = sorted(self._suffixes.items(), key=lambda one: -one[1][1])
+        named = [f"{count} like {_short(first)}" for _, (first, count) in ranked[:_MOST_NAMED]]
         if self._hidden[1]:
             named.append(f"{self._hidden[1]} hidden ones like {_short(self._hidden[0])}")
         return f"its members are {', '.join(named)}; expected {EXPECTED}" if named else "it has no members"
