@@ -144,7 +144,7 @@ WRONG = {
     "a choice": ("train: {rule: new}", "train.rule: expected one of old, 2022, null, got 'new'"),
     "a key twice": ("quick: true\nquick: false", ", line 2: duplicate key 'quick'"),
     "a key twice within": ("train:\n  lr: 1\n  lr: 2", ", line 3: duplicate key 'lr'"),
-    "a former name": ("to: x", ": to is called out now"),
+    "a former name": ("to: x", ": to is now called out"),
     "a date that is none": ("out: 2020-99-99", "month must be in 1..12"),
     "a program": ("out: !!python/object/apply:os.getcwd []", ", line 1: could not determine a constructor"),
 }

@@ -344,7 +344,7 @@ def test_a_full_disk_leaves_nothing(kept, tmp_path, capsys, monkeypatch):
 def test_wrong_use_is_one_line(kept, tmp_path, capsys):
     out = tmp_path / "out"
     for args, message in (
-        ((kept, out, "--to", "transformers"), "say --use captioning or --use matching"),
+        ((kept, out, "--to", "transformers"), "give --use captioning or --use matching"),
         ((kept, out, "--to", "transformers", "--use", "nlvr"), "it can be for captioning, matching"),
         ((kept, out, "--use", "captioning"), "leave it out with --to openblip"),
         ((kept, out, "--image-size", "50"), "50 is not a multiple of the patch size 8"),
