@@ -1,14 +1,14 @@
-"""CapFilt's scoring, ours against transformers' BLIP with the same weights, images and web texts to scores.
+"""Time CapFilt's scoring, from images and web texts to scores, against transformers' BLIP with the same weights.
 
     python -m benchmarks.capfilt      # BASE, 384 px, batch 8, float32 and bfloat16; about 5 minutes on 2 cores
 
-Ours is the job's own scorer: a text is written by nucleus sampling, then web and synthetic text are matched with the
-image; it gives the joint embeddings' cosines as well. The other side does as transformers' documentation shows:
+Ours is CapFilt's own scorer: it generates a caption by nucleus sampling, matches web text and caption with the image,
+and also computes the cosines of the joint embeddings. The other side follows transformers' documentation:
 `BlipForConditionalGeneration.generate`, then `BlipForImageTextRetrieval` once for the web texts and once for the
-synthetic ones, each call with its own look at the images. Captioner and filter have weights of their own. Both sides
-run in one process, in turn, at equal precision and batch, from decoded images to numbers. The weights are random, so
-every text is written to 20 tokens, with about the entropy of a trained captioner's (benchmarks/caption.py); web texts
-have the lengths of COCO's captions. What the job costs beside its models is in benchmarks/capfilt_job.py.
+synthetic ones, each call encoding the images again. Captioner and filter have different weights. Both sides run in one
+process, in turn, at equal precision and batch size, from decoded images to numbers. The weights are random, so every
+caption has 20 tokens, with about the entropy of a trained captioner's (benchmarks/caption.py); web texts have the
+lengths of COCO's captions. The job's overhead on top of its models is measured by benchmarks/capfilt_job.py.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ WORDS = ["".join(letters) for letters in itertools.islice(itertools.product(stri
 
 
 def tokenizer() -> Tokenizer:
-    """A vocabulary of BERT's size and special tokens, in which each of WORDS is one piece."""
+    """A tokenizer with BERT's vocabulary size and special tokens, in which each of WORDS is one piece."""
     vocabulary = [f"[unused{i}]" for i in range(30522)]
     special = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]"}
     for at, word in [*special.items(), *enumerate([*PROMPT.split(), *WORDS], 200)]:
@@ -58,7 +58,7 @@ def tokenizer() -> Tokenizer:
 
 
 def blip(config: BlipConfig, seed: int) -> Blip:
-    """A model with random weights that writes with a trained one's entropy."""
+    """A model with random weights that generates with about a trained one's entropy."""
     torch.manual_seed(seed)
     model = Blip(config).eval()
     torch.nn.init.constant_(model.med.head_norm.weight, SHARPNESS)
@@ -66,7 +66,7 @@ def blip(config: BlipConfig, seed: int) -> Blip:
 
 
 def batch(side: int, size: int) -> list[Item]:
-    """Decoded images with a web text each."""
+    """Decoded images, each with a web text."""
     dice = np.random.default_rng(1)
     lengths = [n - 2 for n, share in COCO_LENGTHS.items() for _ in range(share)]  # without [CLS] and [SEP]
     return [
@@ -80,7 +80,7 @@ def batch(side: int, size: int) -> list[Item]:
 
 
 class Ours(BlipScorer):
-    """The job's scorer, with texts of equal length."""
+    """CapFilt's scorer, with captions of equal length."""
 
     def __init__(self, captioner: Blip, filter: Blip, words: Tokenizer, config: ScoreConfig) -> None:
         super().__init__((captioner, words), (filter, words), config)
@@ -106,9 +106,9 @@ class Theirs:
 
     @torch.inference_mode()
     def score(self, items: list[Item]) -> tuple[list[str], Tensor, Tensor]:
-        """Synthetic texts, and the logits of match for web and synthetic ones."""
+        """Generate captions; returns them, and the match logits of web texts and of captions."""
         pixels = self._pixels(items)
-        ids, _ = self.words.encode([PROMPT] * len(items), first="dec", max_length=LENGTH)  # it drops the last, [SEP]
+        ids, _ = self.words.encode([PROMPT] * len(items), first="dec", max_length=LENGTH)  # it drops [SEP]
         how = {"do_sample": True, "top_p": 0.9, "top_k": 0, "max_length": LENGTH, "min_length": LENGTH}
         written = self.captioner.generate(pixels, ids, **how)
         assert written.shape[1] == LENGTH
@@ -143,7 +143,7 @@ def transformers_config(config: BlipConfig) -> transformers.BlipConfig:
 
 
 def check_equal(captioner: Blip, filter: Blip, words: Tokenizer, theirs: Theirs, items: list[Item]) -> None:
-    """AssertionError unless both sides give the web texts the same logits where they begin with the same token."""
+    """Check that both sides give the web texts the same logits, if both begin with [CLS]; AssertionError if not."""
     same = Ours(captioner, filter, words, ScoreConfig(filter="-", decode="nucleus", itm_token="cls"))
     ours: list[Scores] = same.score(items)
     _, web, _ = theirs.score(items)
@@ -153,10 +153,10 @@ def check_equal(captioner: Blip, filter: Blip, words: Tokenizer, theirs: Theirs,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="timed batches of each side (default 3)")
-    parser.add_argument("--batch", type=int, default=8, help="images at once (default 8)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed batches per side (default 3)")
+    parser.add_argument("--batch", type=int, default=8, help="images per batch (default 8)")
     parser.add_argument("--precision", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument("--smoke", action="store_true", help="two narrow layers at 64 px: whether it runs, no figures")
+    parser.add_argument("--smoke", action="store_true", help="check that it runs, with two narrow layers at 64 px")
     given = parser.parse_args()
     keep_freed_memory()
     transformers.logging.set_verbosity_error()

@@ -1,10 +1,10 @@
-"""What the CapFilt job costs beside the models: overhead of scoring, selecting and reporting a million rows, resuming.
+"""Measure CapFilt's cost besides its models: overhead of scoring, selecting and reporting a million rows, resuming.
 
     python -m benchmarks.capfilt_job                 # about five minutes on 2 cores; --rows 100000 for less
 
-Scores are made out of hashes. Of the million rows one in thirty has a broken image, a third break a rule, and one
-image in twenty is a copy. The overhead is the wall time of a whole job over the time its models pretend to work.
-Every verb runs in a process of its own, start-up included, so that its peak memory is known.
+Scores are derived from hashes. Of the million rows one in thirty has a broken image, a third break a rule, and one
+image in twenty is a copy. The overhead is the wall time of a whole job relative to the simulated time of its models.
+Every verb runs in a separate process, start-up included, so that its peak memory can be measured.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from capfilt.store.identity import sample_id
 
 
 def crawl(folder: Path, rows: int, side: int) -> Path:
-    """A shard of noisy photographs of that side."""
+    """Write a shard of noisy images of `side` pixels."""
     dice = np.random.default_rng(0)
     pixels = dice.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)
     folder.mkdir(parents=True)
@@ -55,7 +55,7 @@ def crawl(folder: Path, rows: int, side: int) -> Path:
 
 
 def overhead(folder: Path, rows: int, seconds: float) -> dict[str, float]:
-    """Wall time of a job over the time that its models take, start-up left out, decoding beside it."""
+    """Wall time of a job relative to its models' time, without start-up, with decoding in another process."""
     run = plan.make(
         str(folder / "run"), ScoreConfig(scorer="fake"), ReadConfig([str(crawl(folder / "in", rows, 320))]), 64
     )
@@ -77,7 +77,7 @@ def overhead(folder: Path, rows: int, seconds: float) -> dict[str, float]:
 
 
 def annotated(folder: Path, rows: int, part_size: int) -> Run:
-    """A run whose parts are written directly, row for row what scoring would write; its images are 200 in turn."""
+    """Make a scored run by writing its parts directly, with rows like those of scoring; 200 images are repeated."""
     crawl(folder / "in", 200, 400)
     run = plan.make(str(folder / "run"), ScoreConfig(scorer="fake"), ReadConfig([str(folder / "in")]), part_size)
     (source,) = run.sources.values()
@@ -140,11 +140,11 @@ status = main(sys.argv[1:])
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 sys.exit(status)
 """
-"""The kernel's count of a process's children would begin with what this process holds."""
+"""Program that runs a verb and prints its peak memory; the kernel's figure for children includes this process's own."""
 
 
 def verb(name: str, run: Run, figures_by_name: dict[str, float], *args: str) -> None:
-    """A command as a user gives it: wall seconds, seconds of processor, and the most memory that it held."""
+    """Run a verb as a command; records wall seconds, CPU seconds and peak memory."""
     command = [sys.executable, "-c", _MEASURED, *name.split("_")[:1], run.where, *args]
     start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -156,7 +156,7 @@ def verb(name: str, run: Run, figures_by_name: dict[str, float], *args: str) -> 
 
 
 def timed(name: str, action, figures_by_name: dict[str, float]) -> None:
-    """Wall seconds, and the seconds of processor that this process used, which a busy machine does not stretch."""
+    """Record wall seconds, and CPU seconds of this process, which do not depend on the machine's load."""
     start, used = time.monotonic(), time.process_time()
     action()
     figures_by_name[name], figures_by_name[f"cpu_{name}"] = time.monotonic() - start, time.process_time() - used

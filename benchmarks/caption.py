@@ -1,10 +1,10 @@
-"""Captioning, ours against transformers' BLIP with the same weights, image to token ids.
+"""Time captioning, from image to token ids, against transformers' BLIP with the same weights.
 
     python -m benchmarks.caption      # BASE, 384 px, batch 1 and 8, float32 and bfloat16; about 10 minutes on 2 cores
 
 Both sides run in one process, in turn, at equal precision, and take the 16 steps from "[DEC] a picture of" to 20
-tokens: the weights are random, so [SEP] is forbidden until then. The last layer's output is scaled so that the next
-word has about the entropy it has under a trained captioner (2 nats), on which the cost of nucleus sampling depends.
+tokens: the weights are random, so [SEP] is forbidden until then. The last layer's output is scaled so that the entropy
+of the next token is about that of a trained captioner (2 nats), on which the cost of nucleus sampling depends.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def theirs(model: Blip) -> transformers.BlipForConditionalGeneration:
 
 
 class Case:
-    """One method on one batch, by either side, and the parts of ours."""
+    """One decoding method on one batch, for both sides, and the parts of ours."""
 
     def __init__(self, model: Blip, other: transformers.BlipForConditionalGeneration, method: str, size: int) -> None:
         self.model, self.other, self.config, self.size = model, other, METHODS[method], size
@@ -98,7 +98,7 @@ class Case:
     def theirs(self) -> Tensor:
         config = self.config
         how = {"num_beams": config.beams} if config.method == "beam" else {"do_sample": True, "top_p": config.top_p}
-        prompts = torch.cat([self.prompts(), torch.full((self.size, 1), BASE.text.sep_id)], dim=1)  # it drops the last
+        prompts = torch.cat([self.prompts(), torch.full((self.size, 1), BASE.text.sep_id)], dim=1)  # it drops [SEP]
         ids = self.other.generate(
             self.images, prompts, **how, top_k=0, max_length=config.max_length, min_length=config.min_length
         )
@@ -125,7 +125,7 @@ def main() -> None:
             for size in args.batch:
                 name, case = f"{precision}_{method}_batch{size}", Case(model, other, method, size)
                 if (precision, method) == ("float32", "beam3"):
-                    assert torch.equal(case.ours(), case.theirs()), "the two sides write different texts"
+                    assert torch.equal(case.ours(), case.theirs()), "the two sides generate different captions"
                 parts = {"ours": case.ours, "transformers": case.theirs}
                 parts |= {"vision": case.vision, "context": case.project, "steps": case.steps}
                 seconds = report.interleaved(parts, args.rounds)

@@ -1,4 +1,4 @@
-"""What pre-training and CapFilt cost, counted and not measured: floating-point operations, and GPU-hours at a rate.
+"""Compute the cost of pre-training and CapFilt: floating-point operations, and GPU-hours at given utilizations.
 
     python -m benchmarks.cost
 
@@ -17,33 +17,33 @@ from blip.models.presets import BASE, LARGE
 from blip.models.settings import BlipConfig
 
 CAPTION_TOKENS = 13
-"""Mean of COCO's captions in BERT's pieces, [CLS] and [SEP] included (13.07 over 20,009 captions of val2014)."""
+"""Mean length of COCO's captions in BERT's pieces, [CLS] and [SEP] included (13.07 over 20,009 captions of val2014)."""
 WRITTEN_TOKENS = 20
-"""The longest text that CapFilt writes or reads, by its defaults."""
+"""Tokens of a text that CapFilt generates or matches: the longest, by its defaults."""
 EPOCHS = 20
-"""Of the paper's pre-training."""
+"""Epochs of the paper's pre-training."""
 PAIRS = {"14M": 14e6, "129M": 129e6}
-"""The paper's two data sets."""
+"""Pairs in the paper's two data sets."""
 PEAKS = {"A100": 312e12, "H200": 989e12}
-"""bfloat16 operations a second, dense, by NVIDIA's data sheets."""
+"""Dense bfloat16 operations per second, from NVIDIA's data sheets."""
 NAIVE, ONCE = "image projected again for every word and text", "each tower once"
 """Two ways to run CapFilt: the original's code, and ours."""
 UTILISATIONS = (0.15, 0.3, 0.45)
-"""Shares of the peak. What this code reaches has not been measured."""
+"""Assumed shares of the peak; those of this code have not been measured."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes that the counts depend on."""
+    """Sizes of a model that the counts depend on."""
 
     patches: int
-    """Of an image; with the class token there is one token more."""
+    """Patches per image; the class token is one token more."""
     pixels: int
-    """Numbers in a patch."""
+    """Numbers per patch: pixels times channels."""
     vision_width: int
     vision_depth: int
     text: BlipConfig
-    """Whose text transformer it is."""
+    """Configuration with the text transformer's sizes."""
 
     @classmethod
     def of(cls, config: BlipConfig, image_size: int) -> Shape:
@@ -54,20 +54,20 @@ class Shape:
 
 
 def vision(shape: Shape) -> float:
-    """An image through the ViT: 12 width^2 weights a block, and two products among the tokens."""
+    """Operations of the ViT on an image: 12 width^2 weights per block, and two products among the tokens."""
     width, tokens = shape.vision_width, shape.patches + 1
     block = tokens * 12 * width**2 + 2 * tokens**2 * width
     return 2 * (shape.vision_depth * block + shape.patches * shape.pixels * width)
 
 
 def context(shape: Shape) -> float:
-    """An image's keys and values for every layer of the text transformer."""
+    """Operations to project an image to keys and values for every layer of the text transformer."""
     text = shape.text.text
     return 2 * text.layers * (shape.patches + 1) * shape.vision_width * 2 * text.width
 
 
 def reading(shape: Shape, tokens: float, grounded: bool) -> float:
-    """A text through the transformer, over an image's keys and values if `grounded`."""
+    """Operations of the text transformer on a text, attending to an image's keys and values if `grounded`."""
     text, seen = shape.text.text, shape.patches + 1
     token = 4 * text.width**2 + 2 * text.width * text.hidden + 2 * tokens * text.width
     if grounded:
@@ -76,12 +76,12 @@ def reading(shape: Shape, tokens: float, grounded: bool) -> float:
 
 
 def words(shape: Shape, tokens: float) -> float:
-    """Logits of all words at every token."""
+    """Operations of the vocabulary head at every token."""
     return 2 * tokens * shape.text.text.width * shape.text.text.vocab_size
 
 
 def pretraining(shape: Shape, tokens: float = CAPTION_TOKENS) -> float:
-    """A pair, forward and backward: ITC, ITM with two negatives, LM, and the teacher forward."""
+    """Operations of pre-training on a pair: ITC, ITM with two negatives and LM, with backward, and the teacher."""
     grounded = reading(shape, tokens, grounded=True)
     towers = vision(shape) + reading(shape, tokens, grounded=False)
     student = towers + context(shape) + 3 * grounded + grounded + words(shape, tokens)
@@ -89,7 +89,7 @@ def pretraining(shape: Shape, tokens: float = CAPTION_TOKENS) -> float:
 
 
 def capfilt(shape: Shape, tokens: int = WRITTEN_TOKENS) -> dict[str, float]:
-    """An image with one web text: one text written, two matched, in three ways of doing it."""
+    """Operations of CapFilt on an image with one web text (one caption generated, two texts matched), in three ways."""
     see, project = vision(shape), context(shape)
     match = reading(shape, tokens, grounded=True)
     write = match + words(shape, tokens)
@@ -101,7 +101,7 @@ def capfilt(shape: Shape, tokens: int = WRITTEN_TOKENS) -> dict[str, float]:
 
 
 def hours(operations: float, peak: float, utilisation: float) -> float:
-    """GPU-hours."""
+    """GPU-hours of some operations."""
     return operations / (peak * utilisation) / 3600
 
 
@@ -124,7 +124,7 @@ def _pretraining() -> str:
         [name, *(f"{pretraining(SHAPES[name], tokens) / 1e9:.0f}" for tokens in lengths)]
         for name in ("BASE, 224 px", "LARGE, 224 px")
     ]
-    return _table(["GFLOP a pair", *(f"texts of {tokens:g} tokens" for tokens in lengths)], rows)
+    return _table(["GFLOP per pair", *(f"texts of {tokens:g} tokens" for tokens in lengths)], rows)
 
 
 def _pretraining_hours() -> str:
@@ -141,7 +141,7 @@ def _capfilt() -> str:
     for name, shape in SHAPES.items():
         if name != "LARGE, 224 px":
             rows.append([name, *(f"{count / 1e9:,.0f}" for count in capfilt(shape).values())])
-    return _table(["GFLOP an image", *capfilt(SHAPES["BASE, 384 px"])], rows)
+    return _table(["GFLOP per image", *capfilt(SHAPES["BASE, 384 px"])], rows)
 
 
 def _capfilt_hours() -> str:

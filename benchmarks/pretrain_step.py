@@ -1,9 +1,9 @@
-"""One optimizer step of pre-training, ours against the straightforward implementation (`tests/oracle.py`).
+"""Time one optimizer step of pre-training against the straightforward implementation (`tests/oracle.py`).
 
     python -m benchmarks.pretrain_step      # BASE, 224 px, queue 57,600, batch 4 and 8; about 5 minutes on 2 cores
 
 Both sides run in one process, in turn, on the same batches: dropout on, forward, backward, AdamW, moving average,
-queue. The C allocator is told to keep freed memory for both. Peak memory is that of a process that runs one side only.
+queue. The C allocator keeps freed memory for both. Peak memory is that of a process that runs one side only.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Straightforward(Side):
 
 
 def peak_memory(side: type[Side], size: int, options: dict) -> float:
-    """GB at the most, in a process of its own."""
+    """Peak memory in GB, measured in a separate process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak, (side, size, options))
 
@@ -104,14 +104,14 @@ def _peak(side: type[Side], size: int, options: dict) -> float:
     run = side(batches(size, 2))
     for _ in range(3):
         run.step(**options)
-    # Not getrusage: its maximum is handed on by the parent process.
+    # Not getrusage: its maximum is inherited from the parent process.
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e9
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each case (default 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps per case (default 5)")
     parser.add_argument("--batch", type=int, nargs="+", default=[4, 8], help="batch sizes (default 4 8)")
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak-memory runs")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Printing and saving of benchmarks: medians, their ratios, and the machine."""
+"""Run, print and save benchmarks: medians, their ratios, and the machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 def interleaved(cases: dict[str, Callable[[], None]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Time every case once per round, in turn, so that a drifting machine drifts for all; seconds by case."""
+    """Time every case once per round, in turn, so that a drifting machine affects all; returns seconds by case."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(warmup + rounds):
         for name, run in cases.items():
@@ -42,7 +42,7 @@ def medians(seconds: dict[str, list[float]], prefix: str = "seconds_") -> dict[s
 
 
 def ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> float:
-    """The median over rounds of slow / fast, each round's two runs being neighbours in time."""
+    """Median over rounds of slow / fast; the two runs of a round are close in time."""
     return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
 
 

@@ -1,13 +1,14 @@
-"""Matching many texts with many images, ours against transformers' BLIP with the same weights.
+"""Time matching of many texts with many images against transformers' BLIP with the same weights.
 
     python -m benchmarks.rerank      # BASE, 384 px, float32 and bfloat16; some 15 minutes on 2 cores
     python -m benchmarks.rerank --rounds 1 --sample 2                       # about 3 minutes
 
 `image`: one image with 128 texts, from pixels to logits. `both`: re-ranking of 32 images and 160 texts in both
-directions at k = 16, of whose images `--sample` are timed, each with all texts that it has to be matched with; the
-image encoder is part of it on both sides. transformers' model is given what suits it: its image encoder runs once an
+directions at k = 16; `--sample` of the images are timed, each with all texts that it is matched with. Both sides
+include the image encoder. transformers' model is used in its most favourable way: its image encoder runs once per
 image, the pairs of both directions are merged, and their texts are sorted by length and batched; it projects the image
-for every text. Both sides run in one process, in turn, at equal precision. Lengths of texts are those of COCO.
+again for every text. Both sides run in one process, in turn, at equal precision. Texts have the lengths of COCO's
+captions.
 """
 
 from __future__ import annotations
@@ -73,12 +74,12 @@ def theirs(model: Blip) -> transformers.BlipForImageTextRetrieval:
 
 
 class Case:
-    """Images with the texts that each has to be matched with, by either side."""
+    """Images with the texts that each is matched with, for both sides."""
 
     def __init__(
         self, model: Blip, other: transformers.BlipForImageTextRetrieval, images: Tensor, pairs: Tensor
     ) -> None:
-        """`pairs` (B, M) bool says which of M texts go with which of B images."""
+        """`pairs` (B, M) bool marks which of M texts are matched with each of B images."""
         self.model, self.other, self.images = model, other, images.to(model.temperature.dtype)
         self.chosen = [row.nonzero().squeeze(1) for row in pairs]
         ids, self.keep = texts(pairs.shape[1], model.config)
@@ -107,15 +108,15 @@ class Case:
 
 
 def pairs_of(images: int, count: int, k: int) -> Tensor:
-    """Which of `count` texts each image is matched with: its k best, and those whose k best it is in."""
+    """Mark which of `count` texts each image is matched with: its k best, and those that have it among their k best."""
     of_image, of_text = candidates(torch.randn(images, count, generator=torch.Generator().manual_seed(3)), k)
     return of_image | of_text
 
 
 def main(config: BlipConfig = CONFIG) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each case (default 3)")
-    parser.add_argument("--sample", type=int, default=4, help="images of the 32 whose re-ranking is timed (default 4)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed runs per case (default 3)")
+    parser.add_argument("--sample", type=int, default=4, help="number of the 32 images that are timed (default 4)")
     parser.add_argument("--precision", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     args = parser.parse_args()
     keep_freed_memory()

@@ -1,12 +1,13 @@
-"""Ranking 3,000 candidate answers to questions, ours against the straightforward way of the 2022 release.
+"""Time the ranking of 3,000 candidate answers against the straightforward implementation of the 2022 release.
 
     python -m benchmarks.vqa_rank              # BASE, float32 and bfloat16; about 5 minutes on 2 cores
 
-Both take the states of questions and give the best answer of each by the release's rule: the 128 candidates that begin
-most likely, each in full, by smoothed log-probabilities. Straightforward is a row for every candidate of every
-question, padded to the longest of the list, with the question's states repeated and projected for each row
-(`tests/oracle.py`). Lengths of candidates, and how many begin alike, are those of the 3,000 commonest answers of VQA v2
-in BERT's word pieces. Both sides run in one process, in turn, at equal precision (autocast for bfloat16).
+Both take the states of questions and give the best answer of each by the release's rule: the 128 candidates with the
+most likely first tokens, each scored in full, by smoothed log-probabilities. The straightforward way has a row for
+every candidate of every question, padded to the longest of the list, with the question's states repeated and projected
+for each row (`tests/oracle.py`). Lengths of candidates, and how many share a first token, are those of the 3,000 most
+common answers of VQA v2 in BERT's word pieces. Both sides run in one process, in turn, at equal precision (autocast for
+bfloat16).
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import oracle
 
 LENGTHS = {1: 1651, 2: 784, 3: 481, 4: 60, 5: 15, 6: 5, 7: 3, 10: 1}
-"""Word pieces of an answer -> how many of the 3,000 have so many."""
+"""Number of the 3,000 answers by their length in word pieces."""
 FIRSTS = 1982
-"""Different first word pieces."""
+"""Number of different first word pieces."""
 QUESTION, K, SMOOTHING = 12, 128, 0.1
-"""Word pieces of a question; candidates in full; of scores."""
+"""Word pieces per question; candidates scored in full; label smoothing of the scores."""
 
 
 class Listed(Candidates):
@@ -65,7 +66,7 @@ def _texts() -> list[str]:
     distinct: dict[str, None] = {}
     for i, length in enumerate(lengths):
         while True:
-            # Most first pieces are those of a one-piece answer, and what is longer begins like one of these or not.
+            # One-piece answers have distinct first pieces; longer answers begin with any of the first pieces.
             first = firsts[i] if length == 1 else firsts[torch.randint(FIRSTS, (1,), generator=draw)[0]]
             rest = torch.randint(1000, 30000, (length - 1,), generator=draw)
             text = " ".join(map(str, [int(first), *rest.tolist()]))
@@ -77,7 +78,7 @@ def _texts() -> list[str]:
 
 @torch.no_grad()
 def straightforward(model: Vqa, states: Tensor, candidates: Candidates) -> Tensor:
-    """Best candidate (R,) of each question, whose states are (R, T, D)."""
+    """Best candidate (R,) of each question from its states (R, T, D), by the straightforward implementation."""
     med, dec = model.answer, model.config.text.dec_id
     ids = F.pad(candidates.ids, (1, 0), value=dec)
     keep = F.pad(candidates.keep, (1, 0), value=True)
@@ -98,7 +99,7 @@ def straightforward(model: Vqa, states: Tensor, candidates: Candidates) -> Tenso
 
 @torch.no_grad()
 def ours(model: Vqa, states: Tensor, candidates: Candidates) -> Tensor:
-    """Best candidate (R,) of each question, by this project's ranking."""
+    """Best candidate (R,) of each question from its states (R, T, D), by this project's ranking."""
     context: Context = model.answer.context(states)
     return rank(model, context, candidates, AnswerConfig(k=K, smoothing=SMOOTHING)).index[:, 0]
 
@@ -110,7 +111,7 @@ def main() -> None:
     options = parser.parse_args()
     keep_freed_memory()
     torch.manual_seed(0)
-    small = dataclasses.replace(BASE, vision=dataclasses.replace(BASE.vision, depth=1))  # images are not part of it
+    small = dataclasses.replace(BASE, vision=dataclasses.replace(BASE.vision, depth=1))  # the image encoder is not used
     model, candidates = Vqa(small).eval(), Listed()
     figures: dict[str, float] = {}
     for name in ("float32", "bfloat16"):

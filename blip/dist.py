@@ -34,15 +34,14 @@ _DECIDES = {
     "ACCELERATE_MIXED_PRECISION": "train.precision",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "train.accumulate",
 }
-"""Setting in accelerate's environment -> the setting of a run that decides it."""
+"""Settings in accelerate's environment, and the settings of a run that replace them."""
 
 
 def set_aside() -> list[str]:
-    """Take out of the environment what accelerate's configuration asks for and the run's settings decide; what to say.
+    """Remove settings of accelerate's configuration that the run decides from the environment; returns notes on them.
 
-    A file of another project may be in place. ValueError for sharding (FSDP and the like), except where a launcher
-    took it from such a file for a single process, which has nothing to shard: the model fits, and its state has to be
-    whole.
+    The file may be another project's. ValueError for sharding (FSDP and the like), because the state must not be
+    sharded, except if a launcher took it from such a file for a single process, which has nothing to shard.
     """
     notes = []
     for name in _SHARDING:
@@ -95,7 +94,7 @@ LOCAL_RANKS = (
 
 
 def own_device() -> torch.device:
-    """The device of one of a machine's processes: the GPU of its local rank, the only one where it sees but one."""
+    """Device of a process: the GPU of its local rank, or the only one it sees."""
     if on_cpu():
         return torch.device("cpu")
     local = next((int(os.environ[name]) for name in LOCAL_RANKS if os.environ.get(name, "").isdecimal()), 0)
@@ -139,7 +138,7 @@ def gather_with_gradient(tensor: Tensor) -> Tensor:
 
 
 def gather_padded(tensor: Tensor) -> Tensor:
-    """(B, T) of each process, T its own -> (W B, longest T), filled with zeros on the right; without gradient."""
+    """Gather (B, T) with different T as (W B, longest T), padded with zeros on the right; without gradient."""
     if not joined():
         return tensor.detach()
     longest = torch.tensor([tensor.shape[1]], device=tensor.device)
@@ -163,7 +162,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """One small picklable value of each process, in the order of ranks; only among processes of one run."""
+    """Gather a small picklable value of each process, in the order of ranks; only among processes of one run."""
     if not joined():
         return [value]
     values: list[Any] = [None] * world()
@@ -172,7 +171,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def from_main(value: Any) -> Any:
-    """The main process's value, everywhere."""
+    """The main process's value, on every process."""
     if not joined():
         return value
     box = [value]
@@ -181,7 +180,7 @@ def from_main(value: Any) -> Any:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is up in any process."""
+    """Whether the flag is set in any process."""
     return any(gather_objects(bool(flag)))
 
 
@@ -200,7 +199,7 @@ def barrier() -> None:
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether an error is what a collective says when another process is gone or stuck."""
+    """Whether a collective raised the error because another process is gone or stuck."""
     words = ("connection closed", "connection reset", "broken pipe", "timed out", "timeout", "socket", "nccl", "gloo")
     wanted = isinstance(error, (torch_dist.DistError, RuntimeError))
     return joined() and wanted and any(word in str(error).lower() for word in words)

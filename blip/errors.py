@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class Stopped(RuntimeError):
-    """A run ended for a reason that its message says in full: what, where, and what to do."""
+    """A run ended; the message is complete: what happened, where, and what to do."""
 
 
 _FULL = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
@@ -14,24 +14,24 @@ _FULL = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_F
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means too little memory, the machine's or a device's."""
+    """Whether an error means that the machine or a device is out of memory."""
     if isinstance(error, RuntimeError) and not isinstance(error, Stopped):
         return type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in _FULL)
     return isinstance(error, MemoryError)
 
 
 _SHOWN = 5
-"""Things that an error names."""
+"""Most items that an error lists."""
 _QUOTED = 60
-"""Characters of a value that an error quotes."""
+"""Most characters of a value that an error quotes."""
 _LONGEST = 1000
-"""Characters of a reason: each bad sample's is kept in memory, and written to the ledger."""
+"""Most characters of a reason; each bad sample's is kept in memory and written to the ledger."""
 
 
 class BadSample(Exception):
     """A sample that cannot be used; it is replaced by another and written to the ledger.
 
-    `code` says why in a word that programs go by, `reason` in words for people.
+    `code` is the cause for programs, `reason` for people.
     """
 
     def __init__(self, reason: str, code: str = "unreadable"):
@@ -44,7 +44,7 @@ class BadSample(Exception):
 
 
 class UnreadableImage(BadSample):
-    """An image that cannot be read or decoded, or that may not be."""
+    """An image that cannot or must not be read or decoded."""
 
     def __init__(self, code: str, detail: str):
         super().__init__(detail, code)
@@ -58,7 +58,7 @@ class DataError(Stopped):
 
 
 class StuckSample(DataError):
-    """Decoding one sample took more than any should."""
+    """Decoding a sample took too much time."""
 
     def __init__(self, message: str, key: str, reason: str):
         super().__init__(message)
@@ -73,13 +73,13 @@ class TooManyBad(DataError):
 
 
 def counted(names: Sequence[object], unit: str) -> str:
-    """`8 images (12, 15, 18, 21, 24, ...)`: how many there are, the first few by name."""
+    """Count items and name the first few: `8 images (12, 15, 18, 21, 24, ...)`."""
     some = ", ".join(map(str, names[:_SHOWN])) + ", ..." * (len(names) > _SHOWN)
     return f"{len(names)} {unit}{'s' * (len(names) > 1)} ({some})"
 
 
 def shown(value: object) -> str:
-    """A value that data holds, quoted in one line of bounded length: what is too long says how long it is."""
+    """Quote a value of the data in one line of bounded length; a cut value states its length."""
     if not isinstance(value, str | bytes):
         text = repr(value)
         return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."

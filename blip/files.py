@@ -27,18 +27,18 @@ from safetensors import SafetensorError
 from blip.errors import Stopped
 
 TEMPORARY = ".tmp-"
-"""Beginning of the name of what is being written."""
+"""Prefix of the names of temporaries."""
 _WRITER = re.compile(re.escape(TEMPORARY) + r".+-([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{8}")
-"""A temporary's name: of what, by which machine and process, begun when."""
+"""Name of a temporary: its target, the writer's machine and process, and the start time."""
 _STALE = 3600.0
-"""Seconds after which what another machine left half written, and has not touched since, is taken for abandoned."""
+"""Seconds without a change after which another machine's temporary is taken for abandoned."""
 _CLOCK = 60.0
-"""Seconds by which two readings of when a process began may differ."""
+"""Seconds by which two readings of a process's start time may differ."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sync(path: Path) -> None:
-    """Have the disk keep a file, or what a folder lists, before anything else is done."""
+    """Sync a file, or a folder's entries, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -47,12 +47,12 @@ def sync(path: Path) -> None:
 
 
 def partial(path: Path) -> Path:
-    """The name under which a file or folder is written before it gets the name `path`.
+    """Temporary name of a file or folder while it is written, before it is renamed to `path`.
 
-    What dead writers left beside it is swept first, once in a process.
+    Temporaries of dead writers in the same folder are removed first, once per process.
     """
     _sweep_once(str(path.parent.absolute()), os.getpid())
-    # A long name has to leave room for who writes; what tells two temporaries apart is their end.
+    # Long names are cut to leave room for the writer; the end of the name makes it unique.
     return path.with_name(
         f"{TEMPORARY}{path.name.encode()[:120].decode(errors='ignore')}-{_me()}-{uuid.uuid4().hex[:8]}"
     )
@@ -64,10 +64,10 @@ def _sweep_once(folder: str, process: int) -> None:
 
 
 def sweep(folder: Path, *, inside: bool = False) -> None:
-    """Remove the temporaries in a folder, and `inside` its folders, whose writers are dead.
+    """Remove temporaries of dead writers from a folder, with `inside` also from its subfolders.
 
-    A writer of this machine is asked for; one of another is taken for dead when an hour went by without a change. A
-    live writer's, and whatever was not named by `partial`, is left alone.
+    A writer on this machine is looked up; one on another is taken for dead after an hour without a change. Temporaries
+    of live writers, and files not named by `partial`, are left alone.
     """
     for path in folder.glob(f"**/{TEMPORARY}*" if inside else f"{TEMPORARY}*"):
         with contextlib.suppress(OSError):
@@ -119,11 +119,11 @@ def _began(process: int) -> float | None:
 
 @contextlib.contextmanager
 def ordinary_mode(path: Path) -> Iterator[None]:
-    """Around whatever writes a file: it has the permissions of any new file here, also where a library chose others.
+    """Context for writing a file: gives it the usual permissions of a new file, even if a library sets others.
 
-    safetensors 0.8 gives a file to its writer alone, so that nobody else could load a model.
+    safetensors 0.8 makes a file readable by its writer only, so that no other user could load a model.
     """
-    with path.open("ab"):  # made as files are made here, by the umask or what the folder hands down
+    with path.open("ab"):  # created with the usual permissions, from the umask or the folder
         pass
     mode = stat.S_IMODE(path.stat().st_mode)
     yield
@@ -146,7 +146,7 @@ def sha256(path: Path) -> str:
 
 
 def not_permitted(error: PermissionError) -> str:
-    """Message for a file that this user may not use: which, whose it is, and what its owner can do."""
+    """Message for a file that this user may not use: its name, its owner, and what the owner can do."""
     if error.filename is None:
         return str(error)
     path = Path(os.fsdecode(error.filename))
@@ -170,7 +170,7 @@ def _user(number: int) -> str:
 
 
 def not_written(path: Path, advice: str, error: BaseException | None = None, needs: int | None = None) -> str:
-    """Message for a file that could not be written: path, bytes needed and free, and, of a full disk, what to do."""
+    """Message for a file that could not be written: path, bytes needed and free, and, for a full disk, what to do."""
     folder = path.parent
     while not folder.exists():
         folder = folder.parent
@@ -189,11 +189,11 @@ _ADVICE = "lower train.keep_checkpoints"
 
 
 class WriteError(Stopped):
-    """A file could not be written; nothing of it was left behind."""
+    """A file could not be written; nothing is left of it."""
 
 
 def checkpoint_event(event: str, path: Path) -> None:
-    """Called before and after each thing that is written, renamed or removed; a place for tests to pull the plug."""
+    """Called before and after each write, rename and removal; tests crash the process here."""
 
 
 def write_directory(
@@ -201,9 +201,9 @@ def write_directory(
 ) -> None:
     """Write files into a new directory, all or nothing.
 
-    `writers` maps a file name to a function that writes it and the bytes it will need about. With `facts`, a manifest
-    of them and of each file's size and SHA-256 comes last; then the directory gets its name in one rename. WriteError
-    when the disk is full or refuses, naming the path and the bytes needed and free.
+    `writers` maps a file name to a function that writes it and the approximate bytes needed. With `facts`, a manifest
+    with them and each file's size and SHA-256 is written last; then the directory gets its name in one rename.
+    WriteError, naming the path and the bytes needed and free, if the disk is full or writing fails.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     _require_space(target, sum(size for _, size in writers.values()))
@@ -225,7 +225,7 @@ def write_directory(
 
 
 def clear_unfinished(parent: Path) -> None:
-    """Remove what a killed process left half written; only where nobody else writes."""
+    """Remove temporaries of a killed process; only for folders without other writers."""
     for unfinished in parent.glob(f"{TEMPORARY}*"):
         if unfinished.is_dir():
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -257,7 +257,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 @contextmanager
 def explain_write(path: Path, size: int) -> Iterator[None]:
-    """Turn whatever a library says of a failed write into one message."""
+    """Turn any library's error about a failed write into one message."""
     try:
         yield
     # torch and safetensors say of a full disk what they saw of it: unexpected positions, errno in a text.
@@ -271,9 +271,9 @@ def _require_space(target: Path, size: int) -> None:
 
 
 def check_manifest(directory: Path) -> dict:
-    """The manifest of a directory whose files are all as they were written; ValueError names the first that is not.
+    """Check a directory's files against its manifest and return it; ValueError names the first that differs.
 
-    PermissionError for one that may not be read, which says nothing about what it holds.
+    PermissionError for a file that may not be read, whose contents are then unknown.
     """
     path = directory / MANIFEST
     try:

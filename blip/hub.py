@@ -1,4 +1,4 @@
-"""Files from the hub, without the minutes of retries when it is out of reach."""
+"""Files from the hub, without minutes of retries if it is out of reach."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ OUT_OF_REACH = "the hub is out of reach (or HF_HUB_OFFLINE is set)"
 
 
 def file(repository: str, name: str, option: str) -> Path:
-    """A file of a repository on the hub, from the local cache or downloaded.
+    """Get a file of a repository on the hub, from the local cache or by download.
 
-    FileNotFoundError, within 2 seconds if the hub is out of reach, that says what to download and which `option` takes
-    a local path instead.
+    FileNotFoundError, within 2 seconds if the hub is out of reach, with the download command and the `option` that
+    takes a local path instead.
     """
     cached = try_to_load_from_cache(repository, name)
     if isinstance(cached, str):
@@ -33,7 +33,7 @@ def file(repository: str, name: str, option: str) -> Path:
 
 
 def in_reach(seconds: float = 1.5) -> bool:
-    """Whether the hub takes a connection and HF_HUB_OFFLINE is not set; a proxy is taken to work."""
+    """Whether the hub accepts a connection and HF_HUB_OFFLINE is not set; proxies are assumed to work."""
     if constants.HF_HUB_OFFLINE:
         return False
     if any(os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")):

@@ -1,4 +1,4 @@
-"""Randomness that is a function of a key alone, so that a resumed run draws what an unbroken one would have drawn."""
+"""Randomness as a function of a key alone, so that a resumed run draws the same as an uninterrupted one."""
 
 from __future__ import annotations
 

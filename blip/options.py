@@ -2,8 +2,8 @@
 
     options = read(Caption, ["photo.jpg", "--num", "3"], "blip caption")
 
-Words of a name are joined by dashes on the command line, which takes underscores too, and by underscores in YAML and
-Python. Options of a section are `--section.name`. A value is held against its field's type where it is given.
+Names have dashes on the command line (underscores are accepted) and underscores in YAML and Python. Options of a
+section are `--section.name`. Each value is checked against its field's type.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 T = TypeVar("T")
 Tree = dict[str, Any]
-"""Values that are given, by name; a section is a tree in it."""
+"""Given values by name; a section is a nested tree."""
 LAST = -1
 """Marker in a path for the last item of a list of sections."""
 
@@ -38,49 +38,49 @@ LAST = -1
 
 
 def option(default: Any = dataclasses.MISSING, *, metavar: str = "", was: str = "", repeat: bool = False) -> Any:
-    """A field with more to say of its option: what stands for a value in the help, and a name that it had before.
+    """Declare a field as an option, with the placeholder of its value in the help and the option's former name.
 
-    With `repeat` a list gets an item each time that the option is given.
+    With `repeat` each occurrence of the option adds an item to a list.
     """
     how = {"default_factory": default} if callable(default) else {"default": default}
     return dataclasses.field(**how, metadata={"metavar": metavar, "was": was, "repeat": repeat})
 
 
 def argument(metavar: str, *, least: int = 1) -> Any:
-    """A field that is given by its place on the command line; a list takes `least` or more."""
+    """Declare a field as a positional argument; a list takes `least` or more."""
     how = {} if least else {"default_factory": list}
     return dataclasses.field(**how, metadata={"argument": metavar, "least": least})
 
 
 def flat(*, part: type | None = None, skip: Sequence[str] = ()) -> Any:
-    """A section whose options have no name of a section before theirs; fields to `skip` are no options.
+    """Declare a section whose options have no prefix; fields to `skip` are not options.
 
-    With `part` the field is a mapping of those fields of the class `part` that are given.
+    With `part` the field is a mapping of the given fields of the class `part`.
     """
     return dataclasses.field(metadata={"flat": True, "part": part, "skip": skip})
 
 
 class Option(NamedTuple):
-    """Field of a dataclass as an option."""
+    """A field of a dataclass as an option."""
 
     name: str
     """Name on the command line, without `--`."""
     path: tuple[str | int, ...]
     """Keys that lead to the value in a tree of options."""
     kind: Any
-    """Type of the value, None left out."""
+    """Type of the value, without None."""
     may_be_none: bool
     field: dataclasses.Field
     owner: type
     """Class that declares the field."""
     section: tuple[type, str, str] | None
-    """The field that is its section, by class and name, and what is put before that field's docstring."""
+    """Field that declares its section, by class and name, and the prefix of that field's docstring."""
     default: Any
     required: bool
 
 
 def walk(kind: type, before: Option | None = None, under: Any = None) -> Iterator[Option]:
-    """List all options of a dataclass, a section before its fields; `under` has other defaults than the class."""
+    """Yield all options of a dataclass, a section before its fields; `under` overrides the class's defaults."""
     prefix, path, section, required = "", (), None, True
     if before:
         title = f"each of {before.name}: " if _item(before.kind) else f"{before.name}: "
@@ -111,7 +111,7 @@ def _fields(kind: type) -> dict[str, tuple[dataclasses.Field, Any, bool]]:
 
 
 def _plain(hint: Any) -> tuple[Any, bool]:
-    """`int` of `int | None`, and that it may be None."""
+    """Split `int | None` into `int` and whether it may be None."""
     if typing.get_origin(hint) not in (typing.Union, types.UnionType):
         return hint, False
     (inner,) = (one for one in typing.get_args(hint) if one is not types.NoneType)
@@ -140,11 +140,11 @@ def read(
     files: bool = False,
     under: Callable[[Tree], Tree] | None = None,
 ) -> T:
-    """The dataclass of what a command line gives; ValueError in a line for what does not fit.
+    """Build the dataclass from a command line; one-line ValueError for wrong options.
 
-    `--help` prints all options and ends the process. With `files` they may be given in YAML: `--config FILE`, as often
-    as wanted, each laid over what stands before it; `--print-config` prints all settings and ends the process. `under`
-    makes of what is given what lies under it, where that is not only the class's defaults: a preset, say.
+    `--help` prints all options and ends the process. With `files`, options may be given in YAML by `--config FILE`, any
+    number of times, later values winning; `--print-config` prints all settings and ends the process. `under` maps the
+    given options to values that replace the class's defaults, such as a preset's.
     """
     options, tree, prints = {one.name: one for one in walk(kind)}, {}, False
     words = _spelled(args, {_PRINT, *(one.name for one in options.values() if one.kind is bool)})
@@ -174,7 +174,7 @@ _WORDS = {"true": True, "yes": True, "false": False, "no": False}
 
 
 def _spelled(args: Sequence[str], flags: set[str]) -> list[str]:
-    """Names with dashes; a flag takes the next word if that is true or false, and means true by itself."""
+    """Normalize names to dashes; a flag takes the next word if that is true or false, else means true."""
     done: list[str] = []
     for word, after in itertools.zip_longest(args, args[1:], fillvalue=""):
         if word == "--":
@@ -191,15 +191,15 @@ def _spelled(args: Sequence[str], flags: set[str]) -> list[str]:
 
 def _unknown(word: str, options: Mapping[str, Option], more: Iterable[str]) -> str:
     if not word.startswith("--"):
-        return f"{word!r} is an argument too many"
+        return f"unexpected argument {word!r}"
     former = {one.field.metadata.get("was"): name for name, one in options.items()}
     if (name := word[2:].partition("=")[0]) in former:
-        return f"--{name} is called --{former[name]} now"
+        return f"--{name} is now called --{former[name]}"
     return unknown_option(word, [f"--{name}" for name in (*options, *more)])
 
 
 def unknown_option(option: str, options: Iterable[str]) -> str:
-    """Message for an option that is none of `options`; abbreviations are not guessed, but the closest is named."""
+    """Message for an unknown option; abbreviations are not accepted, but the closest option is named."""
     option, options = option.partition("=")[0], sorted(options, key=len)
     closest = [name for name in options if name.startswith(option)] or difflib.get_close_matches(option, options, n=1)
     remedy = f"did you mean {closest[0]}?" if closest else "--help lists them all"
@@ -207,7 +207,7 @@ def unknown_option(option: str, options: Iterable[str]) -> str:
 
 
 def _put(tree: Tree, one: Option, value: Any, is_more: bool) -> None:
-    """Set an option in a tree to what stands for it on a command line, or add that to its list."""
+    """Set an option in a tree to its value on the command line, or append that to its list."""
     if one.field.metadata.get("repeat"):
         value, is_more = [value], True
     elif "argument" not in one.field.metadata:
@@ -222,15 +222,15 @@ def _put(tree: Tree, one: Option, value: Any, is_more: bool) -> None:
 
 
 def laid_over(under: Tree, over: Tree) -> Tree:
-    """`under` with what `over` has instead: sections are laid over each other, lists are replaced."""
+    """Merge two trees, values of `over` winning: sections are merged, lists are replaced."""
     both = [key for key in over if isinstance(over[key], dict) and isinstance(under.get(key), dict)]
     return {**under, **over, **{key: laid_over(under[key], over[key]) for key in both}}
 
 
 def build(kind: type[T], given: Tree, before: str = "", under: Any = None) -> T:
-    """The dataclass of what is given; the rest is as in `under`, or has its default.
+    """Build the dataclass from given values; the others are as in `under`, or have their defaults.
 
-    ValueError, naming the option, for one that is missing or that the class refuses.
+    ValueError, naming the option, if one is missing or the class refuses it.
     """
     values: Tree = {}
     for name, (field, inner, _) in _fields(kind).items():
@@ -262,7 +262,7 @@ class Place(NamedTuple):
     """Place of a value, for messages."""
 
     where: str
-    """`--`, or what names a file."""
+    """`--`, or the name of a file."""
     path: str = ""
 
     def __str__(self) -> str:
@@ -273,7 +273,7 @@ class Place(NamedTuple):
 
 
 def _typed(kind: Any, may_be_none: bool, value: Any, place: Place, is_text: bool) -> Any:
-    """A value of the type that its field asks for, made of text of a command line or of what YAML is read as.
+    """Convert a value from the command line or YAML to its field's type.
 
     ValueError, naming the place, if it does not fit.
     """
@@ -317,7 +317,7 @@ def _scalar(kind: type, value: Any, place: Place, is_text: bool) -> Any:
 
 
 def _section(kind: type, value: Any, place: Place) -> Tree:
-    """Read the given values of a section, each as its type."""
+    """Convert the given values of a section to their types."""
     if not isinstance(value, dict):
         _refuse(place, "a mapping of options", value)
     fields = _fields(kind)
@@ -325,7 +325,7 @@ def _section(kind: type, value: Any, place: Place) -> Tree:
         names, given = {name: place.inside(name).path for name in fields}, place.inside(key).path
         former = {field.metadata.get("was"): names[name] for name, (field, *_) in fields.items()}
         if now := former.get(given.replace("_", "-")):
-            raise ValueError(f"{place.where}{given} is called {now} now")
+            raise ValueError(f"{place.where}{given} is now called {now}")
         raise ValueError(place.where.removesuffix("--") + unknown_option(given, names.values()))
     return {key: _typed(*fields[key][1:], item, place.inside(key), is_text=False) for key, item in value.items()}
 
@@ -338,7 +338,7 @@ def _refuse(place: Place, expected: str, value: Any) -> NoReturn:
 
 
 def from_file(kind: type, path: str | Path) -> Tree:
-    """Read a YAML file and its bases, each value of its type; ValueError, naming file and line, if it is not."""
+    """Read a YAML file and its bases, converting values to their types; ValueError names the file and line."""
     trees = (_section(kind, content, place) for place, content in _with_bases(Path(path)))
     return functools.reduce(laid_over, trees, {})
 
@@ -349,7 +349,7 @@ def content(path: str | Path) -> Tree:
 
 
 def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Place, Tree]]:
-    """A file that names another as its `base`, by a path from its own folder, comes after that."""
+    """Yield the contents of a file and its bases, the outermost base first; a `base` is relative to its file."""
     called = f"--config {path}" if not above else f"--config {above[-1]}: base {path}"
     if not path.is_file():
         raise ValueError(f"{called}: no such file")
@@ -363,17 +363,17 @@ def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Plac
     if "base" in options:
         base = _typed(str, False, options.pop("base"), place.inside("base"), is_text=False)
         if (path.parent / base).resolve() in (one.resolve() for one in (*above, path)):
-            raise ValueError(f"{place}base {base} is itself based on this file; break the circle")
+            raise ValueError(f"{place}base {base} is itself based on this file; remove one of the two")
         yield from _with_bases(path.parent / base, (*above, path))
     yield place, options
 
 
 def _loaded(text: str, called: str, has_lines: bool = False) -> Any:
-    """Parse YAML; ValueError if a text is not YAML, or for a duplicate key."""
+    """Parse YAML; ValueError if the text is not YAML or has a duplicate key."""
     import yaml
 
     class _OneKeyLoader(yaml.SafeLoader):
-        """Loader that refuses a mapping with a duplicate key, of which YAML itself silently takes the last."""
+        """Loader that refuses duplicate keys, of which YAML itself silently takes the last."""
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
             seen: set[str] = set()
@@ -399,14 +399,14 @@ def _loaded(text: str, called: str, has_lines: bool = False) -> Any:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes whole names only, and says in one line what is off."""
+    """Parser that accepts whole names only, and reports errors in one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} ({self.prog} --help explains)")
+        raise ValueError(f"{message} (see {self.prog} --help)")
 
 
 class _Note(argparse.Action):
-    """Keeps what is given in its order."""
+    """Record options in the order given."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
         namespace.values.append((self.dest, values))
@@ -425,7 +425,7 @@ def _parser(kind: type, options: Iterable[Option], program: str, examples: str, 
     groups = {"": parser}
     if files:
         group = parser.add_argument_group("files")
-        what = "YAML file of options, laid over what stands before it; given as often as wanted"
+        what = "YAML file of options; can be repeated, later options win"
         group.add_argument("--config", action=_Note, metavar="FILE", help=what)
         group.add_argument(f"--{_PRINT}", action=_Note, dest=_PRINT, metavar="", help="print all settings as YAML")
     for one in options:
@@ -457,7 +457,7 @@ def _title(one: Option, kind: type) -> str:
 def _help(one: Option) -> str:
     """Help text of an option, with its default."""
     if dataclasses.is_dataclass(one.kind):
-        return "all of it, in YAML's short form; null for none" if one.may_be_none else argparse.SUPPRESS
+        return "the whole section as inline YAML, or null for none" if one.may_be_none else argparse.SUPPRESS
     default, text = one.default, docs(one.owner)[one.field.name]
     if isinstance(default, bool):
         default = "true" if default else None
@@ -494,7 +494,7 @@ def _metavar(one: Option) -> str:
 
 @functools.cache
 def docs(kind: type) -> dict[str, str]:
-    """The docstring of each field of a dataclass or of what it inherits, on one line and without its full stop."""
+    """Docstrings of a dataclass's fields, inherited ones included, each on one line without its full stop."""
     explained = {field.name: field.metadata["doc"] for field in dataclasses.fields(kind) if "doc" in field.metadata}
     if explained:
         return explained
@@ -504,13 +504,13 @@ def docs(kind: type) -> dict[str, str]:
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
                 is_doc = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
                 doc = " ".join(str(after.value.value).split()).rstrip(".") if is_doc else ""
-                # A field that is only narrowed keeps its explanation.
+                # A redeclared field without a docstring inherits it.
                 explained[field.target.id] = doc or explained.get(field.target.id, "")
     return explained
 
 
 def of_function(function: Callable[..., Any]) -> type:
-    """A dataclass of a function's parameters, explained by the `Args:` of its docstring."""
+    """Make a dataclass of a function's parameters, documented by the `Args:` of its docstring."""
     about, _, after = inspect.getdoc(function).partition("\n\nArgs:\n")
     lines = re.findall(r"^ +(\w+): ((?:.|\n {5,})+)", after.partition("\n\n")[0], re.MULTILINE)
     explained = {name: " ".join(text.split()).rstrip(".") for name, text in lines}
@@ -528,39 +528,39 @@ def of_function(function: Callable[..., Any]) -> type:
 
 
 def carry_out(program: str, args: Sequence[str], verbs: Mapping[str, str], package: str, about: str) -> int:
-    """Do what a command line says by the module of a package that is called as its first word; returns the status.
+    """Run a command line with the module of `package` named by its first word; returns the exit status.
 
-    Such a module has `run(options) -> exit status`, whose annotation says which dataclass that is, and `EXAMPLE`, which
-    ends its help.
+    The module has `run(options) -> exit status`, whose annotation is the dataclass of its options, and `EXAMPLE`, the
+    end of its help.
     """
     name = verb(program, args, verbs, about)
     if name is None:
         return 0
     module = import_module(f"{package}.{name.replace('-', '_')}")
     chosen = read(options_of(module), args[1:], f"{program} {name}", examples=module.EXAMPLE)
-    if sys.stdout is None:  # what is opened next would get its number, and answers would go there
-        raise ValueError("standard output is closed; let it go to /dev/null")
+    if sys.stdout is None:  # the next file opened would get its number and receive the answers
+        raise ValueError("standard output is closed; redirect it to /dev/null")
     return module.run(chosen)
 
 
 def options_of(module: types.ModuleType) -> type:
-    """The dataclass of options that the `run` of a module takes."""
+    """The dataclass of options that a module's `run` takes."""
     return next(iter(typing.get_type_hints(module.run).values()))
 
 
 def verb(program: str, args: Sequence[str], verbs: Mapping[str, str], about: str) -> str | None:
     """The first word of a command line, one of `verbs`; None if it asks for help, which is then printed.
 
-    `verbs` have what each is for. ValueError, with the closest, for another word.
+    `verbs` maps each to its purpose. ValueError, naming the closest, for another word.
     """
     if args and args[0] in ("-h", "--help"):
         wide = max(map(len, verbs))
         print(about.strip(), "", *(f"  {name:<{wide}}  {what}".rstrip() for name, what in verbs.items()), "", sep="\n")
-        print(f"`{program} VERB --help` lists the options of one.")
+        print(f"List the options of one with `{program} VERB --help`.")
         return None
     if args and args[0] in verbs:
         return args[0]
-    problem = f"there is no {args[0]!r}" if args else "nothing is asked for"
+    problem = f"there is no command {args[0]!r}" if args else "no command given"
     closest = difflib.get_close_matches(args[0], verbs, n=1) if args else []
     remedy = f"did you mean {closest[0]}?" if closest else f"give one of {', '.join(verbs)}"
-    raise ValueError(f"{problem}; {remedy} ({program} --help explains)")
+    raise ValueError(f"{problem}; {remedy} (see {program} --help)")

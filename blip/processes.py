@@ -12,7 +12,7 @@ import psutil
 
 
 def started(pid: int) -> str | None:
-    """Identity that tells a process from a later one with its number; None if no such process is alive."""
+    """Identity of a process that a later one with its number does not have; None if no such process is alive."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return fields[19] if fields[0] not in "ZX" else None  # in clock ticks since boot, which no clock change moves
@@ -28,7 +28,7 @@ def started(pid: int) -> str | None:
 
 
 def command_of(pid: int) -> list[str]:
-    """The words of a process's command line; none if it is gone or somebody else's."""
+    """Words of a process's command line; empty if it is gone or another user's."""
     try:
         return psutil.Process(pid).cmdline()
     except (psutil.Error, ValueError):
@@ -43,7 +43,7 @@ def cores() -> int:
 
 
 def kill_group(process: subprocess.Popen) -> None:
-    """Kill a process that was started with `start_new_session`, with all that it started; only it where groups lack."""
+    """Kill a process started with `start_new_session`, with its children; only itself on systems without groups."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if hasattr(os, "killpg"):
             os.killpg(process.pid, signal.SIGKILL)

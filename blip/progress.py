@@ -32,7 +32,7 @@ def clock(seconds: float) -> str:
 
 
 class LenientStream:
-    """A stream whose reader may be gone: failed writes are dropped, so that the run goes on."""
+    """A stream whose reader may be gone: failed writes are dropped, so that the run continues."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

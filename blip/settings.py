@@ -1,4 +1,4 @@
-"""Checks that settings share: every field of its type and in its range, or an error that names it."""
+"""Shared checks of settings: every field has its type and range, or an error names it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def check_rates(settings: Any, *names: str) -> None:
-    """Raise ValueError where one of these fields is given (not None) and no number of 0 or more."""
+    """Raise ValueError if one of these fields is given (not None) and is not a number of 0 or more."""
     for name in names:
         value = getattr(settings, name)
         require(value is None or 0 <= value < float("inf"), f"{name} must be a number of 0 or more, got {value}")
@@ -37,7 +37,7 @@ LATER = {"later": True}
 
 
 def between(low: float, high: float) -> dict[str, float]:
-    """Metadata of a field: least and largest value, both allowed; wider than any model, narrower than memory."""
+    """Metadata of a field: smallest and largest allowed value; wider than any model, narrower than memory."""
     return {"low": low, "high": high}
 
 
@@ -48,7 +48,7 @@ _types = functools.cache(get_type_hints)
 
 
 def check_fields(settings: Any, where: str = "") -> None:
-    """ValueError, naming `where` and the field, for a value that is not of its field's type or out of its range."""
+    """Raise ValueError, naming `where` and the field, for a value of the wrong type or out of range."""
     for one in dataclasses.fields(settings):
         kind, value = _types(type(settings))[one.name], getattr(settings, one.name)
         kinds = get_args(kind) or (kind,)

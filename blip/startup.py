@@ -1,8 +1,8 @@
 """Safe imports and child processes: nothing comes from the current folder.
 
-`python -m` puts the current folder first on the path, and so does an empty entry of PYTHONPATH. Whoever stands in a
-downloaded crawl would run its numpy.py, and whoever has an eval.py of their own would get that instead of ours. The
-packages of this project run this file before anything else; it imports what Python has loaded by then.
+`python -m` puts the current folder first on the path, and so does an empty entry of PYTHONPATH. In a downloaded crawl
+this would run its numpy.py, and in a folder with an eval.py that file instead of ours. The packages of this project run
+this file before anything else; it imports only modules that Python has already loaded.
 """
 
 import os
@@ -10,15 +10,15 @@ import sys
 from importlib.machinery import PathFinder
 
 HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-"""The folder that our packages are in."""
+"""Folder of our packages."""
 OURS = ("blip", "capfilt", "eval", "recipes")
 SCRIPTS = ("blip", "capfilt", "blip-eval", "blip-recipe")
 
 
 def leave_current_folder() -> None:
-    """Take the current folder off the path, in this process and in those that it starts; our packages stay ours.
+    """Take the current folder off the path, in this process and in those that it starts; our packages stay importable.
 
-    A checkout that is not installed is found all the same: where it is the current folder it goes to the path's end.
+    If the current folder is a checkout that is not installed, it is moved to the end of the path.
     """
     done = os.environ.get("PYTHONSAFEPATH") and not sys.flags.ignore_environment  # by Python, or here before
     if not done and not sys.flags.safe_path and sys.path and _is_here(sys.path[0]):
@@ -39,13 +39,13 @@ def leave_current_folder() -> None:
 
 
 def environment() -> dict[str, str]:
-    """The environment for a Python that imports nothing from the current folder."""
+    """Environment for a Python process that imports nothing from the current folder."""
     paths = {"PYTHONPATH": os.pathsep.join(_remaining())} if _given() else {}
     return {**os.environ, "PYTHONSAFEPATH": "1", **paths}
 
 
 def python(module: str, *args: str) -> list[str]:
-    """The command line that runs a module of ours in a Python of its own, wherever it is started."""
+    """Command line that runs one of our modules in a new Python process, from any folder."""
     return [os.path.abspath(sys.executable), "-P", os.path.join(HOME, "blip", "startup.py"), module, *args]
 
 
@@ -58,13 +58,13 @@ def program(name: str) -> str | None:
 
 
 def _given() -> list[str]:
-    """The entries of PYTHONPATH, an empty one being the current folder."""
+    """Entries of PYTHONPATH; an empty one is the current folder."""
     given = os.environ.get("PYTHONPATH")
     return given.split(os.pathsep) if given else []
 
 
 def _remaining() -> list[str]:
-    """Those of them that do not mean whatever the current folder is; who names it in full wants it."""
+    """Entries that are not relative to the current folder; a full path to it is intended."""
     return [path for path in _given() if os.path.isabs(path) or not _is_here(path)]
 
 

@@ -1,4 +1,4 @@
-"""Tensors in files that say what they are before they are trusted: safetensors, and what torch.save wrote."""
+"""Tensors in files, whose format is checked before they are trusted: safetensors and torch.save."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _TYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-"""safetensors' names of types -> torch's."""
+"""torch's types by safetensors' names."""
 _HEADER_BYTES, _MOST_TENSORS = 1 << 21, 1 << 14
 """Limits of a header; a ViT-L with its teacher has 200 KB and 1,500 tensors."""
 
 
 def tensor_bytes(tensors: dict[str, Tensor]) -> int:
-    """Bytes that `write_tensors` needs, about."""
+    """Approximate bytes that `write_tensors` needs."""
     return sum(t.numel() * t.element_size() for t in tensors.values()) + 200 * len(tensors)
 
 
@@ -39,7 +39,7 @@ def add_to_digest(digest: Any, tensors: dict[str, Tensor], before: str = "") -> 
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A state dict as safetensors; a tensor under several names is stored once and the names are kept."""
+    """Write a state dict as safetensors; a tensor under several names is stored once and the names are kept."""
     stored: dict[str, Tensor] = {}
     first_name: dict[tuple, str] = {}
     storages: set[int] = set()
@@ -100,7 +100,7 @@ def _outline(name: str, entry: dict[str, Any]) -> Tensor:
 
 
 def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """Read a file of `write_tensors`. ValueError says what the file is instead, if it is something else."""
+    """Read a file of `write_tensors`. ValueError, with the file's actual format, if it is something else."""
     read_outline(path)
     try:
         with safe_open(path, framework="pt", device=device) as file:
@@ -139,7 +139,7 @@ def _refuse_other_than_safetensors(path: Path) -> None:
 
 
 def _refuse_inflation(path: Path) -> None:
-    """ValueError for an archive that would unpack to more than the file's own size, which torch.save never writes."""
+    """Raise ValueError for an archive that unpacks to more than its own size, which torch.save never writes."""
     try:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()

@@ -1,4 +1,4 @@
-"""Captions and questions as the model is shown them: lower case, little punctuation, a limited number of words."""
+"""Clean captions and questions for the model: lower case, little punctuation, a limited number of words."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import string
 from blip.errors import BadSample
 
 LONGEST = 10_000
-"""Characters of a text that are looked at: far more than the words that are kept have, and no page of a book."""
+"""Most characters of a text that are processed: far more than the kept words have."""
 _REMOVED = '.!"()*#:;~'
 _NO_WORD = _REMOVED + string.whitespace
 _TO_SPACE = str.maketrans(_REMOVED, " " * len(_REMOVED))
@@ -37,7 +37,7 @@ def clean_caption(text: str, max_words: int) -> str:
 def clean_question(text: str, max_words: int = 50) -> str:
     """Lower-case, remove punctuation without leaving a space, collapse spaces and keep the first words.
 
-    As of a caption, no more than LONGEST characters are looked at.
+    As with captions, at most LONGEST characters are processed.
     """
     return " ".join(_limited(text).lower().translate(_TO_NOTHING).split()[:max_words])
 

@@ -28,7 +28,7 @@ PAD, UNK, CLS, SEP, MASK, DEC, ENC = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]
 _WORLD = Path(__file__).parent / "world" / "tokenizer"
 _CONTRACTION = re.compile(r" ' (s|t|re|ve|ll|d|m)\b")
 _FEWEST_PIECES = 32
-"""A vocabulary with fewer pieces beside the special ones is taken for a failed load."""
+"""Fewest pieces, besides special ones, of a vocabulary; fewer mean that loading failed."""
 _FILE_BYTES, _MOST_PARTS, _LONGEST_PIECE = 1 << 25, 32, 1000
 """Most bytes of a vocabulary's file, parts of a pipeline step, and characters of a piece."""
 _STEPS = {
@@ -105,8 +105,8 @@ class Tokenizer:
     def load(cls, where: str | Path) -> Tokenizer:
         """Read a vocab.txt, a tokenizer.json, a folder with either, a hub name, or "world" for the embedded one.
 
-        Raises FileNotFoundError, saying what to do, when it is not there or the hub cannot be reached; ValueError
-        when what is there is not such a vocabulary.
+        Raises FileNotFoundError, with the remedy, if it does not exist or the hub cannot be reached; ValueError if it
+        is not such a vocabulary.
         """
         if str(where) == "world":
             return cls(_read(_WORLD), "world")
@@ -134,7 +134,7 @@ class Tokenizer:
     ) -> tuple[Tensor, Tensor]:
         """B texts -> ids (B, T) int64 and keep (B, T) bool, right-padded to the longest, T <= max_length.
 
-        `first` says what the text is for: "cls" to be embedded, "dec" to be written, "enc" to be matched.
+        `first` is the first token by use: "cls" for embedding, "dec" for generation, "enc" for matching.
         """
         start = self._first[first]
         return self.pad([self._wrap(ids, start, max_length) for ids in self._ids_of(texts)])
@@ -225,7 +225,7 @@ def _read(path: Path) -> tokenizers.Tokenizer:
 
 
 def _parsed(text: str, where: str) -> tokenizers.Tokenizer:
-    """The tokenizer in a tokenizer.json. ValueError for anything else, or for steps that BERT's kind does not have."""
+    """Read a tokenizer.json. ValueError for anything else, or for steps that BERT's tokenizers do not have."""
     try:
         settings = json.loads(text)
         _check_steps(settings, where)
@@ -266,7 +266,7 @@ def _check_steps(settings: dict[str, Any], where: str) -> None:
 
 
 def _parts(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """A step of a pipeline and the parts that it is a sequence of."""
+    """Yield a pipeline step and, of a sequence, its parts."""
     if step is None:
         return
     yield step
@@ -294,18 +294,18 @@ def _check_model(settings: dict[str, Any], where: str) -> None:
 
 
 def _from_vocab(path: Path) -> tokenizers.Tokenizer:
-    """BERT's uncased pipeline over a vocab.txt: one piece a line, its id the line number from 0."""
+    """BERT's uncased pipeline over a vocab.txt: one piece per line, its id the line number from 0."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError:
-        raise ValueError(f"tokenizer {path} is not UTF-8 text; expected one word piece a line") from None
+        raise ValueError(f"tokenizer {path} is not UTF-8 text; expected one word piece per line") from None
     lines = [line.rstrip("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
     vocab = {piece: i for i, piece in enumerate(lines)}
     if len(vocab) != len(lines):
         raise ValueError(f"tokenizer {path}: {len(lines) - len(vocab)} lines are repeated; ids would be ambiguous")
     missing = [t for t in (PAD, UNK, CLS, SEP) if t not in vocab]
     if missing:
-        raise ValueError(f"tokenizer {path}: the vocabulary lacks {', '.join(missing)}; expected one piece a line")
+        raise ValueError(f"tokenizer {path}: the vocabulary lacks {', '.join(missing)}; expected one piece per line")
     pieces = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=UNK, max_input_chars_per_word=100))
     pieces.normalizer = normalizers.BertNormalizer(lowercase=True)
     pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -1,4 +1,4 @@
-"""Exporting: what a selection keeps as a data set that training reads as it is, with the original bytes of the images.
+"""Export the texts of a selection as a data set that training reads directly, with the images' original bytes.
 
 The same selection gives the same bytes. `_SUCCESS`, which is written last, lists every file with its SHA-256.
 """
@@ -35,7 +35,7 @@ FORMATS = ("wds", "parquet", "json", "uids")
 _GROUP = 256
 """Rows per row group of a parquet file."""
 _SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
-"""File endings by format; MPO, which phones and cameras write, is a JPEG followed by more images."""
+"""File extensions by format; MPO, which phones and cameras write, is a JPEG followed by more images."""
 _PASSED_ON = ("sample_id", "source_uri", "source_row", "key", "url", "image_sha256", "width", "height",
               "web_text", "syn_text", "itm_web", "itm_syn", "itc_web", "itc_syn", "extra_json")  # fmt: skip
 
@@ -57,7 +57,7 @@ class ExportSample:
 
 @dataclass
 class _Files:
-    """The files of an export that are written, with their SHA-256."""
+    """The files of an export being written, with their SHA-256."""
 
     storage: Storage
     written: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -116,7 +116,7 @@ def export(
 
 
 def _seen_from(run: Storage, to: Storage) -> str:
-    """Return the address of an export, relative to the run where it lies inside the run's folder and moves with it."""
+    """Return the address of an export, relative to the run if it is inside the run's folder and moves with it."""
     return to.address.removeprefix(f"{run.address.rstrip('/')}/")
 
 
@@ -256,7 +256,7 @@ def _row(sample: ExportSample) -> dict[str, Any]:
 
 
 def _hosted_schema() -> pa.Schema:
-    """Return the Arrow schema, with the metadata that tells `datasets` that `image` is an image."""
+    """Return the Arrow schema, with the metadata by which `datasets` recognizes the image column."""
     text, number = {"dtype": "string", "_type": "Value"}, {"dtype": "float32", "_type": "Value"}
     features = {
         "image": {"_type": "Image"},
@@ -293,7 +293,7 @@ def _write_json(samples: Iterator[ExportSample], files: _Files, size: int) -> No
 
 
 def _write_uids(run: Run, selection: str, files: _Files, counts: dict[str, int]) -> None:
-    """Write DataComp's format: each kept image's uid (the input's own where it has one) as two integers, sorted."""
+    """Write DataComp's format: each kept image's uid (the input's own if it has one) as two integers, sorted."""
     uids = set()
     for part, table in kept_of(run, selection):
         counts["pairs"] += len(table)

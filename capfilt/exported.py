@@ -1,4 +1,4 @@
-"""What the files of an export hold, counted by opening them: what an export says of itself is held against this."""
+"""Contents of an export's files, counted by opening them, to check its manifest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from blip.errors import DataError
 from capfilt.store.storage import Local, Storage
 
 BEGUN = "_BEGUN"
-"""Marker of an unfinished export, which says which export it is."""
+"""Marker of an unfinished export, with its settings."""
 MARKERS = ("_SUCCESS", BEGUN)
 OURS = re.compile(r"\d{5,}\.(tar|parquet)|captions\.json|uids\.npy|images/\d{5,}/\d{9,}\.\w+|_SUCCESS|_BEGUN")
 """Names of the files that exports write."""
@@ -33,7 +33,7 @@ class DamagedExport(ValueError):
 def count(storage: Storage, form: str, names: Iterable[str]) -> dict[str, int]:
     """Count samples, images and pairs (texts, each with its image) in the files of an export.
 
-    uids do not say how many pairs there are. DamagedExport names a file that cannot be read.
+    uid files do not contain the number of pairs. DamagedExport names a file that cannot be read.
     """
     names = sorted(names)
     counts, last = dict.fromkeys(COUNTED, 0), None
@@ -108,7 +108,7 @@ def _listed_samples(file: IO[bytes], name: str) -> Iterator[tuple[str, int]]:
 
 
 def _uids(file: IO[bytes], name: str) -> Iterator[tuple[tuple[int, int], int]]:
-    """Count the images of a uid file, which does not say how many texts each has."""
+    """Count the images of a uid file, which does not contain numbers of texts."""
     uids = np.load(file, allow_pickle=False)
     if uids.dtype != np.dtype("u8,u8"):
         raise DamagedExport(f"the type is {uids.dtype}, not two u8")

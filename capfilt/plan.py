@@ -1,4 +1,4 @@
-"""The plan: which rows there are and in which parts they are scored. Made once, without a GPU, and never changed."""
+"""The plan: the rows and the parts in which they are scored. Made once, without a GPU, and never changed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _relpath(path: str, root: str) -> str:
 
 
 def _root(paths: Sequence[str]) -> str:
-    """Return the common root of all inputs; that of the local ones where local and remote are mixed."""
+    """Return the common root of all inputs; that of the local ones if local and remote are mixed."""
     named = [p for p in paths if not p.startswith(HUB)]
     local = [os.path.dirname(p) for p in named if not is_remote(p)]
     stores = {p.split("://")[0] for p in named if is_remote(p)}

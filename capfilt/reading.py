@@ -1,7 +1,7 @@
-"""Input to rows: which files an input means, what is planned of each, and its rows by number. Nothing is decoded.
+"""From input to rows: the files of an input, the plan of each, and its rows by number. Nothing is decoded.
 
-The formats are those of training (`blip.data.formats`). A list, a folder or a tar has no rows by number, so the plan
-keeps an index of it as parquet, which has; images and members stay where they are.
+The formats are those of training (`blip.data.formats`). Lists, folders and tars have no access by row number, so the
+plan keeps an index of them as parquet, which has; images and members stay in place.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ ENTRIES = pa.schema(
 
 @dataclass
 class InputRow:
-    """A row of the input as it is stored."""
+    """A stored row of the input."""
 
     number: int
     key: str
@@ -101,7 +101,7 @@ def _remote(spec: str) -> list[SourceFile]:
     return kinds
 
 
-# What is planned of a file --------------------------------------------------------------------------------------------
+# Planning a file ------------------------------------------------------------------------------------------------------
 
 
 def describe(

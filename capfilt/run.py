@@ -1,4 +1,4 @@
-"""A planned run as it is found on disk: settings, sources, parts."""
+"""A planned run on disk: settings, sources, parts."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Run:
 
     @classmethod
     def open(cls, where: str) -> Run:
-        """Open a run. DataError if there is none."""
+        """Open a run. DataError if the folder is not a run."""
         storage = open_storage(where)
         try:
             job = json.loads(storage.read("job.json"))

@@ -1,4 +1,4 @@
-"""The annotations: one row per input image, whatever happened to it, with the reason where something did."""
+"""The annotations: one row per input image, scored or not, with the reason if not."""
 
 from __future__ import annotations
 

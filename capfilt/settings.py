@@ -30,16 +30,16 @@ class ScoreConfig:
     """How rows are scored: all settings that change results, and only those. All are in the fingerprint."""
 
     scorer: Literal["blip", "fake"] = "blip"
-    """Scorer: `blip`, or `fake`, which makes scores out of hashes for rehearsals and tests."""
+    """Scorer: `blip`, or `fake`, which derives scores from hashes, for rehearsals and tests."""
     captioner: str | None = None
-    """Model directory or hub name of the captioner; without one there are no synthetic texts."""
+    """Model directory or hub name of the captioner; without it there are no synthetic texts."""
     filter: str | None = None
     """Model directory or hub name of the filter."""
     image_size: int | None = None
     """Side of the model's input, pixels (default: the models' own)."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", was="dtype")
     """Numeric precision of the models. auto is decided when the job is planned: bfloat16 on a GPU that has it, else
-    float32. In bfloat16 a text or score may depend on what else is in the batch."""
+    float32. In bfloat16 a text or score may depend on the rest of the batch."""
     decode: str = "capfilt_2022"
     """Preset of blip.inference.settings.DECODE_PRESETS with which captions are generated."""
     captions: int = 1
@@ -51,9 +51,9 @@ class ScoreConfig:
     itm_token: Literal["enc", "cls"] = "enc"
     """First token of a text to be matched; `cls` only to compare with releases that forgot [ENC]."""
     max_words: int = 30
-    """Words kept of a text before it is scored."""
+    """Most words of a text in scoring; the rest is cut off."""
     max_tokens: int = 35
-    """Word pieces kept of a text before it is scored, special ones included."""
+    """Most word pieces of a text in scoring, special tokens included; the rest is cut off."""
     max_pixels: int = DataConfig.max_pixels
     """Images with more pixels than this are not decoded."""
     lenient: bool = False
@@ -70,7 +70,7 @@ class ScoreConfig:
         at_least(3, max_tokens=self.max_tokens)
         presets = [name for name, rules in PRESETS.items() if rules & IMAGE_RULES.keys()]
         if self.rules_first and self.rules_first not in presets:
-            raise ValueError(f"rules_first {self.rules_first!r} is none of {', '.join(presets)}")
+            raise ValueError(f"unknown rules_first {self.rules_first!r}: expected one of {', '.join(presets)}")
         if self.scorer == "blip" and not self.filter:
             raise ValueError("give --filter (and --captioner, for synthetic texts), or --scorer fake to rehearse")
 
@@ -85,7 +85,7 @@ def to_record(config: ScoreConfig) -> dict[str, Any]:
 
 
 def of_record(values: dict[str, Any]) -> dict[str, Any]:
-    """Return what a job records, under the current field names."""
+    """Convert a job's record to the current field names."""
     now = {first: name for name, first in FIRST_CALLED.items()}
     return {now.get(name, name): value for name, value in values.items()}
 
@@ -125,7 +125,7 @@ class ReadConfig:
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """How the work is done. None of it changes a result."""
+    """Settings of the work, none of which changes a result."""
 
     batch: int | None = option(None, was="batch-size")
     """Images per batch of the models (default: by device)."""
@@ -159,7 +159,7 @@ class CalibrateOptions:
     """audit: label a sheet of this run's own texts (recommended); reference: a clean set of pairs; null: shuffled
     captions, which only show whether the filter is broken."""
     count: int = 200
-    """Texts on the audit's sheet, at most; 2,000 pairs are good for `null`, some hundred images for `reference`."""
+    """Most texts on the audit's sheet; 2,000 pairs are good for `null`, some hundred images for `reference`."""
     labels: str | None = None
     """Labelled sheet to read: audit then estimates precision and recall."""
     reference: str | None = None
@@ -167,7 +167,7 @@ class CalibrateOptions:
     target: float = 0.9
     """Precision that the lower end of the confidence interval should reach."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; `auto` is a GPU if there is one."""
+    """Device: cpu, cuda, cuda:1, ...; `auto` is a GPU if there is one."""
     decode_workers: int | None = None
     """Decoding processes."""
 
@@ -194,7 +194,7 @@ class ReportOptions:
 
 
 def resolve(config: ScoreConfig) -> dict[str, Any]:
-    """Replace names of models and presets by hashes and numbers: what is fingerprinted.
+    """Replace names of models and presets by hashes and numbers, for the fingerprint.
 
     FileNotFoundError or ValueError if a model is missing, or is made for another task.
     """

@@ -1,4 +1,4 @@
-"""The files that a run reads, of this machine or of an object store, and what tells each from other files."""
+"""The files that a run reads, on this machine or in an object store, and the identity of each."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class PlannedSource:
     index: str | None = None
     """Name of the index of rows in the run's folder."""
     damage: str | None = None
-    """Damage of a file of which only a part can be read."""
+    """Damage of a file that is only partly readable."""
     declared: int | None = None
     """Number of rows according to the crawl's own statistics."""
     notes: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ def open_file(path: str) -> IO[bytes]:
 
 
 def read_range(path: str, start: int, size: int, opened: int | None = None) -> bytes:
-    """Read `size` bytes of a file from `start`; `opened` is its descriptor where it is open. OSError for fewer."""
+    """Read `size` bytes of a file from `start`; `opened` is its descriptor if it is open. OSError for fewer."""
     if opened is not None:
         content = os.pread(opened, size, start)
     elif is_remote(path):
@@ -108,7 +108,7 @@ def dataset_content(path: str) -> str | None:
 
 
 def changed(source: PlannedSource) -> str | None:
-    """Say how a source differs from what was planned; None if it does not, as for a file that was only copied."""
+    """Describe how a source differs from the plan; None if it does not, as for a file that was only copied."""
     if source.kind == "hosted":
         now = dataset_content(source.path)
         return None if now in (None, source.content) else "the data set has other content now"

@@ -46,7 +46,7 @@ def status(run: Run) -> dict[str, Any]:
 
 
 def lines(state: dict[str, Any]) -> list[str]:
-    """Format the status for people."""
+    """Format the status as lines of text."""
     left = f", ETA {clock(state['seconds_left'])}" if state["seconds_left"] is not None else ""
     ago = state["last_part_seconds_ago"]
     rows, of = state["rows"], state["of"]

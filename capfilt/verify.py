@@ -1,6 +1,6 @@
-"""Verifying: every planned row is there once, every text has one fate, every file is as it was written.
+"""Verification: every planned row exists once, every text is kept or dropped once, every file is as written.
 
-Nothing is taken from an account that can be counted from the files themselves.
+Everything that can be counted from the files themselves is counted, not taken from an account.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _COLUMNS = ["sample_id", "source_uri", "source_row", "key", "status", "web_text"
 
 
 class Findings:
-    """Problems of a run or export, and what was counted in it."""
+    """Problems and counts of a run or export."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
@@ -38,9 +38,9 @@ class Findings:
         self.texts: Counter[str] = Counter()
         self.ids: list[np.ndarray] = []
         self.kept: dict[str, int] = {}
-        """Texts that a selection keeps, counted in its table, by the table's SHA-256."""
+        """Number of texts that a selection keeps, counted in its table, by the table's SHA-256."""
         self.summary: list[str] = []
-        """Lines on what was counted of selections and exports."""
+        """Lines with the counts of selections and exports."""
 
     def status(self) -> int:
         return MISMATCH if self.problems else FAILED_PARTS if self.missing else DONE
@@ -71,7 +71,7 @@ def verify(where: str) -> Findings:
     for name in selections(run):
         _check_selection(run, name, findings)
     for name in sorted(run.storage.listing("exports")):
-        if name.count("/") > 1:  # an export itself, which may be kept here
+        if name.count("/") > 1:  # a file of an export inside the run
             continue
         note = json.loads(run.storage.read(name))
         _check_export(exported_to(run.storage, note["to"]), findings, note)
@@ -97,18 +97,18 @@ def _check_part(run: Run, part: Part, findings: Findings) -> None:
         findings.problems.append(f"{name}: {not_permitted(error)}")
         return
     except (DamagedPart, OSError) as error:
-        findings.problems.append(f"{name}: {error}; `score` does it again")
+        findings.problems.append(f"{name}: {error}; repeat `capfilt score` to score it again")
         return
     if facts.get("fingerprint") != run.fingerprint:
         findings.problems.append(f"{name} was scored with other settings ({facts.get('fingerprint')})")
     if table["source_row"].to_pylist() != list(range(part.lo, part.hi)):
-        findings.problems.append(f"{name} has not the rows {part.lo} to {part.hi}, each once")
+        findings.problems.append(f"{name} does not have each of the rows {part.lo} to {part.hi} once, in order")
     if set(table["source_uri"].to_pylist()) | {part.source} != {part.source}:
-        findings.problems.append(f"{name} has rows of another source than {part.source}")
+        findings.problems.append(f"{name} has rows of sources other than {part.source}")
     ids = table["sample_id"].to_pylist()
     rows = zip(ids, table["source_row"].to_pylist(), table["key"].to_pylist(), strict=True)
     if any(sample_id(part.source, row, key) != recorded for recorded, row, key in rows):
-        findings.problems.append(f"{name} has ids that are not those of its rows")
+        findings.problems.append(f"{name} has ids that do not match its rows")
     findings.ids.append(np.array([int(i[:16], 16) for i in ids], dtype=np.uint64))
     statuses = Counter(table["status"].to_pylist())
     if statuses.keys() - set(STATUSES):
@@ -122,7 +122,7 @@ def _check_selection(run: Run, name: str, findings: Findings) -> None:
     account: dict[str, Any] = json.loads(run.storage.read(f"selections/{name}/_SUCCESS"))
     whole = is_whole(run, account)
     if not whole:
-        findings.problems.append(f"{table_name(name)} is not as it was written; select again")
+        findings.problems.append(f"{table_name(name)} has changed since it was written; select again")
     rows, texts = sum(account["rows_in"].values()), sum(account["texts_in"].values())
     kept, dropped = sum(account["kept"].values()), sum(account["dropped"].values())
     if texts != kept + dropped or texts != sum(account["reasons"].values()):
@@ -162,7 +162,7 @@ def _count_selection(run: Run, name: str, account: dict[str, Any], findings: Fin
 
 
 def _check_export(storage: Storage, findings: Findings, noted: dict[str, Any] | None = None) -> None:
-    """Compare an export's files with its manifest, with the run's note of it and with the selection."""
+    """Compare an export's files with its manifest, with the run's record of it and with the selection."""
     try:
         manifest = json.loads(storage.read("_SUCCESS"))
         files, form = manifest["files"], manifest["format"]
@@ -172,10 +172,10 @@ def _check_export(storage: Storage, findings: Findings, noted: dict[str, Any] | 
     whole = [name for name, facts in files.items() if _is_as_written(storage, name, facts, findings)]
     others = [name for name in storage.listing("") if OURS.fullmatch(name) and name not in (*files, *MARKERS)]
     for name in sorted(others)[:3]:
-        findings.problems.append(f"{storage.root}/{name} is not of this export, and training would read it as well")
+        findings.problems.append(f"{storage.root}/{name} is not part of this export, but training would read it")
     same = noted is not None and all(noted[key] == manifest[key] for key in ("selection", "format"))
     if same and {key: noted.get(key) for key in manifest} != manifest:
-        findings.problems.append(f"{storage.root} holds another export than the run noted: export again")
+        findings.problems.append(f"{storage.root} does not hold the export that the run recorded: export again")
     if len(whole) < len(files):
         return
     try:
@@ -198,14 +198,14 @@ def _is_as_written(storage: Storage, name: str, facts: dict[str, str], findings:
     try:
         if storage.sha256(name) == facts["sha256"]:
             return True
-        findings.problems.append(f"{storage.root}/{name} is not as it was written")
+        findings.problems.append(f"{storage.root}/{name} has changed since it was written")
     except FileNotFoundError:
         findings.problems.append(f"{storage.root}/{name} is missing")
     return False
 
 
 def lines(findings: Findings) -> list[str]:
-    """Format the findings for people."""
+    """Format the findings as lines of text."""
     rows = sum(findings.rows.values())
     out = [f"rows {rows:,} = " + " + ".join(f"{k} {n:,}" for k, n in sorted(findings.rows.items()))] if rows else []
     out += findings.summary

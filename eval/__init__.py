@@ -1,4 +1,4 @@
-"""What a model can do, measured: `blip-eval`."""
+"""Evaluation of models: `blip-eval`."""
 
 import sys
 from importlib.machinery import SourceFileLoader

@@ -1,6 +1,6 @@
-"""Measure what a model can do, or score answers that are there.
+"""Evaluate a model, or score existing answers.
 
-Each task lists its options: blip-eval captioning --help. `torchrun ... -m eval captioning ...` shares the work.
+List the options of a task with, say, blip-eval captioning --help. To share the work: `torchrun ... -m eval TASK ...`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from eval.options import COMMANDS
 
 
 def main(args: list[str] | None = None) -> int:
-    """Carry out a command line, or the process's own; what does not fit ends the process with status 2."""
+    """Run a command line, the process's own by default; wrong usage ends the process with status 2."""
     args = sys.argv[1:] if args is None else args
     return exit.run(lambda: _measure(args))
 
@@ -30,13 +30,13 @@ def _measure(args: list[str]) -> None:
     if name is None:
         return
     chosen = read(name, args[1:])
-    from eval.runner import measure  # with torch, for which the help and a typing error need not wait
+    from eval.runner import measure  # imports torch: after help and typing errors
 
     measure(import_module(COMMANDS[name][1]).evaluate, chosen)
 
 
 def read(name: str, args: list[str]) -> Any:
-    """The options of one of COMMANDS; a preset lies under the `decode` options that are given. ValueError in a line."""
+    """Read the options of one of COMMANDS; given `decode` options override the preset. One-line ValueError."""
     kind, _ = COMMANDS[name]
     under = functools.partial(_preset, kind) if hasattr(kind, "preset") else None
     return options.read(kind, args, f"blip-eval {name}", files=True, under=under)
@@ -49,7 +49,7 @@ def _preset(kind: type, given: options.Tree) -> options.Tree:
 
 
 def command() -> NoReturn:
-    """The program `blip-eval`."""
+    """Entry point of the program `blip-eval`."""
     exit.leave(main)
 
 

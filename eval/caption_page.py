@@ -11,7 +11,7 @@ from eval.images import Images
 from eval.references import ImageId
 
 _SIDE = 448
-"""Longer side, pixels, at which images are kept until they are on the page."""
+"""Longer side in pixels of images kept for the page."""
 
 
 def report(
@@ -22,7 +22,7 @@ def report(
     images: Images | None,
     shown: int,
 ) -> str:
-    """A page of HTML that needs nothing else; half of the `shown` captions are the best by CIDEr, half the worst."""
+    """Build a self-contained HTML page; half of the `shown` captions are the best by CIDEr, half the worst."""
     ordered = sorted(cider, key=cider.get, reverse=True)
     half = (min(shown, len(ordered)) + 1) // 2
     best, worst = ordered[:half], ordered[half:][::-1][: shown - half]
@@ -65,7 +65,7 @@ def _facts(record: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _thumbnails(images: Images | None, names: Sequence[ImageId]) -> dict[ImageId, Any]:
-    """The images that are at hand; one that is not readable is only not shown."""
+    """The images available; an unreadable one is not shown."""
     thumbnails = {}
     if images is not None:
         chosen = images.only(names)

@@ -1,7 +1,7 @@
 """Captioning: captions that a model generates, scored against human captions (paper, section 5.2).
 
 `captions_of(model, tokenizer, Images.open(source), config, prompt="a picture of ")` generates a caption of each image,
-`score(images.references, captions).values["cider"]` says how good they are.
+`score(images.references, captions).values["cider"]` scores them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from eval.runner import Runner, evaluating, listed, together
 
 
 def evaluate(options: CaptioningOptions, runner: Runner) -> Iterator[tuple[str, float]]:
-    """Measure captions of a model, or of a file; leaves results.json, the captions, and captions.html."""
+    """Evaluate captions of a model or a file; writes results.json, the captions, and captions.html."""
     images = Images.open(options.source, options.limit) if options.source else None
     entries = read_references(Path(options.references)) if options.references else images.entries
     if options.model:
@@ -79,7 +79,7 @@ def evaluate(options: CaptioningOptions, runner: Runner) -> Iterator[tuple[str, 
 
 @dataclass(frozen=True)
 class CaptionScores:
-    """Scores as fractions (papers print 100 times as much), and how they came about."""
+    """Scores as fractions (papers print 100 times as much), and their provenance."""
 
     values: dict[str, float]
     """bleu_1 to bleu_4, cider, rouge_l, and meteor and spice if computed; each with `_low` and `_high`, the ends of its
@@ -224,5 +224,5 @@ def captions_of(
 
 
 def coco_results(captions: Mapping[ImageId, str]) -> str:
-    """Captions as COCO's and NoCaps's servers take them."""
+    """Format captions as COCO's and NoCaps's servers expect them."""
     return listed([{"image_id": name, "caption": caption} for name, caption in captions.items()])

@@ -27,7 +27,7 @@ _PART = 8
 
 
 def evaluate(options: ClassificationOptions, runner: Runner) -> Iterator[tuple[str, float]]:
-    """Measure a model; leaves results.json, the likeliest classes of each image."""
+    """Evaluate a model; writes results.json, the most likely classes of each image."""
     data = ClassFolder.open(options.source, read_names(Path(options.names)) if options.names else None)
     templates = read_templates(Path(options.templates)) if options.templates else list(TEMPLATES)
     with runner.model() as loaded:
@@ -50,7 +50,7 @@ def evaluate(options: ClassificationOptions, runner: Runner) -> Iterator[tuple[s
 
 @dataclass(frozen=True)
 class ClassFolder:
-    """Images that are sorted into one folder for each class."""
+    """Images sorted into one folder per class."""
 
     where: Path
     names: list[str]
@@ -60,13 +60,13 @@ class ClassFolder:
     labels: list[int]
     """Class of each image."""
     left_out: Counter[str]
-    """Number of files left out as not images, by ending."""
+    """Number of files left out as not images, by extension."""
 
     @classmethod
     def open(cls, where: str | Path, names: Mapping[str, str] | None = None) -> ClassFolder:
-        """`FOLDER/CLASS/**/image`; `names` says what a class's folder stands for, else it is its name, _ for a space.
+        """Open `FOLDER/CLASS/**/image`; `names` maps folders to class names, by default the folder's, _ for a space.
 
-        DataError if there is no class, a class has no images, or a folder is not among `names`.
+        DataError if there are no classes, a class has no images, or a folder is not among `names`.
         """
         root = Path(where).expanduser()
         if not root.is_dir():
@@ -89,7 +89,7 @@ class ClassFolder:
 
 
 def read_names(path: Path) -> dict[str, str]:
-    """{folder: name of the class} from JSON. DataError for anything else."""
+    """Read {folder: class name} from JSON. DataError for anything else."""
     try:
         names = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -102,13 +102,13 @@ def read_names(path: Path) -> dict[str, str]:
 
 
 def read_templates(path: Path) -> list[str]:
-    """Prompt templates, one a line. DataError if there is none."""
+    """Read prompt templates, one per line. DataError if there are none."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     if not lines:
-        raise DataError(f"{path} has no templates; expected one a line, such as: a picture of a {{}}")
+        raise DataError(f"{path} has no templates; expected one per line, such as: a picture of a {{}}")
     return lines
 
 
@@ -136,7 +136,7 @@ def classify(features: Features, data: ClassFolder, templates: Sequence[str] = T
 
 
 def results(data: ClassFolder, chances: Tensor) -> str:
-    """Probabilities (N, C) -> JSON: for each image its class, and up to five predictions, likeliest first."""
+    """Format probabilities (N, C) as JSON: for each image its class, and up to five predictions, most likely first."""
     best = chances.topk(min(max(RANKS), len(data.names)), dim=1)
     rows = zip(data.paths, data.labels, best.indices.tolist(), best.values.tolist(), strict=True)
     return listed(

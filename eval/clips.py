@@ -1,4 +1,4 @@
-"""Clips with texts or questions, as the lists of MSR-VTT and MSVD say them. F frames, S image side in pixels."""
+"""Clips with texts or questions, from the lists of MSR-VTT and MSVD. F frames, S image side in pixels."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _rows(path: Path, split: str | None) -> Iterator[tuple[str, str | int, list[
             where = f"{path}: row {number}"
             if split is not None and row.get("split") != split:
                 if "split" not in row:
-                    raise DataError(f"{where} has no 'split', but split {split!r} was asked for")
+                    raise DataError(f"{where} has no 'split', but split {split!r} was requested")
                 continue
             given = next((row[key] for key in _CAPTIONS if row.get(key)), None)
             captions = [given] if isinstance(given, str) else given
@@ -111,7 +111,7 @@ def _rows(path: Path, split: str | None) -> Iterator[tuple[str, str | int, list[
 
 
 def _msrvtt(path: Path) -> tuple[list, list] | None:
-    """The two lists of MSR-VTT's own format, None where the file is another."""
+    """The two lists of MSR-VTT's own format; None for a file of another format."""
     try:
         whole = json.loads(path.read_bytes()) if path.suffix == ".json" else None
     except (OSError, ValueError, RecursionError):  # JSON lines, or an error that `read_rows` explains
@@ -146,7 +146,7 @@ def find_file(name: str | int, root: Path, where: str) -> Path:
                 return file
     expected = root / (f"{stems[0]}.mp4" if "." not in os.path.basename(stems[0]) else stems[0])
     raise DataError(
-        f"{where}: video {name!r} is not there; looked for {expected}. Set video_root to the videos' folder"
+        f"{where}: video {name!r} does not exist; looked for {expected}. Set video_root to the videos' folder"
     )
 
 

@@ -24,7 +24,7 @@ from eval.options import VisdialOptions
 from eval.runner import Runner, evaluating, in_parts, listed, spread
 
 MAX_WORDS = 40
-"""Words kept of a caption, a question or an answer."""
+"""Most words of a caption, a question or an answer."""
 RECALLS = (1, 5, 10)
 
 Place = tuple[int | str, int]
@@ -34,7 +34,7 @@ Ranks = dict[Place, list[int]]
 
 
 def evaluate(options: VisdialOptions, runner: Runner) -> Iterator[tuple[str, float]]:
-    """Measure ranks of a model, or of a file; leaves ranks.json, the ranks of the model."""
+    """Evaluate ranks of a model or a file; writes ranks.json, the ranks of the model."""
     source = Conversations(options.source)
     if options.model:
         source.check_some_exist()
@@ -99,7 +99,7 @@ def ranks_of(
 def _scores(
     model: task.Dialogue, tokenizer: Tokenizer, image: Tensor, caption: list[int], texts: list[list[int]], batch: int
 ) -> Tensor:
-    """How likely each row of text (R) is right: the difference of the matching head's logits, (R,) on the CPU."""
+    """Score each row of text (R) by the difference of the matching head's logits, (R,) on the CPU."""
     device = next(model.parameters()).device
     ids, keep = (x.to(device) for x in tokenizer.pad([caption]))
     context = model.context(image[None].to(device), ids, keep)
@@ -164,7 +164,7 @@ def _sparse(right: Tensor) -> dict[str, float]:
 
 
 def ndcg(rounds: Sequence[tuple[Sequence[int], Sequence[float]]]) -> float:
-    """Normalised discounted cumulative gain of (ranks, relevance), each cut at as many as are relevant at all."""
+    """Normalised discounted cumulative gain of (ranks, relevance) pairs, each cut off at its number of relevant."""
     total = torch.tensor(0.0)
     for given, relevance in rounds:
         gains = torch.tensor(relevance)
@@ -182,13 +182,13 @@ def _dcg(gains: Tensor) -> Tensor:
 
 
 def evalai_json(ranked: Mapping[Place, Sequence[int]]) -> str:
-    """Ranks as EvalAI's server takes them."""
+    """Format ranks as EvalAI's server expects them."""
     rows = [{"image_id": image, "round_id": number, "ranks": list(given)} for (image, number), given in ranked.items()]
     return listed(rows)
 
 
 def read_ranks(path: Path) -> Ranks:
-    """Ranks of a file such as `evalai_json` writes. DataError names the row of what does not fit."""
+    """Read ranks from a file like that of `evalai_json`. DataError names the row at fault."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:

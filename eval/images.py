@@ -33,7 +33,7 @@ class Images:
     def open(cls, config: SourceConfig, limit: int | None = None) -> Images:
         """The first `limit` images of a source, each once.
 
-        An image's id is what the file says (`eval.references`); in a source without ids, such as shards, the row's key.
+        An image's id is the file's (`eval.references`), or in a source without ids, such as shards, the row's key.
         """
         if format_of(config) != "json":
             return cls._of_rows(config, limit)
@@ -73,13 +73,13 @@ class Images:
         return {entry.id: entry.captions for entry in self.entries}
 
     def only(self, ids: Sequence[ImageId]) -> Images:
-        """The images of some ids, in the order of `ids`; those that are not here are left out."""
+        """The images of some ids, in the order of `ids`; unknown ids are left out."""
         rows = {entry.id: row for row, entry in enumerate(self.entries)}
         chosen = [rows[name] for name in ids if name in rows]
         return Images([self.entries[row] for row in chosen], lambda i: self._load(chosen[i]), self.where)
 
     def image(self, row: int) -> Image.Image:
-        """The image as it is stored, RGB."""
+        """The stored image in RGB."""
         return self._made(row, lambda image: image)
 
     def _made(self, row: int, transform: Callable[[Image.Image], T]) -> T:

@@ -30,11 +30,11 @@ from eval.options import NlvrOptions
 from eval.runner import Runner, evaluating, in_parts, spread
 
 MAX_WORDS = 40
-"""Words kept of a sentence."""
+"""Most words of a sentence."""
 
 
 def evaluate(options: NlvrOptions, runner: Runner) -> Iterator[tuple[str, float]]:
-    """Measure answers of a model, or of a file; leaves results.csv, the answers of the model."""
+    """Evaluate answers of a model or a file; writes results.csv, the answers of the model."""
     source = Sentences(options.source)
     examples = source.examples[: options.limit]
     if options.model:
@@ -107,7 +107,7 @@ def score(
     seed: int = 0,
     allow_partial: bool = False,
 ) -> dict[str, float]:
-    """Accuracy, and consistency: the share of sentences that are answered rightly in all their examples.
+    """Accuracy, and consistency: the share of sentences answered correctly in all their examples.
 
     `accuracy_low` and `_high` are the ends of the 95% interval over `resamples` draws of whole sets of examples that
     share images or a sentence; `majority` is the accuracy of always giving the more frequent answer. Answers for
@@ -152,7 +152,7 @@ def _interval(examples: Sequence[Example], right: np.ndarray, resamples: int, se
 
 
 def results_csv(examples: Sequence[Example], answers: Mapping[str, bool]) -> str:
-    """Answers as the official scripts take them: `dev-850-0-0,True` for NLVR2, `dev-1572-0-0.png,true` for NLVR."""
+    """Format answers for the official scripts: `dev-850-0-0,True` for NLVR2, `dev-1572-0-0.png,true` for NLVR."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     for example in examples:
@@ -162,7 +162,7 @@ def results_csv(examples: Sequence[Example], answers: Mapping[str, bool]) -> str
 
 
 def read_results(path: Path) -> dict[str, bool]:
-    """Answers by id of a file such as `results_csv` writes. DataError names the line of what does not fit."""
+    """Read answers by id from a file like that of `results_csv`. DataError names the line at fault."""
     answers: dict[str, bool] = {}
     lines: dict[str, int] = {}
     for number, row in csv_records(path):

@@ -16,7 +16,7 @@ from blip.data.formats.values import kind_of
 from blip.errors import DataError, counted, shown
 
 ImageId = int | str
-"""A number wherever the id is written as one, so that {"139": ...} and {"image_id": 139} are the same image."""
+"""Convert an id that is written as a number, so that {"139": ...} and {"image_id": 139} are the same image."""
 _COCO_NAME = re.compile(r"COCO_[a-z]+20\d\d_0*(\d+)\.jpg$")
 
 
@@ -25,9 +25,9 @@ class ImageCaptions(NamedTuple):
 
     id: ImageId
     captions: list[str]
-    """Reference captions; empty where the file only lists images."""
+    """Reference captions; empty if the file only lists images."""
     image: str | None = None
-    """Path of the image as the file has it."""
+    """Path of the image as given in the file."""
     domain: str | None = None
     """Domain in NoCaps: in-domain, near-domain or out-domain."""
 
@@ -59,7 +59,7 @@ def read_references(
 
 
 def read_results(path: Path) -> dict[ImageId, str]:
-    """Results in the format of COCO's server, [{"image_id": ..., "caption": ...}]. DataError for anything else."""
+    """Read results in the format of COCO's server, [{"image_id": ..., "caption": ...}]. DataError for anything else."""
     rows = _load(path)
     expected = 'expected [{"image_id": ..., "caption": ...}, ...]'
     if not isinstance(rows, list) or not rows:
@@ -87,7 +87,7 @@ def matching(references: Mapping[Any, Sequence[str]], results: Mapping[Any, str]
     not a text. With `allow_partial`, references without a result are left out.
     """
     if not results:
-        raise DataError("there are no results to score")
+        raise DataError("no results to score")
     for name, caption in results.items():
         if not isinstance(caption, str):
             raise DataError(f"the result of image {name} is {kind_of(caption)}, not a text")
@@ -111,7 +111,7 @@ def matching(references: Mapping[Any, Sequence[str]], results: Mapping[Any, str]
 
 
 def image_id(value: Any, where: str) -> ImageId:
-    """An id as it is written in JSON. DataError if it is neither a whole number nor a text."""
+    """Check an id from JSON. DataError if it is neither a whole number nor a string."""
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
         raise DataError(f"{where} has {shown(value)} for an image id; expected a whole number or a text")
     return same_id(value)
@@ -243,7 +243,7 @@ def _objects(path: Path, rows: Iterable[Any]) -> Iterator[tuple[int, dict[str, A
 
 
 def _id_of(row: dict, image: Any, where: str) -> ImageId:
-    """`image_id`, or `img_id` as in the original's lists, or what COCO's file name says, or the image's path."""
+    """`image_id`, or `img_id` as in the original's lists, or the number in COCO's file name, or the image's path."""
     for key in ("image_id", "img_id"):
         if key in row:
             return image_id(row[key], where)

@@ -31,11 +31,11 @@ from eval.runner import Runner, evaluating, in_parts, listed, together
 
 RANKS = (1, 5, 10)
 KEPT_BYTES = 1 << 30
-"""So many bytes of image tokens wait for the re-ranking; a larger gallery is looked at twice."""
+"""Most bytes of image tokens kept for the re-ranking; images of a larger gallery are encoded twice."""
 
 
 def evaluate(options: RetrievalOptions, runner: Runner) -> Iterator[tuple[str, float]]:
-    """Measure a model; leaves results.json, the best texts of each image and the best images of each text."""
+    """Evaluate a model; writes results.json, the best texts of each image and the best images of each text."""
     with runner.model() as loaded:
         side = loaded.model.config.vision.image_size
         gallery = Gallery.open(options.source, side, limit=options.limit, batch=options.batch)
@@ -46,7 +46,7 @@ def evaluate(options: RetrievalOptions, runner: Runner) -> Iterator[tuple[str, f
 def measured(
     gallery: Gallery, ranking: Ranking, runner: Runner, *settings: str, name: str = "image_id", kind: str = "images"
 ) -> Iterator[tuple[str, float]]:
-    """In the main process, leave the files of a ranking and yield its recalls; `name` and `kind` as of `results`."""
+    """In the main process, write the files of a ranking and yield its recalls; `name` and `kind` as in `results`."""
     if not dist.is_main():
         return
     runner.out.write("results.json", results(gallery.ids, gallery.texts, gallery.image_of_text, ranking, name, kind))
@@ -64,7 +64,7 @@ class Views:
     def __init__(
         self, ids: Sequence[ImageId], read: Callable[[Sequence[int]], Iterable[Tensor]], batch: int = 50
     ) -> None:
-        """`ids` are what the source calls each; `read` gives some of them, by number, in batches of `batch`."""
+        """`ids` are the source's names of the images; `read` yields some of them, by number, in batches of `batch`."""
         self.ids, self.read, self.batch = ids, read, batch
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -252,7 +252,7 @@ def compare(
 
 
 class _Seen:
-    """This process's batches of images as tokens (B, P, V), twice: kept if they are few, else computed again."""
+    """Yield this process's image batches as tokens (B, P, V), twice: kept if they fit, else computed again."""
 
     def __init__(self, see: Callable[[Tensor], Tensor], images: Iterable[Tensor], device: torch.device) -> None:
         self.see, self.images, self.device = see, images, device
@@ -283,7 +283,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _in_turn(work: Callable[[], list[Tensor]]) -> list[Tensor]:
-    """What each process makes of its batches (rank, rank + processes, ...) -> that of all batches, in order."""
+    """Gather each process's results on its batches (rank, rank + processes, ...) as those of all batches, in order."""
     return [one for turn in zip_longest(*together(work)) for one in turn if one is not None]
 
 

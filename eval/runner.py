@@ -26,7 +26,7 @@ Part = TypeVar("Part")
 Made = TypeVar("Made")
 _SCORES = "scores.json"
 _BESIDE = ("results.json", "results.csv", "ranks.json", "captions.html")
-"""What evaluations write beside the scores."""
+"""Files that evaluations write beside the scores."""
 
 
 class Runner:
@@ -36,21 +36,21 @@ class Runner:
         self.options = options
         self.out = ResultsFolder(options.out)
         self.facts: dict[str, object] = {}
-        """What stands in scores.json after the scores: counts, and the settings that they depend on."""
+        """Entries of scores.json after the scores: counts, and the settings that they depend on."""
         self.times = 100.0
-        """What scores are multiplied by on the screen, where papers print percent; 1 for those in percent."""
+        """Factor of the printed scores, as papers print percent; 1 for scores in percent."""
         self.as_they_are: Collection[str] = ()
-        """Names of scores that are no shares, such as ranks and counts."""
+        """Names of scores that are not fractions, such as ranks and counts."""
 
     @contextmanager
     def model(self, kind: type = Blip) -> Iterator[Loaded]:
-        """The model of `--model`, which has to be of class `kind`, with its device and precision."""
+        """Load the model of `--model`, which must be of class `kind`, with its device and precision."""
         loaded = load(self.options.model, self.options.device, self.options.precision, kind)
         with loaded.computing():
             yield loaded
 
     def record(self, *names: str, **facts: object) -> None:
-        """Put facts into scores.json, and after them the options of these names that were given."""
+        """Add facts to scores.json, followed by the given options of these names."""
         self.facts |= facts
         for name in names:
             value = getattr(self.options, name)
@@ -58,12 +58,12 @@ class Runner:
                 self.facts[name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
 
     def unscored(self, name: str, lacking: str) -> None:
-        """Print that the answers are in a file and cannot be scored."""
+        """Print that the answers are in a file and there are no references to score them."""
         print(f"{self.out.where}/{name} is written; without {lacking} there is nothing to score")
 
 
 def measure(evaluate: Callable[[Any, Runner], Iterator[tuple[str, float | None]]], options: Any) -> None:
-    """Carry out an evaluation; all processes share the work, the main one prints and writes. Raises what it raises."""
+    """Run an evaluation; all processes share the work, the main one prints and writes. Passes on its errors."""
     dist.start()
     runner = Runner(options)
     scores = dict(evaluate(options, runner))
@@ -79,7 +79,7 @@ def measure(evaluate: Callable[[Any, Runner], Iterator[tuple[str, float | None]]
 
 
 def table(scores: Mapping[str, float | None], times: float = 100.0, as_they_are: Collection[str] = ()) -> str:
-    """Scores, one a line, with the 95% interval of those that have a `name_low` and a `name_high`."""
+    """Format scores, one per line, with the 95% interval of those with a `name_low` and a `name_high`."""
     lines = []
     for name, value in scores.items():
         if name.endswith(("_low", "_high")):
@@ -91,9 +91,9 @@ def table(scores: Mapping[str, float | None], times: float = 100.0, as_they_are:
 
 
 class ResultsFolder:
-    """The folder that `--out` names, made at once: hours of work come before what is written there. None is no folder.
+    """The folder of `--out`, created at once, before hours of work; None for no folder.
 
-    OSError if it cannot be made; DataError if it holds such files but no scores: they are not this program's.
+    OSError if it cannot be created; DataError if it holds result files without scores, which are not this program's.
     """
 
     def __init__(self, where: str | Path | None) -> None:
@@ -104,8 +104,8 @@ class ResultsFolder:
             others = [name for name in _BESIDE if (self.where / name).exists()]
             if others and not (self.where / _SCORES).exists():
                 raise DataError(
-                    f"{self.where / others[0]} would be written over, and no {_SCORES} beside it says that an "
-                    "evaluation made it: give another --out, or move it away"
+                    f"{self.where / others[0]} would be overwritten, but was not made by an evaluation, as there is "
+                    f"no {_SCORES} beside it: give another --out, or move the file"
                 )
 
     def write(self, name: str, content: str) -> None:
@@ -116,7 +116,7 @@ class ResultsFolder:
 
 
 def listed(rows: Sequence[Mapping[str, object]]) -> str:
-    """A JSON list with a row to a line."""
+    """Format rows as a JSON list with one row per line."""
     return "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
 
 
@@ -136,14 +136,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def in_parts(items: Sequence[Part], size: int) -> list[Sequence[Part]]:
-    """`items` in parts of `size`, the last one of what is left."""
+    """Split `items` into parts of `size`; the last may be smaller."""
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def spread(parts: Sequence[Part], work: Callable[[Part], list[Made]], *, what: str = "") -> list[Made]:
-    """What `work` makes of each part, one list after the other; all processes have to call it, and each returns all.
+    """Apply `work` to each part and concatenate the lists; all processes must call it, and each returns all results.
 
-    Who does a part depends on the number of processes, what is done together does not, so neither do the results. A
+    The number of processes decides which process does a part, but not the parts, so results do not depend on it. A
     DataError or ValueError in one process is raised in all of them.
     """
 
@@ -162,7 +162,7 @@ def spread(parts: Sequence[Part], work: Callable[[Part], list[Made]], *, what: s
 
 
 def together(work: Callable[[], Made]) -> list[Made]:
-    """What `work` returns in each of the processes; all have to call it.
+    """Gather the results of `work` in each process; all must call it.
 
     A DataError or ValueError in one process is raised in all of them, so that none waits for it.
     """

@@ -1,4 +1,4 @@
-"""ClipQuestion answering about clips with a model of images and questions, without training on videos (section 5.6)."""
+"""Video question answering with an image VQA model, without training on videos (section 5.6)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _AT_ONCE = 64
 
 
 def evaluate(options: VideoQuestionsOptions, runner: Runner) -> Iterator[tuple[str, float]]:
-    """Measure a model; leaves results.json, its answers."""
+    """Evaluate a model; writes results.json, its answers."""
     file = Path(options.questions).expanduser()
     root = Path(options.video_root).expanduser() if options.video_root else file.parent
     clips, questions = read_questions(file, root.absolute())
@@ -101,7 +101,7 @@ def answers_about_clips(
 
 
 def accuracy(questions: Sequence[ClipQuestion], given: Sequence[str]) -> dict[str, float]:
-    """Share of answers that are the right one, in percent: all, and by a question's first word (what, who, how...).
+    """Percentage of right answers: of all, and by a question's first word (what, who, how...).
 
     Spelling is evened out on both sides as in VQA's official accuracy.
     """

@@ -1,4 +1,4 @@
-"""Text-video retrieval with a model of images, without training on videos (paper, section 5.6). N clips, M texts."""
+"""Text-video retrieval with an image model, without training on videos (paper, section 5.6). N clips, M texts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from eval.retrieval import Gallery, Ranking, Views, cleaned, compare, measured
 from eval.runner import Runner
 
 MAX_WORDS = 40
-"""Words kept of a text."""
+"""Most words of a text."""
 
 
 def evaluate(options: VideoRetrievalOptions, runner: Runner) -> Iterator[tuple[str, float]]:
-    """Measure a model; leaves results.json, the best texts of each clip and the best clips of each text.
+    """Evaluate a model; writes results.json, the best texts of each clip and the best clips of each text.
 
     `tr@` is from clip to text, `ir@` from text to clip, the paper's direction.
     """
@@ -40,7 +40,7 @@ def gallery_of(
 ) -> Gallery:
     """Clips in batches of frames (B, F, 3, S, S) with all their captions.
 
-    DataError for a caption without words, or if there is none.
+    DataError for a caption without words, or if there are no captions.
     """
     texts, owner = cleaned([(f"video {clip.id}", clip.captions) for clip in clips], MAX_WORDS)
     if not texts:

@@ -1,7 +1,7 @@
-"""Visual question answering: what a model answers, and how right that is by the official measure (paper, section 5.3).
+"""Visual question answering: a model's answers, and their score by the official metric (paper, section 5.3).
 
 `answers_of(model, tokenizer, source, config, candidates)` answers each question of a
-`blip.data.prepare.questions.Questions`, `score(source, answers).accuracy` says how right the answers are. Q questions.
+`blip.data.prepare.questions.Questions`, `score(source, answers).accuracy` scores the answers. Q questions.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from eval.references import ImageCaptions
 from eval.runner import Runner, evaluating, in_parts, listed, spread
 
 _AT_ONCE = 64
-"""Questions answered together."""
+"""Number of questions answered together."""
 
 
 def evaluate(options: VqaOptions, runner: Runner) -> Iterator[tuple[str, float | None]]:
-    """Measure answers of a model, or of a file; leaves results.json, the answers of the model."""
+    """Evaluate answers of a model or a file; writes results.json, the answers of the model."""
     source = Questions(options.source)
     questions = [source.question(row) for row in range(len(source))][: options.limit]
     if options.model:
@@ -76,12 +76,12 @@ class VqaScores:
     """Lower end of its 95% interval: a percentile bootstrap over questions; None without resampling."""
     accuracy_high: float | None
     by_answer_type: dict[str, float]
-    """yes/no, number, other, as far as the data says."""
+    """Accuracy by answer type (yes/no, number, other), if the data has types."""
     by_question_type: dict[str, float]
     questions: int
-    """Questions that were scored."""
+    """Number of questions scored."""
     missing: int
-    """Questions without a result that were left out."""
+    """Number of questions without a result that were left out."""
     counts: dict[str, int]
     """Questions of each answer type."""
 
@@ -100,7 +100,7 @@ def score(
 ) -> VqaScores:
     """Score one answer a question against its annotators' answers.
 
-    DataError if the ids do not match, unless `allow_partial` and only results are missing, or nobody gave an answer.
+    DataError if the ids do not match, unless `allow_partial` and only results are missing, or there are no answers.
     """
     known = {question.id for question in questions}
     if not results:
@@ -141,7 +141,7 @@ def _interval(right: np.ndarray, resamples: int, seed: int) -> tuple[float | Non
 
 
 def read_results(path: Path) -> dict[Id, str]:
-    """Results as EvalAI takes them, [{"question_id": ..., "answer": ...}]. DataError for anything else."""
+    """Read results as EvalAI expects them, [{"question_id": ..., "answer": ...}]. DataError for anything else."""
     rows, expected = load(path), 'expected [{"question_id": ..., "answer": ...}, ...]'
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{path} is {'empty' if rows == [] else 'not a list'}; {expected}")
@@ -161,7 +161,7 @@ def read_results(path: Path) -> dict[Id, str]:
 
 
 def evalai_results(answers: Mapping[Id, str]) -> str:
-    """Answers as EvalAI's server takes them."""
+    """Format answers as EvalAI's server expects them."""
     return listed([{"question_id": name, "answer": answer} for name, answer in answers.items()])
 
 

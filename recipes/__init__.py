@@ -1,4 +1,4 @@
-"""Training, from pre-training to fine-tuning, and the stories that are made of it: `blip-recipe`."""
+"""Training recipes, from pre-training to fine-tuning, and whole experiments: `blip-recipe`."""
 
 import sys
 from importlib.machinery import SourceFileLoader

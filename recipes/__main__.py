@@ -1,10 +1,10 @@
-"""Train a model, or tell a whole story.
+"""Train a model, or run a whole experiment.
 
     blip-recipe pretrain --config recipes/configs/pretrain_world.yaml
     blip-recipe caption --config recipes/configs/caption_world.yaml --train.steps 300
     accelerate launch -m recipes.pretrain --config recipes/configs/pretrain_base.yaml       # several processes
 
-Each lists its options: blip-recipe caption --help. What is called X here is also the module recipes.X.
+List the options of a recipe with, say, blip-recipe caption --help. Recipe X is also the module recipes.X.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ RECIPES = {
     "vqa": "fine-tune for visual question answering",
     "nlvr": "fine-tune for sentences about several images",
     "dialogue": "fine-tune for visual dialogue",
-    "bootstrap": "measure what captioning and filtering a crawl are worth, row by row",
-    "demo": "learn from a noisy crawl, clean it with CapFilt, learn from what is left",
+    "bootstrap": "measure what captioning and filtering a crawl are worth, row by row of the paper's table",
+    "demo": "pre-train on a noisy crawl, clean it with CapFilt, pre-train on the result",
 }
-"""Modules of this package with a `main` that reads the command line, and what each is for."""
+"""Modules of this package with a `main` that reads the command line, and the purpose of each."""
 
 
 def main(args: list[str] | None = None) -> int:
-    """Carry out a command line, or the process's own; what does not fit ends the process with status 2."""
+    """Run a command line, the process's own by default; wrong usage ends the process with status 2."""
     args = sys.argv[1:] if args is None else args
     return exit.run(lambda: _carry_out(args))
 

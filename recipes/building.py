@@ -1,4 +1,4 @@
-"""What recipes start from: a model of a size, its tokenizer and first weights, the data, and the synthetic world."""
+"""Building blocks of recipes: a model of a size, its tokenizer and initial weights, the data, and the synthetic world."""
 
 from __future__ import annotations
 
@@ -31,48 +31,47 @@ from blip.world import files
 Model = TypeVar("Model")
 """`Blip` or a task model of `blip.models.families`."""
 TrainingData = tuple[Draws | Stream, str]
-"""Training data as `blip.train.loop.fit` asks for it, and the fingerprint that tells it from other data."""
+"""Training data for `blip.train.loop.fit`, and its fingerprint."""
 
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Which model to train and what it starts from."""
+    """Model to train, and its initial weights."""
 
     size: Literal["tiny", "small", "base", "large"] | None = None
-    """Preset of `blip.models.presets`; base when not given."""
+    """Preset of `blip.models.presets`; base if unset."""
     image_size: int | None = None
-    """Side of the input, pixels; the model's when not given."""
+    """Side of the input, pixels; the model's if unset."""
     patch_size: int | None = None
-    """Side of a patch, pixels; the preset's when not given."""
+    """Side of a patch, pixels; the preset's if unset."""
     drop_path: float | None = None
-    """Stochastic depth of the image encoder, the probability at its last block; 0 when not given."""
+    """Stochastic depth of the image encoder, the probability at its last block; 0 if unset."""
     dropout: float | None = None
-    """Dropout of the text transformer; when not given 0.1, or 0 if it is narrower than that of base."""
+    """Dropout of the text transformer; if unset 0.1, or 0 below the width of base."""
     patch_drop: float = 0.0
     """Share of patches left out in training (FLIP); faster and approximate."""
     checkpoint: bool = False
     """Recompute the image encoder's blocks in the backward pass to save memory."""
     tokenizer: str | None = None
-    """`world`, a folder or file with a vocabulary, or a name on the hub; bert-base-uncased when not given."""
+    """`world`, a folder or file with a vocabulary, or a name on the hub; bert-base-uncased if unset."""
     vision_weights: str | None = None
-    """First weights of the image encoder: a timm model name, whose architecture it then has, or a local .safetensors
-    or .pth file."""
+    """Initial weights of the image encoder: the name of a timm model, which also sets its architecture, or a local
+    .safetensors or .pth file."""
     text_weights: str | None = None
-    """First weights of the text transformer: BERT by name on the hub, or its local folder."""
+    """Initial weights of the text transformer: BERT by its name on the hub, or in a local folder."""
     start_from: str | None = None
-    """A model folder, a released .pth or a name on the hub to continue from instead; it brings its own size, weights
-    and, unless it is a .pth, tokenizer. A task model starts from a pre-trained `Blip`, or goes on from one of its own
-    kind."""
+    """Model to start from instead: a model folder, a released .pth or a name on the hub, with its own size, weights
+    and, unless it is a .pth, tokenizer. A task model starts from a pre-trained `Blip` or from one of its own kind."""
 
     @property
     def origin(self) -> str:
         """Where training started, in words."""
-        return f"from {self.start_from}" if self.start_from else "from first weights"
+        return f"from {self.start_from}" if self.start_from else "from initial weights"
 
 
 @dataclass(frozen=True)
 class World:
-    """Data of the synthetic world, drawn to disk before a run unless they are there."""
+    """Data of the synthetic world, written to disk before a run unless they exist."""
 
     folder: str = "runs/world"
     """Folder of the data: FOLDER/train.json, FOLDER/val.json and FOLDER/test.json with their images."""
@@ -84,7 +83,7 @@ class World:
     """Side of the images, pixels."""
 
     def draw(self) -> None:
-        """Have the main process write the splits that are not there yet; the others wait."""
+        """Write missing splits in the main process, while the others wait."""
         if dist.is_main():
             for split, count in (("train", self.train), ("val", self.held_out), ("test", self.held_out)):
                 if not (Path(self.folder) / self.file(split)).exists():
@@ -102,14 +101,14 @@ class World:
 
 @dataclass(frozen=True)
 class WorldChoice(World):
-    """Images of the synthetic world with captions, drawn to disk before a run unless they are there."""
+    """Images of the synthetic world with captions, written to disk before a run unless they exist."""
 
     web: bool = False
     """Noisy web texts on the training images instead of five true captions each."""
     noise: float = files.NOISE
-    """Share of web texts that are not right."""
+    """Share of web texts that are wrong."""
     workers: int = 1
-    """Processes that draw."""
+    """Number of processes that draw."""
 
     def write(self, split: str, count: int) -> object:
         """Write images and their captions."""
@@ -122,7 +121,7 @@ class TaskData(DataConfig):
     """Training data of a task whose samples are not captions."""
 
     crop_scale_min: float = 0.5
-    """Smallest share of the image that a random crop shows; 1 shows the whole image."""
+    """Smallest share of the image in a random crop; 1 for the whole image."""
 
     samples = "samples"
 
@@ -133,9 +132,9 @@ class TaskData(DataConfig):
 
 
 def build_model(choice: ModelChoice, seed: int) -> tuple[Blip, Tokenizer]:
-    """Build the model and tokenizer of a choice; new weights, and what is drawn after them, are functions of the seed.
+    """Build the model and tokenizer of a choice; new weights, and later random draws, are functions of the seed.
 
-    ValueError for a choice that contradicts the model to start from.
+    ValueError if the choice contradicts the model to start from.
     """
     if choice.start_from:
         return _continued(Blip, choice, _opened(choice), seed)
@@ -153,10 +152,10 @@ def build_model(choice: ModelChoice, seed: int) -> tuple[Blip, Tokenizer]:
 
 
 def build_task(kind: type[Model], choice: ModelChoice, seed: int, **shape: Any) -> tuple[Model, Tokenizer]:
-    """`Blip` itself, or a task model, which starts from the `Blip` of a choice or the task model that it names.
+    """Build a `Blip`, or a task model that starts from the choice's `Blip` or from a task model of the same kind.
 
-    What `Blip` lacks is a function of the seed; `shape` is what the task's `from_blip` takes. ValueError as in
-    `build_model`, or if the task model that is gone on from has another shape.
+    Weights that `Blip` lacks are functions of the seed; `shape` holds arguments of the task's `from_blip`. ValueError
+    as in `build_model`, or if the task model to start from has another shape.
     """
     if kind is Blip:
         return build_model(choice, seed)
@@ -173,7 +172,7 @@ def build_task(kind: type[Model], choice: ModelChoice, seed: int, **shape: Any) 
 
 
 def _opened(choice: ModelChoice) -> checkpoint.Own | Foreign:
-    """What a choice starts from; a missing file is reported by the name of the option."""
+    """Open the model that a choice starts from; an error about a missing file names the option."""
     try:
         return checkpoint.opened(choice.start_from)
     except FileNotFoundError as error:
@@ -183,9 +182,9 @@ def _opened(choice: ModelChoice) -> checkpoint.Own | Foreign:
 def _continued(
     kind: type[Model], choice: ModelChoice, start: checkpoint.Own | Foreign, seed: int
 ) -> tuple[Model, Tokenizer]:
-    """The model that a choice starts from, to be trained as the choice says.
+    """Load the model that a choice starts from, with the choice's training options.
 
-    Seeds PyTorch, so that what an objective draws at random, as the first rows of its queues, follows from the seed.
+    Seeds PyTorch, so that later random draws, such as the first rows of an objective's queues, depend on the seed.
     """
     torch.manual_seed(seed)
     size, words = choice.image_size, choice.tokenizer
@@ -199,7 +198,7 @@ def _continued(
 
 
 def _vision(choice: ModelChoice, config: VisionConfig) -> VisionConfig:
-    """An image encoder's configuration with what a choice says of its weights and its input."""
+    """Configure the image encoder: a preset's shapes, changed by a choice of weights, image size and patch size."""
     named = architecture(choice.vision_weights) if choice.vision_weights else None
     if named not in (None, config.model):
         config = VisionConfig(named, image_size=config.image_size)
@@ -209,7 +208,7 @@ def _vision(choice: ModelChoice, config: VisionConfig) -> VisionConfig:
 
 
 def _options(choice: ModelChoice, usual: TrainingOptions) -> TrainingOptions:
-    """Training options of a choice, with the usual ones of the model where it leaves them open."""
+    """Training options of a choice; those that it leaves unset are the model's usual ones."""
     chosen = {} if choice.drop_path is None else {"drop_path": choice.drop_path}
     if choice.dropout is not None:
         chosen |= {"dropout": choice.dropout, "attention_dropout": choice.dropout}
@@ -234,7 +233,7 @@ def _refuse_contradiction(choice: ModelChoice, config: BlipConfig) -> None:
 
 
 def _shape(config: BlipConfig) -> tuple:
-    """What a size says of a model: all that its weights depend on but vocabulary, input and patches."""
+    """Shapes that a preset sets: all that weights depend on but vocabulary, image size and patch size."""
     vision, text = config.vision, config.text
     image_encoder = (vision.model, vision.width, vision.depth, vision.heads, vision.hidden)
     return *image_encoder, text.width, text.layers, text.heads, text.hidden, text.max_positions, config.embed_dim
@@ -247,14 +246,14 @@ def build_feed(config: DataConfig, image_size: int, tokenizer: Tokenizer, seed: 
 
 
 def feed_of(sources: Sequence[Any], prepare: Prepare, seed: int) -> TrainingData:
-    """Samples that `prepare` makes of the records of some sources."""
+    """Build the stream of samples that `prepare` makes from the records of some sources."""
     feed = (Stream if prepare.config.streaming else Draws)(sources, prepare, seed)
     _say_notes(sources)
     return feed, feed.fingerprint()
 
 
 def _say_notes(sources: Sequence[Any]) -> None:
-    """Print on stderr, once a run, what sources leave out."""
+    """Print on stderr, once per run, notes about what sources leave out."""
     if dist.is_main():
         for note in (note for source in sources for note in getattr(source, "notes", ())):
             print(f"note: {note}", file=sys.stderr, flush=True)

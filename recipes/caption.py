@@ -3,7 +3,7 @@
     accelerate launch -m recipes.caption --config recipes/configs/caption_world.yaml          # 2 cores, minutes
     torchrun --nproc_per_node 8 -m recipes.caption --config recipes/configs/caption_coco.yaml --out runs/captioner
 
-The same command again continues where the last one stopped. The configs say machine, time and score.
+Repeat the command to continue an interrupted run. Each config states machine, time and score.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Captions = dict[ImageId, str]
 """Generated captions by image."""
 References = Mapping[ImageId, Sequence[str]]
 Grader = Callable[[Captions], dict[str, float]]
-"""Captions of all images of a held-out set -> named scores."""
+"""Maps the captions of all images of a held-out set to named scores."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +49,24 @@ class CaptionRun(FineTuneRun):
 
 
 def caption(run: CaptionRun) -> tuple[Result, Path]:
-    """Carry out a run; returns what `fine_tune` does."""
+    """Fine-tune a captioner; returns what `fine_tune` does."""
     model, tokenizer = begin(run)
     data = build_feed(run.data, model.vision.image_size, tokenizer, run.train.seed)
     held_out = open_evaluations(run, CaptionEvaluation, run, model, tokenizer)
-    about = f"A captioner, trained {run.model.origin} with `recipes.caption`; its texts go on from {run.data.prompt!r}."
+    about = f"A captioner, trained {run.model.origin} with `recipes.caption`; captions continue {run.data.prompt!r}."
     return fine_tune(
         run, Caption(model, run.objective), data, BestModel(run, tokenizer, held_out, by="cider", about=about)
     )
 
 
 class CaptionEvaluation(Evaluation):
-    """Images with reference captions: how well a model captions them."""
+    """Caption scores on images with reference captions."""
 
     def __init__(self, name: str, held_out: HeldOut, run: CaptionRun, model: Blip, tokenizer: Tokenizer) -> None:
-        """Try the first image, and an empty one.
+        """Open the images, and try the first one and a blank one.
 
-        Raises DataError for an image without references or that is not there, ValueError for a length of captions that
-        does not fit the model or the prompt.
+        Raises DataError for an image that is missing or has no references, ValueError for a caption length that does
+        not fit the model or the prompt.
         """
         self.images = Images.open(held_out.source, held_out.limit)
         self.tokenizer, self.decode, self.prompt = tokenizer, run.decode, run.data.prompt
@@ -91,17 +91,17 @@ class CaptionEvaluation(Evaluation):
 
 
 def graders(references: References) -> list[Grader]:
-    """By what captions of these images are scored: human captions, and the truth where it is known."""
+    """Graders of captions of these images: against human captions, and against the truth where it is known."""
     return [agreement(references), *truth(references)]
 
 
 def agreement(references: References) -> Grader:
-    """CIDEr, BLEU and ROUGE-L against the references. Words are split without Java: the same on every machine."""
+    """CIDEr, BLEU and ROUGE-L against the references, tokenized without Java: the same on every machine."""
     return lambda captions: score(references, captions, tokenizer="python", resamples=0).values
 
 
 def truth(images: Iterable[ImageId]) -> list[Grader]:
-    """How much of what is said of the synthetic world is true; no grader for other images."""
+    """Attribute precision and recall on images of the synthetic world; no grader for other images."""
     try:
         scenes = {image: scene_of(str(image)) for image in images}
     except ValueError:

@@ -1,4 +1,4 @@
-"""Command lines and exit statuses of recipes."""
+"""Command line and exit status of a recipe."""
 
 from __future__ import annotations
 

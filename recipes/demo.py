@@ -1,11 +1,11 @@
-"""The whole story on the synthetic world: learn from a noisy crawl, clean it with CapFilt, learn from what is left.
+"""The whole method on the synthetic world: train on a noisy crawl, clean it with CapFilt, train on the result.
 
     blip-recipe demo            # `make demo`: 2 CPU cores, less than 10 minutes, no network
 
-TINY is pre-trained on a crawl of which 60% of the texts are wrong and a few images with human captions; fine-tuned on
-the latter, it becomes the captioner and the filter of CapFilt, whose data set another TINY is pre-trained on from
-scratch, for as many steps (paper, figure 3 and section 4.3). Options are those of `recipes.pretrain`. Writes
-report.html and results.json into runs/demo. Started again, it continues, or says again what it found.
+TINY is pre-trained on a crawl in which 60% of the texts are wrong and on a few images with human captions. Fine-tuned
+on the latter, it becomes CapFilt's captioner and filter; another TINY is pre-trained from scratch on the data set that
+CapFilt exports, for as many steps (paper, figure 3 and section 4.3). Options are those of `recipes.pretrain`. Writes
+report.html and results.json into runs/demo. Run again, it continues, or prints the results again.
 """
 
 from __future__ import annotations
@@ -39,24 +39,25 @@ from recipes.run import HeldOut
 
 CONFIG = "recipes/configs/pretrain_demo.yaml"
 SHARE = 0.3
-"""Steps of a captioner or a filter, in steps of pre-training."""
+"""Fine-tuning steps of the captioner and of the filter, as a share of the pre-training steps."""
 HUMAN_SHARE = 0.15
-"""Images with human captions, in images of the crawl."""
+"""Number of images with human captions, as a share of the crawl's images."""
 DECODE, POLICY = "greedy", "web-else-syn"
-"""The paper samples, and keeps every text that passes. So small a captioner is wrong too often when it samples (12% of
-its texts are true in every word, 33% of the likeliest), and its text is worse than a web text that passes."""
+"""Decoding and policy. The paper samples, and keeps every text that passes. A captioner this small is wrong too often
+when it samples (12% of its texts are true in every word, 33% with greedy decoding), and its text is worse than a web
+text that passes."""
 SHOWN = 24
-"""Images on the page."""
+"""Number of images on the page."""
 COMPARED = ("cider", "attribute_precision", "attribute_recall", "all_true")
-"""Scores of captions."""
+"""Caption scores in the report."""
 AGAIN = "_bootstrapped"
-"""Ends the names of the second model's scores."""
+"""Suffix of the second model's scores."""
 SELECTION, THRESHOLD = "kept", 0.5
-"""Of the texts with at least this P(match)."""
+"""Name of CapFilt's selection, and the lowest P(match) of the texts in it."""
 
 
 def demo(run: PretrainRun) -> dict[str, Any]:
-    """Carry out the story and write the page; returns what results.json holds, scores in percent but `filter_auc`."""
+    """Run the demo and write the page; returns the contents of results.json, scores in percent except `filter_auc`."""
     out, clock = Path(run.out), Stopwatch()
     with clock.part("pictures"):
         draw(run.world)
@@ -100,7 +101,7 @@ def demo(run: PretrainRun) -> dict[str, Any]:
 
 
 class Stopwatch:
-    """Stopwatch: seconds by part of the story."""
+    """Seconds spent in each stage."""
 
     def __init__(self) -> None:
         self.start, self.seconds = time.monotonic(), {}
@@ -115,13 +116,13 @@ class Stopwatch:
         return time.monotonic() - self.start
 
 
-# The parts of the story -----------------------------------------------------------------------------------------------
+# Stages ---------------------------------------------------------------------------------------------------------------
 
 
 def draw(world: WorldChoice) -> None:
-    """The crawl as tar shards, some files broken, and images with human captions: few to learn from, two sets held out.
+    """Create the crawl (tar shards, some files broken) and images with human captions: a small training set, val, test.
 
-    What is there already is left alone.
+    Existing files are left alone.
     """
     folder, size, workers = Path(world.folder), world.image_size, world.workers
     world_capfilt.draw_crawl(folder / "crawl", world.train, world.noise, 0, size, workers)
@@ -135,7 +136,7 @@ def draw(world: WorldChoice) -> None:
 
 
 def captioner(run: PretrainRun, start_from: Path, people: list[SourceConfig]) -> caption.CaptionRun:
-    """The captioning run that goes on from a pre-training run, on images with human captions."""
+    """The run that fine-tunes a pre-training run's model into a captioner, on images with human captions."""
     out, batch = Path(run.out) / "captioner", run.train.batch_size
     validation = SourceConfig(str(Path(run.held_out.source.path).with_name("val.json")))
     return dataclasses.replace(
@@ -146,7 +147,7 @@ def captioner(run: PretrainRun, start_from: Path, people: list[SourceConfig]) ->
 
 
 def filterer(run: PretrainRun, start_from: Path, people: list[SourceConfig]) -> retrieval.RetrievalRun:
-    """The retrieval run that makes a filter of a pre-training run's model, on the same images."""
+    """The run that fine-tunes a pre-training run's model into a filter, on the same images."""
     return world_capfilt.filterer(Path(run.out) / "filter", start_from, people, run.train.batch_size, _steps(run))
 
 
@@ -155,7 +156,7 @@ def _steps(run: PretrainRun) -> int:
 
 
 def clean(run: PretrainRun, writer: Path, filtering: Path, out: Path) -> Job:
-    """The job on the crawl, as `python -m capfilt run` does it: plan, score, select, export, report, verify.
+    """Run CapFilt on the crawl, as `python -m capfilt run` does: plan, score, select, export, report, verify.
 
     Raises Stopped if it fails; the job has printed why.
     """
@@ -168,7 +169,7 @@ def clean(run: PretrainRun, writer: Path, filtering: Path, out: Path) -> Job:
 
 
 def truth_of_synthetic(job: Job) -> dict[str, float]:
-    """Percent of the synthetic texts that are true in every word, of all and of those that the filter kept."""
+    """Percentage of synthetic texts that are true in every word, among all and among those that the filter kept."""
     every, kept = world_capfilt.synthetic(job, SELECTION)
     verdicts_by_name = {"synthetic_true": every, "synthetic_true_kept": kept}
     return {name: 100 * grade_captions(verdicts)["true"] for name, verdicts in verdicts_by_name.items() if verdicts}
@@ -217,8 +218,8 @@ def _page(out: Path, scores: dict[str, Any], kinds: dict[str, Kind], items: list
         return page.curves({t: [(one["step"], one["losses"][name]) for one in logged] for name, t in names.items()})
 
     synthetic = (
-        f" Of the captioner's own texts {scores['synthetic_true']:.0f}% are true in every word, of those that the "
-        f"filter keeps {scores['synthetic_true_kept']:.0f}%."
+        f" Of the synthetic texts, {scores['synthetic_true']:.0f}% are true in every word; of those that the filter "
+        f"keeps, {scores['synthetic_true_kept']:.0f}%."
         if "synthetic_true_kept" in scores
         else ""
     )
@@ -227,44 +228,44 @@ def _page(out: Path, scores: dict[str, Any], kinds: dict[str, Kind], items: list
         "BLIP on the synthetic world",
         [
             (
-                "What happened",
+                "What was done",
                 f"A model of size {run.model.size} was pre-trained from random weights on a crawl of images with web "
-                "texts, most of them wrong, and on some more with human captions. On the latter it was made a "
-                "captioner and a filter. CapFilt had the captioner write a text for each image of the crawl, and "
-                "kept the web text where the filter said that it matches, else the captioner's where it said so of "
-                "that. A second model was pre-trained from the same random weights on what was kept and on the "
-                f"images with human captions, for the same {scores['steps']} steps of "
-                f"{run.train.batch_size} pairs. All in {scores['seconds']:.0f} seconds.",
+                "texts, most of them wrong, and on some images with human captions. On the latter it was fine-tuned "
+                "into a captioner and a filter. For each image of the crawl, CapFilt generated a synthetic caption, "
+                "kept the web text if the filter accepted it, and otherwise the synthetic caption if the filter "
+                "accepted that. A second model was pre-trained from the same random weights on the texts kept and on "
+                f"the images with human captions, for the same {scores['steps']} steps of "
+                f"{run.train.batch_size} pairs. Total time: {scores['seconds']:.0f} seconds.",
                 "",
             ),
             (
-                "What CapFilt made of the crawl",
-                f"Right were {scores['web_right']:.0f}% of the web texts, and {scores['web_right_kept']:.0f}% of those "
-                f"that were kept.{synthetic} ROC AUC is the chance that the filter gives a right text more than a "
+                "What CapFilt did to the crawl",
+                f"{scores['web_right']:.0f}% of the web texts were right, and {scores['web_right_kept']:.0f}% of those "
+                f"that were kept.{synthetic} ROC AUC is the probability that the filter scores a right text above a "
                 "wrong one.",
                 page.table(world_capfilt.fates(kinds), world_capfilt.FATES)
-                + f'<p><a href="{link}">The job\'s own report</a>: every row and text accounted for, images with '
-                "what was kept and why.</p>",
+                + f'<p><a href="{link}">CapFilt\'s report</a>: every row and text accounted for, and images with '
+                "the texts kept and why.</p>",
             ),
             (
                 "Retrieval among held-out images, recall in percent",
-                "The right one is among the first 1, 5 or 10, before and after the matching head looks at the best.",
+                "How often a right one is among the first 1, 5 or 10, before and after the matching head re-ranks.",
                 page.table(_recalls(scores), ["", "R@1", "R@5", "R@10"]),
             ),
             (
                 "Captions of held-out images, greedy, percent",
-                "By a captioner made of either model, on human captions for as many steps. CIDEr compares with five "
-                "reference captions. Every claim about shape, colour, size, place, relation, count and background is "
-                "checked against the scene: how many of those made are true, how many of those possible were made, and "
-                "how many captions say nothing false.",
+                "By a captioner fine-tuned from each model, on human captions for the same number of steps. CIDEr "
+                "compares with five reference captions. Every claim about shape, colour, size, place, relation, count "
+                "and background is checked against the scene: the share of claims made that are true, the share of "
+                "possible claims that were made, and the share of captions that say nothing false.",
                 page.table(_captions(scores), ["", "CIDEr", "claims true", "claims made", "captions true"]),
             ),
             ("The three losses on the crawl as it is", "Means over log windows.", curves(out / "noisy")),
-            ("The three losses after CapFilt", "Another set of texts, so not to be compared.", curves(out)),
+            ("The three losses after CapFilt", "Not comparable with the curves above: the texts differ.", curves(out)),
             (
-                "What it says of images it has never seen",
-                "The second captioner's text, and the three texts that the second model ranks first; a mark says what "
-                "is right.",
+                "Captions and retrieval on unseen images",
+                "The second captioner's text, and the three texts that the second model ranks first, each marked right "
+                "or wrong.",
                 page.cards(items),
             ),
         ],

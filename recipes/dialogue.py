@@ -1,9 +1,9 @@
-"""Fine-tune a model that ranks answers in a dialogue about an image, and keep the best epoch (section 5.5).
+"""Fine-tune a model that ranks answers in a dialogue about an image; keep the best epoch (section 5.5).
 
     accelerate launch -m recipes.dialogue --config recipes/configs/visdial_world.yaml       # 2 cores
     torchrun --nproc_per_node 8 -m recipes.dialogue --config recipes/configs/visdial.yaml --out runs/visdial
 
-The same command again continues where the last one stopped. The configs say machine, time and score.
+Repeat the command to continue an interrupted run. Each config states machine, time and score.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ class DialogueData(TaskData):
 
     sources: list[Dialogues] = field(default_factory=list)
     max_words: int = MAX_WORDS
-    """Words kept of a caption, a question or an answer."""
+    """Most words of a caption, a question or an answer; the rest is cut off."""
     max_tokens: int = 128
-    """Word pieces kept of question, answer and history; the oldest rounds are left out."""
+    """Most word pieces of question, answer and history together; the oldest rounds are dropped."""
     rounds: int = 4
-    """Rounds of each dialogue that are shown at once; they share the image's context."""
+    """Rounds of one dialogue in a training sample; they share the image's context."""
     negatives: int = option(2, was="data.wrong")
-    """False answers shown beside each true one."""
+    """Negatives per question: false answers beside the true one."""
     hard_negatives: int = option(0, was="data.alike")
-    """Of these, how many are hard negatives: worded much like the true answer."""
+    """Hard negatives among them, chosen by word overlap with the true answer ("yes" and "yes it is")."""
 
     samples = "dialogues"
 
@@ -63,13 +63,13 @@ class HeldOutDialogues(HeldOut):
 
 @dataclass(frozen=True)
 class DialogueWorld(World):
-    """Dialogues about images of the synthetic world, drawn to disk before a run unless they are there."""
+    """Dialogues about images of the synthetic world, created before the run if missing."""
 
     folder: str = "runs/world-dialogue"
     train: int = 10000
-    """Training dialogues."""
+    """Number of training dialogues."""
     held_out: int = 100
-    """Dialogues of each of val and test."""
+    """Number of dialogues in each of val and test."""
 
     def write(self, split: str, count: int) -> object:
         return dialogues.write(self.folder, split, count, size=self.image_size)
@@ -83,17 +83,20 @@ class DialogueRun(FineTuneRun):
     """Read captions over the image instead of alone."""
     data: DialogueData = field(default_factory=DialogueData)
     validation: HeldOutDialogues | None = None
-    """Ranked at every evaluation; the model with the best MRR is kept. Without it the last model is."""
+    """Held-out set of every evaluation; the model with the best MRR is kept. If unset, the last model is kept."""
     test: HeldOutDialogues | None = None
     world: DialogueWorld | None = None
 
 
 def converse(run: DialogueRun) -> tuple[Result, Path]:
-    """Carry out a run; returns what `fine_tune` does. ValueError for settings that do not fit."""
+    """Fine-tune a dialogue model; returns what `fine_tune` does. ValueError for settings that do not fit."""
     model, tokenizer = begin(run, Dialogue, caption_sees_image=run.caption_sees_image)
     data, longest = run.data, model.config.text.max_positions
     if max(data.max_tokens, data.max_words + 2) > longest:
-        raise ValueError(f"data.max_tokens {data.max_tokens} is more than the {longest} positions of the model")
+        raise ValueError(
+            f"data.max_tokens {data.max_tokens} and data.max_words {data.max_words} + 2 special tokens must not exceed "
+            f"the model's {longest} positions"
+        )
     sources = open_dialogues(data)
     if not sources:
         raise DataError("no data: give at least one source")
@@ -106,15 +109,15 @@ def converse(run: DialogueRun) -> tuple[Result, Path]:
 
 
 class DialogueEvaluation(Evaluation):
-    """Dialogues with candidate answers: how far in front a model ranks the right ones."""
+    """Ranks of the right answers in dialogues with candidate answers."""
 
     def __init__(self, name: str, held_out: HeldOutDialogues, max_tokens: int, tokenizer: Tokenizer) -> None:
-        """Raises DataError for images that are not there, or where no round has its right answer marked."""
+        """Open the dialogues. Raises DataError for missing images, or if no round has its right answer marked."""
         self.source, self.limit = Conversations(held_out.source), held_out.limit
         self.max_tokens, self.tokenizer = max_tokens, tokenizer
         self.source.check_some_exist()
         if not any(one.true is not None for d in self.source.dialogues[: self.limit] for one in d.rounds):
-            raise DataError(f"{name}.source {held_out.source.path}: no round has its right answer marked")
+            raise DataError(f"{name}.source {held_out.source.path}: no round has its right answer marked (gt_index)")
 
     def answers(self, model: Dialogue) -> Ranks:
         return ranks_of(model, self.tokenizer, self.source, limit=self.limit, max_tokens=self.max_tokens)

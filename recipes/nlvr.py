@@ -1,9 +1,9 @@
-"""Fine-tune a model that tells whether a sentence is true of several images, and keep the best epoch (section 5.4).
+"""Fine-tune a model that decides whether a sentence is true of several images; keep the best epoch (section 5.4).
 
     accelerate launch -m recipes.nlvr --config recipes/configs/nlvr_world.yaml              # 2 cores
     torchrun --nproc_per_node 8 -m recipes.nlvr --config recipes/configs/nlvr2.yaml --out runs/nlvr2
 
-The same command again continues where the last one stopped. The configs say machine, time and score.
+Repeat the command to continue an interrupted run. Each config states machine, time and score.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from recipes.building import TaskData, World, build_task, feed_of
 from recipes.run import BestModel, Evaluation, FineTuneRun, HeldOut, fine_tune, open_evaluations
 
 Answers = dict[str, bool]
-"""What a model holds to be true, by example."""
+"""Whether the model holds the sentence true, by example."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class NlvrData(TaskData):
 
     sources: list[ImageSentences] = field(default_factory=list)
     max_words: int = MAX_WORDS
-    """Words kept of a sentence."""
+    """Most words of a sentence; the rest is cut off."""
     max_tokens: int = 64
-    """Word pieces kept of a sentence, first and last special tokens included."""
+    """Most word pieces of a sentence, first and last special tokens included; the rest is cut off."""
 
     samples = "sentences about several images"
 
@@ -53,13 +53,13 @@ class HeldOutSentences(HeldOut):
 
 @dataclass(frozen=True)
 class PairWorld(World):
-    """Pairs of images of the synthetic world, drawn to disk before a run unless they are there."""
+    """Pairs of images of the synthetic world, created before the run if missing."""
 
     folder: str = "runs/world-pairs"
     train: int = 2500
-    """Sets of training pairs; four pairs each."""
+    """Number of training sets, of four pairs each."""
     held_out: int = 150
-    """Sets of each of val and test."""
+    """Number of sets in each of val and test."""
 
     def write(self, split: str, count: int) -> object:
         return world_pairs.write(self.folder, split, count, size=self.image_size)
@@ -71,15 +71,15 @@ class NlvrRun(FineTuneRun):
 
     data: NlvrData = field(default_factory=NlvrData)
     validation: HeldOutSentences | None = None
-    """Measured at every evaluation; the model with the best accuracy is kept. Without it the last model is."""
+    """Held-out set of every evaluation; the model with the best accuracy is kept. If unset, the last model is kept."""
     test: HeldOutSentences | None = None
     world: PairWorld | None = None
 
 
 def judge(run: NlvrRun) -> tuple[Result, Path]:
-    """Carry out a run; returns what `fine_tune` does."""
+    """Fine-tune an NLVR model; returns what `fine_tune` does."""
     dist.start(run.train.timeout)
-    if run.world:  # the model has as many branches as an example of the data has images
+    if run.world:  # before the sources are opened: the model has one branch per image of an example
         run.world.draw()
     sources = open_sentences(run.data)
     if not sources:
@@ -89,21 +89,23 @@ def judge(run: NlvrRun) -> tuple[Result, Path]:
     transform = TrainTransform(model.vision.image_size, run.data)
     data = feed_of(sources, PrepareSentences(transform, tokenizer, run.data), run.train.seed)
     held_out = open_evaluations(run, NlvrEvaluation, images, tokenizer)
-    about = f"Tells whether a sentence is true of several images; trained {run.model.origin} with `recipes.nlvr`."
+    about = f"Decides whether a sentence is true of several images; trained {run.model.origin} with `recipes.nlvr`."
     best = BestModel(run, tokenizer, held_out, by="accuracy", about=about)
     return fine_tune(run, NlvrObjective(model), data, best)
 
 
 class NlvrEvaluation(Evaluation):
-    """Sentences with labels: of how many a model knows whether they are true."""
+    """Accuracy on labelled sentences."""
 
     def __init__(self, name: str, held_out: HeldOutSentences, images: int, tokenizer: Tokenizer) -> None:
-        """Raises DataError for images that are not there, an example without a label, or another number of images."""
+        """Open the sentences. Raises DataError for missing images, a missing label, or another number of images."""
         source = Sentences(held_out.source)
         source.check_some_exist()
         self.examples, self.tokenizer = source.examples[: held_out.limit], tokenizer
         if source.count != images:
-            raise DataError(f"{name}.source {held_out.source.path} has {source.count} images a row, data has {images}")
+            raise DataError(
+                f"{name}.source {held_out.source.path} has {source.count} images per row; expected {images}, as in data"
+            )
         if unknown := next((e for e in self.examples if e.label is None), None):
             raise DataError(f"{name}.source {held_out.source.path}: {unknown.key} has no label")
 

@@ -4,7 +4,7 @@
     accelerate launch -m recipes.pretrain --config recipes/configs/clip_world.yaml            # CLIP, minutes
     torchrun --nproc_per_node 8 -m recipes.pretrain --config recipes/configs/pretrain_base.yaml --out runs/base
 
-The same command again continues where the last one stopped. The configs say machine, time and score.
+Repeat the command to continue an interrupted run. Each config states machine, time and score.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class HeldOutPairs:
     source: SourceConfig
     """Source of the pairs."""
     limit: int | None = None
-    """Images to use; all when not given."""
+    """Number of images to use, from the first on; all by default."""
     k: int = 128
     """Candidates that the matching head re-ranks; unused with `clip`, which trains no matching head."""
 
@@ -53,19 +53,19 @@ class PretrainRun:
     objective: PretrainConfig = field(default_factory=PretrainConfig)
     """Settings of the three losses."""
     clip: ClipConfig | None = None
-    """CLIP's contrast of the two towers within the batch, instead of the three losses; `{}` for its defaults."""
+    """CLIP's in-batch contrastive loss instead of the three losses; `{}` for its defaults."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Schedule, optimizer and checkpoints."""
     held_out: HeldOutPairs | None = None
-    """Evaluation during and after the run."""
+    """Held-out pairs, evaluated during and after the run."""
     world: WorldChoice | None = None
-    """Draw the synthetic world first."""
+    """Synthetic world to create before the run."""
 
 
 def gallery(name: str, held_out: HeldOutPairs, image_size: int) -> Gallery:
-    """Open a held-out set, so that errors in it show before the training.
+    """Open a held-out set, so that its errors show before training.
 
-    Raises DataError for rows that cannot be used or when there is no caption, ValueError for a `k` or `limit` below 1.
+    Raises DataError for unusable rows or if there are no captions, ValueError for a `k` or `limit` below 1.
     """
     for option, value in (("k", held_out.k), ("limit", held_out.limit)):
         if value is not None and value < 1:
@@ -78,12 +78,12 @@ def gallery(name: str, held_out: HeldOutPairs, image_size: int) -> Gallery:
 
 
 def build_objective(run: PretrainRun, model: Blip) -> Objective:
-    """What the model learns by a run's settings."""
+    """The objective that a run's settings ask for."""
     return Clip(model, run.clip) if run.clip else Pretrain(model, run.objective)
 
 
 def pretrain(run: PretrainRun) -> tuple[Result, Path]:
-    """Carry out a run; returns how it ended and the model's folder."""
+    """Pre-train a model; returns how the run ended, and the model's folder."""
     out = Path(run.out)
     model, tokenizer = begin(run)
     data = build_feed(run.data, model.vision.image_size, tokenizer, run.train.seed)
@@ -100,7 +100,7 @@ def pretrain(run: PretrainRun) -> tuple[Result, Path]:
     if dist.is_main():
         about = f"Pre-trained for {result.steps} steps on {result.samples} pairs with `recipes.pretrain`."
         if run.clip:
-            about += "\n\nTrained by CLIP's contrast: the two towers; match head and decoder are as they were."
+            about += "\n\nCLIP's contrast trained the two towers only; match head and decoder keep their first weights."
         scores = {name: f"{value:.2f}" for name, value in result.metrics.items()}
         checkpoint.save_pretrained(model, tokenizer, out / "model", card=card(about, run.data.sources, scores))
         print(f"model written to {out / 'model'}")

@@ -1,9 +1,9 @@
-"""Fine-tune for retrieval, which also gives CapFilt's filter: ITC + ITM, and the best epoch by recall (section 5.1).
+"""Fine-tune for retrieval, or as CapFilt's filter: ITC + ITM; keep the best epoch by recall (section 5.1).
 
     accelerate launch -m recipes.retrieval --config recipes/configs/filter_world.yaml        # 2 cores, minutes
     torchrun --nproc_per_node 8 -m recipes.retrieval --config recipes/configs/retrieval_coco.yaml --out runs/retrieval
 
-The same command again continues where the last one stopped. The configs say machine, time and score.
+Repeat the command to continue an interrupted run. Each config states machine, time and score.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ class RetrievalRun(FineTuneRun):
     objective: RetrievalConfig = field(default_factory=RetrievalConfig)
     """Settings of the two losses."""
     validation: HeldOutPairs | None = None
-    """Searched at every evaluation; the model with the best mean recall is kept. Without it the last model is."""
+    """Held-out set of every evaluation; the model with the best mean recall is kept. If unset, the last one is kept."""
     test: HeldOutPairs | None = None
     world: WorldChoice | None = None
 
 
 def retrieve(run: RetrievalRun) -> tuple[Result, Path]:
-    """Carry out a run; returns what `fine_tune` does. ValueError for a prompt."""
+    """Fine-tune a retrieval model; returns what `fine_tune` does. ValueError for a prompt."""
     if run.data.prompt.strip():
-        raise ValueError(f"data.prompt {run.data.prompt!r}: texts are compared without a prompt, leave it out")
+        raise ValueError(f"data.prompt {run.data.prompt!r}: retrieval compares texts without a prompt; leave it out")
     model, tokenizer = begin(run)
     data = build_feed(run.data, model.vision.image_size, tokenizer, run.train.seed)
     held_out = open_evaluations(run, RetrievalEvaluation, run, model, tokenizer)
@@ -51,10 +51,10 @@ def retrieve(run: RetrievalRun) -> tuple[Result, Path]:
 
 
 class RetrievalEvaluation(Evaluation):
-    """Images and their texts: how often the right ones are found, in percent."""
+    """Recall of image-text retrieval, in percent."""
 
     def __init__(self, name: str, held_out: HeldOutPairs, run: RetrievalRun, model: Blip, tokenizer: Tokenizer) -> None:
-        """Open it; raises as `gallery` does."""
+        """Open the pairs; raises as `gallery` does."""
         self.gallery = gallery(name, held_out, model.vision.image_size)
         self.tokenizer, self.k, self.max_tokens = tokenizer, held_out.k, run.data.max_tokens
 

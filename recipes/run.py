@@ -1,7 +1,7 @@
-"""What training recipes share: how a run begins and trains, and the best model by held-out scores.
+"""Shared by training recipes: how a run starts and trains, and which model is kept by held-out scores.
 
 A fine-tuning recipe states its settings (`FineTuneRun`), what it measures (an `Evaluation`), and hands model, data and
-objective to `fine_tune`. A run that is killed anywhere resumes to the same result.
+objective to `fine_tune`. A run killed at any point resumes to the same result.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Images with reference captions, or other data with the right answers, which are not trained on."""
+    """Held-out images with reference captions, or other data with right answers."""
 
     source: SourceConfig
-    """Source of the data; rows of one image are taken together."""
+    """Source of the data; rows of the same image are merged."""
     limit: int | None = None
-    """Number of examples to use, from the first on; all when not given."""
+    """Number of examples to use, from the first on; all by default."""
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -56,24 +56,24 @@ class FineTuneRun:
     out: str
     """Folder of the run: model/, results.json, held-out answers, metrics.jsonl, checkpoints/, config.yaml."""
     model: ModelChoice = field(default_factory=ModelChoice)
-    """The model to fine-tune, usually `start_from` a pre-training run's."""
+    """The model to fine-tune; `start_from` is usually a pre-training run's model."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training data."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Schedule, optimizer and checkpoints."""
     validation: HeldOut | None = None
-    """Measured at every evaluation; the best model is kept. Without it the last model is."""
+    """Held-out set of every evaluation; the best model is kept. If unset, the last model is kept."""
     test: HeldOut | None = None
-    """Measured once, at the end, with the model that was kept."""
+    """Held-out set on which the kept model is measured once, at the end."""
     world: World | None = None
-    """Draw the synthetic world first."""
+    """Synthetic world to create before the run."""
 
 
 # Training -------------------------------------------------------------------------------------------------------------
 
 
 def begin(run: Any, kind: type[Model] = Blip, **shape: Any) -> tuple[Model, Tokenizer]:
-    """Start the processes, build the model and draw the world of a run; `kind` and `shape` are as in `build_task`."""
+    """Start the processes, build the model and create the world of a run; `kind` and `shape` are as in `build_task`."""
     dist.start(run.train.timeout)
     built = build_task(kind, run.model, run.train.seed, **shape)
     if run.world:
@@ -84,7 +84,7 @@ def begin(run: Any, kind: type[Model] = Blip, **shape: Any) -> tuple[Model, Toke
 def train(
     run: Any, objective: nn.Module, data: TrainingData, evaluate: Callable[[nn.Module], Scores] | None = None
 ) -> Result:
-    """Train by a run's settings, from its newest checkpoint on."""
+    """Train by a run's settings, resuming from its newest checkpoint."""
     feed, fingerprint = data
     out = Path(run.out)
     return fit(
@@ -100,17 +100,17 @@ def train(
 
 
 def card(about: str, sources: Sequence[Any], scores: Mapping[str, str]) -> str:
-    """README.md of a model: what it is, what it has learned from, its scores."""
+    """README.md of a model: description, training data, scores."""
     lines = [f"- {s.path} ({s.kind})" if isinstance(s, SourceConfig) else f"- {s.path}" for s in sources]
     return "\n".join([about, "", *lines, "", *(f"- {name}: {value}" for name, value in scores.items())])
 
 
 def fine_tune(run: FineTuneRun, objective: nn.Module, data: TrainingData, best: BestModel) -> tuple[Result, Path]:
-    """Train the model of an objective, keep the best one, and test that.
+    """Train the model of an objective, keep the best one, and test it.
 
-    Without a validation set the last model is kept. Returns how the run ended, with the scores of the model that was
-    kept, and that model's folder. The scores are those of results.json: the validation's under their own names, the
-    test's as `test_...`.
+    Without a validation set the last model is kept. Returns how the run ended, with the kept model's scores, and that
+    model's folder. The scores are those of results.json: validation scores under their own names, test scores as
+    `test_...`.
     """
     validation = best.evaluations.get("validation")
 
@@ -128,13 +128,13 @@ def fine_tune(run: FineTuneRun, objective: nn.Module, data: TrainingData, best: 
 
 
 class Evaluation:
-    """A held-out set: what a model answers, and how good that is.
+    """A held-out set, and how a model answers and is scored on it.
 
-    It is opened before the training, so that what does not fit is said by then.
+    It is opened before training, so that unsuitable data is reported first.
     """
 
     def answers(self, model: Any) -> Any:
-        """Compute what the scores are computed from; all processes return the same."""
+        """Compute the answers that are scored; all processes return the same."""
         raise NotImplementedError
 
     def scores(self, answers: Any) -> Scores:
@@ -142,22 +142,22 @@ class Evaluation:
         raise NotImplementedError
 
     def files(self, name: str, answers: Any) -> dict[str, str]:
-        """Names and contents of the files that keep the answers on `name`, validation or test; none by default."""
+        """Names and contents of the answer files of `name`, validation or test; none by default."""
         return {}
 
 
 def open_evaluations(run: FineTuneRun, kind: Callable[..., Evaluation], *given: Any) -> dict[str, Evaluation]:
-    """The held-out sets that a run has, by name, each as `kind(name, settings, *given)`."""
+    """Open the held-out sets of a run, each as `kind(name, settings, *given)`; returns them by name."""
     return {name: kind(name, settings, *given) for name in ("validation", "test") if (settings := getattr(run, name))}
 
 
 def percent(score: float) -> str:
-    """A fraction, in percent."""
+    """Format a fraction in percent."""
     return f"{100 * score:.2f}"
 
 
 class BestModel:
-    """The best model so far and its answers, in the run's folder; metrics.jsonl is the record of what was best."""
+    """The best model so far and its answers, in the run's folder; metrics.jsonl records which was best."""
 
     def __init__(
         self,
@@ -170,10 +170,10 @@ class BestModel:
         shown: Callable[[float], str] = percent,
         beside: Mapping[str, str] | None = None,
     ) -> None:
-        """`by` is the score whose highest value is the best.
+        """`by` names the score of which the highest value is best.
 
-        `about` begins the model's README.md, in which scores are `shown`; `beside` are names and contents of more files
-        of its folder.
+        `about` begins the model's README.md, `shown` formats the scores there; `beside` has names and contents of
+        further files of the model's folder.
         """
         self.out = Path(run.out)
         self.folder = self.out / "model"
@@ -181,9 +181,9 @@ class BestModel:
         self.by, self.about, self.shown, self.beside = by, about, shown, beside or {}
 
     def offer(self, model: Any, answers: Any, scores: Scores) -> Scores:
-        """Write a model that no earlier one equals; returns its scores with `best`, 1 or 0.
+        """Write a model if it beats all earlier ones; returns its scores with `best`, 1 or 0.
 
-        The scores get into metrics.jsonl afterwards: a run that is killed in between evaluates this step again.
+        The scores reach metrics.jsonl afterwards: a run killed in between evaluates this step again.
         """
         earlier = [line["eval"][self.by] for line in self._evaluated()]
         best = dist.from_main(all(scores[self.by] > value for value in earlier))
@@ -192,11 +192,11 @@ class BestModel:
         return {**scores, "best": float(best)}
 
     def write(self, model: Any, answers: Any = None, scores: Scores | None = None) -> None:
-        """Publish a model as the run's, from the main process; all raise if it could not be written."""
+        """Publish a model as the run's, in the main process; all processes raise if it cannot be written."""
 
         def publish() -> None:
             results = self.out / RESULTS
-            if results.exists() and not self._is_published(model):  # they are of the model that stands there now
+            if results.exists() and not self._is_published(model):  # scores of the model that is being replaced
                 results.unlink()
             if answers is not None:
                 self._record("validation", answers)
@@ -210,14 +210,14 @@ class BestModel:
     def _is_published(self, model: Any) -> bool:
         try:
             there = read_tensors(self.folder / checkpoint.WEIGHTS)
-        except (OSError, ValueError):  # not there yet, or not whole
+        except (OSError, ValueError):  # missing or incomplete
             return False
         return all(name in there and torch.equal(v.cpu(), there[name]) for name, v in model.state_dict().items())
 
     def conclude(self, result: Result, model: Any) -> Result:
-        """Test the model that was kept, write results.json, and give the result those scores.
+        """Test the kept model, write results.json, and return the result with these scores.
 
-        Its class and device are those of `model`.
+        The kept model is loaded with the class and onto the device of `model`.
         """
         best = dist.from_main(next((line for line in reversed(self._evaluated()) if line["eval"]["best"]), None))
         results: dict[str, Any] = {"steps": result.steps, "kept": result.steps}
@@ -233,12 +233,12 @@ class BestModel:
         return dataclasses.replace(result, metrics=results.get("validation", {}) | tested)
 
     def _tested(self, results: dict[str, Any]) -> Scores | None:
-        """The test's scores where a finished run has them already."""
+        """Test scores of an earlier run that finished, if still valid."""
         try:
             before = json.loads((self.out / RESULTS).read_bytes())
-        except (OSError, ValueError):  # not there yet, or not whole
+        except (OSError, ValueError):  # missing or incomplete
             before = {}
-        # Where settings may change, the test set may be another, or be answered in another way.
+        # If settings may change, so may the test set, or how it is answered.
         same = not self.run.train.allow_change and all(before.get(name) == results[name] for name in results)
         return dist.from_main(before.get("test") if same else None)
 
@@ -258,7 +258,7 @@ class BestModel:
 
 
 def _in_main(action: Callable[[], None]) -> None:
-    """Run `action`, which writes, in the main process; all raise if it fails."""
+    """Run `action`, which writes files, in the main process; all processes raise if it fails."""
     failure = None
     if dist.is_main():
         try:

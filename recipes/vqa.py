@@ -1,9 +1,9 @@
-"""Fine-tune a model that answers questions about images, and keep the best epoch by accuracy (paper, section 5.3).
+"""Fine-tune a model that answers questions about images; keep the best epoch by accuracy (paper, section 5.3).
 
     accelerate launch -m recipes.vqa --config recipes/configs/vqa_world.yaml                # 2 cores
     torchrun --nproc_per_node 8 -m recipes.vqa --config recipes/configs/vqa_v2.yaml --out runs/vqa
 
-The same command again continues where the last one stopped. The configs say machine, time and score.
+Repeat the command to continue an interrupted run. Each config states machine, time and score.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from recipes.building import TaskData, WorldChoice, feed_of
 from recipes.run import BestModel, Evaluation, FineTuneRun, HeldOut, begin, fine_tune, open_evaluations
 
 Answers = dict[Id, str]
-"""What a model answers, by question."""
+"""Answers of a model, by question."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class VqaData(TaskData):
 
     sources: list[ImageQuestions] = field(default_factory=list)
     max_words: int = QUESTION_WORDS
-    """Words kept of a question."""
+    """Most words of a question; the rest is cut off."""
     max_tokens: int = QUESTION_TOKENS
-    """Word pieces kept of a question, first and last special tokens included."""
+    """Most word pieces of a question, first and last special tokens included; the rest is cut off."""
 
     samples = "questions"
 
@@ -59,11 +59,11 @@ class HeldOutQuestions(HeldOut):
 
 @dataclass(frozen=True)
 class QuestionWorld(WorldChoice):
-    """Images of the synthetic world with questions, drawn to disk before a run unless they are there."""
+    """Images of the synthetic world with questions, created before the run if missing."""
 
     def __post_init__(self) -> None:
         if self.web:
-            raise ValueError("world.web is for captions: questions have true answers")
+            raise ValueError("world.web applies to captions only: questions have true answers; leave it out")
 
     def file(self, split: str) -> str:
         return questions.files(split)[1]
@@ -82,9 +82,9 @@ class VqaRun(FineTuneRun):
     answers: AnswerConfig = field(default_factory=AnswerConfig)
     """How held-out questions are answered; the model with the best accuracy is kept."""
     candidates: str | None = None
-    """File of the answers to choose from, a JSON list or one a line; the commonest of the sources when not given."""
+    """File of answers to choose from, a JSON list or one per line; the sources' most common ones by default."""
     common: int = 3000
-    """Number of commonest answers to choose from; 0 to generate freely instead."""
+    """Number of most common answers to choose from; 0 generates answers freely instead."""
     validation: HeldOutQuestions | None = None
     test: HeldOutQuestions | None = None
     world: QuestionWorld | None = None
@@ -95,7 +95,7 @@ class VqaRun(FineTuneRun):
 
 
 def answer(run: VqaRun) -> tuple[Result, Path]:
-    """Carry out a run; returns what `fine_tune` does."""
+    """Fine-tune a VQA model; returns what `fine_tune` does."""
     model, tokenizer = begin(run, Vqa)
     sources = open_questions(run.data)
     prepare = PrepareQuestions(TrainTransform(model.vision.image_size, run.data), tokenizer, run.data)
@@ -110,9 +110,9 @@ def answer(run: VqaRun) -> tuple[Result, Path]:
 
 
 def chosen(run: VqaRun, sources: Sequence[Questions | QuestionShards], tokenizer: Tokenizer) -> list[str]:
-    """The answers to choose from, sorted; none where words are searched.
+    """The answers to choose from, sorted; none if answers are generated freely.
 
-    Of the sources' commonest, those are left out that the tokenizer does not know in full.
+    Answers with words unknown to the tokenizer are left out of the sources' most common ones.
     """
     if run.candidates:
         return sorted(set(read_answers(Path(run.candidates))))
@@ -122,7 +122,7 @@ def chosen(run: VqaRun, sources: Sequence[Questions | QuestionShards], tokenizer
 
 
 class VqaEvaluation(Evaluation):
-    """Questions with answers: how many a model answers as people did."""
+    """VQA accuracy on questions with human answers."""
 
     def __init__(
         self,
@@ -133,10 +133,10 @@ class VqaEvaluation(Evaluation):
         model: Vqa,
         tokenizer: Tokenizer,
     ) -> None:
-        """Try the first question on an empty image.
+        """Open the questions, and try the first one on a blank image.
 
-        Raises DataError for images that are not there, or a question that nobody answered; ValueError for lengths that
-        do not fit the model.
+        Raises DataError for missing images or a question without answers, ValueError for lengths that do not fit the
+        model.
         """
         self.question_set = QuestionSet(Questions(held_out.source), held_out.limit)
         self.config, self.candidates, self.tokenizer = config, candidates, tokenizer

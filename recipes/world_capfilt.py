@@ -1,7 +1,7 @@
-"""CapFilt on the synthetic world, step by step, as `recipes.demo` tells it once and `recipes.bootstrap` many times.
+"""CapFilt on the synthetic world in steps, which `recipes.demo` runs once and `recipes.bootstrap` many times.
 
-The images; a captioner and a filter made of a pre-trained model; the job, on the crawl; the data set that comes out
-of it; and how much of what was kept is true.
+Create the images, fine-tune a pre-trained model into a captioner and a filter, run CapFilt on the crawl, take the data
+set it exports, and measure how much of what was kept is true.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ from recipes.building import ModelChoice
 CONFIGS = Path(__file__).parent / "configs"
 CAPTIONER, FILTER = str(CONFIGS / "caption_world.yaml"), str(CONFIGS / "filter_world.yaml")
 BROKEN = 0.0025
-"""Share of the crawl's files that are no image."""
+"""Share of the crawl's image files that are broken."""
 LONGEST = 40
-"""Word pieces of a synthetic text, the prompt included."""
+"""Most word pieces of a synthetic text, the prompt included."""
 KINDS = {
     "right": "right",
     "mismatched": "of another image",
     "near_miss": "one word wrong",
     "vague": "says nothing",
-    "junk_around": "true, with junk around",
+    "junk_around": "true, surrounded by junk",
     "wrong": "all that are not right",
 }
-"""Kinds of web texts in words."""
+"""Descriptions of the kinds of web texts."""
 
 
 # Images ---------------------------------------------------------------------------------------------------------------
 
 
 def draw_crawl(folder: Path, count: int, noise: float, seed: int, size: int, workers: int) -> None:
-    """Web texts with their truth beside them, in tar shards, and a few broken files; left alone where it is there."""
+    """Create tar shards of web texts whose truth is recorded, a few files broken; an existing folder is left alone."""
     if not folder.exists():
         salted = {"web": True, "noise": noise, "broken": round(BROKEN * count)}
         files.write(folder, "tar", count=count, seed=seed, size=size, workers=workers, **salted)
 
 
 def draw_people(folder: Path, split: str, count: int, seed: int, size: int, workers: int) -> None:
-    """Images with human captions, as a JSON list; left alone where it is there."""
+    """Create images with human captions, as a JSON list; an existing list is left alone."""
     if not (folder / f"{split}.json").exists():
         files.write(folder, "json", split, count, seed, size, workers=workers)
 
@@ -61,19 +61,19 @@ def draw_people(folder: Path, split: str, count: int, seed: int, size: int, work
 
 
 def captioner(out: Path, start_from: Path, people: list[SourceConfig], batch: int, steps: int) -> caption.CaptionRun:
-    """The captioning run that goes on from a pre-trained model, on images with human captions."""
+    """The run that fine-tunes a pre-trained model into a captioner, on images with human captions."""
     settings = command.read(caption.CaptionRun, ["--config", CAPTIONER, "--out", str(out)])
     return _going_on(settings, start_from, people, batch, steps)
 
 
 def filterer(out: Path, start_from: Path, people: list[SourceConfig], batch: int, steps: int) -> retrieval.RetrievalRun:
-    """The retrieval run that makes a filter of a pre-trained model, on the same images."""
+    """The run that fine-tunes a pre-trained model into a filter, on the same images."""
     settings = command.read(retrieval.RetrievalRun, ["--config", FILTER, "--out", str(out)])
     return _going_on(settings, start_from, people, batch, steps)
 
 
 def _going_on(settings: Any, start_from: Path, people: list[SourceConfig], batch: int, steps: int) -> Any:
-    """A fine-tuning run's settings with a model, batch and steps; the caller adds what it is measured on."""
+    """A fine-tuning run's settings with model, sources, batch and steps; the caller adds the held-out sets."""
     return dataclasses.replace(
         settings,
         model=ModelChoice(start_from=str(start_from)),
@@ -89,25 +89,25 @@ def _going_on(settings: Any, start_from: Path, people: list[SourceConfig], batch
 
 
 def carry_out(*args: str | Path) -> None:
-    """A command line of `python -m capfilt`. Raises Stopped if it fails; it has printed why."""
+    """Run a command line of `python -m capfilt`. Raises Stopped if it fails; capfilt has printed why."""
     status = capfilt([str(arg) for arg in args])
     if status:
-        raise Stopped(f"capfilt {args[0]} ended with status {status}; what it said stands above")
+        raise Stopped(f"capfilt {args[0]} ended with status {status}; see its message above")
 
 
 def models(writer: Path, reader: Path, decode: str, max_tokens: int) -> list[str]:
-    """The options of a plan that name captioner and filter."""
+    """The options of a CapFilt plan about captioner and filter."""
     args = ["--captioner", str(writer), "--filter", str(reader), "--decode", decode, "--max-length", str(LONGEST)]
     return [*args, "--max-tokens", str(max_tokens)]
 
 
 def kept(clean: Path) -> int:
-    """Texts in an export."""
+    """Number of texts in an export."""
     return json.loads((clean / "_SUCCESS").read_bytes())["pairs"]
 
 
 def bootstrapped(clean: Path, people: list[SourceConfig]) -> list[SourceConfig]:
-    """What the next model learns from: the texts that were kept, if any, and the human captions."""
+    """Training data of the next model: the texts that were kept, if any, and the human captions."""
     return [*([SourceConfig(str(clean / "*.tar"), kind="web")] if kept(clean) else []), *people]
 
 
@@ -115,7 +115,7 @@ def bootstrapped(clean: Path, people: list[SourceConfig]) -> list[SourceConfig]:
 
 
 def synthetic(job: Job, selection: str) -> tuple[list[Verdict], list[Verdict]]:
-    """The synthetic texts of a job compared with their scenes: all of them, and those that a selection keeps."""
+    """Verdicts on the synthetic texts of a job: on all of them, and on those that a selection keeps."""
     scenes: dict[str, list] = {}
     for part in scored_parts(job):
         rows = job.parts.read(part.pid, ["extra_json", "syn_text"]).to_pylist()
@@ -131,19 +131,19 @@ def synthetic(job: Job, selection: str) -> tuple[list[Verdict], list[Verdict]]:
 
 
 def web_right(kinds: dict[str, Kind], which: int) -> float:
-    """Percent of the web texts, or (1) of those kept, that are right."""
+    """Percentage of right texts among all web texts (`which` 0), or among those kept (1)."""
     right, wrong = (kinds[name][which] if name in kinds else 0 for name in ("right", "wrong"))
     return 100 * right / max(1, right + wrong)
 
 
 def aucs(kinds: dict[str, Kind]) -> dict[str, float]:
-    """The filter's ROC AUC against all wrong web texts, and against each kind of them."""
+    """The filter's ROC AUC on right texts against all wrong web texts, and against each kind of them."""
     by_kind = {"filter_auc" if kind == "wrong" else f"filter_auc_{kind}": k.auc for kind, k in kinds.items()}
     return {name: value for name, value in by_kind.items() if value is not None}
 
 
 def fates(kinds: dict[str, Kind]) -> list[Sequence[str | float]]:
-    """A row for each kind of web texts: how many there were, were kept, the percentage, ROC AUC."""
+    """A row for each kind of web text: number, number kept, percentage kept, ROC AUC."""
     return [
         [KINDS.get(kind, kind), f"{k.texts:,}", f"{k.kept:,}", 100 * k.kept / max(1, k.texts),
          "" if k.auc is None else f"{k.auc:.3f}"]
@@ -151,9 +151,9 @@ def fates(kinds: dict[str, Kind]) -> list[Sequence[str | float]]:
     ]  # fmt: skip
 
 
-FATES = ("web texts", "there were", "kept", "percent", "ROC AUC")
+FATES = ("web texts", "number", "kept", "percent", "ROC AUC")
 
 
 def tested(metrics: dict[str, float]) -> dict[str, float]:
-    """The scores of a captioner's test set in percent, under their own names."""
+    """A captioner's test scores in percent, without the prefix `test_`."""
     return {n.removeprefix("test_"): 100 * value for n, value in metrics.items() if n.startswith("test_")}

@@ -162,7 +162,7 @@ def test_tests_that_the_map_names_are_there():
     files = {path.stem: path.read_text() for path in HERE.rglob("*.py")}
     for name in re.findall(r"\btest_\w+", (DOCS / "index.md").read_text()):
         assert name in files or any(f"def {name}(" in text for text in files.values()), name
-    questions = (DOCS / "index.md").read_text().split("## Often asked")[1]
+    questions = (DOCS / "index.md").read_text().split("## Frequent requests")[1]
     rows = [row for row in questions.splitlines() if row.startswith("| ")][1:]
     assert len(rows) == 5
     assert all(re.search(r"`test_\w+\.py`: test_\w+", row) for row in rows)

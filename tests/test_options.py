@@ -144,7 +144,7 @@ WRONG = {
     "a choice": ("train: {rule: new}", "train.rule: expected one of old, 2022, null, got 'new'"),
     "a key twice": ("quick: true\nquick: false", ", line 2: duplicate key 'quick'"),
     "a key twice within": ("train:\n  lr: 1\n  lr: 2", ", line 3: duplicate key 'lr'"),
-    "a former name": ("to: x", ": to is called out now"),
+    "a former name": ("to: x", ": to is now called out"),
     "a date that is none": ("out: 2020-99-99", "month must be in 1..12"),
     "a program": ("out: !!python/object/apply:os.getcwd []", ", line 1: could not determine a constructor"),
 }
@@ -175,9 +175,9 @@ def test_a_file_that_will_not_do_is_named_with_the_option(tmp_path, what):
         (["--sources", "[{path: a, weight: -1}]"], "sources.0.weight must be positive, got -1.0"),
         (["--train.batchsize", "3"], "there is no option --train.batchsize; did you mean --train.batch-size?"),
         (["--train.batch", "3"], "did you mean --train.batch-size?"),
-        (["--to", "y"], "--to is called --out now"),
-        (["--to=y"], "--to is called --out now"),
-        (["--quick", "maybe"], "'maybe' is an argument too many (try --help explains)"),
+        (["--to", "y"], "--to is now called --out"),
+        (["--to=y"], "--to is now called --out"),
+        (["--quick", "maybe"], "unexpected argument 'maybe' (see try --help)"),
         (["--quick=maybe"], "--quick: expected true or false, got 'maybe'"),
         (["--train", "a.yaml"], "--train: expected a mapping of options, got 'a.yaml'"),
         (["--config"], "--config: expected one argument"),
@@ -207,7 +207,7 @@ def test_a_base_is_checked_as_any_file(tmp_path):
     config(tmp_path, "train: {batchsize: 2}\n", "two.yaml")
     assert f"base {two}: there is no option train.batchsize" in refused("--config", one)
     config(tmp_path, "base: one.yaml\n", "two.yaml")
-    assert f"base {two}: base one.yaml is itself based on this file; break the circle" in refused("--config", one)
+    assert f"base {two}: base one.yaml is itself based on this file; remove one of the two" in refused("--config", one)
     config(tmp_path, "base: in/../two.yaml\n", "two.yaml")
     assert "base in/../two.yaml is itself based on this file" in refused("--config", two)
     for wrong, message in (("base: null\n", "base is null"), ("base: [one.yaml]\n", "base: expected text")):
@@ -244,7 +244,7 @@ def test_help_is_complete_and_in_groups(capsys, monkeypatch):
         "  --sources MAPPING [MAPPING ...]\n",
         "\neach of sources: What is read:\n  --sources.path TEXT         File or folder\n",
         "\nheld-out: What is measured on:\n",
-        "  --held-out MAPPING          all of it, in YAML's short form; null for none\n",
+        "  --held-out MAPPING          the whole section as inline YAML, or null for none\n",
     ):
         assert line in stdout, line
 
@@ -330,10 +330,10 @@ def test_one_thing_has_one_name():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["score", "x", "--dtype", "bfloat16"], "--dtype is called --precision now"),
-        (["plan", "--out", "x", "--dtype=bfloat16"], "--dtype is called --precision now"),
-        (["score", "x", "--batch-size", "4"], "--batch-size is called --batch now"),
-        (["run", "--out", "x", "--batch_size", "4"], "--batch-size is called --batch now"),
+        (["score", "x", "--dtype", "bfloat16"], "--dtype is now called --precision"),
+        (["plan", "--out", "x", "--dtype=bfloat16"], "--dtype is now called --precision"),
+        (["score", "x", "--batch-size", "4"], "--batch-size is now called --batch"),
+        (["run", "--out", "x", "--batch_size", "4"], "--batch-size is now called --batch"),
     ],
 )
 def test_former_names_are_refused_with_those_of_today(args, message, capsys):

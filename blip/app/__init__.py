@@ -1,1 +1,1 @@
-"""The command line, the demo and the pages."""
+"""The command line, the demo and HTML reports."""

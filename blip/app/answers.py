@@ -1,7 +1,7 @@
-"""Output of sub-commands: answers on standard output or into a file as they are made, progress on stderr.
+"""Output of sub-commands: answers to standard output or a file as they are made, progress to stderr.
 
-A file of answers is continued image by image, and only answers of the same command with the same options are ever
-overwritten: `FILE.options.json` beside it keeps the options.
+An unfinished file of answers is continued image by image, and only a file of the same command with the same options is
+ever continued or replaced; `FILE.options.json` beside it records the options.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from blip.data.image_files import ImageFile, InputImages
 
 _FEW = 5
-"""Largest number of images that are answered without progress lines."""
+"""Largest number of images processed without progress lines."""
 _SECONDS = 10.0
-"""Seconds between two lines of progress where there is no terminal."""
+"""Seconds between two lines of progress if stderr is not a terminal."""
 
 
 _SYNC_SECONDS = 5.0
-"""Seconds between two syncs of a file of answers to disk, for power cuts; a killed process loses nothing written."""
+"""Seconds between two syncs of a file of answers, against power cuts; a killed process loses nothing without them."""
 _OPTIONS = ".options.json"
 _FORMAT = "openblip answers"
 _MARKS = (b'<meta name="generator" content="openblip">', b"tEXtSoftware\0openblip", b"openblip explain")
@@ -57,11 +57,11 @@ class Form:
     """Largest number of text lines for one image."""
 
     def named(self, name: str) -> str:
-        """Name of a subject as the file has it."""
+        """Name of a subject as it stands in the file."""
         return name if self.as_json else shown(name)
 
     def key(self, line: bytes) -> str | None:
-        """Subject of a whole line; None if it is not an answer of this command."""
+        """Subject of a complete line; None if the line is not an answer of this command."""
         if re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", line):
             return None
         text = line.decode("utf-8", "surrogateescape")
@@ -77,7 +77,7 @@ class Form:
         return values[0] if ours else None
 
     def begins(self, torn: bytes, names: Sequence[str]) -> bool:
-        """Whether a line without its end can be the beginning of an answer about one of `names`."""
+        """Whether an incomplete line can be the beginning of an answer about one of `names`."""
         text = torn.decode("utf-8", "surrogateescape")
         if self.as_json:
             start = f'{{"{self.keys[0]}": "'
@@ -86,7 +86,7 @@ class Form:
         return any(name == about if tab else name.startswith(about) for name in map(shown, names))
 
     def record(self) -> dict[str, Any]:
-        """The form and its options as they are kept beside the answers."""
+        """The form and its options as recorded beside the answers."""
         form = "JSON lines" if self.as_json else "text"
         values = {"format": _FORMAT, "version": 1, "command": self.command, "form": form, **self.options}
         return json.loads(json.dumps(values))
@@ -99,9 +99,9 @@ def _is(value: str, kind: str) -> bool:
 class Answers:
     """Context that prints results line by line, flushing each, and reports progress.
 
-    `path` None is standard output. With `form` a file is continued: see `to_do`. With `whole` it gets all its lines
-    at once, at the end. OSError, naming the file, when it cannot be written; ValueError when it holds anything but
-    answers of this form with these options.
+    `path` None is standard output. With `form` a file is continued: see `to_do`. With `whole` all lines are written
+    at once, at the end. OSError, naming the file, if it cannot be written; ValueError if it holds anything but answers
+    of this form with these options.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Answers:
         self.total = about if isinstance(about, int) else getattr(about, "total", len(self.names))
         self.done = self.failed = 0
         self.to_do: list[str] = list(self.names)
-        """Those of the names that the file has no answer about."""
+        """Names without an answer in the file so far."""
         self._out: TextIO = sys.stdout
         self._lines: list[str] = []
         self._reports = self.total > _FEW
@@ -138,9 +138,9 @@ class Answers:
         bar = self._reports and sys.stderr.isatty()
         self._bar = tqdm(total=self.total, unit=f" {self.unit}", file=sys.stderr, dynamic_ncols=True, disable=not bar)
         if before and not self.to_do:
-            self._say(f"{self.path} has the answers about all {before} {self.unit} already: nothing to do")
+            self._say(f"{self.path} already has the answers about all {before} {self.unit}: nothing to do")
         elif before:
-            self._say(f"{self.path} has the answers about {before} {self.unit} already: going on with {self.total}")
+            self._say(f"{self.path} already has the answers about {before} {self.unit}: {self.total} left")
         if not isinstance(self._about, int) and hasattr(self._about, "walk"):
             self._report(self._about)
         return self
@@ -150,7 +150,7 @@ class Answers:
         refuse_out(path)
         if self.form is None or (os.path.lexists(path) and os.path.exists(path) and not os.path.isfile(path)):
             self.whole = False
-            self._out = Path(path).open("w", **ways)  # a pipe or a device, which keeps nothing  # noqa: SIM115
+            self._out = Path(path).open("w", **ways)  # a pipe or a device  # noqa: SIM115
             return
         size, about = _resumable(path, self.form, self.names)
         record = json.dumps(self.form.record(), indent=1).encode() + b"\n"
@@ -182,7 +182,7 @@ class Answers:
                 files.replace_file(Path(self.path), content.encode("utf-8", "surrogateescape"))
         elif self.path is not None:
             self._sync(0.0)
-            with contextlib.suppress(OSError):  # every line has been flushed, or its error is on its way
+            with contextlib.suppress(OSError):  # every line has been flushed, or its error is being raised
                 self._out.close()
         if isinstance(error, KeyboardInterrupt):
             self._say(f"stopped after {self.done} of {self.total} {self.unit}")
@@ -191,12 +191,12 @@ class Answers:
 
     def _sync(self, seconds: float) -> None:
         if self.path is not None and not self.whole and time.monotonic() - self._synced >= seconds:
-            with contextlib.suppress(OSError):  # a pipe or a device has nothing to keep
+            with contextlib.suppress(OSError):  # a pipe or a device cannot be synced
                 os.fsync(self._out.fileno())
             self._synced = time.monotonic()
 
     def text(self, name: str, *fields: str) -> None:
-        """Write one line of fields with tabs between them, the first a file's name."""
+        """Write one line of tab-separated fields, the first a file's name."""
         self._give("\t".join((shown(name), *fields)))
 
     def json(self, values: dict[str, Any]) -> None:
@@ -213,16 +213,16 @@ class Answers:
         except OSError as error:
             if self.path is None:
                 raise
-            written = f"{self.path} could not be written on after {self.done} {self.unit}: {error.strerror}"
+            written = f"{self.path} could not be written after {self.done} {self.unit}: {error.strerror}"
             raise OSError(written) from None
 
     def failure(self, name: str, reason: str) -> None:
-        """Print one line on stderr about what could not be used."""
+        """Count a failure, and print its reason as one line on stderr."""
         self.failed += 1
         self._say(f"{shown(name)}: {reason}")
 
     def readable(self, files: Iterable[ImageFile]) -> list[ImageFile]:
-        """Return the files that could be read; report each other one as a failure."""
+        """Return the files that could be read; report the others as failures."""
         read = []
         for image in files:
             if image.reason:
@@ -232,7 +232,7 @@ class Answers:
         return read
 
     def advance(self, count: int) -> None:
-        """Count `count` more as done, failed ones included."""
+        """Count `count` more as done, including failed ones."""
         self.done += count
         self._bar.update(count)
         self._sync(_SYNC_SECONDS)
@@ -248,15 +248,15 @@ class Answers:
 
 
 def refuse_out(path: str | None) -> None:
-    """Raise ValueError for a name answers cannot have: a folder's or an image's, as a shell expands --out *.jpg."""
+    """Raise ValueError if `path` is a folder or named like an image, as when a shell expands `--out *.jpg`."""
     if path is None:
         return
     if os.path.isdir(path):
         raise ValueError(f"--out {path!r} is a folder; give the name of a file")
     if os.path.splitext(path)[1].lower()[1:] in IMAGES:
         raise ValueError(
-            f"--out {path} is named like an image, and answers are text: give a name such as answers.txt "
-            "(a glob behind --out names the first image that it matches)"
+            f"--out {path} is named like an image, but answers are text: give a name such as answers.txt "
+            "(a glob after --out expands to images)"
         )
 
 
@@ -270,21 +270,21 @@ def refuse_page(option: str, path: str) -> None:
         head = file.read(4096)
     if not any(mark in head for mark in _MARKS):
         raise ValueError(
-            f"{option} {path} is there and was not written by this program, so it is not written over: give another "
-            "name, or move it away"
+            f"{option} {path} exists and was not written by this program, so it is not overwritten: give another name, "
+            "or move the file"
         )
 
 
 def _resumable(path: str, form: Form, names: Sequence[str]) -> tuple[int, list[str]]:
-    """Number of bytes of a file that are whole answers, and their subjects; a torn answer is made again."""
+    """Number of bytes of a file that are complete answers, and their subjects; an incomplete answer is repeated."""
     try:
         content = Path(path).read_bytes()
     except FileNotFoundError:
         content = b""
     record = _recorded(Path(path + _OPTIONS))
-    another = "give another --out, or delete it to start anew"
+    another = "give another --out, or delete it to start over"
     *lines, torn = content.split(b"\n")
-    torn = torn.rstrip(b"\0")  # what a power cut leaves of a line that was not on the disk yet
+    torn = torn.rstrip(b"\0")  # left by a power cut before the line was on disk
     keys = [form.key(line) for line in lines]
     if not torn and keys and keys[-1] is None:
         torn = lines[-1]
@@ -294,19 +294,17 @@ def _resumable(path: str, form: Form, names: Sequence[str]) -> tuple[int, list[s
         foreign = len(keys) + 1
     if foreign is not None:
         raise ValueError(
-            f"{path} is not what `blip {form.command}` writes with these options (line {foreign} is no such answer), "
-            "so it is not written over: give another --out"
+            f"line {foreign} of {path} is not an answer of `blip {form.command}` with these options, so the file is "
+            "not overwritten: give another --out"
         )
     if content and record is None:
-        raise ValueError(f"{path} has no {path}{_OPTIONS} beside it that says how its answers were made: {another}")
+        raise ValueError(f"{path}{_OPTIONS}, the record of how the answers in {path} were made, is missing: {another}")
     if content and record is not None:
-        # A model may have moved; what its weights are is compared.
+        # The model's folder may have moved; its weights are compared instead.
         there, now = ({k: v for k, v in record_of.items() if k != "model"} for record_of in (record, form.record()))
-        other = [
-            f"{k} {there.get(k)!r} there and {now.get(k)!r} now" for k in there | now if there.get(k) != now.get(k)
-        ]
+        other = [f"{k} {there.get(k)!r} then, {now.get(k)!r} now" for k in there | now if there.get(k) != now.get(k)]
         if other:
-            raise ValueError(f"{path} holds answers that were made with other options ({'; '.join(other)}): {another}")
+            raise ValueError(f"{path} holds answers made with other options ({'; '.join(other)}): {another}")
     if not form.as_json and keys and 0 < (count := _last_group(keys)) < form.lines:
         keys, lines = keys[:-count], lines[:-count]
     return sum(len(line) + 1 for line in lines), keys
@@ -318,7 +316,7 @@ def _last_group(keys: Sequence[str]) -> int:
 
 
 def _recorded(path: Path) -> dict[str, Any] | None:
-    """The options that are kept beside answers. ValueError for a file that is something else."""
+    """Read the options recorded beside answers. ValueError for a file that is not such a record."""
     try:
         record = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -326,10 +324,10 @@ def _recorded(path: Path) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict) or record.get("format") != _FORMAT:
-        raise ValueError(f"{path} is there and is no record of options, so it is not written over: give another --out")
+        raise ValueError(f"{path} exists and is not a record of options, so it is not overwritten: give another --out")
     return record
 
 
 def shown(name: str) -> str:
-    """A file's name as one line: control characters, which could end a line or command a terminal, are escaped."""
+    """Escape the control characters of a file's name, which could break a line or control a terminal."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: repr(match.group())[1:-1], name)

@@ -1,4 +1,4 @@
-"""The answers that a command chooses from."""
+"""Candidate answers of VQA commands."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from blip.tokenizer import Tokenizer
 
 
 def load_candidates(given: str | None, model: str | Path, method: str, tokenizer: Tokenizer) -> Candidates | None:
-    """Load the candidates that `--candidates` and `--method` (auto, rank, generate) choose; None to generate freely.
+    """Load the candidates for `--candidates` and `--method` (auto, rank, generate); None to generate freely.
 
-    Without a file, the model's own answers.json. DataError for a file that is none; ValueError where one is needed and
-    not there, or given and not needed.
+    The default is the model's answers.json. DataError for an invalid file; ValueError if one is needed and missing, or
+    given with --method generate.
     """
     if method == "generate":
         if given:
-            raise ValueError(f"--method generate chooses from no list: leave --candidates {given} out")
+            raise ValueError(f"--candidates {given} does not apply to --method generate: leave it out")
         return None
     beside = Path(model) / ANSWERS
     if given or beside.is_file():

@@ -11,28 +11,28 @@ from blip.app import exit
 from blip.errors import Stopped
 
 COMMANDS = {
-    "caption": "say what images show",
-    "match": "say how well texts fit images",
-    "search": "find images by a text",
-    "classify": "choose among classes by their names",
-    "explain": "show where a text is found in an image",
+    "caption": "caption images",
+    "match": "score how well texts match images",
+    "search": "find images by text",
+    "classify": "classify images by class names",
+    "explain": "show which image regions match a text",
     "vqa": "answer a question about images",
-    "convert": "bring weights in or take them out",
-    "demo": "try the model out in a browser",
-    "doctor": "look at what this machine has",
+    "convert": "import or export weights",
+    "demo": "try the model in a browser",
+    "doctor": "check this machine",
 }
-"""Modules of blip.app.commands with what each is for. Importing one imports no torch."""
+"""Modules of blip.app.commands, and the purpose of each. Importing one does not import torch."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line `args`, or the process's own; returns or exits with its status."""
+    """Run the command line `args`, the process's own by default; returns or exits with its status."""
     args = sys.argv[1:] if args is None else args
-    about = "BLIP: images and words."
+    about = "BLIP: images and text."
     return exit.run(lambda: options.carry_out("blip", args, COMMANDS, "blip.app.commands", about), also=Stopped)
 
 
 def command() -> NoReturn:
-    """The program `blip`."""
+    """Entry point of the program `blip`."""
     exit.leave(main)
 
 

@@ -1,7 +1,7 @@
-"""What the page of `blip demo` can do, without the page: plain functions that take and return Python values.
+"""The functions behind the page of `blip demo`, which take and return Python values.
 
-A `Demo` holds the models and answers one question at a time, whoever asks. What is off about a question is a ValueError
-or DataError with one line for the person who asked.
+A `Demo` holds the models and serves one request at a time. An invalid request raises a ValueError or DataError with one
+line for the user.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_BYTES, MAX_PIXELS = 5 << 20, 20_000_000
-"""Of an image that is given to the page."""
+"""Limits of an uploaded image."""
 MOST_CAPTIONS, MOST_TEXTS, MOST_HITS, MOST_LETTERS = 10, 20, 60, 2000
-"""Asked for at once; letters are those of one text field."""
+"""Limits of one request; letters are characters of one text field."""
 _BATCH = 16
 _SIDE = 640
-"""Longer side of the images that are shown, pixels."""
+"""Longer side of the images shown, in pixels."""
 _REPORT_BYTES = 20 << 20
 
 
 @dataclass(frozen=True)
 class FolderHit:
-    """An image of the folder that fits a text."""
+    """A search result: an image of the folder."""
 
     name: str
     """Path relative to the folder."""
@@ -60,13 +60,13 @@ class FolderHit:
     """Thumbnail."""
     itc: float
     itm: float | None
-    """Probability that the text fits; None if it was not re-ranked."""
+    """Probability that the text matches; None if not re-ranked."""
 
 
 class Demo:
-    """Models, an index of images and a CapFilt run, ready to answer; safe to call from several threads.
+    """Models, an index of images and a CapFilt run, ready for requests; safe to call from several threads.
 
-    Only whoever starts the page chooses files on this machine; its users cannot.
+    Files on this machine are chosen when the page is started; its users cannot name any.
     """
 
     def __init__(
@@ -80,9 +80,9 @@ class Demo:
         index: Index | None = None,
         run: str | None = None,
     ) -> None:
-        """`captioner` writes the captions, `matcher` unless given; `candidates` are on the device of `vqa`.
+        """Captions come from `captioner`, by default `matcher`; `candidates` must be on the device of `vqa`.
 
-        ValueError for a prompt that the captioner cannot read, or a run that is none.
+        ValueError for a prompt with words unknown to the captioner, or a `run` that is not a CapFilt run's folder.
         """
         self.matcher, self.captioner, self.vqa = matcher, captioner or matcher, vqa
         self.candidates, self.prompt, self.index = candidates, prompt, index
@@ -105,11 +105,11 @@ class Demo:
         seed: int = 0,
         prompt: str | None = None,
     ) -> list[CaptionText]:
-        """Captions of an image, as `blip caption --method beam|nucleus --num N` writes them of the same file."""
+        """Caption an image, with the same result as `blip caption --method beam|nucleus --num N`."""
         one = self.captioner
         pixels, digest = read_image(path, EvalTransform(one.model.config.vision.image_size))
         if not 1 <= num <= MOST_CAPTIONS:
-            raise ValueError(f"ask for 1 to {MOST_CAPTIONS} captions, not {num}")
+            raise ValueError(f"the number of captions must be 1 to {MOST_CAPTIONS}, got {num}")
         begin = self.prompt if prompt is None else _short(prompt)
         self._check_prompt(begin)
         config = caption_command.CaptionOptions(images=[], method=method, num=num, top_p=top_p, seed=seed).decoding()
@@ -120,12 +120,12 @@ class Demo:
 
     def _check_prompt(self, prompt: str) -> None:
         if self.captioner.tokenizer.unknown_rate([prompt]):
-            raise ValueError(f"the beginning {prompt!r} has words that the model does not know; leave it empty")
+            raise ValueError(f"the prompt {prompt!r} has words that the model does not know; leave it empty")
 
     def answer(self, path: str | None, question: str, top: int = 3) -> list[Answer]:
-        """The likeliest answers to a question about an image, as `blip vqa --top N` gives them."""
+        """Answer a question about an image, with the same result as `blip vqa --top N`."""
         if self.vqa is None:
-            raise ValueError("there is no model for questions: start the page with --vqa DIR, as recipes.vqa writes it")
+            raise ValueError("no VQA model is loaded: start the page with --vqa DIR, a model trained by recipes.vqa")
         one = self.vqa
         pixels, _ = read_image(path, EvalTransform(one.model.config.vision.image_size))
         cleaned = clean_question(_short(question))
@@ -138,19 +138,19 @@ class Demo:
             return answers(one.model, one.tokenizer, context, AnswerConfig(), self.candidates, top)[0]
 
     def match(self, path: str | None, texts: str) -> list[tuple[str, float, float]]:
-        """Texts, one a line -> each with its cosine (ITC) and the probability that it fits (ITM), as they came."""
+        """Score texts, one per line: each with its cosine (ITC) and match probability (ITM), in the order given."""
         image, _ = read_image(path, lambda decoded: decoded)
         lines = list(dict.fromkeys(line.strip() for line in _short(texts).splitlines() if line.strip()))
         if not lines:
-            raise ValueError("type a text first, or several, one a line")
+            raise ValueError("type a text first, or several, one per line")
         if len(lines) > MOST_TEXTS:
-            raise ValueError(f"give at most {MOST_TEXTS} texts at once, not {len(lines)}")
+            raise ValueError(f"at most {MOST_TEXTS} texts can be compared at once, got {len(lines)}")
         with self._lock, self.matcher.computing():
             matches = self.features.match([image], lines)
         return list(zip(lines, matches.itc[0].tolist(), matches.probability[0].tolist(), strict=True))
 
     def explain_match(self, path: str | None, text: str) -> tuple[float, list[tuple[str, Image.Image]]]:
-        """The probability that a text fits, and the image under the map of the whole text and of each word."""
+        """Match probability of a text, and the image overlaid with the map of the whole text and of each word."""
         image, _ = read_image(path, _small)
         if not text.strip():
             raise ValueError("type a text first")
@@ -161,9 +161,9 @@ class Demo:
     # A folder -----------------------------------------------------------------------------------------------------
 
     def refresh(self, report: Callable[[int, int], None] = lambda done, total: None) -> tuple[int, int]:
-        """Bring the index up to date -> images that can be searched, and that cannot be used.
+        """Update the index; returns the numbers of searchable and of unusable images.
 
-        `report` is called with the number of new images that are done, and their total.
+        `report` is called with the number of new images done, and their total.
         """
         index = self._searched()
         paths = find([str(index.folder)]).paths
@@ -179,17 +179,17 @@ class Demo:
         return self.counts()
 
     def counts(self) -> tuple[int, int]:
-        """How many images of the folder can be searched, and how many cannot be used."""
+        """The numbers of searchable and of unusable images in the folder."""
         index = self._searched()
         return len(index.readable), len(index.entries) - len(index.readable)
 
     def search(self, text: str, top: int = 12, rerank: int = 16) -> list[FolderHit]:
-        """The images of the folder that fit a text best, as `blip search --top N` finds them."""
+        """The images of the folder that match a text best, with the same result as `blip search --top N`."""
         index = self._searched()
         if not text.strip():
-            raise ValueError("type what to look for first")
+            raise ValueError("type a text to search for first")
         if not 1 <= top <= MOST_HITS:
-            raise ValueError(f"ask for 1 to {MOST_HITS} images, not {top}")
+            raise ValueError(f"the number of images must be 1 to {MOST_HITS}, got {top}")
         with self._lock, self.matcher.computing():
             embed = self.features.embed_text([_short(text)])
             hits = search_command.find_one(index, self.features, self.matcher, _short(text), embed, top, rerank)
@@ -197,14 +197,14 @@ class Demo:
         for hit in hits:
             try:
                 image = images.model_input(hit.path, DataConfig.max_pixels, _small, _SIDE)
-            except UnreadableImage:  # it went away since it was indexed
+            except UnreadableImage:  # removed since it was indexed
                 continue
             hits_shown.append(FolderHit(str(hit.path.relative_to(index.folder)), image, hit.itc, hit.itm))
         return hits_shown
 
     def _searched(self) -> Index:
         if self.index is None:
-            raise ValueError("there is no folder to search: start the page with --folder DIR")
+            raise ValueError("no folder is indexed: start the page with --folder DIR")
         return self.index
 
     # A CapFilt run ------------------------------------------------------------------------------------------------
@@ -217,14 +217,14 @@ class Demo:
         return [path.parent.name for path in sorted(pages, key=lambda path: (-path.stat().st_mtime, path))]
 
     def report(self, name: str | None) -> str:
-        """The page of a report of the run, as HTML that nobody vouches for: its account, and texts kept and dropped."""
+        """A report of the run, as untrusted HTML."""
         if self.run is None:
-            raise ValueError("there is no CapFilt run: start the page with --capfilt RUN")
+            raise ValueError("no CapFilt run is open: start the page with --capfilt RUN")
         if name not in self.reports():
-            raise ValueError(f"the run has no such report; `python -m capfilt report {self.run}` writes one")
+            raise ValueError(f"the run has no such report; write one with `python -m capfilt report {self.run}`")
         path = self.run / "report" / name / "report.html"
         if path.stat().st_size > _REPORT_BYTES:
-            raise ValueError(f"the report {name} is too large for this page; open {path} itself")
+            raise ValueError(f"the report {name} is too large for this page; open {path} directly")
         return path.read_text("utf-8", "replace")
 
 
@@ -233,9 +233,9 @@ def probability(answer: Answer | CaptionText) -> float:
 
 
 def read_image(path: str | None, transform: Callable[[Image.Image], T]) -> tuple[T, str]:
-    """A file that somebody gave the page -> what `transform` makes of the image, and the SHA-256 of its bytes.
+    """Read an uploaded file; returns the transformed image, and the SHA-256 of its bytes.
 
-    ValueError if it will not do.
+    ValueError if it cannot be used.
     """
     if not path:
         raise ValueError("choose an image first")
@@ -254,5 +254,5 @@ def _small(image: Image.Image) -> Image.Image:
 
 def _short(text: str) -> str:
     if len(text) > MOST_LETTERS:
-        raise ValueError(f"a text may have {MOST_LETTERS:,} letters, this has {len(text):,}")
+        raise ValueError(f"the text has {len(text):,} characters; the limit is {MOST_LETTERS:,}")
     return text

@@ -1,7 +1,7 @@
-"""The page of `blip demo`: layout and access control. What it can do is in `blip.app.demo`.
+"""The page of `blip demo`: layout and access control. Its functions are in `blip.app.demo`.
 
-Only those who sit at this machine are let in unless its owner says otherwise, files are served from one private folder,
-and neither the page nor the server asks another machine for anything.
+Only users of this machine are admitted unless `--host` says otherwise, files are served from one private folder, and
+neither the page nor the server sends requests to other machines.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ if TYPE_CHECKING:
     from blip.inference.generate import CaptionText
 
 _WAITING = 64
-"""Questions that may wait for the model; later ones are told so."""
+"""Most requests that may wait for the model; further ones are refused with a message."""
 _KEPT = 3600
-"""Seconds that an uploaded image stays."""
+"""Seconds for which an uploaded image is kept."""
 _MOST_BYTES = MAX_BYTES + (64 << 10)
-"""Of a request's body: an image and what is around it in a form."""
+"""Most bytes of a request body: an image and its form encoding."""
 _LOCAL = ("127.0.0.1", "localhost", "[::1]")
 _POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     "style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
 )
-"""What a browser may load for the page: nothing from elsewhere."""
+"""Content-Security-Policy of the page: nothing is loaded from other servers."""
 _CSS = """
 .answer{font-size:15px}.answer p{margin:2px 0}.answer table{width:100%;border-collapse:collapse}
 .answer table,.answer table tr{border:0!important}
@@ -60,20 +60,20 @@ footer{display:none!important}
 """
 
 
-# What keeps it shut --------------------------------------------------------------------------------------------------
+# Access control ------------------------------------------------------------------------------------------------------
 
 
 def upload() -> gr.Image:
     """An upload field that passes the file on unchanged; `blip.data.images` opens it, with its limits.
 
-    The methods are put on the field itself, as Gradio writes a file beside the code of any class made from its own.
+    The methods are set on the instance because Gradio writes a stub file next to the code of any subclass.
     """
     made = gr.Image(label="Image", sources=["upload", "clipboard"], type="filepath", height=360, buttons=["fullscreen"])
     keep = made.async_move_resource_to_block_cache
 
     async def keep_own(path: str | Path | None) -> str | None:
         if "://" in str(path or ""):
-            raise gr.Error("Images are not fetched; upload the file.", print_exception=False)
+            raise gr.Error("Images are not fetched from addresses; upload the file.", print_exception=False)
         return await keep(path)
 
     made.async_move_resource_to_block_cache = keep_own
@@ -86,10 +86,10 @@ class _TooLargeError(Exception):
 
 
 class Guard:
-    """ASGI middleware: refuses other hosts' names, large requests and whatever would fetch from elsewhere."""
+    """ASGI middleware that refuses other host names, large requests and requests that make the server fetch."""
 
     def __init__(self, app: Any, hosts: tuple[str, ...] | None) -> None:
-        """`hosts` are names by which the page may be asked for, all if None: a page elsewhere cannot pose as ours."""
+        """`hosts` are the allowed names in Host headers, all if None; this stops DNS rebinding."""
         self.app, self.hosts = app, hosts
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -103,14 +103,14 @@ class Guard:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > _MOST_BYTES:  # of a body that came without its length, or with a wrong one
+            if received > _MOST_BYTES:  # a body without Content-Length, or with a wrong one
                 raise _TooLargeError
             return message
 
         async def with_policy(message: dict[str, Any]) -> None:
             nonlocal started
             if received > _MOST_BYTES and not started:
-                return  # whatever the application made of the error
+                return  # drop the application's own answer to the error
             started = True
             if message["type"] == "http.response.start":
                 message["headers"] = [
@@ -133,7 +133,7 @@ class Guard:
     def _refusal(self, scope: dict[str, Any]) -> PlainTextResponse | None:
         headers = dict(scope["headers"])
         if self.hosts is not None and _name(headers.get(b"host", b"").decode("latin1")) not in self.hosts:
-            return PlainTextResponse("This page is for its own machine only.", 403)
+            return PlainTextResponse("This page can only be opened on its own machine.", 403)
         path = scope["path"].lower()
         if "proxy=" in path or ("file" in path and ":/" in path) or "/vibe-" in path:
             return PlainTextResponse("Not allowed.", 403)
@@ -146,7 +146,7 @@ def _too_large() -> PlainTextResponse:
 
 
 def _name(host: str) -> str:
-    """A Host header without its port."""
+    """Strip the port from a Host header."""
     return host[: host.rindex(":")] if ":" in host and not host.endswith("]") else host
 
 
@@ -161,7 +161,7 @@ def is_local(host: str) -> bool:
 
 
 def _friendly(function: Callable) -> Callable:
-    """Show user errors on the page; print any other error to the terminal and refer to it on the page."""
+    """Show user errors on the page; print other errors to the terminal, and point to it on the page."""
 
     @functools.wraps(function)
     def answer(*values: Any, **named: Any) -> Any:
@@ -171,7 +171,7 @@ def _friendly(function: Callable) -> Callable:
             raise gr.Error(html.escape(one_line(error)), title="Please check", print_exception=False) from None
         except Exception:
             traceback.print_exc()
-            message = "Something went wrong. The terminal in which blip demo runs says what."
+            message = "Something went wrong. See the terminal in which blip demo runs."
             raise gr.Error(message, print_exception=False) from None
 
     return answer
@@ -179,7 +179,7 @@ def _friendly(function: Callable) -> Callable:
 
 @contextmanager
 def serving(demo: Demo, host: str = "127.0.0.1", port: int | None = None) -> Iterator[str]:
-    """The page's address, which answers as long as the context is open; a free port from 7860 on unless given one.
+    """Serve the page while the context is open; gives its address, with the first free port from 7860 by default.
 
     OSError if it cannot listen there.
     """
@@ -220,9 +220,9 @@ def serving(demo: Demo, host: str = "127.0.0.1", port: int | None = None) -> Ite
 def _environment(folder: str) -> Iterator[None]:
     """Set the environment variables that configure Gradio while the page is shown."""
     before = dict(os.environ)
-    os.environ.pop("GRADIO_ALLOWED_PATHS", None)  # it would open folders that nobody here asked for
+    os.environ.pop("GRADIO_ALLOWED_PATHS", None)  # it would expose folders that no option names
     os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_EXAMPLES_CACHE": str(Path(folder, "examples"))}
-    near = os.environ.get("NO_PROXY", os.environ.get("no_proxy", ""))  # Gradio asks itself once whether it is there
+    near = os.environ.get("NO_PROXY", os.environ.get("no_proxy", ""))  # Gradio connects to itself once
     os.environ |= {
         "GRADIO_ANALYTICS_ENABLED": "False",
         "NO_PROXY": ",".join(filter(None, (near, "127.0.0.1", "localhost"))),
@@ -235,21 +235,21 @@ def _environment(folder: str) -> Iterator[None]:
 
 
 def serve(demo: Demo, host: str, port: int | None, say: Callable[[str], None]) -> None:
-    """Show the page until a key press or SIGTERM ends it; the images that were given to it go with it."""
+    """Serve the page until Ctrl-C or SIGTERM; uploaded images are deleted at the end."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with serving(demo, host, port) as address:
-        say(f"{address} shows the page; Ctrl-C ends it")
+        say(f"{address} shows the page; press Ctrl-C to stop")
         threading.Event().wait()
 
 
-# What stands on it ----------------------------------------------------------------------------------------------------
+# Layout ---------------------------------------------------------------------------------------------------------------
 
 
 def layout(demo: Demo) -> gr.Blocks:
-    """The page; nothing listens yet."""
-    model = {"concurrency_limit": 1, "concurrency_id": "model"}  # one question at a time is with the model
+    """Build the page, without serving it."""
+    model = {"concurrency_limit": 1, "concurrency_id": "model"}  # one request at a time uses the model
     with gr.Blocks(title="BLIP", analytics_enabled=False, delete_cache=(600, _KEPT), fill_width=False) as made:
-        gr.Markdown("# BLIP\nA model that describes images, answers questions about them and finds them by words.")
+        gr.Markdown("# BLIP\nDescribe images, ask questions about them, and find them by text.")
         with gr.Tab("An image"), gr.Row():
             with gr.Column(scale=2):
                 image = upload()
@@ -269,14 +269,14 @@ def layout(demo: Demo) -> gr.Blocks:
 
 def _caption_tab(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
     with gr.Tab("Describe"):
-        ways = [("search for the likeliest (beam)", "beam"), ("draw by chance (nucleus)", "nucleus")]
-        method = gr.Radio(ways, value="beam", label="How")
+        ways = [("most likely captions (beam search)", "beam"), ("varied captions (nucleus sampling)", "nucleus")]
+        method = gr.Radio(ways, value="beam", label="Method")
         num = gr.Slider(1, MOST_CAPTIONS, value=3, step=1, label="Captions")
         with gr.Accordion("More", open=False):
-            prompt = gr.Textbox(demo.prompt, label="Captions go on from", max_length=200)
+            prompt = gr.Textbox(demo.prompt, label="Prompt that captions continue", max_length=200)
             with gr.Row():
-                top_p = gr.Slider(0.1, 1.0, value=0.9, step=0.05, label="Draw from this share (top-p)")
-                seed = gr.Number(0, label="Seed of what is drawn", precision=0)
+                top_p = gr.Slider(0.1, 1.0, value=0.9, step=0.05, label="Probability mass to sample from (top-p)")
+                seed = gr.Number(0, label="Random seed of sampling", precision=0)
         button = gr.Button("Describe it", variant="primary")
         output = gr.HTML(elem_id="captions", elem_classes="answer", min_height=40)
 
@@ -289,10 +289,10 @@ def _caption_tab(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
 
 
 def captions(texts: list[CaptionText]) -> str:
-    """Captions as an HTML list."""
+    """Format captions as an HTML list."""
     rows = [
-        f"<li>{html.escape(text.words) or '(nothing)'} <small>log-probability {text.logprob:.2f}"
-        f"{'' if text.finished else ', cut at the longest length'}</small></li>"
+        f"<li>{html.escape(text.words) or '(empty)'} <small>log-probability {text.logprob:.2f}"
+        f"{'' if text.finished else ', cut off at the maximum length'}</small></li>"
         for text in texts
     ]
     return f"<ol>{''.join(rows)}</ol>"
@@ -302,7 +302,7 @@ def _answer_tab(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
     with gr.Tab("Ask"):
         if demo.vqa is None:
             gr.Markdown(
-                "There is no model for questions. Start the page with one that `recipes.vqa` has trained:\n\n"
+                "No VQA model is loaded. Start the page with one trained by `recipes.vqa`:\n\n"
                 "```\nblip demo --model ... --vqa runs/vqa/model\n```"
             )
             return
@@ -321,7 +321,7 @@ def _answer_tab(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
 def _match_tab(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
     with gr.Tab("Match"):
         texts = gr.Textbox(
-            label="Texts that may fit, one a line", lines=4, placeholder="a dog on the beach\na cat", max_length=2000
+            label="Texts to compare, one per line", lines=4, placeholder="a dog on the beach\na cat", max_length=2000
         )
         button = gr.Button("Compare", variant="primary")
         output = gr.HTML(elem_id="matches", elem_classes="answer", min_height=40)
@@ -333,13 +333,13 @@ def _match_tab(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
 
 
 def matches(scored: list[tuple[str, float, float]]) -> str:
-    """Texts as an HTML table, the best match first."""
+    """Format texts as an HTML table, the best match first."""
     rows = [(text, itm, f"{itc:.3f}") for text, itc, itm in sorted(scored, key=lambda one: -one[2])]
     return bars(("text", "fits (ITM)", "cosine (ITC)"), rows)
 
 
 def bars(head: tuple[str, str, str], rows: list[tuple[str, float, str]]) -> str:
-    """Texts with a share, which is drawn too, and one more figure -> an HTML table."""
+    """Format (text, share, more) rows as an HTML table, the share also as a bar."""
     cells = "".join(
         f'<tr><td>{html.escape(text)}</td><td class="track"><div><span class="bar" style="width:{100 * share:.1f}%">'
         f'</span></div></td><td class="n">{100 * share:.1f}%</td><td class="n">{more}</td></tr>'
@@ -351,7 +351,7 @@ def bars(head: tuple[str, str, str], rows: list[tuple[str, float, str]]) -> str:
 
 def _explain_tab(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
     with gr.Tab("Where it looks"):
-        text = gr.Textbox(label="What may be seen in it", placeholder="a dog next to a red bicycle", max_length=300)
+        text = gr.Textbox(label="Text to explain", placeholder="a dog next to a red bicycle", max_length=300)
         button = gr.Button("Show where", variant="primary")
         summary = gr.HTML(elem_id="looks", elem_classes="answer")
         maps = gr.Gallery(
@@ -361,7 +361,7 @@ def _explain_tab(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
 
         def show(path: str | None, words: str) -> tuple[str, list[tuple[Image.Image, str]]]:
             chance, shown = demo.explain_match(path, words)
-            sentence = f"<p>The text fits with {100 * chance:.1f}%. Red speaks for it, blue does not.</p>"
+            sentence = f"<p>Probability of a match: {100 * chance:.1f}%. Red is evidence for it, blue is none.</p>"
             return sentence, [(image, word) for word, image in shown]
 
         for start in (button.click, text.submit):
@@ -370,12 +370,10 @@ def _explain_tab(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
 
 def _search_tab(demo: Demo, model: dict[str, Any]) -> None:
     if demo.index is None:
-        gr.Markdown(
-            "There is no folder to search. Start the page with one:\n\n```\nblip demo --model ... --folder photos\n```"
-        )
+        gr.Markdown("No folder is indexed. Start the page with one:\n\n```\nblip demo --model ... --folder photos\n```")
         return
     with gr.Row():
-        text = gr.Textbox(label="What to look for", placeholder="a red bicycle", max_length=300, scale=3)
+        text = gr.Textbox(label="Text to search for", placeholder="a red bicycle", max_length=300, scale=3)
         top = gr.Slider(1, MOST_HITS, value=12, step=1, label="Images", scale=2)
     button = gr.Button("Search", variant="primary")
     state = gr.HTML(_counted(*demo.counts()), elem_id="indexed", elem_classes="answer")
@@ -383,7 +381,7 @@ def _search_tab(demo: Demo, model: dict[str, Any]) -> None:
         show_label=False, columns=4, object_fit="contain", height=560, elem_id="found", buttons=["fullscreen"],
         format="jpeg", interactive=False,
     )  # fmt: skip
-    again = gr.Button("Look for new and changed images", size="sm")
+    again = gr.Button("Index new and changed images", size="sm")
 
     def show(words: str, count: float) -> list[tuple[Image.Image, str]]:
         hits = demo.search(words, int(count))
@@ -391,7 +389,7 @@ def _search_tab(demo: Demo, model: dict[str, Any]) -> None:
 
     def refresh(progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
         def report(done: int, total: int) -> None:
-            progress((done, total), desc="Looking at images", unit="images")
+            progress((done, total), desc="Indexing images", unit="images")
 
         return _counted(*demo.refresh(report))
 
@@ -402,7 +400,7 @@ def _search_tab(demo: Demo, model: dict[str, Any]) -> None:
 
 def _counted(readable: int, unreadable: int) -> str:
     left = f"; {unreadable:,} files cannot be used" if unreadable else ""
-    legend = "Below each that is found: how well the text fits (ITM), the cosine (ITC) and its name."
+    legend = "Below each result: probability of a match (ITM), cosine (ITC) and name."
     return f"<p>{readable:,} images can be searched{left}. {legend}</p>"
 
 
@@ -413,10 +411,7 @@ def _hit(rank: int, name: str, itc: float, itm: float | None) -> str:
 
 def _capfilt_tab(demo: Demo, made: gr.Blocks) -> None:
     if demo.run is None:
-        gr.Markdown(
-            "There is no CapFilt run to look into. Start the page with one:\n\n"
-            "```\nblip demo --model ... --capfilt run\n```"
-        )
+        gr.Markdown("No CapFilt run is open. Start the page with one:\n\n```\nblip demo --model ... --capfilt run\n```")
         return
     names = demo.reports()
     choice = gr.Dropdown(names, value=names[0] if names else None, label="Report", elem_id="report")
@@ -424,7 +419,7 @@ def _capfilt_tab(demo: Demo, made: gr.Blocks) -> None:
     output = gr.HTML(elem_id="capfilt", elem_classes="answer")
 
     def show(name: str | None) -> str:
-        # The report is of a crawl: it stands in a frame in which nothing runs and which is nobody's origin.
+        # The report shows untrusted texts of a crawl, so it is sandboxed: no scripts, and an origin of its own.
         content = html.escape(demo.report(name), quote=True)
         return f'<iframe sandbox="" title="CapFilt report" srcdoc="{content}"></iframe>'
 

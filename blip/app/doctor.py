@@ -1,6 +1,6 @@
 """Diagnosis of this machine for the project: a list of findings, each with its remedy.
 
-Nothing here waits long, raises, or needs more than Python itself to start: it is asked when something is wrong.
+It is run when something is wrong, so no check waits long or raises, and importing it needs only Python itself.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ OK, MISSING, WRONG = "ok", "missing", "wrong"
 _EXTRAS = {
     "demo": "the page of `blip demo`",
     "ray": "CapFilt on several machines",
-    "video": "clips",
-    "tensorboard": "a tracker of training",
-    "wandb": "a tracker of training",
-    "trackio": "a tracker of training",
+    "video": "video clips",
+    "tensorboard": "tracking of training runs",
+    "wandb": "tracking of training runs",
+    "trackio": "tracking of training runs",
 }
 TOKENIZERS = ("google-bert/bert-base-uncased", "bert-base-uncased")
-"""The vocabulary of the released models, as the hub calls it; the synthetic world brings its own."""
+"""Hub names of the released models' vocabulary; the synthetic world has its own."""
 _TARFILE_MENDED = {(3, 11): (3, 11, 10), (3, 12): (3, 12, 6)}
-"""First releases of two series without CVE-2024-6232; later series never had it, but for candidates of 3.13.0."""
+"""First releases of two series without CVE-2024-6232; later series never had it, except candidates of 3.13.0."""
 LITTLE_DISK = 5 << 30
-"""Bytes; less is told. A checkpoint of a base model with its optimizer is about 4 GB, and two are kept."""
+"""Free bytes below which a hint is given. A base model's checkpoint with optimizer is about 4 GB; two are kept."""
 _SECONDS = 10.0
-"""For a program that is asked for its version."""
+"""Time limit of a program asked for its version."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class Finding:
 
     name: str
     status: str
-    """OK, MISSING (something that not everybody needs) or WRONG (the core does not work)."""
+    """OK, MISSING (something optional) or WRONG (the core does not work)."""
     said: str
     remedy: str = ""
-    """What to do; empty if nothing has to be done."""
+    """What to do; empty if nothing needs to be done."""
 
 
 def examine(folder: Path) -> Iterator[Finding]:
@@ -61,9 +61,9 @@ def examine(folder: Path) -> Iterator[Finding]:
     for check in checks:
         try:
             yield from check()
-        except Exception as error:  # a doctor who falls ill says so and goes on
+        except Exception as error:  # a check that fails is reported like any finding
             name = getattr(check, "__name__", "disk").strip("<>")
-            yield Finding(name, WRONG, f"could not be looked at: {type(error).__name__}: {_line(error)}")
+            yield Finding(name, WRONG, f"check failed: {type(error).__name__}: {_line(error)}")
 
 
 def works(findings: list[Finding]) -> bool:
@@ -86,22 +86,22 @@ def python() -> list[Finding]:
 
 
 def tar_reader() -> list[Finding]:
-    """Whether an archive can keep this Python's tarfile busy for hours; our own reader does not use that part."""
+    """Whether an archive can keep this Python's tarfile busy for hours; our own reader is not affected."""
     if sys.version_info >= _TARFILE_MENDED.get(sys.version_info[:2], (3, 13, 0, "candidate", 2)):
         return []
-    detail = f"an archive can hold up the tarfile of Python {platform.python_version()} for hours (CVE-2024-6232); "
-    detail += "training and CapFilt read shards without that part of it"
+    detail = f"a malicious archive can block tarfile of Python {platform.python_version()} for hours (CVE-2024-6232); "
+    detail += "training and CapFilt are not affected"
     return [
-        Finding("tarfile", OK, detail, "use Python 3.11.10, 3.12.6 or newer for programs that open foreign archives")
+        Finding("tarfile", OK, detail, "use Python 3.11.10, 3.12.6 or newer for programs that open untrusted archives")
     ]
 
 
 def core() -> list[Finding]:
-    """What the project cannot do without, and whether its largest parts can be imported."""
+    """Check the required packages, and whether the largest of them can be imported."""
     packages = installed.packages()
     faults = [
         Finding(
-            one.name, WRONG, f"{one.version or 'not installed'}, {one.wanted or 'any version'} is needed", one.remedy
+            one.name, WRONG, f"{one.version or 'not installed'}; {one.wanted or 'any version'} is needed", one.remedy
         )
         for one in packages
         if not one.fits
@@ -112,18 +112,18 @@ def core() -> list[Finding]:
             try:
                 importlib.import_module(name)
             except Exception as error:
-                detail = f"{here[name]} is there and cannot be imported: {_line(error)}"
-                faults.append(Finding(name, WRONG, detail, f"install it again: pip install --force-reinstall {name}"))
+                detail = f"{here[name]} is installed but cannot be imported: {_line(error)}"
+                faults.append(Finding(name, WRONG, detail, f"reinstall it: pip install --force-reinstall {name}"))
     listed = Finding("packages", OK, ", ".join(f"{name} {version}" for name, version in here.items()))
     return [*faults, listed, *(tested(name, here[name]) for name in installed.TESTED if name in here)]
 
 
 def tested(name: str, version: str) -> Finding:
-    """Whether the test-suite passes on this series of a package."""
+    """Whether the test suite passes on this series of a package."""
     oldest, newest = installed.TESTED[name]
     if _series(oldest) <= _series(version) <= _series(newest):
-        return Finding(name, OK, f"{version}, of the series that are tested ({oldest} to {newest})")
-    detail = f"{version} is not of the series that are tested ({oldest} to {newest}); it may do as well"
+        return Finding(name, OK, f"{version}, within the tested range ({oldest} to {newest})")
+    detail = f"{version} is outside the tested range ({oldest} to {newest}); it may work as well"
     return Finding(name, OK, detail)
 
 
@@ -145,9 +145,9 @@ def extras() -> list[Finding]:
 
 
 def video() -> list[Finding]:
-    """What reads clips: PyAV with the FFmpeg inside it. A program called ffmpeg is not used."""
+    """Check PyAV, which reads clips with its own FFmpeg. An ffmpeg program is not used."""
     if importlib.util.find_spec("av") is None:
-        return []  # `extras` has said so
+        return []  # reported by `extras`
     import av
 
     parts = ", ".join(f"{name} {'.'.join(map(str, version))}" for name, version in av.library_versions.items()
@@ -156,30 +156,30 @@ def video() -> list[Finding]:
 
 
 def java(seconds: float = _SECONDS) -> list[Finding]:
-    """The Java that METEOR, SPICE and Stanford's tokenizer run in."""
+    """Check Java, which METEOR, SPICE and Stanford's tokenizer need."""
     need = "METEOR, SPICE and Stanford's tokenizer"
-    remedy = "install one (Debian: apt-get install default-jre-headless); scores without it say so"
+    remedy = "install a JRE (Debian: apt-get install default-jre-headless); evaluations without it say what is missing"
     where = startup.program("java")
     if where is None:
-        return [Finding("java", MISSING, f"there is no java on PATH, for {need}", remedy)]
+        return [Finding("java", MISSING, f"no java on PATH, for {need}", remedy)]
     try:
         ran = subprocess.run(
             [where, "-version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, text=True,
             errors="replace", start_new_session=True,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
-        return [Finding("java", MISSING, f"{where} does not answer ({_line(error)})", remedy)]
+        return [Finding("java", MISSING, f"{where} does not run ({_line(error)})", remedy)]
     output = (ran.stderr or ran.stdout).strip().splitlines()
     if ran.returncode or not output:
         return [Finding("java", MISSING, f"{where} ends with status {ran.returncode}", remedy)]
     return [Finding("java", OK, f"{output[0]}, for {need}")]
 
 
-# What computes --------------------------------------------------------------------------------------------------------
+# Hardware -------------------------------------------------------------------------------------------------------------
 
 
 def hardware() -> list[Finding]:
-    """The device that commands and training choose by themselves, and the precision that they compute in."""
+    """The device and precision that commands and training use by default."""
     import torch
 
     from blip.nn import linear
@@ -194,9 +194,9 @@ def hardware() -> list[Finding]:
         return [*findings, _precision("cuda")]
     detail = f"cpu {_processor()}; kernels: {torch.backends.cpu.get_cpu_capability()}"
     fast = [name for name, flag in (("AMX", "amx_bf16"), ("AVX512-BF16", "avx512_bf16")) if flag in _flags()]
-    usual = "yes" if multiplies_bfloat16(torch.device("cpu")) else "no, so it would be slow"
+    usual = "yes" if multiplies_bfloat16(torch.device("cpu")) else "no (it would be slow)"
     detail += f"; bfloat16 in hardware: {', '.join(fast) or usual}"
-    detail += f"; float32 products by {'oneDNN' if linear.ONEDNN else 'MKL or what PyTorch has'}"
+    detail += f"; float32 matrix products by {'oneDNN' if linear.ONEDNN else 'MKL or PyTorch'}"
     return [Finding("device", OK, detail), _precision("cpu")]
 
 
@@ -207,19 +207,19 @@ def _precision(device: str) -> Finding:
     from blip.train.settings import TrainConfig
 
     training = str(precision(TrainConfig(precision="auto"), torch.device(device))).removeprefix("torch.")
-    return Finding("precision", OK, f"commands compute in float32, training in {training}, unless told otherwise")
+    return Finding("precision", OK, f"commands compute in float32, training in {training}, by default")
 
 
 def cores() -> list[Finding]:
-    """How many cores there are, may be used, and are used."""
+    """Count cores: present, available and used."""
     import torch
 
     there = os.cpu_count() or 1
     mine = processes.cores()
-    detail = f"{torch.get_num_threads()} threads compute; {mine} of {there} cores are this process's"
+    detail = f"{torch.get_num_threads()} compute threads; {mine} of {there} cores available to this process"
     share = _share()
     if share:
-        detail += f", of which it gets {share:g} by the container's limit"
+        detail += f", limited to {share:g} by the container"
     if os.environ.get("OMP_NUM_THREADS"):
         detail += f"; OMP_NUM_THREADS is {os.environ['OMP_NUM_THREADS']}"
     if share and torch.get_num_threads() > share + 1:
@@ -228,17 +228,17 @@ def cores() -> list[Finding]:
 
 
 def memory() -> list[Finding]:
-    """Main memory, and what a container may have of it."""
+    """Main memory, and a container's limit of it."""
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     detail = f"{_size(there)} of main memory"
     limit = _read("/sys/fs/cgroup/memory.max")
     if limit.isdigit() and int(limit) < there:
-        detail += f", of which the container gets {_size(int(limit))}"
+        detail += f", limited to {_size(int(limit))} by the container"
     return [Finding("memory", OK, detail)]
 
 
 def _share() -> float | None:
-    """Cores' worth of time that a container may use."""
+    """CPU limit of a container, in cores."""
     quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
     return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
 
@@ -253,17 +253,17 @@ def _flags() -> list[str]:
     return listed.group(1).split() if listed else []
 
 
-# What is written and fetched ------------------------------------------------------------------------------------------
+# Disk and network -----------------------------------------------------------------------------------------------------
 
 
 def disk(folder: Path) -> Finding:
-    """Whether runs can be written, and how much."""
+    """Whether runs can be written, and the space left for them."""
     at = folder.absolute()
     while not at.exists():
         at = at.parent
     free = shutil.disk_usage(at).free
     detail = f"{_size(free)} free for {folder}"
-    remedy = "give a folder that is yours: blip doctor --out DIR, and out=DIR to the recipes"
+    remedy = "use a folder that you can write to: blip doctor --out DIR, and --out DIR with the recipes"
     try:
         if not at.is_dir():
             raise NotADirectoryError(0, "it is a file")
@@ -277,21 +277,21 @@ def disk(folder: Path) -> Finding:
 
 
 def cache() -> Finding:
-    """Where files of the hub are kept."""
+    """The local cache of files from the hub."""
     from huggingface_hub import constants
 
     where = Path(constants.HF_HUB_CACHE)
     at = where
     while not at.exists():
         at = at.parent
-    detail = f"files of the hub are kept in {where}, {_size(shutil.disk_usage(at).free)} free"
+    detail = f"files from the hub are cached in {where}, {_size(shutil.disk_usage(at).free)} free"
     if not os.access(at, os.W_OK):
-        return Finding("cache", MISSING, f"{detail}; it cannot be written", "set HF_HOME to a folder that is yours")
+        return Finding("cache", MISSING, f"{detail}; it cannot be written", "set HF_HOME to a writable folder")
     return Finding("cache", OK, detail)
 
 
 def hub() -> list[Finding]:
-    """Whether the hub answers, and whether the tokenizers are at hand."""
+    """Whether the hub can be reached, and the tokenizers are available."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     from blip import hub as ours
@@ -302,18 +302,18 @@ def hub() -> list[Finding]:
         first = Finding("hub", OK, f"{constants.ENDPOINT} can be reached")
     elif constants.HF_HUB_OFFLINE:
         first = Finding(
-            "hub", MISSING, "HF_HUB_OFFLINE is set, so nothing is fetched", "unset it to fetch models by name"
+            "hub", MISSING, "HF_HUB_OFFLINE is set, so nothing is downloaded", "unset it to download models by name"
         )
     else:
-        remedy = "give models and tokenizers as local paths, or set HTTPS_PROXY"
+        remedy = "use local paths for models and tokenizers, or set HTTPS_PROXY"
         first = Finding("hub", MISSING, f"{constants.ENDPOINT} cannot be reached", remedy)
-    world = Finding("tokenizer", OK, f"of the synthetic world, {len(Tokenizer.load('world')):,} pieces")
+    world = Finding("tokenizer", OK, f"of the synthetic world, {len(Tokenizer.load('world')):,} word pieces")
     for name in TOKENIZERS:
         if isinstance(try_to_load_from_cache(name, "tokenizer.json"), str):
             return [first, world, Finding("tokenizer", OK, f"{name} is in the local cache")]
     if reached:
-        return [first, world, Finding("tokenizer", OK, f"{TOKENIZERS[0]} is fetched when it is first needed")]
-    remedy = f"run `hf download {TOKENIZERS[0]} tokenizer.json` where there is a network, or give a local vocab.txt"
+        return [first, world, Finding("tokenizer", OK, f"{TOKENIZERS[0]} is downloaded when first needed")]
+    remedy = f"run `hf download {TOKENIZERS[0]} tokenizer.json` with network access, or give a local vocab.txt"
     return [first, world, Finding("tokenizer", MISSING, f"{TOKENIZERS[0]} is not in the local cache", remedy)]
 
 

@@ -15,20 +15,20 @@ from blip.errors import DataError, Stopped
 from blip.files import not_permitted
 
 SOME_FAILED, WRONG_USE, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
-"""Exit statuses: the work could not be done, or not for all of the input; options, files or settings do not fit; and
-what a shell reports of a program that SIGINT or SIGPIPE ended."""
+"""Exit statuses: the work failed for some or all of the input; invalid options, files or settings; and a shell's
+statuses of programs ended by SIGINT and SIGPIPE."""
 
 
 def run(main: Callable[[], int | None], *, also: type[Exception] = DataError) -> int:
-    """Run a program; print user errors, and those of the classes `also`, as one line without a traceback.
+    """Run a program; print user errors, including those of class `also`, as one line without a traceback.
 
-    Returns its status, or raises SystemExit with that of what stopped it.
+    Returns its status, or raises SystemExit with the status of the error or signal.
     """
     try:
         return main() or 0
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
-    except BrokenPipeError:  # the reader, `head` say, has what it wanted
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(PIPE_CLOSED) from None
     except (DataError, ValueError, OSError, also) as error:
@@ -38,10 +38,10 @@ def run(main: Callable[[], int | None], *, also: type[Exception] = DataError) ->
 
 
 def leave(main: Callable[[], int | None]) -> NoReturn:
-    """Run a program and end the process with its status, and nothing that libraries do afterwards can change that.
+    """Run a program and end the process with its status, whatever libraries do on unloading.
 
-    What Python does at its end is done: threads are waited for, and what is registered with `atexit` is called. What
-    C++ libraries do when they are unloaded is not: under load one of them has aborted after all was said.
+    Python's own shutdown steps are done: threads are joined and `atexit` functions called. Destructors of C++ libraries
+    are skipped: under load one of them has aborted after all output was written.
     """
     try:
         status = main() or 0
@@ -56,7 +56,7 @@ def leave(main: Callable[[], int | None]) -> NoReturn:
     threading._shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or nobody reads on
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or the reader is gone
             stream.flush()
     os._exit(status or 0)
 
@@ -68,7 +68,7 @@ def fail(message: str, status: int) -> NoReturn:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, without its line breaks; of a file that may not be used, whose it is."""
+    """Message of an error without line breaks; for a permission error, also the file's owner."""
     if isinstance(error, PermissionError):
         return not_permitted(error)
     return re.sub(r":?\s*\n\s*", ": ", str(error).strip()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""An index of a folder's images: their joint embeddings on disk, brought up to date when files change.
+"""An index of a folder's images: their joint embeddings on disk, updated when files change.
 
     index = Index.read(folder, where) or Index(folder, where, IndexOrigin.of(features, "runs/base/model", "float32"))
     index = index.updated(paths, index.stale(paths), features)
@@ -36,27 +36,27 @@ FORMAT, VERSION = "openblip-index", 1
 _LIST = "index.json"
 _NAME = re.compile(r"embeddings-[0-9a-f]{16}\.safetensors")
 _SAVE_SECONDS = 60.0
-"""Between two saves while an index is built, so that a stopped build goes on."""
+"""Seconds between two saves while an index is built, so that an interrupted build can continue."""
 _UNLISTED_SECONDS = 60.0
-"""Age in seconds after which unlisted embeddings count as left by a killed process."""
+"""Age in seconds after which unlisted embeddings are taken to be left by a killed process."""
 
 
 @dataclass(frozen=True)
 class IndexOrigin:
-    """What made the embeddings of an index."""
+    """The model and precision that an index was built with."""
 
     name: str
-    """The model, as it was named."""
+    """Name of the model, as given."""
     weights: str
     """Start of the SHA-256 of the image encoder and its projection."""
     precision: str
-    """Precision of matrix products."""
+    """Numeric precision."""
 
     def __str__(self) -> str:
         return f"{self.name} (image encoder {self.weights}, {self.precision})"
 
     def same(self, other: IndexOrigin) -> bool:
-        """Whether embeddings of the two can be compared; names do not count."""
+        """Whether embeddings of the two can be compared; names are ignored."""
         return (self.weights, self.precision) == (other.weights, other.precision)
 
     @classmethod
@@ -69,7 +69,7 @@ class IndexOrigin:
 
 @dataclass(frozen=True)
 class Entry:
-    """A file as it was when it was indexed."""
+    """A file's state when it was indexed."""
 
     path: str
     """Path relative to the indexed folder."""
@@ -78,7 +78,7 @@ class Entry:
     sha256: str
     """SHA-256 of the file, hexadecimal; empty if it could not be read."""
     reason: str = ""
-    """Why it has no embedding; empty if it has one."""
+    """Reason why the file has no embedding; empty if it has one."""
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Index:
 
     folder: Path
     where: Path
-    """The index's own folder."""
+    """Folder of the index."""
     origin: IndexOrigin
     entries: list[Entry] = field(default_factory=list)
     """Readable and unreadable files, in natural order of their names."""
@@ -100,14 +100,14 @@ class Index:
             raise ValueError(f"{len(self.readable)} images have {len(self.embeddings)} embeddings")
 
     def paths(self, rows: Sequence[int]) -> list[Path]:
-        """Where the images of some rows of `embeddings` are."""
+        """Paths of the images of some rows of `embeddings`."""
         return [self.folder / self.readable[row].path for row in rows]
 
     def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Embeddings (Q, E) -> the k largest cosines and their rows, (Q, K) each, best first; K <= k is what there is.
+        """The k largest cosines with embeddings (Q, E), and their rows: (Q, K) each, best first; K = min(k, N).
 
-        A plain product, 14 ms a query among 100,000 images and 0.14 s among a million (one core, E = 256): about what
-        encoding the text takes, so an approximate search would gain little.
+        A plain matrix product: 14 ms per query among 100,000 images and 0.14 s among a million (one core, E = 256),
+        about as long as encoding the text, so an approximate search would gain little.
         """
         cosines = queries.float().cpu() @ self.embeddings.T
         return cosines.topk(min(k, cosines.shape[1]), dim=1)
@@ -116,11 +116,11 @@ class Index:
 
     @classmethod
     def read(cls, folder: Path, where: Path) -> Index | None:
-        """The index at `where`, None if there is none.
+        """Read the index at `where`; None if there is none.
 
         DataError if it is damaged or of another version, PermissionError if it may not be read.
         """
-        remedy = "delete the folder, or build it anew with --rebuild"
+        remedy = "delete the folder, or rebuild the index with --rebuild"
         try:
             listing = json.loads((where / _LIST).read_bytes())
         except FileNotFoundError:
@@ -141,13 +141,13 @@ class Index:
             raise DataError(f"{where} is damaged ({type(error).__name__}: {error}); {remedy}") from None
 
     def write(self) -> None:
-        """Put the index on disk; what stood there stays until it is whole. files.WriteError if the disk is full."""
+        """Write the index; the old one stays until the new one is complete. files.WriteError if the disk is full."""
         self.where.mkdir(parents=True, exist_ok=True)
         old = _embeddings_of(self.where)
         listing: dict[str, Any] = {"format": FORMAT, "version": VERSION, "model": asdict(self.origin)}
         listed = [list(asdict(entry).values()) for entry in self.entries]
         name = f"embeddings-{hashlib.sha256(json.dumps([listing, listed]).encode()).hexdigest()[:16]}.safetensors"
-        # A folder of its own, as safetensors has a temporary beside the file that it writes.
+        # In a folder of its own, as safetensors creates a temporary file next to the one it writes.
         unfinished = files.partial(self.where / name)
         try:
             with files.explain_write(self.where / name, self.embeddings.numel() * 4):
@@ -165,7 +165,7 @@ class Index:
         self._sweep({old} - {name}, name)
 
     def _sweep(self, old: set[str | None], current: str) -> None:
-        """Remove embeddings that no list names any more; others' that are new may be about to get one."""
+        """Remove embeddings that are no longer listed; recent ones may be about to be listed by another process."""
         for path in self.where.glob("embeddings-*.safetensors"):
             with contextlib.suppress(OSError):
                 abandoned = path.name != current and path.stat().st_mtime < time.time() - _UNLISTED_SECONDS
@@ -186,10 +186,10 @@ class Index:
         features: Features,
         on_batch: Callable[[list[ImageFile]], None] = lambda batch: None,
     ) -> Index:
-        """The index of exactly `paths`, of which `stale` are looked at again; it is on disk when this returns.
+        """Build the index of exactly `paths`, reading the `stale` ones again; it is on disk on return.
 
-        A file whose bytes the index knows, under whatever name, is not embedded again. `on_batch` is called with each
-        batch that was read.
+        A file whose bytes are indexed already, under any name, is not embedded again. `on_batch` is called with each
+        batch read.
         """
         vectors = dict(zip((entry.path for entry in self.readable), self.embeddings, strict=True))
         by_bytes = {entry.sha256: vectors[entry.path] for entry in self.readable}
@@ -227,7 +227,7 @@ class Index:
 def _read_batches(
     paths: Sequence[str], features: Features
 ) -> Iterator[tuple[dict[str, tuple[int, int] | None], list[ImageFile]]]:
-    """Batches of images with the files' sizes and times from before they were read."""
+    """Yield batches of images with the files' sizes and times from before they were read."""
     size = 64 * features.batch
     for start in range(0, len(paths), size):
         part = paths[start : start + size]
@@ -237,7 +237,7 @@ def _read_batches(
 
 
 def _embeddings_of(where: Path) -> str | None:
-    """The file that the index on disk names."""
+    """Name of the embeddings file that the index on disk lists."""
     try:
         return _plain_name(json.loads((where / _LIST).read_bytes())["embeddings"])
     except PermissionError:
@@ -247,9 +247,9 @@ def _embeddings_of(where: Path) -> str | None:
 
 
 def _plain_name(name: str) -> str:
-    """A name that leads nowhere else, as an index may come with somebody's images."""
+    """Check that a name stays in the folder: an index may come from an untrusted source."""
     if not _NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is no file of an index")
+        raise ValueError(f"{name!r} is not the name of an embeddings file")
     return name
 
 

@@ -7,7 +7,7 @@ from importlib import metadata
 
 PROJECT = "openblip"
 TESTED = {"torch": ("2.11", "2.15"), "transformers": ("5.17", "5.24")}
-"""Oldest and newest series that the test-suite passes on; others may do as well."""
+"""Oldest and newest series on which the test suite passes; others may work as well."""
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,9 @@ class Package:
     wanted: str
     """Range of versions, such as `>=2.11`; empty if any will do."""
     version: str | None
-    """What is installed, None if nothing is."""
+    """Installed version, None if not installed."""
     fits: bool
-    """Whether it is there, and in the range."""
+    """Whether it is installed, in a version within the range."""
 
     @property
     def remedy(self) -> str:
@@ -28,16 +28,16 @@ class Package:
 
 
 def packages(extra: str = "") -> list[Package]:
-    """What the project needs, or what an extra adds to it.
+    """Packages that the project requires, or that an extra adds.
 
-    LookupError if the project runs from a folder that was never installed, or has no such extra.
+    LookupError if the project is not installed, or has no such extra.
     """
     from packaging.requirements import Requirement
 
     try:
         lines = metadata.requires(PROJECT) or []
     except metadata.PackageNotFoundError:
-        raise LookupError(f"{PROJECT} is not installed, so nobody knows what it needs: pip install -e .") from None
+        raise LookupError(f"{PROJECT} is not installed, so its requirements are unknown: pip install -e .") from None
     packages_needed = []
     for requirement in map(Requirement, lines):
         ours = requirement.marker is None if not extra else _of_extra(requirement, extra)
@@ -46,17 +46,17 @@ def packages(extra: str = "") -> list[Package]:
             fits = version is not None and requirement.specifier.contains(version, prereleases=True)
             packages_needed.append(Package(requirement.name, str(requirement.specifier), version, fits))
     if not packages_needed:
-        raise LookupError(f"{PROJECT} has no extra {extra!r}; install it again: pip install -e .")
+        raise LookupError(f"the installed {PROJECT} has no extra {extra!r}; reinstall it: pip install -e .")
     return packages_needed
 
 
 def require(extra: str, what: str) -> None:
-    """Raise ValueError, in one line, unless the packages of an extra are installed; `what` needs them."""
+    """Raise a one-line ValueError unless the packages of an extra are installed; `what` names their user."""
     for package in packages(extra):
         if not package.fits:
-            there = f"this is {package.version}" if package.version else "it is not installed"
+            there = f"{package.version} is installed" if package.version else "it is not installed"
             raise ValueError(
-                f"{what} needs {package.name}{package.wanted} and {there}: pip install '{PROJECT}[{extra}]'"
+                f"{what} needs {package.name}{package.wanted}, but {there}: pip install '{PROJECT}[{extra}]'"
             )
 
 

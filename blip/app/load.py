@@ -20,10 +20,10 @@ def load(
     tokenizer: str | Path | None = None,
     batch: int = 32,
 ) -> Features:
-    """Read a model for its features; `where`, `tokenizer` and what is raised as in `checkpoint.from_pretrained`.
+    """Load a model for its features; `where`, `tokenizer` and errors are as in `checkpoint.from_pretrained`.
 
-    Weights are turned into `dtype` on `device`; with another `image_size` (pixels) the positions are resized.
-    ValueError also for a captioner's checkpoint, which cannot compare texts with images.
+    Weights are converted to `dtype` on `device`; for another `image_size` (pixels) positions are interpolated.
+    ValueError also for a captioner's checkpoint, which cannot match texts with images.
     """
     model, words = checkpoint.from_pretrained(where, image_size=image_size, tokenizer=tokenizer)
     return Features(model.to(device, dtype), words, reader(model.config.vision.image_size), batch=batch)

@@ -22,7 +22,7 @@ from blip.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model where and how it computes."""
+    """A model with its tokenizer, device and precision."""
 
     model: Blip
     tokenizer: Tokenizer
@@ -30,7 +30,7 @@ class Loaded:
     dtype: torch.dtype
 
     def options(self, where: str | None) -> dict[str, str]:
-        """Options that answers depend on: the model by its name, by the SHA-256 of its weights, and how it computes."""
+        """Options that answers depend on: the model's name, the SHA-256 of its weights, and the precision."""
         digest = hashlib.sha256(type(self.model).__name__.encode())
         add_to_digest(digest, self.model.state_dict())
         precision = str(self.dtype).removeprefix("torch.")
@@ -38,7 +38,7 @@ class Loaded:
         return {"model": name, "weights": digest.hexdigest()[:16], "precision": precision}
 
     def features(self, batch: int = 32) -> Features:
-        """Features of files and texts, `batch` images at once; ValueError for a model that compares no texts."""
+        """Features of files and texts, `batch` images at once; ValueError if the model cannot match texts."""
         return Features(self.model, self.tokenizer, reader(self.model.config.vision.image_size), batch=batch)
 
     @contextmanager
@@ -54,9 +54,9 @@ class Loaded:
 
 
 def load(where: str | None, device: str, precision: str, kind: type = Blip, *, tokenizer: str | None = None) -> Loaded:
-    """The model that --model, --device, --precision and --tokenizer name; `kind` is the class that is expected there.
+    """Load the model that --model, --device, --precision and --tokenizer describe; `kind` is the expected class.
 
-    ValueError or OSError, in a line, for a model, device or precision that is not there.
+    One-line ValueError or OSError if the model, device or precision is not available.
     """
     where = where or os.environ.get(MODEL_VARIABLE)
     if not where:

@@ -1,6 +1,6 @@
-"""A run as one HTML page: figures, loss curves, and held-out images with what the model says of them.
+"""Reports as one HTML page: tables, loss curves, and images with the model's texts.
 
-The page needs nothing else: images and curves stand in it, and it asks no server for anything.
+The page is self-contained: images and curves are embedded, and it makes no requests.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from blip.files import write_bytes
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569")
 SHOWN, LONGEST = 5, 300
-"""References shown of an image, and characters of a text."""
+"""Most references shown per image, and most characters shown of a text."""
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:0 auto;max-width:1080px;padding:24px;color:#1e293b;background:#fff}
 h1{font-size:26px;margin:0 0 4px}h2{font-size:19px;margin:32px 0 8px}p{margin:4px 0 12px;max-width:760px}
@@ -35,7 +35,7 @@ figure{margin:0;display:inline-block}figcaption{font-size:13px;color:#475569}.cu
 
 @dataclass(frozen=True)
 class JudgedText:
-    """A text about an image and whether it is right; None where nobody knows."""
+    """A text about an image, and whether it is right (None if unknown)."""
 
     words: str
     right: bool | None = None
@@ -53,10 +53,10 @@ class Card:
 
 @dataclass(frozen=True)
 class Captioned:
-    """A caption with human captions of the same image; without the image where it is not at hand."""
+    """A caption with human captions of the same image; `image` is None if it cannot be shown."""
 
     name: str
-    """Which image it is."""
+    """Name of the image."""
     image: Image.Image | None
     caption: str
     score: float
@@ -69,11 +69,11 @@ class Note:
 
     image: Image.Image
     lines: Sequence[tuple[str, JudgedText]]
-    """A label, and the text that it is about."""
+    """Pairs of a label and its text."""
 
 
 def page(title: str, sections: Sequence[tuple[str, str, str]]) -> str:
-    """Sections of (heading, introduction, HTML) -> the page; headings and introductions are plain text."""
+    """Build the page from sections of (heading, introduction, HTML); headings and introductions are plain text."""
     body = "".join(f"<h2>{_safe(heading)}</h2><p>{_safe(intro)}</p>{content}" for heading, intro, content in sections)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8">'
@@ -87,13 +87,13 @@ def write(path: Path, content: str) -> None:
 
 
 def table(rows: Sequence[Sequence[str | float]], head: Sequence[str]) -> str:
-    """Rows with a name first; numbers get one decimal."""
+    """Format rows as an HTML table; numbers get one decimal."""
     cells = "".join(f"<tr>{''.join(_cell(value) for value in row)}</tr>" for row in rows)
     return f"<table><tr>{''.join(f'<th>{_safe(name)}</th>' for name in head)}</tr>{cells}</table>"
 
 
 def curves(series: dict[str, Sequence[tuple[float, float]]], width: int = 320, height: int = 180) -> str:
-    """One small plot per name of (x, y) points, as SVG with its smallest and largest values at the axes."""
+    """Plot each named series of (x, y) points as a small SVG, with its extreme values at the axes."""
     plots = (
         _plot(name, list(points), COLOURS[i % len(COLOURS)], width, height)
         for i, (name, points) in enumerate(series.items())
@@ -107,7 +107,7 @@ def cards(items: Sequence[Card], side: int = 224) -> str:
 
 
 def captioned(items: Sequence[Captioned], side: int = 224) -> str:
-    """Images with their captions, scores and up to `SHOWN` references; long texts are cut."""
+    """Format images with their captions, scores and up to `SHOWN` references; long texts are cut."""
     return f'<div class="grid">{"".join(_captioned(item, side) for item in items)}</div>'
 
 
@@ -116,7 +116,7 @@ def notes(items: Sequence[Note], side: int = 224) -> str:
 
 
 def intervals(name: str, spans: Sequence[tuple[str, float, float]], width: int = 500) -> str:
-    """A plot of values with what is left and right of each: (label, value, half width), the first as a line."""
+    """Plot values with intervals from (label, value, half width); a dashed line marks the first value."""
     if not spans:
         return ""
     low = min(value - half for _, value, half in spans)
@@ -199,7 +199,7 @@ def _text(text: JudgedText) -> str:
 
 
 def _inline(image: Image.Image, side: int) -> str:
-    """An image with its longer side of so many pixels, as the address of itself."""
+    """Encode an image, resized to a longer side of `side` pixels, as a data URL."""
     buffer = io.BytesIO()
     width, height = (max(1, round(side * length / max(image.size))) for length in image.size)
     image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=80)

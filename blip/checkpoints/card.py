@@ -1,4 +1,4 @@
-"""The card of converted weights: what they are, how to load them, what the other program does differently, licence."""
+"""Model card of converted weights: description, how to load them, differences of the other program, licence."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from blip.checkpoints.foreign import HEADS_KEY, ForeignLayout
 
 WEIGHTS = {"transformers": "model.safetensors", "original": "model.pth"}
-"""Name of the weights' file."""
+"""Name of the weight file."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Provenance:
     """Name of the checkpoint, without local folders."""
     layout: str
     licence: str | None = None
-    """Licence, as the hub names it; None where it is not known."""
+    """Licence, as named on the hub; None if unknown."""
 
 
 _TWO_LINES = {
@@ -31,7 +31,7 @@ print(processor.decode(ids[0], skip_special_tokens=True))""",
     "matching": """from transformers import AutoProcessor, BlipForImageTextRetrieval
 
 model, processor = BlipForImageTextRetrieval.from_pretrained(FOLDER), AutoProcessor.from_pretrained(FOLDER)
-print(model(**processor(image, "a dog", return_tensors="pt")).itm_score.softmax(-1)[:, 1])  # that the text fits""",
+print(model(**processor(image, "a dog", return_tensors="pt")).itm_score.softmax(-1)[:, 1])  # probability of a match""",
     "vqa": """from transformers import AutoProcessor, BlipForQuestionAnswering
 
 model, processor = BlipForQuestionAnswering.from_pretrained(FOLDER), AutoProcessor.from_pretrained(FOLDER)
@@ -40,29 +40,28 @@ print(processor.decode(ids[0], skip_special_tokens=True))""",
 }
 _DIFFERENT = {
     "captioning": """\
-- `generate` takes beams and lengths from its arguments alone; generation_config.json is loaded and not used.
-- `generate` compares beams by what was generated, the end token included, and has no other rule; the preset
-  `caption_2022` of openblip compares them as the original did, so that some captions differ. `--length-rule generated`
-  of `blip caption` gives what `generate` gives.
-- In a batch of prompts of different lengths the last column is cut off, so that shorter prompts keep their end token
-  and captions go wrong: give prompts of one length.""",
+- `generate` takes beams and lengths only from its arguments; generation_config.json is loaded but not used.
+- `generate` compares beams by the length of the generated tokens, the end token included, and has no other rule; the
+  preset `caption_2022` of openblip compares them as the original did, so some captions differ. `--length-rule
+  generated` of `blip caption` gives the same captions as `generate`.
+- In a batch of prompts of different lengths the last column is cut off, so shorter prompts keep their end token and
+  give wrong captions: use prompts of the same length.""",
     "matching": """\
-- The head that matches was trained with [ENC] as a text's first token, and transformers takes what the tokenizer
-  gives. So the tokenizer in this folder begins texts with [ENC], and `itm_score` is what openblip computes.
+- The matching head was trained with [ENC] as a text's first token, and transformers uses the tokenizer's first token.
+  So the tokenizer in this folder begins texts with [ENC], and `itm_score` is the same as in openblip.
 - Cosines (`use_itm_head=False`) were trained with [CLS]: for them set
   `inputs.input_ids[:, 0] = processor.tokenizer.cls_token_id`.""",
     "vqa": """\
-- Questions were trained with [ENC] as their first token; the tokenizer in this folder sees to it.
-- The mask of padded questions is ignored where answers look at them, so that answers depend on the padding: ask one
-  question at a time, or questions of one length.
-- transformers writes an answer freely; choosing among candidates, as the paper does, is not in it.""",
+- Questions were trained with [ENC] as their first token; the tokenizer in this folder adds it.
+- The mask of padded questions is ignored when answers attend to them, so answers depend on the padding: ask one
+  question at a time, or questions of the same length.
+- transformers generates answers freely; it cannot rank candidates, as the paper does.""",
 }
 _ALL_DIFFERENT = """\
-- Its default image processor resizes with torchvision, which differs from what models are trained with by up to 0.015;
-  the one that uses PIL is exact.
-- Heads and epsilons are those that the model was trained with, as config.json says; transformers' own defaults are
-  others.
-- Temperature, momentum teacher and queues have no place in it."""
+- Its default image processor resizes with torchvision, which differs from training by up to 0.015; the one that uses
+  PIL is exact.
+- Heads and epsilons are the model's own, set in config.json; transformers' defaults differ.
+- It has no temperature, momentum teacher or queues."""
 
 
 def card(layout: ForeignLayout, origin: Provenance, model: Any) -> str:
@@ -87,10 +86,10 @@ def card(layout: ForeignLayout, origin: Provenance, model: Any) -> str:
         body += [_DIFFERENT[layout.name], _ALL_DIFFERENT]
     else:
         body += [
-            f"`{WEIGHTS['original']}` holds `{{'model': ...}}` as that code's `load_checkpoint` reads it, the second "
-            "names of shared tensors included. The momentum teacher, where its class has one, is the student; queues "
-            "are not in it. Sizes other than ViT-B and "
-            f"ViT-L need its config files changed; `{HEADS_KEY}` beside the weights tells openblip the heads.",
+            f"`{WEIGHTS['original']}` holds `{{'model': ...}}` as that code's `load_checkpoint` reads it, including "
+            "all names of shared tensors. The momentum teacher, if its class has one, is a copy of the student; there "
+            "are no queues. Sizes other than ViT-B and ViT-L need changes in its config files; "
+            f"`{HEADS_KEY}` beside the weights gives openblip the number of heads.",
         ]
     return "\n".join([*front, "", *body, "", "## Licence", "", licence_note(origin), ""])
 
@@ -98,13 +97,11 @@ def card(layout: ForeignLayout, origin: Provenance, model: Any) -> str:
 def licence_note(origin: Provenance) -> str:
     """Sentence on the weights' licence, as far as it is known."""
     if origin.licence:
-        return (
-            f"The weights have the licence of {origin.name}: {origin.licence}. Converting them changes nothing in it."
-        )
+        return f"The weights have the licence of {origin.name}: {origin.licence}. Converting them does not change it."
     return (
-        f"The weights have the licence of {origin.name}, which a file of weights does not tell. The checkpoints that "
-        "Salesforce released with BLIP and LAVIS are under the BSD 3-Clause licence, whose notice has to go with them; "
-        "what others trained is under theirs. Put it here before you pass this on."
+        f"The weights have the licence of {origin.name}, which a weight file does not state. The checkpoints that "
+        "Salesforce released with BLIP and LAVIS are under the BSD 3-Clause licence, whose notice must be included; "
+        "others have their own licences. Add the licence here before you pass this on."
     )
 
 

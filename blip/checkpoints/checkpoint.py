@@ -1,8 +1,7 @@
 """A model as a directory: config.json, model.safetensors, the tokenizer and a card. Loading is strict.
 
-A directory holds one of `blip.models.families.TASKS`; config.json says which, and nothing where it is a `Blip`. What
-other programs wrote (`blip.checkpoints.foreign`) is loaded here too: this is where every command and recipe obtains
-its models.
+A directory holds one of `blip.models.families.TASKS`, named in config.json except for `Blip`. Checkpoints of other
+programs (`blip.checkpoints.foreign`) are loaded here, too: every command and recipe gets its models from here.
 """
 
 from __future__ import annotations
@@ -51,10 +50,10 @@ def save_pretrained(
     card: str = "",
     licence: str | None = "apache-2.0",
 ) -> None:
-    """Write a model directory that `from_pretrained` reads; one that is there already is replaced as a whole.
+    """Write a model directory that `from_pretrained` reads; an existing one is replaced as a whole.
 
     `card` is the body of README.md (Markdown), `licence` as the hub names it, None where it is not known. Files in the
-    directory that are not the model's stay. ValueError if the tokenizer does not fit the model, atomic.WriteError if
+    directory that are not the model's stay. ValueError if the tokenizer does not fit the model, files.WriteError if
     the disk is full, when the old directory is left as it was.
     """
     tokenizer.check(model.config.text)
@@ -139,7 +138,7 @@ class Own:
         return own
 
     def config(self, tokenizer: Tokenizer) -> BlipConfig:
-        """The model's, as it was saved. ValueError if it has more layers than the weights, which is soon told."""
+        """Configuration as saved. ValueError, before the model is built, if it has more layers than the weights."""
         names = self._outline()
         for field, count, stack in (
             ("vision.depth", self.model_config.vision.depth, r"vision\.vit\."),
@@ -244,12 +243,12 @@ def from_pretrained(where, kind=Blip, *, image_size=None, device="cpu", tokenize
     """Read a model; it is in evaluation mode.
 
     `where` is a model directory, a `.pth` of the 2022 release or LAVIS, a directory of transformers, the name of a
-    repository with one on the hub, or what `opened` found there. `kind` is the class that is expected, `Blip` or a task
-    model. With another `image_size` (pixels) the position embeddings are resized. `tokenizer` is for what brings none,
-    as a `.pth`: what `Tokenizer.load` takes. `options` is for training; nothing is random in it unless given, or saved
-    by an older version or another program. FileNotFoundError if it is not there, ValueError, naming the file and what
-    is wrong with it, if it is not whole, of another format or kind, or if weights, configuration and tokenizer do not
-    fit each other.
+    repository with one on the hub, or the result of `opened`. `kind` is the expected class, `Blip` or a task model. For
+    another `image_size` (pixels) the position embeddings are interpolated. `tokenizer`, as for `Tokenizer.load`, is for
+    checkpoints without one, such as a `.pth`. `options` are for training; by default those that an older version or
+    another program saved, else nothing is random. FileNotFoundError if `where` does not exist; ValueError, naming the
+    file and the problem, if it is incomplete, of another format or kind, or if weights, configuration and tokenizer do
+    not fit each other.
     """
     source = where if isinstance(where, Own | Foreign) else opened(where)
     _refuse_kind(source, kind)

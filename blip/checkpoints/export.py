@@ -1,4 +1,4 @@
-"""A model of ours for other programs: the folder that transformers or the code of 2022 loads, with a card."""
+"""Export a model for other programs: a folder that transformers or the 2022 code loads, with a model card."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _USES: dict[type, tuple[str, ...]] = {
 
 
 def layout_for(model: Any, to: Literal["transformers", "original"], use: Use | None = None) -> ForeignLayout:
-    """The layout that a model is written in. ValueError, saying what there is, where it has none or must be chosen."""
+    """The layout to export a model in. ValueError, listing the choices, if there is none or it must be chosen."""
     kind = type(model)
     there = {layout.name: layout for layout in LAYOUTS if layout.program == to and layout.name in _USES.get(kind, ())}
     if not there:
@@ -40,12 +40,12 @@ def layout_for(model: Any, to: Literal["transformers", "original"], use: Use | N
     if use is not None and use not in there:
         raise ValueError(f"this model cannot be written for {use} in {to}: it can be for {', '.join(there)}")
     if use is None and len(there) > 1 and "pretraining" not in there:
-        raise ValueError(f"{to} has a model for each use: say --use {' or --use '.join(there)}")
+        raise ValueError(f"{to} has a model for each use: give --use {' or --use '.join(there)}")
     return there[use or next(iter(there))]
 
 
 def _refuse_other_vit(model: Any, to: str) -> None:
-    """Names and shapes do not tell all that a tower computes; the original's and transformers' is the plain ViT."""
+    """Refuse towers other than the plain ViT of the original and transformers, which names and shapes may not show."""
     vit = model.vision.vit
     block = vit.blocks[0]
     act = getattr(block.mlp, "act", None)
@@ -65,10 +65,10 @@ def write(
     origin: Provenance,
     use: Use | None = None,
 ) -> ForeignLayout:
-    """Write a model for another program into a new folder, all or nothing; returns the layout that it was written in.
+    """Export a model for another program into a new folder, all or nothing; returns its layout.
 
-    ValueError for a model that the program cannot hold or a tokenizer that is another's, atomic.WriteError if the disk
-    refuses.
+    ValueError for a model that the program does not support or another model's tokenizer, files.WriteError if writing
+    fails.
     """
     layout = layout_for(model, to, use)
     tokenizer.check(model.config.text)
@@ -115,7 +115,7 @@ def write(
 
 
 def _beside(scratch: Path, model: Any, tokenizer: Tokenizer, layout: ForeignLayout) -> dict[str, bytes]:
-    """Names and contents of the files beside weights and card."""
+    """Names and contents of the files in addition to weights and card."""
     if layout.program == "transformers":
         from blip.checkpoints import hugging_face
 
@@ -126,7 +126,7 @@ def _beside(scratch: Path, model: Any, tokenizer: Tokenizer, layout: ForeignLayo
 
 
 def _write_pth(path: Path, state: State, model: Any, layout: ForeignLayout) -> None:
-    """Write what torch.save writes of the original's class, with position buffers and the head counts."""
+    """Write the original's checkpoint with torch.save, with position buffers and the head counts."""
     counted: dict[str, Tensor] = {}
     for name in layout.table(model).dropped:
         if name.endswith("position_ids"):

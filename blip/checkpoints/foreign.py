@@ -29,11 +29,11 @@ from blip.nn.settings import TextConfig, TrainingOptions, VisionConfig
 from blip.tokenizer import Tokenizer
 
 TOKENIZER_VARIABLE = "OPENBLIP_TOKENIZER"
-"""Environment variable with the tokenizer of checkpoints that bring none."""
+"""Environment variable with the tokenizer of checkpoints that have none."""
 RELEASED_TOKENIZER = "bert-base-uncased"
 """The tokenizer of everything that was released."""
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16}
-"""Attention heads of the widths that ViT and BERT are known in; no shape tells them."""
+"""Attention heads by usual width of ViT and BERT; tensor shapes do not show them."""
 _POSITIONS = "vision.vit.pos_embed"
 
 
@@ -171,12 +171,12 @@ class Foreign:
             return Tokenizer.load(RELEASED_TOKENIZER)
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"{self.source} brings no tokenizer: put vocab.txt of {RELEASED_TOKENIZER} beside it, give its path "
+                f"{self.source} has no tokenizer: put vocab.txt of {RELEASED_TOKENIZER} beside it, give its path "
                 f"as --tokenizer (in Python: tokenizer=), or set {TOKENIZER_VARIABLE} to it. {error}"
             ) from None
 
     def config(self, tokenizer: Tokenizer) -> BlipConfig:
-        """The model's, by shapes and settings. ValueError for sizes that cannot be told or a tokenizer that is another.
+        """Configuration from shapes and settings. ValueError for unclear sizes or a tokenizer that does not fit.
 
         The image size is that of the position embeddings.
         """
@@ -197,7 +197,7 @@ class Foreign:
         return NlvrModelConfig.of(config, images=2) if self.layout.name == "nlvr" else config
 
     def _refuse_other_sizes(self, text: TextConfig) -> None:
-        """ValueError for a configuration that says other sizes than the weights have."""
+        """Raise ValueError if config.json gives other sizes than the weights have."""
         if not self.settings.sizes:
             return
         kernel, hidden = (self._theirs(self._vision_name(name)) for name in (_KERNEL, "blocks.0.mlp.fc1.weight"))
@@ -308,15 +308,15 @@ class Foreign:
     def _heads(self, width: int, what: str) -> int:
         if width not in HEADS:
             raise ValueError(
-                f"{self.source}: its {what} is {width} wide, and nothing tells how many attention heads that has "
-                f"(known are {', '.join(f'{n} for {w}' for w, n in HEADS.items())}): convert it where it was made"
+                f"{self.source}: the number of attention heads of its {what} of width {width} is unknown "
+                f"(known: {', '.join(f'{n} for {w}' for w, n in HEADS.items())}): convert it where it was made"
             )
         return HEADS[width]
 
 
 _KERNEL = "patch_embed.proj.weight"
 _RELEASED = {BASE.vision.model: (768, 12, 12, 16), LARGE.vision.model: (1024, 24, 16, 16)}
-"""Image encoders that need no sizes beside their name -> width, depth, heads, patch."""
+"""Width, depth, heads and patch size of image encoders that are configured by name alone."""
 
 
 def open_file(path: Path) -> Foreign:
@@ -325,7 +325,7 @@ def open_file(path: Path) -> Foreign:
     theirs = unwrapped(whole, path)
     layout = recognise(set(theirs), str(path))
     if layout.program == "transformers":
-        raise ValueError(f"{path} is of a model of transformers: give its folder, with config.json and tokenizer")
+        raise ValueError(f"{path} holds a transformers model: give its folder, with config.json and tokenizer")
     stored = whole.get(HEADS_KEY) if isinstance(whole, dict) else None
     heads = stored if isinstance(stored, dict) else {}
     sizes = [heads.get(name) for name in ("vision", "text")]
@@ -334,20 +334,18 @@ def open_file(path: Path) -> Foreign:
 
 
 HEADS_KEY = "attention_heads"
-"""Key beside "model" in a `.pth` that was exported here: {"vision": heads, "text": heads}."""
+"""Key next to "model" in a `.pth` exported by openblip: {"vision": heads, "text": heads}."""
 
 
 def open_directory(config: Path, weights: Weights, tokenizer_at: Path) -> Foreign:
-    """A model of transformers by its config.json, its weights and the folder with its tokenizer; errors likewise."""
+    """Open a transformers model by config.json, weights and its tokenizer's folder; errors as in `open_file`."""
     from blip.checkpoints.hugging_face import read_settings  # here, because transformers is slow to import
 
     settings = read_settings(config)
     theirs = weights.read(read_weights)
     layout = recognise(set(theirs), str(weights.path))
     if layout.program != "transformers":
-        raise ValueError(
-            f"{weights.path} is not of a model of transformers, though {config} says so: give the file itself"
-        )
+        raise ValueError(f"{weights.path} does not hold a transformers model, as {config} claims: give the file itself")
     return Foreign(str(weights.path), layout, theirs, settings, _beside(tokenizer_at))
 
 

@@ -1,4 +1,4 @@
-"""transformers' side of a BLIP: its config.json read, and the files beside the weights written."""
+"""transformers' files of a BLIP: read its config.json, and write the files beside the weights."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ CLASSES = {
     "matching": "BlipForImageTextRetrieval",
     "vqa": "BlipForQuestionAnswering",
 }
-"""Use of a model -> transformers' class."""
+"""transformers' class by use of a model."""
 DECODE = {"captioning": DECODE_PRESETS["caption_2022"], "vqa": AnswerConfig().decode()}
-"""Use of a model -> settings of its decoding."""
+"""Decoding settings by use of a model."""
 VISION_EPS = 1e-6
 """Epsilon of the image encoder's norms in the 2022 release, and in timm; transformers' own default is 1e-5."""
 
@@ -31,8 +31,8 @@ VISION_EPS = 1e-6
 def read_settings(path: Path) -> Settings:
     """Read the settings of a config.json that shapes do not show; a missing one has transformers' default.
 
-    Only the fields that are used are looked at: others may ask for anything, such as a billion names of classes.
-    ValueError if it is not of a BLIP, of one that computes otherwise, or if a field is of another type.
+    Only the fields that are used are read: others may have any value, such as a billion class names. ValueError if it
+    is not of a BLIP, or of a variant that computes differently, or if a field has the wrong type.
     """
     settings = read_json(path)
     if settings.get("model_type") != "blip":
@@ -69,7 +69,7 @@ _IDS = {"dec_id": "bos_token_id", "sep_id": "sep_token_id", "pad_id": "pad_token
 
 
 class _Part:
-    """A part of their config.json, field by field; what it leaves out is transformers' default."""
+    """Read a part of transformers' config.json field by field; missing fields have transformers' defaults."""
 
     def __init__(self, path: Path, settings: dict[str, Any], name: str, default: Any) -> None:
         values = settings.get(name)
@@ -100,13 +100,13 @@ _SIZES = {
     "vision_config": ("hidden_size", "num_hidden_layers", "intermediate_size", "image_size", "patch_size"),
     "text_config": ("hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings"),
 }
-"""Fields that the shapes of the weights tell, too."""
+"""Fields that the shapes of the weights show, too."""
 
 
 def write(folder: Path, model: Any, tokenizer: Tokenizer, name: Literal["captioning", "matching", "vqa"]) -> None:
-    """Write what stands beside the weights: config.json, generation_config.json, image processor and tokenizer.
+    """Write the files beside the weights: config.json, generation_config.json, image processor and tokenizer.
 
-    Texts that are matched, and questions, begin with [ENC] as in training: the tokenizer that is written sees to it.
+    For matching and questions the tokenizer begins texts with [ENC], as in training.
     """
     config = their_config(model)
     config.architectures = [CLASSES[name]]
@@ -131,7 +131,7 @@ def write(folder: Path, model: Any, tokenizer: Tokenizer, name: Literal["caption
 
 
 def their_config(model: Any) -> TheirConfig:
-    """transformers' configuration of a model of ours. ValueError for a model that it cannot say."""
+    """transformers' configuration of a model of ours. ValueError for a model that it cannot describe."""
     text, vision, vit = model.config.text, model.config.vision, model.vision.vit
     shared = {"hidden_act": "gelu"}
     return TheirConfig(

@@ -32,9 +32,9 @@ _PLAIN = re.compile(r"(?:vit|deit)_(tiny|small|base|large)_patch(8|16|32)_(?:224
 
 
 def architecture(weights: str) -> str | None:
-    """The timm architecture that a name of weights is of, for `VisionConfig.model`; None where it is a file.
+    """The timm architecture of named weights, for `VisionConfig.model`; None for a file.
 
-    DeiT's plain ViTs, and those of another image size, are called by the name that `blip.models.presets` has for them.
+    DeiT's plain ViTs, and those of other image sizes, get the name used in `blip.models.presets`.
     """
     if is_local(weights):
         return None
@@ -44,9 +44,9 @@ def architecture(weights: str) -> str | None:
 
 
 def initial_vision(model: Blip, where: str | Path, option: str = "where") -> None:
-    """Start the image encoder from a timm ViT: a local safetensors or `.pth` file, or a name that timm knows.
+    """Initialize the image encoder from a timm ViT: a local safetensors or `.pth` file, or a name known to timm.
 
-    The model has to be of its `architecture`. Position embeddings are resized to the model's image size; a
+    The model must have its `architecture`. Position embeddings are interpolated to the model's image size; a
     classification head is left out. `option` names the setting that takes a path, for messages. FileNotFoundError if
     nothing is local and the hub is out of reach; ValueError for weights that do not fit.
     """
@@ -70,7 +70,7 @@ def _timm_weights(name: str, option: str, image_size: int) -> State:
         raise ValueError(f"{option}: {name} is neither a file nor a timm model with weights; see timm.list_pretrained")
     file = hub.file(config.hf_hub_id, config.hf_hub_filename or "model.safetensors", option)
     options = {"num_classes": 0, "global_pool": "", "pretrained_cfg_overlay": {"file": str(file), "custom_load": False}}
-    if name.startswith("beit"):  # its positions are relative, in every layer, and timm knows how to resize them
+    if name.startswith("beit"):  # relative positions in every layer, which timm can interpolate
         options["img_size"] = image_size
     try:
         return timm.create_model(name, pretrained=True, **options).state_dict()
@@ -82,10 +82,10 @@ def _timm_weights(name: str, option: str, image_size: int) -> State:
 
 
 def initial_text(model: Blip, where: str | Path, tokenizer: Tokenizer, option: str = "where") -> None:
-    """Start the text transformer from BERT: a local directory or weight file, or a name on the hub.
+    """Initialize the text transformer from BERT: a local directory or weight file, or a name on the hub.
 
-    Both self-attentions start from BERT's; the head from its masked-language head where there is one; cross-attention
-    keeps its random values, and so do the rows of [DEC] and [ENC], which BERT lacks. As in the 2022 release BERT's
+    Both self-attentions start from BERT's, and the head from its masked-language head if it has one; cross-attention
+    and the rows of [DEC] and [ENC], which BERT lacks, keep their random values. As in the 2022 release BERT's
     token-type embedding is left out. `option` as in `initial_vision`. FileNotFoundError if nothing is local and the
     hub is out of reach; ValueError for weights, sizes or a vocabulary that do not fit.
     """
@@ -103,7 +103,7 @@ def initial_text(model: Blip, where: str | Path, tokenizer: Tokenizer, option: s
 
 
 def _bert_files(where: str | Path, option: str) -> tuple[Path, Path | None]:
-    """The weights and, where there is one, config.json."""
+    """The weights and, if there is one, config.json."""
     if not is_local(where):
         return hub.file(str(where), "model.safetensors", option), hub.file(str(where), "config.json", option)
     path = Path(where)

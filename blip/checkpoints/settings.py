@@ -12,7 +12,7 @@ from blip.nn.settings import TrainingOptions
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings that shapes do not show; None where nothing states them."""
+    """Settings that shapes do not show; None if not stated."""
 
     vision_heads: int | None = None
     text_heads: int | None = None
@@ -22,6 +22,6 @@ class Settings:
     options: TrainingOptions = field(default_factory=lambda: usual_options(BASE.text))
     """Training options; the paper's where nothing states them."""
     ids: Mapping[str, int] = field(default_factory=dict)
-    """Special ids that the configuration says, to be those of the tokenizer."""
+    """Special ids in the configuration, which the tokenizer must have."""
     sizes: Mapping[str, int] = field(default_factory=dict)
-    """Fields of transformers' configuration that shapes tell, too, and that must agree with them."""
+    """Fields of transformers' configuration that must agree with the shapes."""

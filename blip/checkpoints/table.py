@@ -1,7 +1,7 @@
-"""A table of names between a foreign layout of weights and ours, and reading and writing by it: all or nothing.
+"""Tables of tensor names between a foreign layout and ours, and strict conversion by them.
 
-A `Table` says for every tensor of a foreign layout what it is called here, that it is a second name of another tensor,
-or why it is left out. A key that no table knows, a key that lacks and a shape that differs are errors, never skipped.
+A `Table` gives for every tensor of a foreign layout its name here, the tensor that it is a second name of, or the
+reason why it is left out. Unknown keys, missing keys and differing shapes are errors, never skipped.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class Table:
 
 
 def from_theirs(table: Table, theirs: Mapping[str, Tensor], like: Mapping[str, Tensor], source: str) -> State:
-    """Tensors of a foreign layout -> ours, with the shapes of `like` (our state dict).
+    """Convert tensors of a foreign layout to ours, with the shapes of `like` (our state dict).
 
-    `source` names the file in messages. ValueError as in `refuse_misfit` and `refuse_unsound`, or for a second name
-    that holds another tensor.
+    `source` names the file in messages. ValueError as in `refuse_misfit` and `refuse_unsound`, or if a second name
+    holds another tensor than the first.
     """
     refuse_misfit(table, theirs, like, source)
     refuse_unsound({name: theirs[name] for row in table.rows for name in row.theirs}, source)
@@ -72,7 +72,7 @@ def from_theirs(table: Table, theirs: Mapping[str, Tensor], like: Mapping[str, T
 def refuse_misfit(table: Table, theirs: Mapping[str, Tensor], like: Mapping[str, Tensor], source: str) -> None:
     """Raise ValueError for an unknown or missing key, a shape or type that differs, or a key of `like` not filled.
 
-    Only names, shapes and types are looked at, so that `like` may be of the meta device.
+    Only names, shapes and types are compared, so `like` may be on the meta device.
     """
     known = {name for row in table.rows for name in row.theirs} | set(table.copies) | set(table.dropped)
     _refuse(source, "does not know", sorted(set(theirs) - known), table, "is it a checkpoint of another task?")
@@ -86,7 +86,7 @@ def refuse_misfit(table: Table, theirs: Mapping[str, Tensor], like: Mapping[str,
 
 
 def refuse_type(name: str, actual: Tensor, like: Tensor, source: str) -> None:
-    """ValueError for a tensor whose type would have to be cast to that of `like` otherwise than number to number."""
+    """Raise ValueError if a tensor would have to be cast to the type of `like` other than from number to number."""
     numbers = like.dtype in NUMBERS
     if actual.dtype not in NUMBERS if numbers else actual.dtype != like.dtype:
         wanted = "numbers of 16, 32 or 64 bits" if numbers else type_in_words(like.dtype)
@@ -94,14 +94,14 @@ def refuse_type(name: str, actual: Tensor, like: Tensor, source: str) -> None:
 
 
 def refuse_unsound(state: Mapping[str, Tensor], source: str) -> None:
-    """ValueError, naming the first, where a tensor holds NaN or infinity; every number is read once."""
+    """Raise ValueError, naming the first, if a tensor holds NaN or infinity; every number is read once."""
     for name, tensor in state.items():
-        # Least and largest, which NaN makes NaN: 15 times as fast as a mask of what is finite.
+        # Minimum and maximum, which NaN makes NaN: 15 times as fast as a mask of finite values.
         counts = tensor.is_floating_point() and tensor.numel() and not tensor.is_meta
         if counts and not torch.stack(torch.aminmax(tensor)).isfinite().all():
             raise ValueError(
-                f"{source}: {name} holds NaN or infinity, so that the model would say nothing: its training went "
-                "wrong, take an earlier checkpoint"
+                f"{source}: {name} holds NaN or infinity, so the model is unusable: its training diverged, use an "
+                "earlier checkpoint"
             )
 
 

@@ -49,17 +49,17 @@ def read_file(path: str | Path) -> Any:
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a model folder: one file, or the parts that an index beside them lists."""
+    """The weights of a model folder: one file, or the parts listed by an index in the same folder."""
 
     path: Path
-    """The file, or the index; for messages."""
+    """Path of the file or the index, for messages."""
     parts: tuple[Path, ...]
 
     @classmethod
     def find(cls, part: Callable[[str], Path], *names: str) -> Self:
-        """The first of some names that `part` finds, alone or as an index of parts. FileNotFoundError if none is there.
+        """Find the first of some names with `part`, as a file or an index of parts. FileNotFoundError if none exists.
 
-        ValueError for an index that names anything but files beside it.
+        ValueError for an index that names anything but files in its folder.
         """
         missing: FileNotFoundError | None = None
         for name in (*names, *(f"{name}{_INDEX}" for name in names)):
@@ -83,16 +83,16 @@ class Weights:
 
 
 def _listed(index: Path, part: Callable[[str], Path]) -> tuple[Path, ...]:
-    """The files that an index of parts names."""
+    """The files listed by an index of parts."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise ValueError(f"{index} is not an index of weights: it has no weight_map from tensors to files")
     names = sorted(set(places.values()))
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}", name) or not name.endswith(SUFFIXES):
-            raise ValueError(f"{index} names {name[:100]!r}, which is not a weight file beside it")
+            raise ValueError(f"{index} names {name[:100]!r}, which is not a weight file in its folder")
     if len(names) > _MOST_PARTS:
-        raise ValueError(f"{index} names {len(names):,} files, at most {_MOST_PARTS} are read")
+        raise ValueError(f"{index} names {len(names):,} files; the limit is {_MOST_PARTS}")
     return tuple(part(name) for name in names)
 
 
@@ -108,7 +108,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def unwrapped(content: object, path: Path) -> State:
-    """The state dict in a file's content. ValueError if there is none, or one that claims more than the file holds."""
+    """The state dict in a file's content. ValueError if there is none, or it claims more data than the file holds."""
     for name in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
@@ -126,9 +126,9 @@ def unwrapped(content: object, path: Path) -> State:
 
 
 def load(model: torch.nn.Module, table: Table, path: str | Path) -> None:
-    """Fill `model` from a foreign file by `table`; what the table calls fresh keeps its values.
+    """Fill `model` from a foreign file by `table`; tensors that the table lists as fresh keep their values.
 
-    ValueError as `from_theirs` and `read_weights`; the model is unchanged then.
+    ValueError as in `from_theirs` and `read_weights`; the model is then unchanged.
     """
     state = from_theirs(table, read_weights(path), model.state_dict(), str(path))
     model.load_state_dict(state, strict=False)  # from_theirs has accounted for every key

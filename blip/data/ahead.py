@@ -15,9 +15,9 @@ Result = TypeVar("Result")
 def read_ahead(
     items: Iterable[Item], batch: int, read: Callable[[Item], Result], threads: int = 4
 ) -> Iterator[list[Result]]:
-    """Yield what `read` makes of items, in order, `batch` at a time; threads read as many ahead, and no more.
+    """Yield the results of `read` on items, in order, `batch` at a time; threads read at most one batch ahead.
 
-    An error that `read` raises is raised when its batch is asked for.
+    An error of `read` is raised when its batch is requested.
     """
     pool = ThreadPoolExecutor(threads, "decode")
     coming: deque[Future[Result]] = deque()

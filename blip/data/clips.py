@@ -1,7 +1,7 @@
 """Decode untrusted video files to evenly spaced RGB frames, or raise one clear error. F frames.
 
-Needs PyAV, which brings its own FFmpeg: `pip install openblip[video]`. FFmpeg is handed an open file and a list of
-containers, so that a file that is a playlist leads nowhere.
+Needs PyAV, which includes FFmpeg: `pip install openblip[video]`. FFmpeg gets an open file and a list of allowed
+containers, so that a playlist cannot make it open other files.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 SUFFIXES = frozenset({"mp4", "m4v", "mov", "mkv", "webm", "avi", "mpg", "mpeg", "ts", "flv", "3gp"})
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,flv"
 MAX_FRAMES = 500_000
-"""A clip with more is refused: some four hours."""
+"""Most frames of a clip: some four hours."""
 _JUMP = 60
-"""Frames between two wanted ones from which seeking a key frame is worth while."""
+"""Fewest frames between two wanted ones for which seeking a key frame pays off."""
 
 
 class UnreadableClip(BadSample):
-    """A video that cannot be decoded, or that may not be."""
+    """A video that cannot or must not be decoded."""
 
 
 def read_frames(path: Path, count: int, max_pixels: int) -> list[Image.Image]:
     """`count` frames of a video: 0, n / count, 2 n / count, ... of its n frames, rounded down, as in the original.
 
-    Upright RGB images. A clip with fewer frames shows some of them several times. `max_pixels` is held against a
+    Upright RGB images. A clip with fewer frames shows some of them several times. `max_pixels` is checked against a
     frame's size before anything is decoded. Raises UnreadableClip, whatever the decoder raised; DataError without PyAV.
     """
     av = pyav()
@@ -63,7 +63,7 @@ def read_frames(path: Path, count: int, max_pixels: int) -> list[Image.Image]:
 
 
 def pyav() -> ModuleType:
-    """The library that reads and writes videos. DataError, saying what to install, where it is not there."""
+    """Import PyAV, which reads and writes videos. DataError, with the command to install it, if it is missing."""
     try:
         return import_module("av")
     except ImportError as error:
@@ -109,7 +109,7 @@ def _sampled(container: InputContainer, file: BinaryIO, count: int, max_pixels: 
 def _packets(container: InputContainer) -> tuple[list[int], list[int]]:
     """Times of all frames, sorted, and the positions of key frames in that order, without decoding.
 
-    Without key frames where the times of a container are not those of its frames, so that there is no seeking.
+    No key frames are given, and so no seeking is done, if the container's times are not those of its frames.
     """
     packets = [p for p in container.demux(video=0) if p.size and not p.is_discard]
     if len(packets) > MAX_FRAMES:
@@ -125,7 +125,7 @@ def _packets(container: InputContainer) -> tuple[list[int], list[int]]:
 def _decoded(
     container: InputContainer, numbers: Sequence[int], times: Sequence[int], keys: Sequence[int]
 ) -> Iterator[tuple[int, VideoFrame]]:
-    """The frames of some numbers, in order; what lies far between them is not decoded."""
+    """Yield the frames of some numbers, in order, seeking over long gaps."""
     place = {time: i for i, time in enumerate(times)} if keys else {}
     stream = container.streams.video[0]
     container.seek(0 if not keys else times[0], stream=stream)

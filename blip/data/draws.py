@@ -30,10 +30,10 @@ from blip.objectives.batch import Bad, Batch
 from blip.tokenizer import Tokenizer
 
 ATTEMPTS = 16
-"""Samples tried in place of an unreadable one before the run stops."""
+"""Most replacements tried for an unreadable sample before the run stops."""
 LEFT_OUT = "left out: decoding it took too long before"
 PROBES = 200
-"""Records whose texts are tried on the tokenizer at the start."""
+"""Number of records whose texts the tokenizer is checked with at the start."""
 
 
 @dataclass
@@ -43,20 +43,20 @@ class Sample:
     images: Tensor
     """(3, S, S) float32, or (K, 3, S, S) where a sample has several."""
     texts: list[list[int]]
-    """Texts, one or more; their meaning depends on the kind of sample."""
+    """Tokenized texts, one or more; their meaning depends on the kind of sample."""
     key: str
     """Name of the sample for messages and the ledger."""
     labels: list[float] = field(default_factory=list)
-    """Targets, where the objective has numeric ones."""
+    """Numeric targets, if the objective has any."""
     image_id: int = 0
-    """Number of the image, the same for all its records, in kinds of which a batch may hold several."""
+    """Number of the image, shared by all its records, for kinds with several records per image in a batch."""
     bad: list[Bad] = field(default_factory=list)
-    """Samples that were tried before this one."""
+    """Unreadable samples that were tried before this one."""
 
 
 @dataclass
 class Prepare(ABC):
-    """Make samples of one kind, and batches of those: everything about a kind of data that `Draws` does not know."""
+    """Make samples of one kind and batches of them: everything specific to a kind of data."""
 
     transform: TrainTransform | EvalTransform
     tokenizer: Tokenizer
@@ -64,7 +64,7 @@ class Prepare(ABC):
 
     @abstractmethod
     def __call__(self, record: Any, key: tuple[int, ...]) -> Sample:
-        """Decode, augment and tokenize a record; all that is random is fixed by `key`. Raises BadSample."""
+        """Decode, augment and tokenize a record; all randomness is keyed by `key`. Raises BadSample."""
 
     @abstractmethod
     def collate(self, samples: Sequence[Sample]) -> Batch:
@@ -104,7 +104,7 @@ class Draws(Dataset):
     """Samples by draw, with unreadable ones replaced by others of the same source."""
 
     def __init__(self, sources: Sequence[Source], prepare: Prepare, seed: int) -> None:
-        """Raise DataError if there is nothing to draw from, or the tokenizer does not know the texts."""
+        """Raise DataError if there is no data, or the texts are unknown to the tokenizer."""
         if not sources or not all(len(s) for s in sources):
             raise DataError("no data: every source must have at least one row")
         self.sources, self.prepare, self.seed = list(sources), prepare, seed
@@ -139,7 +139,7 @@ class Draws(Dataset):
         return draws[permutation(len(draws), self.seed, Purpose.EPOCH_ORDER, epoch)]
 
     def _drawn(self, s: int, epoch: int) -> np.ndarray:
-        """Rows of source s that an epoch shows: a window of an endless run of permutations."""
+        """Rows of source s in an epoch: a window of an endless sequence of permutations."""
         n, shown = len(self.sources[s]), self._shown[s]
         first, parts = epoch * shown, []
         for number in range(first // n, (first + shown - 1) // n + 1):
@@ -160,7 +160,7 @@ class Draws(Dataset):
         return self.sources[s].key(row)
 
     def __getitem__(self, draw: tuple[int, int]) -> Sample:
-        """Read the draw (epoch, index), or what replaces it; a replacement is as fixed by the key as the sample.
+        """Read the draw (epoch, index), or its replacement, which is keyed in the same way.
 
         Raises DataError when `ATTEMPTS` samples in a row are unreadable.
         """
@@ -195,7 +195,7 @@ class Draws(Dataset):
         return texts
 
     def fingerprint(self) -> str:
-        """A hash of what the data is: file names, sizes, row counts, and every setting that changes samples."""
+        """Hash of file names, sizes, row counts, and every setting that changes samples."""
         p = self.prepare
         settings = (*p.settings(), p.transform.describe(), self.seed)
         return digest(self.sources, *settings, p.tokenizer.digest()) + p.suffix()
@@ -258,6 +258,6 @@ def too_many(bad: Sequence[Bad]) -> DataError:
 
 
 def check_process(rank: int, world: int) -> None:
-    """Raise ValueError if there is no such process."""
+    """Raise ValueError for an invalid rank."""
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} is not one of {world} processes")

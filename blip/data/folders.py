@@ -13,26 +13,26 @@ from pathlib import Path
 
 @dataclass
 class Walk:
-    """Record of a walk: what was met and is not among the files."""
+    """Record of a walk: folders and files that it could not read or left out."""
 
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     """Folders and files that could not be read: path and reason."""
     notes: list[str] = field(default_factory=list)
-    """Notes on what was left out on purpose, one line each."""
+    """Notes on files left out on purpose, one line each."""
 
 
 def files(folder: str, walk: Walk, *, hidden: bool = False) -> Iterator[str]:
-    """Yield the files of a folder and of the folders in it, their names joined to the folder's as it was given.
+    """Yield the files of a folder and its subfolders, their names joined to the folder's as given.
 
-    A folder that links reach under several names is listed under one: where it lies, if that is within, else by the
-    first link. A link that leads nowhere is a file here. What is hidden is left out without `hidden`. OSError if
-    `folder` itself cannot be read.
+    A folder that links reach under several names is listed once: under its own name if it is inside, else under that of
+    the first link. Broken links count as files. Hidden files are left out unless `hidden`. OSError if `folder` itself
+    cannot be read.
     """
     return (path for path, is_folder in _entries(folder, walk, hidden) if not is_folder)
 
 
 def matching(pattern: str, walk: Walk | None = None) -> list[str]:
-    """The files and folders that a glob means, sorted; `**` passes through folders as `files` does."""
+    """The files and folders that match a glob, sorted; `**` passes through folders as `files` does."""
     parts = pattern.split("/")
     if "**" not in parts:
         return sorted(glob.glob(pattern))

@@ -1,4 +1,4 @@
-"""The images that a sub-command is given: which files they are, and reading them ahead of the model."""
+"""The images given to a sub-command: find the files, and read them ahead of the model."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _EXPECTED = f"looked for names ending in {', '.join(sorted(IMAGES))}"
 
 
 class ImageFile(NamedTuple):
-    """One file, read or not."""
+    """A file, with its image if it could be read."""
 
     path: str
     """Path of the image as given, or the given folder joined with the name inside it."""
     digest: str
-    """SHA-256 of its bytes, hexadecimal: what it is, wherever it lies. Empty if it could not be read."""
+    """SHA-256 of its bytes, hexadecimal; empty if it could not be read."""
     pixels: Tensor | None
     """Transformed image, (3, S, S)."""
     reason: str
@@ -48,13 +48,13 @@ class InputImages(NamedTuple):
     paths: list[str]
     """Images, each once, in natural order (2 before 10)."""
     left_out: Counter[str]
-    """Number of files in folders whose names are not those of images, by their endings."""
+    """Number of files in folders that are not named like images, by extension."""
     walk: Walk
     """Record of the folders that could not be listed or were left out."""
 
     @property
     def total(self) -> int:
-        """Images, and what stood in their place and could not be listed."""
+        """Number of images, and of entries that could not be listed."""
         return len(self.paths) + len(self.walk.unreadable)
 
 
@@ -65,12 +65,12 @@ def not_images(suffixes: Counter[str]) -> str:
 
 
 def find(given: Sequence[str]) -> InputImages:
-    """The images that files, folders and globs mean.
+    """Find the images in files, folders and globs.
 
-    A file is taken whatever its name; of a folder, and the folders in it, linked ones included, what is named like an
-    image and not hidden. DataError for a name that means nothing.
+    A file given by name may have any name; in folders and their subfolders, linked ones included, files named like
+    images and not hidden are used. DataError for a name that matches nothing.
     """
-    paths: dict[tuple[str, str], str] = {}  # by where it is, so that a file that was named twice is taken once
+    paths: dict[tuple[str, str], str] = {}  # by real location, so that a file named twice is used once
     left_out: Counter[str] = Counter()
     walk, real = Walk(), functools.cache(os.path.realpath)
     for name in given:
@@ -120,7 +120,7 @@ def _unreadable(walk: Walk) -> str:
 
 
 def _natural(path: str) -> tuple:
-    """A sorting key by which a2 comes before A10, and what differs in capitals only has an order, too."""
+    """Sorting key by which a2 comes before A10; names that differ only in case are ordered, too."""
     parts = path.casefold().split("/")
     return [[(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", part)] for part in parts], path
 

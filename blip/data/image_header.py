@@ -1,8 +1,8 @@
-"""Cost of decoding an image, counted from its bytes before a pixel is decoded; and only the bytes that matter.
+"""Count the cost of decoding an image from its bytes before any pixel is decoded, and strip irrelevant bytes.
 
-Decoders bound their work by the size in the header no more than they have to: scans of a JPEG repeat, metadata
-unpacks to any length, blocks may be empty. All counts here are functions of the bytes alone, so an image that is
-refused is refused everywhere and every time.
+The size in the header does not bound a decoder's work: scans of a JPEG repeat, metadata unpacks to any length, blocks
+may be empty. All counts here are functions of the bytes alone, so an image that is refused is refused everywhere and
+every time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from blip.errors import UnreadableImage
 MAX_BYTES = 256 << 20
 """Encoded images larger than this are refused unread."""
 MAX_SIDE, MAX_ASPECT = 65_535, 1_000
-"""Pixels of a side, and how many times it may be as long as the other."""
+"""Most pixels of a side, and largest aspect ratio."""
 MAX_SCANS = 100
 """Passes over the pixels of a JPEG; cameras and editors make 1 to 20."""
 _SCANNED = 4_000_000_000
@@ -52,8 +52,8 @@ _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 def screened(data: bytes) -> bytes:
     """The bytes of an image that decide its pixels, for Pillow to decode. Raises UnreadableImage.
 
-    Metadata is left out where it could refuse or delay the pixels; of most images nothing is. What is damaged is left
-    for the decoder to name.
+    Metadata that could make decoding fail or slow is left out; most images are unchanged. Damage is left for the
+    decoder to report.
     """
     if data.startswith(b"\xff\xd8"):
         return _jpeg(data)
@@ -67,7 +67,7 @@ def screened(data: bytes) -> bytes:
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
-    """Raise UnreadableImage for too many pixels, or for a side or an aspect ratio that no photograph has."""
+    """Raise UnreadableImage for too many pixels, or for an extreme side or aspect ratio."""
     by = f"{width:,} x {height:,} pixels by its header"
     if width * height > max_pixels:
         raise UnreadableImage("too_many_pixels", f"{by}, more than the limit of {max_pixels:,}")
@@ -108,8 +108,8 @@ def _jpeg(data: bytes) -> bytes:
 
 
 def _jpeg_header(data: bytes) -> tuple[list[tuple[int, int]], tuple[int, int, bool], int | None, bool]:
-    """Segments that count; width, height and whether several scans are taken; where the first one begins,
-    None if there is none; and whether there is much else.
+    """Relevant segments; width, height and whether there may be several scans; start of the first scan or None; and
+    whether there is much other data.
     """
     at, parts, junk, exif, frame = 2, 0, 0, 0, (0, 0, False)
     channels = 0
@@ -140,7 +140,7 @@ def _jpeg_header(data: bytes) -> tuple[list[tuple[int, int]], tuple[int, int, bo
 
 
 def _jpeg_scans(data: bytes, at: int, most: int) -> int:
-    """Scans from the first one at `at` to the end of the image, which ignores what other images a file holds."""
+    """Count scans from the first one, at `at`, to the end of the image; further images in the file are ignored."""
     scans = parts = 0
     while scans <= most and at + 4 <= len(data):
         kind = data[at + 1]
@@ -205,7 +205,7 @@ def _check_packed(data: bytes, packed: int) -> None:
 
 
 def _joined(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Neighbouring spans as one."""
+    """Merge neighbouring spans."""
     start, end = spans[0]
     for a, b in spans[1:]:
         if a != end:
@@ -219,7 +219,7 @@ def _joined(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 
 def _gif_blocks(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Kind (0x2C an image, 0x21 an extension), start and end of each block of a GIF, as far as it is whole."""
+    """Yield kind (0x2C image, 0x21 extension), start and end of each block of a GIF, up to the first damage."""
     at, parts = _gif_start(data), 0
     while at + 2 < len(data) and data[at] != 0x3B:
         begin, kind, parts = at, data[at], parts + 1
@@ -278,12 +278,12 @@ def _bmp(data: bytes) -> None:
 
 
 def cut_off(data: bytes) -> bool:
-    """Whether a WEBP has fewer bytes than its header says, which its decoder does not tell from other damage."""
+    """Whether a WEBP has fewer bytes than its header declares, which its decoder reports like other damage."""
     return data.startswith(b"RIFF") and data[8:12] == b"WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data)
 
 
 def webp_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height by the header of a WEBP; None for anything else."""
+    """Width and height in the header of a WEBP; None for anything else."""
     if not (data.startswith(b"RIFF") and data[8:12] == b"WEBP"):
         return None
     kind, body = data[12:16], data[20:30]

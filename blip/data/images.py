@@ -25,11 +25,11 @@ T = TypeVar("T")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """Formats that are decoded. Pillow's others are rarely needed for images of the web and have most of its holes."""
 MAX_MEMORY = 1 << 30
-"""Bytes that decoding one image may take, its file not counted."""
+"""Most bytes of memory for decoding one image, without its file."""
 _WEBP = 18
-"""Bytes of a pixel that libwebp's canvases and Pillow's copies of one take at once."""
+"""Bytes per pixel that libwebp's canvases and Pillow's copies take together."""
 _BAND = 4_000_000
-"""Pixels that are converted at once."""
+"""Pixels converted at a time."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -56,10 +56,10 @@ _CUT_OFF = ("truncated", "broken data stream", "unexpected end")
 def decode(image: bytes | Path | Image.Image, max_pixels: int, at_least: int | None = None) -> Image.Image:
     """Decode to RGB: upright by its EXIF tag, transparency over white, first frame of an animation.
 
-    `max_pixels`, the limits on sides and aspect ratio, and 1 GiB of memory are held against the header before any pixel
-    is decoded, and so is the work that its bytes ask for. `at_least` allows a JPEG to be decoded at a fraction of its
-    size as long as both sides keep that many pixels, which is several times faster for photographs. Raises
-    UnreadableImage, whatever the decoder raised; a truncated file is refused.
+    The header is checked against `max_pixels`, the limits on sides and aspect ratio, and 1 GiB of memory before any
+    pixel is decoded, and so is the work that the bytes require. `at_least` allows a JPEG to be decoded at a fraction of
+    its size as long as both sides keep that many pixels, which is several times faster for photographs. Raises
+    UnreadableImage for any error of the decoder; a truncated file is refused.
     """
     with own_fault():
         if isinstance(image, Image.Image):
@@ -86,23 +86,23 @@ def model_input(
     transform: Callable[[Image.Image], T],
     at_least: int | None = None,
 ) -> T:
-    """Decode, and what `transform` makes of the RGB image; whatever either raises is an UnreadableImage.
+    """Decode an image and apply `transform`; any error of either becomes an UnreadableImage.
 
-    One image must not stop what is done to the others, and its size can be too much for a transform as well.
+    One image must not affect the others, and its size can be too much for a transform, too.
     """
     with own_fault():
         return transform(decode(image, max_pixels, at_least))
 
 
 def small(image: Image.Image, side: int) -> Image.Image:
-    """The image itself where no side is longer than `side` pixels, or made smaller to be so: for looking at."""
+    """Shrink an image to at most `side` pixels per side, for display; a smaller one is returned unchanged."""
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     return image
 
 
 @contextlib.contextmanager
 def own_fault() -> Iterator[None]:
-    """Whatever is raised where one image is worked on becomes UnreadableImage: it stops nothing but this image."""
+    """Turn any error in processing an image into UnreadableImage, so that it affects this image only."""
     try:
         yield
     except (BadSample, Stopped):
@@ -118,7 +118,7 @@ def own_fault() -> Iterator[None]:
 
 
 def read(path: Path) -> bytes:
-    """The bytes of an image's file. Raises UnreadableImage if it is missing, too large or not a regular file."""
+    """Read an image file. Raises UnreadableImage if it is missing, too large or not a regular file."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a named pipe must not block
             info = os.fstat(file.fileno())
@@ -134,7 +134,7 @@ def read(path: Path) -> bytes:
 
 
 def _foreign(data: bytes) -> tuple[str, str] | None:
-    """The code and what to say of bytes that no image decoder could read, for the commonest accidents."""
+    """Code and reason for bytes that are not an image, for the most common accidents."""
     if not data:
         return "empty_file", "is empty (0 bytes)"
     if data.startswith(b"version https://git-lfs"):
@@ -164,7 +164,7 @@ def _decode(data: bytes, max_pixels: int, at_least: int | None) -> Image.Image:
 
 
 def _as_stored(data: bytes, max_pixels: int, at_least: int | None) -> tuple[Image.Image, Image.Transpose | None]:
-    """RGB, and what sets it upright."""
+    """Convert to RGB; returns the image, and the transposition that sets it upright."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the limit below is the one that counts
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -185,7 +185,7 @@ def _check_memory(size: float) -> None:
 
 
 def _stored(mode: str) -> int:
-    """Bytes of a pixel as Pillow holds it."""
+    """Bytes per pixel in Pillow's memory."""
     return 1 if mode in ("1", "L", "P") else 2 if mode.startswith("I;16") else 4
 
 

@@ -1,6 +1,6 @@
-"""The list of unreadable samples of a run: each once, with its reason, and a limit on how many there may be.
+"""The list of a run's unreadable samples, each once, with its reason, and a limit on their share.
 
-A sample at which decoding got stuck is in it, too, and is left out when the run goes on.
+A sample on which decoding got stuck is listed, too, and is left out when the run continues.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from blip.errors import TooManyBad
 from blip.objectives.batch import Bad
 
 _MINIMUM = 200
-"""Samples that must have been seen before the share of bad ones is judged."""
+"""Number of samples before which the share of bad ones is not checked."""
 
 
 class Ledger:
-    """Appends to a JSON-lines file of {key, reason}; a run that continues reads what it has already written.
+    """A JSON-lines file of {key, reason} to append to; a run that continues reads its earlier entries.
 
-    Each process of a run keeps its own file, `bad_samples-RANK.jsonl`, and reads in all of them what is left out.
+    Each process of a run has its own file, `bad_samples-RANK.jsonl`, and reads from all of them which samples are left
+    out.
     """
 
     def __init__(self, path: str | Path, max_bad_fraction: float = 0.05):
@@ -29,7 +30,7 @@ class Ledger:
         self._bad_draws = 0
         self._torn = False  # whether the last line was cut off
         self.left_out: frozenset[str] = frozenset()
-        """Keys of samples that are not to be decoded."""
+        """Keys of samples that must not be decoded."""
         if self.path.exists():
             text = self.path.read_text(encoding="utf-8", errors="replace")
             self._torn = bool(text) and not text.endswith("\n")
@@ -41,17 +42,17 @@ class Ledger:
             self.left_out |= {entry["key"] for entry in entries if entry.get("left_out")}
 
     def __len__(self) -> int:
-        """Different bad samples so far."""
+        """Number of different bad samples so far."""
         return len(self._reasons)
 
     def __contains__(self, key: str) -> bool:
         return key in self._reasons
 
     def add(self, bads: Iterable[Bad], seen: int) -> None:
-        """Note bad samples, when this process has been given `seen` good ones since this object was made.
+        """Record bad samples; `seen` is the number of good ones in this process since this object was made.
 
-        Raises TooManyBad when, of all that was drawn, the share that was bad is above the limit, and atomic.WriteError
-        when the disk is full.
+        Raises TooManyBad if the share of bad samples among all drawn exceeds the limit, and files.WriteError if the
+        disk is full.
         """
         bads = list(bads)
         self._bad_draws += len(bads)
@@ -64,7 +65,7 @@ class Ledger:
             raise TooManyBad(self._message(draws))
 
     def leave_out(self, key: str, reason: str) -> None:
-        """Note a sample that is left out whenever the run goes on."""
+        """Record a sample to leave out whenever the run continues."""
         self._append({key: reason}, left_out=True)
         self._reasons[key] = reason
         self.left_out |= {key}

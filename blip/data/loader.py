@@ -1,4 +1,4 @@
-"""Batches from processes that may die, hang or raise anything: that becomes one DataError, which names the sample."""
+"""Batches from worker processes; a worker's death, hang or error becomes one DataError that names the sample."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ logger = logging.getLogger(__name__)
 _POLL = 2.0
 """Seconds between checks that the workers are alive."""
 _SAMPLES, _SAMPLING = 10, 0.5
-"""Looks at the workers in how many seconds, when a batch is overdue."""
+"""Number of samples of the workers' state, and the seconds they span, when a batch is overdue."""
 _STUCK = 60.0
 """Seconds of CPU time after which a sample is given up. What can be counted before decoding is bounded in
 blip.data.image_header; this is for the rest."""
 _AHEAD = 2
-"""Batches that torch lets a worker prepare."""
+"""Batches that torch lets a worker prepare in advance."""
 _SHM = "/dev/shm"
 _SHM_CURE = (
     f"They hand over batches through {_SHM}: give the container more of it (docker run --shm-size=8g, or --ipc=host), "
@@ -42,7 +42,7 @@ _SHM_CURE = (
 
 
 class Failure:
-    """An error that a worker ran into, as a message: not every exception survives the way between processes."""
+    """A worker's error as a message; not every exception can be passed between processes."""
 
     def __init__(self, message: str):
         self.message = message
@@ -61,7 +61,7 @@ def guarded(make: Callable[[], Batch], where: Callable[[], str]) -> Batch | Fail
 
 
 def _handed_over(batch: Batch) -> Batch:
-    """A worker's batch in shared memory; where that has no room, torch's own thread would tell nobody but stderr."""
+    """Put a worker's batch into shared memory; if it is full, torch's own thread would only print to stderr."""
     if get_worker_info() is not None:
         with _shared_memory(f"hand over a batch of {_bytes(batch):,} bytes"):
             for value in vars(batch).values():
@@ -83,7 +83,7 @@ def _shared_memory(purpose: str) -> Iterator[None]:
 
 
 def _free_shared_memory() -> int | None:
-    """Bytes left in /dev/shm; None where it does not exist."""
+    """Free bytes in /dev/shm; None if it does not exist."""
     try:
         return shutil.disk_usage(_SHM).free
     except OSError:
@@ -94,11 +94,11 @@ class Noted(NamedTuple):
     """Sample that a worker was last reading."""
 
     step: int
-    """-1 where the sample says it all."""
+    """Number of the step; -1 if the key alone identifies the sample."""
     key: str
-    """The sample's; empty before one."""
+    """Key of the sample; empty before the first."""
     cpu: float
-    """Seconds of CPU time that the worker had used when it began."""
+    """CPU seconds that the worker had used when it began the sample."""
 
 
 class Reading:
@@ -131,7 +131,7 @@ def _as_it_is(batch: Batch | Failure) -> Batch | Failure:
 
 
 class Loader:
-    """Iterates over Batch, from the same first step each time. Raises DataError."""
+    """Iterate over batches, from the same first step each time. Raises DataError."""
 
     def __init__(
         self,
@@ -187,7 +187,7 @@ class Loader:
             return iter(loader)
 
     def _check_room(self, batch: Batch, room: int) -> None:
-        """Say at the start what would happen whenever the model takes longer than the workers, at night."""
+        """Report at the start that shared memory is too small, not later, when batches first pile up."""
         batches = min(self._length, _AHEAD * self._config.workers + 1)
         if batches * _bytes(batch) > room:
             raise DataError(
@@ -253,7 +253,7 @@ class Loader:
 
 
 class _Watch:
-    """Monitor of workers while a batch is overdue: tells a decoder at work, a busy machine and slow storage apart."""
+    """Monitor of workers while a batch is overdue: distinguishes busy decoders, a busy machine and slow storage."""
 
     def __init__(self, workers: list):
         self._processes: dict[int, psutil.Process] = {}
@@ -304,7 +304,7 @@ def _quiet(worker: int) -> None:
 
 @contextlib.contextmanager
 def _own_sigchld() -> Iterator[None]:
-    """Take back torch's handler, which would raise in the middle of a training step when a worker dies."""
+    """Remove torch's signal handler, which would raise in the middle of a training step when a worker dies."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -316,7 +316,7 @@ def _own_sigchld() -> Iterator[None]:
 
 
 def _dead(workers: list, patience: float) -> tuple[int, int] | None:
-    """The number and exit code of a worker that has ended; a lost connection can be seen before the death is."""
+    """Number and exit code of a worker that has ended; its connection may be lost before its death is visible."""
     until = time.monotonic() + patience
     while True:
         for number, worker in enumerate(workers):

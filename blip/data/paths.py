@@ -1,4 +1,4 @@
-"""Paths that a user gave, and names of images that data gives: what may be opened. Imports nothing heavy."""
+"""Checks of paths given by users and of image names in data: which may be opened. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from blip.errors import BadSample, DataError, shown
 
 _ADDRESS = re.compile(r"^(?:[a-z][a-z0-9+.\-]*:/|(?:pipe|data|file|ssh|s3|gs|hf):)", re.IGNORECASE)
 _PLAIN = re.compile(r"^[\w\-][\w\-./ ]*\Z")
-"""Nearly all image paths; others are checked more closely."""
+"""Matches nearly all image paths; others are checked more closely."""
 _FILE_URL = re.compile(r"file:(?://(?:localhost)?(?=/)|(?=/(?!/)))", re.IGNORECASE)
 _BASE64 = r"[A-Za-z0-9+/=\-_\r\n]"
 _ENCODED = re.compile(
@@ -24,18 +24,18 @@ _ENCODED = re.compile(
 )
 """A data URI, how JPEG, PNG, GIF and WEBP begin in base64, or a long text of nothing but its characters."""
 _NAME_MAX, _PATH_MAX = 255, 4095
-"""Bytes of a name and of a path that Linux and macOS allow at most."""
+"""Most bytes of a name and of a path on Linux and macOS."""
 _LETTERS = re.compile(r"([A-Za-z])\.\.([A-Za-z])\Z")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\Z")
 _MOST = 1_000_000
-"""Names that one pattern may stand for."""
+"""Most names that a pattern may expand to."""
 
 
 # What a user gave -----------------------------------------------------------------------------------------------------
 
 
 def is_plain_path(path: str) -> bool:
-    """Whether a user's argument is a plain path, not a command, address or variable."""
+    """Whether a user's argument is a plain path and not a command, address or variable."""
     return not (_ADDRESS.match(path) or "${" in path or path.lstrip().startswith("|"))
 
 
@@ -51,9 +51,9 @@ def check_spec(path: str) -> str:
 
 
 def local(spec: str) -> str:
-    """The path that a file URL (file:///a%20b, file://localhost/a, file:/a) means; anything else as it is.
+    """Convert a file URL (file:///a%20b, file://localhost/a, file:/a) to its path; anything else is returned unchanged.
 
-    Raises DataError for a file URL of another machine and for one without an absolute path.
+    Raises DataError for a file URL of another machine or without an absolute path.
     """
     if spec[:5].lower() != "file:" or os.path.lexists(spec):
         return spec
@@ -66,10 +66,10 @@ def local(spec: str) -> str:
 
 
 def alternatives(spec: str) -> list[str]:
-    """The paths and globs that a user's path, range {000..012}, list {a,b} or joined list a::b means, in order.
+    """Expand a user's path, range {000..012}, list {a,b} or joined list a::b to paths and globs, in order.
 
-    What exists under its literal name, a file or the folders at the beginning, is no pattern. Raises DataError for a
-    pattern of more than a million names, and where `local` does.
+    A file, or leading folders, that exist literally are not treated as patterns. Raises DataError for a pattern of more
+    than a million names, and as `local` does.
     """
     whole = os.path.lexists(os.path.expanduser(spec))
     names: list[str] = []
@@ -78,14 +78,14 @@ def alternatives(spec: str) -> list[str]:
         head, rest = (path, "") if os.path.lexists(path) else _existing(path)
         names += (head + one for one in itertools.islice(_braces(rest), _MOST + 1 - len(names)))
         if len(names) > _MOST:
-            raise DataError(f"{spec!r} stands for more than {_MOST:,} names")
+            raise DataError(f"{spec!r} expands to more than {_MOST:,} names")
     return list(dict.fromkeys(names)) or [spec]
 
 
 def matching(name: str, walk: Walk | None = None) -> list[str]:
-    """The files and folders that one path or glob of `alternatives` means, sorted; none if nothing is there.
+    """The files and folders that match one path or glob of `alternatives`, sorted; empty if there are none.
 
-    `**` passes through folders as `folders.files` does, and `walk` is told what it met.
+    `**` passes through folders as `folders.files` does; problems are recorded in `walk`.
     """
     if os.path.lexists(name):
         return [name]
@@ -99,7 +99,7 @@ def matching(name: str, walk: Walk | None = None) -> list[str]:
 
 
 def present(name: str, what: str) -> list[str]:
-    """Files of `matching`; DataError if there are none, calling the path a `what` (source, input)."""
+    """Files that match a path; DataError if there are none, calling the path a `what` (source, input)."""
     paths = matching(name)
     if not paths:
         raise DataError(f"{what} {name}: no such file")

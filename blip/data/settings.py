@@ -15,21 +15,21 @@ class SourceConfig:
     path: str
     """A file, folder, glob or list of shards ({000..127}, {a,b}, a::b), or the name of a data set on the hub."""
     format: Literal["auto", "json", "imagefolder", "parquet", "tar", "dataset"] = "auto"
-    """`auto` goes by the ending; `json` also reads JSON lines, CSV, and Karpathy's and COCO's files."""
+    """Format of the source. `auto` goes by extension; `json` includes JSON lines, CSV, Karpathy's and COCO's files."""
     image_root: str | None = None
-    """Folder that relative image paths start from; the annotation file's own folder when not given."""
+    """Folder that relative image paths start from; the annotation file's own folder by default."""
     image_column: str = "image"
     """Column or key with the image or its path."""
     caption_column: str = "caption"
     """Column or key with the caption or list of captions."""
     split: str | None = None
-    """Split to take where the source has several (`a+b`: two); refused where it has none, as parquet and tar."""
+    """Split to use if the source has several (`a+b` for two); refused if it has none, as with parquet and tar."""
     weight: float = 1.0
-    """Passes over this source in one epoch; 0.5 shows half of it, a different half each epoch."""
+    """Passes over this source per epoch; 0.5 uses one half of it per epoch, alternating."""
     kind: Literal["human", "web"] = "human"
-    """Written by a human for the image, or found beside it."""
+    """Origin of the captions: written by humans for the image, or found with it on the web."""
     allow_truncated: bool = False
-    """Use the samples of a tar shard before the byte where it is cut off or damaged, instead of stopping."""
+    """Use the samples of a truncated or damaged tar shard that precede the damage, instead of stopping."""
 
     def __post_init__(self) -> None:
         check_positive(self.weight, f"weight of source {self.path}")
@@ -40,11 +40,11 @@ class ImageQuestions:
     """Questions about images: VQA v2's files, the 2022 release's, easy-VQA's, or a list of rows."""
 
     path: str
-    """The file of questions, .json or .jsonl."""
+    """File of questions, .json or .jsonl."""
     annotations: str | None = None
-    """The file of answers, where they are not beside the questions (VQA v2)."""
+    """File of answers, if they are not in the file of questions (VQA v2)."""
     image_root: str | None = None
-    """Folder that image paths start from; the file's own folder when not given."""
+    """Folder that image paths start from; the file's own folder by default."""
     image_name: str | None = None
     """Path of an image whose number alone is given, such as `val2014/COCO_val2014_{image_id:012d}.jpg`; by the file's
     `data_subtype` when not given."""
@@ -55,7 +55,7 @@ class ImageQuestions:
     answer_column: str = "answer"
     """Key with the answer or the list of answers, in a list."""
     id_column: str = "question_id"
-    """Key with the question's id, in a list; the row's number where there is none."""
+    """Key with the question's id, in a list; the row's number if there is none."""
     weight: float = 1.0
     """Passes over this source in one epoch."""
     answer_weight: float | None = None
@@ -73,11 +73,11 @@ class ImageSentences:
     """Sentences about several images: NLVR2's or NLVR's annotations, or a list of {images, sentence, label}."""
 
     path: str
-    """The annotation file, .json or .jsonl."""
+    """Annotation file, .json or .jsonl."""
     image_root: str | None = None
-    """Folder of the images, or of images/; the annotation file's own folder when not given."""
+    """Folder of the images, or of images/; the annotation file's own folder by default."""
     part: Literal["all", "train", "val"] = "all"
-    """Part to take where one file is split in two; no sentence and no set of images is in both."""
+    """Part to use if one file is split in two; no sentence and no set of images is in both."""
     held_out: float = 0.2
     """Share of `val` in such a split."""
     weight: float = 1.0
@@ -93,11 +93,11 @@ class Dialogues:
     """Dialogues about images in the format of VisDial v1.0."""
 
     path: str
-    """The file of dialogues, such as visdial_1.0_val.json."""
+    """File of dialogues, such as visdial_1.0_val.json."""
     image_root: str | None = None
-    """Folder of the images; the file's own folder when not given."""
+    """Folder of the images; the file's own folder by default."""
     relevance: str | None = None
-    """File of dense annotations, such as visdial_1.0_val_dense_annotations.json; without it there is no NDCG."""
+    """File of dense annotations, such as visdial_1.0_val_dense_annotations.json; without it NDCG is not computed."""
     weight: float = 1.0
     """Passes over this source in one epoch."""
 
@@ -112,35 +112,35 @@ class DataConfig:
     sources: list[SourceConfig] = field(default_factory=list)
     """The sources of a run, mixed by weight."""
     prompt: str = ""
-    """Words put before every caption; a decoder is given them and does not learn to predict them."""
+    """Prompt put before every caption, and excluded from the loss."""
     max_words: int = 30
-    """Words kept of a caption, the prompt's not counted."""
+    """Most words of a caption, without the prompt; the rest is cut off."""
     max_tokens: int = 30
-    """Word pieces kept of a caption, first and last special tokens and the prompt included."""
+    """Most word pieces of a caption, with the prompt and the first and last special tokens; the rest is cut off."""
     crop_scale_min: float = 0.2
-    """Smallest share of the image that a random crop shows (0.5 in fine-tuning); 1 shows the whole image."""
+    """Smallest share of the image's area in a random crop (0.5 in fine-tuning); 1 keeps the whole image."""
     flip: float = 0.5
-    """Probability of a mirror image."""
+    """Probability of mirroring an image."""
     flip_sided_captions: bool = False
-    """Mirror also images whose caption says left or right (2022: true)."""
+    """Also mirror images whose caption says left or right (2022: true)."""
     augment_ops: int = 2
     """RandAugment operations drawn per image; each is applied with probability 0.5."""
     augment_magnitude: int = 7
-    """RandAugment strength, 0 to 10 (2022: 5, at which brightness and sharpness do nothing)."""
+    """RandAugment strength, 0 to 10 (2022: 5, at which brightness and sharpness have no effect)."""
     workers: int = 2
-    """Decoding processes per training process."""
+    """Number of data workers (decoding processes) per training process."""
     worker_timeout: float = 120.0
-    """Seconds without a batch, and without a worker that computes, after which the run stops."""
+    """Seconds without a batch, and without a computing worker, after which the run stops."""
     streaming: bool = False
     """Read shards in sequence with a shuffle buffer instead of by index; for sets larger than memory."""
     shuffle_buffer: int = 10000
-    """Samples in the shuffle buffer of a streaming run."""
+    """Number of samples in the shuffle buffer of a streaming run."""
     max_pixels: int = 100_000_000
-    """Images with more pixels than this are refused from their header, as are sides above 65,535 and 1,000 to 1."""
+    """Most pixels of an image; larger ones, sides above 65,535 and aspect ratios above 1,000 are refused undecoded."""
     max_bad_fraction: float = 0.05
     """Share of unreadable samples above which the run stops."""
     max_unknown: float = 0.01
-    """Share of unknown word pieces in a sample of the captions above which the tokenizer is refused."""
+    """Share of unknown word pieces in some captions above which the tokenizer is refused."""
 
     def __post_init__(self) -> None:
         require(self.max_tokens >= 3, f"max_tokens must be 3 or more, got {self.max_tokens}")

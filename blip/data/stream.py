@@ -1,7 +1,7 @@
 """Streaming: shards read in sequence through a shuffle buffer, for sets too large to index, of any kind of sample.
 
-Every worker of every process reads its own shards, endlessly. A resumed run does not continue where it stopped: it
-reshuffles with a key of (seed, first step), so samples of the interrupted epoch may come again or late.
+Every worker of every process reads its own shards, endlessly. A resumed run does not continue at the same position: it
+reshuffles with a key of (seed, first step), so samples of the interrupted epoch may be repeated or come later.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class Shards(Protocol):
     """The shard files of one source, each read from its beginning to its end."""
 
     config: Any
-    """The source's settings, of which its path and weight matter here."""
+    """Settings of the source, of which path and weight matter here."""
     files: list[Path]
     rows: int
-    """Records of all shards; an estimate where they are not counted."""
+    """Number of records in all shards; an estimate if they are not counted."""
 
     def read(self, file: Path, part: int = 0, parts: int = 1) -> Iterator[Any]:
         """The records of a shard in order, or every `parts`-th from `part`; a Bad for what cannot be one.
@@ -106,14 +106,14 @@ class CaptionShards:
         return round(first * sum(sizes) / max(1, sizes[0]))
 
     def _first_tar(self) -> int:
-        """Samples of the first shard, of which there is said what is said of all where all are opened."""
+        """Samples of the first shard, whose notes are logged, as those of all shards are if all are opened."""
         shard = self._shard(self.files[0])
         check_whole(f"source {self.config.path}", [shard.summary])
         log_notes([shard.summary])
         return len(shard)
 
     def _of_split(self) -> tuple[int, int]:
-        """(rows of the split asked for, files that they were counted in: as few as have all of its names)."""
+        """Count (rows in the requested split, files read): as few files as contain all of its names."""
         split = self.config.split
         seen: Counter[str] = Counter()
         rows = read = 0
@@ -180,7 +180,7 @@ class CaptionShards:
 
 
 class ListShards(ABC):
-    """Files of rows, JSON lines, lists or CSV, of which a kind of sample says what records they are."""
+    """Files of rows (JSON lines, lists or CSV), which a kind of sample turns into records."""
 
     notes: Sequence[str] = ()
 
@@ -195,7 +195,7 @@ class ListShards(ABC):
 
     @abstractmethod
     def records(self, file: Path, number: int, row: Row) -> Sequence[Any]:
-        """The records of a row; BadSample or DataError says what is wrong with it."""
+        """The records of a row; BadSample or DataError if it is invalid."""
 
     def read(self, file: Path, part: int = 0, parts: int = 1) -> Iterator[Any]:
         """Read a part of a file, as `Shards` does."""
@@ -217,10 +217,10 @@ class ListShards(ABC):
 
 
 class Stream:
-    """Endless records of shards, shuffled, shared out to all workers of all processes."""
+    """Endless, shuffled records of shards, divided among all workers of all processes."""
 
     def __init__(self, shards: Sequence[Shards], prepare: Prepare, seed: int) -> None:
-        """Raise DataError if nothing can be read or the tokenizer does not know the texts."""
+        """Raise DataError if nothing can be read or the texts are unknown to the tokenizer."""
         if not shards:
             raise DataError("no data: give at least one source")
         self.shards, self.prepare, self.seed = list(shards), prepare, seed
@@ -233,13 +233,13 @@ class Stream:
         return max(1, round(sum(s.rows * s.config.weight for s in self.shards)))
 
     def fingerprint(self) -> str:
-        """A hash of what the data is: shard names and sizes, and every setting that changes samples."""
+        """Hash of shard names and sizes, and every setting that changes samples."""
         p = self.prepare
         settings = (*p.settings(), p.config.shuffle_buffer, p.transform.describe(), self.seed)
         return digest(self.shards, "stream", *settings, p.tokenizer.digest()) + p.suffix()
 
     def _probe(self) -> list[str]:
-        """Some texts of each source. DataError if none of its first rows can be used: that is no row's fault."""
+        """Some texts of each source. DataError if none of its first rows can be used."""
         texts, each = [], max(1, PROBES // len(self.shards))
         for shards in self.shards:
             samples = list(itertools.islice(shards.read(shards.files[0]), max(each, FIRST_ROWS)))
@@ -293,7 +293,7 @@ class Stream:
                 )
 
     def _share(self, s: int, epoch: int, consumer: int, consumers: int, start: int) -> list[tuple[Path, int, int]]:
-        """The (shard, part, parts) of a worker in an epoch: whole shards, or parts of one where there are too few."""
+        """The (shard, part, parts) of a worker in an epoch: complete shards, or parts of one if there are too few."""
         files = self.shards[s].files
         order = permutation(len(files), self.seed, start, Purpose.SHARD_ORDER, s, epoch)
         if len(files) >= consumers:
@@ -318,7 +318,7 @@ class Stream:
 
 
 class _Batches(IterableDataset):
-    """The batches of one process, made by its workers in turn: the n-th by worker n % workers."""
+    """Batches of one process, made by its workers in turn: the n-th by worker n % workers."""
 
     def __init__(
         self, stream: Stream, reading: Reading, batch_size: int, rank: int, world: int, numbers: range

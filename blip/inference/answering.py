@@ -1,6 +1,6 @@
-"""Answers to questions: the best of given candidates, or decoded word by word; both with their probability.
+"""Answers to questions: the best of given candidates, or generated freely; both with their probability.
 
-Candidates are scored as a tree: a beginning that several share is decoded once, all branches of a question go through
+Candidates are scored as a tree: a shared prefix is decoded once, all branches of a question go through
 the decoder together, and its context is projected once for all of them. R questions, C candidates, K of them scored in
 full, N nodes of their tree, L words of the longest candidate, D width, V vocabulary, B images, P image tokens.
 """
@@ -56,9 +56,9 @@ class Candidates:
     """Answers to choose from, as word pieces, sorted and without duplicates."""
 
     def __init__(self, texts: Sequence[str], tokenizer: Tokenizer) -> None:
-        """ValueError if there is none, or one has no words or words that the tokenizer does not know."""
+        """ValueError if there are no candidates, or one has no words or words unknown to the tokenizer."""
         if not texts:
-            raise ValueError("there are no candidate answers to choose from")
+            raise ValueError("no candidate answers to choose from")
         longest = max(len(text) for text in texts) + 2
         rows: dict[tuple[int, ...], str] = {}
         for text in sorted(set(texts)):
@@ -104,9 +104,9 @@ class _Tree:
         self.nodes = nodes
         """(C, L) numbers of each candidate's beginnings, -1 after the last."""
         self.words = torch.tensor([row[-1] for row in numbers])
-        """(nodes,) last word of each beginning."""
+        """(nodes,) last token of each prefix."""
         self.depth = torch.tensor([len(row) - 1 for row in numbers])
-        """(nodes,) number of words before the last."""
+        """(nodes,) number of tokens before the last."""
         self.paths = torch.full((len(numbers), longest), -1)
         """(nodes, L) numbers of the beginnings of each beginning, itself included."""
         for row, number in numbers.items():

@@ -1,4 +1,4 @@
-"""Cross-attention maps of a match: which image patches speak for which words of a text.
+"""Cross-attention maps of a match: which image patches are evidence for which words of a text.
 
 The probabilities with which a layer's text tokens attend to image tokens, times the positive part of the match logit's
 gradient with respect to them, averaged over heads (as ALBEF's and BLIP's authors show their models). A fused

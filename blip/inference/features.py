@@ -27,7 +27,7 @@ from blip.tokenizer import Tokenizer
 ImageInput = str | Path | Image.Image
 """A file's path, or the image itself."""
 MAX_TOKENS = 35
-"""Word pieces kept of a text that is compared with images (paper, section 5.1)."""
+"""Most word pieces of a text that is compared with images (paper, section 5.1)."""
 
 
 class MatchScores(NamedTuple):

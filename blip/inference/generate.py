@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from blip.tokenizer import Tokenizer
 
 HEAD = 128
-"""Number of likeliest words among which the nucleus is searched first."""
+"""Number of most likely tokens among which the nucleus is searched first."""
 _SHRINK = 0.75
 """Drop finished rows once at most this share is unfinished; dropping copies the contexts."""
 
@@ -392,7 +392,7 @@ def _draw(scores: Tensor, noise: Tensor, config: DecodeConfig) -> Tensor:
 
 
 def _from_head(scores: Tensor, total: Tensor, noise: Tensor, top_p: float, width: int) -> Tensor:
-    """Draw from the nucleus, sorting only the `width` likeliest words where these reach top_p, else more."""
+    """Draw from the nucleus, sorting only the `width` most likely tokens if these reach top_p, else more."""
     head, words = scores.topk(min(width, scores.shape[1]))
     drawn = _from_nucleus(head, words, total, noise, top_p)
     if width < scores.shape[1]:

@@ -26,7 +26,7 @@ class DecodeConfig:
     """How a text is decoded. Lengths count tokens: [DEC], the prompt and [SEP] included."""
 
     method: Literal["beam", "nucleus"] = "beam"
-    """Decoding method: `beam` keeps the likeliest beginnings (with `beams` 1 it is greedy), `nucleus` samples."""
+    """Decoding method: `beam` keeps the most likely partial texts (greedy with `beams` 1), `nucleus` samples."""
     beams: int = 3
     """Beginnings kept by beam search."""
     num: int = 1
@@ -43,9 +43,9 @@ class DecodeConfig:
     repetition_penalty: float = 1.0
     """Repetition penalty: above 1 makes words that the text contains already less likely."""
     top_p: float = 0.9
-    """Nucleus: draw from the likeliest words that together reach this probability."""
+    """Probability mass of nucleus sampling: tokens are drawn from the most likely ones that together reach it."""
     top_k: int = 0
-    """Nucleus: most words to draw from; 0 for any number."""
+    """Most tokens that nucleus sampling draws from; 0 for any number."""
     temperature: float = 1.0
     """Nucleus: softmax temperature; above 1 evens out, below 1 sharpens."""
     seed: int = 0
@@ -79,19 +79,19 @@ DECODE_PRESETS: dict[str, DecodeConfig] = {
 
 
 QUESTION_WORDS, QUESTION_TOKENS = 50, 35
-"""Longest question in words and in word pieces, as in the original."""
+"""Most words and word pieces of a question, as in the original."""
 
 
 @dataclass(frozen=True)
 class AnswerConfig:
-    """How a question is answered: the best of some candidates, or any words."""
+    """How a question is answered: by the best of some candidates, or by free generation."""
 
     k: int = 128
-    """Candidates that are scored in full: those whose first word is likeliest."""
+    """Number of candidates scored in full: those with the most likely first tokens."""
     smoothing: float = 0.0
     """Share of a candidate's score that is the mean over all words, as in the training loss (2022: 0.1)."""
     beams: int = 3
-    """Beginnings kept by beam search, when there are no candidates."""
+    """Number of beams, if there are no candidates."""
     max_length: int = 10
     """Largest length of an answer from beam search; tokens, [DEC] and [SEP] included."""
     length_rule: LengthRule = "generated"

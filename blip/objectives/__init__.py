@@ -1,1 +1,1 @@
-"""Objectives: the losses, and what they need from a batch."""
+"""Objectives: the losses, and the batches that they take."""

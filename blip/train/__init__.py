@@ -1,1 +1,1 @@
-"""The training loop and what it needs to go on exactly where it stopped."""
+"""The training loop, and the state to resume it exactly."""

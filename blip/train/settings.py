@@ -1,4 +1,4 @@
-"""How long, how fast and how safely to train."""
+"""Settings of the training loop: duration, schedule, optimizer, checkpoints and safety."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from blip.train.towers import Tower
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, how fast and how safely to train."""
+    """Duration, schedule, optimizer, checkpoints and safety of training."""
 
     epochs: float = 20.0
-    """Passes over the data; ignored when `steps` is given."""
+    """Passes over the data; ignored if `steps` is given."""
     steps: int | None = None
-    """Optimizer steps; `null` takes `epochs`."""
+    """Number of optimizer steps; `null` to train for `epochs`."""
     batch_size: int = 75
     """Pairs per process and forward pass."""
     accumulate: int = 1
@@ -30,27 +30,27 @@ class TrainConfig:
     warmup_lr: float = 1e-6
     """Learning rate of the first step."""
     schedule: Literal["cosine", "epoch_decay", "epoch_cosine", "constant"] = "cosine"
-    """After warm-up: cosine by step, or by whole epochs as in 2022 (`epoch_decay` multiplies by `decay` each epoch)."""
+    """Schedule after warm-up: cosine by step, or by epoch as in 2022 (`epoch_decay` multiplies by `decay`)."""
     decay: float = 0.9
     """Factor per epoch of `epoch_decay`."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """`muon` orthogonalises the updates of the blocks' matrices: fewer steps for a model trained from scratch."""
+    """Optimizer. `muon` orthogonalises updates of the blocks' matrices: fewer steps for models trained from scratch."""
     weight_decay: float = 0.05
     """Decoupled weight decay."""
     decay_all: bool = False
-    """Decay norms, biases, embeddings of position and the temperature too (2022: true)."""
+    """Also decay norms, biases, position embeddings and the temperature (2022: true)."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's moment decays."""
     eps: float = 1e-8
     """AdamW's epsilon."""
     clip: float | None = 1.0
-    """Largest gradient norm (2022: none)."""
+    """Gradient norm above which gradients are clipped (2022: none)."""
     towers: list[Tower] = field(default_factory=list)
     """Parts of the model that are locked for a time or have another learning rate."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """`auto` is bfloat16 where the hardware multiplies it natively, else float32."""
+    """Numeric precision. `auto` is bfloat16 if the hardware supports it natively, else float32."""
     compile: bool = False
-    """torch.compile the objective."""
+    """Compile the objective with torch.compile."""
     seed: int = 0
     """Random seed of the run; every random number is a function of it, the step, the sample and the process."""
     log_every: int = 50
@@ -58,7 +58,7 @@ class TrainConfig:
     save_every: int = 1000
     """Steps between resumable checkpoints."""
     keep_checkpoints: int = 2
-    """Resumable checkpoints kept."""
+    """Number of resumable checkpoints kept."""
     eval_every: int = 0
     """Steps between evaluations; 0 for only at the end."""
     eval_each_epoch: bool = False

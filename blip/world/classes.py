@@ -1,8 +1,8 @@
-"""Writes images of the world sorted into folders by what they show, for zero-shot classification.
+"""Write images of the synthetic world into one folder per class, for zero-shot classification.
 
     python -m blip.world.classes --out runs/world-shapes --by shape --count 200
 
-Scenes of a single thing, so that an image has one right class; the same settings give the same bytes.
+Scenes show a single thing, so that an image has one right class; the same settings give the same bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TEMPLATES = {
     "shape": ("a {}", "a picture of a {}", "there is a {}", "one shape: a {}"),
     "colour": ("something {}", "a {} shape", "a picture of a {} thing", "one thing, {}"),
 }
-"""Ways in which captions of the world speak of a shape or a colour."""
+"""Prompt templates worded like the world's captions."""
 
 
 def write(
@@ -35,21 +35,21 @@ def write(
     """Write an imagefolder: OUT/CLASS/*.jpg, and OUT/templates.txt with prompt templates.
 
     Args:
-        out: Folder to write; it must not be there.
-        by: Class of an image: the shape of its one thing, or the colour.
+        out: Folder to write; must not exist.
+        by: Class of an image: the shape of its one thing, or its colour.
         split: train, val and test share no scene; composition shows colour-shape pairs that no other split has.
-        count: How many images, of as many of each class as scenes come.
+        count: Number of images in all; classes differ in size.
         seed: Random seed of the scenes.
-        size: Side of the images, pixels.
+        size: Side of the images in pixels.
 
     Returns:
-        The folders of the classes. ValueError for a count below 1, FileExistsError for what is there already.
+        The folders of the classes. ValueError for a count or size below 1, FileExistsError if `out` exists.
     """
     out = Path(out)
     if count < 1 or size < 1:
         raise ValueError(f"count and size must be 1 or more, got {count} and {size}")
     if out.exists():
-        raise FileExistsError(f"{out} is there already: give another --out")
+        raise FileExistsError(f"{out} already exists: give another --out")
     unfinished = out.with_name(f".writing-{out.name}-{os.getpid()}")
     try:
         for name in CLASSES[by]:

@@ -1,9 +1,9 @@
-"""Clips of the synthetic world: one thing moves from one side to the other, the others stay.
+"""Video clips of the synthetic world: one thing moves from one side to the other, the others stay in place.
 
     python -m blip.world.clips --out runs/world-clips --split test --count 100
 
-A clip is a pure function of (seed, split, i), drawn from a scene of that split; what moves, and which way, its captions
-say and its questions ask. Files are MP4 with lists in MSR-VTT's formats, so that the real readers read them.
+A clip is a pure function of (seed, split, i) and starts from a scene of that split; its captions and questions are
+about what moves, and which way. Files are MP4 with lists in MSR-VTT's formats, so that the ordinary readers read them.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _MOVES = {
     "up": ("moves up", "moves from bottom to top", "goes up"),
 }
 _NEARNESS = 0.9
-"""Least distance from other things on the way, in sums of radii."""
+"""Minimum distance from other things on the way, as a share of the sum of the radii."""
 _CHECKS = 12
-"""Moments at which nothing may be in the way."""
+"""Number of intervals at whose ends the way must be clear."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class MovingScene:
     """A scene in which the thing `moving` crosses the image."""
 
     scene: Scene
-    """Scene at the beginning."""
+    """Scene at the start of the clip."""
     moving: int
     direction: str
     seed: int
@@ -55,14 +55,14 @@ class MovingScene:
         return f"world-clip-{self.seed}-{self.split}-{self.i:06d}"
 
     def at(self, moment: Fraction) -> Scene:
-        """The scene from the clip's beginning, 0, to its end, 1."""
+        """The scene at a moment from 0, the clip's start, to 1, its end."""
         things = list(self.scene.things)
         things[self.moving] = _moved(things[self.moving], self.direction, moment)
         return replace(self.scene, things=tuple(things))
 
 
 def clip(seed: int, i: int, split: Split = "train") -> MovingScene:
-    """Clip `i` of a split: things look like those of one of the split's scenes, and one of them moves."""
+    """Clip `i` of a split: one thing of one of the split's scenes moves."""
     dice = Dice("clip", seed, split, i)
     while True:
         made = scene(seed, dice.below(1 << 30), split)
@@ -77,7 +77,7 @@ def clip(seed: int, i: int, split: Split = "train") -> MovingScene:
 
 
 def _placed(thing: Thing, direction: str) -> Thing:
-    """Where a move begins: at the side that it leaves."""
+    """The thing at the start of its move: at the side that it leaves."""
     across, down = DIRECTIONS[direction]
     column = thing.column if not across else (0 if across > 0 else 2)
     row = thing.row if not down else (0 if down > 0 else 2)
@@ -87,10 +87,10 @@ def _placed(thing: Thing, direction: str) -> Thing:
 
 
 def _moved(thing: Thing, direction: str, moment: Fraction) -> Thing:
-    """Part of the way to the other side; lengths stay whole numbers."""
+    """The thing part of the way to the other side; lengths stay integers."""
     across, down = DIRECTIONS[direction]
     reach = round(moment * (980 - 2 * thing.radius))
-    past = 2 * (moment > Fraction(1, 2))  # as far as a grid of three can tell
+    past = 2 * (moment > Fraction(1, 2))  # a grid of three has no finer steps
     row, column = thing.row + down * past, thing.column + across * past
     return replace(thing, cell=3 * row + column, x=thing.x + across * reach, y=thing.y + down * reach)
 
@@ -105,12 +105,12 @@ def _clear(made: Scene, moving: int) -> bool:
 
 
 def frames(made: MovingScene, count: int, size: int = 64) -> list[Image.Image]:
-    """`count` (2 or more) images of a clip from beginning to end, RGB, size x size pixels."""
+    """Draw `count` (2 or more) frames of a clip from start to end: RGB, size x size pixels."""
     return [draw(made.at(Fraction(n, count - 1)), size) for n in range(count)]
 
 
 def captions(made: MovingScene) -> list[str]:
-    """Five true captions, which differ in wording and in what else they tell, 4 to about 20 words, lower case."""
+    """Five true captions that differ in wording and in what they add, 4 to about 20 words, lower case."""
     dice = Dice("clip captions", made.seed, made.split, made.i)
     thing, moves = made.scene.things[made.moving], _MOVES[made.direction]
     others = [_a(_appearance(other)) for n, other in enumerate(made.scene.things) if n != made.moving]
@@ -127,7 +127,7 @@ def captions(made: MovingScene) -> list[str]:
 
 
 def questions(made: MovingScene) -> list[tuple[str, str]]:
-    """Questions about the movement with their answers: which way, what, its colour, how many, and two of yes or no."""
+    """Questions about the movement and their answers: which way, what moves, its colour, how many, and two yes/no."""
     dice = Dice("clip questions", made.seed, made.split, made.i)
     thing = made.scene.things[made.moving]
     other = dice.choice([way for way in DIRECTIONS if way != made.direction])
@@ -147,7 +147,7 @@ def questions(made: MovingScene) -> list[tuple[str, str]]:
 
 
 ANSWERS = (*DIRECTIONS, *COLOURS, *SHAPES, "1", "2", "3", "yes", "no")
-"""All that is ever answered."""
+"""All possible answers."""
 
 
 def _appearance(thing: Thing) -> str:
@@ -167,30 +167,32 @@ def write(
     length: int = 24,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Write clips as MP4 files with captions and questions about them; needs PyAV.
+    """Write clips as MP4 files with captions and questions; needs PyAV.
 
-    videos/VIDEO_ID.mp4; SPLIT.json as MSR-VTT's {videos, sentences}; SPLIT_qa.json as MSR-VTT-QA's {video_id, question,
-    answer, id}. On one machine the same settings give the same bytes.
+    videos/VIDEO_ID.mp4; SPLIT.json like MSR-VTT's {videos, sentences}; SPLIT_qa.json like MSR-VTT-QA's {video_id,
+    question, answer, id}. On one machine the same settings give the same bytes.
 
     Args:
         out: Folder to write into; several splits may share one.
         split: train, val and test share no scene; composition shows colour-shape pairs that no other split has.
-        count: How many clips.
+        count: Number of clips.
         seed: Random seed of the clips.
-        size: Side of the images, pixels; even.
-        length: Frames of a clip, 8 a second.
+        size: Side of the frames in pixels; must be even.
+        length: Frames per clip, at 8 per second.
         overwrite: Replace what an earlier call wrote for this split.
 
     Returns:
-        The two lists. ValueError for impossible settings, FileExistsError for what is there already, DataError without
-        PyAV.
+        The two lists. ValueError for invalid settings, FileExistsError if a list exists, DataError without PyAV.
     """
     out = Path(out)
     if count < 1 or length < 2 or size < 16 or size % 2:
-        raise ValueError("count must be 1 or more, length 2 or more, and size an even number of 16 or more")
+        raise ValueError(
+            "count must be 1 or more, length 2 or more, and size an even number of at least 16; "
+            f"got {count}, {length} and {size}"
+        )
     products = [out / f"{split}.json", out / f"{split}_qa.json"]
     if products[0].exists() and not overwrite:
-        raise FileExistsError(f"{products[0]} is there already: give another --out, or --overwrite true to replace it")
+        raise FileExistsError(f"{products[0]} already exists: give another --out, or --overwrite true to replace it")
     unfinished = out / f".writing-{split}-{os.getpid()}"
     unfinished.mkdir(parents=True)
     try:

@@ -2,8 +2,8 @@
 
     python -m blip.world.dialogues --out runs/world-dialogue --count 2000
 
-Some questions are about "it", the thing that was spoken of last, so that who has not followed cannot answer. Each
-round has 100 candidate answers; how right each is follows from the scene and is known for every round.
+Some questions are about "it", the thing mentioned last, and cannot be answered without the history. Each round has 100
+candidate answers; the relevance of each follows from the scene and is known for every round.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from blip.world.text import captions
 ROUNDS = 10
 CANDIDATES = 100
 _IT = 0.5
-"""How often "it" is asked about, where something was spoken of."""
+"""Probability that a question is about "it", once a thing has been mentioned."""
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 
 _FORMS: dict[str, tuple[str, ...]] = {
@@ -49,7 +49,7 @@ _FORMS: dict[str, tuple[str, ...]] = {
     "count": ("{}", "there {be} {}", "i see {}"),
     "background": ("{}", "it is {}", "a {} background"),
 }
-"""What an answer is about -> its wordings: short, as a sentence, and in another way."""
+"""Wordings of each kind of answer: short, as a sentence, and another."""
 _VALUES: dict[str, tuple[str, ...]] = {
     "yes": ("",),
     "no": ("",),
@@ -61,12 +61,12 @@ _VALUES: dict[str, tuple[str, ...]] = {
     "background": BACKGROUNDS,
 }
 _NEAR = 0.5
-"""How right half a place is: "at the top" of what is at the top left."""
+"""Relevance of half a place: "at the top" for a thing at the top left."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What an answer says, and its wording."""
+    """An answer: its meaning (kind and value) and its wording."""
 
     kind: str
     value: str
@@ -90,16 +90,16 @@ def _at(place: str) -> str:
 
 
 ANSWERS = _answers()
-"""All answers that are ever given; no two have the same wording."""
+"""All possible answers; no two have the same wording."""
 _SETS = [("yes", "no"), *((kind,) for kind in _VALUES if kind not in ("yes", "no"))]
 _LIKE = {kind: [a for a in ANSWERS if a.kind in kinds] for kinds in _SETS for kind in kinds}
 _UNLIKE = {kind: [a for a in ANSWERS if a.kind not in kinds] for kinds in _SETS for kind in kinds}
-"""Answers to the same question as one of a kind, and all others."""
+"""Answers that fit the same questions as one of the kind, and all others."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A question, its answer, the candidates, and how right each of these is."""
+    """A question, its answer, the candidates, and the relevance of each candidate."""
 
     question: str
     answer: Reply
@@ -113,7 +113,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Talk:
-    """What was said about a scene."""
+    """A dialogue about a scene."""
 
     scene: Scene
     caption: str
@@ -121,7 +121,7 @@ class Talk:
 
 
 def dialogue(one: Scene) -> Talk:
-    """Ten rounds about a scene, each question asked once; a function of the scene."""
+    """Ten rounds about a scene, no question asked twice; a pure function of the scene."""
     dice = Dice("dialogue", one.seed, one.split, one.i)
     caption = dice.choice(captions(one))
     manner = dice.below(3)
@@ -136,9 +136,9 @@ def dialogue(one: Scene) -> Talk:
         if turn is None:
             continue
         question, (meant, value), thing = turn
-        # "what colour is it" may come again when "it" is another thing.
+        # "what colour is it" may be asked again once "it" is another thing.
         subject = (question, str(one.things.index(spoken)) if about_it else "")
-        # Nor is what the last answer has just told.
+        # Do not ask for what the last answer has just said.
         if subject in subjects or (about_it and kind == turns[-1].kind):
             continue
         subjects.add(subject)
@@ -150,17 +150,17 @@ def dialogue(one: Scene) -> Talk:
 def _answered(
     dice: Dice, kind: str, value: str, subject: str, manner: int
 ) -> tuple[Reply, tuple[Reply, ...], tuple[float, ...]]:
-    """The answer, the candidates, and how right each is. Who answers does so in the same manner all along."""
+    """The answer, the candidates and their relevance; `manner` is the wording that one dialogue keeps throughout."""
     forms = [0, 1, 3] if subject == "relation" else [0, 2, 3]  # "yes it is", "yes there is"
     form = forms[manner] if kind in ("yes", "no") else manner
     answer = [a for a in _LIKE[kind] if (a.kind, a.value) == (kind, value)][form]
-    # All answers to such a question are among the candidates, and others fill up.
+    # All answers that fit such a question are candidates; others fill the rest.
     options = dice.shuffled([*_LIKE[kind], *dice.shuffled(_UNLIKE[kind])[: CANDIDATES - len(_LIKE[kind])]])
     return answer, tuple(options), tuple(_right(a, kind, value) for a in options)
 
 
 def _right(answer: Reply, kind: str, value: str) -> float:
-    """How right an answer is, 0 to 1, where `value` is the truth."""
+    """Relevance of an answer, 0 to 1, where `value` is the truth."""
     if answer.kind != kind:
         return 0.0
     if answer.value == value:
@@ -171,7 +171,7 @@ def _right(answer: Reply, kind: str, value: str) -> float:
 # Questions ------------------------------------------------------------------------------------------------------------
 
 Exchange = tuple[str, tuple[str, str], Thing | None]
-"""A question, what its answer says (kind and value), and the thing that is spoken of."""
+"""A question, the meaning of its answer (kind and value), and the thing it mentions."""
 MakeExchange = Callable[[Dice, Scene, Thing | None], Exchange | None]
 
 
@@ -180,7 +180,7 @@ def _truth(holds: bool) -> tuple[str, str]:
 
 
 def _only(one: Scene, **attributes: str) -> bool:
-    """Whether one thing alone looks so."""
+    """Whether exactly one thing has these attributes."""
     return sum(all(getattr(t, name) == value for name, value in attributes.items()) for t in one.things) == 1
 
 
@@ -198,7 +198,7 @@ def _behind(dice: Dice, one: Scene, it: Thing | None) -> Exchange:
 
 
 def _is_there(dice: Dice, one: Scene, it: Thing | None) -> Exchange:
-    """A thing of a shape, of a colour or of both, which is there or not."""
+    """Ask whether there is a thing of a shape, of a colour or of both."""
     thing = dice.choice(one.things)
     by, here = dice.choice(("shape", "colour", "both")), dice.chance(0.5)
     shape = thing.shape if here or (by == "both" and dice.chance(0.5)) else dice.choice(SHAPES)
@@ -289,21 +289,21 @@ def write(
     size: int = 64,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Write dialogues as VisDial v1.0 comes: SPLIT.json, SPLIT-dense.json and SPLIT/ with the images.
+    """Write dialogues in VisDial v1.0's layout: SPLIT.json, SPLIT-dense.json and SPLIT/ with the images.
 
-    A dialogue has an `image` beside VisDial's keys, since scenes are not numbered like COCO's images. The dense
-    annotations are of one round of each dialogue, as in VisDial. The same settings give the same bytes.
+    A dialogue has an `image` in addition to VisDial's keys, since scenes are not numbered like COCO's images. Dense
+    annotations cover one round of each dialogue, as in VisDial. The same settings give the same bytes.
 
     Args:
         out: Folder to write into; several splits may share one.
         split: train, val and test share no scene; composition shows colour-shape pairs that no other split has.
-        count: How many dialogues.
+        count: Number of dialogues.
         seed: Random seed of the scenes; another seed gives other images of the same splits.
-        size: Side of the images, pixels.
+        size: Side of the images in pixels.
         overwrite: Replace what an earlier call wrote for this split.
 
     Returns:
-        The files and folders written. ValueError for impossible settings, FileExistsError for what is there already.
+        The files and folders written. ValueError for invalid settings, FileExistsError if a file exists.
     """
     if count < 1 or size < 1:
         raise ValueError(f"count and size must be 1 or more, got {count} and {size}")

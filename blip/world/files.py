@@ -1,9 +1,9 @@
-"""Writes the synthetic world out in the formats that real data sets come in, so that the real readers read it.
+"""Write the synthetic world in the formats of real data sets, so that the ordinary readers read it.
 
     python -m blip.world.files --out runs/world --format tar --count 20000 --web true
     python -m blip.world.files --out runs/world-human --format json --split test --count 200
 
-The same settings give the same bytes. Files appear under their names only when all of them are written.
+The same settings give the same bytes. Files get their final names only once all of them are written.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from blip.world.text import NOISE, captions, description, web_text
 
 JPEG_QUALITY = 92
 BREAKS = ("truncated", "html", "empty")
-"""How a salted image is broken: cut in half, a web page in its place, or no bytes at all."""
+"""How an image file is broken on purpose: cut in half, replaced by a web page, or empty."""
 _PAGE = b"<!DOCTYPE html>\n<html><head><title>404 Not Found</title></head><body><h1>Not Found</h1></body></html>\n"
 
 PRODUCTS = {
@@ -44,12 +44,12 @@ PRODUCTS = {
     "imagefolder": ("{split}",),
     "parquet": ("data/{split}-*.parquet",),
 }
-"""What each format leaves in the output folder, in the order in which it gets its name."""
+"""Products of each format in the output folder, in the order in which they get their final names."""
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """One image as the bytes of its file, and its record: image_id, caption, and the truth where there is some."""
+    """One image as the bytes of its file, and its record: image_id, caption, and the truth if recorded."""
 
     image: bytes
     record: dict[str, Any]
@@ -85,28 +85,28 @@ def write(
 ) -> list[Path]:
     """Write images of the synthetic world with captions, or with noisy web texts whose truth is recorded.
 
-    A record has `image_id` (it leads back to the scene) and `caption`: five captions, with a `description` beside them
-    that tells everything, or one web text, with its `kind` (right, mismatched, near_miss, vague or junk_around). Where
-    files are broken on purpose, `broken` says how, or is empty. tar: shards of .jpg, .txt (one caption) and .json (the
-    record). json: SPLIT.json beside images/SPLIT. imagefolder: SPLIT with a metadata.jsonl. parquet:
-    `data/SPLIT-*.parquet` with the images inside.
+    A record has `image_id` (which identifies the scene) and `caption`: five captions and a complete `description`, or
+    one web text and its `kind` (right, mismatched, near_miss, vague or junk_around). If files are broken on purpose,
+    `broken` says how; it is empty for intact ones. tar: shards of .jpg, .txt (one caption) and .json (the record).
+    json: SPLIT.json beside images/SPLIT. imagefolder: SPLIT with a metadata.jsonl. parquet: `data/SPLIT-*.parquet` with
+    the images inside.
 
     Args:
         out: Folder to write into; several splits may share one.
         format: tar shards, a json list, an imagefolder or parquet.
         split: train, val and test share no scene; composition shows colour-shape pairs that no other split has.
-        count: How many images.
+        count: Number of images.
         seed: Random seed of the scenes; another seed gives other images of the same splits.
-        size: Side of the images, pixels.
-        web: Web texts with noise instead of five true captions.
+        size: Side of the images in pixels.
+        web: Give each image one noisy web text instead of five true captions.
         noise: Share of web texts that are not a right caption.
-        broken: How many images to break: cut short, a web page instead, or empty, in turn.
-        shard: Images in one tar or parquet file.
-        workers: Processes that draw.
+        broken: Number of images to break: cut short, replaced by a web page, or empty, in turn.
+        shard: Images per tar or parquet file.
+        workers: Number of processes that draw.
         overwrite: Replace what an earlier call wrote for this format and split.
 
     Returns:
-        The files and folders written. ValueError for impossible settings, FileExistsError for what is there already.
+        The files and folders written. ValueError for invalid settings, FileExistsError if a file exists.
     """
     out = Path(out)
     _check(count=count, size=size, shard=shard, workers=workers)
@@ -130,7 +130,7 @@ def _check(**least_one: int) -> None:
 
 
 def progress(rows: Iterable[Any], total: int, unit: str, what: str) -> Iterator[Any]:
-    """The same rows, with a line that says how many are done, once that takes longer than a moment."""
+    """Yield the same rows, with a progress bar if they take more than a moment."""
     with bar(total, what, unit) as shown:
         for row in rows:
             yield row
@@ -138,9 +138,9 @@ def progress(rows: Iterable[Any], total: int, unit: str, what: str) -> Iterator[
 
 
 def publish(out: Path, products: Sequence[str], fill: Callable[[Path], None], overwrite: bool = False) -> list[Path]:
-    """Have `fill` write into a folder beside, then give what it wrote its names in `out`, in the order of `products`.
+    """Have `fill` write into a temporary folder, then move what it wrote into `out`, in the order of `products`.
 
-    `products` are globs of what is written. FileExistsError if something is there already, unless `overwrite`.
+    `products` are globs of the files and folders. FileExistsError if any of them exists, unless `overwrite`.
     """
 
     def there(folder: Path) -> list[Path]:
@@ -148,7 +148,7 @@ def publish(out: Path, products: Sequence[str], fill: Callable[[Path], None], ov
 
     old = there(out)
     if old and not overwrite:
-        raise FileExistsError(f"{old[0]} is there already: give another --out, or --overwrite true to replace it")
+        raise FileExistsError(f"{old[0]} already exists: give another --out, or --overwrite true to replace it")
     unfinished = out / f".writing-{os.getpid()}"
     unfinished.mkdir(parents=True)
     try:
@@ -167,7 +167,7 @@ def _publish(path: Path, unfinished: Path, out: Path) -> Path:
 
 
 def _breaks(seed: int, split: str, count: int, broken: int) -> dict[int, str]:
-    """Which images to break, and how."""
+    """Images to break, and how each is broken."""
     dice, chosen = Dice("broken", seed, split), {}
     while len(chosen) < broken:
         chosen.setdefault(dice.below(count), BREAKS[len(chosen) % len(BREAKS)])
@@ -184,7 +184,7 @@ def _rows(settings: _Settings, count: int, workers: int) -> Iterator[EncodedImag
         return
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         numbers = iter(range(count))
-        # In portions, so that drawing does not run ahead of the disk by more than the memory can hold.
+        # In portions: drawing must not run ahead of the disk by more than fits in memory.
         while portion := list(islice(numbers, 4096)):
             yield from pool.map(make, portion, chunksize=64)
 
@@ -204,7 +204,7 @@ def make_row(settings: _Settings, i: int) -> EncodedImage:
 
 
 def jpeg(image: Any) -> bytes:
-    """An image as the bytes of its file."""
+    """Encode an image as JPEG."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return buffer.getvalue()
@@ -266,7 +266,7 @@ def _write_parquet(folder: Path, split: str, rows: Iterable[EncodedImage], shard
 
 
 def _schema(row: dict[str, Any]) -> pyarrow.Schema:
-    """Arrow types, with the note by which `datasets` knows that `image` is an image."""
+    """Arrow types, with the metadata by which `datasets` recognizes the image column."""
     string = pyarrow.string()
     types = {name: string if isinstance(value, str) else pyarrow.list_(string) for name, value in row.items()}
     types["image"] = pyarrow.struct([("bytes", pyarrow.binary()), ("path", string)])
@@ -285,7 +285,7 @@ _WRITERS: dict[str, Callable[[Path, str, Iterable[EncodedImage], int, int], None
 
 
 def command_line(write: Callable[..., Iterable[Path]], args: list[str] | None = None) -> None:
-    """A command line whose options are those of `write`; a setting or folder that will not do is said in one line."""
+    """Run a command whose options are the arguments of `write`; an invalid setting or folder is a one-line error."""
     program = f"python -m blip.world.{Path(inspect.getfile(write)).stem}"
     try:
         chosen = options.read(options.of_function(write), sys.argv[1:] if args is None else args, program)

@@ -1,7 +1,8 @@
-"""Reads a text about a scene back to what it claims, and says which claims are true.
+"""Parse a text about a scene into its claims, and decide which of them are true.
 
-This is how captions of the synthetic world are graded: by attribute precision (of what was said, how much is true) and
-recall (of what could be said, how much was). It reads words, not templates, so a model's broken grammar is read too.
+Captions of the synthetic world are graded by attribute precision (the share of the claims made that is true) and recall
+(the share of the possible claims that was made). Words are parsed, not templates, so a model's broken grammar is
+understood, too.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ NUMBER_WORDS = {"one": 1, "single": 1, "two": 2, "three": 3, "four": 4, "five": 
 GENERIC_WORDS = ("shape", "thing", "object", "figure", "item")
 _PLURALS = {"crosses": "cross"} | {f"{word}s": word for word in (*SHAPE_WORDS, *GENERIC_WORDS)}
 _MOST_MENTIONS = 10
-"""Mentions weighed when matching them with things; a text with more is repeating itself."""
+"""Most mentions that are matched with things; a text with more is repeating itself."""
 _WEIGHTS = {"shape": 2.2, "colour": 2.1, "size": 1.0, "place": 1.1}
 
 
 @dataclass
 class Mention:
-    """One thing that a text speaks of; None where it does not say."""
+    """One thing mentioned in a text; None marks attributes that the text does not give."""
 
     shape: str | None = None
     colour: str | None = None
@@ -58,7 +59,10 @@ class Mention:
 
 @dataclass
 class Relation:
-    """`subject` is `name` (of) `objects`, positions in `Statements.mentions`; "between" has two objects."""
+    """A claim that `subject` is `name` (left of, say) `objects`.
+
+    Subject and objects are positions in `Statements.mentions`; "between" has two objects.
+    """
 
     subject: int
     name: str
@@ -67,7 +71,7 @@ class Relation:
 
 @dataclass
 class Statements:
-    """Everything that a text says about an image."""
+    """All claims that a text makes about an image."""
 
     mentions: list[Mention] = field(default_factory=list)
     relations: list[Relation] = field(default_factory=list)
@@ -77,7 +81,7 @@ class Statements:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Claims per attribute: how many are true, how many were made, how many the scene allows."""
+    """Claims per attribute: how many are true, were made, count towards recall, and could be made of the scene."""
 
     right: Counter[str]
     claimed: Counter[str]
@@ -86,30 +90,30 @@ class Verdict:
 
     @property
     def true(self) -> bool:
-        """Whether the text says something about the image, and nothing false."""
+        """Whether the text makes at least one claim, and no false one."""
         return self.claimed.total() > 0 and self.right == self.claimed
 
     @property
     def precision(self) -> float:
-        """Share of the claims that is true; 1 where nothing is claimed."""
+        """Share of the claims that is true; 1 if there are no claims."""
         return self.right.total() / self.claimed.total() if self.claimed.total() else 1.0
 
     @property
     def recall(self) -> float:
-        """Share of shapes, colours, sizes, places, related pairs, count and background that is told rightly.
+        """Share of shapes, colours, sizes, places, related pairs, count and background that is claimed correctly.
 
-        A pair of things is also told by both their places.
+        A pair of things also counts if both their places are given.
         """
         return self.recalled.total() / self.possible.total()
 
 
 def parse(text: str) -> Statements:
-    """What a text claims; words that it does not know are passed over."""
+    """Parse the claims of a text; unknown words are skipped."""
     return _Reader(re.findall(r"[a-z0-9']+|[^\sa-z0-9']", text.lower())).read()
 
 
 def judge(scene: Scene, text: str) -> Verdict:
-    """Compare a text with a scene under the pairing of mentions with things that makes most of it true."""
+    """Compare a text with a scene, matching mentions with things so that most of the text is true."""
     claims = parse(text)
     claimed = Counter(name for mention in claims.mentions for name, _ in mention.claims())
     claimed.update(relation=len(claims.relations))
@@ -121,7 +125,7 @@ def judge(scene: Scene, text: str) -> Verdict:
     true = [relation for relation in claims.relations if _holds(relation, pairing)]
     right["relation"] = len(true)
     pairs = {frozenset((r.subject, other)) for r in true for other in r.objects}
-    # Who is told the places of two things knows how they lie to each other.
+    # The places of two things imply their relation.
     placed = [
         k
         for k, (mention, thing) in enumerate(zip(claims.mentions, pairing, strict=False))
@@ -143,7 +147,7 @@ def judge(scene: Scene, text: str) -> Verdict:
 
 
 def grade(verdicts: Iterable[Verdict]) -> dict[str, float]:
-    """Attribute precision and recall over many captions, together and per attribute, and the share that is true."""
+    """Attribute precision and recall over many captions, overall and per attribute, and the share of true captions."""
     verdicts = list(verdicts)
     parts = ("right", "claimed", "recalled", "possible")
     sums = {part: sum((getattr(v, part) for v in verdicts), Counter()) for part in parts}
@@ -169,7 +173,7 @@ def _holds(relation: Relation, pairing: list[Thing | None]) -> bool:
 
 
 def _pairing(scene: Scene, claims: Statements) -> list[Thing | None]:
-    """For each mention the thing that it is taken to mean, each thing at most once."""
+    """The thing that each mention is taken to mean, each thing at most once."""
     mentions = claims.mentions[:_MOST_MENTIONS]
     best: tuple[float, list[Thing | None]] = (-1.0, [])
 
@@ -191,7 +195,7 @@ def _pairing(scene: Scene, claims: Statements) -> list[Thing | None]:
 
 
 class _Reader:
-    """One pass over the words; keeps the adjectives since the last noun and a relation that waits for its object."""
+    """One pass over the words; remembers the adjectives since the last noun and a relation still without its object."""
 
     def __init__(self, words: list[str]) -> None:
         self.words = words
@@ -209,7 +213,7 @@ class _Reader:
         return self.claims
 
     def _step(self, at: int) -> int:
-        """Take in the word at `at` and perhaps some after it; returns how many."""
+        """Consume the word at `at` and perhaps some after it; returns how many."""
         word = self.words[at]
         noun = _PLURALS.get(word, word)
         if word in SIZE_WORDS:
@@ -260,7 +264,7 @@ class _Reader:
             self._mentioned(len(self.claims.mentions) - 1)
 
     def _known(self, mention: Mention) -> int | None:
-        """The earlier mention that "the ..." points back to."""
+        """The earlier mention that "the ..." refers to."""
         for k in reversed(range(len(self.claims.mentions))):
             earlier = self.claims.mentions[k]
             if earlier.shape == mention.shape and mention.colour in (None, earlier.colour):
@@ -268,7 +272,7 @@ class _Reader:
         return None
 
     def _generic(self, plural: bool) -> None:
-        """ "two shapes" counts, "two red shapes" are mentions without a shape, and "shapes" alone says nothing."""
+        """ "two shapes" is a count, "two red shapes" are mentions without shape, and "shapes" alone claims nothing."""
         if self.adjectives:
             self._noun(None, plural)
         elif self.number is not None and self.claims.count is None:
@@ -289,7 +293,7 @@ class _Reader:
         self.open = None if self.last is None else Relation(self.last, name)
 
     def _side(self, at: int) -> int:
-        """Words of side: a relation where "left of" something follows, else a place."""
+        """Side words: a relation in "left of" something, else a place."""
         sides: list[str] = []
         while self._next(at, len(sides)) in SIDE_WORDS:
             sides.append(SIDE_WORDS[self._next(at, len(sides))])
@@ -306,7 +310,7 @@ class _Reader:
 
 
 def _place(sides: list[str]) -> str:
-    """The cell that words of side name: "left" is the middle row's, "top middle" is "top"."""
+    """The cell that side words name: "left" is in the middle row, "top middle" is "top"."""
     row = next((side for side in sides if side in ("top", "bottom")), "")
     column = next((side for side in sides if side in ("left", "right")), "")
     name = f"{row} {column}".strip() or "middle"

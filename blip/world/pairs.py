@@ -2,8 +2,8 @@
 
     python -m blip.world.pairs --out runs/world-pairs --sets 2500
 
-A set is some pairs made of the same few scenes and a sentence about them, true of half of the pairs. So neither the
-sentence alone nor an image alone says which it is, and often the two images have only changed places.
+A set is a sentence and four pairs made of the same few scenes; the sentence is true of half of them. So neither the
+sentence nor one image alone gives the label away, and often a true and a false pair differ only in the order of images.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from blip.world.files import command_line, progress, publish
 from blip.world.scene import BACKGROUNDS, RELATIONS, Dice, Scene, Split, draw, relations_of, scene
 
 PAIRS = 4
-"""Pairs of a set, as in NLVR2; half of them make the sentence true."""
+"""Pairs in a set, as in NLVR2; the sentence is true of half of them."""
 _SCENES = 5
-"""Scenes that the pairs of a set are made of."""
+"""Scenes from which the pairs of a set are formed."""
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 
 Truth = Callable[[Scene, Scene], bool]
@@ -36,18 +36,18 @@ class ImagePair:
     sentence: str
     label: bool
     kind: str
-    """What the sentence is about."""
+    """Kind of sentence: a key of `_SENTENCES`."""
 
 
 def pairs(seed: int, number: int, split: str = "train") -> list[ImagePair]:
-    """The pairs of set `number`: a sentence, two pairs of which it is true and two of which it is false."""
+    """The pairs of set `number`: the sentence is true of two and false of two."""
     dice = Dice("pairs", seed, split, number)
     kind = dice.choice(tuple(_SENTENCES))
     while True:
         scenes = [scene(seed, dice.below(2**31), split) for _ in range(_SCENES)]
         every = [(a, b) for a in scenes for b in scenes if a is not b]
         sentence, truth = _SENTENCES[kind](dice, *scenes[:2])
-        # What is drawn first keeps the hard cases likely: the first pair, and the same with its places changed.
+        # The first pair and the same pair swapped come first, which makes hard cases likely.
         first, rest = [*every[:1], (scenes[1], scenes[0])], dice.shuffled(every[1:])
         ordered = first + [pair for pair in rest if pair != first[1]]
         true = [pair for pair in ordered if truth(*pair)][: PAIRS // 2]
@@ -65,7 +65,7 @@ def pairs(seed: int, number: int, split: str = "train") -> list[ImagePair]:
 
 
 class _Description:
-    """Things of a shape, of a colour, or of both, and how they are called."""
+    """Things of a shape, of a colour, or of both, and their name."""
 
     def __init__(self, dice: Dice, one: Scene) -> None:
         thing, attributes = dice.choice(one.things), dice.choice(("both", "both", "shape", "colour"))
@@ -106,7 +106,7 @@ def _in_one(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
 
 
 def _in_none(dice: Dice, a: Scene, b: Scene) -> tuple[str, Truth]:
-    """ "neither image shows a star", or that there is one at all"""
+    """ "neither image shows a star", or "there is at least one star" """
     described = _Description(dice, a)
     if dice.chance(0.5):
         return f"neither picture shows {described.name}", lambda x, y: not (described.of(x) or described.of(y))
@@ -196,7 +196,7 @@ _SENTENCES: dict[str, Callable[[Dice, Scene, Scene], tuple[str, Truth]]] = {
     "relation": _related,
     "background": _background,
 }
-"""What a sentence is about -> how it is made of two scenes, and what makes it true."""
+"""For each kind of sentence, a function that makes one from two scenes and returns it with its truth function."""
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -210,22 +210,22 @@ def write(
     size: int = 64,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Write pairs of images with sentences as NLVR2 comes: SPLIT.json, an object a line, and SPLIT/ with images.
+    """Write pairs of images with sentences in NLVR2's layout: SPLIT.json, one object per line, and SPLIT/ with images.
 
-    A row has `identifier` (split, set, pair, sentence), `sentence`, `label` ("True" or "False"), `kind` (what the
-    sentence is about) and `scenes`, which leads back to the two scenes. The images of row dev-3-1-0 are
-    dev-3-1-img0.png and dev-3-1-img1.png. The same settings give the same bytes.
+    A row has `identifier` (split, set, pair, sentence), `sentence`, `label` ("True" or "False"), `kind` (of sentence)
+    and `scenes` (the ids of the two scenes). The images of row dev-3-1-0 are dev-3-1-img0.png and dev-3-1-img1.png. The
+    same settings give the same bytes.
 
     Args:
         out: Folder to write into; several splits may share one.
         split: train, val and test share no scene; composition shows colour-shape pairs that no other split has.
-        sets: How many sets, of four pairs each.
+        sets: Number of sets, of four pairs each.
         seed: Random seed of the scenes; another seed gives other images of the same splits.
-        size: Side of the images, pixels.
+        size: Side of the images in pixels.
         overwrite: Replace what an earlier call wrote for this split.
 
     Returns:
-        The files and folders written. ValueError for impossible settings, FileExistsError for what is there already.
+        The files and folders written. ValueError for invalid settings, FileExistsError if a file exists.
     """
     if sets < 1 or size < 1:
         raise ValueError(f"sets and size must be 1 or more, got {sets} and {size}")
@@ -239,7 +239,7 @@ def write(
                     file.write(json.dumps(_row(pair)) + "\n")
                     for k, one in enumerate((pair.left, pair.right)):
                         name = f"{pair.identifier.rsplit('-', 1)[0]}-img{k}.png"
-                        (images / name).write_bytes(files.jpeg(draw(one, size)))  # NLVR2's are no PNGs either
+                        (images / name).write_bytes(files.jpeg(draw(one, size)))  # JPEG in .png, as in NLVR2
 
     return publish(Path(out), [split, f"{split}.json"], fill, overwrite)
 

@@ -3,9 +3,9 @@
     python -m blip.world.questions --out runs/world --count 20000
     python -m blip.world.questions --out runs/world --split val --count 500
 
-Written beside the images and captions of `blip.world.files`, which are drawn first where they are not there. Each scene
-has a question of each of `KINDS`. Most annotators give the true answer; some are content with another word for it, or
-are mistaken, never so many that the true answer would not count in full.
+Written beside the images and captions of `blip.world.files`, which are created first if missing. Each scene has one
+question of each of `KINDS`. Most annotators give the true answer; some use a synonym or are mistaken, but never so many
+that the true answer scores less than 1.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from blip.world.scene import (
 
 ANNOTATORS = 10
 KINDS = ("colour", "shape", "count", "relation", "yes/no")
-"""What the questions of a scene are about, in the order of their numbers."""
+"""Kinds of question, in the order in which each scene's questions are numbered."""
 _MOST_MISTAKEN = 2
-"""Annotators who give a false answer to a question, at most."""
+"""Most annotators who give a false answer to one question."""
 _OTHER_WORDS = {"moon": "crescent", "circle": "disc", "middle": "centre"}
 _MISTAKES = {
     "red": "orange", "orange": "red", "yellow": "orange", "green": "blue", "blue": "purple", "purple": "pink",
@@ -46,7 +46,7 @@ _MISTAKES = {
     "0": "1", "1": "2", "2": "3", "3": "2",
     **{place: PLACES[(i + 1) % len(PLACES)] for i, place in enumerate(PLACES)},
 }  # fmt: skip
-"""What a mistaken annotator says."""
+"""Answer of a mistaken annotator for each true answer."""
 _TO = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
 _PLURAL = {"cross": "crosses", **{shape: f"{shape}s" for shape in SHAPES if shape != "cross"}}
 
@@ -63,18 +63,18 @@ class SceneQuestion:
     kind: str
     """Kind of question: one of `KINDS`."""
     question_type: str
-    """First words of the question, as VQA v2 sorts questions."""
+    """First words of the question, by which VQA v2 groups questions."""
 
     @property
     def answer_type(self) -> str:
-        """As VQA v2 sorts answers: yes/no, number or other."""
+        """VQA v2's type of the answer: yes/no, number or other."""
         if self.answer in ("yes", "no"):
             return "yes/no"
         return "number" if self.answer.isdigit() else "other"
 
 
 def questions(scene: Scene) -> list[SceneQuestion]:
-    """A question of each of `KINDS`, all of which the image answers."""
+    """One question of each of `KINDS`, all answerable from the image."""
     dice = Dice("vqa", scene.seed, scene.split, scene.i)
     pairs = []
     for kind in KINDS:
@@ -94,12 +94,12 @@ def _annotated(dice: Dice, answer: str) -> list[str]:
 
 
 def _one(things: list[Thing] | tuple[Thing, ...], name: str) -> list[Thing]:
-    """Things that no other shares the colour, or the shape, with."""
+    """Things whose colour, or shape, no other thing shares."""
     return [t for t in things if sum(getattr(t, name) == getattr(o, name) for o in things) == 1]
 
 
 def _name(dice: Dice, scene: Scene, thing: Thing) -> str:
-    """The fewest words, or a little more, that only this thing answers to."""
+    """A name that fits this thing only, often the shortest one."""
     names = [f"{thing.colour} {thing.shape}"]
     names += [thing.shape] * (2 * (thing in _one(scene.things, "shape")))
     names += [f"{thing.colour} thing"] * (thing in _one(scene.things, "colour"))
@@ -111,7 +111,7 @@ def _colour(dice: Dice, scene: Scene) -> tuple[str, str, str]:
     if things:
         thing = dice.choice(things)
         return "what colour is", f"the {thing.shape}", thing.colour
-    # Things of one shape differ in colour, and one in their place.
+    # Things of one shape differ in colour, so the place tells them apart.
     thing = dice.choice(scene.things)
     return "what colour is", f"the {thing.shape} at the {thing.place}", thing.colour
 
@@ -140,7 +140,7 @@ def _count(dice: Dice, scene: Scene) -> tuple[str, str, str]:
 
 
 def _relation(dice: Dice, scene: Scene) -> tuple[str, str, str]:
-    """What stands in a relation to a thing, or where the only thing is."""
+    """Ask what is left of, right of, above or below a thing, or where the only thing is."""
     candidates = []
     for thing in scene.things:
         for relation in RELATIONS:
@@ -158,7 +158,7 @@ def _relation(dice: Dice, scene: Scene) -> tuple[str, str, str]:
 
 
 def _yes_no(dice: Dice, scene: Scene) -> tuple[str, str, str]:
-    """True or false, evenly; what is false is false in one word."""
+    """Ask yes or no with equal probability; a false statement is false in one word."""
     true = dice.chance(0.5)
     thing = dice.choice(scene.things)
     pairs = [(a, b) for a in scene.things for b in scene.things if a is not b]
@@ -195,7 +195,7 @@ _QUESTION_MAKERS: dict[str, Callable[[Dice, Scene], tuple[str, str, str]]] = {
 
 
 def files(split: str) -> tuple[str, str]:
-    """Names of the files of questions and of annotations."""
+    """Names of the question file and the annotation file."""
     return f"questions-{split}.json", f"annotations-{split}.json"
 
 
@@ -208,22 +208,22 @@ def write(
     workers: int = 1,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Write questions about the first images of a split, and the images where they are not there.
+    """Write questions about the first images of a split, and the images themselves if missing.
 
-    `questions-SPLIT.json` and `annotations-SPLIT.json` are VQA v2's format; each question also says the path of its
+    `questions-SPLIT.json` and `annotations-SPLIT.json` are in VQA v2's format; each question also has the path of its
     image. The same settings give the same bytes.
 
     Args:
         out: Folder of the images, as `blip.world.files` writes them in json format.
         split: train, val and test share no scene; composition shows colour-shape pairs that no other split has.
-        count: How many images.
+        count: Number of images.
         seed: Random seed of the scenes.
-        size: Side of the images, pixels, where they are drawn.
-        workers: Processes that draw.
+        size: Side of the images in pixels, if they are drawn.
+        workers: Number of processes that draw.
         overwrite: Replace the questions and answers that an earlier call wrote.
 
     Returns:
-        The files written. ValueError for impossible settings, FileExistsError for what is there already.
+        The files written. ValueError for invalid settings, FileExistsError if a file exists.
     """
     out = Path(out)
     if count < 1:
@@ -232,7 +232,10 @@ def write(
         world_files.write(out, "json", split, count, seed, size, workers=workers)
     last = out / "images" / split / f"{scene(seed, count - 1, split).image_id}.jpg"
     if not last.exists():
-        raise ValueError(f"{out} holds other images of {split} than {count} of seed {seed}: there is no {last}")
+        raise ValueError(
+            f"{out} does not hold {count} images of split {split} and seed {seed}: {last} is missing; "
+            "give the --count and --seed of its images, or another --out"
+        )
 
     def fill(folder: Path) -> None:
         listed, annotated = [], []

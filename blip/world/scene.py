@@ -1,9 +1,9 @@
 """The synthetic world: scenes of one to three things on a background, and how they are drawn.
 
 A scene is a pure function of (seed, split, i): the same on every machine, in every process, and nothing is stored.
-`blip.world.text` says what people and the web would write about a scene, and `blip.world.judge` reads a text back and
-grades it. `blip.world.files` writes images and texts in the formats of real data sets. Questions, pairs and clips start
-from the same `Scene` and their own `Dice` key, so adding one never changes what is there.
+`blip.world.text` generates human captions and web texts of a scene, `blip.world.judge` parses a text and grades it, and
+`blip.world.files` writes images and texts in the formats of real data sets. Questions, pairs and clips start from the
+same `Scene` and their own `Dice` key, so adding a kind never changes the others.
 """
 
 from __future__ import annotations
@@ -51,23 +51,23 @@ HELD_OUT = frozenset(
         ("red", "moon"),
     }
 )
-"""Colour-shape pairs that only the split `composition` shows; each colour and each shape is in one of them."""
+"""Colour-shape pairs shown only in the split `composition`; each colour and each shape is in exactly one."""
 
 _TONES = ((36, 36, 36), (44, 36, 28), (28, 35, 44), (30, 42, 30), (42, 31, 40))
-"""Backgrounds are dark and dull, so that every thing is brighter than what is behind it."""
+"""Background colours, dark and dull, so that every thing is brighter than what is behind it."""
 _COUNTS = (1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3)
 _NEARNESS = 0.9
-"""Least distance of two things, in sums of their radii."""
+"""Minimum distance between two things, as a share of the sum of their radii."""
 _SPECKLES = 32
-"""Cells of a speckled background along one side."""
+"""Cells along one side of a speckled background."""
 
 T = TypeVar("T")
 
 
 class Dice:
-    """Random draws that are the same everywhere: 32-bit words of SHAKE-128 over a key.
+    """Random draws that are the same on every machine: 32-bit words of SHAKE-128 over a key.
 
-    Python's and NumPy's generators may change what they draw between versions; a hash function may not.
+    Python's and NumPy's generators may draw differently from one version to the next; a hash function may not.
     """
 
     def __init__(self, *key: str | int) -> None:
@@ -103,20 +103,20 @@ class Dice:
 
 @dataclass(frozen=True)
 class Thing:
-    """One thing of a scene; lengths in thousandths of the image's side, y downwards."""
+    """One object of a scene; lengths in thousandths of the image's side, y downwards."""
 
     shape: str
     colour: str
     size: str
     cell: int
-    """Place on the grid, 0 to 8, row by row."""
+    """Cell of the grid, 0 to 8, row by row."""
     x: int
     y: int
     radius: int
     tilt: int
     """Rotation, degrees clockwise."""
     tint: tuple[int, int, int]
-    """Offset of the colour's red, green and blue."""
+    """Offsets added to the colour's red, green and blue."""
 
     @property
     def row(self) -> int:
@@ -143,7 +143,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """What an image shows; `things` are in painting order, the furthest first, and no two share colour and shape."""
+    """What an image shows; `things` are in drawing order, back to front, and no two share both colour and shape."""
 
     seed: int
     split: str
@@ -153,18 +153,18 @@ class Scene:
 
     @property
     def image_id(self) -> str:
-        """The scene's name in files; `scene_of` leads back."""
+        """The scene's name in files; `scene_of` is the inverse."""
         return f"world-{self.seed}-{self.split}-{self.i:06d}"
 
 
 def scene(seed: int, i: int, split: str = "train") -> Scene:
     """Scene `i` of a split.
 
-    Which split a scene belongs to follows from its things alone (shape, colour, size, place), so no two splits share
-    one, whatever the seeds; a colour-shape pair of `HELD_OUT` is only ever seen in `composition`.
+    A scene's split follows from its things alone (shape, colour, size, place), so no two splits share a scene, whatever
+    the seeds; a colour-shape pair of `HELD_OUT` occurs only in `composition`.
     """
     if split not in SPLITS:
-        raise ValueError(f"the synthetic world has no split {split!r}, only {', '.join(SPLITS)}")
+        raise ValueError(f"the synthetic world has no split {split!r}; expected one of {', '.join(SPLITS)}")
     dice = Dice("scene", seed, split, i)
     while True:
         things = _things(dice, held_out=split == "composition")
@@ -181,19 +181,19 @@ def scene_of(image_id: str) -> Scene:
 
 
 def content(things: Sequence[Thing]) -> str:
-    """What can be told of things by looking, in canonical order: equal for scenes that differ in jitter only."""
+    """Visible attributes of things in canonical order: equal for scenes that differ only in jitter."""
     return "; ".join(sorted(f"{t.size} {t.colour} {t.shape} {t.place}" for t in things))
 
 
 def split_of(things: Sequence[Thing]) -> str:
-    """The one split in which these things may be shown: 80% train, 10% val, 10% test, or composition."""
+    """The one split in which these things may appear: 80% train, 10% val, 10% test, or composition."""
     if any((t.colour, t.shape) in HELD_OUT for t in things):
         return "composition"
     return (["val", "test"] + ["train"] * 8)[Dice("split", content(things)).below(10)]
 
 
 def facts(scene: Scene) -> dict[str, Any]:
-    """What is true of a scene, as plain JSON: count, background, things and for each pair of things its relations."""
+    """The truth about a scene as plain JSON: count, background, things, and the relations of each pair of things."""
     things = [{"shape": t.shape, "colour": t.colour, "size": t.size, "place": t.place} for t in scene.things]
     pairs = [(a, b) for a in range(len(things)) for b in range(a + 1, len(things))]
     relations = [[a, name, b] for a, b in pairs for name in relations_of(scene.things[a], scene.things[b])]
@@ -201,14 +201,14 @@ def facts(scene: Scene) -> dict[str, Any]:
 
 
 def relations_of(a: Thing, b: Thing) -> list[str]:
-    """What `a` is to `b`: one or two of `RELATIONS`; things in one row are neither above nor below each other."""
+    """Where `a` is relative to `b`: one or two of `RELATIONS`; things in one row are neither above nor below."""
     across = [] if a.column == b.column else ["left of" if a.column < b.column else "right of"]
     down = [] if a.row == b.row else ["above" if a.row < b.row else "below"]
     return across + down
 
 
 def is_between(middle: Thing, a: Thing, b: Thing) -> bool:
-    """Whether `middle` is half-way on the line from `a` to `b`."""
+    """Whether `middle` is halfway between `a` and `b` on the grid."""
     return a.row + b.row == 2 * middle.row and a.column + b.column == 2 * middle.column
 
 
@@ -248,10 +248,10 @@ def _background(dice: Dice) -> Background:
 
 
 def draw(scene: Scene, size: int = 64) -> Image.Image:
-    """The image of a scene: RGB, size x size pixels, antialiased.
+    """Draw a scene: RGB, size x size pixels, antialiased.
 
-    Vertices are rounded to fractions of a pixel and everything after that is whole numbers, so that the pixels do not
-    depend on the machine.
+    Vertices are rounded to fractions of a pixel and all later arithmetic is in integers, so the pixels do not depend on
+    the machine.
     """
     image = _draw_background(scene.background, size)
     for thing in scene.things:
@@ -271,11 +271,11 @@ def _draw_background(background: Background, size: int) -> Image.Image:
 
 
 _SPECKLE_LEVELS = bytes([0] * 40 + [128] * 176 + [255] * 40)
-"""From a random byte to dark, as the ground, or light."""
+"""Maps a random byte to darker than the ground, equal to it, or lighter."""
 
 
 def _toned(level: Image.Image, tone: tuple[int, int, int], swing: int) -> Image.Image:
-    """Grey levels 0 to 255 to `tone` - swing to `tone` + swing."""
+    """Map grey levels 0 to 255 to `tone` - swing to `tone` + swing."""
     table = [middle + (grey - 128) * swing // 128 for middle in tone for grey in range(256)]
     return Image.merge("RGB", (level, level, level)).point(table)
 
@@ -318,7 +318,7 @@ def _star() -> list[tuple[float, float]]:
 
 
 def _heart() -> list[tuple[float, float]]:
-    """Two half discs on a point."""
+    """Two half discs above a point."""
     lobe = [math.pi * k / 12 for k in range(13)]
     left = [(-0.5 - 0.52 * math.cos(a), -0.32 - 0.52 * math.sin(a)) for a in lobe]
     right = [(0.5 - 0.52 * math.cos(a), -0.32 - 0.52 * math.sin(a)) for a in lobe]

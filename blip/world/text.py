@@ -1,7 +1,7 @@
-"""What is written about a scene: five captions as a person would write them, or one text as found on the web.
+"""Texts about a scene: five captions as a person would write them, or one text as found on the web.
 
-Every caption is true. Web text is right, or wrong in a recorded way, so that a filter can be graded against the truth.
-Templates are written so that `blip.world.judge` reads each claim back; it is never told which template was used.
+Every caption is true. A web text is right, or wrong in a recorded way, so a filter can be graded against the truth.
+`blip.world.judge` recovers every claim that a template makes, without knowing which template was used.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from blip.world.judge import COLOUR_WORDS, SHAPE_WORDS, judge, parse
 from blip.world.scene import HELD_OUT, Dice, Scene, Thing
 
 NOISE = 0.6
-"""Share of web texts that are not a right caption, by default."""
+"""Default share of web texts that are not a right caption."""
 MIXTURE = {"mismatched": 0.35, "near_miss": 0.25, "vague": 0.25, "junk_around": 0.15}
-"""Shares of the kinds of noise among noisy web texts."""
+"""Share of each kind of noise among noisy web texts."""
 KINDS = ("right", *MIXTURE)
 
 _SIZES = {"small": ("small", "small", "little", "tiny"), "large": ("large", "big")}
@@ -74,7 +74,7 @@ _AFTER = ("- best price online", "| shop now", "(photo by admin)", "#{n}", "... 
 
 
 class WebText(NamedTuple):
-    """A text found beside an image, and the truth about it: one of `KINDS`."""
+    """A text found beside an image, and what it really is: one of `KINDS`."""
 
     text: str
     kind: str
@@ -83,7 +83,7 @@ class WebText(NamedTuple):
 def captions(scene: Scene) -> list[str]:
     """Five different captions of a scene, all true, 4 to about 20 words, lower case.
 
-    Four name the colour and shape of every thing and differ in what else they tell: size, place, relation, number,
+    Four name the colour and shape of every thing and differ in what they add: size, place, relation, number,
     background. The fifth, at a random position, leaves something out.
     """
     dice = _dice("captions", scene)
@@ -101,9 +101,9 @@ def captions(scene: Scene) -> list[str]:
 
 
 def description(scene: Scene) -> str:
-    """Everything that can be told of a scene in one sentence: how many things, each one's looks and place, background.
+    """Describe a scene completely in one sentence: how many things, each one's attributes and place, background.
 
-    Things come as one reads, row by row from the left; wording varies.
+    Things come in reading order, row by row from the left; wording varies.
     """
     dice = _dice("description", scene)
     things = sorted(scene.things, key=lambda thing: thing.cell)
@@ -112,7 +112,7 @@ def description(scene: Scene) -> str:
 
 
 def web_text(scene: Scene, noise: float = NOISE) -> WebText:
-    """One text as a crawl of the web would have it: with probability `noise` not a right caption, by `MIXTURE`."""
+    """One text as a web crawl would contain it; with probability `noise` a wrong one, its kind drawn from `MIXTURE`."""
     if not 0 <= noise <= 1:
         raise ValueError(f"the noise rate must be in [0, 1], got {noise}")
     dice = _dice("web", scene)
@@ -123,7 +123,7 @@ def web_text(scene: Scene, noise: float = NOISE) -> WebText:
 
 
 def _kind(dice: Dice) -> str:
-    """A kind of noise, drawn by `MIXTURE`."""
+    """A kind of noise, drawn from `MIXTURE`."""
     position = dice.below(1000) / 1000 * sum(MIXTURE.values())
     for kind, end in zip(MIXTURE, accumulate(MIXTURE.values()), strict=True):
         if position < end:
@@ -184,7 +184,7 @@ def _related(dice: Dice, scene: Scene) -> str:
 
 
 def _brief(dice: Dice, scene: Scene) -> str:
-    """True but less specific: one thing without its colour, or left out of three."""
+    """True but less specific: one thing without its colour, or one of three left out."""
     things = dice.shuffled(scene.things)
     if len(things) == 1:
         return dice.choice(_OPENINGS) + f"{_name(dice, things[0], 0.7, colour=False)} {_where(dice, things[0])}"
@@ -195,7 +195,7 @@ def _brief(dice: Dice, scene: Scene) -> str:
 
 
 def _name(dice: Dice, thing: Thing, size: float, colour: bool = True) -> str:
-    """ "a small red star"; the size is told with probability `size`."""
+    """ "a small red star"; the size is included with probability `size`."""
     words = [dice.choice(_SIZES[thing.size])] if dice.chance(size) else []
     words += [thing.colour] if colour else []
     words.append(dice.choice(_SHAPES.get(thing.shape, (thing.shape,))))
@@ -230,7 +230,7 @@ def _join(parts: list[str]) -> str:
 
 
 def _mismatched(dice: Dice, scene: Scene) -> str:
-    """A caption of another scene of the split that is not true here."""
+    """A caption of another scene of the split that is false here."""
     while True:
         other = world.scene(scene.seed, dice.below(2**31), scene.split)
         text = dice.choice(captions(other))
@@ -250,11 +250,11 @@ _SWAPS: dict[str, dict[str, tuple[str, ...]]] = {
     "count": {"two": ("three",), "three": ("two",)},
     "background": {kind: tuple(k for k in world.BACKGROUNDS if k != kind) for kind in world.BACKGROUNDS},
 }
-"""For each kind of claim the words that make it, and words that make another claim of the kind."""
+"""For each kind of claim, the words that make it and their replacements, which make another claim of that kind."""
 
 
 def _near_miss(dice: Dice, scene: Scene) -> str:
-    """A caption of the scene with one word exchanged, such that it is false."""
+    """A caption of the scene made false by replacing one word."""
     texts = captions(scene)
     while True:
         words = re.findall(r"\w+|\W+", dice.choice(texts))
@@ -276,7 +276,7 @@ def _vague(dice: Dice, scene: Scene) -> str:
 
 
 def _junk_around(dice: Dice, scene: Scene) -> str:
-    """What a less specific caption tells, inside words that have nothing to do with the image."""
+    """A less specific caption surrounded by words that have nothing to do with the image."""
     text = _brief(dice, scene)
     before, after = dice.choice(((1, 0), (0, 1), (1, 1)))
     parts = [_filled(dice, dice.choice(_BEFORE))] * before + [text] + [_filled(dice, dice.choice(_AFTER))] * after

@@ -25,13 +25,13 @@ _STEPS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 @dataclass(frozen=True)
 class Label:
-    """A text with a person's judgement."""
+    """A text with its human label."""
 
     id: str
     source: str
     score: float
     weight: float
-    """Number of texts of the run that the label stands for."""
+    """Number of texts of the run that the label represents."""
     match: bool
 
 
@@ -55,13 +55,13 @@ def write(run: Run, count: int) -> list[str]:
 
 
 def _harmless(text: str) -> str:
-    """Make a text safe for CSV, and such that no spreadsheet takes it for a formula."""
+    """Make a text safe for CSV, and prevent spreadsheets from reading it as a formula."""
     text = " ".join(text.replace("\0", " ").split())
     return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
 
 
 def draw(run: Run, count: int) -> list[dict]:
-    """Draw texts by hash, equally many from each tenth of each source's scores, with their weights."""
+    """Draw texts by hash, equally many from each decile of each source's scores, with their weights."""
     candidates: dict[tuple[str, int], list[tuple[str, float, str, int, int]]] = {}
     sizes: dict[tuple[str, int], int] = {}
     each = max(1, count // (2 * _STRATA))

@@ -1,4 +1,4 @@
-"""Grading a filter where the truth about each web text is recorded beside it, as the synthetic world does."""
+"""Grade a filter on web texts whose truth is recorded in a column, as in the synthetic world."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Kind(NamedTuple):
     """Number of texts with a score."""
     kept: int
     auc: float | None
-    """Probability that a right text scores above one of this kind; None for right ones, or where there are none."""
+    """Probability that a right text scores above one of this kind; None for right texts, or if there are none."""
 
 
 def grade(run: Run, select: str, *, column: str = "kind", right: str = "right") -> dict[str, Kind]:
@@ -36,7 +36,7 @@ def grade(run: Run, select: str, *, column: str = "kind", right: str = "right") 
         for kind, row in zip(kinds[part.pid], table, strict=True):
             margins.setdefault(kind, []).extend(m for m in row["itm_margin_web"] if m is not None)
     if set(margins) <= {"None"}:
-        raise ValueError(f"{run.where}: no row has a column {column!r} that says what is true of its text")
+        raise ValueError(f"{run.where}: no row has a column {column!r} with the truth about its text")
     kept: Counter[str] = Counter()
     for part, texts in kept_of(run, select):
         rows = texts["row"].to_numpy()[np.asarray(texts["text_source"].to_pylist()) == "web"]

@@ -1,4 +1,4 @@
-"""Calibration: what a threshold means, by a labelled audit, a clean reference set, or captions that cannot be right."""
+"""Calibrate a threshold with a labelled audit, a clean reference set, or shuffled captions."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def null_floor(run: Run, options: CalibrateOptions, make_scorer: Callable[[Run],
 def against_reference(run: Run, options: CalibrateOptions, make_scorer: Callable[[Run], Scorer]) -> list[str]:
     """Compare human captions with negatives: random captions of other images, and hard ones by cosine."""
     with tempfile.TemporaryDirectory() as folder:
-        reading = ReadConfig([str(options.reference)])  # columns of its own names, whatever the crawl's are called
+        reading = ReadConfig([str(options.reference)])  # its own column names, whatever the crawl's are
         reference = plan.make(folder, run.config, reading, 64)
         worker = Worker(reference, make_scorer(run), ScoreOptions(decode_workers=options.decode_workers))
         worker.claims = Silent()

@@ -8,7 +8,7 @@ from blip.options import argument, flat
 from capfilt.settings import DONE, CalibrateOptions
 
 EXAMPLE = """\
-  capfilt calibrate run --count 300                        # a sheet to label, and a page with the images
+  capfilt calibrate run --count 300                        # writes a sheet to label and a page with the images
   capfilt calibrate run --labels run/report/audit.csv      # precision and recall by threshold, with intervals
   capfilt calibrate run --method reference --reference coco_val.json
   capfilt calibrate run --method null --count 2000

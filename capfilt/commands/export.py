@@ -1,4 +1,4 @@
-"""`capfilt export`: write what a selection keeps as a data set."""
+"""`capfilt export`: write the texts of a selection as a data set."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ class FormatOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportVerb(FormatOptions, EmptyOption):
-    """Write what a selection keeps as a data set."""
+    """Write the texts of a selection as a data set."""
 
     run: str = argument("RUN")
     """Folder of a scored run"""
     select: str = option(metavar="NAME")
     """Name of the selection"""
     to: str = option(metavar="FOLDER")
-    """Folder to export to: empty, or with this very export"""
+    """Folder to export to: empty, or holding the same export"""
     replace: bool = False
     """Remove an older export there"""
 
 
 def run(options: ExportVerb) -> int:
-    """Write the data set and say what it holds."""
+    """Write the data set and print a summary."""
     from capfilt.export import export
     from capfilt.run import Run
 

@@ -1,4 +1,4 @@
-"""`capfilt plan`: list the input and freeze it in parts."""
+"""`capfilt plan`: list the input and split it into parts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from blip.options import flat, option
 from capfilt.settings import DONE, WRONG, ReadConfig, ScoreConfig, decided, resolve
 
 EXAMPLE = """\
-The plan is made once and never changed: which rows there are, in which parts, and all settings that decide results,
-with the SHA-256 of the models. The same command again changes nothing; other settings are refused with what differs.
+The plan is made once and never changed: the rows, the parts they are in, and all settings that decide results, with the
+SHA-256 of the models. Repeating the command changes nothing; other settings are refused, and the differences listed.
 
   capfilt plan --input 'cc/{00000..00331}.tar' --out run --captioner models/captioner --filter models/filter
-  capfilt plan --out run --extend --input 'cc/{00332..00400}.tar'      # what is there keeps its ids and scores
+  capfilt plan --out run --extend --input 'cc/{00332..00400}.tar'      # old rows keep their ids and scores
 """
 
 
@@ -34,19 +34,19 @@ class InputOptions:
     reading: dict[str, Any] = flat(part=ReadConfig, skip=("inputs",))
     """How the input is read"""
     scoring: dict[str, Any] = flat(part=ScoreConfig)
-    """How rows are scored (all of it is in the fingerprint)"""
+    """How rows are scored (part of the plan's fingerprint)"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanVerb(InputOptions):
-    """List the input and freeze it in parts; no GPU needed."""
+    """List the input and split it into parts; no GPU needed."""
 
     extend: bool = False
     """Add new files to a planned run"""
 
 
 def run(options: PlanVerb) -> int:
-    """Make the plan, or add to it; returns the exit status."""
+    """Make or extend the plan; returns the exit status."""
     from capfilt import plan
     from capfilt.run import Run
 
@@ -59,7 +59,7 @@ def run(options: PlanVerb) -> int:
 
 
 def make(options: InputOptions) -> int:
-    """Make the plan and say what it holds; WRONG for damaged sources that are not allowed."""
+    """Make the plan and print a summary; returns WRONG for damaged sources that are not allowed."""
     from capfilt import plan
 
     reading = ReadConfig(inputs=options.input, **options.reading)
@@ -82,12 +82,12 @@ def _described(run, allow_damaged: bool) -> int:
         print(f"computes in {run.config.precision}; " + (
             "on a GPU, --precision bfloat16 is several times as fast" if exact else
             "a text or score may depend on its batch, and with --precision float32 it does not"))  # fmt: skip
-        print("`capfilt score RUN --dry-run` measures how long it will take")
+        print("`capfilt score RUN --dry-run` estimates how long scoring will take")
     damaged = run.damaged()
     for source in damaged:
         print(f"source_damaged: {source.path}: {source.damage}", file=sys.stderr)
     if damaged and not allow_damaged:
-        print(f"{len(damaged)} damaged; what can be read is planned. --allow-damaged accepts that", file=sys.stderr)
+        print(f"{len(damaged)} damaged: only readable rows are planned; --allow-damaged accepts that", file=sys.stderr)
         return WRONG
     return DONE
 

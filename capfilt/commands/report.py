@@ -1,4 +1,4 @@
-"""`capfilt report`: accounts, distributions and images on a page."""
+"""`capfilt report`: write an HTML page of accounts, distributions and images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ EXAMPLE = ""
 
 @dataclass(frozen=True, kw_only=True)
 class ReportVerb:
-    """Write one HTML page: accounts, distributions, images with what was kept and why."""
+    """Write one HTML page: accounts, distributions, images with the texts kept and why."""
 
     run: str = argument("RUN")
     """Folder of a scored run"""

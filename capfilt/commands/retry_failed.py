@@ -1,4 +1,4 @@
-"""`capfilt retry-failed`: give parts that failed another chance."""
+"""`capfilt retry-failed`: release failed parts, to be scored again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ EXAMPLE = ""
 
 @dataclass(frozen=True, kw_only=True)
 class RetryVerb:
-    """Give parts that failed another chance."""
+    """Release failed parts, to be scored again."""
 
     run: str = argument("RUN")
     """Folder of a run"""
@@ -23,5 +23,5 @@ def run(options: RetryVerb) -> int:
     from capfilt.run import Run
     from capfilt.status import retry_failed
 
-    print(f"{retry_failed(Run.open(options.run))} parts get another chance: run `capfilt score {options.run}`")
+    print(f"{retry_failed(Run.open(options.run))} failed parts released; score them with `capfilt score {options.run}`")
     return DONE

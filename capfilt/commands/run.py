@@ -1,4 +1,4 @@
-"""`capfilt run`: all verbs in one go."""
+"""`capfilt run`: all steps in one go."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from capfilt.select.policies import SelectConfig
 from capfilt.settings import DONE, FAILED_PARTS, WRONG, ReportOptions, ScoreOptions
 
 EXAMPLE = """\
-For the common case; each step is also a verb of its own. The same command again continues where it was killed, and
-scores nothing twice. To get a feeling for it before the models are there:
+For the common case; each step is also a verb of its own. Repeat the command to continue an interrupted run; nothing is
+scored twice. The first example is a rehearsal without models:
 
   capfilt run --input cc --out try --scorer fake --limit 1000
   capfilt run --input cc --out run --captioner models/captioner --filter models/filter --dry-run
   capfilt run --input cc --out run --captioner models/captioner --filter models/filter --to clean
 
-Then open run/report/default/report.html. Another choice costs seconds: capfilt select run --name strict --itm 0.8
+Then open run/report/default/report.html. Another selection takes seconds: capfilt select run --name strict --itm 0.8
 """
 
 
@@ -41,14 +41,14 @@ class RunVerb(select.EmptyOption, export.FormatOptions, score.EngineOptions, pla
 
 
 def run(options: RunVerb) -> int:
-    """Run all verbs in order; exit status 2 for damaged sources does not stop the rest."""
+    """Run all steps in order; exit status 2 for damaged sources does not stop the rest."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(
-            "run is for one process, and WORLD_SIZE says that there are several: plan in one, score in all, and when "
-            "all are done select, export, report and verify in one"
+            "`capfilt run` is for one process, but WORLD_SIZE is more than 1: plan in one process, score in all, and "
+            "when all are done select, export, report and verify in one"
         )
     if options.dry_run:
-        with tempfile.TemporaryDirectory() as folder:  # gone when it is said how long the rest would take
+        with tempfile.TemporaryDirectory() as folder:  # only for the estimate
             return _scored(dataclasses.replace(options, out=folder))
     status = _scored(options)
     if status not in (DONE, WRONG):
@@ -61,7 +61,7 @@ def run(options: RunVerb) -> int:
     export.run(export.ExportVerb(run=where, select=name, to=to, replace=True, **ways))
     report.run(report.ReportVerb(run=where, page=dataclasses.replace(options.page, select=name)))
     verified = verify.run(verify.VerifyVerb(run=where))
-    is_partial = verified == FAILED_PARTS and options.how.limit is not None  # what is left was not asked for
+    is_partial = verified == FAILED_PARTS and options.how.limit is not None  # the rest is beyond --limit
     return status if verified == DONE or is_partial else verified
 
 

@@ -11,11 +11,11 @@ from capfilt.commands.plan import refuse_drift
 from capfilt.settings import ScoreConfig, ScoreOptions
 
 EXAMPLE = """\
-Every row gets a line of annotations, whatever happens to it; nothing is dropped here. Kill it when you like: the same
-command continues, with another batch size, number of processes or engine if you wish, and the result is the same.
+Every row gets an annotation, whatever happens to it; nothing is dropped here. It can be killed at any time: the same
+command continues, even with another batch size, number of processes or engine, and the result is the same.
 
-  capfilt score run --dry-run                       # how long it will take
-  capfilt score run --limit 10000                   # a look at rows from all over; a full run continues from there
+  capfilt score run --dry-run                       # estimates the time
+  capfilt score run --limit 10000                   # rows from all over the input; a full run continues from there
   accelerate launch -m capfilt score run            # RANK and WORLD_SIZE share the parts, without collectives
   capfilt score run --engine ray                    # one scorer per GPU of a cluster
 """
@@ -23,7 +23,7 @@ command continues, with another batch size, number of processes or engine if you
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """Engine: what computes."""
+    """Engine."""
 
     engine: Literal["embedded", "ray"] = "embedded"
     """Engine: this process alone, or `ray` for several GPUs or machines"""
@@ -37,7 +37,7 @@ class EngineOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreVerb(EngineOptions):
-    """Generate and match texts for every row; the same command continues."""
+    """Generate and match texts for every row; repeat the command to continue."""
 
     run: str = argument("RUN")
     """Folder of a planned run"""

@@ -9,7 +9,7 @@ from capfilt.select.policies import SelectConfig
 from capfilt.settings import DONE
 
 EXAMPLE = """\
-A pure function of the annotations: another threshold costs seconds, and older selections stay.
+A selection is a pure function of the annotations: another threshold takes seconds, and older selections are kept.
 
   capfilt select run --name half
   capfilt select run --name strict --itm 0.8 --rules datacomp-basic --duplicates phash64 --duplicate-bits 4
@@ -27,7 +27,7 @@ class EmptyOption:
 
 @dataclass(frozen=True, kw_only=True)
 class SelectVerb(EmptyOption):
-    """Choose texts by their scores; takes seconds, as often as wanted."""
+    """Choose texts by their scores; takes seconds and can be repeated."""
 
     run: str = argument("RUN")
     """Folder of a scored run"""

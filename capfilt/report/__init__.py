@@ -1,1 +1,1 @@
-"""Reports of what a selection keeps and drops, in numbers and images."""
+"""Reports on the texts that a selection keeps and drops, in numbers and images."""

@@ -21,7 +21,7 @@ from capfilt.settings import ReportOptions
 from capfilt.store.parts import facts_of, name_of
 
 BINS = 200
-"""Steps of the threshold; histograms have one bin more, for scores of exactly 1."""
+"""Number of threshold steps; histograms have one more bin, for scores of exactly 1."""
 _COLUMNS = [
     "sample_id", "source_uri", "source_row", "status", "error_code", "web_text", "web_text_norm", "syn_text", "itm_web",
     "itm_syn", "rule_flags", "device", "seconds",
@@ -153,7 +153,7 @@ def _offer_scored(numbers: Numbers, group: str, row: np.ndarray, score: np.ndarr
 
 
 def _collect_repeated(run: Run, done: list[Part], numbers: Numbers, most: int) -> None:
-    """Collect images that all got the commonest synthetic caption, if it is common enough to be a fault."""
+    """Collect images with the most common synthetic caption, if it is common enough to be a fault."""
     ((caption, n),) = numbers.captions["syn"].most_common(1) or [("", 0)]
     if n < 3:
         return
@@ -163,7 +163,7 @@ def _collect_repeated(run: Run, done: list[Part], numbers: Numbers, most: int) -
         examples += [(i, part.pid, i) for i, row in enumerate(texts) if caption in (row or [])]
         if len(examples) >= most:
             break
-    numbers.examples["all of these got the commonest synthetic caption"] = examples[:most]
+    numbers.examples["images with the most common synthetic caption"] = examples[:most]
 
 
 # The result -----------------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def render(run: Run, numbers: Numbers, report: dict[str, Any], cards: Cards, opt
     """Render the page as HTML, under 5 MB."""
     before = [("Every row and every text, once", _account(report)), ("Where a threshold would cut", _threshold(report))]
     after = [
-        ("What the texts are like", _texts(report)),
+        ("Properties of the texts", _texts(report)),
         ("Input files, the worst first", _shards(report)),
         ("Rules and errors", _rules(report)),
         ("How this was made", _made(report)),
@@ -150,8 +150,8 @@ def _threshold(report: dict[str, Any]) -> str:
         kept = {kind: int(counts[round(t * BINS) :].sum()) for kind, counts in series.items()}
         rows.append((f"{t:g}", *(f"{n:,} ({_share(n, int(series[kind].sum()))})" for kind, n in kept.items())))
     note = (
-        "The grey curve is of captions shuffled among images: what the filter gives to texts that do not belong. "
-        "It is a floor of the noise and no estimate: near misses score far higher."
+        "The grey curve is for captions shuffled among images: the filter's scores of texts that do not match. "
+        "It is a lower bound on the noise, not an estimate: near misses score far higher."
         if report["null"]
         else "capfilt calibrate --method null adds the scores of shuffled captions, --method audit estimates precision."
     )
@@ -163,7 +163,7 @@ def _threshold(report: dict[str, Any]) -> str:
 
 
 def _histogram(series: dict[str, np.ndarray]) -> str:
-    """Draw shares of texts by score, on a square-root scale, so that small bins are visible beside large ones."""
+    """Draw shares of texts by score, on a square-root scale, so that small bins are visible next to large ones."""
     colours = {"web": "#d97706", "syn": "#2563eb", "shuffled": "#64748b"}
     shares = {kind: np.sqrt(c.reshape(-1)[:BINS].reshape(50, 4).sum(1) / max(1, c.sum())) for kind, c in series.items()}
     top = max((s.max() for s in shares.values()), default=0) or 1
@@ -190,7 +190,7 @@ def _texts(report: dict[str, Any]) -> str:
     shown = _table([tuple("-" if v is None else v for v in row) for row in rows], ("", "texts", "different",
                    "words each", "vocabulary", "share repeated"))  # fmt: skip
     lists = []
-    for kind, title in (("web", "Commonest web texts"), ("syn", "Commonest synthetic texts")):
+    for kind, title in (("web", "Most common web texts"), ("syn", "Most common synthetic texts")):
         repeated = [(text, n) for text, n in report["repeated"][kind]]
         if repeated:
             lists.append(_table(repeated, (title, "times")))
@@ -238,7 +238,7 @@ def _made(report: dict[str, Any]) -> str:
 
 
 def _examples(cards: Cards, numbers: Numbers, options: ReportOptions, room: int) -> str:
-    """Render groups of cards, as many as there is room for."""
+    """Render groups of cards, up to the size limit."""
     shown = ["<h2>Images</h2><p>They were drawn by hash, so that the same run shows the same ones.</p>"]
     if not options.no_blur:
         shown.append('<p><label><input type="checkbox" id="clear"> show images clearly</label></p>')
@@ -289,7 +289,7 @@ class Cards:
         return self._texts[pid]
 
     def image(self, pid: str, row: int) -> str:
-        """Return the image of a row, small, as an HTML element; empty where there is none."""
+        """Return a thumbnail of a row's image as an HTML element; empty if there is none."""
         note = self._note(pid, row)
         if note["status"] not in USABLE:
             return ""
@@ -301,7 +301,7 @@ class Cards:
                 stored.image or b"", self.run.config.max_pixels, lambda image: small(image, _SIDE), _SIDE
             )
         except Exception:  # whatever a file that was changed meanwhile makes its library raise
-            return '<p class="no">the image is not there any more</p>'
+            return '<p class="no">the image no longer exists</p>'
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=60)
         inside = base64.b64encode(buffer.getvalue()).decode()

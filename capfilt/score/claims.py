@@ -20,7 +20,7 @@ from capfilt.store.storage import Storage, host
 SANDBOX, MOST = 2, 5
 """Attempt from which decoding runs in another process, and number of attempts after which a part has failed."""
 _FRESH = 600.0
-"""Seconds for which another machine's note counts as that of a living process."""
+"""Seconds for which another machine's note counts as a living process's."""
 
 
 class Claims:

@@ -33,25 +33,25 @@ _CONSTANT = 4
 
 @dataclass
 class Decoded:
-    """A row ready for the models, or with the reason why it is not."""
+    """A row ready for the models, or the reason why it is not."""
 
     number: int
     key: str
     texts: list[str]
     norm: list[str | None]
-    """Normalised texts, as they are scored; None where no word is left."""
+    """Normalised texts, as scored; None for a text without words."""
     extra: dict
     facts: dict
     """Image and status columns."""
     flags: list[str]
     pixels: list[np.ndarray] = field(default_factory=list)
-    """Resized images, (S, S, 3) uint8 for each input size; empty where there is nothing to score."""
+    """Resized images, (S, S, 3) uint8 for each input size; empty if there is nothing to score."""
     left_out: int = 0
     """Number of texts beyond the limit per row."""
 
 
 def prepare(row: InputRow, sides: tuple[int, ...], config: ScoreConfig) -> Decoded:
-    """Decode and resize an image and record its facts; nothing that a row holds raises."""
+    """Decode and resize an image and record its facts; never raises because of a row's contents."""
     texts, left_out, note = rules.limited(row.texts)
     norm = [_clean(text, config.max_words) for text in texts]
     facts = dict.fromkeys(("width", "height", "format", "n_frames", "error_code", "error_detail"))
@@ -128,7 +128,7 @@ def _header(data: bytes, facts: dict) -> bool:
 
 
 def _lenient(data: bytes, note: Callable[[Image.Image], T]) -> T | None:
-    """Apply `note` to a truncated image with grey in place of what is missing, as the original release trained on."""
+    """Apply `note` to a truncated image with its missing part grey, as the original release trained on."""
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     try:
         with Image.open(io.BytesIO(screened(data)), formats=FORMATS) as image:

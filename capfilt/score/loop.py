@@ -33,11 +33,11 @@ from capfilt.store.storage import host
 _CHUNK = 16
 """Rows per decoding task."""
 _JUDGED = 2000
-"""Rows after which the error rate decides whether the input as a whole is wrong."""
+"""Number of rows after which the error rate is checked."""
 
 
 Tasks = deque[tuple["Pool | Inline", Future]]
-"""The decoding tasks of a part, with the pool that each was given to."""
+"""The decoding tasks of a part, each with its pool."""
 
 
 class ScoringInterrupted(Exception):
@@ -45,11 +45,11 @@ class ScoringInterrupted(Exception):
 
 
 class TooManyErrors(DataError):
-    """So many rows fail that the input is probably the wrong one."""
+    """Too many rows fail; the input is probably the wrong one."""
 
 
 class Worker:
-    """Scores parts with one scorer: the part function that every engine calls."""
+    """Score parts with one scorer; every engine calls it."""
 
     def __init__(self, run: Run, scorer: Scorer, options: ScoreOptions, pool: Pool | Inline | None = None) -> None:
         self.run, self.scorer, self.options = run, scorer, options
@@ -169,7 +169,7 @@ class Worker:
         self.claims.end(part)
 
     def discard(self, tasks: Tasks) -> None:
-        """Cancel what is left of a part's decoding."""
+        """Cancel the rest of a part's decoding."""
         while tasks:
             pool, task = tasks.popleft()
             pool.discard([task])
@@ -201,12 +201,12 @@ def make_pool(setup: Setup, options: ScoreOptions, batch: int) -> Pool | Inline:
     return Pool(setup, workers, options.decode_timeout, ahead) if workers else Inline(setup)
 
 
-# What is to do --------------------------------------------------------------------------------------------------------
+# Parts to score -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Work:
-    """State of a process's share of the parts, and what is left to do."""
+    """State of a process's share of the parts, and the parts left to score."""
 
     todo: deque[tuple[Part, int]]
     """Parts with the number of the next attempt, the untried first."""
@@ -235,7 +235,7 @@ def find_work(run: Run, options: ScoreOptions, claims: Claims) -> Work:
 
 
 def describe_work(run: Run, work: Work, options: ScoreOptions) -> str:
-    """Describe the state of the parts in a line."""
+    """Describe the state of the parts in one line."""
     whose = f"process {options.rank} of {options.world}: " if options.world > 1 else ""
     line = f"{whose}{len(work.done)} of {len(work.share)} parts are done"
     if work.damaged:
@@ -298,12 +298,12 @@ def score(
 def exit_status(run: Run, options: ScoreOptions, failed: int, out: TextIO) -> int:
     """Return 3 if parts failed, 2 if sources are damaged and that was not allowed, else 0; prints the reason."""
     if failed:
-        out.write(f"{failed} parts failed; {run.where}/failures says why, `retry-failed` tries them again\n")
+        out.write(f"{failed} parts failed: see {run.where}/failures; `capfilt retry-failed` releases them\n")
         return FAILED_PARTS
     if options.max_error_rate < 1 and (statuses := _all_failed(run, options)):
         out.write(
-            f"none of {statuses.total():,} rows could be used ({_commonest(statuses)}); is it the right column, folder "
-            "or image root? --max-error-rate 1 goes on all the same\n"
+            f"none of {statuses.total():,} rows could be used ({_commonest(statuses)}); check column, folder and image "
+            "root, or give --max-error-rate 1 to continue anyway\n"
         )
         return WRONG
     damaged = run.damaged()
@@ -316,9 +316,9 @@ def exit_status(run: Run, options: ScoreOptions, failed: int, out: TextIO) -> in
 
 
 def _all_failed(run: Run, options: ScoreOptions) -> Counter[str]:
-    """Count the statuses of this process's rows if none could be used; empty if one could (mostly seen in part one).
+    """Count the statuses of this process's rows if none could be used; empty if one could (usually in the first part).
 
-    `judge` says so early of a large job; this is for jobs of a few rows.
+    For jobs of a few rows; in a large job `judge` reports this early.
     """
     statuses: Counter[str] = Counter()
     present = run.parts.present()
@@ -397,7 +397,7 @@ def _ahead(worker: Worker, work: Work, progress: ScoringProgress) -> Iterator[tu
 def _try(
     worker: Worker, part: Part, attempt: int, tasks: Tasks, work: Work, progress: ScoringProgress
 ) -> list[dict[str, Any]] | None:
-    """Annotate a part; None if that raised, and then the part is queued again or has failed."""
+    """Annotate a part; None if that raised an error: the part is then queued again, or has failed."""
     try:
         return worker.annotate(part, tasks, attempt)
     except (ScoringInterrupted, KeyboardInterrupt):
@@ -426,6 +426,6 @@ def judge(progress: ScoringProgress, judged: int, options: ScoreOptions) -> None
     rate = progress.errors / progress.seen
     if rate > options.max_error_rate:
         raise TooManyErrors(
-            f"{rate:.0%} of the first {progress.seen} rows cannot be used ({_commonest(progress.statuses)}); is it the "
-            f"right column, folder or image root? --max-error-rate {min(1.0, rate + 0.05):.2f} goes on all the same"
+            f"{rate:.0%} of the first {progress.seen} rows cannot be used ({_commonest(progress.statuses)}); check "
+            f"column, folder and image root, or give --max-error-rate {min(1.0, rate + 0.05):.2f} to continue anyway"
         )

@@ -1,4 +1,4 @@
-"""The captioner and the filter behind the job: every image seen once by each tower, its context projected once.
+"""The captioner and the filter: every image is encoded once by each tower, its context projected once.
 
 Two towers with equal weights are one: then the image is seen once by both. B images, N texts of an image, P tokens.
 """

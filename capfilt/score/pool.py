@@ -1,7 +1,7 @@
-"""Decoding in processes of their own: ahead of the models, and so that a sample that kills its decoder kills no more.
+"""Decoding in separate processes: ahead of the models, and isolated, so that a row that kills its decoder harms no one.
 
-A worker sends one row at a time, so when it dies or hangs it is known at which row; the row is tried once more in a
-new process and then given up.
+A worker sends one row at a time, so when it dies or hangs the row is known; it is tried once more in a new process and
+then given up.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _START = 300.0
 
 
 class BrokenDecoder(Stopped):
-    """Decoding fails whatever the row, so the job cannot go on."""
+    """Decoding fails for every row, so the job cannot continue."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class DecodeTask:
 
 
 class Decoder:
-    """Reads and prepares rows; keeps the readers of the last sources open."""
+    """Reader and decoder of rows; keeps the readers of the last sources open."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup, self._storage = setup, open_storage(setup.where)
@@ -152,7 +152,7 @@ class Pool:
             self._room.release()
 
     def _drive(self) -> None:
-        """Feed one process; after a crash or a hang, identify the row and go on with a new process."""
+        """Feed one process; after a crash or a hang, identify the row and continue with a new process."""
         process = _Process(self._setup)
         while True:
             self._room.acquire()  # before a task is taken, so that earlier tasks never wait for later ones

@@ -1,7 +1,7 @@
 """Scoring on several GPUs and machines: Ray places the workers, files record what is done.
 
 An actor is never restarted by Ray and a part never bound to one: when an actor dies, its part goes back into the queue
-and a replacement is started that nobody waits for. With Ray's own retries a part stays with an actor that cannot be
+and a replacement starts in the background. With Ray's own retries a part stays with an actor that cannot be
 placed any more when its node is gone, and the job hangs.
 """
 
@@ -95,7 +95,7 @@ class _Crew:
 
 
 def import_ray() -> Any:
-    """Import ray. ValueError says how to install it."""
+    """Import ray; ValueError, with the command to install it, if it is missing."""
     try:
         import ray
     except ImportError:
@@ -131,7 +131,7 @@ def score_with_ray(
             _drive(ray, crew, run, work, progress, options)
         except KeyboardInterrupt:
             for _, part, attempt in crew.working.values():
-                run.storage.remove(failure_name(part.pid, attempt))  # nobody's fault
+                run.storage.remove(failure_name(part.pid, attempt))  # does not count as a failed attempt
             out.write("\ninterrupted; the same command continues\n")
             return INTERRUPTED
         finally:
@@ -141,7 +141,7 @@ def score_with_ray(
 
 
 def _drive(ray: Any, crew: _Crew, run: Run, work: Work, progress: ScoringProgress, options: ScoreOptions) -> None:
-    """Hand out parts until none is left and none is being worked on."""
+    """Assign parts until none is left or in progress."""
     judged = min(2000, sum(part.rows for part, _ in work.todo))
     alone = time.monotonic()
     while work.todo or crew.working:
@@ -155,7 +155,7 @@ def _drive(ray: Any, crew: _Crew, run: Run, work: Work, progress: ScoringProgres
             alone = time.monotonic()
         elif time.monotonic() - alone > _PATIENCE:
             alone = time.monotonic()
-            progress.out.write(f"no worker for {_PATIENCE:.0f} s: are there free GPUs or CPUs in the cluster?\n")
+            progress.out.write(f"no worker for {_PATIENCE:.0f} s: check that the cluster has free GPUs or CPUs\n")
         for answer in crew.answers(5.0) if crew.working or crew.waiting else ():
             if answer in crew.waiting:
                 _arrived(ray, crew, answer)

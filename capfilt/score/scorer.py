@@ -1,4 +1,4 @@
-"""The interface of scorers, and a fake one that makes scores out of hashes."""
+"""The interface of scorers, and a fake one that derives scores from hashes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class BatchTooLarge(Exception):
 
 
 class Scorer(Protocol):
-    """Captioner and filter. The scores of an item must not depend on what else is in the batch."""
+    """Captioner and filter. The scores of an item must not depend on the rest of the batch."""
 
     sides: tuple[int, ...]
     """Input sizes of the models, pixels."""

@@ -1,4 +1,4 @@
-"""Selecting: a pure function of the annotations that says of every text whether it is kept, and why."""
+"""Selection: a pure function of the annotations that decides for every text whether it is kept, and why."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def select(
     listed = copies.read_list(config.contamination).digest() if config.contamination else None
     if run.storage.exists(success(name)):
         before = read_account(run, name)
-        planned = {**dataclasses.asdict(SelectConfig()), **before["settings"]}  # there may be more to choose from now
+        planned = {**dataclasses.asdict(SelectConfig()), **before["settings"]}  # older accounts lack newer settings
         same = (planned, before.get("contamination_digest")) == (settings, listed)
         if not same and not replace:
-            raise ValueError(f"selection {name} is there with other settings; take another --name, or --replace")
+            raise ValueError(f"selection {name} exists with other settings; give another --name, or --replace")
         if same and before["parts_digest"] == digest and is_whole(run, before):
             return _not_empty(before, allow_empty)
         run.storage.remove(success(name))
@@ -91,10 +91,10 @@ def _not_empty(account: dict[str, Any], allow_empty: bool) -> dict[str, Any]:
 
 
 def nothing_kept(account: dict[str, Any]) -> str:
-    """Return the message for a selection without texts, with the commonest reasons."""
+    """Return the message for a selection without texts, with the most common reasons."""
     texts, reasons = sum(account["texts_in"].values()), Counter(account["reasons"]).most_common(3)
     why = "".join(f"; {reason}: {n:,}" for reason, n in reasons)
-    return f"selection {account['name']} keeps none of {texts:,} texts{why}. --allow-empty takes it all the same"
+    return f"selection {account['name']} keeps none of {texts:,} texts{why}. --allow-empty accepts that"
 
 
 def success(name: str) -> str:
@@ -115,7 +115,7 @@ def read_account(run: Run, name: str) -> dict[str, Any]:
 
 
 def is_whole(run: Run, account: dict[str, Any]) -> bool:
-    """Tell whether the table of a selection is there, as it was written."""
+    """Tell whether the table of a selection exists and is unchanged."""
     name = table_name(account["name"])
     return run.storage.exists(name) and run.storage.sha256(name) == account["files"]["texts.parquet"]
 
@@ -139,7 +139,7 @@ class Whole:
 
 
 def survey(run: Run, done: list[Part], config: SelectConfig) -> Whole:
-    """Gather from the whole run what a selection needs; reads nothing where it needs nothing."""
+    """Gather the facts that a selection needs from the whole run; reads nothing if it needs none."""
     whole = Whole(copies.find(run, done, config))
     if config.policy != "fraction":
         return whole

@@ -1,6 +1,6 @@
-"""How texts are chosen by their scores: pure functions of arrays, one entry per text.
+"""Policies that choose texts by their scores: pure functions of arrays, one entry per text.
 
-N texts. A policy is given the texts of whole rows, the rows in order and each row's web texts before its synthetic.
+N texts. A policy gets the texts of complete rows, in order, each row's web texts before its synthetic ones.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ SOURCES = ("web", "syn", "human")
 
 @dataclass(frozen=True)
 class SelectConfig:
-    """Which texts a selection keeps."""
+    """Settings of a selection: which texts it keeps."""
 
     policy: Literal["blip", "rank-k", "web-else-syn", "threshold-table", "fraction"] = "blip"
-    """Policy. blip: each text by itself; rank-k: the best k of a row; web-else-syn: a synthetic text only where no web
+    """Policy. blip: each text by itself; rank-k: the best k of a row; web-else-syn: a synthetic text only if no web
     text passes; threshold-table: separate thresholds for web and synthetic texts; fraction: the best share of all."""
     itm: float = 0.5
     """Lowest score of a kept text."""
@@ -43,12 +43,12 @@ class SelectConfig:
     rules: str | None = None
     """Preset of rules that also drop: align, datacomp-basic, laion or junk."""
     duplicates: Literal["sha256", "phash64"] | None = None
-    """Keep only the texts of the first of images with the same bytes (sha256) or the same look (phash64)."""
+    """Of images with the same bytes (sha256) or the same appearance (phash64), keep the texts of the first only."""
     duplicate_bits: int = 0
     """Most bits, of 64, in which perceptual hashes of copies may differ; 2 to 4 also finds other sizes and qualities
     of an image."""
     contamination: str | None = None
-    """Images that must not be used, such as a test set's: a file of SHA-256 or perceptual hashes in hex, one a line,
+    """Images that must not be used, such as a test set's: a file of SHA-256 or perceptual hashes in hex, one per line,
     or a run that has scored them (`--scorer fake` is enough)."""
     shared: int | None = None
     """Drop web texts that more images than this share; ALIGN takes 10."""
@@ -71,7 +71,7 @@ class SelectConfig:
             check_preset(self.rules)
 
     def _check_threshold(self, name: str, value: float | None) -> None:
-        """Check a threshold: probabilities are 0 to 1, cosines -1 to 1, logit differences any number."""
+        """Check the range of a threshold: 0 to 1 for probabilities, -1 to 1 for cosines, any for logit differences."""
         low, high = {"itm": (0, 1), "itc": (-1, 1), "margin": (-math.inf, math.inf)}[self.column]
         if value is not None and not (low <= value <= high and math.isfinite(value)):
             what = {"itm": "a probability, 0 to 1", "itc": "a cosine, -1 to 1", "margin": "a number"}[self.column]
@@ -95,7 +95,7 @@ class Texts(NamedTuple):
 
 
 class Decisions(NamedTuple):
-    """Whether each text is kept, its reason as an index into `reasons`, and its rank in the row or -1."""
+    """Whether each text is kept, the reason as an index into `reasons`, and the text's rank in its row or -1."""
 
     kept: np.ndarray
     reason: np.ndarray
@@ -147,7 +147,7 @@ def _web_else_syn(texts: Texts, config: SelectConfig, cut: float | None) -> Deci
     spare = verdict.kept & (texts.source == SYN) & web_passed[texts.row]
     ranks = _ranks(texts)
     syn_kept = verdict.kept & (texts.source == SYN) & ~spare
-    # Of several synthetic texts that pass, only the best stands in for the web text.
+    # Of several synthetic texts that pass, only the best replaces the web text.
     best = np.full(rows, np.iinfo(np.int64).max)
     np.minimum.at(best, texts.row[syn_kept], ranks[syn_kept])
     second = syn_kept & (ranks != best[texts.row])
@@ -163,7 +163,7 @@ def _fraction(texts: Texts, config: SelectConfig, cut: float | None) -> Decision
 
 
 def cut_of(scores: np.ndarray, fraction: float) -> float | None:
-    """Return the score that a share of all scores reaches; None if there are none."""
+    """Lowest score among the best `fraction` of all scores; None if that share is empty."""
     keep = int(fraction * len(scores))
     if not keep:
         return None

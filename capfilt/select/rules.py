@@ -54,7 +54,7 @@ MOST_TEXTS = 100
 
 def check_preset(name: str) -> None:
     if name not in PRESETS:
-        raise ValueError(f"rules {name!r} are none of {', '.join(PRESETS)}")
+        raise ValueError(f"unknown rules {name!r}: expected one of {', '.join(PRESETS)}")
 
 
 def image_flags(width: int, height: int, size: int, frames: int) -> list[str]:

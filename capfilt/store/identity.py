@@ -18,7 +18,7 @@ def _digest(*parts: object) -> str:
 
 
 def sample_id(relpath: str, row: int, key: str) -> str:
-    """Return the id of a row, 32 hex digits: fixed by its file's path under the input root, its number and its key."""
+    """Return the id of a row, 32 hex digits, from its file's path under the input root, its number and its key."""
     return _digest(relpath, row, key)[:32]
 
 

@@ -1,6 +1,6 @@
-"""Part files: annotations of some rows, sealed with a digest so that one changed byte is noticed.
+"""Part files: annotations of some rows, with a digest that reveals any changed byte.
 
-A part is done when its file is there and whole; nothing else records progress.
+A part is done if its file exists and is intact; nothing else records progress.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SLOW = 1e-3
 
 
 class DamagedPart(ValueError):
-    """A part file is not as it was written."""
+    """A part file has changed since it was written."""
 
 
 def name_of(pid: str) -> str:
@@ -59,7 +59,7 @@ def _footer(content: bytes) -> int:
 
 
 def check(content: bytes) -> None:
-    """Raise DamagedPart unless the file is, byte for byte, what was written."""
+    """Raise DamagedPart unless the file is unchanged, byte for byte."""
     at = _footer(content)
     seal = content[at - _SEAL : at]
     if not seal.startswith(_MARK) or at < _SEAL:
@@ -71,7 +71,7 @@ def check(content: bytes) -> None:
 
 
 def decode(content: bytes, columns: list[str] | None = None) -> pa.Table:
-    """Decode the table of a sealed file. DamagedPart if the file was changed."""
+    """Decode the table of a sealed file. DamagedPart if the file has changed."""
     check(content)
     return pq.read_table(io.BytesIO(content), columns=columns, use_threads=False)
 
@@ -132,7 +132,7 @@ class Parts:
         return len(content)
 
     def read(self, pid: str, columns: list[str] | None = None) -> pa.Table:
-        """Read a part's annotations. DamagedPart names the file if it is not whole."""
+        """Read a part's annotations. DamagedPart, naming the file, if it is not intact."""
         try:
             return decode(self.storage.read(name_of(pid)), columns)
         except DamagedPart as error:

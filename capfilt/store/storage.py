@@ -146,7 +146,7 @@ class Local(Storage):
 
 
 class Remote(Storage):
-    """A prefix in an object store that fsspec knows: a PUT is atomic, and is retried when it fails."""
+    """A prefix in an object store supported by fsspec: a PUT is atomic, and is retried if it fails."""
 
     def __init__(self, url: str, pause: float = 0.5) -> None:
         import fsspec

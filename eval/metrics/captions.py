@@ -1,4 +1,4 @@
-"""The field's caption metrics on tokens, each as sums over images, so that images can be drawn again.
+"""Caption metrics on tokens, each from sums over images, so that images can be resampled.
 
 BLEU, CIDEr and ROUGE-L are pycocoevalcap's. N images, C columns that are summed, W draws.
 """
@@ -15,7 +15,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 
 CONFIDENCE = 0.95
 _CELLS = 4_000_000
-"""Weights of drawn images held at once."""
+"""Most weights of drawn images held at a time."""
 _ORDERS = 4
 
 
@@ -44,7 +44,7 @@ def bleu(references: Sequence[Sequence[str]], captions: Sequence[str]) -> Metric
 
 
 def _closest(lengths: Sequence[int], length: int) -> int:
-    """The length next to that of a caption; the shorter of two that are equally near."""
+    """The reference length closest to a caption's; the shorter of two equally close ones."""
     return min(lengths, key=lambda one: (abs(one - length), one))
 
 

@@ -1,4 +1,4 @@
-"""The field's Java programs, each in a process group of its own that is killed as a whole when its time is up.
+"""The Java programs of caption metrics, each in its own process group, which is killed when its time is up.
 
 Nothing is written outside a temporary folder, nothing is fetched, and nothing waits for ever.
 """
@@ -26,19 +26,19 @@ METEOR_STATISTICS = 23
 
 
 class NoJava(OSError):
-    """A Java program did not do its work; the message says why in half a sentence."""
+    """A Java program failed; the message is the reason, as half a sentence."""
 
 
 def run_java(arguments: Sequence[str], seconds: float, files: dict[str, bytes], read: str = "stdout") -> str:
-    """What a Java program writes into the file `read` of its working folder, by default what it prints.
+    """Run a Java program; returns the contents of the file `read` of its working folder, by default its output.
 
     `files` are put into that folder, and `stdin`, if it is one of them, is its input. NoJava if there is no Java, or it
-    does not end by itself with status 0 in `seconds`; then nothing that it started is left.
+    does not end with status 0 within `seconds`; all processes that it started are killed.
     """
     java = program("java")
     if java is None:
         raise NoJava("there is no java on PATH")
-    # Files instead of pipes: no pipe can fill up, or stay open in a process that the program left behind.
+    # Files instead of pipes: a pipe could fill up, or stay open in a process left behind.
     with tempfile.TemporaryDirectory(prefix="openblip-java-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         for file, content in {"stdin": b"", **files}.items():
@@ -80,7 +80,7 @@ def _last_words(path: Path) -> str:
 
 
 def shipped(*parts: str) -> Path:
-    """A file that comes with pycocoevalcap. NoJava if it does not."""
+    """Path of a file in pycocoevalcap. NoJava if it is missing."""
     spec = importlib.util.find_spec("pycocoevalcap")
     if spec is None:
         raise NoJava("pycocoevalcap is not installed")
@@ -140,7 +140,7 @@ def meteor_summable(statistics: np.ndarray) -> np.ndarray:
 def spice_scores(
     references: Sequence[Sequence[str]], captions: Sequence[str], seconds: float, folder: str | None = None
 ) -> np.ndarray:
-    """SPICE's F (images,) of tokenized captions. NoJava if it fails or the parser that it needs is not there.
+    """SPICE's F (images,) of tokenized captions. NoJava if it fails or its parser is missing.
 
     `folder` holds spice-1.0.jar and lib/; pycocoevalcap's when not given.
     """

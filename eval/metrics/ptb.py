@@ -1,7 +1,7 @@
-"""Captions as the field's metrics count their words: Penn Treebank tokens in lower case, without punctuation.
+"""Tokenize captions for the metrics: Penn Treebank tokens in lower case, without punctuation.
 
-The reference is Stanford's tokenizer, a Java program. The rules here are for where Java is not to be had, or not to be
-waited for. They agree with it on 99.994% of COCO's captions; NLTK's Treebank tokenizer, which takes every text for one
+The reference is Stanford's tokenizer, a Java program. The rules here are for machines without Java, or when it is too
+slow. They agree with it on 99.994% of COCO's captions; NLTK's Treebank tokenizer, which treats every text as one
 sentence, agrees on 99.772%, takes seven times as long, and would bring four packages.
 """
 
@@ -18,12 +18,12 @@ NAMES = {"java": "Stanford PTBTokenizer 3.4.1 (Java)", "python": "eval.ptb (Pyth
 
 PUNCTUATION = frozenset(("''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--",
                          "...", ";"))  # fmt: skip
-"""What pycocoevalcap leaves out. Its brackets are in upper case and the tokens in lower, so brackets stay: so be it."""
+"""Tokens that pycocoevalcap removes. Its brackets are upper case and the tokens lower case, so brackets remain."""
 
 _BETWEEN = "A"
-"""A line between captions, as most captions begin."""
+"""Line between captions, which begins like most captions."""
 _BREAKS = re.compile("[\r\n\v\f\x85\u2028\u2029\0]+")
-"""What Stanford's tokenizer takes for the end of a line, or of everything."""
+"""Characters that end a line, or the input, for Stanford's tokenizer."""
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-", '"': "''"}
 _PLAIN = str.maketrans(
     {

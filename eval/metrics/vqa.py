@@ -54,7 +54,7 @@ def _without_punctuation(text: str) -> str:
 
 
 def accuracy(answer: str, given: Sequence[str]) -> float:
-    """How right an answer is, from 0 to 1, by what annotators gave: the mean, each left out in turn, of min(1, n / 3).
+    """Score of an answer, 0 to 1, by the annotators' answers: the mean of min(1, n / 3), each left out in turn.
 
     n counts the others that gave this answer. Spelling is evened out only where annotators differ, as officially. With
     fewer than four annotators an answer is right that any of them gave, all being evened out.

@@ -1,4 +1,4 @@
-"""The bootstrap: a captioner and a filter clean the data of their successor."""
+"""The bootstrapping experiment: a model's captioner and filter clean the training data of the next model."""
 
 from recipes.bootstrap.run import main
 

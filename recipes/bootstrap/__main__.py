@@ -1,4 +1,4 @@
-"""`python -m recipes.bootstrap`."""
+"""Entry point of `python -m recipes.bootstrap`."""
 
 from recipes import command
 from recipes.bootstrap.run import main

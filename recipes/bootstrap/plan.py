@@ -1,4 +1,4 @@
-"""The stages of the bootstrapping experiment: images, models, jobs and rows of each seed, and what they do."""
+"""The stages of the bootstrapping experiment: for each seed the images, models, CapFilt jobs and rows of the table."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from recipes.bootstrap.settings import BootstrapRun, FineTuning
 
 SECONDS = {"tiny": 0.26, "small": 0.94, "base": 12.0, "large": 40.0}
-"""Of a pre-training step of 64 pairs on 2 CPU cores, by size; the time left is reckoned from them."""
+"""Seconds per pre-training step of 64 pairs on 2 CPU cores, by model size; used to estimate the time left."""
 CAPTION_COST, FILTER_COST = 0.4, 0.8
-"""Of a captioner's and a filter's step, in pre-training steps."""
+"""Cost of a captioner's and a filter's fine-tuning step, in pre-training steps."""
 SIZE_OF_PARTS, BATCH = "1024", "128"
-"""Rows that a job commits together, and scores together."""
+"""Rows that a CapFilt job commits together, and rows that it scores together."""
 
 
 def steps_of(run: BootstrapRun, row: TableRow) -> int:
@@ -42,7 +42,7 @@ def steps_of(run: BootstrapRun, row: TableRow) -> int:
 
 
 def plan(run: BootstrapRun, say: Callable[[str], None] = print) -> Stages:
-    """All that has to be done for the rows and seeds of a run, what several rows need only once."""
+    """Plan the stages for the rows and seeds of a run; a stage that several rows need stands once."""
     out = Path(run.out)
     world = _plain(run.world)
     stages = [Stage("held-out", lambda folder: _draw_held_out(run, folder), world, cost=1 + 0.001 * run.world.test)]
@@ -62,7 +62,7 @@ class _Seed:
     def stages(self) -> list[Stage]:
         drawn = {**_plain(self.run.world), "seed": self.seed}
         self._add("world", self._draw, drawn, (), cost=2 + 0.001 * self.run.world.crawl)
-        self._row(TEACHER)  # it is what captioners and filters are made of
+        self._row(TEACHER)  # captioners and filters are fine-tuned from its model
         for name in self.run.rows:
             row = ROWS[name]
             if row.cleaner:
@@ -71,7 +71,7 @@ class _Seed:
         return list(self.planned.values())
 
     def _add(self, name: str, work: Callable[[Path], dict], settings: dict, needs: tuple[str, ...], cost: float) -> str:
-        """Plan a stage unless that is done; returns its name among all."""
+        """Plan a stage unless it is planned already; returns its full name."""
         full = f"{self.name}/{name}"
         if full not in self.planned:
             self.planned[full] = Stage(full, work, settings, needs, cost)
@@ -80,7 +80,7 @@ class _Seed:
     # Images
 
     def _draw(self, folder: Path) -> dict[str, Any]:
-        """A crawl and images with human captions of each seed's own: even seeds of scenes are crawls, odd are not."""
+        """Draw the seed's crawl (from an even seed of scenes) and its images with human captions (from an odd one)."""
         world = self.run.world
         how = (world.image_size, world.workers)
         world_capfilt.draw_crawl(folder / "crawl", world.crawl, world.noise, 2 * self.seed, *how)
@@ -98,7 +98,7 @@ class _Seed:
     # Rows
 
     def _row(self, row: TableRow) -> None:
-        """Pre-training, fine-tuning for both tasks, and what is measured on held-out combinations."""
+        """Plan a row: pre-training, fine-tuning for both tasks, evaluation on held-out colour-shape pairs."""
         run, fine = self.run, self.run.fine_tuning
         data = f"{self.name}/capfilt/{row.cleaner}" if row.cleaner else f"{self.name}/world"
         start = f"{self.name}/{TEACHER.name}/pretrain" if row.continued else None
@@ -143,14 +143,14 @@ class _Seed:
         }
 
     def _by_recipe(self, config: str, steps: int, lr: float | None = None) -> dict[str, Any]:
-        """What decides a fine-tuning run's results, beside what it starts from."""
+        """Settings that decide a fine-tuning run's results, apart from the model it starts from."""
         return {"steps": steps, "lr": lr, "recipe": command.content(config), **self._training()}
 
     def _step(self, model: ModelChoice) -> float:
         return SECONDS[model.size or "base"] * self.run.train.batch_size / 64
 
     def _pretrain(self, folder: Path, model: ModelChoice, steps: int, row: TableRow, k: int | None) -> dict[str, Any]:
-        """From scratch, unless the row goes on from the first model; measured as it is, without fine-tuning."""
+        """Pre-train from scratch, or continue the first row's model; evaluate without fine-tuning if `k` is given."""
         run = self.run
         if row.cleaner:
             clean = self._clean(row)
@@ -159,7 +159,7 @@ class _Seed:
             sources, web = [SourceConfig(self.crawl, kind="web"), *self.people], run.world.crawl
         share, people_pairs = run.people_share, run.world.people
         weight = share / (1 - share) * web / people_pairs if web else 1.0
-        # In steps the ramp is the same for all rows, however many texts theirs have.
+        # The ramp takes the same number of steps in all rows, however many texts they have.
         ramp = run.objective.alpha_ramp_epochs * (run.world.crawl / (1 - share)) / (weight * people_pairs + web)
         *crawled, people = sources
         if row.continued:
@@ -199,7 +199,7 @@ class _Seed:
         )  # fmt: skip
 
     def _composition(self, row: Path) -> dict[str, float]:
-        """Captions and retrieval of images that show colour-shape pairs never seen before."""
+        """Evaluate captions and retrieval on images of colour-shape pairs never seen in training."""
         device = "cpu" if dist.on_cpu() else "cuda"
         source, scores = _source(self.held_out, "composition"), {}
         how = command.read(caption.CaptionRun, ["--config", world_capfilt.CAPTIONER, "--out", str(row)])
@@ -219,7 +219,7 @@ class _Seed:
         return self.out / "capfilt" / row.cleaner / "clean" / row.keep
 
     def _cleaner(self, name: str) -> None:
-        """Captioner and filter, where they are not those of the first row; then the job with all its selections."""
+        """Plan captioner and filter, then the CapFilt job with all its selections."""
         run = self.run
         larger, decode = run.larger, run.cleaning.beam if name == "beam" else run.cleaning.decode
         slower = 1.0
@@ -247,12 +247,12 @@ class _Seed:
         )
 
     def _own(self, folder: str) -> list[str]:
-        """Captioner and filter of the first row's model."""
+        """Plan captioner and filter from the first row's model; returns their names."""
         start = f"{TEACHER.name}/pretrain"
         return self._pair(folder, start, self.run.cleaners, self._step(self.run.model))
 
     def _larger(self, folder: str) -> list[str]:
-        """Captioner and filter of a larger model that has learned from the same crawl."""
+        """Plan captioner and filter from a larger model pre-trained on the same crawl; returns their names."""
         larger, k = self.run.larger, self.run.k
         cost, start = self._step(larger.model), f"{folder}/pretrain"
         self._add(
@@ -279,7 +279,7 @@ class _Seed:
         ]  # fmt: skip
 
     def _shared(self) -> str:
-        """One model that is captioner and filter: all three losses on human captions, for the captioner's steps."""
+        """Plan one model as captioner and filter: all three losses on human captions, for the captioner's steps."""
         steps = self.run.cleaners.captioner
         return self._add(
             "cleaners/shared", lambda folder: self._fine_tune_shared(folder, steps),
@@ -291,7 +291,7 @@ class _Seed:
     def _fine_tune_shared(self, folder: Path, steps: int) -> dict[str, Any]:
         start = self.out / TEACHER.name / "pretrain" / "model"
         like = world_capfilt.captioner(folder, start, self.people, self.run.train.batch_size, steps)
-        data = dataclasses.replace(like.data, prompt="")  # texts are compared without, so they are written without
+        data = dataclasses.replace(like.data, prompt="")  # matching uses no prompt, so neither does captioning
         result, _ = pretrain.pretrain(
             pretrain.PretrainRun(
                 out=str(folder), model=like.model, data=data, objective=self.run.objective, train=self._fine(like.train)
@@ -300,7 +300,7 @@ class _Seed:
         return {"steps": result.steps}
 
     def _job(self, folder: Path, name: str, writer: Path, reader: Path, decode: str) -> dict[str, Any]:
-        """The job on the crawl, a selection and an export for each row that its texts are for, report and proof."""
+        """Run CapFilt on the crawl: plan, score, a selection and an export for each row using it, report, verify."""
         run = self.run
         job, threshold = folder / "job", run.cleaning.threshold
         prompt = ["--prompt", ""] if name == "shared" else []
@@ -320,7 +320,7 @@ class _Seed:
 
 
 def _kept_truth(job: Job, keep: str, clean: Path) -> dict[str, Any]:
-    """What a selection holds, and how much of it is right; percent but the AUCs."""
+    """Size of a selection, and how much of it is right; in percent except AUCs and numbers of texts."""
     kinds = grade(job, keep)
     every, kept = world_capfilt.synthetic(job, keep)
     wrong = kinds["wrong"]
@@ -344,7 +344,7 @@ def _kept_truth(job: Job, keep: str, clean: Path) -> dict[str, Any]:
 
 
 def _percent_wrong(verdicts: list, name: str) -> float:
-    """Percent of the texts that say something false (`true`), or of their claims that are (`precision`)."""
+    """Percentage of texts that say something false (`name` is "true"), or of false claims ("precision")."""
     return 100 - 100 * grade_captions(verdicts)[name]
 
 
@@ -360,7 +360,7 @@ def _source(folder: Path, split: str) -> SourceConfig:
 
 
 def _plain(settings: Any, section: str = "") -> dict[str, Any]:
-    """Settings of a section that decide results; without those that older runs do not name, where they are as then."""
+    """Settings of a section that decide results; those unknown to older runs are left out at their old values."""
     decisive = {name: value for name, value in dataclasses.asdict(settings).items() if name not in FREE_TO_CHANGE}
     younger = {name.removeprefix(section): value for name, value in YOUNGER.items() if name.startswith(section)}
     return {name: value for name, value in decisive.items() if name not in younger or value != younger[name]}

@@ -1,7 +1,7 @@
-"""What the bootstrapping experiment leaves: results.json, table.md, times.json, and the page that explains them.
+"""Outputs of the bootstrapping experiment: results.json, table.md, times.json, and a page that explains them.
 
-The page is for someone who has read no paper: what the crawl looked like, what was dropped and written, and what that
-changed.
+The page is for readers who do not know the paper: what the crawl looked like, which texts were dropped and generated,
+and what that changed.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
 
 PARTS = ("pretrain", "captioner", "retrieval", "composition")
 SIDE = 160
-"""Of the images on the page, pixels."""
+"""Side of the images on the page in pixels."""
 SHOWN_ROWS = ("neither", "both")
-"""Whose captions are set side by side."""
+"""Rows whose captions are shown side by side."""
 
 
 # Scores ---------------------------------------------------------------------------------------------------------------
 
 
 def complete(plan: stages.Stages) -> list[str]:
-    """`seed-0/both` and so on: what is done to the end."""
+    """Names, such as `seed-0/both`, of the rows that are finished."""
     names = dict.fromkeys(name.rpartition("/")[0] for name in plan.stages if name.endswith("/composition"))
     return [name for name in names if plan.done([f"{name}/{part}" for part in PARTS])]
 
 
 def scores_of(plan: stages.Stages) -> dict[str, dict[int, dict[str, float]]]:
-    """Scores by row, seed and column of all that is done to the end."""
+    """Scores of all finished rows, by row, seed and column."""
     scores: dict[str, dict[int, dict[str, float]]] = {}
     for name in complete(plan):
         seed, row = name.removeprefix("seed-").split("/")
@@ -69,14 +69,14 @@ def _scores(plan: stages.Stages, seed: str, row: str) -> dict[str, float]:
 
 
 def write(plan: stages.Stages, run: BootstrapRun) -> dict[str, Any]:
-    """Write all files anew from the stages that are done; returns what results.json holds, in which is no time."""
+    """Rewrite all files from the finished stages; returns the contents of results.json, which has no times."""
     out, scores = Path(run.out), scores_of(plan)
     out.mkdir(parents=True, exist_ok=True)
     results = table.results(scores)
     seconds = {name: record["seconds"] for name in plan.stages if (record := plan.record(name))}
     files.replace_file(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     files.replace_file(out / "times.json", (json.dumps(seconds, indent=1) + "\n").encode())
-    files.replace_file(out / "table.md", (table.markdown(scores) or "nothing is done to the end yet\n").encode())
+    files.replace_file(out / "table.md", (table.markdown(scores) or "no row is finished yet\n").encode())
     files.replace_file(out / "report.html", _page(plan, run, scores, seconds).encode())
     return results
 
@@ -99,51 +99,52 @@ def _page(plan: stages.Stages, run: BootstrapRun, scores: table.Scores, seconds:
 def _question(run: BootstrapRun) -> str:
     world = run.world
     return (
-        "Images on the web come with texts, and most of these do not say what the image shows. A model that learns "
-        "from such pairs learns noise. The BLIP paper's answer: train a model on the noisy pairs all the same; make of "
-        "it, with a few images that people have described, a captioner that writes a text for every image of the "
-        "crawl and a filter that throws out texts, found or written, that do not match; and train a new model on what "
-        "is left. Is the new model better, and which part does it? Here that is asked in a small world that draws "
-        f"itself, so that the truth about every text is known. The crawl has {world.crawl:,} images, and "
-        f"{100 * world.noise:.0f}% of its texts are not right; people have described {world.people:,} others."
+        "Images on the web come with texts, and most of these do not describe the image. A model trained on such pairs "
+        "learns noise. The BLIP paper's answer: train a model on the noisy pairs all the same; fine-tune it, on a few "
+        "images with human captions, into a captioner that generates a caption for every image of the crawl and a "
+        "filter that rejects web texts and generated captions that do not match; and train a new model on the rest. Is "
+        "the new model better, and which part makes the difference? Here the question is asked in a small synthetic "
+        f"world, in which the truth about every text is known. The crawl has {world.crawl:,} images, and "
+        f"{100 * world.noise:.0f}% of its texts are not right; {world.people:,} other images have human captions."
     )
 
 
 def _crawl(plan: stages.Stages, run: BootstrapRun, seed: int) -> list[tuple[str, str, str]]:
-    """What the crawl looked like, and what became of its texts, with some images."""
+    """Sections on the crawl and what became of its texts, with some images."""
     folder = Path(run.out) / f"seed-{seed}" / "capfilt" / "own"
     kept = plan.results(f"seed-{seed}/capfilt/own")["both"]
     kinds = {kind: Kind(**one) for kind, one in kept["kinds"].items() if one["texts"]}
     written = (
-        f"Of the captioner's texts the filter threw out {kept['synthetic_rejected']:.0f}%; of all of them "
-        f"{kept['synthetic_wrong_before']:.0f}% say something false"
+        f"The filter rejected {kept['synthetic_rejected']:.0f}% of the generated captions. "
+        f"{kept['synthetic_wrong_before']:.0f}% of all generated captions say something false"
     )
     if "synthetic_wrong" in kept:
         written += (
-            f", of those that were kept {kept['synthetic_wrong']:.0f}%, where {kept['synthetic_claims_wrong']:.0f}% of "
-            "the single claims about shape, colour, size, place and number are false"
+            f", and {kept['synthetic_wrong']:.0f}% of those that were kept; in the latter, "
+            f"{kept['synthetic_claims_wrong']:.0f}% of the single claims about shape, colour, size, place and number "
+            "are false"
         )
     fates = list(_fates(Job.open(str(folder / "job")), run.shown))
     link = f"seed-{seed}/capfilt/own/job/report/both/report.html"
     return [
         (
-            "What the crawl looked like, and what was dropped and written",
-            f"Images of the crawl of seed {seed}: the text that was found with each, the text that the captioner "
-            "wrote, and what the filter made of both. Ticks and crosses say what is true, which neither captioner nor "
-            "filter was ever told.",
+            "What the crawl looked like, and which texts were dropped and generated",
+            f"Images of the crawl of seed {seed}: the web text of each, the caption that the captioner generated, and "
+            "whether the filter kept them. Ticks and crosses mark what is true, which neither captioner nor filter "
+            "knew.",
             page.notes(fates, SIDE),
         ),
         (
-            "What the filter made of the found texts",
-            f"{written}. ROC AUC is the chance that the filter gives a right text more than a wrong one of that kind.",
+            "What the filter did to the web texts",
+            f"{written}. ROC AUC is the probability that the filter scores a right text above a wrong one of the kind.",
             page.table(world_capfilt.fates(kinds), world_capfilt.FATES)
-            + f'<p><a href="{link}">The job\'s own report</a> accounts for every row and text.</p>',
+            + f'<p><a href="{link}">CapFilt\'s report</a> accounts for every row and text.</p>',
         ),
     ]
 
 
 def _fates(job: Job, count: int) -> Iterator[page.Note]:
-    """Images of the crawl with both texts and what became of them, the kinds of web texts in turn."""
+    """Images of the crawl with both texts and whether they were kept; kinds of web texts take turns."""
     kept: dict[tuple[str, int], set[str]] = {}
     for part, texts in kept_of(job, "both"):
         for row in texts.to_pylist():
@@ -164,10 +165,10 @@ def _fates(job: Job, count: int) -> Iterator[page.Note]:
 def _fate(extra: dict[str, Any], row: dict[str, Any], kept: set[str]) -> page.Note:
     scene = scene_of(extra["image_id"])
     lines = [
-        (f"found, {'kept' if 'web' in kept else 'dropped'}", page.JudgedText(text, extra["kind"] == "right"))
+        (f"web text, {'kept' if 'web' in kept else 'dropped'}", page.JudgedText(text, extra["kind"] == "right"))
         for text in row["web_text"]
     ] + [
-        (f"written, {'kept' if 'syn' in kept else 'dropped'}", page.JudgedText(text, judge(scene, text).true))
+        (f"generated, {'kept' if 'syn' in kept else 'dropped'}", page.JudgedText(text, judge(scene, text).true))
         for text in row["syn_text"]
     ]
     return page.Note(draw(scene, SIDE), lines)
@@ -176,7 +177,7 @@ def _fate(extra: dict[str, Any], row: dict[str, Any], kept: set[str]) -> page.No
 def _changed(
     plan: stages.Stages, run: BootstrapRun, scores: table.Scores, seed: int | None
 ) -> list[tuple[str, str, str]]:
-    """The main columns drawn, and what two models say and how they learned."""
+    """Sections with plots of the main columns, and captions and loss curves of two models."""
     plots = []
     for column in table.MAIN:
         by_row = {ROWS[row].title: table.means(scores, row, column.name) for row in ROWS if row in scores}
@@ -185,12 +186,13 @@ def _changed(
     sections = [
         (
             "What it changed",
-            "Each dot is a model of the same size, pre-trained on the crawl as the name says for as many steps and "
-            "images (but where it says longer), then fine-tuned on the images with human captions in the same way: the "
-            "mean over seeds, with two standard errors to either side. The grey line is the model of the crawl as it "
-            "is. TR@1 and IR@1: how often the first of all texts for an image, or of all images for a text, is the "
-            "right one, in percent; zero-shot is before fine-tuning. CIDEr: how much captions resemble human ones; "
-            "zero-shot is on images of colours and shapes never seen together.",
+            "Each dot is the mean over seeds of models of the same size, with two standard errors to either side. All "
+            "were pre-trained for the same number of steps and images (except where the name says longer), on the "
+            "texts that the name says, then fine-tuned in the same way on the images with human captions. The grey "
+            "line marks the model trained on the crawl as it is. TR@1 and IR@1: how often the text ranked first for an "
+            "image, or the image ranked first for a text, is the right one, in percent; zero-shot is before "
+            "fine-tuning. CIDEr: how closely captions resemble human ones; zero-shot is on images of colours and "
+            "shapes never seen together.",
             f'<div class="curves">{"".join(plots)}</div>',
         )
     ]
@@ -203,12 +205,13 @@ def _changed(
         }
         sections += [
             (
-                "What two captioners say of images unlike any that they have seen",
-                "Made in the same way of the model of the crawl as it is, and of the one after captioning and "
-                f"filtering (seed {seed}; the first images, not chosen). A tick: nothing false is said.",
+                "Captions of images unlike any in training, by two captioners",
+                "Both were fine-tuned in the same way, one from the model of the crawl as it is and one from the model "
+                f"after captioning and filtering (seed {seed}; the first images, not selected). A tick means that "
+                "nothing false is said.",
                 page.notes(_side_by_side(captions, run.shown), SIDE),
             ),
-            ("How they learned", f"Two of the three losses of pre-training, seed {seed}.", page.curves(curves)),
+            ("Loss curves", f"Two of the three losses of pre-training, seed {seed}.", page.curves(curves)),
         ]
     return sections
 
@@ -235,20 +238,20 @@ def _tables(scores: table.Scores) -> list[tuple[str, str, str]]:
     tables = [
         (
             "All rows",
-            "Means over seeds ± their standard errors, in percent but the ROC AUC. Claims true and claims made: of "
-            "what a caption says of shape, colour, size, place, relation, number and background, how much is true, and "
-            "how much of what there is it says. Noise kept: how many of the texts that are not right stay in. "
-            "Synthetic wrong: how many of the written texts that were kept say something false.",
+            "Means over seeds ± their standard errors, in percent except ROC AUC. Claims true and claims made: of the "
+            "claims that a caption makes about shape, colour, size, place, relation, number and background, the share "
+            "that is true; of the claims possible, the share that is made. Noise kept: the share of wrong web texts "
+            "that are kept. Synthetic wrong: the share of the generated captions kept that say something false.",
             table.main_table(scores),
         ),
         (
-            "Differences to the crawl as it is",
-            "Paired by seed, ± their standard errors; a triangle where a difference is beyond two of these.",
+            "Differences from the crawl as it is",
+            "Paired by seed, ± their standard errors; a triangle marks a difference of more than two standard errors.",
             table.difference_table(scores),
         ),
         (
-            "What the paper found, and what is found here",
-            "The difference of the two rows that each finding is about, whether it agrees or not.",
+            "The paper's findings, and the results here",
+            "The difference between the two rows that each finding is about, and whether it agrees.",
             table.finding_table(scores),
         ),
     ]
@@ -259,11 +262,12 @@ def _made(run: BootstrapRun, seconds: dict[str, float]) -> tuple[str, str, str]:
     hours = sum(seconds.values()) / 3600
     rows = [[name, f"{value:,.0f}"] for name, value in seconds.items()]
     settings = (
-        f"Every row: {run.train.steps} steps of {run.train.batch_size} pairs, {100 * run.people_share:.0f}% of them by "
-        f"people; what is trained longer takes {run.longer:g} times as many, and the old model trained on has had as "
-        f"many before. Before it is measured each is fine-tuned for {run.fine_tuning.captioner} steps on captions and "
-        f"{run.fine_tuning.retrieval} on retrieval; captioner and filter were for {run.cleaners.captioner} and "
-        f"{run.cleaners.retrieval}. All stages together took {hours:.1f} hours of processes' time."
+        f"Every row: {run.train.steps} steps of {run.train.batch_size} pairs, {100 * run.people_share:.0f}% of them "
+        f"with human captions. The row trained longer takes {run.longer:g} times as many steps; the old model, as many "
+        "again as it has had before. Before evaluation each model is fine-tuned for "
+        f"{run.fine_tuning.captioner} steps on captions and {run.fine_tuning.retrieval} on retrieval; captioner and "
+        f"filter were fine-tuned for {run.cleaners.captioner} and {run.cleaners.retrieval}. All stages together took "
+        f"{hours:.1f} hours of process time."
     )
     listed = f"<details><summary>Seconds of each stage</summary>{page.table(rows, ['stage', 'seconds'])}</details>"
     return "How it was made", settings, listed

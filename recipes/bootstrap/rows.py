@@ -1,4 +1,4 @@
-"""The rows of the table: what each model is pre-trained on, and from what it starts."""
+"""The rows of the table: which texts each model is pre-trained on, and what it starts from."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TableRow:
-    """One way to learn from a noisy crawl."""
+    """A row of the table: one way to learn from a noisy crawl."""
 
     name: str
     title: str
     cleaner: str | None = None
-    """Job that made the training texts; None for the crawl as it is."""
+    """CapFilt job that made the training texts; None for the crawl as it is."""
     keep: str = "both"
     """Selection of the job's texts: one of `CLEANERS`."""
     continued: bool = False
@@ -23,7 +23,7 @@ class TableRow:
 
 
 TEACHER = TableRow("neither", "neither: the crawl as it is")
-"""The first row: its model also becomes captioner and filter."""
+"""The first row; captioner and filter are fine-tuned from its model."""
 ROWS = {
     row.name: row
     for row in (
@@ -45,7 +45,7 @@ CLEANERS: dict[str, Callable[[float], list[str]]] = {
     "captioner": lambda least: ["--policy", "blip", "--itm", "0"],
     "both": lambda least: ["--policy", "blip", "--itm", str(least)],
 }
-"""Options of `capfilt select` that keep the web texts that pass, all texts of both kinds, or those that pass.
+"""Options of `capfilt select` that keep the web texts that pass, all texts of both kinds, or all texts that pass.
 
-All scores reach 0.
+No score is below 0, so `--itm 0` keeps all.
 """

@@ -1,11 +1,12 @@
-"""The paper's Table 1 in kind, on the synthetic world: what captioning and filtering a noisy crawl are worth.
+"""The experiment of the paper's Table 1 on the synthetic world: what captioning and filtering a noisy crawl are worth.
 
-    blip-recipe bootstrap --config recipes/configs/bootstrap_world.yaml     # 2 CPU cores; it says how long
+    blip-recipe bootstrap --config recipes/configs/bootstrap_world.yaml     # 2 CPU cores; prints how long it takes
 
-For each seed a model is pre-trained on a noisy crawl, and becomes a captioner and a filter on a few images with human
-captions. CapFilt cleans the crawl with them in several ways, and on each result a model of the same size is pre-trained
-from scratch for as many steps, fine-tuned and measured (paper, sections 4.3 and 4.4). Writes results.json, table.md and
-report.html. The same command continues after a kill; started twice at once it shares the work. See docs/bootstrap.md.
+For each seed a model is pre-trained on a noisy crawl and fine-tuned into a captioner and a filter on a few images with
+human captions. CapFilt cleans the crawl with them in several ways; on each result a model of the same size is
+pre-trained from scratch for as many steps, fine-tuned and evaluated (paper, sections 4.3 and 4.4). Writes results.json,
+table.md and report.html. Repeat the command to continue an interrupted run; two at a time share the work. See
+docs/bootstrap.md.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from recipes.bootstrap.settings import BootstrapRun
 
 
 def bootstrap(run: BootstrapRun) -> dict[str, Any]:
-    """Do all that is not done, and write the table of all that is; returns what results.json holds."""
+    """Run the stages that are not done, and write the table; returns the contents of results.json."""
     dist.start()
     if dist.world() > 1:
-        raise ValueError("one process does one stage: start the command twice instead of launching two processes")
+        raise ValueError("each stage runs in one process: start the command twice instead of launching two processes")
     everything = plan.plan(dataclasses.replace(run, rows=list(ROWS), seeds=_seeds(run)))
     done = report.complete(everything)
 
@@ -45,13 +46,13 @@ def bootstrap(run: BootstrapRun) -> dict[str, Any]:
 
 
 def _seeds(run: BootstrapRun) -> list[int]:
-    """The seeds of a run, and those that others have worked on in its folder."""
+    """The seeds of a run, and those of earlier runs in its folder."""
     names = [folder.name.removeprefix("seed-") for folder in Path(run.out).glob("seed-*")]
     return sorted({*run.seeds, *(int(seed) for seed in names if seed.isdigit())})
 
 
 def spelled(args: list[str]) -> list[str]:
-    """`--seeds 0 1 --rows neither both --table` as the parser of options takes it."""
+    """Rewrite `--seeds 0 1 --rows neither both --table` into the form that the option parser takes."""
     words: list[str] = []
     for arg in args:
         if arg == "--table":

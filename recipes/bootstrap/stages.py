@@ -1,7 +1,7 @@
-"""Long work in stages: each is done once, as a whole, by one of the processes that work on the same folder.
+"""Long work in stages: each is done once, by one of the processes that share a folder.
 
-A stage that is done has left `stage.json` in its folder, with its results and a fingerprint of its settings and of all
-that it builds on. A process that is killed anywhere leaves its stage to whoever starts the same command again.
+A finished stage has a `stage.json` in its folder, with its results and a fingerprint of its settings and of the stages
+that it needs. If a process is killed, the next one that runs the same command takes over its stage.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from blip.train import drift
 
 RECORD = "stage.json"
 LOCKS = "locks"
-"""Folder of the locks, which are held while a stage is worked on."""
+"""Folder of the locks; one is held while its stage is in progress."""
 _POLL = 2.0
-"""Seconds between looks at whether another process has finished the stage that is waited for."""
+"""Seconds between checks whether another process has finished the stage waited for."""
 
 
 @dataclass(frozen=True)
@@ -34,34 +34,34 @@ class Stage:
     name: str
     """Name of the stage, and of its folder."""
     work: Callable[[Path], dict[str, Any]]
-    """Function that does the stage in its folder, resuming an earlier attempt; returns results that JSON can hold."""
+    """Function that does the work in the stage's folder, resuming an earlier attempt; returns results for JSON."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Settings that its results depend on, besides the stages that it needs."""
+    """Settings that the results depend on, besides the stages needed."""
     needs: tuple[str, ...] = ()
-    """Names of the stages that must be done before it."""
+    """Names of the stages that must be done before this one."""
     cost: float = 1.0
-    """Expected duration, seconds."""
+    """Expected duration in seconds."""
 
 
 class Stages:
-    """Stages in an order in which they can be done, in one folder."""
+    """Stages of one folder, in an order in which they can be done."""
 
     def __init__(self, out: Path, stages: Sequence[Stage], say: Callable[[str], None] = print) -> None:
-        """ValueError for a stage that needs one that does not come before it."""
+        """Check the order; ValueError for a stage that needs one that does not come before it."""
         self.out, self.say = out, say
         self.stages: dict[str, Stage] = {}
         self.fingerprints: dict[str, str] = {}
         for stage in stages:
             if missing := [need for need in stage.needs if need not in self.stages]:
-                raise ValueError(f"stage {stage.name} needs {', '.join(missing)} before it")
+                raise ValueError(f"stage {stage.name} needs {', '.join(missing)}, not listed before it")
             self.stages[stage.name] = stage
             parts = [drift.plain(stage.settings), [self.fingerprints[need] for need in stage.needs]]
             self.fingerprints[stage.name] = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def record(self, name: str) -> dict[str, Any] | None:
-        """What a stage that is done has left: `results`, `seconds`, `settings`, `fingerprint`; None before that.
+        """Read a finished stage's record: `results`, `seconds`, `settings`, `fingerprint`; None if not finished.
 
-        ValueError, with what differs, for one that was done with other settings.
+        ValueError, listing the differences, if it was done with other settings.
         """
         path = self.out / name / RECORD
         try:
@@ -69,12 +69,12 @@ class Stages:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise ValueError(f"{path} cannot be read ({error}): remove {path.parent} to have it done again") from None
+            raise ValueError(f"{path} cannot be read ({error}): remove {path.parent} to repeat the stage") from None
         if record["fingerprint"] != self.fingerprints[name]:
-            lines = drift.drift(record["settings"], self.stages[name].settings) or ["something that it builds on"]
+            lines = drift.drift(record["settings"], self.stages[name].settings) or ["a stage that it needs differs"]
             raise ValueError(
-                f"{path.parent} was made with other settings: {'; '.join(lines)}. Go back to those, choose another "
-                "--out, or remove that folder and all that was made from it"
+                f"{path.parent} was made with other settings: {'; '.join(lines)}. Restore those settings, choose "
+                "another --out, or remove that folder and everything made from it"
             )
         return record
 
@@ -82,18 +82,18 @@ class Stages:
         return all(self.record(name) for name in names)
 
     def results(self, name: str) -> dict[str, Any]:
-        """The results of a stage that is done."""
+        """The results of a finished stage; ValueError if it is not finished."""
         record = self.record(name)
         if record is None:
             raise ValueError(f"stage {name} of {self.out} is not done")
         return record["results"]
 
     def carry_out(self, after_each: Callable[[], None] = lambda: None) -> None:
-        """Do all that is not done yet, and wait for what other processes are doing; `after_each` follows each stage."""
+        """Do the stages that are left, and wait for those of other processes; calls `after_each` after each stage."""
         began, first = time.monotonic(), self._left()
         if first:
             done, cost = len(self.stages) - len(first), self._cost(first)
-            self.say(f"{done} of {len(self.stages)} stages are done; the others take about {_time(cost)} on 2 cores")
+            self.say(f"{done} of {len(self.stages)} stages are done; the rest take about {_time(cost)} on 2 cores")
         waiting = ""
         while left := self._left():
             gone, total = time.monotonic() - began, self._cost(first)
@@ -115,7 +115,7 @@ class Stages:
         return sum(self.stages[name].cost for name in names)
 
     def _do_one(self, left: Sequence[str], eta: float) -> bool:
-        """Do the first stage that can be done and that nobody does; False if there is none."""
+        """Do the first stage whose needs are met and that no other process is doing; False if there is none."""
         for name in left:
             stage = self.stages[name]
             if any(need in left for need in stage.needs):
@@ -125,7 +125,7 @@ class Stages:
                     stack.enter_context(RunLock(self.out / LOCKS / name))
                 except RunLocked:
                     continue
-                if self.record(name) is None:  # nobody finished it in the meantime
+                if self.record(name) is None:  # not finished by another process in the meantime
                     number = list(self.stages).index(name) + 1
                     self.say(
                         f"stage {number} of {len(self.stages)}: {name} (about {_time(stage.cost)}; "
@@ -146,7 +146,7 @@ class Stages:
             "results": results,
         }
         files.replace_file(folder / RECORD, (json.dumps(record, indent=1) + "\n").encode())
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # nothing will go on from there
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # no longer needed to resume
 
 
 def _time(seconds: float) -> str:

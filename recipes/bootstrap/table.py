@@ -1,6 +1,6 @@
-"""The numbers of the bootstrapping experiment: means over seeds, paired differences, and what they say.
+"""Tables of the bootstrapping experiment: means over seeds, paired differences, and the paper's findings.
 
-All is computed from scores of one row and seed each: `scores[row][seed][column]`, in percent but the ROC AUC.
+Everything is computed from `scores[row][seed][column]`, in percent except ROC AUC.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from recipes.bootstrap.rows import ROWS, TEACHER
 
 Scores = Mapping[str, Mapping[int, Mapping[str, float]]]
 ENOUGH = 2.0
-"""Standard errors beyond which a difference counts as one."""
+"""Standard errors that a difference must exceed to count."""
 
 
 class Column(NamedTuple):
@@ -50,7 +50,7 @@ MAIN += tuple(c for c in COLUMNS if c.name in ("cider", "cider_composition"))
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over seeds and its standard error, None with one seed."""
+    """A mean over seeds and its standard error (None with one seed)."""
 
     value: float
     error: float | None
@@ -66,7 +66,7 @@ class Mean:
 
     @property
     def verdict(self) -> str:
-        """What a difference says: `higher`, `lower`, `open` within two standard errors, or `one seed`."""
+        """Verdict on a difference: `higher`, `lower`, `open` (within two standard errors) or `one seed`."""
         if self.error is None:
             return "one seed"
         if abs(self.value) <= ENOUGH * self.error:
@@ -79,12 +79,12 @@ class Mean:
 
 
 def means(scores: Scores, row: str, column: str) -> Mean | None:
-    """Means of a row over its seeds; None where the column says nothing about it."""
+    """Mean of a row over its seeds; None if the column does not apply to the row."""
     return Mean.of([by_column[column] for by_column in scores.get(row, {}).values() if column in by_column])
 
 
 def difference(scores: Scores, row: str, other: str, column: str) -> Mean | None:
-    """Mean difference of a row to another, paired by seed; None without a seed that has both."""
+    """Mean difference between a row and another, paired by seed; None if no seed has both."""
     mine, theirs = scores.get(row, {}), scores.get(other, {})
     both = [seed for seed in mine if seed in theirs and column in mine[seed] and column in theirs[seed]]
     return Mean.of([mine[seed][column] - theirs[seed][column] for seed in both])
@@ -109,16 +109,16 @@ FINDINGS = (
     Comparison("both help more than filtering alone", "both", "filter"),
     Comparison("both help more than captioning alone", "both", "captioner"),
     Comparison("a larger captioner and filter help more", "both_larger", "both"),
-    Comparison("sampled texts are better to learn from than searched ones", "both", "both_beam"),
-    Comparison("captioner and filter are better two models than one", "both", "both_shared"),
-    Comparison("a new model gains more than the old one trained on", "both", "continued"),
+    Comparison("sampled captions are better training texts than beam-search ones", "both", "both_beam"),
+    Comparison("captioner and filter are better as two models than as one", "both", "both_shared"),
+    Comparison("training a new model gains more than continuing the old one", "both", "continued"),
     Comparison("longer training on the noisy texts gains nothing", "longer", "neither", equal=True),
     Comparison("cleaning gains more than longer training", "both", "longer"),
 )
 
 
 def findings(scores: Scores) -> list[dict[str, Any]]:
-    """Each of the paper's findings with the paired differences here, and in how many main columns they agree."""
+    """The paper's findings with the paired differences here, and in how many main columns these agree."""
     rows = []
     for one in FINDINGS:
         differences = {column.name: difference(scores, one.row, one.other, column.name) for column in MAIN}
@@ -137,7 +137,7 @@ def findings(scores: Scores) -> list[dict[str, Any]]:
 
 def _agreement(finding: Comparison, verdicts: Sequence[str]) -> str:
     if "one seed" in verdicts:
-        return "one seed says nothing"
+        return "undecided with one seed"
     agree = verdicts.count("higher") if not finding.equal else verdicts.count("open") + verdicts.count("lower")
     against = verdicts.count("lower") if not finding.equal else verdicts.count("higher")
     agreement = f"agrees in {agree} of {len(verdicts)}"
@@ -145,7 +145,7 @@ def _agreement(finding: Comparison, verdicts: Sequence[str]) -> str:
 
 
 def results(scores: Scores) -> dict[str, Any]:
-    """Everything that is known, as JSON holds it: scores by row and seed, means, differences to the first row."""
+    """All results as JSON: scores by row and seed, means, differences from the first row, findings."""
     columns = sorted({name for row in scores.values() for by_column in row.values() for name in by_column})
     rows = {}
     for row in (name for name in ROWS if name in scores):
@@ -170,7 +170,7 @@ MARKS = {"higher": " ▲", "lower": " ▼", "open": "", "one seed": ""}
 
 
 def main_table(scores: Scores) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: means over seeds with their standard errors."""
+    """Header and rows: means over seeds with their standard errors."""
     head = ["pre-trained on", *(f"{c.title}, {c.group}" for c in COLUMNS), "seeds"]
     rows = []
     for row in (name for name in ROWS if name in scores):
@@ -182,8 +182,8 @@ def main_table(scores: Scores) -> tuple[list[str], list[list[str]]]:
 
 
 def difference_table(scores: Scores) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: paired differences to the first row, marked beyond two standard errors, and a verdict."""
-    head = ["difference to neither", *(f"{c.title}, {c.group}" for c in MAIN), "beyond 2 standard errors"]
+    """Header and rows: paired differences from the first row, marked beyond two standard errors, and a verdict."""
+    head = ["difference from neither", *(f"{c.title}, {c.group}" for c in MAIN), "beyond 2 standard errors"]
     rows = []
     for row in (name for name in ROWS if name in scores and name != TEACHER.name):
         paired = [difference(scores, row, TEACHER.name, column.name) for column in MAIN]
@@ -206,7 +206,7 @@ def _beyond(verdicts: Sequence[str]) -> str:
 
 
 def finding_table(scores: Scores) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: what the paper found, the differences that speak of it here, and whether they agree."""
+    """Header and rows: the paper's findings, the differences that test them here, and whether they agree."""
     head = ["the paper's finding", *(f"{c.title}, {c.group}" for c in MAIN), "here"]
     rows = []
     for one in findings(scores):

@@ -241,16 +241,16 @@ def test_twenty_million_pixels_are_still_taken(desk, tmp_path):
 
 WRONG = {
     "no image": (lambda d, p: d.caption(None), "choose an image first"),
-    "too many captions": (lambda d, p: d.caption(p, "nucleus", 11), "1 to 10 captions, not 11"),
-    "no captions": (lambda d, p: d.caption(p, "nucleus", 0), "1 to 10 captions, not 0"),
+    "too many captions": (lambda d, p: d.caption(p, "nucleus", 11), "captions must be 1 to 10, got 11"),
+    "no captions": (lambda d, p: d.caption(p, "nucleus", 0), "captions must be 1 to 10, got 0"),
     "a share above one": (lambda d, p: d.caption(p, "nucleus", 1, top_p=2.0), "top_p must be"),
     "unknown words": (lambda d, p: d.caption(p, prompt="собака"), "the model does not know"),
     "no question": (lambda d, p: d.answer(p, " ! "), "type a question first"),
     "no text": (lambda d, p: d.match(p, " \n \n"), "type a text first"),
     "no words": (lambda d, p: d.match(p, "!!"), "cannot be compared"),
-    "too many texts": (lambda d, p: d.match(p, "\n".join(map(str, range(21)))), "at most 20 texts at once, not 21"),
-    "a long text": (lambda d, p: d.match(p, "a" * 2001), "2,000 letters"),
-    "a long question": (lambda d, p: d.answer(p, "a" * 2001), "2,000 letters"),
+    "too many texts": (lambda d, p: d.match(p, "\n".join(map(str, range(21)))), "compared at once, got 21"),
+    "a long text": (lambda d, p: d.match(p, "a" * 2001), "2,001 characters; the limit is 2,000"),
+    "a long question": (lambda d, p: d.answer(p, "a" * 2001), "2,001 characters; the limit is 2,000"),
     "nothing to look for": (lambda d, p: d.explain_match(p, " "), "type a text first"),
     "no folder": (lambda d, p: d.search("a"), "--folder DIR"),
     "no folder to refresh": (lambda d, p: d.refresh(), "--folder DIR"),
@@ -311,7 +311,7 @@ def refused(capfd, *args) -> str:
 
 
 def test_without_gradio_it_says_what_to_install(monkeypatch, capfd, model):  # noqa: F811
-    for version, reason in ((None, "it is not installed"), ("6.21.0", "this is 6.21.0")):
+    for version, reason in ((None, "it is not installed"), ("6.21.0", "6.21.0 is installed")):
         monkeypatch.setattr(installed, "_version", lambda name, version=version: version)
         stderr = refused(capfd, "--model", model)
         assert reason in stderr
@@ -328,7 +328,7 @@ def test_wrong_use_is_one_line(monkeypatch, capfd, model, tmp_path):  # noqa: F8
         assert f"cannot listen at 127.0.0.1 port {port}" in refused(capfd, "--model", model, "--port", port)
     assert "cannot listen at 192.0.2.1" in refused(capfd, "--model", model, "--port", 7999, "--host", "192.0.2.1")
     assert "port must be 1 or more, got -1" in refused(capfd, "--port", "-1")
-    assert "is not a folder of images" in refused(capfd, "--model", model, "--folder", tmp_path / "gone")
+    assert "gone is not a folder" in refused(capfd, "--model", model, "--folder", tmp_path / "gone")
     assert "no images in" in refused(capfd, "--model", model, "--folder", tmp_path)
 
 

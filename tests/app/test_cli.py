@@ -187,7 +187,7 @@ def test_a_killed_run_goes_on_and_leaves_the_file_of_one_that_was_not(run, photo
     status, out, err = run("photos", "--out", "whole", "--batch", 3, *FORMS[form])
     assert (status, out) == (0, "")
     done = 5 if (form, cut) == ("json", "within an image") else 4
-    assert f"the answers about {done} images already: going on with {11 - done}" in err
+    assert f"already has the answers about {done} images: {11 - done} left" in err
     assert len(seen) == 11 - done
     assert Path("whole").read_bytes() == whole
     # Once more, and there is nothing to do.
@@ -214,19 +214,19 @@ def test_new_images_are_added_and_what_failed_is_tried_again(run, photos):
     (photos / "p13.png").write_bytes(png(13))
     status, _, err = run("photos", "--out", "out")
     assert status == 0
-    assert "going on with 2" in err
+    assert "11 images: 2 left" in err
     after = Path("out").read_text()
     assert after.startswith(before)
     assert [line.split("\t")[0] for line in after.splitlines()] == [f"photos/p{i}.png" for i in range(1, 14)]
 
 
 OTHERS = {
-    "a photograph": (png(1), "is not what"),
-    "a program": (b"import os\n\nprint(os.sep)\n", "is not what"),
-    "a line without an end": (b"remember the milk", "is not what"),
+    "a photograph": (png(1), "is not an answer"),
+    "a program": (b"import os\n\nprint(os.sep)\n", "is not an answer"),
+    "a line without an end": (b"remember the milk", "is not an answer"),
     "a table": (b"name\tcaption\nphotos/p1.png\ta dog\n", "--out"),
     "answers without a record": (b"photos/p1.png\ta dog\n", "options.json"),
-    "JSON lines of another": (b'{"image": "photos/p1.png", "caption": "a dog"}\n', "is not what"),
+    "JSON lines of another": (b'{"image": "photos/p1.png", "caption": "a dog"}\n', "is not an answer"),
 }
 
 
@@ -408,7 +408,7 @@ WRONG = {
         ["photos", "--min-length", "9", "--max-length", "8"],
         "min_length 9 is more than max_length 8",
     ),
-    "several greedy ones": (["photos", "--method", "greedy", "--num", "3"], "--num asks for 3"),
+    "several greedy ones": (["photos", "--method", "greedy", "--num", "3"], "--num is 3"),
     "more than beams": (["photos", "--num", "3", "--beams", "2"], "num 3 is more than the 2 beams"),
     "no captions": (["photos", "--num", "0"], "num must be 1 or more, got 0"),
     "a share above one": (["photos", "--method", "nucleus", "--top-p", "1.5"], "top_p must be in (0, 1], got 1.5"),
@@ -464,7 +464,7 @@ def test_closed_standard_output_is_one_line(monkeypatch, capfd):
     with pytest.raises(SystemExit) as stop:
         cli.main(["doctor"])
     assert stop.value.code == 2
-    assert capfd.readouterr().err == "error: standard output is closed; let it go to /dev/null\n"
+    assert capfd.readouterr().err == "error: standard output is closed; redirect it to /dev/null\n"
 
 
 def failing(monkeypatch, after: int, error: BaseException):
@@ -554,7 +554,7 @@ for args in ([], *([name] for name in sys.argv[1:])):
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
         cli.main([*args, "--help"])
-    assert (f"\\n  blip {args[0]} " if args else "--help` lists the options") in said.getvalue(), said.getvalue()
+    assert (f"\\n  blip {args[0]} " if args else "\\nList the options of one with") in said.getvalue(), said.getvalue()
 heavy = {"torch", "numpy", "PIL", "transformers", "tqdm", "yaml"} & set(sys.modules)
 assert not heavy, heavy
 """

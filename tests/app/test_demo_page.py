@@ -322,7 +322,7 @@ def page(browser, address):
     page.view.close()
 
 
-@pytest.mark.parametrize(("label", "method"), [("search for", "beam"), ("draw by", "nucleus")])
+@pytest.mark.parametrize(("label", "method"), [("beam search", "beam"), ("nucleus sampling", "nucleus")])
 def test_describe(page, whole, images, label, method):
     page.upload(images / "p3.png")
     page.view.get_by_text(label).first.click()
@@ -354,7 +354,7 @@ def test_ask(page, whole, images):
 def test_match(page, whole, images):
     page.upload(images / "p4.png")
     page.tab("Match")
-    page.view.get_by_label("Texts that may fit").fill("\n".join(TEXTS))
+    page.view.get_by_label("Texts to compare").fill("\n".join(TEXTS))
     page.press("Compare")
     page.view.locator("#matches td").first.wait_for()
     rows = page.view.locator("#matches tr").all_inner_texts()[1:]
@@ -369,7 +369,7 @@ def test_match(page, whole, images):
 def test_look(page, whole, images):
     page.upload(images / "p4.png")
     page.tab("Where it looks")
-    page.view.get_by_label("What may be seen in it").fill(TEXTS[0])
+    page.view.get_by_label("Text to explain").fill(TEXTS[0])
     page.press("Show where")
     page.view.locator("#maps img").nth(3).wait_for()
     chance, shown = whole.explain_match(str(images / "p4.png"), TEXTS[0])
@@ -383,7 +383,7 @@ def test_look(page, whole, images):
 def test_search(page, whole, images):
     page.tab("A folder")
     assert f"{IMAGES} images can be searched" in page.view.locator("#indexed").inner_text()
-    page.view.get_by_label("What to look for").fill(TEXTS[0])
+    page.view.get_by_label("Text to search for").fill(TEXTS[0])
     page.press("Search")
     page.view.locator("#found img").nth(IMAGES - 1).wait_for()
     hits = whole.search(TEXTS[0], 12)
@@ -393,7 +393,7 @@ def test_search(page, whole, images):
     page.shot("search")
     (images / "new.png").write_bytes(png(77))
     try:
-        page.press("Look for new and changed images")
+        page.press("Index new and changed images")
         page.view.get_by_text(f"{IMAGES + 1} images can be searched").wait_for()
     finally:
         (images / "new.png").unlink()

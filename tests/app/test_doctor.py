@@ -100,9 +100,9 @@ def test_extras_are_missing_and_not_wrong(monkeypatch):
 
 
 def test_series_that_are_not_tested_are_told():
-    assert "may do as well" in doctor.tested("torch", "2.16.1").said
-    assert "may do as well" not in doctor.tested("torch", "2.11.0+cpu").said
-    assert "may do as well" in doctor.tested("transformers", "5.4.0").said
+    assert "may work as well" in doctor.tested("torch", "2.16.1").said
+    assert "may work as well" not in doctor.tested("torch", "2.11.0+cpu").said
+    assert "may work as well" in doctor.tested("transformers", "5.4.0").said
 
 
 @pytest.mark.parametrize(("version", "is_reported"), [
@@ -131,7 +131,7 @@ def program(folder: Path, text: str) -> None:
 @pytest.mark.parametrize(("text", "status", "message"), [
     ("echo 'openjdk version \"17.0.9\"' >&2", OK, '"17.0.9"'),
     ("exit 3", MISSING, "ends with status 3"),
-    ("sleep 60", MISSING, "does not answer"),
+    ("sleep 60", MISSING, "does not run"),
     ("printf '\\377\\n' >&2", OK, "for METEOR"),
 ])  # fmt: skip
 def test_java_of_all_kinds(monkeypatch, tmp_path, text, status, message):
@@ -157,16 +157,16 @@ def test_no_java(monkeypatch, tmp_path):
 def test_cores_and_memory(monkeypatch, tmp_path):
     (finding,) = doctor.cores()
     assert (
-        f"{torch.get_num_threads()} threads compute; {len(os.sched_getaffinity(0))} of {os.cpu_count()}" in finding.said
+        f"{torch.get_num_threads()} compute threads; {len(os.sched_getaffinity(0))} of {os.cpu_count()}" in finding.said
     )
     files = {"/sys/fs/cgroup/cpu.max": "50000 100000", "/sys/fs/cgroup/memory.max": str(1 << 30)}
     monkeypatch.setattr(doctor, "_read", lambda path: files.get(path, ""))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     (finding,) = doctor.cores()
-    assert "it gets 0.5 by the container's limit" in finding.said
+    assert "limited to 0.5 by the container" in finding.said
     assert "OMP_NUM_THREADS=1" in finding.remedy
     (finding,) = doctor.memory()
-    assert "of which the container gets 1.0 GB" in finding.said
+    assert "limited to 1.0 GB by the container" in finding.said
     files["/sys/fs/cgroup/cpu.max"] = "max 100000"
     assert "limit" not in doctor.cores()[0].said
 
@@ -255,7 +255,7 @@ def test_a_check_that_fails_is_told_and_the_others_go_on(monkeypatch):
     monkeypatch.setattr(doctor, "memory", ill)
     findings = list(doctor.examine(Path("runs")))
     (failed,) = [finding for finding in findings if finding.status == WRONG]
-    assert failed.said == "could not be looked at: RuntimeError: two"
+    assert failed.said == "check failed: RuntimeError: two"
     assert not works(findings)
     assert {"python", "packages", "device", "cores", "disk", "cache", "hub", "tokenizer", "java"} <= {
         finding.name for finding in findings

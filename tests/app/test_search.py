@@ -136,7 +136,7 @@ def test_an_index_of_another_model_is_refused_by_both_names(run, photos, model, 
     before = (tmp_path / "ix/index.json").read_bytes()
     status, out, err = run("search", "photos", "a star", "--index", "ix", "--model", tmp_path / "other")
     assert (status, out) == (2, "")
-    assert f"was built by {model} (image encoder " in err
+    assert f"was built with {model} (image encoder " in err
     assert f"this is {tmp_path / 'other'} (image encoder " in err
     assert err.count("\n") == 1
     status, _, err = run("search", "photos", "a star", "--index", "ix", "--precision", "bfloat16")

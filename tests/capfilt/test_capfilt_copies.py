@@ -143,7 +143,7 @@ def test_images_that_must_not_be_used(run, tmp_path):
     reasons, _ = dropped(run, "sha-near", contamination=str(listed), duplicate_bits=4, duplicates="sha256")
     assert reasons == dict.fromkeys("136", whole("rule contaminated")) | {"5": whole("rule duplicate")}
     listed.write_text(f"{GOLDEN[2]}\n")  # another list by the same name is another selection
-    with pytest.raises(ValueError, match="there with other settings"):
+    with pytest.raises(ValueError, match="exists with other settings"):
         select(run, "sha", SelectConfig(itm=0.0, contamination=str(listed)))
 
 

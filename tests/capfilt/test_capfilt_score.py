@@ -533,7 +533,7 @@ def test_a_wrong_column_is_noticed_before_much_is_done(tmp_path):
 
 @pytest.mark.parametrize("name", ["aling", "junk"])
 def test_rules_first_are_those_of_image_files(name):
-    with pytest.raises(ValueError, match=f"rules_first '{name}' is none of align, datacomp-basic, laion"):
+    with pytest.raises(ValueError, match=f"rules_first '{name}': expected one of align, datacomp-basic, laion"):
         ScoreConfig(scorer="fake", rules_first=name)
 
 

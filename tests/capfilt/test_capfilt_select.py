@@ -147,7 +147,7 @@ def test_a_selection_is_never_quietly_another(run):
     stamp = path.stat().st_mtime_ns
     assert select(run, "same", SelectConfig()) == first
     assert path.stat().st_mtime_ns == stamp
-    with pytest.raises(ValueError, match="there with other settings"):
+    with pytest.raises(ValueError, match="exists with other settings"):
         select(run, "same", SelectConfig(itm=0.7))
     assert select(run, "same", SelectConfig(itm=0.7), replace=True)["settings"]["itm"] == 0.7
     with pytest.raises(ValueError, match=r"no selection 'nope' \(there are:"):
@@ -176,14 +176,14 @@ def test_verify_says_what_does_not_add_up(tmp_path):
     other = run.storage.path(f"parts/{run.plan[1].pid[:2]}/{run.plan[1].pid}.parquet")
     problems = wrong(part, good[other])  # a whole file in the wrong place
     assert problems.status() == 4
-    assert any("has not the rows 0 to 16" in w for w in problems.problems)
+    assert any("does not have each of the rows 0 to 16 once" in w for w in problems.problems)
     assert any("different ids" in w for w in problems.problems)
     assert (
         "not in the plan"
         in wrong(tmp_path / "run" / "parts" / "00" / "0000000000000000.parquet", good[part]).problems[0]
     )
     chosen = tmp_path / "run" / "selections" / "half" / "texts.parquet"
-    assert "is not as it was written" in wrong(chosen, good[chosen][:-1]).problems[0]
+    assert "has changed since it was written" in wrong(chosen, good[chosen][:-1]).problems[0]
     account = chosen.parent / "_SUCCESS"
     record = json.loads(good[account])
     record["kept"]["web"] += 1
@@ -421,7 +421,7 @@ def test_verify_counts_what_the_files_of_an_export_hold(run, half, tmp_path, for
     assert verified(lambda path: path.write_bytes(whole[path][: len(whole[path]) // 2])).status() == 4
     assert f"cannot be read as {form}" in verified(lambda path: path.write_bytes(b"x" * 600)).problems[0]
     (out / "00099.tar").write_bytes(b"")
-    assert verify(str(out)).problems == [f"{out}/00099.tar is not of this export, and training would read it as well"]
+    assert verify(str(out)).problems == [f"{out}/00099.tar is not part of this export, but training would read it"]
 
 
 @pytest.mark.parametrize("form", ["wds", "parquet", "json", "uids"])
@@ -566,7 +566,7 @@ def test_all_in_one_go_and_again_with_more(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(args) == 2
-    assert "run is for one process" in capsys.readouterr().err
+    assert "run` is for one process" in capsys.readouterr().err
     monkeypatch.delenv("WORLD_SIZE")
     for more in (["--limit", "20"], [], ["--itm", "0.9"]):  # each export takes the place of the one before
         assert main([*args, *more]) == 0

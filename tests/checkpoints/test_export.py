@@ -296,7 +296,7 @@ def test_it_tells_what_became_of_every_tensor(tmp_path, capsys, monkeypatch):
 
 def test_cards_say_licence_and_differences(kept, tmp_path):
     for use, words in (
-        ("captioning", ("generation_config.json is loaded and not used", "prompts of one length")),
+        ("captioning", ("generation_config.json is loaded but not used", "prompts of the same length")),
         ("matching", ("[ENC]", "cls_token_id")),
     ):
         run(kept, tmp_path / use, "--to", "transformers", "--use", use)
@@ -324,7 +324,7 @@ def test_a_folder_with_something_in_it_is_left_alone(kept, tmp_path, capsys):
     (tmp_path / "full/notes.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for target in ("full", "file"):
-        assert "is there already: give a new or an empty folder" in refused(capsys, kept, tmp_path / target)
+        assert "already exists: give a new or empty folder" in refused(capsys, kept, tmp_path / target)
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["notes.txt"]
     (tmp_path / "empty").mkdir()
     assert run(kept, tmp_path / "empty", "--to", "original") == 0
@@ -344,7 +344,7 @@ def test_a_full_disk_leaves_nothing(kept, tmp_path, capsys, monkeypatch):
 def test_wrong_use_is_one_line(kept, tmp_path, capsys):
     out = tmp_path / "out"
     for args, message in (
-        ((kept, out, "--to", "transformers"), "say --use captioning or --use matching"),
+        ((kept, out, "--to", "transformers"), "give --use captioning or --use matching"),
         ((kept, out, "--to", "transformers", "--use", "nlvr"), "it can be for captioning, matching"),
         ((kept, out, "--use", "captioning"), "leave it out with --to openblip"),
         ((kept, out, "--image-size", "50"), "50 is not a multiple of the patch size 8"),

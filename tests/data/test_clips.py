@@ -220,7 +220,7 @@ WRONG = {
     "not there": (
         '[{"video": "video3", "caption": "x"}]',
         None,
-        "video 'video3' is not there; looked for .*video3.mp4",
+        "video 'video3' does not exist; looked for .*video3.mp4",
     ),
     "a way out": ('[{"video": "../../etc/passwd", "caption": "x"}]', None, "video '../../etc/passwd' is outside"),
     "an address": ('[{"video": "http://x/a.mp4", "caption": "x"}]', None, "is an address"),

@@ -575,7 +575,7 @@ def test_two_processes_leave_the_files_that_one_leaves(finished, tmp_path):
 def test_rows_longer_than_the_model_are_refused(finished, tmp_path):
     run, _ = finished
     data = dataclasses.replace(run.data, max_tokens=65)
-    with pytest.raises(ValueError, match=r"data.max_tokens 65 is more than the 64 positions of the model"):
+    with pytest.raises(ValueError, match=r"data.max_tokens 65 and .* must not exceed the model's 64 positions"):
         recipe.converse(dataclasses.replace(run, out=str(tmp_path), data=data))
 
 

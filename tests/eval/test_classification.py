@@ -130,7 +130,7 @@ def test_classes_of_the_world(tmp_path):
     for by, templates in TEMPLATES.items():
         assert (tmp_path / f"{by}s/templates.txt").read_text().splitlines() == list(templates)
         assert all(texts_of(name, templates) for name in CLASSES[by])
-    with pytest.raises(FileExistsError, match="shapes is there already"):
+    with pytest.raises(FileExistsError, match="shapes already exists"):
         write(tmp_path / "shapes")
     with pytest.raises(ValueError, match="1 or more"):
         write(tmp_path / "none", count=0)

@@ -275,7 +275,7 @@ def test_retrieval(tmp_path, model, capsys):
 def test_results_that_no_evaluation_wrote_are_not_written_over(tmp_path):
     mine = tmp_path / "results.json"
     mine.write_text("[]")
-    with pytest.raises(DataError, match=r"results\.json would be written over"):
+    with pytest.raises(DataError, match=r"results\.json would be overwritten"):
         ResultsFolder(tmp_path)
     assert mine.read_text() == "[]"
     (tmp_path / "scores.json").write_text("{}")  # an older evaluation, which the new one replaces

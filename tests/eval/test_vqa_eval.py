@@ -239,7 +239,7 @@ def test_the_command(folder, tmp_path, capsys):
     assert "no results for 30 questions" in refused(
         capsys, ["vqa", "--results", str(tmp_path / "results.json"), *known]
     )
-    assert "leave --candidates a.txt out" in refused(
+    assert "--candidates a.txt does not apply to --method generate" in refused(
         capsys, ["vqa", *model, *known, "--method", "generate", "--candidates", "a.txt"]
     )
     assert "a.txt cannot be read" in refused(capsys, ["vqa", *model, *known, "--candidates", "a.txt"])

@@ -131,7 +131,7 @@ def test_command(model_folder, tmp_path, monkeypatch, capfd):  # noqa: F811
     assert (name, out) == ("a.png", "e.html")
     page = (tmp_path / "e.html").read_text()
     assert page.count("<img ") == 4
-    (percent,) = re.findall(r"gives the text ([0-9.]+)% to fit", page)
+    (percent,) = re.findall(r"Probability of a match: ([0-9.]+)%", page)
     assert float(percent) == pytest.approx(100 * float(probability), abs=0.06)
     assert "&lt;star&gt;" in page
     assert "<star>" not in page

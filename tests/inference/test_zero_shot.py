@@ -63,7 +63,7 @@ def test_command_says_what_is_wrong(run, photos):  # noqa: F811
     (photos.parent / "latin.txt").write_bytes("caf\u00e9".encode("latin1"))
     wrong = {
         ("photos",): "--classes",
-        ("photos", "--classes", " , "): "names no class",
+        ("photos", "--classes", " , "): "contains no class names",
         ("photos", "--classes", "a,a"): "'a' is named twice",
         ("photos", "--classes", "a,b", "--template", "x"): "needs one {}",
         ("photos", "--classes-file", "gone.txt"): "gone.txt",

@@ -137,8 +137,8 @@ def test_the_page_needs_nothing_else(done):
     assert "None" not in text
     for row in run.rows:
         assert ROWS[row].title in text
-    assert "found, " in text
-    assert "written, " in text
+    assert "web text, " in text
+    assert "generated, " in text
 
 
 def test_what_is_done_is_not_done_again(done, capsys):
@@ -206,16 +206,16 @@ def test_steps_are_equal_but_where_it_says_longer():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--rows", "bath"], "rows bath: there are neither, filter"),
+        (["--rows", "bath"], "rows bath: expected some of neither, filter"),
         (["--seeds", "a"], "seeds"),
-        (["--seeds"], "at least one of rows and one of seeds"),
+        (["--seeds"], "rows or seeds is empty"),
         (["--people_share", "1"], "people_share must be between 0 and 1"),
-        (["--larger.filter", "x"], "give both or none"),
-        (["--data.sources", '[{"path": "x"}]'], "leave them out"),
+        (["--larger.filter", "x"], "give both or neither"),
+        (["--data.sources", '[{"path": "x"}]'], "data.sources must be empty"),
         (["--longer", "0.5"], "longer must be 1 or more"),
         (["--fine_tuning.captioner_lr", "-1"], "captioner_lr must be a number of 0 or more"),
         (["--cleaners.retrieval_lr", "-0.1"], "retrieval_lr must be a number of 0 or more"),
-        (["--train.steps", "null"], "train.steps must be given"),
+        (["--train.steps", "null"], "train.steps is missing"),
     ],
 )
 def test_what_does_not_fit_is_said_in_a_line(capsys, args, message):

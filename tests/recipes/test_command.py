@@ -151,12 +151,12 @@ def test_broken_options_are_one_line_that_names_what(capsys, tmp_path, monkeypat
 
 
 EXPLAINED = {
-    "bootstrap": "Steps of the row that trains longer, in steps of the others (default: 2.0)",
+    "bootstrap": "Steps of the row that trains longer, as a multiple of `train.steps` (default: 2.0)",
     "pretrain": "Weight of the teacher's soft targets in the contrastive loss (default: 0.4)",
     "caption": "Label smoothing of the language-modelling loss (default: 0.1)",
     "retrieval": "Epochs over which alpha rises linearly from 0 (default: 1.0)",
-    "nlvr": "Word pieces kept of a sentence, first and last special tokens included (default: 64)",
-    "dialogue": "False answers shown beside each true one (default: 2)",
+    "nlvr": "Most word pieces of a sentence, first and last special tokens included; the rest is cut off (default: 64)",
+    "dialogue": "Negatives per question: false answers beside the true one (default: 2)",
     "vqa": "Label smoothing of the loss of an answer's words (default: 0.1)",
 }
 
@@ -276,10 +276,10 @@ def test_a_new_list_of_sources_takes_nothing_from_the_old_one(tmp_path, how):
 def test_former_names_of_dialogue_options_are_refused_with_those_of_today(capsys, tmp_path, former, now):
     path = tmp_path / "old.yaml"
     path.write_text(f"out: x\ndata:\n  {former}: 1\n")
-    assert f"{path}: data.{former} is called data.{now} now" in refused(
+    assert f"{path}: data.{former} is now called data.{now}" in refused(
         capsys, ["--config", str(path)], RECIPES["dialogue"]
     )
-    line = f"--data.{former} is called --data.{now.replace('_', '-')} now"
+    line = f"--data.{former} is now called --data.{now.replace('_', '-')}"
     assert line in refused(capsys, ["--out", "x", f"--data.{former}", "1"], RECIPES["dialogue"])
 
 
@@ -344,7 +344,7 @@ def test_each_program_is_there_and_its_recipes_are_those_that_are_told_of(capsys
         programs.main(["caption", "--out", "x", "--train.speed", "3"])
     assert stop.value.code == 2
     assert "--train.speed" in capsys.readouterr().err
-    for args, words in (([], "nothing is asked for"), (["captoin"], "there is no 'captoin'")):
+    for args, words in (([], "no command given"), (["captoin"], "there is no command 'captoin'")):
         with pytest.raises(SystemExit) as stop:
             programs.main(args)
         assert stop.value.code == 2

@@ -378,7 +378,7 @@ def test_two_processes_draw_negatives_from_each_other(zygote, tmp_path, world, s
 @pytest.mark.parametrize(
     ("more", "named"),
     [
-        (["--data.prompt", "a picture of "], "texts are compared without a prompt"),
+        (["--data.prompt", "a picture of "], "compares texts without a prompt"),
         (["--validation.k", "0"], "validation.k must be 1 or more, got 0"),
         (["--validation.source.path", "gone.json"], "gone.json"),
         (["--objective.queue_size", "-1"], "queue_size must be 0 or more, got -1"),

@@ -70,7 +70,7 @@ def test_other_settings_are_refused_by_name(tmp_path):
     changed = Stages(tmp_path, chain(log, setting=2), lambda line: None)
     with pytest.raises(ValueError, match=r"a was made with other settings: setting: 1 -> 2.*choose another --out"):
         changed.carry_out()
-    with pytest.raises(ValueError, match="d was made with other settings: something that it builds on"):
+    with pytest.raises(ValueError, match="d was made with other settings: a stage that it needs differs"):
         changed.record("d")
     assert log == ["a", "b/c", "d"]
 
@@ -85,7 +85,7 @@ def test_a_damaged_record_is_named(tmp_path):
 
 
 def test_a_stage_needs_one_that_comes_before(tmp_path):
-    with pytest.raises(ValueError, match="stage b needs c before it"):
+    with pytest.raises(ValueError, match="stage b needs c, not listed before it"):
         Stages(tmp_path, [Stage("b", dict, {}, ("c",)), Stage("c", dict)])
 
 

@@ -531,7 +531,7 @@ def test_nothing_is_overwritten_unasked(tmp_path):
     files.write(tmp_path, count=3)
     files.write(tmp_path, split="val", count=3)
     before = contents(tmp_path)
-    with pytest.raises(FileExistsError, match=r"train-00000.tar is there already.*--overwrite"):
+    with pytest.raises(FileExistsError, match=r"train-00000.tar already exists.*--overwrite"):
         files.write(tmp_path, count=4)
     assert contents(tmp_path) == before
 
@@ -556,7 +556,7 @@ def test_command_line(tmp_path, capsys):
     files.main(command)
     assert capsys.readouterr().out.split() == [str(tmp_path / "images" / "test"), str(tmp_path / "test.json")]
     assert {row["kind"] for row in json.loads((tmp_path / "test.json").read_text())} <= set(KINDS)
-    with pytest.raises(SystemExit, match="is there already"):
+    with pytest.raises(SystemExit, match="already exists"):
         files.main(command)
 
 

@@ -28,35 +28,35 @@ class CaptionOptions(ImageOptions, ModelOptions):
     """Caption images."""
 
     preset: Literal["greedy", "caption_2022", "nucleus", "capfilt_2022"] = "caption_2022"
-    """Ways of decoding, which the options below change; caption_2022 is the paper's captioner"""
+    """Decoding preset, adjusted by the options below; caption_2022 is the paper's captioner"""
     method: Literal["beam", "greedy", "nucleus"] | None = None
-    """Search for the likeliest text, or draw (nucleus)"""
+    """Beam search, greedy decoding or nucleus sampling (default: the preset's)"""
     num: int | None = option(None, metavar="N")
-    """Captions of each image (default: 1)"""
+    """Captions per image (default: 1)"""
     beams: int | None = option(None, metavar="N")
-    """Beams of a search"""
+    """Number of beams in beam search"""
     length_rule: Literal["generated", "2022"] | None = None
-    """What counts as length where beams are compared: generated words with [SEP], as in today's transformers, or 2022:
-    the prompt too and not [SEP], as in the original (default: the preset's; caption_2022 has 2022)"""
+    """Length by which beams are compared: `generated` counts generated tokens and [SEP], as today's transformers does;
+    `2022` counts the prompt too, but not [SEP], as the original does (default: the preset's; 2022 for caption_2022)"""
     top_p: float | None = option(None, metavar="P")
-    """Draw among the likeliest words of this share"""
+    """Probability mass that nucleus sampling draws from"""
     min_length: int | None = option(None, metavar="N")
-    """Least number of tokens, prompt included"""
+    """Minimum number of tokens, prompt included"""
     max_length: int | None = option(None, metavar="N")
-    """Largest number of tokens, prompt included"""
+    """Maximum number of tokens, prompt included"""
     prompt: str = CAPTION_PROMPT
-    """Beginning that captions continue, not part of the answer; '' for a model that was trained without"""
+    """Prompt that captions continue, not part of the answer; '' for a model trained without a prompt"""
     seed: int = option(0, metavar="N")
-    """Random seed of what is drawn"""
+    """Random seed of sampling"""
 
     def decoding(self) -> DecodeConfig:
-        """How captions are decoded. ValueError if the options do not go together."""
+        """The decoding settings that the options describe. ValueError if they contradict each other."""
         names = ("num", "beams", "top_p", "min_length", "max_length", "length_rule", "seed")
         values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         preset = DECODE_PRESETS[self.preset]
         if self.method == "greedy":
             if values.get("num", 1) > 1:
-                raise ValueError(f"--method greedy writes one text, --num asks for {self.num}: use beam or nucleus")
+                raise ValueError(f"--method greedy gives one caption, but --num is {self.num}: use beam or nucleus")
             values |= {"method": "beam", "beams": 1, "num": 1}
         elif self.method:
             values["method"] = self.method
@@ -90,7 +90,7 @@ def run(chosen: CaptionOptions) -> int:
         with loaded.computing():
             return generate_texts(model, tokenizer, images.to(loaded.device), config, prompt=chosen.prompt, keys=keys)
 
-    describe(torch.zeros(1, 3, side, side), [""])  # what does not fit is found before a file is opened
+    describe(torch.zeros(1, 3, side, side), [""])  # so that settings that do not fit fail before a file is opened
     keys = ("path", "captions", "logprob", "finished")
     ways = {**dataclasses.asdict(config), "prompt": chosen.prompt, **loaded.options(chosen.model)} if chosen.out else {}
     form = Form("caption", chosen.json, keys, "tt", ways, config.num)

@@ -1,4 +1,4 @@
-"""`blip classify`: which of some classes an image shows, by their names alone."""
+"""`blip classify`: zero-shot classification of images by class names."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ EXAMPLE = """examples:
   blip classify photo.jpg --classes "dog,cat,polar bear" --model runs/retrieval/model
   blip classify photos/ --classes-file imagenet.txt --top 5 --template "a photo of a {}." --json
 
-One line for each image and class, the likeliest --top of them: path, class, probability. The probabilities of all
-classes add up to 1, so they say nothing about an image that shows none of them: see blip match. Exit status: 0, or 1
-if some images could not be used, or 2 for wrong use."""
+One line for each image and each of its --top classes: path, class, probability. The probabilities of all classes add
+up to 1 even if the image shows none of them; for an absolute score use blip match. Exit status: 0, or 1 if some images
+could not be used, or 2 for wrong use."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifyOptions(ImageOptions, ModelOptions):
-    """Choose among some classes, by their names alone, which an image shows."""
+    """Classify images by class names, without training."""
 
     classes: str | None = option(None, metavar="A,B,...")
-    """Names of the classes, with commas between them"""
+    """Class names, separated by commas"""
     classes_file: str | None = option(None, metavar="FILE")
-    """Names of the classes, one a line, instead"""
+    """File of class names, one per line, instead of --classes"""
     template: list[str] = option(list, metavar="TEXT", repeat=True)
-    """How a caption speaks of a class, {} in place of its name; several are averaged (default: seven of them)"""
+    """Prompt template with {} in place of the class name; several are averaged (default: seven templates)"""
     top: int = option(1, metavar="N")
-    """Classes to name"""
+    """Number of classes per image"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,8 +89,8 @@ def _names(chosen: ClassifyOptions) -> list[str]:
             with open(where, encoding="utf-8-sig") as file:
                 names = file.read().splitlines()
         except UnicodeDecodeError:
-            raise DataError(f"{where} is not UTF-8 text; expected the names of classes, one a line") from None
+            raise DataError(f"{where} is not UTF-8 text; expected class names, one per line") from None
     names = [name.strip() for name in names if name.strip()]
     if not names:
-        raise ValueError(f"{where} names no class")
+        raise ValueError(f"{where} contains no class names")
     return names

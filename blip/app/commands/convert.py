@@ -1,4 +1,4 @@
-"""`blip convert`: released weights into a model folder, and a model folder into what other programs load."""
+"""`blip convert`: import released weights into a model folder, or export a model folder for other programs."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ EXAMPLE = """examples:
   blip convert runs/pretrain/model exported --to transformers --use captioning
   blip convert runs/vqa/model exported-2022 --to original
 
-SRC is a model folder, a .pth of the 2022 release or LAVIS, a folder of transformers, or a name on the hub. DST must not
-be there yet, or be empty. Every tensor is carried over, or named with the reason why it is not.
-Exit status: 0, 1 if the disk refused, or 2 for wrong use."""
+SRC is a model folder, a .pth of the 2022 release or LAVIS, a transformers model folder, or a name on the hub. DST must
+not exist, or be empty. Every tensor is converted, or listed with the reason why it is not.
+Exit status: 0, 1 if DST could not be written, or 2 for wrong use."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions(TokenizerOption):
-    """Bring released weights into a model folder, or a model folder into what other programs load."""
+    """Import released weights into a model folder, or export a model folder for other programs."""
 
     source: str = argument("SRC")
-    """Model folder, .pth file, folder of transformers or name on the hub"""
+    """Model folder, .pth file, transformers model folder or name on the hub"""
     folder: str = argument("DST")
     """New folder"""
     to: Literal["openblip", "transformers", "original"] = "openblip"
-    """Whose layout to write"""
+    """Layout to write"""
     use: Literal["pretraining", "captioning", "matching", "vqa", "nlvr"] | None = None
-    """Which of their models, where a model serves several uses (default: the only one, or pretraining)"""
+    """Model class of the other layout, if several can hold the model (default: the only one, or pretraining)"""
     image_size: int | None = option(None, metavar="PIXELS")
-    """Resize the position embeddings to images of this side (default: as it is)"""
+    """Interpolate the position embeddings for images of this side (default: no change)"""
 
     def __post_init__(self) -> None:
         at_least(1, image_size=self.image_size)
@@ -46,9 +46,9 @@ def run(chosen: ConvertOptions) -> int:
     """Convert what the options name; returns the exit status."""
     target = Path(chosen.folder).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} is there already: give a new or an empty folder")
+        raise ValueError(f"{target} already exists: give a new or empty folder")
     if chosen.to == "openblip" and chosen.use:
-        raise ValueError("--use chooses among other programs' models: leave it out with --to openblip")
+        raise ValueError("--use chooses a model class of another layout: leave it out with --to openblip")
 
     # After the checks that need no torch, so that their errors come at once.
     from blip.app.exit import SOME_FAILED, fail, one_line
@@ -79,9 +79,9 @@ def run(chosen: ConvertOptions) -> int:
 
 
 def _print_account(account: Account) -> None:
-    """Print what became of every tensor."""
-    print(f"  {account.carried} tensors carried over, {account.copies} more are second names of these")
+    """Print how every tensor was handled."""
+    print(f"  {account.carried} tensors carried over, {account.copies} more are duplicates of these")
     for why, names in account.dropped.items():
         print(f"  {len(names)} left out ({names[0]}{', ...' * (len(names) > 1)}): {why}")
     for name, why in account.fresh.items():
-        print(f"  {name} keeps its first value: {why}")
+        print(f"  {name} keeps its initial value: {why}")

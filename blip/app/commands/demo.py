@@ -1,4 +1,4 @@
-"""`blip demo`: a page on which the model can be tried out."""
+"""`blip demo`: a web page to try the model."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ EXAMPLE = """examples:
   blip demo --model runs/retrieval/model --captioner runs/caption/model --vqa runs/vqa/model \\
             --folder photos --capfilt run
 
-Describe an image, ask about it, match texts with it and see where the model looks; search a folder; look into a
-CapFilt run. The page is for this machine alone, unless --host lets others in, and asks no other machine for anything.
-It needs Gradio: pip install 'openblip[demo]'. Exit status: 2 for wrong use, 130 when a key press ended it."""
+Describe an image, ask questions about it, match texts with it and see where the model looks; search a folder; view the
+reports of a CapFilt run. Only this machine can open the page, unless --host admits others, and it sends no requests to
+other machines. It needs Gradio: pip install 'openblip[demo]'. Exit status: 2 for wrong use, 130 after Ctrl-C."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions(ModelOptions):
-    """Show a page in a browser on which the model can be tried out."""
+    """Serve a web page to try the model in a browser."""
 
     captioner: str | None = option(None, metavar="DIR")
-    """Another model that captions"""
+    """Model for captions (default: --model)"""
     vqa: str | None = option(None, metavar="DIR")
-    """Model of recipes.vqa that answers questions"""
+    """Model for questions, trained by recipes.vqa"""
     folder: str | None = option(None, metavar="DIR")
     """Folder of images to search"""
     index: str | None = option(None, metavar="DIR")
-    """Where its index is kept (default: FOLDER/.blip-index)"""
+    """Folder of its index (default: FOLDER/.blip-index)"""
     capfilt: str | None = option(None, metavar="RUN")
-    """Folder of a CapFilt run to look into"""
+    """Folder of a CapFilt run whose reports to show"""
     prompt: str = CAPTION_PROMPT
-    """Beginning that captions continue; '' for a model that was trained without"""
+    """Prompt that captions continue; '' for a model trained without a prompt"""
     host: str = "127.0.0.1"
-    """Address to listen at; only this machine reaches 127.0.0.1"""
+    """Address to listen at; 127.0.0.1 can only be reached from this machine"""
     port: int | None = option(None, metavar="N")
     """Port (default: the first free one from 7860 on)"""
 
@@ -46,14 +46,14 @@ class DemoOptions(ModelOptions):
 
 
 def run(chosen: DemoOptions) -> int:
-    """Load the models, bring the index up to date and show the page until it is ended."""
+    """Load the models, update the index and serve the page until interrupted."""
     from blip.app.installed import require
 
-    require("demo", "the page")
+    require("demo", "blip demo")
     if chosen.port is not None:
         _check_port(chosen.host, chosen.port)
     if chosen.folder and not os.path.isdir(chosen.folder):
-        raise ValueError(f"{chosen.folder} is not a folder of images")
+        raise ValueError(f"--folder {chosen.folder} is not a folder")
     from blip.data.image_files import find
 
     inputs = find([chosen.folder]) if chosen.folder else None
@@ -84,7 +84,7 @@ def run(chosen: DemoOptions) -> int:
             same = {name: getattr(chosen, name) for name in ("folder", "index", "model", "precision")}
             demo.index, _ = search.up_to_date(search.SearchOptions(queries=[], **same), inputs, demo.features)
     if not is_local(chosen.host):
-        _warn(f"anyone who reaches {chosen.host} can use the page: it has no password and no encryption")
+        _warn(f"anyone who can reach {chosen.host} can use the page: it has no password and no encryption")
     serve(demo, chosen.host, chosen.port, lambda line: print(line, flush=True))
     return 0
 

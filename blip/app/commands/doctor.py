@@ -1,4 +1,4 @@
-"""`blip doctor`: what is installed here, what will compute, and what to do about the rest."""
+"""`blip doctor`: check this machine's packages, hardware, disk and network."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ EXAMPLE = """examples:
   blip doctor
   blip doctor --out /data/runs --json
 
-One line for each thing: ok, missing (only some need it) or wrong (the core does not work), and what to do about it.
---json is one object for machines: {"works": ..., "findings": [{"name", "status", "said", "remedy"}, ...]}.
-Nothing is installed, fetched or changed. Exit status: 0 if the core works, 1 if not, 2 for wrong use."""
+One line per check: ok, missing (optional) or wrong (the core does not work), and what to do about it.
+--json prints one object: {"works": ..., "findings": [{"name", "status", "said", "remedy"}, ...]}.
+Nothing is installed, downloaded or changed. Exit status: 0 if the core works, 1 if not, 2 for wrong use."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorOptions:
-    """Look at what this machine has: what is installed, what will compute, and what to do about the rest."""
+    """Check this machine: installed packages, hardware, disk and network."""
 
     out: str = option("runs", metavar="DIR")
-    """Folder that runs go into"""
+    """Folder in which runs will be written"""
     json: bool = False
-    """Answer in one JSON object"""
+    """Print one JSON object"""
 
 
 def run(chosen: DoctorOptions) -> int:
-    """Look, and say what was found; returns the exit status."""
+    """Run the checks and print the findings; returns the exit status."""
     from blip.app.doctor import Finding, examine, works
 
     def seen(finding: Finding) -> Finding:

@@ -1,4 +1,4 @@
-"""`blip explain`: maps of the image regions by which a model matches a text."""
+"""`blip explain`: maps of the image regions that a model matches with a text."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ if TYPE_CHECKING:
 EXAMPLE = """examples:
   blip explain photo.jpg "a dog next to a red bicycle" --out explained.html --model runs/retrieval/model
 
-A page with the image once for each word and once for the whole text, red where the cross-attention finds what speaks
-for a match. A line tells the probability of a match. Exit status: 0, or 2 for wrong use."""
+Writes a page with the image once for the whole text and once for each word, red where the cross-attention finds
+evidence for a match, and prints the probability of a match. Exit status: 0, or 2 for wrong use."""
 
 _SIDE = 2048
-"""Longer side of the images that are shown, pixels: there is one for each word."""
+"""Longer side of the images shown, in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExplainOptions(ModelOptions):
-    """Show where the model looks when it says that a text fits an image."""
+    """Show where the model looks when it matches a text with an image."""
 
     image: str = argument("IMAGE")
     """Image"""
     text: str = argument("TEXT")
     """Text to explain"""
     out: str = option(metavar="FILE")
-    """Page (.html), or a strip of images (.png, .jpg) to write"""
+    """Page (.html) or strip of images (.png, .jpg) to write"""
     layer: int | None = option(None, metavar="N")
-    """Cross-attention layer to explain by, from 0 (default: 7 of 12, as the authors show)"""
+    """Cross-attention layer to use, from 0 (default: 7 of 12, as the authors show)"""
 
 
 def run(chosen: ExplainOptions) -> int:
@@ -74,9 +74,7 @@ def run(chosen: ExplainOptions) -> int:
             page.Captioned("share of the evidence", image, name, share, [])
             for (name, image), share in zip(panels, shares, strict=True)
         ]
-        legend = (
-            f"The model gives the text {100 * explanation.probability:.1f}% to fit. Red speaks for it, blue does not."
-        )
+        legend = f"Probability of a match: {100 * explanation.probability:.1f}%. Red is evidence for it, blue is none."
         made = page.page(chosen.text, [("Where it looks", legend, page.captioned(cards))]).encode("utf-8", "replace")
     else:
         buffer = io.BytesIO()
@@ -94,7 +92,7 @@ def run(chosen: ExplainOptions) -> int:
 
 
 def images(original: Image.Image, explanation: Explanation) -> list[tuple[str, Image.Image]]:
-    """The image under the whole text's map and under each word's, which share a scale."""
+    """The image overlaid with the map of the whole text and of each word; words share a scale."""
     from blip.inference.explain import overlay
 
     strongest = float(explanation.maps.max())
@@ -106,7 +104,7 @@ def images(original: Image.Image, explanation: Explanation) -> list[tuple[str, I
 
 
 def strip(shown: list[tuple[str, Image.Image]], side: int = 224) -> Image.Image:
-    """Images side by side with their names below."""
+    """Put images side by side with their names below."""
     from PIL import Image, ImageDraw
 
     made = Image.new("RGB", (side * len(shown), side + 20), "white")

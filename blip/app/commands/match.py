@@ -1,4 +1,4 @@
-"""`blip match`: how well texts fit images, by ITC and by ITM."""
+"""`blip match`: scores of texts and images, by ITC and by ITM."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ EXAMPLE = """examples:
   blip match photo.jpg "a dog on the beach" "a cat" --model runs/retrieval/model
   blip match photos/ "a dog" --json
 
-One line for each image and text: path, ITC (cosine, -1 to 1), ITM (probability that the text fits), text. ITM looks
-closely; ITC is what a search begins with.
+One line for each image and text: path, ITC (cosine, -1 to 1), ITM (probability of a match), text. ITM is the more
+accurate; ITC is the fast score by which searches pre-select.
 Exit status: 0, or 1 if some images could not be used, or 2 for wrong use."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MatchOptions(AnswerOptions, ModelOptions):
-    """Say how well texts fit images, by ITC and by ITM."""
+    """Score how well texts match images, by ITC and by ITM."""
 
     image: str = argument("IMAGE")
     """Image, folder of images or quoted glob"""
     texts: list[str] = argument("TEXT")
-    """Text that may fit"""
+    """Text to compare with the image"""
 
 
 def run(chosen: MatchOptions) -> int:
@@ -44,7 +44,7 @@ def run(chosen: MatchOptions) -> int:
     loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
     features = loaded.features(chosen.batch)
     with loaded.computing():
-        features.embed_text(chosen.texts)  # a text that will not do is found before a file is opened
+        features.embed_text(chosen.texts)  # so that an unusable text fails before a file is opened
     ways = {"texts": chosen.texts, **loaded.options(chosen.model)} if chosen.out else {}
     form = Form("match", chosen.json, ("path", "texts", "itc", "itm"), "tnnt", ways, len(chosen.texts))
     with Answers(chosen.out, inputs, form=form) as answers:

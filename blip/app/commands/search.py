@@ -1,4 +1,4 @@
-"""`blip search`: the images of a folder that fit a text best."""
+"""`blip search`: the images of a folder that match a text best."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ EXAMPLE = """examples:
   blip search photos/ "a dog on the beach" --model runs/retrieval/model
   blip search photos/ "a red bicycle" "a market" --top 20 --sheet found.html
 
-The first search looks at every image and keeps their embeddings in FOLDER/.blip-index; later ones look at new and
-changed files only. The --rerank nearest by ITC are compared closely with the text, by ITM. One line for each text and
-image, the best first: text, path, score, ITC (cosine), ITM (probability). Without a TEXT the index is brought up to
-date. Exit status: 0, or 1 if some of the images looked at could not be used, or 2 for wrong use."""
+The first search embeds every image and keeps the embeddings in FOLDER/.blip-index; later ones embed only new and
+changed files. The --rerank nearest images by ITC are re-ranked by ITM. One line for each text and image, the best
+first: text, path, score, ITC (cosine), ITM (probability). Without a TEXT only the index is updated. Exit status: 0, or
+1 if some of the images read could not be used, or 2 for wrong use."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions(AnswerOptions, ModelOptions):
-    """Find the images of a folder that fit a text best."""
+    """Find the images of a folder that match a text best."""
 
     folder: str = argument("FOLDER")
-    """Folder of images (with its folders)"""
+    """Folder of images, including its subfolders"""
     queries: list[str] = argument("TEXT", least=0)
-    """What to look for"""
+    """Text to search for"""
     top: int = option(10, metavar="N")
-    """Images to name"""
+    """Number of images to list"""
     rerank: int = option(16, metavar="N")
-    """Images nearest by ITC that are re-ranked by ITM; 0 for a quick search"""
+    """Number of nearest images by ITC to re-rank by ITM; 0 for a quick search"""
     sheet: str | None = option(None, metavar="FILE.html")
     """Write a page that shows the images found"""
     index: str | None = option(None, metavar="DIR")
-    """Where the index is kept (default: FOLDER/.blip-index)"""
+    """Folder of the index (default: FOLDER/.blip-index)"""
     rebuild: bool = False
     """Discard the index and embed all images again"""
 
@@ -57,18 +57,18 @@ class Hit(NamedTuple):
 
     path: Path
     score: float
-    """Match logit plus cosine, or the cosine where it was not re-ranked."""
+    """Match logit plus cosine, or the cosine alone if not re-ranked."""
     itc: float
     itm: float | None
-    """Probability that the text fits; None if it was not re-ranked."""
+    """Probability of a match; None if not re-ranked."""
 
 
 def run(chosen: SearchOptions) -> int:
-    """Bring the index up to date and look for the texts; returns the exit status."""
+    """Update the index and search for the texts; returns the exit status."""
     if not os.path.isdir(chosen.folder):
-        raise ValueError(f"{chosen.folder} is not a folder of images")
+        raise ValueError(f"{chosen.folder} is not a folder")
     if chosen.sheet and not chosen.queries:
-        raise ValueError("--sheet needs a TEXT to look for")
+        raise ValueError("--sheet needs a TEXT to search for")
     if chosen.sheet and not chosen.sheet.endswith((".html", ".htm")):
         raise ValueError(f"--sheet {chosen.sheet}: give a name that ends in .html")
     from blip.data.image_files import find
@@ -92,7 +92,7 @@ def run(chosen: SearchOptions) -> int:
     keys = ("text", "path", "score", "itc", "itm")
     ways = {"folder": chosen.folder, "texts": chosen.queries, "top": chosen.top, "rerank": chosen.rerank}
     form = Form("search", chosen.json, keys, "ttnnn", ways | loaded.options(chosen.model) if chosen.out else {})
-    # Not gone on with, as the folder may have changed.
+    # Written as a whole, not continued, as the folder may have changed.
     with Answers(chosen.out, chosen.queries, "texts", form, whole=True) as answers:
         for number, query in enumerate(chosen.queries):
             embed = embeds[number : number + 1]
@@ -116,7 +116,7 @@ def run(chosen: SearchOptions) -> int:
 def find_one(
     index: Index, features: Features, loaded: Loaded, query: str, embed: object, top: int, rerank: int
 ) -> list[Hit]:
-    """The `top` images by score, the `rerank` nearest by ITC first; as many as are indexed."""
+    """The `top` images by score, with the `rerank` nearest by ITC re-ranked; fewer if fewer are indexed."""
     cosines, rows = (part[0].tolist() for part in index.nearest(embed, max(top, rerank)))
     paths = index.paths(rows)
     hits = [Hit(path, cosine, cosine, None) for path, cosine in zip(paths, cosines, strict=True)]
@@ -130,7 +130,7 @@ def find_one(
 
 
 def up_to_date(chosen: SearchOptions, inputs: InputImages, features: Features) -> tuple[Index, int]:
-    """The index of the folder as it is now, and how many images could not be used; progress goes to stderr."""
+    """Update the folder's index; returns it and the number of unusable images. Progress goes to stderr."""
     from blip import files
     from blip.app.answers import Answers
     from blip.app.index import Index, IndexOrigin
@@ -141,12 +141,12 @@ def up_to_date(chosen: SearchOptions, inputs: InputImages, features: Features) -
     index = None if chosen.rebuild else Index.read(folder, where)
     if index and not index.origin.same(origin):
         raise ValueError(
-            f"{where} was built by {index.origin}, this is {origin}: search with that model and precision, give "
+            f"{where} was built with {index.origin}, but this is {origin}: search with that model and precision, give "
             "another --index DIR, or --rebuild"
         )
     index = index or Index(folder, where, origin)
     stale = index.stale(inputs.paths)
-    if stale and not _writable(where):  # found before all images are looked at
+    if stale and not _writable(where):  # before all images are read
         raise ValueError(f"the index {where} cannot be written: give --index DIR to keep it elsewhere")
     with Answers(None, inputs._replace(paths=stale)) as answers:
 
@@ -172,7 +172,7 @@ def _precision(name: str) -> str:
 
 
 def sheet(answered: list[tuple[str, list[Hit]]], folder: str, images: int) -> str:
-    """A self-contained page with the images that were found."""
+    """Build a self-contained page with the images found."""
     from blip.app import page
     from blip.data.images import UnreadableImage, model_input, small
     from blip.data.settings import DataConfig
@@ -180,7 +180,7 @@ def sheet(answered: list[tuple[str, list[Hit]]], folder: str, images: int) -> st
     def card(rank: int, hit: Hit) -> page.Captioned:
         try:
             thumbnail = model_input(hit.path, DataConfig.max_pixels, lambda image: small(image, 2048))
-        except UnreadableImage:  # it went away since it was found
+        except UnreadableImage:  # removed since it was indexed
             thumbnail = None
         label = f"{rank}. cosine {hit.itc:.3f}" + ("" if hit.itm is None else f", match {100 * hit.itm:.1f}%")
         return page.Captioned(str(hit.path), thumbnail, label, hit.score, [])

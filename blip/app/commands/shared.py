@@ -1,4 +1,4 @@
-"""Options that sub-commands share. Light to import, as all is that `blip --help` needs."""
+"""Options that sub-commands share. Light to import, so that `blip --help` is fast."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 from blip.options import argument, option
 
 MODEL_VARIABLE = "OPENBLIP_MODEL"
-"""Environment variable with the model that is used where no --model is given."""
+"""Environment variable with the default of --model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,18 +16,18 @@ class TokenizerOption:
     """Vocabulary."""
 
     tokenizer: str | None = option(None, metavar="PATH")
-    """Vocabulary for a model that brings none, as a .pth: vocab.txt, tokenizer.json, folder or name on the hub
-    (default: what is beside the file, $OPENBLIP_TOKENIZER, or bert-base-uncased)"""
+    """Vocabulary for a model without one, such as a .pth: vocab.txt, tokenizer.json, folder or name on the hub
+    (default: a vocabulary beside the file, else $OPENBLIP_TOKENIZER, else bert-base-uncased)"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(TokenizerOption):
-    """Model: which one, where and how exactly it computes."""
+    """Model, device and precision."""
 
     model: str | None = option(None, metavar="DIR")
     """Model folder, released .pth, or name on the hub (default: $OPENBLIP_MODEL)"""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps; `auto` is a GPU if there is one, else cpu"""
+    """Device: cpu, cuda, cuda:1 or mps; `auto` is a GPU if there is one, else cpu"""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Numeric precision; `auto` is float32, where answers do not depend on --batch; bfloat16 is faster and rounds
     differently for every batch size"""
@@ -35,14 +35,14 @@ class ModelOptions(TokenizerOption):
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerOptions:
-    """Answers: how and where they go."""
+    """Output of answers."""
 
     json: bool = False
-    """Answer in JSON lines"""
+    """Print JSON lines"""
     out: str | None = option(None, metavar="FILE")
-    """Answer into a file, or continue it (default: standard output)"""
+    """Write answers to this file, continuing an unfinished one (default: standard output)"""
     batch: int = option(16, metavar="N")
-    """Images that go through the model at once"""
+    """Number of images per batch"""
 
     def __post_init__(self) -> None:
         at_least(1, batch=self.batch)
@@ -50,10 +50,10 @@ class AnswerOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageOptions(AnswerOptions):
-    """Answers: how and where they go."""
+    """Images, and output of answers."""
 
     images: list[str] = argument("IMAGE")
-    """Image, folder of images (with its folders, linked ones too) or quoted glob"""
+    """Image, folder of images (including subfolders and linked folders) or quoted glob"""
 
 
 def at_least(least: int, **values: int | None) -> None:

@@ -23,9 +23,9 @@ EXAMPLE = """examples:
   blip vqa photos/ "how many people are there?" --top 3 --json
   blip vqa photo.jpg "is it raining?" --candidates answers.txt
 
-One line for each image and answer: path, answer, probability. Answers are chosen among the candidates that the model
-was trained with, among those of --candidates, or written freely (--method generate). A probability is that of these
-very words. Exit status: 0, or 1 if some images could not be used, or 2 for wrong use."""
+One line for each image and answer: path, answer, probability. Answers are chosen from the model's own candidates, from
+those of --candidates, or generated freely (--method generate). The probability is that of exactly these words.
+Exit status: 0, or 1 if some images could not be used, or 2 for wrong use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +35,11 @@ class QuestionOptions(ImageOptions, ModelOptions):
     question: str = argument("QUESTION")
     """Question, in quotes"""
     top: int = option(1, metavar="N")
-    """Answers to give"""
+    """Number of answers per image"""
     method: Literal["auto", "rank", "generate"] = "auto"
-    """Choose among candidates or generate freely; `auto` chooses where there are candidates"""
+    """Rank candidates or generate freely; `auto` ranks if there are candidates"""
     candidates: str | None = option(None, metavar="FILE")
-    """Answers to choose from: a JSON list, or one a line (default: the model's)"""
+    """Answers to choose from: a JSON list, or one per line (default: the model's)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,7 +82,7 @@ def run(chosen: QuestionOptions) -> int:
             context = encode_questions(model, tokenizer, tokens, [question] * len(images), list(range(len(images))))
             return answers(model, tokenizer, context, AnswerConfig(), candidates, chosen.top)
 
-    reply(torch.zeros(1, 3, side, side))  # what does not fit is found before a file is opened
+    reply(torch.zeros(1, 3, side, side))  # so that settings that do not fit fail before a file is opened
     keys = ("path", "question", "answers", "probability")
     form = Form("vqa", chosen.json, keys, "ttn", _ways(chosen, loaded, candidates) if chosen.out else {},
                 min(chosen.top, len(candidates)) if candidates else 1)  # fmt: skip

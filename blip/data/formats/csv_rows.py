@@ -38,10 +38,10 @@ def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line from 1, fields) of each record; blank lines are passed over. Tabs or semicolons may separate, too.
+    """Yield (line from 1, fields) of each record; blank lines are skipped. Tabs or semicolons may be separators, too.
 
-    Raises DataError that names the line: of a record that has not as many fields as the first, of a quotation mark that
-    is never closed or has text behind it, of a NUL character, and of what is not UTF-8 text.
+    Raises DataError, naming the line, for a record with another number of fields than the first, a quotation mark that
+    is never closed or is followed by text, a NUL character, and text that is not UTF-8.
     """
     csv.field_size_limit(_LONGEST)
     begins, before = 1, 0
@@ -95,7 +95,7 @@ def _lines(path: Path, file: TextIO) -> Iterator[str]:
 
 
 def _separator(path: Path, line: int, header: str) -> str:
-    """Separator that gives the header the most fields; a comma where none does."""
+    """Separator that gives the header the most fields; a comma if there is none."""
     widths = {mark: len(next(csv.reader([header], delimiter=mark))) for mark in _SEPARATORS}
     mark = max(widths, key=lambda mark: widths[mark])  # the first of equals
     if mark == "|":

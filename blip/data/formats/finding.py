@@ -30,19 +30,19 @@ class SourceFile(NamedTuple):
     """json, imagefolder (its metadata), files (img2dataset's parquet), parquet, tar or dataset."""
     path: Path
     of_split: bool = False
-    """Whether the whole file belongs to the requested split, as it lies in a folder of that name."""
+    """Whether the whole file belongs to the requested split, because it is in a folder of that name."""
 
 
 def find(spec: str, format: str = "auto", split: str | None = None) -> list[SourceFile]:
     """Find the files of a path, a glob, a range {000..012}, a list {a,b} or a::b, a file URL or a folder.
 
-    A name that exists as it is written is no pattern. DataError for what is not there, whose format nobody can tell, or
-    which is meant more than once.
+    A name that exists literally is not treated as a pattern. DataError for a file that does not exist, has an unknown
+    format, or is named more than once.
     """
     files = [one for name in alternatives(spec) for one in find_one(check_spec(name), "source", format, split)]
     twice = next((path for path, times in Counter(one.path for one in files).items() if times > 1), None)
     if twice is not None:
-        raise DataError(f"source {spec} means {twice} more than once")
+        raise DataError(f"source {spec} names {twice} more than once")
     return files
 
 
@@ -120,7 +120,7 @@ def is_dataset(folder: str | Path) -> bool:
 
 
 def format_of(config: SourceConfig) -> str:
-    """The format that `auto` means for this path. Raises DataError when it cannot tell."""
+    """The format that `auto` chooses for this path. Raises DataError if it is unclear."""
     if config.format != "auto":
         return config.format
     path = Path(check_spec(config.path))

@@ -27,7 +27,7 @@ def images_beside(file: Path) -> Path:
 
 
 class Downloaded:
-    """The images of one folder of img2dataset's, by the parquet file beside it."""
+    """The images of one img2dataset folder, listed by the parquet file beside it."""
 
     def __init__(self, file: Path, requested: Columns):
         """DataError if the parquet file is another program's."""
@@ -48,7 +48,7 @@ class Downloaded:
         for row in self.values:
             row["image"] = present.get(str(row["key"]))
         self.failed = len(every) - len(self.values)
-        """Rows that were never downloaded, which are no part of the data."""
+        """Number of rows that were never downloaded, which are not part of the data."""
         self.gone = sum(row["image"] is None for row in self.values)
         """Images that were there and are not any more."""
 

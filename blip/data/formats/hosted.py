@@ -1,4 +1,4 @@
-"""Opening what the `datasets` library holds: parquet through its cache, folders of save_to_disk, names on the hub."""
+"""Open data sets with the `datasets` library: parquet through its cache, folders of save_to_disk, names on the hub."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def in_cache(name: str) -> bool:
 
 
 def _cache_trouble(error: BaseException | None) -> str | None:
-    """Message for an error that means that the cache cannot be written; None if it means something else."""
+    """Message for an error caused by an unwritable cache; None for other errors."""
     cache = str(datasets.config.HF_DATASETS_CACHE)
     folders = [os.path.abspath(folder) for folder in (cache, datasets.config.HF_CACHE_HOME)]
     while error is not None:

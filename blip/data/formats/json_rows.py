@@ -19,11 +19,11 @@ CSV = (".csv", ".tsv")
 """Endings of files with a header and fields."""
 _CHUNK = 1 << 20
 _LONGEST = 64 << 20
-"""Characters of the longest row."""
+"""Most characters of a row."""
 _WHOLE = 2 << 30
-"""Bytes of the longest file that is one object."""
+"""Most bytes of a file that is one object."""
 _NEAR = 16
-"""Characters before the end of a text within which an error may only mean that the text goes on: `-Infinit`."""
+"""Characters before the end of a text within which an error may only mean that the text is incomplete: `-Infinit`."""
 _EXPECTED = "expected a list of objects, or one object a line"
 _decoder = json.JSONDecoder()
 
@@ -44,11 +44,11 @@ def read_rows(path: Path, note: Note | None = None) -> Iterator[tuple[int, Row]]
 
 
 def rows_or_faults(path: Path, note: Note | None = None) -> Iterator[tuple[int, Row | BadSample]]:
-    """Yield (row number from 0, row) of a file, or in place of a row that is none the BadSample that says why.
+    """Yield (row number from 0, row) of a file, with a BadSample in place of an invalid row.
 
-    That is a line of JSON lines that is not valid JSON, or anything that is no object. A million rows are never held at
-    once, except for files that are one object (Karpathy, COCO; up to 2 GiB), which are flattened; `note` is then told
-    what of it is left out. DataError that names file, row and what was expected where the file itself is at fault.
+    Invalid rows are lines of JSON lines that are not valid JSON, and values that are not objects. Rows are not all held
+    in memory at once, except for files that are one object (Karpathy, COCO; up to 2 GiB), which are flattened; `note`
+    gets a message on the parts left out. DataError, naming file, row and what was expected, if the file is at fault.
     """
     try:
         if path.suffix.lower() in CSV:
@@ -94,7 +94,7 @@ def _text(file: IO[bytes]) -> IO[str]:
 
 
 def _lines(file: IO[bytes], begun: bytes = b"") -> Iterator[bytes]:
-    """The lines of a file after one that is begun; of a line too long for a row, only so much as shows that."""
+    """Yield the lines of a file after one already begun; a line too long for a row is cut just above the limit."""
     line = begun
     while True:
         while len(line) > _LONGEST and not line.endswith(b"\n"):
@@ -137,9 +137,9 @@ def _row(value: Any) -> Row | BadSample:
 
 
 def _whole(path: Path, file: IO[bytes], line: bytes) -> Iterator[Row | BadSample] | None:
-    """The objects of a file whose first line is none: one large object, or several over some lines each.
+    """The objects of a file whose first line is not one: one large object, or several of a few lines each.
 
-    None if the file has JSON lines after all, of which the first is broken. Raises DataError if it is neither.
+    None if the file has JSON lines after all, with a broken first line. Raises DataError if it is neither.
     """
     after, size = file.tell(), os.fstat(file.fileno()).st_size
     goes_on, text = len(line) > _LONGEST, ""
@@ -230,7 +230,7 @@ def _listed(path: Path, file: IO[str], *, is_list: bool = True) -> Iterator[Row 
 
 
 def _incomplete(error: ValueError | RecursionError, text: str) -> bool:
-    """Whether an error may only mean that a text is not all there."""
+    """Whether an error may only mean that the text is incomplete."""
     if not isinstance(error, json.JSONDecodeError):
         return False
     return error.pos >= len(text) - _NEAR or error.msg.startswith("Unterminated string")
@@ -263,7 +263,7 @@ def _flattened(
             yield from enumerate(map(_karpathy, images))
         first = next(values, None)
         if first is not None:
-            raise DataError(f"{path} goes on after an object with images; expected one such object and nothing else")
+            raise DataError(f"{path} has more data after an object with images; expected only that object")
     elif first is not None:
         yield from enumerate(itertools.chain([first], values))
 

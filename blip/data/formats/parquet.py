@@ -211,7 +211,7 @@ def _value(table: pa.Table | pa.RecordBatch, column: int, row: int) -> Any:
 
 
 class RowGroups:
-    """A parquet file from which any rows can be had without reading all of it; the last group is kept."""
+    """A parquet file with random access to rows, without reading all of it; the last row group is cached."""
 
     def __init__(self, file: IO[bytes] | str) -> None:
         self.file = pq.ParquetFile(file)

@@ -1,8 +1,8 @@
-"""Rows as files hold them, the same in every format: which columns are image and caption, and what a row has in them.
+"""Stored rows, the same for every format: the columns of image and caption, and their values in a row.
 
-A format has a file of its own here and gives rows in order (`rows`), by number where its files allow it, and says what
-tells a file from others. `finding` says which files a path means; `sources` is training's access by number, and
-`capfilt.reading` CapFilt's. Imports nothing heavy.
+Each format has a file here that gives rows in order (`rows`), by number if its files allow that, and the identity of a
+file. `finding` resolves a path to files; `sources` is training's access by number, and `capfilt.reading` CapFilt's.
+Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from blip.errors import BadSample, DataError
 FIRST_ROWS = 64
 """Rows at the start of a file that are checked for its columns, and of which one must be usable."""
 NO_COLUMN = "none"
-"""Caption column that stands for images without captions."""
+"""Value of the caption column for images without captions."""
 _KNOWN = {"image": ("jpg", "file_name"), "caption": ("text", "TEXT")}
-"""Columns that img2dataset and image folders use, taken where the default is set."""
+"""Columns that img2dataset and image folders use, accepted in place of the default names."""
 
 
 class Columns(NamedTuple):
@@ -34,23 +34,23 @@ class Columns(NamedTuple):
 
 @dataclass(slots=True)
 class StoredRow:
-    """One row as it is stored: nothing is decoded, and no file that it names is opened."""
+    """One stored row: nothing is decoded, and no file that it names is opened."""
 
     number: int
     """Number of the row in its file, from 0."""
     key: str
-    """Key of the row, or its number where it has none."""
+    """Key of the row, or its number if it has none."""
     image: bytes | str | BadSample
-    """Encoded, or the path of its file as the row says it, or why there is none."""
+    """Encoded image, the path of its file as given in the row, or the reason why there is none."""
     captions: list[str] | BadSample
-    """Captions, one or more, or why there is none; an empty list where none were requested."""
+    """Captions, one or more, or the reason why there is none; an empty list if none were requested."""
     values: Mapping[str, Any]
     """Values of all columns that were read."""
     columns: Columns
     """Names of the image and caption columns among them."""
 
     def others(self) -> dict[str, Any]:
-        """The other columns, as far as JSON can hold them: no bytes, and null for a number that is none."""
+        """The other columns as far as JSON can represent them: no bytes, and null for NaN and infinity."""
         return plain_columns(self.values, *self.columns)
 
 
@@ -101,9 +101,9 @@ def choose(
     *,
     known: bool = True,
 ) -> str | None:
-    """The column of the image or the caption; None for captions of no column, `none`.
+    """The column of the image or the caption; None for the caption column `none`.
 
-    `known` is whether one that other programs use in place of the default will do.
+    With `known`, column names of other programs are accepted in place of the default.
     """
     wanted = getattr(requested, which)
     if which == "caption" and wanted == NO_COLUMN:
@@ -116,13 +116,13 @@ def choose(
 
 
 def find_column(names: Collection[str], wanted: str, which: str) -> str | None:
-    """The column of the image or the caption, `wanted` or what is known to be used in place of the default; or None."""
+    """The column of the image or the caption: `wanted`, or a name known to be used in place of the default, or None."""
     known = _KNOWN[which] if wanted == getattr(Columns(), which) else ()
     return next((name for name in (wanted, *known) if name in names), None)
 
 
 def plain_columns(values: Mapping[str, Any], *taken: str | None) -> dict[str, Any]:
-    """The columns that are not `taken`, as far as JSON can hold them."""
+    """The columns that are not `taken`, as far as JSON can represent them."""
     plain = {}
     for name, value in values.items():
         if name not in taken and not isinstance(value, bytes | BadSample):

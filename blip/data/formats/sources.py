@@ -49,7 +49,7 @@ CURE = "set image_column, caption_column or image_root, or repair the file"
 
 @dataclass(frozen=True)
 class Record:
-    """One row as it is stored."""
+    """One stored row."""
 
     key: str
     """Name `file:row` or `shard/member`, for messages and the ledger."""
@@ -103,7 +103,7 @@ def record(key: str, image: Any, captions: Any, root: Path | None) -> Record:
 
 
 def record_of(key: str, row: StoredRow, root: Path | None) -> Record:
-    """The Record of a row, whose path, if it has one, starts at `root`. Raises BadSample for what it lacks."""
+    """The Record of a row; its path, if any, is relative to `root`. Raises BadSample if image or caption is missing."""
     for value in (row.image, row.captions):
         if isinstance(value, BadSample):
             raise value
@@ -117,15 +117,15 @@ def record_of(key: str, row: StoredRow, root: Path | None) -> Record:
 def annotated(
     config: SourceConfig, file: Path, note: Note | None = None, seen: Counter[str] | None = None
 ) -> Iterator[tuple[str | BadSample, list[str] | BadSample, int]]:
-    """(image path, captions, row number) of a file's rows of the split asked for, or in place of each what it lacks."""
+    """Yield (image path, captions, row number) of a file's rows in the requested split, with faults in their place."""
     for row in table.rows(file, columns_of(config), config.split, seen, note):
         yield row.image, row.captions, row.number
 
 
 class ListedRows:
-    """Annotation rows as two Arrow columns: some 100 bytes a row, shared with the workers instead of copied.
+    """Annotation rows as two Arrow columns: some 100 bytes per row, shared with the workers instead of copied.
 
-    A row that cannot be used has the reason in place of its image, and no captions.
+    An unusable row has the reason in place of its image, and no captions.
     """
 
     def __init__(self, config: SourceConfig, files: Sequence[SourceFile]):
@@ -155,9 +155,9 @@ class ListedRows:
     def _rows(
         self, files: Sequence[SourceFile], seen: Counter[str]
     ) -> Iterator[tuple[str, list[str] | None, int, int]]:
-        """(image path, captions, row number, number of the file); (reason, None, ...) for a row that cannot be used.
+        """Yield (image path, captions, row number, file number), or (reason, None, ...) for an unusable row.
 
-        DataError if the image of none of a file's first rows can be used, or no row at all.
+        DataError if none of a file's first rows has a usable image, or no row is usable at all.
         """
         first, faults, usable = "", 0, 0
         for f, one in enumerate(files):
@@ -352,7 +352,7 @@ class Tars:
 
 
 def log_notes(shards: Sequence[Summary]) -> None:
-    """Log what a user should know of some shards, the first few by name; in the main process only."""
+    """Log notes on shards, the first few by name; in the main process only."""
     lines = [f"{shard.path}: {note}" for shard in shards for note in shard.notes]
     if lines and dist.is_main():
         more = f" (and {len(lines) - _MOST_NOTES} more such notes)" * (len(lines) > _MOST_NOTES)
@@ -385,14 +385,14 @@ def open_source(config: SourceConfig) -> Source:
 
 
 def open_sources(configs: Sequence[SourceConfig]) -> list[Source]:
-    """Open all sources of a run. Raises DataError when there is none."""
+    """Open all sources of a run. Raises DataError if there are none."""
     if not configs:
         raise DataError("no data: give at least one source")
     return [open_source(c) for c in configs]
 
 
 def digest(sources: Sequence[Source], *settings: object) -> str:
-    """A hash of what sources hold and of settings that change what is made of it."""
+    """A hash of the contents of sources and of settings that change their samples."""
     h = hashlib.sha256()
     for part in (*(s.identity() for s in sources), *map(str, settings)):
         h.update(part.encode() + b"\0")

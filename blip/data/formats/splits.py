@@ -1,7 +1,7 @@
-"""The one rule for `split`, in every format: it chooses where the data says splits, and is refused where it does not.
+"""The rule for `split`, the same in every format: it selects rows if the data has splits, and is refused otherwise.
 
-`train+val` is two splits. Lists say a row's split in its `split`; the rows of parquet and tar files are never chosen,
-not even by a column of that name. Imports nothing heavy.
+`train+val` is two splits. In lists a row's split is its column `split`; rows of parquet and tar files are never
+selected, not even by a column of that name. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 from blip.errors import DataError, shown
 
 _NAMED = 20
-"""Splits that an error names."""
+"""Most splits that an error lists."""
 
 
 def refuse_split(split: str | None, where: str | Path, kind: str) -> None:
-    """Raise DataError for a split asked of data that has none, as `parquet sources` (`kind`): all would be taken."""
+    """Raise DataError if a split is requested of data without splits, such as `parquet sources` (`kind`)."""
     if split:
         raise DataError(f"{where}: {kind} have no splits; remove `split: {split}` and list only the files to use")
 
@@ -31,10 +31,10 @@ def parts_of(split: str) -> list[str]:
 def of_split(
     rows: Iterable[tuple[int, Any]], split: str | None, file: Path, seen: Counter[str]
 ) -> Iterator[tuple[int, Any]]:
-    """The (number, row) of a file that are of a split, all of them if it is None; `seen` counts the splits there are.
+    """Yield the (number, row) of a file in a split, all of them if it is None; `seen` counts the rows of each split.
 
-    A row without a split is of none; what stands in place of an unreadable row is passed on. Raises DataError at the
-    end of a file of which no row has a split.
+    A row without a split is in none; faults in place of unreadable rows are passed on. Raises DataError at the end of a
+    file in which no row has a split.
     """
     if not split:
         yield from rows

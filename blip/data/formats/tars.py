@@ -1,4 +1,4 @@
-"""Tar shards by index: the headers are read once, the members never extracted, and only regular files looked at."""
+"""Tar shards by index: headers are read once, members are never extracted, and only regular files are accepted."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ if TYPE_CHECKING:
 IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
 TEXTS = frozenset({"txt", "caption"})
 TEXT_COLUMN = "caption"
-"""The column that a text member stands for; others are of the JSON member."""
+"""Column that a text member provides; other columns are in the JSON member."""
 EXPECTED = "NAME.jpg (or .png, .webp, .gif, .bmp) with NAME.txt, NAME.caption or NAME.json"
-"""How the members of a sample are named, for messages."""
+"""Naming of a sample's members, for messages."""
 MAX_EXTENDED = 64 << 10
-"""Bytes of extended headers that one member may have: names and times take some hundred."""
+"""Most bytes of extended headers of one member; names and times take some hundred."""
 MAX_PADDING = 1 << 20
-"""Bytes of zeros that may follow the last member."""
+"""Most bytes of zeros after the last member."""
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 _BLOCK = tarfile.BLOCKSIZE
 _RECORD = tarfile.RECORDSIZE
-"""tar fills its files up to multiples of this, 10,240 bytes."""
+"""Bytes to multiples of which tar pads its files: 10,240."""
 _PAX = frozenset({tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE})
 _EXTENDED = _PAX | {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
 _TAIL, _NO_TAIL = 8, (IMAGES - {"bmp"}) | TEXTS | {"json"}
-"""Zeros at its end that no member of these endings has; a black BMP and foreign files may."""
+"""Number of zeros with which no member of these extensions ends; a black BMP and other files may."""
 _DIGITS = len(f"{MAX_EXTENDED} ")
 _FEW = 20
-"""Shards with fewer than one whole sample in this many get a note."""
+"""A shard gets a note if fewer than one in this many samples is complete."""
 _MOST_SUFFIXES, _MOST_NAMED, _SHOWN = 32, 5, 80
-"""Endings that are told apart, those of them that are said, and characters of a name that are shown."""
+"""Most extensions that are counted, most that a message lists, and most characters shown of a name."""
 _MAC = "__MACOSX"
 
 
@@ -58,19 +58,19 @@ class Member(NamedTuple):
 ReadMember = Callable[[Member], bytes]
 _NONE = Member(0, -1)
 _IN_TEXT = Columns("", None)
-"""The columns of a sample whose caption is no column."""
+"""Columns of a sample whose caption is not in a column."""
 SLOTS = ("image", "text", "json")
 """The members that a sample may have."""
 
 
 @dataclass(slots=True)
 class TarSample:
-    """The members of one key: the name up to the ending, a second sample of the same name being KEY#2."""
+    """The members of one key, which is the name without extension; a second sample of the same name is KEY#2."""
 
     key: str
     image: Member = _NONE
     text: Member = _NONE
-    """Member with ending txt or caption."""
+    """Member with extension txt or caption."""
     json: Member = _NONE
 
     def caption(self, column: str) -> Member:
@@ -79,12 +79,12 @@ class TarSample:
 
     @property
     def whole(self) -> bool:
-        """Whether there is an image and something that may hold a caption."""
+        """Whether there is an image and a member that may hold a caption."""
         return self.image is not _NONE and not (self.text is _NONE and self.json is _NONE)
 
     @property
     def owner(self) -> str:
-        """The key up to the first dot: what this may belong to, if it is not a sample by itself."""
+        """The key up to the first dot: the sample that these members may belong to, if they are incomplete."""
         name = PurePosixPath(self.key)
         return str(name.parent / name.name.split(".")[0])
 
@@ -98,28 +98,28 @@ class Headers:
     twice: list[str]
     """Keys that occur more than once."""
     damage: str | None
-    """Damage of the file and the byte where it begins; `samples` are then those before it."""
+    """Damage of the file with the byte where it begins; `samples` are those before it."""
     notes: list[str]
     """Notes for the user: members left out, names that occur twice, joined archives."""
     members: str
-    """How the members are named, for messages."""
+    """Naming of the members, for messages."""
 
 
 # Headers --------------------------------------------------------------------------------------------------------------
 
 
 class _Damage(Exception):
-    """Damage of a tar file, and where it is."""
+    """Damage of a tar file, with its position."""
 
 
 def read_headers(file: IO[bytes], path: str | Path) -> Headers:
-    """Read all headers of an open shard, of all archives that are joined in it; `path` names it in errors.
+    """Read all headers of an open shard, including joined archives; `path` names it in errors.
 
-    DataError for what may not be used at all: compressed files, links, devices, names that lead outside.
+    DataError for files that are not allowed at all: compressed files, links, devices, names that lead outside.
     """
     start, size = file.read(8), file.seek(0, os.SEEK_END)
     if start.startswith(_COMPRESSED):
-        raise DataError(f"{path} is compressed, which leaves no way to a single sample: unpack it to a plain .tar")
+        raise DataError(f"{path} is compressed, so single samples cannot be accessed: unpack it to a plain .tar")
     if size == 0:
         return Headers([], [], "the file is empty (0 bytes)", [], "")
     walk, grouped, damage = _Walk(file, size), _Grouped(), None

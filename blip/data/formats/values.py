@@ -1,4 +1,4 @@
-"""What the columns of a row hold, whatever file the row is of: an image and captions, or why they cannot be used.
+"""Values of a row's columns in any format: an image and captions, or the reason why they cannot be used.
 
 Imports nothing heavy.
 """
@@ -11,9 +11,9 @@ from blip.errors import BadSample
 
 
 def image_of(value: Any) -> bytes | str:
-    """The encoded image, or its path, of an image column's value: bytes, a path, or {bytes, path}. Raises BadSample.
+    """The encoded image or its path from an image column's value: bytes, a path, or {bytes, path}. Raises BadSample.
 
-    A value may also be the BadSample that reading it has given.
+    The value may also be a BadSample from reading it.
     """
     if isinstance(value, BadSample):
         raise value
@@ -32,9 +32,9 @@ def image_of(value: Any) -> bytes | str:
 
 
 def captions_of(value: Any) -> list[str]:
-    """The captions of a caption column's value: a text, or the texts of a list. Raises BadSample if there is none.
+    """The captions from a caption column's value: a text, or the texts of a list. Raises BadSample if there is none.
 
-    A value may also be the BadSample that reading it has given.
+    The value may also be a BadSample from reading it.
     """
     if isinstance(value, BadSample):
         raise value

@@ -1,1 +1,1 @@
-"""From records to samples and batches, one file a kind of sample."""
+"""From records to samples and batches, one file per kind of sample."""

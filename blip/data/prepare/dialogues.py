@@ -2,8 +2,8 @@
 
 Some rounds of a dialogue, with the right answer and some wrong ones each, are a sample.
 
-A row is [ENC] question [SEP] answer [SEP], then what was said before, the latest round first, each ending in [SEP]; the
-oldest rounds are left out where there is no room. B dialogues, K rows of each, T text tokens, S image side in pixels.
+A row is [ENC] question [SEP] answer [SEP], then the earlier rounds, the latest first, each ending in [SEP]; the oldest
+rounds are left out if there is no room. B dialogues, K rows of each, T text tokens, S image side in pixels.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ class Round:
 
     question: int
     answer: int | None
-    """Index of the given answer; None where it is to be predicted."""
+    """Index of the given answer; None if it is to be predicted."""
     options: np.ndarray
-    """Candidate answers, int32; none where only what was said matters."""
+    """Candidate answers, int32; empty for rounds that serve only as history."""
     true: int | None
     """Position of the right answer among the candidates."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A dialogue about an image, as it is stored."""
+    """A stored dialogue about an image."""
 
     image_id: int | str
     image: Path
@@ -59,7 +59,7 @@ class Conversation:
     where: str
     """Name `file:dialogue`, for messages."""
     relevance: tuple[int, tuple[float, ...]] | None = None
-    """A round's number, from 0, and how right each of its candidates is, 0 to 1."""
+    """A round's number, from 0, and the relevance of each of its candidates, 0 to 1."""
 
 
 class Conversations:
@@ -68,7 +68,7 @@ class Conversations:
     kind = "human"
 
     def __init__(self, config: Dialogues) -> None:
-        """Reads the files. DataError names file, dialogue and round of what does not fit, and what was expected."""
+        """Read the files. DataError names the file, dialogue and round at fault, and what was expected."""
         self.config, self.weight = config, config.weight
         self.path = Path(check_spec(config.path))
         self.root = Path(os.path.abspath(check_spec(config.image_root) if config.image_root else self.path.parent))
@@ -95,7 +95,7 @@ class Conversations:
         return Wording(self.answers)
 
     def check_some_exist(self) -> None:
-        """DataError if none of some images, evenly spread, is there: a wrong image_root is found at the start."""
+        """Raise DataError if none of some images, evenly spread, exists: a wrong image_root is found at the start."""
         step = max(1, len(self) // 16)
         if not any(dialogue.image.exists() for dialogue in self.dialogues[::step]):
             raise DataError(
@@ -295,7 +295,7 @@ class DialogueRows:
         return [self._row(question, self._pieces(source.answers[a]), before) for a in answers]
 
     def _earlier(self, number: int) -> list[list[int]]:
-        """The earlier rounds, the latest first; one whose answer is not known says its question only."""
+        """The earlier rounds, the latest first; a round without a known answer has its question only."""
         earlier = []
         for one in reversed(self.dialogue.rounds[:number]):
             answer = [] if one.answer is None else self._pieces(self.source.answers[one.answer])
@@ -349,9 +349,9 @@ class PrepareDialogues(Prepare):
     """
 
     rounds: int
-    """Rounds shown of a dialogue."""
+    """Number of rounds of a dialogue in a sample."""
     negatives: int
-    """Wrong answers shown with each right one."""
+    """Number of wrong answers per right one."""
     hard_negatives: int = 0
     """Number of those that are hard negatives: drawn from twice as many that are worded most like the right one."""
 
@@ -395,7 +395,7 @@ class PrepareDialogues(Prepare):
 
 
 class Wording:
-    """Similarity of answers by the words that they share, rare words counting more."""
+    """Similarity of answers by shared words, weighted by rarity."""
 
     def __init__(self, answers: Sequence[str]) -> None:
         self.answers = answers
@@ -427,7 +427,7 @@ def _all_texts(source: Conversations, dialogue: Conversation) -> list[str]:
 
 
 def _drawn(items: Sequence[int], count: int, key: int) -> list[int]:
-    """`count` of some items, none twice before all were taken."""
+    """Draw `count` items, none twice before all have been drawn."""
     drawn: list[int] = []
     rest: list[int] = []
     for n in range(count):

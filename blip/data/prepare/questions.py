@@ -1,4 +1,4 @@
-"""Questions about images with the answers that people gave, from the formats that they come in.
+"""Questions about images with human answers, from all supported formats.
 
 A question with its image and its answers is a sample. B questions, A answers to them, S image side in pixels.
 """
@@ -36,20 +36,20 @@ VISUAL_GENOME = 0.2
 """Weight of the answers of rows of dataset vg in the 2022 release."""
 _BLOCK = 1 << 16
 _LONGEST_ANSWER = 32
-"""Word pieces of the longest answer that is learned, [DEC] and [SEP] included."""
+"""Most word pieces of an answer used for training, [DEC] and [SEP] included."""
 _NAME = "{subset}/COCO_{subset}_{image_id:012d}.jpg"
 """Default path of VQA v2's images."""
 
 
 class Question(NamedTuple):
-    """A question as it is stored."""
+    """A stored question."""
 
     id: Id
     text: str
     image: str
     """Path under the source's root."""
     answers: list[str]
-    """Those of the annotators, one each; none where the data does not say."""
+    """Answers of the annotators, one each; empty if the data has none."""
     weight: float = 1.0
     """Total weight of the answers."""
     question_type: str = ""
@@ -62,7 +62,7 @@ class Questions:
     kind = "human"
 
     def __init__(self, config: ImageQuestions) -> None:
-        """Reads the file. DataError names file, row and id of what does not fit, and what was expected."""
+        """Read the file. DataError names the file, row and id at fault, and what was expected."""
         self.config, self.weight = config, config.weight
         self.path = Path(check_spec(config.path))
         self.root = _root(config, self.path)
@@ -77,7 +77,7 @@ class Questions:
         _refuse_repeated(self.path, self.ids)
 
     def check_some_exist(self) -> None:
-        """DataError if none of some images, evenly spread, is there: a wrong image_root is found at the start."""
+        """Raise DataError if none of some images, evenly spread, exists: a wrong image_root is found at the start."""
         rows = np.linspace(0, len(self) - 1, min(16, len(self)), dtype=np.int64).tolist()
         names = [self._table["image"][row].as_py() for row in rows]
         if not any((self.root / name).exists() for name in names):
@@ -90,7 +90,7 @@ class Questions:
         return len(self.ids)
 
     def question(self, row: int) -> Question:
-        """A question as it is stored."""
+        """A stored question."""
         return Question(self.ids[row], **{name: self._table[name][row].as_py() for name in _TYPES})
 
     def __getitem__(self, row: int) -> QuestionRecord:
@@ -104,7 +104,7 @@ class Questions:
         return Counter(answer for chunk in self._table["answers"].chunks for answer in chunk.flatten().to_pylist())
 
     def unanswered(self) -> list[int]:
-        """Rows of the questions to which no answer is known."""
+        """Rows of the questions without answers."""
         lengths = np.concatenate([chunk.value_lengths() for chunk in self._table["answers"].chunks])
         return np.flatnonzero(lengths == 0).tolist()
 
@@ -118,7 +118,7 @@ class Questions:
 
 @dataclass(frozen=True)
 class QuestionRecord(Record):
-    """A row to learn from; `captions` are the answers."""
+    """A training row; `captions` are the answers."""
 
     question: str
     weight: float
@@ -225,7 +225,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def load(path: Path) -> Any:
-    """A JSON file as a whole. Raises DataError."""
+    """Read a JSON file as a whole. Raises DataError."""
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -353,7 +353,7 @@ def _answers(value: Any, where: str) -> list[str]:
 
 
 def read_answers(path: Path) -> list[str]:
-    """Answers to choose from: a JSON list, as the 2022 release's answer_list.json, or one a line. Raises DataError."""
+    """Read candidate answers: a JSON list, like the release's answer_list.json, or one per line. Raises DataError."""
     if path.suffix == ".json":
         answers = load(path)
         if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):

@@ -38,26 +38,26 @@ _ORDERS = 6
 BOXES = 3
 """Boxes of an NLVR image."""
 _PLACES = re.compile(r"\b(?:first|second|third|middle|central|last)\b", re.IGNORECASE)
-"""Words that tell images by their order, apart from left and right."""
+"""Words that refer to images by their order, apart from left and right."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A sentence about images, as it is stored."""
+    """A stored sentence about images."""
 
     id: str
     """Identifier of the example, as in a results file."""
     group: str
-    """Examples of one sentence: consistent where all of them are answered rightly."""
+    """Group of the examples of one sentence, for consistency: all of them answered correctly."""
     fold: str
-    """Examples that share images or sentence: they are all in `train` or all in `val` where a file is split."""
+    """Group of examples that share images or a sentence: all in `train` or all in `val` if a file is split."""
     sentence: str
     label: bool | None
-    """Whether the sentence is true; None where the data does not say."""
+    """Whether the sentence is true; None if the data has no label."""
     images: tuple[Path, ...]
     """The images' files, or one file with all of them beside each other."""
     root: Path
-    """The folder that they must be in, links followed."""
+    """Folder that the images must be in, links followed."""
     where: str
     """Name `file:row`, for messages."""
     boxes: int = 1
@@ -80,7 +80,7 @@ class Sentences:
     kind = "human"
 
     def __init__(self, config: ImageSentences) -> None:
-        """Reads the file. DataError names file, row and id of what does not fit, and what was expected."""
+        """Read the file. DataError names the file, row and id at fault, and what was expected."""
         self.config, self.weight = config, config.weight
         self.path = Path(check_spec(config.path))
         find = _finder(config, self.path)
@@ -95,7 +95,7 @@ class Sentences:
             _check_count(example, self.examples[0])
 
     def check_some_exist(self) -> None:
-        """DataError if none of some images, evenly spread, is there: a wrong image_root is found at the start."""
+        """Raise DataError if none of some images, evenly spread, exists: a wrong image_root is found at the start."""
         _check_some_exist(self.config, self.examples[:: max(1, len(self) // 16)])
 
     def __len__(self) -> int:
@@ -276,7 +276,7 @@ def read_images(example: Example, max_pixels: int, at_least: int | None = None) 
 
 
 def cut(image: Image.Image, boxes: int) -> list[Image.Image]:
-    """A wide image -> its boxes: squares of its height, evenly spread from its left edge to its right one."""
+    """Cut a wide image into its boxes: squares of its height, evenly spaced from edge to edge."""
     if boxes == 1:
         return [image]
     side = min(image.height, image.width // boxes)
@@ -303,7 +303,7 @@ def open_sentences(config: DataConfig) -> list[Sentences] | list[SentenceShards]
 class PrepareSentences(Prepare):
     """Cut, put in order, augment and tokenize: a sample's text is the sentence, its label 1 where that is true.
 
-    Images may change places where the sentence does not tell them by their order.
+    Images may be swapped if the sentence does not refer to them by their order.
     """
 
     def __call__(self, record: Example, key: tuple[int, ...]) -> Sample:
