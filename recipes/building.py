@@ -1,4 +1,4 @@
-"""Building blocks of recipes: a model of a size, its tokenizer and initial weights, the data, and the synthetic world."""
+"""Building blocks of recipes: a model, its tokenizer and initial weights, the data, and the synthetic world."""
 
 from __future__ import annotations
 
