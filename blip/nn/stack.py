@@ -140,9 +140,10 @@ class SelfAttention(nn.Module):
         self.qkv = Linear(config.width, 3 * config.width)
         self.out = Linear(config.width, config.width)
 
-    def forward(self, x: Tensor, passes: Sequence[Pass], layer: int, first: bool, seen: _Seen) -> Tensor:
-        """Joined segments of the passes (N, D) -> (N, D), or (rows, D) for the first tokens only."""
-        layouts = [segment.layout for one in passes for segment in one.segments]
+    def forward(
+        self, x: Tensor, passes: Sequence[Pass], layouts: Sequence[Layout], layer: int, first: bool, seen: _Seen
+    ) -> Tensor:
+        """Joined segments of the passes, in `layouts` (N, D) -> (N, D), or (rows, D) for the first tokens only."""
         if first:
             width, weight, bias = self.out.in_features, self.qkv.weight, self.qkv.bias
             queries = linear(first_tokens(x, layouts), weight[:width], bias[:width])
@@ -153,11 +154,13 @@ class SelfAttention(nn.Module):
         dropout, outs = self.dropout if self.training else 0.0, []
         for one in passes:
             grid = self._by_head(_beside_each_other(parts, one.segments))
-            *query, key, value = grid.unbind(2)
-            query = self._by_head(next(firsts)[:, None]).squeeze(2) if first else query[0]
             if isinstance(one.after, Cache):
-                key, value = one.after.add(layer, grid[:, :, 1:]).unbind(2)
-            elif one.after is not None:
+                query, (key, value) = grid[:, :, 0], one.after.add(layer, grid[:, :, -2:]).unbind(2)
+            else:
+                query, key, value = (None, *grid.unbind(2)) if first else grid.unbind(2)
+            if first:
+                query = self._by_head(next(firsts)[:, None]).squeeze(2)
+            if isinstance(one.after, Pass):
                 key, value = (torch.cat(pair, 2) for pair in zip(seen[one.after], (key, value), strict=True))
             if one in seen:
                 seen[one] = key, value
@@ -236,24 +239,29 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(options.dropout)
 
     def attend_self(self, group: _Group, x: Tensor, layer: int, seen: _Seen) -> Tensor:
-        (name, first), parts = group
-        y = self.dropout(getattr(self, name)(x, list(dict.fromkeys(part.of for part in parts)), layer, first, seen))
+        (name, first), parts, passes = group
+        layouts = [part.layout for part in parts]
+        y = self._drop(getattr(self, name)(x, passes, layouts, layer, first, seen))
         if first:
-            x = first_tokens(x, [part.layout for part in parts])
+            x = first_tokens(x, layouts)
             for part in parts:
                 part.layout = Layout(part.layout.rows, 1)
         return getattr(self, f"{name}_norm")(x + y)
 
     def attend_cross(self, group: _Group, x: Tensor, layer: int) -> Tensor:
-        grounded, parts = group
+        grounded, parts, _ = group
         if not grounded:
             return x
         layouts, contexts = [part.layout for part in parts], [part.segment.context for part in parts]
-        return self.cross_norm(x + self.dropout(self.cross(x, layouts, contexts, layer)))
+        return self.cross_norm(x + self._drop(self.cross(x, layouts, contexts, layer)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        # In evaluation the call of a module that does nothing would be noticeable in every decoding step.
+        return self.dropout(x) if self.training else x
 
     def feed_forward(self, x: Tensor, name: str = "") -> Tensor:
         up, down, norm = (getattr(self, part) for part in _feed_forward(name))
-        return norm(x + self.dropout(down(F.gelu(up(x)))))
+        return norm(x + self._drop(down(F.gelu(up(x)))))
 
 
 def _feed_forward(name: str) -> tuple[str, str, str]:
@@ -308,10 +316,12 @@ class _Group(NamedTuple):
 
     kind: Any
     parts: list[_Part]
+    passes: list[Pass]
 
 
 def _grouped(parts: Sequence[_Part], kind: Callable[[_Part], Any]) -> list[_Group]:
-    return [_Group(name, list(some)) for name, some in groupby(parts, kind)]
+    groups = [(name, list(some)) for name, some in groupby(parts, kind)]
+    return [_Group(name, some, list(dict.fromkeys(part.of for part in some))) for name, some in groups]
 
 
 def _each(groups: Sequence[_Group], x: Tensor, through: Callable[[_Group, Tensor], Tensor]) -> Tensor:
