@@ -104,7 +104,7 @@ class _Seed:
         start = f"{self.name}/{TEACHER.name}/pretrain" if row.continued else None
         settings = {
             "row": {"keep": row.keep, "continued": row.continued},
-            "model": _plain(run.model),
+            "model": _plain(run.model, "model."),
             "steps": steps_of(run, row),
             **self._training(),
             "test": {"k": run.k},
@@ -257,7 +257,7 @@ class _Seed:
         cost, start = self._step(larger.model), f"{folder}/pretrain"
         self._add(
             start, lambda folder: self._pretrain(folder, larger.model, larger.steps, TEACHER, k),
-            {"model": _plain(larger.model), **self._training(), "steps": larger.steps, "k": k},
+            {"model": _plain(larger.model, "model."), **self._training(), "steps": larger.steps, "k": k},
             (f"{self.name}/world", "held-out"), cost * larger.steps + 8,
         )  # fmt: skip
         return self._pair(folder, start, larger.cleaners, cost)

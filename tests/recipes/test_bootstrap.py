@@ -237,6 +237,9 @@ def test_a_stage_is_known_by_the_settings_that_decide_it_and_by_what_older_runs_
     assert plan._plain(TrainConfig(clip=None), "train.")["clip"] is None
     assert "towers" not in plan._plain(TrainConfig(), "train.")
     assert plan._plain(TrainConfig(towers=[Tower("vision")]), "train.")["towers"][0]["part"] == "vision"
+    models = [stage.settings["model"] for stage in plan.plan(read()).stages.values() if "model" in stage.settings]
+    assert models
+    assert not any("dropout" in settings for settings in models)
 
 
 def started(out: Path, *args: str) -> subprocess.Popen:
