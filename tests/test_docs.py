@@ -220,7 +220,7 @@ FEW += ["--train.log_every", "1", "--data.workers", "0", "--train.timeout", "60"
 WORLD = ["--world.train", "24", "--world.held_out", "6"]
 SHORTER = {
     "recipes": lambda name, args: [*args, *FEW, *(WORLD if _draws(name, args) else [])],
-    "blip.data": lambda name, args: [*args, *_writer(args)],
+    "blip.world": lambda name, args: [*args, *_writer(args)],
     "eval": lambda name, args: [*args, *([] if args[0] == "classification" else ["--limit", "4"])],
     "capfilt": lambda name, args: [*args, *_capfilt(args)],
 }
