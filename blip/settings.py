@@ -70,12 +70,12 @@ def check_fields(settings: Any, where: str = "") -> None:
         require(fits or nothing, f"{where}{one.name} must be {wanted}, got {reprlib.repr(value)}")
 
 
-def known(cls: type, values: dict[str, Any], where: str, besides: Sequence[str] = ()) -> dict[str, Any]:
-    """Copy a mapping with the fields of a dataclass; ValueError for a missing or unknown key, or one of `besides`."""
+def known(cls: type, values: dict[str, Any], where: str, former: Sequence[str] = ()) -> dict[str, Any]:
+    """Copy a mapping with the fields of a dataclass, without `former` ones; ValueError for a missing or unknown key."""
     require(isinstance(values, dict), f"{where} must be a mapping, got {type(values).__name__}")
     names = {f.name: "later" in f.metadata for f in dataclasses.fields(cls)}
-    unknown = sorted(reprlib.repr(name) for name in set(values) - set(names) - set(besides))
+    unknown = sorted(reprlib.repr(name) for name in set(values) - set(names) - set(former))
     missing = sorted(name for name, later in names.items() if name not in values and not later)
     require(not unknown, f"{where} has unknown keys: {', '.join(unknown[:3])}{', ...' * (len(unknown) > 3)}")
     require(not missing, f"{where} lacks keys: {', '.join(missing)}")
-    return dict(values)
+    return {name: value for name, value in values.items() if name in names}

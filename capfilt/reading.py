@@ -26,7 +26,7 @@ from blip.data.formats import rows, table, tars
 from blip.data.formats.finding import SourceFile, file_format, find_one
 from blip.data.formats.folder import Downloaded
 from blip.data.formats.parquet import Parquet, RowGroups, chosen_columns, parquet_file
-from blip.data.formats.rows import NO_COLUMN, Columns, Format
+from blip.data.formats.rows import NO_COLUMN, Columns, Format, columns_of
 from blip.data.formats.splits import refuse_split
 from blip.data.formats.values import encodable
 from blip.data.paths import alternatives, contained, is_plain_path
@@ -120,7 +120,7 @@ def describe(
     content, declared = content_of(path), _declared(path)
     if kind == "parquet":
         file = open_parquet(path)
-        chosen_columns(file.schema_arrow, wanted_columns(config), path)
+        chosen_columns(file.schema_arrow, columns_of(config), path)
         return PlannedSource("parquet", path, relpath, size, mtime, content, file.metadata.num_rows, declared=declared)
     if kind == "tar":
         index, damage, notes = index_tar(path)
@@ -149,11 +149,6 @@ def _declared(path: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def wanted_columns(config: ReadConfig) -> Columns:
-    """Return the columns that the settings name."""
-    return Columns(config.image_column, config.caption_column)
-
-
 def open_parquet(path: str) -> pq.ParquetFile:
     """Open a parquet file. DataError names the file if it is not one."""
     return parquet_file(path, open_file(path) if is_remote(path) else None)
@@ -170,7 +165,7 @@ def open_dataset(path: str, split: str | None) -> Any:
 
 def _dataset(path: str, relpath: str, config: ReadConfig) -> PlannedSource:
     data = open_dataset(path, config.split)
-    chosen_columns(data.features.arrow_schema, wanted_columns(config), path)
+    chosen_columns(data.features.arrow_schema, columns_of(config), path)
     size = sum(os.path.getsize(f["filename"]) for f in data.cache_files)
     content = dataset_content(path) or hashlib.sha256(data._fingerprint.encode()).hexdigest()[:16]
     return PlannedSource("hosted", path, relpath, size, 0.0, content, len(data))
@@ -209,7 +204,7 @@ def check_column(path: str, index: pa.Table, config: ReadConfig) -> None:
             return
     if names or (first and column != tars.TEXT_COLUMN):
         where = f"{path}: of the first {len(first)} samples, none"
-        rows.choose(list(names), wanted_columns(config), "caption", where, known=False)
+        rows.choose(list(names), columns_of(config), "caption", where, known=False)
 
 
 def _index_list(
@@ -221,12 +216,12 @@ def _index_list(
     def note(text: str) -> None:
         notes.append(text.removeprefix(f"{path}: "))
 
-    return _index(table.rows(Path(path), wanted_columns(config), split, seen, note)), None, notes
+    return _index(table.rows(Path(path), columns_of(config), split, seen, note)), None, notes
 
 
 def _index_files(path: str, config: ReadConfig) -> tuple[pa.Table, str | None, list[str]]:
     """Index a shard of img2dataset's `files` output, given its parquet beside the folder."""
-    downloads = Downloaded(Path(path), wanted_columns(config))
+    downloads = Downloaded(Path(path), columns_of(config))
     notes = [f"{downloads.failed} rows were never downloaded and are not part of the input"] if downloads.failed else []
     unread = [row.captions for row in downloads.rows() if _unreadable(row.captions)]
     if unread:
@@ -326,12 +321,12 @@ def _open(source: PlannedSource, config: ReadConfig, storage: Storage) -> Format
     if source.kind == "listed":
         return Entries(open_index(storage, source))
     if source.kind == "parquet":
-        columns = chosen_columns(open_parquet(source.path).schema_arrow, wanted_columns(config), source.path)
+        columns = chosen_columns(open_parquet(source.path).schema_arrow, columns_of(config), source.path)
         return Parquet(RowGroups(open_file(source.path) if is_remote(source.path) else source.path), columns)
     from blip.data.formats.hosted import Hosted
 
     data = open_dataset(source.path, config.split)
-    return Hosted(data, chosen_columns(data.features.arrow_schema, wanted_columns(config), source.path))
+    return Hosted(data, chosen_columns(data.features.arrow_schema, columns_of(config), source.path))
 
 
 @contextlib.contextmanager

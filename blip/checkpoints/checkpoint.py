@@ -118,6 +118,11 @@ class Own:
     """Human-readable description."""
 
     @property
+    def named(self) -> str:
+        """File that says what model it is, for messages."""
+        return str(self.config_path)
+
+    @property
     def source(self) -> str:
         """The weights' file, for messages."""
         return str(self.weights.path)
@@ -216,8 +221,7 @@ def _outline(source: Own | Foreign, config: BlipConfig) -> nn.Module:
         with torch.device("meta"):
             return kind_of(source.task, plain)(plain)
     except ValueError as error:
-        named = source.config_path if isinstance(source, Own) else source.source
-        raise ValueError(f"{named}: {error}") from error
+        raise ValueError(f"{source.named}: {error}") from error
 
 
 @overload
@@ -262,9 +266,8 @@ def check_kind(where: str | Path, kind: type[Any] = Blip) -> None:
 
 def _refuse_kind(source: Own | Foreign, kind: type[Any]) -> None:
     if TASKS[source.task].model is not kind:
-        named = source.config_path if isinstance(source, Own) else source.source
         model = TASKS[source.task].model.__name__
-        raise ValueError(f"{named} is of a {model} model, {_remedy(source.task, names_of(kind)[0])}")
+        raise ValueError(f"{source.named} is of a {model} model, {_remedy(source.task, names_of(kind)[0])}")
 
 
 def _remedy(actual: str, wanted: str) -> str:

@@ -149,6 +149,11 @@ class Foreign:
         return self.layout.task
 
     @property
+    def named(self) -> str:
+        """File that says what model it is, for messages."""
+        return self.source
+
+    @property
     def options(self) -> TrainingOptions:
         return self.settings.options
 

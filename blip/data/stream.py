@@ -24,12 +24,12 @@ from torch.utils.data import IterableDataset, get_worker_info
 from blip.data.draws import ATTEMPTS, LEFT_OUT, PROBES, Prepare, Sample, check_process, too_many
 from blip.data.formats.json_rows import CSV, Note, Row, rows_or_faults
 from blip.data.formats.parquet import chosen_columns, parquet_file, rows_of
+from blip.data.formats.rows import columns_of
 from blip.data.formats.sources import (
     CURE,
     FIRST_ROWS,
     Record,
     annotated,
-    columns_of,
     digest,
     format_of,
     log_notes,

@@ -34,8 +34,7 @@ class BlipConfig:
         """Build from `to_dict`'s output, this or an earlier version's; ValueError names an unknown or missing key."""
         values = known(cls, values, "model config")
         for part, kind in (("vision", VisionConfig), ("text", TextConfig)):
-            own = known(kind, values[part], f"{part} config", besides=_FORMER[part])
-            values[part] = kind(**{name: value for name, value in own.items() if name not in _FORMER[part]})
+            values[part] = kind(**known(kind, values[part], f"{part} config", former=_FORMER[part]))
         return cls(**values)
 
 

@@ -140,10 +140,9 @@ class SelfAttention(nn.Module):
         self.qkv = Linear(config.width, 3 * config.width)
         self.out = Linear(config.width, config.width)
 
-    def forward(
-        self, x: Tensor, passes: Sequence[Pass], layouts: Sequence[Layout], layer: int, first: bool, seen: _Seen
-    ) -> Tensor:
-        """Joined segments of the passes, in `layouts` (N, D) -> (N, D), or (rows, D) for the first tokens only."""
+    def forward(self, x: Tensor, passes: Sequence[Pass], layer: int, first: bool, seen: _Seen) -> Tensor:
+        """Joined segments of the passes (N, D) -> (N, D), or (rows, D) for the first tokens only."""
+        layouts = [segment.layout for one in passes for segment in one.segments]
         if first:
             width, weight, bias = self.out.in_features, self.qkv.weight, self.qkv.bias
             queries = linear(first_tokens(x, layouts), weight[:width], bias[:width])
@@ -239,17 +238,16 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(options.dropout)
 
     def attend_self(self, group: _Group, x: Tensor, layer: int, seen: _Seen) -> Tensor:
-        (name, first), parts, passes = group
-        layouts = [part.layout for part in parts]
-        y = self._drop(getattr(self, name)(x, passes, layouts, layer, first, seen))
+        (name, first), parts = group
+        y = self._drop(getattr(self, name)(x, list(dict.fromkeys(part.of for part in parts)), layer, first, seen))
         if first:
-            x = first_tokens(x, layouts)
+            x = first_tokens(x, [part.layout for part in parts])
             for part in parts:
                 part.layout = Layout(part.layout.rows, 1)
         return getattr(self, f"{name}_norm")(x + y)
 
     def attend_cross(self, group: _Group, x: Tensor, layer: int) -> Tensor:
-        grounded, parts, _ = group
+        grounded, parts = group
         if not grounded:
             return x
         layouts, contexts = [part.layout for part in parts], [part.segment.context for part in parts]
@@ -316,12 +314,10 @@ class _Group(NamedTuple):
 
     kind: Any
     parts: list[_Part]
-    passes: list[Pass]
 
 
 def _grouped(parts: Sequence[_Part], kind: Callable[[_Part], Any]) -> list[_Group]:
-    groups = [(name, list(some)) for name, some in groupby(parts, kind)]
-    return [_Group(name, some, list(dict.fromkeys(part.of for part in some))) for name, some in groups]
+    return [_Group(name, list(some)) for name, some in groupby(parts, kind)]
 
 
 def _each(groups: Sequence[_Group], x: Tensor, through: Callable[[_Group, Tensor], Tensor]) -> Tensor:

@@ -32,6 +32,11 @@ class Columns(NamedTuple):
     caption: str | None = "caption"
 
 
+def columns_of(settings: Any) -> Columns:
+    """The columns that settings of a source name, training's or CapFilt's."""
+    return Columns(settings.image_column, settings.caption_column)
+
+
 @dataclass(slots=True)
 class StoredRow:
     """One stored row: nothing is decoded, and no file that it names is opened."""

@@ -31,7 +31,7 @@ from blip.data.formats.folder import Downloaded
 from blip.data.formats.hosted import in_cache, load_parquet, open_dataset, rows_at
 from blip.data.formats.json_rows import Note
 from blip.data.formats.parquet import chosen_columns, parquet_file
-from blip.data.formats.rows import FIRST_ROWS, NO_COLUMN, Columns, StoredRow
+from blip.data.formats.rows import FIRST_ROWS, NO_COLUMN, Columns, StoredRow, columns_of
 from blip.data.formats.splits import check_split, refuse_split
 from blip.data.formats.tars import Member, Shard, Summary, check_whole, read_member, sample_row
 from blip.data.formats.values import captions_of, encodable, image_of
@@ -89,11 +89,6 @@ def root_of(config: SourceConfig, default: Path) -> Path:
     if not root.is_dir():
         raise DataError(f"source {config.path}: image_root {root} is not a folder")
     return Path(os.path.abspath(root))
-
-
-def columns_of(config: SourceConfig) -> Columns:
-    """The columns that a source's settings name."""
-    return Columns(config.image_column, config.caption_column)
 
 
 def record(key: str, image: Any, captions: Any, root: Path | None) -> Record:
