@@ -56,9 +56,9 @@ class Inspection:
     def page(self, _: Mapping[str, Any]) -> str:
         """Render the page, which asks for cards."""
         rows = sum(part.rows for part in self.parts)
-        named = f"selection {self.selection}" if self.selection else "kept from P(match) 0.5 on"
+        verdicts = f"selection {self.selection}" if self.selection else "P(match) of at least 0.5"
         return html.page(
-            "inspect.html", title=f"{rows:,} rows of {self.run.where}", kind="CapFilt run", lead=f"Texts are {named}.",
+            "inspect.html", title=f"{rows:,} rows of {self.run.where}", kind="CapFilt run", lead=f"With the verdicts of {verdicts}.",
             scripts=("inspect.js",), allow={"connect-src": "'self'", "img-src": "'self' data:"},
             choices=_CHOICES, shards=sorted({part.source for part in self.parts})[:2000],
         )  # fmt: skip
