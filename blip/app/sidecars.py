@@ -255,6 +255,18 @@ class Beside:
                 self._runs[root].note(of_root)
         return failures
 
+    def target(self, image: str) -> str:
+        """The file beside an image."""
+        return self._sidecar[image]
+
+    def replace(self, image: str, text: str | None) -> None:
+        """Give the file beside an image the lines of a text, or with None remove one that this run created."""
+        run, name = self._runs[self._root[image]], self._name_beside(image)
+        if text is None:
+            run.remove(name)
+        else:
+            run.write({name: as_lines(text)}, "replaced")
+
     def finish(self) -> list[tuple[str, str]]:
         """Write the metadata and end the run. Returns images that get no row, with reasons."""
         failures: list[tuple[str, str]] = []
@@ -328,7 +340,7 @@ class Beside:
             return False, f"{target} is a link, and nothing is written through links"
         if not stat.S_ISREG(info.st_mode):
             return False, f"{target} is {'a folder' if stat.S_ISDIR(info.st_mode) else 'not a regular file'}"
-        if self.options.append and _lines(Path(target)) is None:
+        if self.options.append and lines_of(Path(target)) is None:
             return False, f"{target} is not UTF-8 text, so nothing is added to it"
         return True, ""
 
@@ -347,7 +359,7 @@ class Beside:
         texts = {}
         for path in self.captioned | self.kept:
             if self._root[path] == root:
-                lines = _lines(Path(self._sidecar[path]))
+                lines = lines_of(Path(self._sidecar[path]))
                 if lines is None:
                     failures.append((path, f"{self._sidecar[path]} is not UTF-8 text, so it is not in {METADATA}"))
                 elif lines:
@@ -365,11 +377,23 @@ class Beside:
         return {name: _joined(before.get(name, []), texts, between) for name, texts in run.captions.items()}
 
 
+def as_lines(text: str) -> bytes:
+    """Content of a file beside an image. ValueError if the text cannot be in a text file."""
+    lines = [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+    try:
+        content = "".join(f"{line}\n" for line in lines if line).encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text is not UTF-8") from None
+    if b"\0" in content:
+        raise ValueError("the text has a null character")
+    return content
+
+
 def _joined(before: list[str], texts: list[str], separator: str) -> list[str]:
     return [*before[:-1], before[-1] + separator + texts[0], *texts[1:]] if before else texts
 
 
-def _lines(path: Path) -> list[str] | None:
+def lines_of(path: Path) -> list[str] | None:
     """Lines of a text file that are not empty; None if it is not UTF-8 text."""
     content = path.read_bytes()
     try:

@@ -179,6 +179,13 @@ class UndoRun:
         for line in lines:
             self.changes.setdefault(line["path"], Change(line["before"])).after.add(line["after"])
 
+    def remove(self, name: str) -> None:
+        """Remove a file that this run created. ValueError if it was there before, or was changed since."""
+        if self.state(name) != "after" or self.changes[name].before is not None:
+            raise ValueError(f"{self.root / name} was edited since, and is left as it is")
+        (self.root / name).unlink()
+        files.sync((self.root / name).parent)
+
     def note(self, captions: Mapping[str, list[str]]) -> None:
         """Keep captions of images, named relative to the root, until the file that they belong to is written."""
         self._begin()

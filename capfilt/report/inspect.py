@@ -58,8 +58,9 @@ class Inspection:
         rows = sum(part.rows for part in self.parts)
         verdicts = f"selection {self.selection}" if self.selection else "P(match) of at least 0.5"
         return html.page(
-            "inspect.html", title=f"{rows:,} rows of {self.run.where}", kind="CapFilt run", lead=f"With the verdicts of {verdicts}.",
-            scripts=("inspect.js",), allow={"connect-src": "'self'", "img-src": "'self' data:"},
+            "inspect.html", title=f"{rows:,} rows of {self.run.where}", kind="CapFilt run",
+            lead=f"With the verdicts of {verdicts}.", scripts=("inspect.js",),
+            allow={"connect-src": "'self'", "img-src": "'self' data:"},
             choices=_CHOICES, shards=sorted({part.source for part in self.parts})[:2000],
         )  # fmt: skip
 
