@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from PIL import Image
 
+from blip.data import tiff
 from blip.errors import UnreadableImage
 
 MAX_BYTES = 256 << 20
@@ -78,7 +79,9 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def count_frames(data: bytes, image: Image.Image) -> int:
-    """Frames of an image opened from `data`; those of a GIF, which are not in its header, are counted up to 10,000."""
+    """Frames or pages of an image opened from `data`, counted up to 10,000 where they are not in its header."""
+    if image.format == "TIFF":
+        return tiff.count_pages(data)
     if image.format != "GIF":
         return getattr(image, "n_frames", 1)
     frames = 0
@@ -278,8 +281,10 @@ def _bmp(data: bytes) -> None:
 
 
 def cut_off(data: bytes) -> bool:
-    """Whether a WEBP has fewer bytes than its header declares, which its decoder reports like other damage."""
-    return data.startswith(b"RIFF") and data[8:12] == b"WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data)
+    """Whether a WEBP or TIFF has fewer bytes than its header declares, which decoders report like other damage."""
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return int.from_bytes(data[4:8], "little") + 8 > len(data)
+    return tiff.is_cut_off(data)
 
 
 def webp_size(data: bytes) -> tuple[int, int] | None:

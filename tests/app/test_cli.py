@@ -392,7 +392,7 @@ LONG = "a small " * 40
 WRONG = {
     "no such file": (["photos", "nowhere.png"], "no such file or folder: nowhere.png"),
     "an address": (["https://x/y.png"], "download"),
-    "an empty folder": (["empty"], "no images in empty: looked for names ending in bmp, gif, jpeg, jpg, png, webp"),
+    "an empty folder": (["empty"], "no images in empty: looked for names ending in avif, bmp, gif, heic, "),
     "an empty glob": (["photos/*.jpg"], "nothing matches photos/*.jpg"),
     "a glob of empty folders": (["em*"], "no images in em*: looked for"),
     "nothing": ([], "IMAGE"),

@@ -89,12 +89,12 @@ def test_sixteen_bits_become_eight():
     assert got[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
 def test_allowed_formats_are_decoded(kind):
     assert decode(encoded(Image.fromarray(noise()), kind), LIMIT).size == (20, 30)
 
 
-@pytest.mark.parametrize("kind", ["TIFF", "PPM", "TGA", "ICO", "PCX", "SGI", "EPS", "PDF"])
+@pytest.mark.parametrize("kind", ["PPM", "TGA", "ICO", "PCX", "SGI", "EPS", "PDF"])
 def test_other_formats_are_refused(kind):
     assert why(encoded(Image.fromarray(noise((32, 32))), kind))
 
@@ -138,7 +138,6 @@ ACCIDENTS = {
     "HTML": b"\n<!DOCTYPE html><html><body>404 Not Found</body></html>",
     "XML": b"<?xml version='1.0'?><svg/>",
     "PDF": b"%PDF-1.7 ...",
-    "HEIC": b"\0\0\0\x18ftypheic" + bytes(40),
     "gzip": b"\x1f\x8b\x08\0\0\0\0\0",
     "not one of": b"hello, I am not an image",
 }
@@ -400,8 +399,9 @@ def test_real_broken_images_are_decoded_or_refused_as_their_record_says(real_dat
     folder = real_data / "broken_images"
     cases = json.loads((folder / "manifest.json").read_text())
     decoded = 0
-    # Metadata that unpacks to more than Pillow reads; the pixels are whole.
-    cases = [case for case in cases if case["file"] != "pillow_ded2d7_png_decompression_dos.png"]
+    # Metadata that unpacks to more than Pillow reads, and a JPEG without the last byte of its end marker: whole pixels.
+    whole = ("pillow_ded2d7_png_decompression_dos.png", "pillow_e3f68b_truncated_jpeg.jpg")
+    cases = [case for case in cases if case["file"] not in whole]
     for case in cases:
         began = time.perf_counter()
         reason = outcome(folder / case["file"])
