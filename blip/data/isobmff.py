@@ -202,8 +202,8 @@ class _Items:
 def _read_meta(items: _Items, data: bytes, at: int, end: int) -> None:
     idat, located = 0, []
     for kind, begin, stop in _boxes(data, at, end):
-        if kind in (b"iinf", b"iref", b"iloc", b"iprp") and stop - begin > _MOST_BYTES:
-            raise UnreadableImage("too_much_work", f"too much work to decode: {stop - begin:,} bytes of header")
+        if kind in (b"iinf", b"iref", b"iloc"):
+            _check_table(begin, stop)
         fields = _Fields(data, begin, stop)
         if kind == b"pitm":
             items.primary = fields.take(4 if fields.take(4) >> 24 else 2) if stop - begin >= 6 else 0
@@ -223,6 +223,12 @@ def _read_meta(items: _Items, data: bytes, at: int, end: int) -> None:
             reason = f"is cut off: it has {len(data):,} bytes, fewer than its header says"
             raise UnreadableImage("truncated", reason)
         items.extents.setdefault(item, []).append((begin, size or len(data) - begin))
+
+
+def _check_table(begin: int, stop: int) -> None:
+    """Raise UnreadableImage for a table that would take long to read."""
+    if stop - begin > _MOST_BYTES:
+        raise UnreadableImage("too_much_work", f"too much work to decode: {stop - begin:,} bytes of header")
 
 
 def _read_names(items: _Items, data: bytes, begin: int, stop: int) -> None:
@@ -257,6 +263,7 @@ def _read_properties(items: _Items, data: bytes, begin: int, stop: int) -> None:
                 fields = _Fields(data, start + 4, last)
                 items.sizes.append((fields.take(4), fields.take(4)) if name == b"ispe" else None)
         elif kind == b"ipma":
+            _check_table(at, end)
             fields = _Fields(data, at, end)
             flags = fields.take(4)
             for _ in range(fields.take(4)):

@@ -359,13 +359,35 @@ def test_metadata_of_any_size_and_state_refuses_no_image():
         encoded(image, pnginfo=text),
         encoded(image, icc_profile=bytes(2_000_000)),
         png(8, 8, before=chunk(b"zTXt", b"key\0\x07")),  # a way of packing that there is not
+        # The same in texts that may hold the orientation, which are read.
+        png(8, 8, before=chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(bytes(9_000_000)))),
+        png(8, 8, before=chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(bytes(9_000_000)))),
+        png(8, 8, before=chunk(b"zTXt", b"Raw profile type exif\0\x07" + zlib.compress(b"x"))),
+        png(8, 8, before=chunk(b"tEXt", b"XML:com.adobe.xmp\0" + bytes(65_000)) * 1_200),
+        png(8, 8, before=chunk(b"tEXt", b"comment\0" + b"a" * 3_000_000)),
+        encoded(image, "JPEG", icc_profile=bytes(3_000_000), comment=bytes(60_000)),
+        encoded(
+            image,
+            "WEBP",
+            icc_profile=bytes(3_000_000),
+            exif=b"MM\0*\0\0\0\x08" + bytes(3_000_000),
+            xmp=bytes(3_000_000),
+        ),
+        encoded(image, "TIFF", icc_profile=bytes(3_000_000), tiffinfo={270: "a" * 3_000_000}),
+        encoded(
+            image,
+            "AVIF",
+            icc_profile=bytes(3_000_000),
+            exif=b"MM\0*\0\0\0\x08" + bytes(3_000_000),
+            xmp=bytes(3_000_000),
+        ),
         png(8, 8, before=chunk(b"tEXt", b"key\0value")[:-1] + b"?"),  # a wrong checksum
         png(8, 8, after=chunk(b"zTXt", b"key\0\0" + zlib.compress(bytes(2_000_000)))),
         GIF[:-1][:13] + GIF[13:],
         PLAIN[:2] + SEGMENT * 5_000 + PLAIN[2:],
         PLAIN[:2] + b"junk" * 5_000 + PLAIN[2:],
     ]
-    assert all(outcome(data) is None for data in datas)
+    assert [outcome(data) for data in datas] == [None] * len(datas)
     assert decode(datas[0], LIMIT).tobytes() == decode(datas[1], LIMIT).tobytes() == image.tobytes()
     assert decode(datas[-1], LIMIT).tobytes() == decode(datas[-2], LIMIT).tobytes() == decode(PLAIN, LIMIT).tobytes()
 
