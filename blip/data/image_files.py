@@ -16,6 +16,7 @@ from PIL import Image
 
 from blip.data.ahead import read_ahead
 from blip.data.folders import Walk, files
+from blip.data.formats.folder import sidecars_of
 from blip.data.formats.tars import IMAGES
 from blip.data.images import UnreadableImage, model_input, read
 from blip.data.paths import alternatives, matching
@@ -48,7 +49,7 @@ class InputImages(NamedTuple):
     paths: list[str]
     """Images, each once, in natural order (2 before 10)."""
     left_out: Counter[str]
-    """Number of files in folders that are not named like images, by extension."""
+    """Number of files in folders that are neither named like images nor side-cars of some, by extension."""
     walk: Walk
     """Record of the folders that could not be listed or were left out."""
 
@@ -103,13 +104,15 @@ def _files(name: str, left_out: Counter[str], walk: Walk) -> Iterator[str]:
 
 def _in_folder(folder: str, left_out: Counter[str], walk: Walk) -> Iterator[str]:
     try:
-        for path in files(folder, walk):
+        listed = list(files(folder, walk))
+        sidecars = set(sidecars_of(listed).values())
+        for path in listed:
             suffix = os.path.splitext(path)[1].lower()
             if suffix[1:] in IMAGES:
                 yield path
             elif os.path.islink(path) and not os.path.exists(path):  # to a folder of images, it may be
                 walk.unreadable.append((path, f"is a link to {os.readlink(path)}, where nothing can be found"))
-            else:
+            elif path not in sidecars:
                 left_out[suffix or "no ending"] += 1
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
@@ -133,7 +136,7 @@ def read_images(
     return read_ahead(paths, batch, lambda path: _read_one(path, transform), threads)
 
 
-def reader(side: int) -> Callable[[Sequence[str | Path | Image.Image], int], Iterator[list[Tensor]]]:
+def reader(side: int) -> Callable[[Sequence[str | Path | bytes | Image.Image], int], Iterator[list[Tensor]]]:
     """What `Features` reads images by: (images, batch) -> lists of tensors (3, side, side), read ahead."""
     from blip.data.transforms import ImageReader  # with torch, for which wrong use need not wait
 
