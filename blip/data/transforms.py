@@ -108,7 +108,7 @@ def unnormalise(image: Tensor) -> Tensor:
 
 
 class ImageReader:
-    """Read images for a model: a path, the bytes of a file or a PIL image -> tensor (3, S, S), normalised as in evaluation."""
+    """Read images for a model: a path, bytes or PIL image -> tensor (3, S, S), normalised as in evaluation."""
 
     def __init__(self, side: int, max_pixels: int = DataConfig.max_pixels) -> None:
         self.transform, self.max_pixels = EvalTransform(side), max_pixels
