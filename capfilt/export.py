@@ -35,6 +35,7 @@ FORMATS = ("wds", "parquet", "json", "uids")
 _GROUP = 256
 """Rows per row group of a parquet file."""
 _SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
+_SUFFIX |= {"TIFF": "tif", "AVIF": "avif", "HEIF": "heic"}
 """File extensions by format; MPO, which phones and cameras write, is a JPEG followed by more images."""
 _PASSED_ON = ("sample_id", "source_uri", "source_row", "key", "url", "image_sha256", "width", "height",
               "web_text", "syn_text", "itm_web", "itm_syn", "itc_web", "itc_syn", "extra_json")  # fmt: skip

@@ -25,7 +25,7 @@ from PIL import Image
 from blip.data import images
 from blip.data.formats import rows, table, tars
 from blip.data.formats.finding import SourceFile, file_format, find_one
-from blip.data.formats.folder import Downloaded
+from blip.data.formats.folder import Downloaded, ImagesWithSidecars
 from blip.data.formats.parquet import Parquet, RowGroups, chosen_columns, parquet_file
 from blip.data.formats.rows import NO_COLUMN, Columns, Format, columns_of
 from blip.data.formats.splits import refuse_split
@@ -129,6 +129,10 @@ def describe(
         check_column(path, index, config)
     elif kind == "files":
         index, damage, notes = _index_files(path, config)
+    elif os.path.isdir(path):
+        refuse_split(None if input_file.of_split else config.split, path, "folders of images with side-cars")
+        captioned = ImagesWithSidecars(Path(path))
+        index, damage, notes = _index(captioned.rows(columns_of(config))), None, captioned.notes
     else:
         index, damage, notes = _index_list(path, config, None if input_file.of_split else config.split, seen)
     name = f"plan/index/{hashlib.sha256(relpath.encode()).hexdigest()[:16]}-{content}.parquet"
@@ -262,7 +266,7 @@ class Reader:
         """`storage` is the run, where the indexes are."""
         self.source = source
         self.opened = _open(source, config, storage)
-        self.root = config.image_root or os.path.dirname(source.path)
+        self.root = config.image_root or (source.path if os.path.isdir(source.path) else os.path.dirname(source.path))
         if source.kind == "hosted":
             self.root = config.image_root or ("" if source.path.startswith(HUB) else source.path)
         # img2dataset's folder was listed by us, so that it may be a link; what the images in it are may not lead out.

@@ -33,6 +33,7 @@ ERROR_CODES = (
     "git_lfs_pointer",
     "xml_or_svg",
     "other_format",
+    "no_decoder",
     "not_an_image",
     "truncated",
     "too_many_pixels",

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
+
+from blip.data.formats.folder import ImagesWithSidecars
 
 HUB = "hf:"
 """Prefix of the name of a data set on the hub."""
@@ -71,9 +74,14 @@ def read_range(path: str, start: int, size: int, opened: int | None = None) -> b
 
 
 def stat_of(path: str) -> tuple[int, float, str | None]:
-    """Return (bytes, time of the last change, the store's tag or None). FileNotFoundError if the file is gone."""
+    """Return (bytes, time of the last change, the store's tag or None). FileNotFoundError if the file is gone.
+
+    Both numbers are 0 for a folder of images with side-cars, whose files have sizes and times of their own.
+    """
     if not is_remote(path):
         info = os.stat(path)
+        if stat.S_ISDIR(info.st_mode):
+            return 0, 0.0, None
         return info.st_size, info.st_mtime, None
     import fsspec
 
@@ -85,7 +93,12 @@ def stat_of(path: str) -> tuple[int, float, str | None]:
 
 
 def content_of(path: str) -> str:
-    """Hash a file's size, beginning, end and 16 places between: quick for any size."""
+    """Hash a file's size, beginning, end and 16 places between: quick for any size.
+
+    Of a folder, the names and sizes of its images and all captions in side-cars.
+    """
+    if not is_remote(path) and os.path.isdir(path):
+        return ImagesWithSidecars(Path(path)).identity()[:16]
     size, _, tag = stat_of(path)
     h = hashlib.sha256(f"{size} {tag or ''}".encode())
     if tag is None:
@@ -118,6 +131,7 @@ def changed(source: PlannedSource) -> str | None:
         return "the file is gone"
     if size != source.size:
         return f"the file had {source.size:,} bytes and has {size:,} now"
-    if (is_remote(source.path) or mtime != source.mtime) and content_of(source.path) != source.content:
-        return "the file's content is another now"
+    untimed = is_remote(source.path) or os.path.isdir(source.path)
+    if (untimed or mtime != source.mtime) and content_of(source.path) != source.content:
+        return "its content is another now"
     return None

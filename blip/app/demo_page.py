@@ -26,6 +26,7 @@ from starlette.responses import PlainTextResponse
 
 from blip.app.demo import MAX_BYTES, MAX_PIXELS, MOST_CAPTIONS, MOST_HITS, Demo, probability
 from blip.app.exit import one_line
+from blip.data.images import NAMES
 from blip.errors import DataError
 
 if TYPE_CHECKING:
@@ -254,7 +255,7 @@ def layout(demo: Demo) -> gr.Blocks:
             with gr.Column(scale=2):
                 image = upload()
                 megapixels = MAX_PIXELS // 1_000_000
-                gr.Markdown(f"JPEG, PNG, WEBP, GIF or BMP; up to {MAX_BYTES >> 20} MB and {megapixels} million pixels.")
+                gr.Markdown(f"{NAMES}; up to {MAX_BYTES >> 20} MB and {megapixels} million pixels.")
             with gr.Column(scale=3):
                 _caption_tab(demo, image, model)
                 _answer_tab(demo, image, model)

@@ -49,7 +49,7 @@ class InputImages(NamedTuple):
     paths: list[str]
     """Images, each once, in natural order (2 before 10)."""
     left_out: Counter[str]
-    """Number of files in folders that are not named like images, by extension."""
+    """Number of files in folders that are neither named like images nor side-cars of some, by extension."""
     walk: Walk
     """Record of the folders that could not be listed or were left out."""
     folders: Mapping[str, str] = {}
@@ -148,7 +148,7 @@ def read_images(
     return read_ahead(paths, batch, lambda path: _read_one(path, transform), threads)
 
 
-def reader(side: int) -> Callable[[Sequence[str | Path | Image.Image], int], Iterator[list[Tensor]]]:
+def reader(side: int) -> Callable[[Sequence[str | Path | bytes | Image.Image], int], Iterator[list[Tensor]]]:
     """What `Features` reads images by: (images, batch) -> lists of tensors (3, side, side), read ahead."""
     from blip.data.transforms import ImageReader  # with torch, for which wrong use need not wait
 

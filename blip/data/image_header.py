@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import re
 import struct
+import zlib
 from collections.abc import Iterator
 
 from PIL import Image
 
+from blip.data import tiff
 from blip.errors import UnreadableImage
 
 MAX_BYTES = 256 << 20
@@ -44,8 +46,9 @@ _PNG_KIND = re.compile(rb"\w{4}")
 _PNG_KEPT = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"eXIf", b"acTL", b"fcTL", b"fdAT", b"IEND"})
 _PNG_TEXT = frozenset({b"tEXt", b"zTXt", b"iTXt"})
 _PNG_UPRIGHT = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
-"""Texts that may hold the orientation, kept up to a size that Pillow unpacks."""
-_PNG_TEXT_BYTES = 64 << 10
+"""Texts that may hold the orientation, a few of which are kept, up to a size that Pillow unpacks."""
+_PNG_TEXT_BYTES, _PNG_TEXTS = 64 << 10, 8
+_PNG_TEXT_UNPACKED = 1 << 19
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 
 
@@ -78,7 +81,9 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def count_frames(data: bytes, image: Image.Image) -> int:
-    """Frames of an image opened from `data`; those of a GIF, which are not in its header, are counted up to 10,000."""
+    """Frames or pages of an image opened from `data`, counted up to 10,000 where they are not in its header."""
+    if image.format == "TIFF":
+        return tiff.count_pages(data)
     if image.format != "GIF":
         return getattr(image, "n_frames", 1)
     frames = 0
@@ -162,7 +167,7 @@ def _jpeg_scans(data: bytes, at: int, most: int) -> int:
 
 
 def _png(data: bytes) -> bytes:
-    chunks, at, packed, parts = [(0, 8)], 8, 0, 0
+    chunks, at, packed, parts, texts = [(0, 8)], 8, 0, 0, 0
     whole, animated = True, False
     while at + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
@@ -176,7 +181,9 @@ def _png(data: bytes) -> bytes:
         animated |= kind == b"acTL"
         if kind == b"fcTL" and packed and animated:  # of the second frame, up to which Pillow reads
             break
-        if kind in _PNG_KEPT or _png_upright(data, at, length, kind):
+        upright = texts < _PNG_TEXTS and _png_upright(data, at, length, kind)
+        texts += upright
+        if kind in _PNG_KEPT or upright:
             chunks.append((at, end))
         else:
             whole = False
@@ -191,7 +198,26 @@ def _png(data: bytes) -> bytes:
 
 
 def _png_upright(data: bytes, at: int, length: int, kind: bytes) -> bool:
-    return kind in _PNG_TEXT and length <= _PNG_TEXT_BYTES and data.startswith(_PNG_UPRIGHT, at + 8)
+    if kind not in _PNG_TEXT or length > _PNG_TEXT_BYTES or not data.startswith(_PNG_UPRIGHT, at + 8):
+        return False
+    if kind == b"tEXt":
+        return True
+    body = data[at + 8 : at + 8 + length].partition(b"\0")[2]
+    if kind == b"iTXt":
+        flag, method, rest = body[:1], body[1:2], body[2:]
+        if flag == b"\0":
+            return True
+        packed = rest.partition(b"\0")[2].partition(b"\0")[2]
+    else:
+        method, packed = body[:1], body[1:]
+    return method == b"\0" and _unpacks(packed)
+
+
+def _unpacks(packed: bytes) -> bool:
+    """Whether compressed text unpacks to no more than is kept."""
+    with contextlib.suppress(zlib.error):
+        return len(zlib.decompressobj().decompress(packed, _PNG_TEXT_UNPACKED)) < _PNG_TEXT_UNPACKED
+    return False
 
 
 def _check_packed(data: bytes, packed: int) -> None:
@@ -278,8 +304,10 @@ def _bmp(data: bytes) -> None:
 
 
 def cut_off(data: bytes) -> bool:
-    """Whether a WEBP has fewer bytes than its header declares, which its decoder reports like other damage."""
-    return data.startswith(b"RIFF") and data[8:12] == b"WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data)
+    """Whether a WEBP or TIFF has fewer bytes than its header declares, which decoders report like other damage."""
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return int.from_bytes(data[4:8], "little") + 8 > len(data)
+    return tiff.is_cut_off(data)
 
 
 def webp_size(data: bytes) -> tuple[int, int] | None:

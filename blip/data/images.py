@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
+import hashlib
 import io
 import os
 import stat
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import AvifImagePlugin, ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from blip.data import isobmff, tiff
 from blip.data.image_header import MAX_BYTES, check_size, cut_off, screened, webp_size
+from blip.data.jpeg_end import with_end
 from blip.errors import BadSample, Stopped, UnreadableImage
-
-if TYPE_CHECKING:
-    pass
 
 T = TypeVar("T")
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""Formats that are decoded. Pillow's others are rarely needed for images of the web and have most of its holes."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+"""Formats that Pillow decodes here. Its others are rarely needed for images of the web and have most of its holes."""
+NAMES = ", ".join((*FORMATS, "HEIC"))
+"""All formats that are decoded, for messages; HEIC if pillow-heif is installed."""
 MAX_MEMORY = 1 << 30
 """Most bytes of memory for decoding one image, without its file."""
 _WEBP = 18
 """Bytes per pixel that libwebp's canvases and Pillow's copies take together."""
+_COLOUR_DIFFERENCES = 20
+"""Bytes per pixel that the planes of an AVIF or HEIC and their copies take together."""
 _BAND = 4_000_000
 """Pixels converted at a time."""
 _TURNS = {
@@ -43,8 +49,6 @@ _TURNS = {
 
 _OTHER = {
     b"%PDF": "is a PDF document",
-    b"II*\0": "is a TIFF image",
-    b"MM\0*": "is a TIFF image",
     b"PK\x03\x04": "is a zip archive",
     b"\x1f\x8b": "is a gzip file",
     b"8BPS": "is a Photoshop document",
@@ -54,12 +58,13 @@ _CUT_OFF = ("truncated", "broken data stream", "unexpected end")
 
 
 def decode(image: bytes | Path | Image.Image, max_pixels: int, at_least: int | None = None) -> Image.Image:
-    """Decode to RGB: upright by its EXIF tag, transparency over white, first frame of an animation.
+    """Decode to RGB: upright by its EXIF tag, transparency over white, first frame or page.
 
     The header is checked against `max_pixels`, the limits on sides and aspect ratio, and 1 GiB of memory before any
     pixel is decoded, and so is the work that the bytes require. `at_least` allows a JPEG to be decoded at a fraction of
     its size as long as both sides keep that many pixels, which is several times faster for photographs. Raises
-    UnreadableImage for any error of the decoder; a truncated file is refused.
+    UnreadableImage for any error of the decoder; a truncated file is refused, except for a JPEG of which only the end
+    after its pixels is missing.
     """
     with own_fault():
         if isinstance(image, Image.Image):
@@ -78,6 +83,62 @@ def decode(image: bytes | Path | Image.Image, max_pixels: int, at_least: int | N
             raise UnreadableImage(
                 "truncated", f"is cut off: it has {len(data):,} bytes, fewer than its header says"
             ) from None
+
+
+def from_array(pixels: np.ndarray) -> Image.Image:
+    """An image of pixels (H, W) or (H, W, 3 or 4), uint8, that `decode` takes. Raises ValueError for other arrays."""
+    if pixels.dtype != np.uint8:
+        raise ValueError(f"an image array of {pixels.dtype}: give uint8, from 0 to 255")
+    if pixels.ndim == 4:
+        raise ValueError(f"an array of shape {pixels.shape} is not one image: give a list of its images")
+    if not (pixels.size and (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4)))):
+        raise ValueError(f"an image array of shape {pixels.shape}: give (H, W), (H, W, 3) or (H, W, 4)")
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Open encoded bytes: header only, without metadata, by the formats that are allowed. Raises as Pillow does.
+
+    UnreadableImage if decoding would take more work than the pixels justify, or a decoder is not installed.
+    """
+    if isobmff.is_isobmff(data):
+        header, data = isobmff.read_header(data)
+        return _open_avif(data) if header.codec == "AVIF" else _open_heic(data)
+    if not data.startswith(tiff.MAGIC):
+        return Image.open(io.BytesIO(screened(data)), formats=FORMATS)
+    _silence_libtiff()
+    try:
+        return Image.open(io.BytesIO(tiff.first_page(data)), formats=["TIFF"])
+    except UnidentifiedImageError:
+        raise UnreadableImage("other_format", "is a TIFF image of a rare kind, or damaged in its header") from None
+
+
+def _open_avif(data: bytes) -> Image.Image:
+    if not AvifImagePlugin.SUPPORTED:
+        raise UnreadableImage("no_decoder", "is an AVIF image, for which this Pillow was built without a decoder")
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # images are decoded side by side, and more threads take more memory
+    return Image.open(io.BytesIO(data), formats=["AVIF"])
+
+
+def _open_heic(data: bytes) -> Image.Image:
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError:
+        raise UnreadableImage("no_decoder", "is a HEIC image: pip install 'pillow-heif>=1'") from None
+    try:
+        return HeifImageFile(io.BytesIO(data))
+    except SyntaxError:
+        raise UnreadableImage("not_an_image", "is a HEIC image that is damaged in its header") from None
+
+
+@functools.cache
+def _silence_libtiff() -> None:
+    """Turn off the messages that libtiff prints itself; Pillow raises an error or there is nothing to say."""
+    with contextlib.suppress(OSError, AttributeError):  # where Pillow is linked in another way
+        library = ctypes.CDLL(Image.core.__file__)
+        for set_handler in (library.TIFFSetErrorHandler, library.TIFFSetWarningHandler):
+            set_handler.argtypes, set_handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+            set_handler(None)
 
 
 def model_input(
@@ -108,12 +169,12 @@ def own_fault() -> Iterator[None]:
     except (BadSample, Stopped):
         raise
     except UnidentifiedImageError:
-        reason = f"not one of {', '.join(FORMATS)}, or damaged in its first bytes"
+        reason = f"not one of {NAMES}, or damaged in its first bytes"
         raise UnreadableImage("not_an_image", reason) from None
     except MemoryError:
         raise UnreadableImage("too_much_memory", "too little memory to decode it") from None
     except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, struct.error, IndexError, ...
-        code = "truncated" if any(words in str(error) for words in _CUT_OFF) else "decoder_error"
+        code = "truncated" if _is_cut(error) else "decoder_error"
         raise UnreadableImage(code, f"{type(error).__name__}: {str(error)[:200]}") from None
 
 
@@ -142,10 +203,6 @@ def _foreign(data: bytes) -> tuple[str, str] | None:
     for start, what in _OTHER.items():
         if data.startswith(start):
             return "other_format", what
-    if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1"):
-        return "other_format", "is a HEIC image"
-    if data[4:12] in (b"ftypavif", b"ftypavis"):
-        return "other_format", "is an AVIF image"
     text = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
         return "html_page", "is an HTML page, not an image: the download failed"
@@ -156,18 +213,32 @@ def _foreign(data: bytes) -> tuple[str, str] | None:
 
 def _decode(data: bytes, max_pixels: int, at_least: int | None) -> Image.Image:
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # a library that sets it would fill half an image with grey in silence
-    if size := webp_size(data):  # Pillow lets the decoder allocate the canvas before anybody can look
-        check_size(*size, max_pixels)
-        _check_memory(size[0] * size[1] * _WEBP)
-    rgb, turn = _as_stored(screened(data), max_pixels, at_least)
+    # Pillow lets these decoders allocate the canvas before anybody can look.
+    for size, cost in ((webp_size(data), _WEBP), (isobmff.coded_size(data), _COLOUR_DIFFERENCES)):
+        if size:
+            check_size(*size, max_pixels)
+            _check_memory(size[0] * size[1] * cost)
+    try:
+        rgb, turn = _as_stored(data, max_pixels, at_least)
+    except OSError as error:
+        if not (data.startswith(b"\xff\xd8") and _is_cut(error)):
+            raise
+        ended = with_end(data, lambda one: hashlib.sha256(_as_stored(one, max_pixels)[0].tobytes()).digest())
+        if ended is None:
+            raise
+        rgb, turn = _as_stored(ended, max_pixels, at_least)
     return _turned(rgb, turn)  # what was decoded is freed by now
 
 
-def _as_stored(data: bytes, max_pixels: int, at_least: int | None) -> tuple[Image.Image, Image.Transpose | None]:
+def _is_cut(error: Exception) -> bool:
+    return any(words in str(error) for words in _CUT_OFF)
+
+
+def _as_stored(data: bytes, max_pixels: int, at_least: int | None = None) -> tuple[Image.Image, Image.Transpose | None]:
     """Convert to RGB; returns the image, and the transposition that sets it upright."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the limit below is the one that counts
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with open_image(data) as image:
             check_size(*image.size, max_pixels)
             buffered = _jpeg_buffer(image)
             if at_least and image.format == "JPEG":
@@ -200,6 +271,8 @@ def _jpeg_buffer(image: Image.Image) -> float:
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
     try:
+        if tiff.is_exhausting(image.info.get("exif") or b""):
+            return None
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # a damaged EXIF block says nothing about the pixels
         return None

@@ -108,12 +108,12 @@ def unnormalise(image: Tensor) -> Tensor:
 
 
 class ImageReader:
-    """Read images for a model: a path or PIL image -> tensor (3, S, S), normalised as in evaluation."""
+    """Read images for a model: a path, bytes or PIL image -> tensor (3, S, S), normalised as in evaluation."""
 
     def __init__(self, side: int, max_pixels: int = DataConfig.max_pixels) -> None:
         self.transform, self.max_pixels = EvalTransform(side), max_pixels
 
-    def __call__(self, image: str | Path | Image.Image) -> Tensor:
+    def __call__(self, image: str | Path | bytes | Image.Image) -> Tensor:
         """DataError names an image that cannot be used."""
         try:
             return model_input(Path(image) if isinstance(image, str) else image, self.max_pixels, self.transform)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 import warnings
 from collections.abc import Callable
@@ -13,8 +12,8 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageFile
 
-from blip.data.image_header import count_frames, screened
-from blip.data.images import FORMATS, UnreadableImage, model_input
+from blip.data.image_header import count_frames
+from blip.data.images import UnreadableImage, model_input, open_image
 from blip.errors import BadSample
 from blip.text import clean_caption
 from capfilt import schema
@@ -119,7 +118,7 @@ def _header(data: bytes, facts: dict) -> bool:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(screened(data)), formats=FORMATS) as image:
+            with open_image(data) as image:
                 facts |= {"width": image.width, "height": image.height, "format": image.format, "n_frames": 1}
                 facts["n_frames"] = count_frames(data, image)
         return True
@@ -131,7 +130,7 @@ def _lenient(data: bytes, note: Callable[[Image.Image], T]) -> T | None:
     """Apply `note` to a truncated image with its missing part grey, as the original release trained on."""
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     try:
-        with Image.open(io.BytesIO(screened(data)), formats=FORMATS) as image:
+        with open_image(data) as image:
             return note(image.convert("RGB"))
     except Exception:
         return None

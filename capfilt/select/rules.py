@@ -12,7 +12,8 @@ from blip.text import LONGEST
 
 _ADDRESS = re.compile(r"https?://|www\.|\b[\w-]+\.(?:com|org|net|jpg|html?)\b", re.IGNORECASE)
 _FILE = re.compile(
-    r"^\s*(?:(?:img|dsc|dscn|image|photo|screenshot|p)[_\- ]?\d+|[\w\-]+\.(?:jpe?g|png|gif|webp|bmp))\s*$",
+    r"^\s*(?:(?:img|dsc|dscn|image|photo|screenshot|p)[_\- ]?\d+|"
+    r"[\w\-]+\.(?:jpe?g|png|gif|webp|bmp|avif|hei[cf]|tiff?))\s*$",
     re.IGNORECASE,
 )
 _BOILERPLATE = re.compile(

@@ -91,7 +91,7 @@ ODD = {
     "empty": (b"", "decode_error", "empty_file"),
     "svg": (b"<svg xmlns='x'/>", "decode_error", "xml_or_svg"),
     "noise": (b"\x01\x02\x03" * 50, "decode_error", "not_an_image"),
-    "tiff": (b"II*\0" + b"\0" * 50, "decode_error", "other_format"),
+    "tiff": (b"II*\0" + b"\0" * 50, "decode_error", "not_an_image"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\n", "decode_error", "git_lfs_pointer"),
     "bomb": (with_crc(BOMB), "too_large", "too_many_pixels"),
     "thin": (
@@ -105,6 +105,8 @@ ODD = {
     "palette": (jpeg(4, form="PNG", mode="P"), "ok", None),
     "gif": (animation("GIF"), "ok", None),
     "webp": (animation("WEBP"), "ok", None),
+    "avif": (animation("AVIF"), "ok", None),
+    "pages": (animation("TIFF"), "ok", None),
     "turned": (rotated(), "ok", None),
 }
 
@@ -125,6 +127,8 @@ def test_every_odd_image_has_its_status_and_harms_no_other(tmp_path):
         assert row["web_text"] == ["an odd one"]
     assert (rows["odd_turned"]["width"], rows["odd_turned"]["height"]) == (10, 30)
     assert rows["odd_gif"]["n_frames"] == rows["odd_webp"]["n_frames"] == 2
+    assert rows["odd_avif"]["n_frames"] == rows["odd_pages"]["n_frames"] == 2
+    assert (rows["odd_avif"]["format"], rows["odd_pages"]["format"]) == ("AVIF", "TIFF")
     assert "image.animated" in rows["odd_gif"]["rule_flags"]
     # The same image with the same id: only its row number in the file, and so its id, may be another.
     same = ["image_sha256", "width", "status", "web_text", "itm_web", "itc_web", "rule_flags"]

@@ -60,6 +60,18 @@ def metadata(name, *files):
     return text(name, lines([{"file_name": file, "text": file.strip("./")[0]} for file in files]))
 
 
+def photos(folder):
+    """Side-cars of either kind, of several captions, none, named after the stem and the file, in a subfolder."""
+    (folder / "0.txt").write_text("\ufeffa 0\r\n\n a second \n")
+    (folder / "1.jpg.txt").write_text("a 1")
+    (folder / "1.txt").write_text("of another program")
+    (folder / "2.txt").write_text(" \n")
+    (folder / "x" / "0.caption").write_text("x 0")
+    (folder / "y" / "y.TXT").write_bytes(b"\xff\xfe")
+    (folder / "notes.txt").write_text("no image is called so")
+    (folder / ".hidden.jpg").write_bytes(jpeg(0))
+
+
 def shards(folder):
     for k in range(3):
         (folder / f"{k:02}.jsonl").write_text(json.dumps(entries()[k]))
@@ -186,6 +198,22 @@ CASES = {
     "data set": (saved, "saved", "train", [["a"], ["b"]]),
     "data set, no split": (saved, "saved", None, "saved: set split to one of train, got None"),
     "compressed": (text("a.tar.gz", "x"), "a.tar.gz", None, "a.tar.gz is compressed"),
+    "side-cars": (photos, "", None, [["a 0", "a second"], ["a 1"], None, None, ["x 0"], None, None]),
+    "side-cars of a split": (text("train/y.txt", "a y"), "", "train", [["a y"]]),
+    "side-cars, no split": (text("0.txt", "a"), "", "dev", "have no splits"),
+    "side-cars, shared": (
+        both(text("0.txt", "a"), text("0.png", "")),
+        "",
+        None,
+        "1 side-car (0.jpg and 0.png share 0.txt): name each after its image, as 0.jpg.txt",
+    ),
+    "side-cars of two images": (
+        both(text("0.txt", "of the other"), text("0.jpg.txt", "a 0"), text("0.png", "")),
+        "",
+        None,
+        [["a 0"], ["of the other"], None, None, None, None, None, None],
+    ),
+    "side-cars beside metadata": (both(text("0.txt", "a"), metadata("metadata.jsonl", "1.jpg")), "", None, [["1"]]),
     "nothing to read": (text("a.txt", "x"), "", None, "a folder without shards"),
 }
 

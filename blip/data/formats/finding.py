@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from blip.data.formats.folder import images_beside, metadata
+from blip.data.formats.folder import ImagesWithSidecars, images_beside, metadata
 from blip.data.paths import alternatives, check_spec, is_pattern, present
 from blip.data.settings import SourceConfig
 from blip.errors import DataError
@@ -18,8 +18,8 @@ _SHARDS = {"tar": ("tar",), "parquet": ("parquet",), "json": ("jsonl", "ndjson")
 """Format -> endings of its shards in a folder."""
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 _EXPECTED = (
-    f"expected {', '.join(_FORMATS)} files, a folder of shards (.tar, .parquet, .jsonl, .ndjson), or one with "
-    "metadata.jsonl"
+    f"expected {', '.join(_FORMATS)} files, a folder of shards (.tar, .parquet, .jsonl, .ndjson), or one of images "
+    "with metadata.jsonl or a .txt beside each"
 )
 
 
@@ -27,7 +27,9 @@ class SourceFile(NamedTuple):
     """A file, or the folder of a saved data set."""
 
     format: str
-    """json, imagefolder (its metadata), files (img2dataset's parquet), parquet, tar or dataset."""
+    """json, imagefolder (its metadata, or a folder of images with side-cars), files (img2dataset's parquet), parquet,
+    tar or dataset.
+    """
     path: Path
     of_split: bool = False
     """Whether the whole file belongs to the requested split, because it is in a folder of that name."""
@@ -84,12 +86,16 @@ def _in(folder: Path, what: str, format: str, split: str | None) -> list[SourceF
         return [SourceFile("dataset", folder)]
     if format in ("auto", "imagefolder"):
         chosen = metadata(folder / split) if split else []
+        if not chosen and split and _has_sidecars(folder / split):
+            chosen = [folder / split]
         if chosen:
             return [SourceFile("imagefolder", file, True) for file in chosen]
     by_format = {
         kind: sorted(file for suffix in ends for file in folder.glob(f"*.{suffix}")) for kind, ends in _SHARDS.items()
     }
     by_format["imagefolder"] = metadata(folder)
+    if not any(by_format.values()) and format in ("auto", "imagefolder") and _has_sidecars(folder):
+        return [SourceFile("imagefolder", folder)]
     if format != "auto":
         return _all(folder, what, format, by_format.get(format, []))
     tars = {file.stem for file in by_format["tar"]}
@@ -105,13 +111,20 @@ def _in(folder: Path, what: str, format: str, split: str | None) -> list[SourceF
 
 def _all(folder: Path, what: str, kind: str, files: Sequence[Path]) -> list[SourceFile]:
     if kind == "imagefolder" and not files:
-        raise DataError(f"{what} {folder}: no metadata.jsonl or metadata.csv with file_name and a caption column")
+        raise DataError(
+            f"{what} {folder}: no metadata.jsonl or metadata.csv with file_name and a caption column, and no image "
+            "with a .txt or .caption beside it"
+        )
     if not files:
         raise DataError(
-            f"{what} {folder}: a folder without shards (.tar, .parquet, .jsonl, .ndjson), metadata.jsonl, metadata.csv "
-            "or a saved data set"
+            f"{what} {folder}: a folder without shards (.tar, .parquet, .jsonl, .ndjson), metadata.jsonl, "
+            "metadata.csv, images with a .txt or .caption beside them, or a saved data set"
         )
     return [SourceFile("files" if kind == "parquet" and images_beside(f).is_dir() else kind, f) for f in files]
+
+
+def _has_sidecars(folder: Path) -> bool:
+    return folder.is_dir() and bool(ImagesWithSidecars(folder).sidecars)
 
 
 def is_dataset(folder: str | Path) -> bool:

@@ -27,7 +27,7 @@ from blip import dist
 from blip.data.formats import table
 from blip.data.formats.finding import SourceFile, find, format_of
 from blip.data.formats.finding import shard_files as shard_files
-from blip.data.formats.folder import Downloaded
+from blip.data.formats.folder import Downloaded, ImagesWithSidecars
 from blip.data.formats.hosted import in_cache, load_parquet, open_dataset, rows_at
 from blip.data.formats.json_rows import Note
 from blip.data.formats.parquet import chosen_columns, parquet_file
@@ -127,7 +127,9 @@ class ListedRows:
         self.weight, self.kind = config.weight, config.kind
         self.files = [one.path for one in files]
         self._config = dataclasses.replace(config, split=None) if all(one.of_split for one in files) else config
-        self.roots = [root_of(config, file.parent) for file in self.files]
+        self.roots = [root_of(config, file if file.is_dir() else file.parent) for file in self.files]
+        self._contents: list[str] = []
+        """Of folders of images with side-cars."""
         self.notes: list[str] = []
         """Notes for the user about the source, logged at the start."""
         seen: Counter[str] = Counter()
@@ -142,6 +144,12 @@ class ListedRows:
         self._check_some_exist()
 
     def _read(self, one: SourceFile, seen: Counter[str]) -> Iterator[StoredRow]:
+        if one.format == "imagefolder" and one.path.is_dir():
+            refuse_split(self._config.split, self._config.path, "folders of images with side-cars")
+            captioned = ImagesWithSidecars(one.path)
+            self.notes += captioned.notes
+            self._contents.append(captioned.identity())
+            return captioned.rows(columns_of(self._config))
         if one.format != "files":
             return table.rows(one.path, columns_of(self._config), self._config.split, seen, self.notes.append)
         refuse_split(self._config.split, self._config.path, "parquet sources")
@@ -207,7 +215,8 @@ class ListedRows:
         return Record(self.key(row), contained(image, self._root(row)), captions)
 
     def identity(self) -> str:
-        return _identity(self.files, len(self), self._config)
+        own = _identity([file for file in self.files if not file.is_dir()], len(self), self._config)
+        return own + json.dumps(self._contents) if self._contents else own
 
 
 def _blocks(rows: Iterable[tuple[str, list[str] | None, int, int]], size: int) -> Iterator[tuple]:

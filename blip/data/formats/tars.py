@@ -22,11 +22,12 @@ from blip.errors import BadSample, DataError
 if TYPE_CHECKING:
     from blip.data.formats.parquet import RowGroups
 
-IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
+IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "avif", "heic", "heif", "tif", "tiff"})
+"""Endings of the names of images, wherever files are listed."""
 TEXTS = frozenset({"txt", "caption"})
 TEXT_COLUMN = "caption"
 """Column that a text member provides; other columns are in the JSON member."""
-EXPECTED = "NAME.jpg (or .png, .webp, .gif, .bmp) with NAME.txt, NAME.caption or NAME.json"
+EXPECTED = "NAME.jpg (or .png, .webp, .gif, .bmp, .avif, .heic, .tif) with NAME.txt, NAME.caption or NAME.json"
 """Naming of a sample's members, for messages."""
 MAX_EXTENDED = 64 << 10
 """Most bytes of extended headers of one member; names and times take some hundred."""
@@ -38,8 +39,8 @@ _RECORD = tarfile.RECORDSIZE
 """Bytes to multiples of which tar pads its files: 10,240."""
 _PAX = frozenset({tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE})
 _EXTENDED = _PAX | {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
-_TAIL, _NO_TAIL = 8, (IMAGES - {"bmp"}) | TEXTS | {"json"}
-"""Number of zeros with which no member of these extensions ends; a black BMP and other files may."""
+_TAIL, _NO_TAIL = 8, frozenset({"jpg", "jpeg", "png", "webp", "gif", "json"}) | TEXTS
+"""Number of zeros with which no member of these extensions ends; a black BMP or TIFF and other files may."""
 _DIGITS = len(f"{MAX_EXTENDED} ")
 _FEW = 20
 """A shard gets a note if fewer than one in this many samples is complete."""
