@@ -5,6 +5,7 @@ A model that has seen only synthetic shapes says nothing about photographs, and 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -72,7 +73,10 @@ _printed: list[str] = []
 
 
 def print_note(trained_on: Sequence[str], *, once: bool = False) -> None:
-    """Print on stderr that a model knows only synthetic shapes, if so; with `once`, only the first time."""
-    if is_synthetic(trained_on) and not (once and _printed):
+    """Print on stderr that a model knows only synthetic shapes, if so; with `once`, only the first time.
+
+    Of the processes of a launcher the first prints it.
+    """
+    if is_synthetic(trained_on) and not (once and _printed) and os.environ.get("RANK", "0") == "0":
         _printed.append(NOTE)
         print(f"note: {NOTE}", file=sys.stderr, flush=True)

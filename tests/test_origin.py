@@ -141,6 +141,13 @@ def test_loading_says_so_once_a_load_and_once_a_command(shapes, tmp_path, capsys
     assert capsys.readouterr().err == NOTE
 
 
+def test_of_several_processes_one_says_so(capsys, monkeypatch):
+    for rank, printed in (("0", NOTE), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        origin.print_note(SHAPES)
+        assert capsys.readouterr().err == printed
+
+
 def test_others_are_loaded_without_a_word(tmp_path, capsys):
     checkpoint.save_pretrained(Blip(SMALLEST), TOKENIZER, tmp_path / "m", trained_on=["other images", *SHAPES])
     blip.load(tmp_path / "m")

@@ -135,6 +135,8 @@ _METRICS = {
     "all_true": ("accuracy", "Captions without a false claim"),
 }
 """Our score -> type and name of the metric on the hub."""
+_HERE = "path/to/this/folder"
+"""Folder that the example of a card loads, unless the model has a name on the hub."""
 _LONGEST = 100
 """Most characters of a name."""
 _DIRECTIONS = {"tr": "Image to text", "ir": "Text to image", "r": "Recall"}
@@ -159,9 +161,7 @@ def _plain(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:_LONGEST]
 
 
-def own_card(
-    model: Any, body: str | Facts, licence: str | None, trained_on: Sequence[str], where: str = "path/to/this/folder"
-) -> str:
+def own_card(model: Any, body: str | Facts, licence: str | None, trained_on: Sequence[str], where: str = _HERE) -> str:
     """README.md of a model folder of ours: metadata as the hub reads it, then text.
 
     `body` is the text, or the facts to write it from; `where` is the name or folder that the example loads. Scores that
@@ -191,7 +191,7 @@ def own_card(
         license=licence or "other",
         pipeline_tag=pipeline,
         tags=["blip", *TASKS[task].tags],
-        model_name=_slug(where.rpartition("/")[2]) if results else None,
+        model_name=(type(model).__name__ if where == _HERE else _slug(where.rpartition("/")[2])) if results else None,
         eval_results=results or None,
     )
     if isinstance(body, str) and body:
