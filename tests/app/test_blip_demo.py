@@ -333,8 +333,10 @@ def test_wrong_use_is_one_line(monkeypatch, capfd, model, tmp_path):  # noqa: F8
     assert "no images in" in refused(capfd, "--model", model, "--folder", tmp_path)
 
 
-def test_every_model_gets_the_tokenizer_that_is_given(monkeypatch, capfd):
+def test_every_model_gets_the_tokenizer_that_is_given(monkeypatch, capfd, tmp_path):
     requests = []
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.pth").touch()
 
     def load(where, *_, tokenizer=None, **options):
         requests.append((where, tokenizer))
