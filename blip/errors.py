@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+DOCS = "https://openblip.readthedocs.io"
+"""Address of the documentation, which an installed package does not hold; messages name its pages by their titles."""
+
 
 class Stopped(RuntimeError):
     """A run ended; the message is complete: what happened, where, and what to do."""

@@ -534,11 +534,18 @@ def of_function(function: Callable[..., Any]) -> type:
 # Programs -------------------------------------------------------------------------------------------------------------
 
 
-def carry_out(program: str, args: Sequence[str], verbs: Mapping[str, str], package: str, about: str) -> int:
+def carry_out(
+    program: str,
+    args: Sequence[str],
+    verbs: Mapping[str, str],
+    package: str,
+    about: str,
+    check: Callable[[Any], None] = lambda chosen: None,
+) -> int:
     """Run a command line with the module of `package` named by its first word; returns the exit status.
 
     The module has `run(options) -> exit status`, whose annotation is the dataclass of its options, and `EXAMPLE`, the
-    end of its help.
+    end of its help. `check` gets the options before the module is run.
     """
     name = verb(program, args, verbs, about)
     if name is None:
@@ -547,6 +554,7 @@ def carry_out(program: str, args: Sequence[str], verbs: Mapping[str, str], packa
     chosen = read(options_of(module), args[1:], f"{program} {name}", examples=module.EXAMPLE)
     if sys.stdout is None:  # the next file opened would get its number and receive the answers
         raise ValueError("standard output is closed; redirect it to /dev/null")
+    check(chosen)
     return module.run(chosen)
 
 

@@ -12,17 +12,19 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tokenizers
 import torch
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from blip import hub
 from blip.nn.settings import TextConfig
 from blip.text import LONGEST
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PAD, UNK, CLS, SEP, MASK, DEC, ENC = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"
 _WORLD = Path(__file__).parent / "world" / "tokenizer"
@@ -46,6 +48,8 @@ class Tokenizer:
 
     def __init__(self, pieces: tokenizers.Tokenizer, where: str = "tokenizer"):
         """Take a WordPiece tokenizer; [DEC] and then [ENC] are added unless it has them. Raises ValueError."""
+        from transformers import PreTrainedTokenizerFast  # here, because transformers is slow to import
+
         self.where = where
         self._check_vocabulary(pieces)
         # Lengths are an argument of every call; what a file says of them could be contradictory.
@@ -338,5 +342,7 @@ def _from_hub(name: str) -> tokenizers.Tokenizer:
 
 
 def _auto(name: str, *, local_files_only: bool) -> tokenizers.Tokenizer:
+    from transformers import AutoTokenizer
+
     fast = AutoTokenizer.from_pretrained(name, local_files_only=local_files_only, trust_remote_code=False)
     return _parsed(fast.backend_tokenizer.to_str(), name)

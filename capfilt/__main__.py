@@ -8,11 +8,12 @@ from typing import NoReturn
 
 from blip import options
 from blip.app import exit
+from blip.errors import DOCS
 
-ABOUT = """\
+ABOUT = f"""\
 Clean a noisy crawl of images and texts: a captioner adds synthetic texts, and a filter keeps the texts that match.
 
-  python -m capfilt plan --input 'cc/{00000..00331}.tar' --out run --captioner models/captioner --filter models/filter
+  python -m capfilt plan --input 'cc/{{00000..00331}}.tar' --out run --captioner models/captioner --filter models/filter
   python -m capfilt score run                    # repeat to continue; RANK and WORLD_SIZE of a launcher share the work
   python -m capfilt report run                   # look at the scores first
   python -m capfilt select run --policy blip --itm 0.5 --name half
@@ -20,7 +21,8 @@ Clean a noisy crawl of images and texts: a captioner adds synthetic texts, and a
   python -m capfilt run --input cc --out run --filter models/filter --to clean      # all steps
 
 Exit status: 0 done, 2 wrong use or damaged source files, 3 parts that failed or are not scored, 4 accounts that do not
-agree, 130 interrupted. See docs/capfilt.md.
+agree, 130 interrupted. See "CapFilt: cleaning a
+crawl" at {DOCS}.
 """
 VERBS = {
     "plan": "list the input and split it into parts; no GPU needed",

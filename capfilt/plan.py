@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from blip.checkpoints.naming import check_named
 from blip.data.formats.finding import SourceFile
 from blip.data.formats.splits import check_split
 from blip.data.paths import local
@@ -68,6 +69,8 @@ def make(out: str, config: ScoreConfig, reading: ReadConfig, part_size: int | No
     at_least(1, part_size=part_size)
     storage = open_storage(out)
     planned = Run.open(out) if storage.exists("job.json") else None
+    for where in filter(None, (config.captioner, config.filter) if config.scorer == "blip" else ()):
+        check_named(where)  # before torch is imported
     config = decided(config, planned and planned.config)
     resolved, reading = resolve(config), anchored(reading)
     files = _find_all(reading.inputs, reading.split)

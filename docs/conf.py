@@ -10,7 +10,9 @@ sys.path.insert(0, str(HERE.parent))
 
 project = "openblip"
 version = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]["version"]
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx_copybutton"]
+nb_execution_mode = "off"  # notebooks show the outputs that they were saved with
+copybutton_prompt_text = "$ "
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"openblip {version}"

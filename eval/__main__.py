@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from blip import options
 from blip.app import exit
+from blip.checkpoints.naming import check_named
 from eval.options import COMMANDS
 
 
@@ -30,6 +31,8 @@ def _measure(args: list[str]) -> None:
     if name is None:
         return
     chosen = read(name, args[1:])
+    if chosen_model := getattr(chosen, "model", None):
+        check_named(chosen_model)
     from eval.runner import measure  # imports torch: after help and typing errors
 
     measure(import_module(COMMANDS[name][1]).evaluate, chosen)

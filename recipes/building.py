@@ -25,6 +25,7 @@ from blip.models.families import TASKS
 from blip.models.presets import PRESETS, usual_options
 from blip.models.settings import BlipConfig
 from blip.nn.settings import TrainingOptions, VisionConfig
+from blip.origin import OTHER
 from blip.tokenizer import Tokenizer
 from blip.world import files
 
@@ -67,6 +68,12 @@ class ModelChoice:
     def origin(self) -> str:
         """Where training started, in words."""
         return f"from {self.start_from}" if self.start_from else "from initial weights"
+
+    def trained_on(self) -> tuple[str, ...]:
+        """Origins of the images behind the initial weights of the image encoder (`blip.origin`)."""
+        if self.start_from:
+            return checkpoint.trained_on(self.start_from) or (OTHER,)
+        return (OTHER,) if self.vision_weights else ()
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,13 @@ from blip.models.blip import Blip
 from blip.objectives.clip import Clip, ClipConfig
 from blip.objectives.objective import Objective
 from blip.objectives.pretrain import Pretrain, PretrainConfig
+from blip.origin import union
 from blip.train.loop import Result
 from blip.train.settings import TrainConfig
 from eval.retrieval import Gallery, retrieval
 from recipes import command
 from recipes.building import ModelChoice, WorldChoice, build_feed
-from recipes.run import begin, card, train
+from recipes.run import begin, card, measured, train
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def pretrain(run: PretrainRun) -> tuple[Result, Path]:
     out = Path(run.out)
     model, tokenizer = begin(run)
     data = build_feed(run.data, model.vision.image_size, tokenizer, run.train.seed)
+    trained_on = union(run.model.trained_on(), data[0].origins)
     objective = build_objective(run, model)
     evaluate = None
     if run.held_out:
@@ -101,8 +103,9 @@ def pretrain(run: PretrainRun) -> tuple[Result, Path]:
         about = f"Pre-trained for {result.steps} steps on {result.samples} pairs with `recipes.pretrain`."
         if run.clip:
             about += "\n\nCLIP's contrast trained the two towers only; match head and decoder keep their first weights."
-        scores = {name: f"{value:.2f}" for name, value in result.metrics.items()}
-        checkpoint.save_pretrained(model, tokenizer, out / "model", card=card(about, run.data.sources, scores))
+        scores = measured("validation", run.held_out, result.metrics, "{:.2f}".format) if run.held_out else []
+        facts = card(about, run.data.sources, scores, "classify" if run.clip else None)
+        checkpoint.save_pretrained(model, tokenizer, out / "model", facts, trained_on=trained_on)
         print(f"model written to {out / 'model'}")
     return result, out / "model"
 

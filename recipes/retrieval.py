@@ -46,7 +46,7 @@ def retrieve(run: RetrievalRun) -> tuple[Result, Path]:
     data = build_feed(run.data, model.vision.image_size, tokenizer, run.train.seed)
     held_out = open_evaluations(run, RetrievalEvaluation, run, model, tokenizer)
     about = f"For retrieval, and as a filter of image-text pairs; trained {run.model.origin} with `recipes.retrieval`."
-    best = BestModel(run, tokenizer, held_out, by="mean_recall", about=about, shown="{:.2f}".format)
+    best = BestModel(run, tokenizer, held_out, by="mean_recall", about=about, shown="{:.2f}".format, use="classify")
     return fine_tune(run, Retrieval(model, run.objective), data, best)
 
 

@@ -18,9 +18,11 @@ from torch import nn
 
 from blip import dist, files
 from blip.checkpoints import checkpoint
+from blip.checkpoints.card import Facts, Measured, Use
 from blip.data.ledger import Ledger
 from blip.data.settings import DataConfig, SourceConfig
 from blip.models.blip import Blip
+from blip.origin import union
 from blip.tensors import read_tensors
 from blip.tokenizer import Tokenizer
 from blip.train import log
@@ -99,10 +101,19 @@ def train(
     )
 
 
-def card(about: str, sources: Sequence[Any], scores: Mapping[str, str]) -> str:
-    """README.md of a model: description, training data, scores."""
-    lines = [f"- {s.path} ({s.kind})" if isinstance(s, SourceConfig) else f"- {s.path}" for s in sources]
-    return "\n".join([about, "", *lines, "", *(f"- {name}: {value}" for name, value in scores.items())])
+def card(about: str, sources: Sequence[Any], scores: Sequence[Measured], use: Use | None = None) -> Facts:
+    """Facts for the card of a model: description, training data, scores."""
+    lines = [f"{s.path} ({s.kind})" if isinstance(s, SourceConfig) else str(s.path) for s in sources]
+    return Facts(about, lines, scores, use)
+
+
+def measured(split: str, held_out: Any, scores: Scores, shown: Callable[[float], str]) -> list[Measured]:
+    """Scores on a held-out set, as the card shows them."""
+    source = held_out.source
+    path = Path(source.path)
+    name = "/".join(part for part in (path.parent.name, path.name.partition(".")[0]) if part)
+    split = getattr(source, "split", None) or split
+    return [Measured(name, split, metric, float(shown(value))) for metric, value in scores.items()]
 
 
 def fine_tune(run: FineTuneRun, objective: nn.Module, data: TrainingData, best: BestModel) -> tuple[Result, Path]:
@@ -112,6 +123,7 @@ def fine_tune(run: FineTuneRun, objective: nn.Module, data: TrainingData, best: 
     model's folder. The scores are those of results.json: validation scores under their own names, test scores as
     `test_...`.
     """
+    best.trained_on = union(run.model.trained_on(), data[0].origins)
     validation = best.evaluations.get("validation")
 
     def evaluate(objective: nn.Module) -> Scores:
@@ -168,17 +180,21 @@ class BestModel:
         by: str,
         about: str,
         shown: Callable[[float], str] = percent,
+        use: Use | None = None,
         beside: Mapping[str, str] | None = None,
     ) -> None:
         """`by` names the score of which the highest value is best.
 
-        `about` begins the model's README.md, `shown` formats the scores there; `beside` has names and contents of
+        `about` begins the model's README.md, `shown` formats the scores there, `use` is what the model is for, if its
+        class does not say; `beside` has names and contents of
         further files of the model's folder.
         """
         self.out = Path(run.out)
         self.folder = self.out / "model"
         self.run, self.tokenizer, self.evaluations = run, tokenizer, evaluations
-        self.by, self.about, self.shown, self.beside = by, about, shown, beside or {}
+        self.by, self.about, self.shown, self.use, self.beside = by, about, shown, use, beside or {}
+        self.trained_on: tuple[str, ...] = ()
+        """Origins of the images that the model has seen."""
 
     def offer(self, model: Any, answers: Any, scores: Scores) -> Scores:
         """Write a model if it beats all earlier ones; returns its scores with `best`, 1 or 0.
@@ -200,12 +216,17 @@ class BestModel:
                 results.unlink()
             if answers is not None:
                 self._record("validation", answers)
-            about = card(self.about, self.run.data.sources, {k: self.shown(v) for k, v in (scores or {}).items()})
-            checkpoint.save_pretrained(model, self.tokenizer, self.folder, card=about)
+            facts = self._facts({"validation": scores} if scores else {})
+            checkpoint.save_pretrained(model, self.tokenizer, self.folder, facts, trained_on=self.trained_on)
             for file, content in self.beside.items():
                 _replace(self.folder / file, content)
 
         _in_main(publish)
+
+    def _facts(self, scores: Mapping[str, Scores]) -> Facts:
+        """Facts for the card, with the scores on some of the held-out sets."""
+        rows = [row for name, of in scores.items() for row in measured(name, getattr(self.run, name), of, self.shown)]
+        return card(self.about, self.run.data.sources, rows, self.use)
 
     def _is_published(self, model: Any) -> bool:
         try:
@@ -226,6 +247,8 @@ class BestModel:
             results |= {"kept": best["step"], "epoch": best["epoch"], "validation": scores}
         if "test" in self.evaluations:
             results["test"] = self._tested(results) or self._test(model)
+            facts = self._facts({name: results[name] for name in ("validation", "test") if name in results})
+            _in_main(lambda: checkpoint.write_card(self.folder, model, facts, trained_on=self.trained_on))
         _in_main(lambda: _replace(self.out / RESULTS, json.dumps(results, indent=1) + "\n"))
         if dist.is_main():
             print(f"the model of step {results['kept']} is in {self.folder}, its scores in {self.out / RESULTS}")

@@ -307,7 +307,13 @@ def _target(target: str) -> list[Reading]:
 
 
 def _extras(args: list[str]) -> None:
-    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    """Refuse an extra that there is not, and this project's name, which is on no index."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    known = project["optional-dependencies"]
+    listed = {*project["dependencies"], *(one for extra in known.values() for one in extra)}
+    for word in args:
+        if re.match(r"[A-Za-z]", word) and word != "install" and word not in listed:
+            raise Unreadable(f"pyproject.toml does not require {word}")
     for wanted in re.findall(r"\[([\w,]+)\]", " ".join(args)):
         if missing := set(wanted.split(",")) - known.keys():
             raise Unreadable(f"pyproject.toml has no extra {', '.join(sorted(missing))}")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from functools import partial
+from typing import Any, NoReturn
 
 from blip import options
 from blip.app import exit
+from blip.app.commands.shared import MODEL_VARIABLE, ModelOptions
+from blip.checkpoints.naming import check_named
 from blip.errors import Stopped
 
 COMMANDS = {
@@ -29,7 +33,14 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line `args`, the process's own by default; returns or exits with its status."""
     args = sys.argv[1:] if args is None else args
     about = "BLIP: images and text."
-    return exit.run(lambda: options.carry_out("blip", args, COMMANDS, "blip.app.commands", about), also=Stopped)
+    carry_out = partial(options.carry_out, "blip", args, COMMANDS, "blip.app.commands", about, check_model)
+    return exit.run(carry_out, also=Stopped)
+
+
+def check_model(chosen: Any) -> None:
+    """Raise FileNotFoundError for a model that cannot exist, before torch is imported."""
+    if isinstance(chosen, ModelOptions) and (where := chosen.model or os.environ.get(MODEL_VARIABLE)):
+        check_named(where)
 
 
 def command() -> NoReturn:

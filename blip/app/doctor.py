@@ -19,14 +19,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from blip import processes, startup
-from blip.app import installed
+from blip import installed, processes, startup
 
-OK, MISSING, WRONG = "ok", "missing", "wrong"
+OK, UNTESTED, MISSING, WRONG = "ok", "untested", "missing", "wrong"
 _EXTRAS = {
     "demo": "the page of `blip demo`",
     "ray": "CapFilt on several machines",
     "video": "video clips",
+    "heif": "HEIC images, as telephones take them",
+    "serve": "the HTTP service, `blip serve`",
+    "language": "the language of captions, a score of CapFilt",
     "tensorboard": "tracking of training runs",
     "wandb": "tracking of training runs",
     "trackio": "tracking of training runs",
@@ -47,7 +49,8 @@ class Finding:
 
     name: str
     status: str
-    """OK, MISSING (something optional) or WRONG (the core does not work)."""
+    """OK, UNTESTED (a version that the test suite has not run on), MISSING (something optional) or WRONG (the core does
+    not work)."""
     said: str
     remedy: str = ""
     """What to do; empty if nothing needs to be done."""
@@ -67,7 +70,7 @@ def examine(folder: Path) -> Iterator[Finding]:
 
 
 def works(findings: list[Finding]) -> bool:
-    """Whether nothing is wrong; missing optional parts do not count."""
+    """Whether nothing is wrong; versions that are not tested and missing optional parts do not count."""
     return all(finding.status != WRONG for finding in findings)
 
 
@@ -124,7 +127,7 @@ def tested(name: str, version: str) -> Finding:
     if _series(oldest) <= _series(version) <= _series(newest):
         return Finding(name, OK, f"{version}, within the tested range ({oldest} to {newest})")
     detail = f"{version} is outside the tested range ({oldest} to {newest}); it may work as well"
-    return Finding(name, OK, detail)
+    return Finding(name, UNTESTED, detail, f"if something fails: pip install '{name}~={newest}.0'")
 
 
 def _series(version: str) -> tuple[int, ...]:
@@ -140,7 +143,7 @@ def extras() -> list[Finding]:
                 findings.append(Finding(extra, OK, f"{one.name} {one.version}, for {what}"))
             else:
                 detail = f"{one.name} {one.version + ' is too old' if one.version else 'is not installed'}, for {what}"
-                findings.append(Finding(extra, MISSING, detail, f"pip install '{installed.PROJECT}[{extra}]'"))
+                findings.append(Finding(extra, MISSING, detail, one.remedy))
     return findings
 
 

@@ -9,6 +9,7 @@ import torch
 from blip.checkpoints import checkpoint
 from blip.data.image_files import reader
 from blip.inference.features import Features
+from blip.origin import print_note
 
 
 def load(
@@ -25,5 +26,7 @@ def load(
     Weights are converted to `dtype` on `device`; for another `image_size` (pixels) positions are interpolated.
     ValueError also for a captioner's checkpoint, which cannot match texts with images.
     """
-    model, words = checkpoint.from_pretrained(where, image_size=image_size, tokenizer=tokenizer)
+    source = checkpoint.opened(where)
+    model, words = checkpoint.from_pretrained(source, image_size=image_size, tokenizer=tokenizer)
+    print_note(source.trained_on)
     return Features(model.to(device, dtype), words, reader(model.config.vision.image_size), batch=batch)

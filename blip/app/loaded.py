@@ -16,6 +16,7 @@ from blip.data.image_files import reader
 from blip.errors import is_out_of_memory
 from blip.inference.features import Features
 from blip.models.blip import Blip
+from blip.origin import print_note
 from blip.tensors import add_to_digest
 from blip.tokenizer import Tokenizer
 
@@ -28,6 +29,8 @@ class Loaded:
     tokenizer: Tokenizer
     device: torch.device
     dtype: torch.dtype
+    trained_on: tuple[str, ...] = ()
+    """Origins of the images that the model was trained on."""
 
     def options(self, where: str | None) -> dict[str, str]:
         """Options that answers depend on: the model's name, the SHA-256 of its weights, and the precision."""
@@ -67,8 +70,11 @@ def load(where: str | None, device: str, precision: str, kind: type = Blip, *, t
     place = _device(device)
     if precision == "float16" and place.type == "cpu":
         raise ValueError("--precision float16 needs a GPU; use float32 or bfloat16")
-    model, words = checkpoint.from_pretrained(where, kind, device=place, tokenizer=tokenizer)
-    return Loaded(model, words, place, torch.float32 if precision == "auto" else getattr(torch, precision))
+    source = checkpoint.opened(where)
+    model, words = checkpoint.from_pretrained(source, kind, device=place, tokenizer=tokenizer)
+    print_note(source.trained_on, once=True)
+    dtype = torch.float32 if precision == "auto" else getattr(torch, precision)
+    return Loaded(model, words, place, dtype, source.trained_on)
 
 
 def _device(name: str) -> torch.device:

@@ -1,11 +1,16 @@
-"""Model card of converted weights: description, how to load them, differences of the other program, licence."""
+"""Model cards: what a model does and how to use it, its scores by data set, what it was trained on, licence, limits."""
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from blip.checkpoints.foreign import HEADS_KEY, ForeignLayout
+from blip.models.families import TASKS, names_of
+from blip.origin import NOTE, is_synthetic
 
 WEIGHTS = {"transformers": "model.safetensors", "original": "model.pth"}
 """Name of the weight file."""
@@ -20,6 +25,8 @@ class Provenance:
     layout: str
     licence: str | None = None
     """Licence, as named on the hub; None if unknown."""
+    trained_on: tuple[str, ...] = ()
+    """Origins of the images that it was trained on, if known."""
 
 
 _TWO_LINES = {
@@ -64,6 +71,196 @@ _ALL_DIFFERENT = """\
 - It has no temperature, momentum teacher or queues."""
 
 
+# Models of ours -------------------------------------------------------------------------------------------------------
+
+Use = Literal["caption", "classify", "answer"]
+"""What a model is mainly for: the verb of its example."""
+
+
+class Measured(NamedTuple):
+    """A score of a model."""
+
+    dataset: str
+    """Name of the data set."""
+    split: str
+    metric: str
+    """Name of the score, as evaluations give it."""
+    value: float
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a training run knows about its model, for the card."""
+
+    about: str
+    """Description: how it was trained."""
+    sources: Sequence[str] = ()
+    """Training data, one line each."""
+    scores: Sequence[Measured] = ()
+    use: Use | None = None
+    """Main use; by the model's class if None."""
+
+
+class _Example(NamedTuple):
+    pipeline: str
+    """Task by the hub's name."""
+    line: str
+    """Line of code that uses a loaded model."""
+
+
+_EXAMPLES: dict[str, _Example] = {
+    "caption": _Example("image-to-text", 'print(model.caption("photo.jpg"))'),
+    "classify": _Example("zero-shot-image-classification", 'print(model.classify("photo.jpg", ["dog", "cat"]))'),
+    "answer": _Example("visual-question-answering", 'print(model.answer("photo.jpg", "how many dogs are there?"))'),
+}
+_USE_OF: dict[tuple[str, str], Use] = {
+    ("blip", "all"): "caption",
+    ("blip", "writing"): "caption",
+    ("blip", "matching"): "classify",
+    ("vqa", "all"): "answer",
+}
+"""Main use of the models of a task and parts; others have no verb of their own."""
+_METRICS = {
+    "cider": ("cider", "CIDEr"),
+    "rouge_l": ("rouge", "ROUGE-L"),
+    "meteor": ("meteor", "METEOR"),
+    "spice": ("spice", "SPICE"),
+    "accuracy": ("accuracy", "Accuracy"),
+    "mrr": ("mrr", "Mean reciprocal rank"),
+    "ndcg": ("ndcg", "NDCG"),
+    "mean_rank": ("mean_rank", "Mean rank"),
+    "mean_recall": ("recall", "Mean of the recalls"),
+    "attribute_precision": ("precision", "Attribute precision"),
+    "attribute_recall": ("recall", "Attribute recall"),
+    "all_true": ("accuracy", "Captions without a false claim"),
+}
+"""Our score -> type and name of the metric on the hub."""
+_HERE = "path/to/this/folder"
+"""Folder that the example of a card loads, unless the model has a name on the hub."""
+_LONGEST = 100
+"""Most characters of a name."""
+_DIRECTIONS = {"tr": "Image to text", "ir": "Text to image", "r": "Recall"}
+
+
+def metric_of(score: str) -> tuple[str, str]:
+    """Type and name on the hub of a score as evaluations name it; any text gives valid ones."""
+    if score in _METRICS:
+        return _METRICS[score]
+    if order := re.fullmatch(r"bleu_(\d)", score):
+        return "bleu", f"BLEU-{order[1]}"
+    if recall := re.fullmatch(r"(tr|ir|r)(?:@|_)(\d+)(_itc)?", score):
+        direction = _DIRECTIONS[recall[1]]
+        name = f"Recall@{recall[2]}" if direction == "Recall" else f"{direction} recall@{recall[2]}"
+        return "recall", name + ", by ITC alone" * bool(recall[3])
+    kind = re.sub(r"[^a-z0-9_]+", "_", score.lower()).strip("_")
+    return kind[:_LONGEST] or "score", _plain(score.replace("_", " ")) or "score"
+
+
+def _plain(text: str) -> str:
+    """A name on one line, without what is not printed."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:_LONGEST]
+
+
+def own_card(model: Any, body: str | Facts, licence: str | None, trained_on: Sequence[str], where: str = _HERE) -> str:
+    """README.md of a model folder of ours: metadata as the hub reads it, then text.
+
+    `body` is the text, or the facts to write it from; `where` is the name or folder that the example loads. Scores that
+    are not finite numbers are left out. That a model knows only synthetic shapes is added to any text.
+    """
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    task, parts = names_of(type(model))
+    facts = Facts(body) if isinstance(body, str) else body
+    use = facts.use or _USE_OF.get((task, parts))
+    pipeline = _EXAMPLES[use].pipeline if use else next(tag for tag in TASKS[task].tags)
+    scores = [one for one in facts.scores if isinstance(one.value, int | float) and math.isfinite(one.value)]
+    results = [
+        EvalResult(
+            task_type=pipeline,
+            dataset_type=_slug(one.dataset),
+            dataset_name=_plain(one.dataset) or "data",
+            dataset_split=_plain(one.split) or None,
+            metric_type=metric_of(one.metric)[0],
+            metric_name=metric_of(one.metric)[1],
+            metric_value=one.value,
+        )
+        for one in scores
+    ]
+    data = ModelCardData(
+        library_name="openblip",
+        license=licence or "other",
+        pipeline_tag=pipeline,
+        tags=["blip", *TASKS[task].tags],
+        model_name=(type(model).__name__ if where == _HERE else _slug(where.rpartition("/")[2])) if results else None,
+        eval_results=results or None,
+    )
+    if isinstance(body, str) and body:
+        text = [body.strip(), f"Note: {NOTE}." if is_synthetic(trained_on) else ""]
+    else:
+        text = _text(model, facts, use, trained_on, scores, where)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, text)) + "\n"))
+
+
+def _text(
+    model: Any, facts: Facts, use: str | None, trained_on: Sequence[str], scores: Sequence[Measured], where: str
+) -> list[str]:
+    about = facts.about or f"A {type(model).__name__} model of openblip."
+    text = [about if about.startswith("#") else f"# {type(model).__name__}\n\n{about}", "## Use"]
+    text += [_usage(model, use, where), "## Training data", _origins(trained_on)]
+    text += ["\n".join(f"- {line}" for line in facts.sources)]
+    if scores:
+        text += ["## Scores", _table(scores)]
+    return [*text, "## Limits", _limits(model, trained_on)]
+
+
+def _slug(name: str) -> str:
+    """A data set's or model's name in the letters that the hub allows."""
+    return re.sub(r"[^\w./-]+", "-", name, flags=re.ASCII).strip("-./") or "data"
+
+
+def _usage(model: Any, use: str | None, where: str) -> str:
+    if use:
+        lines = ["import blip", "", f"model = blip.load({where!r})".replace("'", '"'), _EXAMPLES[use].line]
+    else:
+        kind = type(model)
+        lines = [
+            "from blip.checkpoints.checkpoint import from_pretrained",
+            f"from {kind.__module__} import {kind.__name__}",
+            "",
+            f"model, tokenizer = from_pretrained({where!r}, {kind.__name__})".replace("'", '"'),
+        ]
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _origins(trained_on: Sequence[str]) -> str:
+    return f"Images: {', '.join(trained_on)}." if trained_on else "What its images were is not recorded."
+
+
+def _table(scores: Iterable[Measured]) -> str:
+    def cell(text: str) -> str:
+        return _plain(text).replace("|", "\\|")
+
+    rows = [
+        f"| {cell(one.dataset)} | {cell(one.split)} | {cell(metric_of(one.metric)[1])} | {one.value:g} |"
+        for one in scores
+    ]
+    return "\n".join(["| data | split | metric | value |", "|---|---|---|---|", *rows])
+
+
+def _limits(model: Any, trained_on: Sequence[str]) -> str:
+    side = model.config.vision.image_size
+    lines = [f"Note: {NOTE}."] if is_synthetic(trained_on) else []
+    lines += [
+        f"Images are resized to {side} x {side} pixels, whatever their shape. Texts are lower-case, in the language of "
+        "the training data; words unknown to the tokenizer are lost. Answers can be wrong, and repeat what is common "
+        "or unfair in the training data: check them before anything depends on them."
+    ]
+    return "\n\n".join(lines)
+
+
+# Converted weights ----------------------------------------------------------------------------------------------------
+
+
 def card(layout: ForeignLayout, origin: Provenance, model: Any) -> str:
     """README.md of an exported model."""
     program = {"transformers": "transformers", "original": "the code of salesforce/BLIP (2022)"}[layout.program]
@@ -91,7 +288,8 @@ def card(layout: ForeignLayout, origin: Provenance, model: Any) -> str:
             "are no queues. Sizes other than ViT-B and ViT-L need changes in its config files; "
             f"`{HEADS_KEY}` beside the weights gives openblip the number of heads.",
         ]
-    return "\n".join([*front, "", *body, "", "## Licence", "", licence_note(origin), ""])
+    limits = ["", "## Limits", "", f"Note: {NOTE}."] if is_synthetic(origin.trained_on) else []
+    return "\n".join([*front, "", *body, *limits, "", "## Licence", "", licence_note(origin), ""])
 
 
 def licence_note(origin: Provenance) -> str:

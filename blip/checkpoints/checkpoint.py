@@ -11,33 +11,35 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import torch
-from huggingface_hub import HfApi
 from torch import Tensor, nn
 
 from blip import files, hub
 from blip.checkpoints import foreign
+from blip.checkpoints.card import Facts, own_card
 from blip.checkpoints.foreign import Foreign
+from blip.checkpoints.naming import SUFFIXES, check_named
 from blip.checkpoints.table import NUMBERS, refuse_unsound, type_in_words
-from blip.checkpoints.weights import SUFFIXES, Weights, read_json
+from blip.checkpoints.weights import Weights, read_file, read_json
 from blip.models.blip import Blip
 from blip.models.families import TASKS, kind_of, names_of
 from blip.models.settings import BlipConfig, former_options
 from blip.nn.settings import TrainingOptions
 from blip.nn.vision import fit_positions
+from blip.origin import KEY, check_origins, claimed
 from blip.tensors import read_outline, read_tensors, tensor_bytes, write_tensors
 from blip.tokenizer import Tokenizer
 
 FORMAT, VERSION = "openblip", 2
 _READABLE = (1, VERSION)
 _CONFIG, WEIGHTS, _POSITIONS = "config.json", "model.safetensors", "vision.vit.pos_embed"
-_TEMPERATURE = "temperature"
+_CARD, _TEMPERATURE = "README.md", "temperature"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 Model = TypeVar("Model")
 """One of the classes of `blip.models.families.TASKS`."""
@@ -47,25 +49,28 @@ def save_pretrained(
     model: Model,
     tokenizer: Tokenizer,
     directory: str | Path,
-    card: str = "",
+    card: str | Facts = "",
     licence: str | None = "apache-2.0",
+    trained_on: Sequence[str] = (),
 ) -> None:
     """Write a model directory that `from_pretrained` reads; an existing one is replaced as a whole.
 
-    `card` is the body of README.md (Markdown), `licence` as the hub names it, None where it is not known. Files in the
-    directory that are not the model's stay. ValueError if the tokenizer does not fit the model, files.WriteError if
-    the disk is full, when the old directory is left as it was.
+    `card` is the body of README.md (Markdown), or the facts to write it from, `licence` as the hub names it, None where
+    it is not known; `trained_on` names the origins of its training images (`blip.origin`). Files in the directory that
+    are not the model's stay. ValueError if the tokenizer does not fit the model, files.WriteError if the disk is full,
+    when the old directory is left as it was.
     """
     tokenizer.check(model.config.text)
     target = Path(directory)
     state = model.state_dict()
     task, parts = names_of(type(model))
     header = {"format": FORMAT, "version": VERSION} | ({} if task == "blip" else {"task": task})
-    config = json.dumps({**header, "model": model.config.to_dict() | {"parts": parts}}, indent=1).encode()
+    origins = {KEY: list(check_origins(list(trained_on)))} if trained_on else {}
+    config = json.dumps({**header, **origins, "model": model.config.to_dict() | {"parts": parts}}, indent=1).encode()
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save(scratch)
         texts = {path.name: path.read_bytes() for path in Path(scratch).iterdir()}
-    texts |= {_CONFIG: config, "README.md": _card(card, task, licence).encode()}
+    texts |= {_CONFIG: config, _CARD: own_card(model, card, licence, trained_on).encode()}
     writers: dict[str, tuple[Callable[[Path], None], int]] = {
         name: (lambda path, content=content: files.write_bytes(path, content), len(content))
         for name, content in texts.items()
@@ -75,6 +80,17 @@ def save_pretrained(
     shutil.rmtree(fresh, ignore_errors=True)
     files.write_directory(fresh, writers)
     _swap(fresh, target)
+
+
+def write_card(
+    directory: str | Path,
+    model: Model,
+    card: str | Facts,
+    licence: str | None = "apache-2.0",
+    trained_on: Sequence[str] = (),
+) -> None:
+    """Replace the card of a model directory, as `save_pretrained` writes it, such as when it has new scores."""
+    files.replace_file(Path(directory) / _CARD, own_card(model, card, licence, trained_on).encode())
 
 
 def _swap(fresh: Path, target: Path) -> None:
@@ -95,12 +111,6 @@ def _swap(fresh: Path, target: Path) -> None:
     shutil.rmtree(old)
 
 
-def _card(body: str, task: str, licence: str | None) -> str:
-    tags = "".join(f"- {tag}\n" for tag in TASKS[task].tags)
-    front = f"---\nlibrary_name: openblip\nlicense: {licence or 'other'}\ntags:\n{tags}---\n\n"
-    return front + (body or "# A BLIP model\n\nLoad it with `blip.checkpoints.checkpoint.from_pretrained`.\n")
-
-
 @dataclass(frozen=True)
 class Own:
     """A model directory of ours, opened."""
@@ -114,6 +124,8 @@ class Own:
     model_config: BlipConfig
     options: TrainingOptions | None
     """Training options, which only older versions saved."""
+    trained_on: tuple[str, ...] = ()
+    """Origins of its training images; empty if not recorded."""
     described = "a model folder of openblip"
     """Human-readable description."""
 
@@ -130,7 +142,7 @@ class Own:
     @property
     def licence(self) -> str | None:
         """Licence that its card names, if any."""
-        card = self.config_path.with_name("README.md")
+        card = self.config_path.with_name(_CARD)
         lines = card.read_text(encoding="utf-8", errors="replace").splitlines()[:20] if card.is_file() else []
         licences = [line.partition(":")[2].strip() for line in lines if line.startswith("license:")]
         return licences[0] if licences and licences[0] != "other" else None
@@ -181,9 +193,31 @@ def opened(where: str | Path) -> Own | Foreign:
     config_path, part, tokenizer_at = _find(where)
     settings = read_json(config_path)
     if settings.get("format") != FORMAT and "model_type" in settings:
-        return foreign.open_directory(config_path, Weights.find(part, *_FOREIGN_WEIGHTS), tokenizer_at())
+        weights = Weights.find(part, *_FOREIGN_WEIGHTS)
+        return foreign.open_directory(config_path, weights, tokenizer_at(), claimed(settings))
     task, config, options = _read_config(config_path, settings)
-    return Own(config_path, Weights.find(part, WEIGHTS), tokenizer_at(), task, config, options)
+    weights = Weights.find(part, WEIGHTS)
+    return Own(config_path, weights, tokenizer_at(), task, config, options, _origins(config_path, settings))
+
+
+def trained_on(where: str | Path) -> tuple[str, ...]:
+    """Origins of the images that a checkpoint was trained on, from its config.json; empty if not recorded there.
+
+    Errors as in `from_pretrained`.
+    """
+    check_named(where)
+    if str(where).endswith(SUFFIXES) and not Path(where).expanduser().is_dir():
+        return claimed(read_file(where))
+    path, *_ = _find(where)
+    settings = read_json(path)
+    return _origins(path, settings) if settings.get("format") == FORMAT else claimed(settings)
+
+
+def _origins(path: Path, settings: dict[str, Any]) -> tuple[str, ...]:
+    try:
+        return check_origins(settings.get(KEY, []))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def built(
@@ -286,12 +320,7 @@ def _find(where: str | Path) -> tuple[Path, Callable[[str], Path], Callable[[], 
     folder, name = Path(where).expanduser(), str(where)
     if folder.is_dir():
         return _in_folder(folder, _CONFIG), lambda part: _in_folder(folder, part), lambda: folder
-    if "://" in name:
-        raise FileNotFoundError(f"{where} is an address: download the file first and give its path")
-    if folder.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        raise FileNotFoundError(
-            f"{where} is not a model directory (one with {_CONFIG} and {WEIGHTS}), a .pth file or a name on the hub"
-        )
+    check_named(where)
 
     def fetch(part: str) -> Path:
         return hub.file(name, part, "the model's path")
@@ -368,15 +397,29 @@ def _refuse_misfit(source: str, state: dict[str, Tensor], wanted: dict[str, Tens
         )
 
 
-def push_to_hub(model: Model, tokenizer: Tokenizer, repo_id: str, *, card: str = "", **options: Any) -> str:
+def push_to_hub(
+    model: Model,
+    tokenizer: Tokenizer,
+    repo_id: str,
+    *,
+    card: str | Facts = "",
+    licence: str | None = "apache-2.0",
+    trained_on: Sequence[str] = (),
+    **options: Any,
+) -> str:
     """Upload a model directory to the hub and return its address.
 
+    `card`, `licence` and `trained_on` are as in `save_pretrained`; the last is `opened(where).trained_on` of a model
+    that was loaded.
     `options`: `private`, `token`, and what huggingface_hub's `upload_folder` takes (`commit_message`, `revision`...).
     """
+    from huggingface_hub import HfApi
+
     token, private = options.pop("token", None), options.pop("private", None)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
-        save_pretrained(model, tokenizer, folder, card)
+        save_pretrained(model, tokenizer, folder, card, licence, trained_on)
+        (folder / _CARD).write_bytes(own_card(model, card, licence, trained_on, repo_id).encode())
         api.create_repo(repo_id, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))

@@ -18,6 +18,7 @@ from blip.checkpoints.table import State, to_theirs
 from blip.models.blip import Blip, Captioner, Matcher
 from blip.models.nlvr import Nlvr
 from blip.models.vqa import Vqa
+from blip.origin import KEY
 from blip.tensors import tensor_bytes, write_tensors
 from blip.tokenizer import Tokenizer
 
@@ -98,7 +99,7 @@ def write(
             "setting for it: use --to transformers or openblip"
         )
     with tempfile.TemporaryDirectory() as scratch:
-        texts = _beside(Path(scratch), model, tokenizer, layout)
+        texts = _beside(Path(scratch), model, tokenizer, layout, origin)
     texts["README.md"] = card(layout, origin, model).encode()
     writers: dict[str, tuple[Callable[[Path], None], int]] = {
         name: (lambda path, content=content: files.write_bytes(path, content), len(content))
@@ -109,27 +110,30 @@ def write(
         weights = {name: state[name] for name in state if name not in layout.table(model).copies}
         writers[WEIGHTS[to]] = (lambda path: write_tensors(path, weights), size)
     else:
-        writers[WEIGHTS[to]] = (lambda path: _write_pth(path, state, model, layout), size)
+        writers[WEIGHTS[to]] = (lambda path: _write_pth(path, state, model, layout, origin), size)
     files.write_directory(target, writers)
     return layout
 
 
-def _beside(scratch: Path, model: Any, tokenizer: Tokenizer, layout: ForeignLayout) -> dict[str, bytes]:
+def _beside(
+    scratch: Path, model: Any, tokenizer: Tokenizer, layout: ForeignLayout, origin: Provenance
+) -> dict[str, bytes]:
     """Names and contents of the files in addition to weights and card."""
     if layout.program == "transformers":
         from blip.checkpoints import hugging_face
 
-        hugging_face.write(scratch, model, tokenizer, layout.name)
+        hugging_face.write(scratch, model, tokenizer, layout.name, origin.trained_on)
     else:
         tokenizer.save(scratch)
     return {path.name: path.read_bytes() for path in scratch.iterdir()}
 
 
-def _write_pth(path: Path, state: State, model: Any, layout: ForeignLayout) -> None:
+def _write_pth(path: Path, state: State, model: Any, layout: ForeignLayout, origin: Provenance) -> None:
     """Write the original's checkpoint with torch.save, with position buffers and the head counts."""
     counted: dict[str, Tensor] = {}
     for name in layout.table(model).dropped:
         if name.endswith("position_ids"):
             counted[name] = torch.arange(model.config.text.max_positions)[None]
     heads = {"vision": model.vision.vit.blocks[0].attn.num_heads, "text": model.config.text.heads}
-    torch.save({"model": state | counted, HEADS_KEY: heads}, path)
+    origins = {KEY: list(origin.trained_on)} if origin.trained_on else {}
+    torch.save({"model": state | counted, HEADS_KEY: heads, **origins}, path)

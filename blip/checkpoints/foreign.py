@@ -26,6 +26,7 @@ from blip.checkpoints.weights import Weights, read_file, read_weights, unwrapped
 from blip.models.presets import BASE, LARGE
 from blip.models.settings import BlipConfig, NlvrModelConfig
 from blip.nn.settings import TextConfig, TrainingOptions, VisionConfig
+from blip.origin import claimed
 from blip.tokenizer import Tokenizer
 
 TOKENIZER_VARIABLE = "OPENBLIP_TOKENIZER"
@@ -143,6 +144,8 @@ class Foreign:
     settings: Settings
     tokenizer_at: str | None
     """Path of its tokenizer, if it has one."""
+    trained_on: tuple[str, ...] = ()
+    """Origins of its training images, if the checkpoint was exported by openblip and they were known."""
 
     @property
     def task(self) -> str:
@@ -335,14 +338,14 @@ def open_file(path: Path) -> Foreign:
     heads = stored if isinstance(stored, dict) else {}
     sizes = [heads.get(name) for name in ("vision", "text")]
     vision, text = (value if isinstance(value, int) and value > 0 else None for value in sizes)
-    return Foreign(str(path), layout, theirs, Settings(vision, text), _beside(path.parent))
+    return Foreign(str(path), layout, theirs, Settings(vision, text), _beside(path.parent), claimed(whole))
 
 
 HEADS_KEY = "attention_heads"
 """Key next to "model" in a `.pth` exported by openblip: {"vision": heads, "text": heads}."""
 
 
-def open_directory(config: Path, weights: Weights, tokenizer_at: Path) -> Foreign:
+def open_directory(config: Path, weights: Weights, tokenizer_at: Path, trained_on: tuple[str, ...] = ()) -> Foreign:
     """Open a transformers model by config.json, weights and its tokenizer's folder; errors as in `open_file`."""
     from blip.checkpoints.hugging_face import read_settings  # here, because transformers is slow to import
 
@@ -351,7 +354,7 @@ def open_directory(config: Path, weights: Weights, tokenizer_at: Path) -> Foreig
     layout = recognise(set(theirs), str(weights.path))
     if layout.program != "transformers":
         raise ValueError(f"{weights.path} does not hold a transformers model, as {config} claims: give the file itself")
-    return Foreign(str(weights.path), layout, theirs, settings, _beside(tokenizer_at))
+    return Foreign(str(weights.path), layout, theirs, settings, _beside(tokenizer_at), trained_on)
 
 
 def _beside(folder: Path) -> str | None:

@@ -14,6 +14,7 @@ from blip.checkpoints.weights import read_json
 from blip.inference.settings import DECODE_PRESETS, AnswerConfig
 from blip.nn.pixels import MEAN, STD
 from blip.nn.settings import TrainingOptions
+from blip.origin import KEY
 from blip.tokenizer import Tokenizer
 
 CLASSES = {
@@ -103,7 +104,13 @@ _SIZES = {
 """Fields that the shapes of the weights show, too."""
 
 
-def write(folder: Path, model: Any, tokenizer: Tokenizer, name: Literal["captioning", "matching", "vqa"]) -> None:
+def write(
+    folder: Path,
+    model: Any,
+    tokenizer: Tokenizer,
+    name: Literal["captioning", "matching", "vqa"],
+    trained_on: tuple[str, ...] = (),
+) -> None:
     """Write the files beside the weights: config.json, generation_config.json, image processor and tokenizer.
 
     For matching and questions the tokenizer begins texts with [ENC], as in training.
@@ -111,6 +118,8 @@ def write(folder: Path, model: Any, tokenizer: Tokenizer, name: Literal["caption
     config = their_config(model)
     config.architectures = [CLASSES[name]]
     config.dtype = "float32"
+    if trained_on:
+        setattr(config, KEY, list(trained_on))
     config.save_pretrained(folder)
     side = model.config.vision.image_size
     images = BlipImageProcessor(

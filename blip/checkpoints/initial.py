@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import timm
 import torch
 from torch import Tensor
 
@@ -62,6 +61,8 @@ def initial_vision(model: Blip, where: str | Path, option: str = "where") -> Non
 
 
 def _timm_weights(name: str, option: str, image_size: int) -> State:
+    import timm
+
     try:
         config = timm.get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError:  # no such model, or no such weights of it

@@ -12,11 +12,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from blip.checkpoints.naming import SUFFIXES
 from blip.checkpoints.table import State, Table, from_theirs, some_of
 from blip.tensors import read_pickled_tensors, read_tensors
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-"""Endings of weight files."""
 _JSON_BYTES = 1 << 24
 _INDEX, _MOST_PARTS = ".index.json", 1000
 

@@ -1,6 +1,6 @@
 """Decode untrusted video files to evenly spaced RGB frames, or raise one clear error. F frames.
 
-Needs PyAV, which includes FFmpeg: `pip install openblip[video]`. FFmpeg gets an open file and a list of allowed
+Needs PyAV (extra `video`), which includes FFmpeg. FFmpeg gets an open file and a list of allowed
 containers, so that a playlist cannot make it open other files.
 """
 
@@ -19,6 +19,7 @@ from PIL import Image
 
 from blip.data.image_header import check_size
 from blip.errors import BadSample, DataError, UnreadableImage
+from blip.installed import remedy
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -67,7 +68,7 @@ def pyav() -> ModuleType:
     try:
         return import_module("av")
     except ImportError as error:
-        raise DataError(f"videos need PyAV ({error}): pip install 'openblip[video]'") from None
+        raise DataError(f"videos need PyAV ({error}): {remedy('video')}") from None
 
 
 def wanted(frames: int, count: int) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,14 @@ from blip.data.transforms import EvalTransform, TrainTransform
 from blip.errors import BadSample, DataError
 from blip.keyed import Purpose, mix, permutation
 from blip.objectives.batch import Bad, Batch
+from blip.origin import origins_of, union
 from blip.tokenizer import Tokenizer
 
 ATTEMPTS = 16
 """Most replacements tried for an unreadable sample before the run stops."""
 LEFT_OUT = "left out: decoding it took too long before"
 PROBES = 200
-"""Number of records whose texts the tokenizer is checked with at the start."""
+"""Number of records of which texts and origin are looked at when data is opened."""
 
 
 @dataclass
@@ -74,6 +75,10 @@ class Prepare(ABC):
     def texts(self, record: Any) -> list[str]:
         """Some cleaned texts of a record, to try on the tokenizer. Raises BadSample."""
 
+    def images(self, record: Any) -> Sequence[bytes | Path | Image.Image]:
+        """The stored images of a record."""
+        return [record.image]
+
     def settings(self) -> tuple[object, ...]:
         """Settings that change samples, apart from the transform's."""
         return self.config.prompt, self.config.max_words, self.config.max_tokens, self.config.max_pixels
@@ -88,6 +93,17 @@ class Prepare(ABC):
         return model_input(
             stored, self.config.max_pixels, lambda image: transform(image, *key, sided=sided), transform.at_least
         )
+
+    def examine(self, records: Iterable[Any]) -> tuple[str, ...]:
+        """Check the vocabulary on the texts of some records, and return the origins of their images (`blip.origin`)."""
+        texts: list[str] = []
+        origins: tuple[str, ...] = ()
+        for record in records:
+            with contextlib.suppress(BadSample):
+                texts += self.texts(record)
+                origins = union(origins, origins_of(self.images(record)))
+        self.check_vocabulary(texts)
+        return origins
 
     def check_vocabulary(self, texts: Sequence[str]) -> None:
         """Raise DataError when too large a share of the word pieces of some texts is unknown to the tokenizer."""
@@ -113,7 +129,8 @@ class Draws(Dataset):
         self._starts = np.cumsum([0, *(len(s) for s in sources)])
         self._shown = [max(1, round(s.weight * len(s))) for s in sources]
         self._order = functools.lru_cache(maxsize=2)(self._make_order)
-        prepare.check_vocabulary(self._probe())
+        self.origins = prepare.examine(self._probe())
+        """Origins of the images, by some of them."""
 
     @property
     def rows(self) -> int:
@@ -185,14 +202,12 @@ class Draws(Dataset):
             row = mix(Purpose.REPLACEMENT, *key) % len(source)
         raise too_many(bad)
 
-    def _probe(self) -> list[str]:
-        """Texts of some records, evenly spread; unreadable ones are left for the ledger."""
-        texts: list[str] = []
+    def _probe(self) -> Iterator[Any]:
+        """Yield some records, evenly spread; unreadable ones are left for the ledger."""
         for source in self.sources:
             for row in np.linspace(0, len(source) - 1, min(len(source), max(1, PROBES // len(self.sources)))):
                 with contextlib.suppress(BadSample):
-                    texts += self.prepare.texts(source[int(row)])
-        return texts
+                    yield source[int(row)]
 
     def fingerprint(self) -> str:
         """Hash of file names, sizes, row counts, and every setting that changes samples."""

@@ -226,7 +226,8 @@ class Stream:
         self.shards, self.prepare, self.seed = list(shards), prepare, seed
         self.left_out: frozenset[str] = frozenset()
         """Keys of samples that are replaced undecoded."""
-        prepare.check_vocabulary(self._probe())
+        self.origins = prepare.examine(self._probe())
+        """Origins of the images, by some of them."""
 
     def __len__(self) -> int:
         """Rows of all sources times their weights; an estimate, except for parquet."""
@@ -238,19 +239,19 @@ class Stream:
         settings = (*p.settings(), p.config.shuffle_buffer, p.transform.describe(), self.seed)
         return digest(self.shards, "stream", *settings, p.tokenizer.digest()) + p.suffix()
 
-    def _probe(self) -> list[str]:
-        """Some texts of each source. DataError if none of its first rows can be used."""
-        texts, each = [], max(1, PROBES // len(self.shards))
+    def _probe(self) -> Iterator[Any]:
+        """Yield some records of each source. DataError if none of its first rows can be used."""
+        each = max(1, PROBES // len(self.shards))
         for shards in self.shards:
             samples = list(itertools.islice(shards.read(shards.files[0]), max(each, FIRST_ROWS)))
             if samples and all(isinstance(one, Bad) for one in samples):
                 first = f"{shards.files[0]}: {samples[0].key}: {samples[0].reason}"
                 raise DataError(f"{first}, and no other of the first {len(samples)} rows can be used either; {CURE}")
-            for one in samples[:each]:
-                if not isinstance(one, Bad):
-                    with contextlib.suppress(BadSample):
-                        texts += self.prepare.texts(one)
-        return texts
+            samples = samples[:each]
+            if len(shards.files) > 1:  # which may be of another origin; its faults are left for the ledger
+                with contextlib.suppress(BadSample, DataError, OSError):
+                    samples += itertools.islice(shards.read(shards.files[-1]), each)
+            yield from (one for one in samples if not isinstance(one, Bad))
 
     def records(self, consumer: int, consumers: int, start: int, world: int) -> Iterator[Any]:
         """The shuffled, endless records of one of the workers of all `world` processes."""

@@ -8,9 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.auto_augment import rand_augment_ops
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from blip.data.images import model_input
 from blip.data.settings import DataConfig
@@ -66,6 +64,9 @@ class TrainTransform:
     """
 
     def __init__(self, image_size: int, config: DataConfig):
+        from timm.data.auto_augment import rand_augment_ops  # here, as both are slow to import
+        from torchvision.transforms import InterpolationMode, RandomResizedCrop
+
         self.image_size = image_size
         self.at_least = 3 * image_size  # the smallest crop, 0.2 of the area, is then still not enlarged
         self.config = config

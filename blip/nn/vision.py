@@ -1,16 +1,14 @@
-"""The image encoder: any timm ViT as image -> tokens. B batch, P image tokens, V width, S image side in pixels."""
+"""The image encoder: any timm ViT as image -> tokens. B batch, P image tokens, V width, S image side in pixels.
+
+timm, which is slow to import, is imported when an encoder is built: settings and `--help` need none.
+"""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Any
 
-import timm
 import torch
-from timm.layers import Attention, LayerNorm, build_sincos2d_pos_embed, resample_abs_pos_embed
-from timm.models.beit import Beit
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from blip.nn.attention import plain_is_faster
@@ -24,6 +22,8 @@ class VisionEncoder(nn.Module):
     """A timm ViT without pooling or head (paper, section 3.1). ValueError if the timm model is not such a ViT."""
 
     def __init__(self, config: VisionConfig, options: TrainingOptions) -> None:
+        from timm.layers import LayerNorm
+
         super().__init__()
         shape = {"patch_size": config.patch_size, "embed_dim": config.width, "depth": config.depth}
         shape["num_heads"] = config.heads
@@ -45,6 +45,8 @@ class VisionEncoder(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, S, S) normalised -> (B, P, V), the class token first. ValueError if S is not `image_size`."""
+        from timm.layers import Attention
+
         if image.shape[-2:] != (self.image_size, self.image_size):
             height, width = image.shape[-2:]
             raise ValueError(f"the image is {height} x {width}, the model takes {self.image_size} x {self.image_size}")
@@ -64,6 +66,11 @@ def _ratio(config: VisionConfig) -> float:
 
 def _build(config: VisionConfig, arguments: dict[str, Any]) -> nn.Module:
     """Build the timm model. ValueError for one without a class token and one token for each patch."""
+    import timm
+    from timm.models.beit import Beit
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
     if not timm.is_model(config.model):
         reason = f"timm {timm.__version__} has no such architecture"
         raise ValueError(f"vision.model {config.model} cannot be an image encoder here ({reason}): {_EXPECTED}")
@@ -86,6 +93,8 @@ def _build(config: VisionConfig, arguments: dict[str, Any]) -> nn.Module:
 def _start_narrow(vit: nn.Module, gain: float) -> None:
     """Initialise a narrow ViT that learns from scratch: linear maps that preserve the scale of their inputs, and
     sinusoidal positions, large and of wavelengths short enough that neighbouring patches are far apart."""
+    from timm.layers import build_sincos2d_pos_embed
+
     for module in vit.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=gain / module.in_features**0.5)
@@ -103,6 +112,8 @@ def resize_positions(positions: Tensor, image_size: int, patch_size: int, prefix
     The interpolation is the original release's (no anti-aliasing, corners not aligned), so its results carry over.
     ValueError if `image_size` is not a multiple of `patch_size`; both in pixels.
     """
+    from timm.layers import resample_abs_pos_embed
+
     if image_size % patch_size:
         raise ValueError(f"image size {image_size} is not a multiple of the patch size {patch_size}")
     grid = image_size // patch_size

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from blip import files
+from blip.installed import remedy
 from blip.progress import LenientStream, clock
 
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
@@ -31,8 +32,8 @@ def check_trackers(names: Iterable[str]) -> None:
             raise ValueError(f"train.trackers: {name!r} is not one of {', '.join(TRACKERS)}")
         if not any(importlib.util.find_spec(package) for package in TRACKERS[name]):
             raise ValueError(
-                f"train.trackers: {name} is not installed; run `pip install openblip[{name}]` "
-                f"or leave it out (metrics.jsonl is always written)"
+                f"train.trackers: {name} is not installed: {remedy(name)}, or leave it out (metrics.jsonl is always "
+                "written)"
             )
 
 

@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -158,6 +156,10 @@ class _Run:
         self.steps_per_epoch = len(data) / self.pairs_per_step
         # Minus a hair, so that rounding does not add a step to a whole number of steps.
         self.total = config.steps or max(1, math.ceil(config.epochs * self.steps_per_epoch - 1e-9))
+
+        # Here, so that a recipe with a wrong option ends before accelerate is imported, which is slow.
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate.utils import DistributedType
 
         ddp = DistributedDataParallelKwargs(
             broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True

@@ -13,7 +13,7 @@ from itertools import count as numbers
 from pathlib import Path
 from typing import Literal
 
-from blip.world.files import JPEG_QUALITY, command_line
+from blip.world.files import command_line, jpeg
 from blip.world.scene import COLOURS, SHAPES, Scene, Split, draw, scene
 
 CLASSES = {"shape": SHAPES, "colour": tuple(COLOURS)}
@@ -57,7 +57,7 @@ def write(
         for made in single(seed, split, count):
             (thing,) = made.things
             path = unfinished / getattr(thing, by) / f"{made.image_id}.jpg"
-            draw(made, size).save(path, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+            path.write_bytes(jpeg(draw(made, size)))
         (unfinished / "templates.txt").write_text("\n".join(TEMPLATES[by]) + "\n")
         unfinished.rename(out)
     finally:

@@ -22,6 +22,7 @@ from blip.models.blip import Blip, starting_with
 from blip.models.protocols import Embeds, Generates, Matches, require
 from blip.nn.context import Context
 from blip.nn.pixels import MEAN, STD
+from blip.origin import print_note
 from blip.text import clean_caption
 from blip.tokenizer import Tokenizer
 from capfilt.score.scorer import BatchTooLarge, Item, Matched, Scores, SyntheticText
@@ -95,6 +96,8 @@ class BlipScorer:
         if config.captioner:
             captioner = checkpoint.from_pretrained(config.captioner, image_size=config.image_size)
         scorer = cls(captioner, checkpoint.from_pretrained(config.filter, image_size=config.image_size), config, device)
+        for where in filter(None, (config.captioner, config.filter)):
+            print_note(checkpoint.trained_on(where), once=True)
         resolved = resolve(config)
         scorer.facts |= {role: json.dumps(resolved[role]) for role in ("captioner", "filter")}
         return scorer

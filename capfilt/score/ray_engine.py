@@ -15,6 +15,7 @@ from collections import deque
 from typing import Any, TextIO
 
 from blip import startup
+from blip.installed import remedy
 from capfilt.run import Part, Run
 from capfilt.score.claims import MOST, Claims
 from capfilt.score.loop import ScoreOptions, Work, Worker, describe_work, exit_status, find_work, judge
@@ -99,7 +100,7 @@ def import_ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise ValueError("--engine ray needs the package ray: run `pip install openblip[ray]`") from None
+        raise ValueError(f"--engine ray needs the package ray: {remedy('ray')}") from None
     return ray
 
 

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from blip.checkpoints.naming import check_named
+
 
 def _digest(*parts: object) -> str:
     """Hash parts with their lengths (SHA-256), so that no two lists of parts give the same bytes."""
@@ -66,8 +68,7 @@ def model_identity(where: str) -> dict[str, str]:
         if not (paths[1].is_file() or paths[3].is_file()):
             raise FileNotFoundError(f"{where} has no {paths[1].name}, so it is not a model directory")
     else:
-        if where.startswith((".", "/", "~")) or where.count("/") != 1:
-            raise FileNotFoundError(f"{where} is not a model directory (one with config.json and model.safetensors)")
+        check_named(where)
         from blip import hub
 
         paths = [hub.file(where, name, "the model's path") for name in names]

@@ -9,9 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from pycocoevalcap.bleu.bleu_scorer import BleuScorer
-from pycocoevalcap.cider.cider import Cider
-from pycocoevalcap.rouge.rouge import Rouge
 
 CONFIDENCE = 0.95
 _CELLS = 4_000_000
@@ -36,6 +33,8 @@ def mean(name: str, scores: np.ndarray) -> Metric:
 
 def bleu(references: Sequence[Sequence[str]], captions: Sequence[str]) -> Metric:
     """BLEU-1 to BLEU-4 of all captions together, each against the reference of the closest length."""
+    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+
     scorer = BleuScorer(n=_ORDERS)
     for texts, caption in zip(references, captions, strict=True):
         scorer += (caption, texts)
@@ -64,11 +63,15 @@ def cider(references: Sequence[Sequence[str]], captions: Sequence[str]) -> np.nd
     """
     if not any(text.split() for texts in references for text in texts):
         raise ValueError("no reference caption holds a word, so CIDEr is not defined")
+    from pycocoevalcap.cider.cider import Cider
+
     return np.asarray(Cider().compute_score(*_as_dicts(references, captions))[1])
 
 
 def rouge_l(references: Sequence[Sequence[str]], captions: Sequence[str]) -> np.ndarray:
     """ROUGE-L (N,) of each caption."""
+    from pycocoevalcap.rouge.rouge import Rouge
+
     return np.asarray(Rouge().compute_score(*_as_dicts(references, captions))[1])
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from blip.errors import DOCS
 from blip.processes import kill_group
 from blip.startup import program
 
@@ -147,7 +148,7 @@ def spice_scores(
     home = Path(folder).expanduser().resolve() if folder else shipped("spice")
     missing = [file for file in _SPICE_NEEDS if not (home / file).is_file()]
     if missing:
-        raise NoJava(f"{', '.join(missing)} missing in {home} and never fetched; see docs/evaluation.md")
+        raise NoJava(f'{", ".join(missing)} missing in {home} and never fetched; see "Evaluation" at {DOCS}')
     rows = [
         {"image_id": i, "test": caption, "refs": list(texts)}
         for i, (texts, caption) in enumerate(zip(references, captions, strict=True))

@@ -5,8 +5,7 @@
 For each seed a model is pre-trained on a noisy crawl and fine-tuned into a captioner and a filter on a few images with
 human captions. CapFilt cleans the crawl with them in several ways; on each result a model of the same size is
 pre-trained from scratch for as many steps, fine-tuned and evaluated (paper, sections 4.3 and 4.4). Writes results.json,
-table.md and report.html. Repeat the command to continue an interrupted run; two at a time share the work. See
-docs/bootstrap.md.
+table.md and report.html. Repeat the command to continue an interrupted run; two at a time share the work.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import torch
 from test_blip_demo import HOSTILE, QUESTION, TEXTS, answering, capfilt_run, vqa_model  # noqa: F401
 from test_cli import model, png  # noqa: F401
 
-from blip.app import installed
+from blip import installed
 
 try:
     installed.require("demo", "the page")

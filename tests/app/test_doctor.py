@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from blip import hub
-from blip.app import cli, doctor, installed
-from blip.app.doctor import MISSING, OK, WRONG, Finding, works
+from blip import hub, installed
+from blip.app import cli, doctor
+from blip.app.doctor import MISSING, OK, UNTESTED, WRONG, Finding, works
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -92,15 +92,19 @@ def test_extras_are_missing_and_not_wrong(monkeypatch):
     monkeypatch.setattr(installed, "_version", lambda name: {"ray": "1.0"}.get(name))
     findings = doctor.extras()
     assert {finding.status for finding in findings} == {MISSING}
-    for_work_on_the_project = {"dev", "docs"}
+    for_work_on_the_project = {"dev", "docs", "notebook", "browser", "readers"}
     assert {finding.name for finding in findings} == set(PROJECT["optional-dependencies"]) - for_work_on_the_project
     (ray,) = named(findings, "ray")
     assert "1.0 is too old" in ray.said
-    assert ray.remedy == "pip install 'openblip[ray]'"
+    assert ray.remedy == "pip install 'ray>=2.40'"
 
 
 def test_series_that_are_not_tested_are_told():
-    assert "may work as well" in doctor.tested("torch", "2.16.1").said
+    newer = doctor.tested("torch", "2.16.1")
+    assert (newer.status, newer.remedy) == (UNTESTED, "if something fails: pip install 'torch~=2.15.0'")
+    assert "may work as well" in newer.said
+    assert works([newer])
+    assert doctor.tested("torch", "2.11.0+cpu").status == OK
     assert "may work as well" not in doctor.tested("torch", "2.11.0+cpu").said
     assert "may work as well" in doctor.tested("transformers", "5.4.0").said
 

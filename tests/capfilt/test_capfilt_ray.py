@@ -25,7 +25,7 @@ def test_without_ray_it_says_what_to_install(tmp_path, monkeypatch, capsys):
     planned(crawl(tmp_path / "in", shards=1, rows=2), tmp_path / "run")
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main(["score", str(tmp_path / "run"), "--engine", "ray"]) == 2
-    assert "pip install openblip[ray]" in capsys.readouterr().err
+    assert "pip install 'ray>=2.40'" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -231,7 +231,7 @@ def test_the_hub_is_given_the_same_directory(monkeypatch):
             calls["upload"] = repo_id, sorted(os.listdir(folder_path)), options
             return "address"
 
-    monkeypatch.setattr("blip.checkpoints.checkpoint.HfApi", Hub)
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     assert push_to_hub(Blip(SMALLEST), TOKENIZER, "me/mine", private=True, token="t", commit_message="x") == "address"
     assert calls["token"] == "t"
     assert calls["create"] == ("me/mine", {"private": True, "exist_ok": True})

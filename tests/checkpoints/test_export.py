@@ -442,7 +442,8 @@ def test_every_command_of_the_page_runs(tmp_path, monkeypatch, capsys):
         path.rename(f"{released_name}.pth")
     (tmp_path / "vocab.txt").write_text("\n".join([*PIECES, *(f"w{i}" for i in range(97 - len(PIECES)))]) + "\n")
     images()[0].save("photo.jpg")
-    lines = [line for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    blocks = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     assert len(lines) >= 9
     for line in lines:
         program, *args = shlex.split(line, comments=True)

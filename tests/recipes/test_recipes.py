@@ -38,13 +38,17 @@ def job(args: list[str]) -> None:
     command.run(lambda: pretrain(command.read(PretrainRun, args)))
 
 
+LATER = "datasets, timm.layers, torchvision.transforms, transformers"
+"""Packages that a recipe imports when its settings are read."""
+
+
 class RecipeZygote(Zygote):
     """A zygote that has imported the recipes as well."""
 
     def __init__(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
         environment["PYTHONPATH"] = SEARCHED
-        run = [sys.executable, "-c", "import stub_run, test_recipes; stub_run.serve()"]
+        run = [sys.executable, "-c", f"import stub_run, test_recipes, {LATER}; stub_run.serve()"]
         self.process = subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
     def start(self, log: Path, args: list[str], **options) -> list[int]:

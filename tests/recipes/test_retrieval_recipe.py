@@ -13,13 +13,14 @@ import goldens
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from stub_run import SEARCHED, Zygote, curve
 from test_losses import contrastive
 from test_objectives import NEGATIVES, build, make_batch
 
-from blip.checkpoints.checkpoint import from_pretrained, save_pretrained
+from blip.checkpoints.checkpoint import from_pretrained, save_pretrained, trained_on
 from blip.checkpoints.layouts import original_matching, original_training
 from blip.checkpoints.table import from_theirs, to_theirs
 from blip.data.formats.sources import Record
@@ -354,7 +355,15 @@ def test_a_run_keeps_the_model_with_the_best_mean_recall(finished, world):
     for name, file in (("validation", "val.json"), ("test", "test.json")):
         gallery = Gallery.open(SourceConfig(str(world / file)), 32)
         assert retrieval(model, tokenizer, *gallery, k=3, max_tokens=40) == results[name]
-    assert "mean_recall" in (finished / "model/README.md").read_text()
+    assert trained_on(finished / "model") == ("other images", "synthetic shapes")  # the weights' images are unknown
+    card = ModelCard.load(finished / "model/README.md")
+    assert card.data.pipeline_tag == "zero-shot-image-classification"
+    scores = {(one.dataset_name, one.dataset_split): one for one in card.data.eval_results
+              if one.metric_name == "Mean of the recalls"}  # fmt: skip
+    assert {key: one.metric_value for key, one in scores.items()} == {
+        (f"{world.name}/val", "validation"): round(results["validation"]["mean_recall"], 2),
+        (f"{world.name}/test", "test"): round(results["test"]["mean_recall"], 2),
+    }
     assert {name for losses in curve(finished).values() for name in losses} >= {"itc", "itm"}
 
 

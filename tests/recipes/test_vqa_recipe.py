@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from test_checkpoint import SMALLEST, TOKENIZER
 
 from blip.checkpoints.checkpoint import from_pretrained, save_pretrained
@@ -77,7 +78,10 @@ def test_a_run_keeps_the_best_model_and_its_answers(world, start, tmp_path):
         words = {name: answer.words for name, answer in answers.items()}
         assert words == read_results(tmp_path / f"out/results-{name}.json")
         assert score(question_set.questions, words, resamples=0).named() == results[name]
-    assert "accuracy" in (folder / "README.md").read_text()
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.pipeline_tag == "visual-question-answering"
+    assert {one.dataset_split for one in card.data.eval_results} == {"validation", "test"}
+    assert "Accuracy" in {one.metric_name for one in card.data.eval_results}
     again, _ = run(options(world, start, tmp_path / "out"))
     assert again.metrics == result.metrics
 

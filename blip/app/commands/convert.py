@@ -54,20 +54,22 @@ def run(chosen: ConvertOptions) -> int:
     from blip.app.exit import SOME_FAILED, fail, one_line
     from blip.checkpoints import card, checkpoint, export
     from blip.errors import Stopped
+    from blip.origin import print_note
 
     source = checkpoint.opened(chosen.source)
     model, tokenizer = checkpoint.built(source, image_size=chosen.image_size, tokenizer=chosen.tokenizer)
     path = Path(chosen.source).expanduser()
     name = path.resolve().name if path.exists() else chosen.source
     licence = "bsd-3-clause" if name.startswith("Salesforce/") else source.licence
-    origin = card.Provenance(name, source.described, licence)
+    origin = card.Provenance(name, source.described, licence, source.trained_on)
     print(f"read {name}: {source.described}, {sum(tensor.numel() for tensor in model.state_dict().values()):,} numbers")
+    print_note(source.trained_on)
     if account := source.account(model):
         _print_account(account)
     try:
         if chosen.to == "openblip":
-            body = card.plain_card(origin)
-            checkpoint.save_pretrained(model, tokenizer, target, card=body, licence=origin.licence)
+            facts = card.Facts(card.plain_card(origin))
+            checkpoint.save_pretrained(model, tokenizer, target, facts, origin.licence, origin.trained_on)
         else:
             layout = export.write(model, tokenizer, target, chosen.to, origin, chosen.use)
             print(f"written for {layout.name}")

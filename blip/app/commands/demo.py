@@ -17,7 +17,7 @@ EXAMPLE = """examples:
 
 Describe an image, ask questions about it, match texts with it and see where the model looks; search a folder; view the
 reports of a CapFilt run. Only this machine can open the page, unless --host admits others, and it sends no requests to
-other machines. It needs Gradio: pip install 'openblip[demo]'. Exit status: 2 for wrong use, 130 after Ctrl-C."""
+other machines. It needs Gradio, and says how to install it. Exit status: 2 for wrong use, 130 after Ctrl-C."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class DemoOptions(ModelOptions):
 
 def run(chosen: DemoOptions) -> int:
     """Load the models, update the index and serve the page until interrupted."""
-    from blip.app.installed import require
+    from blip.installed import require
 
     require("demo", "blip demo")
     if chosen.port is not None:

@@ -15,7 +15,8 @@ EXAMPLE = """examples:
   blip doctor
   blip doctor --out /data/runs --json
 
-One line per check: ok, missing (optional) or wrong (the core does not work), and what to do about it.
+One line per check: ok, untested (a version that the tests have not run on), missing (optional) or wrong (the core
+does not work), and what to do about it.
 --json prints one object: {"works": ..., "findings": [{"name", "status", "said", "remedy"}, ...]}.
 Nothing is installed, downloaded or changed. Exit status: 0 if the core works, 1 if not, 2 for wrong use."""
 

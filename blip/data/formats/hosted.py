@@ -1,15 +1,17 @@
-"""Open data sets with the `datasets` library: parquet through its cache, folders of save_to_disk, names on the hub."""
+"""Open data sets with the `datasets` library: parquet through its cache, folders of save_to_disk, names on the hub.
+
+`datasets`, which is slow to import, is imported when one is opened.
+"""
 
 from __future__ import annotations
 
 import errno
+import functools
 import glob
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import datasets
+from typing import TYPE_CHECKING, Any
 
 from blip.data.formats.parquet import check_columns, common_schema, parquet_file, values_of
 from blip.data.formats.rows import Columns, StoredRow, row_of
@@ -17,14 +19,17 @@ from blip.data.formats.splits import parts_of, refuse_split
 from blip.data.paths import check_name, under
 from blip.errors import DataError
 
-CACHE = os.path.realpath(datasets.config.HF_CACHE_HOME)
-"""The folder that the hub fills itself, links followed."""
+if TYPE_CHECKING:
+    import datasets
+
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOLCK}
 """Error numbers that only writing can meet."""
 
 
 def load_parquet(files: Sequence[Path], image: str, caption: str) -> datasets.Dataset:
     """The image and caption columns of parquet files. Raises DataError that names the file, the column or the cache."""
+    import datasets
+
     schemas = []
     for file in files:
         schemas.append(parquet_file(file).schema_arrow)
@@ -51,6 +56,8 @@ def open_dataset(path: str, split: str | None, revision: str | None = None) -> d
     Raises DataError that says what it is instead, which splits there are , or that the cache cannot
     be written.
     """
+    import datasets
+
     try:
         if os.path.isdir(path):
             data = datasets.load_from_disk(path)
@@ -95,11 +102,21 @@ def in_cache(name: str) -> bool:
     """Whether a name in data is an absolute path, links followed, into the cache that the hub fills itself."""
     if not os.path.isabs(name) or check_name(name, "/"):
         return False
-    return under(os.path.realpath(name), CACHE)
+    return under(os.path.realpath(name), _cache())
+
+
+@functools.cache
+def _cache() -> str:
+    """The folder that the hub fills itself, links followed."""
+    import datasets
+
+    return os.path.realpath(datasets.config.HF_CACHE_HOME)
 
 
 def _cache_trouble(error: BaseException | None) -> str | None:
     """Message for an error caused by an unwritable cache; None for other errors."""
+    import datasets
+
     cache = str(datasets.config.HF_DATASETS_CACHE)
     folders = [os.path.abspath(folder) for folder in (cache, datasets.config.HF_CACHE_HOME)]
     while error is not None:

@@ -16,9 +16,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import datasets
 import numpy as np
 import pyarrow as pa
 from PIL import Image
@@ -38,6 +37,9 @@ from blip.data.formats.values import captions_of, encodable, image_of
 from blip.data.paths import check_name, check_spec, contained
 from blip.data.settings import SourceConfig
 from blip.errors import BadSample, DataError, shown
+
+if TYPE_CHECKING:
+    import datasets
 
 logger = logging.getLogger(__name__)
 
@@ -253,6 +255,8 @@ class Mapped:
     """A `datasets.Dataset`: memory-mapped Arrow that workers open by name."""
 
     def __init__(self, config: SourceConfig, data: datasets.Dataset, root: Path | None, files: Sequence[Path] = ()):
+        import datasets
+
         self.weight, self.kind = config.weight, config.kind
         self._config, self._root, self._files = config, root, list(files)
         self._columns = chosen_columns(data.features.arrow_schema, columns_of(config), config.path)

@@ -387,6 +387,9 @@ class PrepareDialogues(Prepare):
         keys = [s.key for s in samples]
         return DialogueBatch(image, caption_ids, caption_keep, ids, keep, 1 + self.negatives, keys, bad)
 
+    def images(self, record: tuple[Conversations, Conversation]) -> Sequence[Path]:
+        return [record[1].image]
+
     def texts(self, record: tuple[Conversations, Conversation]) -> list[str]:
         return [clean_question(text, self.config.max_words) for text in _all_texts(*record)]
 

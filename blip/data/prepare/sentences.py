@@ -326,6 +326,9 @@ class PrepareSentences(Prepare):
     def collate(self, samples: Sequence[Sample]) -> SentenceBatch:
         return sentence_batch(samples, self.tokenizer)
 
+    def images(self, record: Example) -> Sequence[Path]:
+        return record.images
+
     def texts(self, record: Example) -> list[str]:
         return [clean_question(record.sentence, self.config.max_words)]  # which takes any text
 

@@ -1,4 +1,7 @@
-"""Installed packages, compared with the ranges that this project's metadata requires."""
+"""Installed packages, compared with the ranges that this project's metadata requires, and how to install others.
+
+No message names an extra of this project: on an index that name may be anybody's.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,13 @@ class Package:
 
     @property
     def remedy(self) -> str:
-        return f"pip install '{self.name}{self.wanted}'"
+        """Command that installs it."""
+        return f"pip install '{self.requirement}'"
+
+    @property
+    def requirement(self) -> str:
+        """Name and range of versions, as pip takes them."""
+        return f"{self.name}{self.wanted}"
 
 
 def packages(extra: str = "") -> list[Package]:
@@ -55,9 +64,15 @@ def require(extra: str, what: str) -> None:
     for package in packages(extra):
         if not package.fits:
             there = f"{package.version} is installed" if package.version else "it is not installed"
-            raise ValueError(
-                f"{what} needs {package.name}{package.wanted}, but {there}: pip install '{PROJECT}[{extra}]'"
-            )
+            raise ValueError(f"{what} needs {package.requirement}, but {there}: {remedy(extra)}")
+
+
+def remedy(extra: str) -> str:
+    """Command that installs the packages of an extra."""
+    try:
+        return " ".join(("pip install", *(f"'{package.requirement}'" for package in packages(extra))))
+    except LookupError:  # run from a checkout that is not installed, or that was installed before it had this extra
+        return f"pip install -e '.[{extra}]' in the checkout"
 
 
 def _of_extra(requirement, extra: str) -> bool:
