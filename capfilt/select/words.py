@@ -7,6 +7,7 @@ characters, in a fixed ratio. Korean has spaces and is counted by them.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import sys
 import unicodedata
@@ -69,7 +70,7 @@ def words(text: str) -> list[str]:
 def joined(some: Sequence[str]) -> str:
     """Join words with spaces, except between letters of scripts that have none."""
     text = some[0]
-    for before, word in zip(some, some[1:], strict=False):
+    for before, word in itertools.pairwise(some):
         text += word if _UNSPACED.match(before) and _UNSPACED.match(word) else f" {word}"
     return text
 

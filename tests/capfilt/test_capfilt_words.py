@@ -15,7 +15,7 @@ from capfilt.select.words import count_words, joined, words
         ("कुत्ता घास पर", 3),
         ("一只红色的狗在草地上", 5),  # ten letters in twos
         ("红色的", 2),  # rounded up
-        ("红，蓝。", 2),  # punctuation ends a run and is no word
+        ("红\uff0c蓝。", 2),  # punctuation ends a run and is no word
         ("赤いドレス", 3),
         ("がけ", 1),
         ("か\u3099け", 1),  # the same with a combining mark
