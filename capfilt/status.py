@@ -73,7 +73,8 @@ def retry_failed(run: Run) -> int:
     count = 0
     for folder in (FAILURES, results.FAILURES):
         for pid, numbers in failures(run.storage, folder).items():
-            count += pid not in present or folder != FAILURES
+            note = read_failure(run.storage, pid, max(numbers), folder)
+            count += pid not in present or (folder != FAILURES and note.get("state") == "failed")
             for number in numbers:
                 run.storage.remove(failure_name(pid, number, folder))
     for name in scorers_of(run):

@@ -57,7 +57,7 @@ class SelectConfig:
     duplicate_bits: int = 0
     """Most bits, of 64, in which perceptual hashes of copies may differ; 2 to 4 also finds other sizes and qualities
     of an image."""
-    duplicate_cosine: float = 0.99
+    duplicate_cosine: float = 0.995
     """Least cosine of the embeddings of copies."""
     contamination: str | None = None
     """Images that must not be used, such as a test set's: a file of SHA-256 or perceptual hashes in hex, one per line,
