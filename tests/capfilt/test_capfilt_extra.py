@@ -263,6 +263,15 @@ def test_a_class_takes_what_follows_the_equals_sign(tmp_path):
     assert scorer.identity == {"what": "a=b:C", "code": code}
 
 
+def test_the_scorer_of_the_documentation_works(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "capfilt.md").read_text()
+    (code,) = [block for block in page.split("```python\n")[1:] if "class Brightness" in block]
+    (tmp_path / "brightness.py").write_text(code.partition("```")[0])
+    run = scored(crawl(tmp_path / "in", shards=1, rows=4), tmp_path / "run")
+    run_also(run, f"{tmp_path}/brightness.py:Brightness")
+    assert "extra brightness: rows 4 = with scores 4 + none 0 + raised an error 0" in verify(run.where).summary
+
+
 def test_another_identity_is_refused_and_never_mixed(tmp_path, red):
     run = scored(crawl(tmp_path / "in", shards=1), tmp_path / "run")
     run_also(run, red)
