@@ -71,6 +71,8 @@ def score(run, engine: EngineOptions, how: ScoreOptions) -> int:
     if engine.dry_run:
         from capfilt.score.dry_run import dry_run
 
+        if engine.also:
+            print("the estimate is for captioner and filter, without --also")
         return dry_run(run, maker, how)
     if engine.also and engine.engine == "ray":
         raise ValueError("--also is not for --engine ray: score with ray first, then again with --also and without ray")

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from blip.errors import DataError
 from capfilt.extra.load import EMBEDDING
-from capfilt.extra.scorer import ExtraScorer
+from capfilt.extra.scorer import ExtraScorer, WrongScorer
 from capfilt.run import Part, Run
 from capfilt.store import parts as part_files
 from capfilt.store.identity import differences, fingerprint
@@ -53,6 +53,13 @@ class ExtraParts(Parts):
                 "remove that folder to score anew"
             )
         return record["fingerprint"]
+
+    def check_claim(self, mark: str) -> None:
+        """Raise WrongScorer if another process has begun with another scorer of this name since `claim`."""
+        if self.record()["fingerprint"] != mark:
+            raise WrongScorer(
+                f"{self.storage.root}/{self.folder} is now another scorer's: another process has begun it"
+            )
 
     def content(self, part: Part) -> bytes:
         """Read a part's file. FileNotFoundError if there is none; DataError, naming the file, if it is not intact."""

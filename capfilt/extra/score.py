@@ -67,8 +67,8 @@ class _Scored:
         self.scorer, self.side, self._most = scorer, scorer.side, most
         self.shown, self.raised = 0, Counter()
         self.parts = ExtraParts(run.storage, scorer.name)
-        mark = self.parts.claim(record_of(scorer))
-        self._facts = {"fingerprint": mark, "scorer": scorer.name, "run": run.fingerprint, "code": __version__}
+        self.mark = self.parts.claim(record_of(scorer))
+        self._facts = {"fingerprint": self.mark, "scorer": scorer.name, "run": run.fingerprint, "code": __version__}
 
     def score(self, rows: Sequence[ShownRow]) -> list[dict[str, Any]]:
         """Return the scores of rows, or the `error` of those for which the scorer raises; WrongScorer if most do."""
@@ -114,7 +114,7 @@ class _Embedded:
 
     def __init__(self, run: Run, size: int) -> None:
         self.parts, self.size = ExtraParts(run.storage, EMBEDDING), size
-        self.parts.claim(embedding_record(run, size))
+        self.mark = self.parts.claim(embedding_record(run, size))
 
     def score(self, rows: Sequence[ShownRow]) -> list[dict[str, Any]]:
         return [{EMBEDDING: row.embedding} for row in rows]
@@ -148,6 +148,7 @@ class _Extras:
         nothing: list[dict[str, Any]] = [{}] * len(each)
         rows = [scores.get(number, nothing) for number in range(part.lo, part.hi)]
         for one, given in zip(each, zip(*rows, strict=True), strict=True):
+            one.parts.check_claim(one.mark)
             one.parts.storage.write(one.parts.name(part.pid), one.encode(ids, list(given)))
 
     def raised(self, part: Part, number: int) -> bool:

@@ -21,8 +21,8 @@ from capfilt.run import Run
 from capfilt.schema import USABLE
 from capfilt.select.words import joined, words
 
-_MOST = 20_000_000
-"""Most different words and pairs counted at once; beyond that, those seen once are forgotten."""
+_MOST = 5_000_000
+"""Most different words and pairs counted at once; beyond that, those seen once so far are forgotten."""
 
 
 class Concepts:

@@ -32,7 +32,7 @@ def count_words(text: str) -> int:
 
     In a mixture, each run of letters, digits or symbols of other scripts is one word more, and punctuation none.
     """
-    if not _UNSPACED.search(text):
+    if text.isascii() or not _UNSPACED.search(text):
         return len(text.split())
     return sum(_count_mixed(word) if _UNSPACED.search(word) else 1 for word in text.split())
 

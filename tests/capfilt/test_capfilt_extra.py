@@ -378,6 +378,28 @@ def test_a_limit_and_a_share_of_a_launcher(tmp_path, red):
     assert status(run)["extra"]["red"]["parts"] == 10
 
 
+def test_two_scorers_of_one_name_at_once_are_not_mixed(tmp_path, red):
+    """Both find nothing yet; the one that was overtaken stops before it writes."""
+    data = crawl(tmp_path / "in", shards=1)
+    run = scored(data, tmp_path / "run")
+    body = f"import json, pathlib; p = pathlib.Path({run.where!r}, 'extra/mine/scorer.json'); "
+    body += "p.write_text(json.dumps({**json.loads(p.read_text()), 'fingerprint': 'other'})); "
+    body += "return {'a': [1.0] * len(texts)}"
+    with pytest.raises(WrongScorer, match="extra/mine is now another scorer's"):
+        run_also(run, own(tmp_path, body))
+    assert not list(Path(run.where, "extra").rglob("*.parquet"))
+
+
+def test_a_run_in_an_object_store(tmp_path, red):
+    data = crawl(tmp_path / "in", shards=1)
+    here, there = scored(data, tmp_path / "run"), planned(data, "memory://extra-scores/run")
+    for run in (here, there):
+        run_also(run, red, "embedding")
+    for name, content in extra_files(here).items():
+        assert there.storage.read(f"extra/{name}") == content
+    assert verify(there.where).status() == 0
+
+
 def test_drafts_do_not_depend_on_other_scorers(tmp_path):
     """With --draft a large JPEG is decoded small for the models; another scorer's size changes nothing about that."""
     members = [(f"{i}.jpg", jpeg(i, (640, 480))) for i in range(4)]
