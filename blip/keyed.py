@@ -57,6 +57,9 @@ class Purpose(IntEnum):
     HARD_NEGATIVES = 203
     """Choice of hard negatives, the wrong answers that resemble the right one."""
 
+    CONCEPTS = 300
+    """Choice of the rows that a selection balanced over concepts keeps."""
+
 
 def mix(*values: int) -> int:
     """64 well-mixed bits of some integers (splitmix64); the order of the integers matters."""

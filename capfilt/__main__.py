@@ -27,6 +27,7 @@ crawl" at {DOCS}.
 VERBS = {
     "plan": "list the input and split it into parts; no GPU needed",
     "score": "generate and match texts for every row; repeat to continue",
+    "concepts": "list the words and pairs of words of a run's texts, for a balanced selection",
     "select": "choose texts by their scores; takes seconds, can be repeated",
     "export": "write the texts of a selection as a data set",
     "report": "write an HTML page: accounts, distributions, images with the texts kept and why",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 from blip.files import not_permitted
 from capfilt.export import exported_to
 from capfilt.exported import COUNTED, MARKERS, OURS, DamagedExport, count
+from capfilt.extra.results import ExtraParts, counts_of, scorers_of
 from capfilt.run import Part, Run
 from capfilt.schema import STATUSES
 from capfilt.select.choose import is_whole, selections, table_name, tables_of
@@ -68,6 +70,8 @@ def verify(where: str) -> Findings:
     different = len(np.unique(np.concatenate(findings.ids))) if findings.ids else 0
     if sum(findings.rows.values()) != different:
         findings.problems.append(f"{sum(findings.rows.values()):,} rows have {different:,} different ids")
+    for name in scorers_of(run):
+        _check_extra(run, name, present.keys(), findings)
     for name in selections(run):
         _check_selection(run, name, findings)
     for name in sorted(run.storage.listing("exports")):
@@ -116,6 +120,19 @@ def _check_part(run: Run, part: Part, findings: Findings) -> None:
     findings.rows.update(statuses)
     for kind in ("web", "syn"):
         findings.texts[kind] += pc.sum(pc.list_value_length(table[f"{kind}_text"])).as_py() or 0
+
+
+def _check_extra(run: Run, name: str, present: Collection[str], findings: Findings) -> None:
+    """Check the files of a further scorer and count their rows."""
+    counts = counts_of(run, name, findings.problems.append)
+    there = ExtraParts(run.storage, name).present().keys()
+    findings.problems += [
+        f"extra/{name} has {pid}, which is not in the plan" for pid in sorted(there - {part.pid for part in run.plan})
+    ]
+    missing = len(present - there)
+    line = f"extra {name}: rows {counts['rows']:,} = with scores {counts['scored']:,} + none {counts['not_scored']:,}"
+    line += f" + raised an error {counts['raised']:,}"
+    findings.summary.append(line + (f"; {missing:,} scored parts lack it" if missing else ""))
 
 
 def _check_selection(run: Run, name: str, findings: Findings) -> None:

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from blip.options import argument, flat
+from blip.options import argument, flat, option
 from capfilt.commands.plan import refuse_drift
 from capfilt.settings import ScoreConfig, ScoreOptions
 
@@ -18,6 +18,7 @@ command continues, even with another batch size, number of processes or engine, 
   capfilt score run --limit 10000                   # rows from all over the input; a full run continues from there
   accelerate launch -m capfilt score run            # RANK and WORLD_SIZE share the parts, without collectives
   capfilt score run --engine ray                    # one scorer per GPU of a cluster
+  capfilt score run --also language --also embedding      # in the same pass, or in one of their own over what is scored
 """
 
 
@@ -31,6 +32,9 @@ class EngineOptions:
     """Scorers that Ray runs (default: one per GPU)"""
     device: str = "auto"
     """Device: cpu, cuda, cuda:1, ...; `auto` is the GPU of the local rank, if there is one"""
+    also: list[str] = option(list, metavar="SCORER", repeat=True)
+    """Further scorer, kept in RUN/extra: language, aesthetic=MODEL, embedding (the filter's, of each image), or a class
+    of one's own, package.module:Class or PATH.py:Class, whose code is run; may be repeated"""
     dry_run: bool = False
     """Score 64 rows, estimate how long all would take, write nothing"""
 
@@ -67,11 +71,19 @@ def score(run, engine: EngineOptions, how: ScoreOptions) -> int:
     if engine.dry_run:
         from capfilt.score.dry_run import dry_run
 
+        if engine.also:
+            print("the estimate is for captioner and filter, without --also")
         return dry_run(run, maker, how)
+    if engine.also and engine.engine == "ray":
+        raise ValueError("--also is not for --engine ray: score with ray first, then again with --also and without ray")
     if engine.engine == "ray":
         from capfilt.score.ray_engine import score_with_ray
 
         return score_with_ray(run, engine.device, how, engine.workers)
+    if engine.also:
+        from capfilt.extra.score import score_also
+
+        return score_also(run, engine.also, maker, how, engine.device)
     from capfilt.score import loop
 
     return loop.score(run, maker, how)

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from capfilt.extra.results import counts_of, scorers_of
 from capfilt.run import Part, Run
 from capfilt.schema import USABLE
 from capfilt.select.choose import Whole, scored_parts, select_part
@@ -193,6 +194,7 @@ def summary(run: Run, config: SelectConfig, numbers: Numbers) -> dict[str, Any]:
         },
         "shards": {name: dict(counts) for name, counts in sorted(numbers.shards.items())},
         "seconds": dict(numbers.seconds),
+        "extra": {name: counts_of(run, name) for name in scorers_of(run)},
         "damaged": {s.relpath: s.damage for s in run.damaged()},
         "config": run.job["config"],
         "facts": facts_of(run.storage.read(name_of(scored_parts(run)[0].pid))) if parts else {},

@@ -30,7 +30,7 @@ from capfilt.select.policies import SelectConfig
 _LIMIT = 4_500_000
 """Most bytes of images and texts on the page, so that all of it stays under 5 MB."""
 _SIDE, _LONGEST = 160, 240
-_DROPS = ("rules", "duplicates", "duplicate_bits", "contamination", "shared", "human")
+_DROPS = ("rules", "duplicates", "duplicate_bits", "contamination", "shared", "human", "only", "least", "concepts")
 """Settings of a selection that drop texts whatever its policy says."""
 _MORE = """
 .card img{height:160px;object-fit:contain;background:#f1f5f9}.blur img{filter:blur(9px)}.blur img:hover,

@@ -17,11 +17,11 @@ def report(run: Run, options: ReportOptions | None = None) -> str:
     options = options or ReportOptions()
     if not scored_parts(run):
         raise ValueError(f"{run.where}: nothing is scored yet; run `capfilt score {run.where}` first")
-    settings = read_account(run, options.select)["settings"] if options.select else {}
-    config = SelectConfig(**settings)
+    account = read_account(run, options.select) if options.select else {}
+    config = SelectConfig(**account.get("settings", {}))
     whole = survey(run, scored_parts(run), config)
     numbers = gather(run, config, whole, options)
-    content = summary(run, config, numbers)
+    content = {**summary(run, config, numbers), "concepts": account.get("concepts")}
     page = render(run, numbers, content, Cards(run, config, whole), options)
     from capfilt.store.storage import open_storage
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 from blip.processes import started
 from capfilt.run import Part
-from capfilt.store.parts import failure_name, failures, read_failure
+from capfilt.store.parts import FAILURES, failure_name, failures, read_failure
 from capfilt.store.storage import Storage, host
 
 SANDBOX, MOST = 2, 5
@@ -26,8 +26,8 @@ _FRESH = 600.0
 class Claims:
     """The notes of one process."""
 
-    def __init__(self, storage: Storage) -> None:
-        self.storage = storage
+    def __init__(self, storage: Storage, folder: str = FAILURES) -> None:
+        self.storage, self._folder = storage, folder
         self._mine: dict[str, int] = {}
         self._start = started(os.getpid())
 
@@ -36,11 +36,11 @@ class Claims:
         wanted = set(wanted)
         counts: dict[str, int] = {}
         busy: set[str] = set()
-        for pid, numbers in failures(self.storage).items():
+        for pid, numbers in failures(self.storage, self._folder).items():
             if pid not in wanted or pid in self._mine:
                 continue
             numbers = [n for n in numbers if n > 0]
-            if numbers and self._alive(read_failure(self.storage, pid, max(numbers))):
+            if numbers and self._alive(read_failure(self.storage, pid, max(numbers), self._folder)):
                 busy.add(pid)
                 numbers.remove(max(numbers))
             counts[pid] = max(numbers, default=0)
@@ -61,7 +61,7 @@ class Claims:
         """Drop the claim on a part that is committed or was released on purpose."""
         attempt = self._mine.pop(part.pid, None)
         if attempt is not None:
-            self.storage.remove(failure_name(part.pid, attempt))
+            self.storage.remove(failure_name(part.pid, attempt, self._folder))
 
     def fail(self, part: Part, code: str, detail: str, error: BaseException | None = None) -> None:
         """Record why a part could not be scored. A changed source does not count as an attempt."""
@@ -72,7 +72,7 @@ class Claims:
     def release(self) -> None:
         """Release all claims after an interruption; it does not count as a failed attempt."""
         for pid, attempt in list(self._mine.items()):
-            self.storage.remove(failure_name(pid, attempt))
+            self.storage.remove(failure_name(pid, attempt, self._folder))
         self._mine.clear()
 
     def _note(self, part: Part, attempt: int, what: dict) -> None:
@@ -87,4 +87,4 @@ class Claims:
             "started": self._start,
             "time": time.time(),
         }
-        self.storage.note(failure_name(part.pid, attempt), json.dumps(record).encode())
+        self.storage.note(failure_name(part.pid, attempt, self._folder), json.dumps(record).encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import warnings
@@ -45,12 +46,17 @@ class Decoded:
     flags: list[str]
     pixels: list[np.ndarray] = field(default_factory=list)
     """Resized images, (S, S, 3) uint8 for each input size; empty if there is nothing to score."""
+    more: list[np.ndarray] = field(default_factory=list)
+    """The same for the sizes of further scorers."""
     left_out: int = 0
     """Number of texts beyond the limit per row."""
 
 
-def prepare(row: InputRow, sides: tuple[int, ...], config: ScoreConfig) -> Decoded:
-    """Decode and resize an image and record its facts; never raises because of a row's contents."""
+def prepare(row: InputRow, sides: tuple[int, ...], config: ScoreConfig, more: tuple[int, ...] = ()) -> Decoded:
+    """Decode and resize an image and record its facts; never raises because of a row's contents.
+
+    `sides` are the models' input sizes, `more` those of further scorers.
+    """
     texts, left_out, note = rules.limited(row.texts)
     norm = [_clean(text, config.max_words) for text in texts]
     facts = dict.fromkeys(("width", "height", "format", "n_frames", "error_code", "error_detail"))
@@ -67,7 +73,7 @@ def prepare(row: InputRow, sides: tuple[int, ...], config: ScoreConfig) -> Decod
     facts["image_sha256"] = hashlib.sha256(row.image).hexdigest()
     if config.rules_first and _ruled_out(row.image, done, config.rules_first):
         return done
-    if _see(row.image, done, sides, config):
+    if _see(row.image, done, sides, more, config):
         done.flags += _seen_flags(done)
         if not any(norm):
             facts["status"] = "no_text"
@@ -86,13 +92,14 @@ def _fail(facts: dict, status: str, code: str, detail: str) -> None:
     facts |= {"status": status, "error_code": code, "error_detail": detail[:300]}
 
 
-def _see(data: bytes, done: Decoded, sides: tuple[int, ...], config: ScoreConfig) -> bool:
+def _see(data: bytes, done: Decoded, sides: tuple[int, ...], more: tuple[int, ...], config: ScoreConfig) -> bool:
     """Decode the image into `done`; returns whether that worked."""
     at_least = max(sides) if config.draft and sides else None
 
     def note(image: Image.Image) -> tuple[list[np.ndarray], str, tuple[int, int]]:
-        shown = [np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)) for side in sides]
-        return shown, phash(image), image.size
+        shown = {side: _scaled(image, side) for side in dict.fromkeys(sides if at_least else (*sides, *more))}
+        done.more = [] if at_least else [shown[side] for side in more]
+        return [shown[side] for side in sides], phash(image), image.size
 
     try:
         done.pixels, done.facts["phash64"], (width, height) = model_input(data, config.max_pixels, note, at_least)
@@ -110,7 +117,14 @@ def _see(data: bytes, done: Decoded, sides: tuple[int, ...], config: ScoreConfig
     _header(data, done.facts)
     if not at_least:
         done.facts |= {"width": width, "height": height}  # upright
+    elif more:  # drafts are made for the models alone: what they see must not depend on other scorers
+        with contextlib.suppress(UnreadableImage):
+            done.more = model_input(data, config.max_pixels, lambda image: [_scaled(image, side) for side in more])
     return True
+
+
+def _scaled(image: Image.Image, side: int) -> np.ndarray:
+    return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
 
 
 def _header(data: bytes, facts: dict) -> bool:

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from blip.errors import DataError
 from blip.processes import cores
 from capfilt import __version__
+from capfilt.extra.scorer import WrongScorer
 from capfilt.run import Part, Run
 from capfilt.schema import FAULTS, OK
 from capfilt.score import annotate
@@ -51,9 +52,17 @@ class TooManyErrors(DataError):
 class Worker:
     """Score parts with one scorer; every engine calls it."""
 
-    def __init__(self, run: Run, scorer: Scorer, options: ScoreOptions, pool: Pool | Inline | None = None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        scorer: Scorer,
+        options: ScoreOptions,
+        pool: Pool | Inline | None = None,
+        more: tuple[int, ...] = (),
+    ) -> None:
+        """Make a worker; `more` are sizes of images that are decoded besides those that the scorer needs."""
         self.run, self.scorer, self.options = run, scorer, options
-        self.setup = Setup(run.where, run.config, run.reading, scorer.sides)
+        self.setup = Setup(run.where, run.config, run.reading, scorer.sides, more)
         self.batch = self.most = options.batch or scorer.batch_size
         self._passed, self._wait = 0, 1
         self.pool = pool or make_pool(self.setup, options, self.batch)
@@ -117,6 +126,10 @@ class Worker:
                 else:
                     annotate.check_finite(row, scores)
                     answers[row.number] = scores
+            self.shown(part, some, answers)
+
+    def shown(self, part: Part, rows: list[Decoded], answers: dict[int, Scores]) -> None:
+        """Take note of rows that have been scored, with their images still at hand."""
 
     def show(self, items: Sequence[Item]) -> list[Scores | None]:
         """Score items, in halves where they do not fit together; None for one that does not fit alone.
@@ -158,7 +171,12 @@ class Worker:
         except BatchTooLarge:
             return None if len(items) > 1 else [None]
 
+    def exists(self, part: Part) -> bool:
+        """Tell whether a part is done, by this process or another."""
+        return self.run.parts.exists(part.pid)
+
     def commit(self, part: Part, rows: list[dict[str, Any]]) -> None:
+        """Write a part's annotations."""
         facts = {
             "fingerprint": self.run.fingerprint,
             "seed": str(self.run.config.seed),
@@ -217,15 +235,25 @@ class Work:
     failed: list[Part]
 
 
-def find_work(run: Run, options: ScoreOptions, claims: Claims) -> Work:
-    """Sort this process's share into parts that are done, damaged, busy elsewhere, failed, and to do."""
+def share_of(run: Run, options: ScoreOptions) -> list[Part]:
+    """Return the parts of this process, up to the limit."""
     share = run.share(options.rank, options.world)
     if options.limit:
         rows = itertools.accumulate(part.rows for part in share)
         share = [
             part for part, upto in zip(share, rows, strict=True) if upto - part.rows < options.limit / options.world
         ]
-    done, damaged = run.parts.whole(part.pid for part in share)
+    return share
+
+
+def find_work(run: Run, options: ScoreOptions, claims: Claims) -> Work:
+    """Sort this process's share into parts that are done, damaged, busy elsewhere, failed, and to do."""
+    share = share_of(run, options)
+    return sort_work(share, *run.parts.whole(part.pid for part in share), claims)
+
+
+def sort_work(share: list[Part], done: set[str], damaged: dict[str, str], claims: Claims) -> Work:
+    """Sort parts into those that are done, damaged, busy elsewhere, failed, and to do."""
     left = [part for part in share if part.pid not in done]
     attempts, busy = claims.attempts(part.pid for part in left)
     failed = [part for part in left if attempts.get(part.pid, 0) >= MOST]
@@ -273,7 +301,11 @@ class _Stop:
 
 
 def score(
-    run: Run, make_scorer: Callable[[Run], Scorer], options: ScoreOptions | None = None, out: TextIO | None = None
+    run: Run,
+    make_scorer: Callable[[Run], Scorer],
+    options: ScoreOptions | None = None,
+    out: TextIO | None = None,
+    make_worker: Callable[[Run, Scorer, ScoreOptions], Worker] = Worker,
 ) -> int:
     """Score what is left of a run, or of this process's share of it; returns the exit status.
 
@@ -284,15 +316,21 @@ def score(
     work = find_work(run, options, Claims(run.storage))
     out.write(describe_work(run, work, options) + "\n")
     out.flush()
+    progress = progress_of(work, out)
+    if work.todo:
+        status = score_parts(make_worker(run, make_scorer(run), options), options, work, progress)
+        if status != DONE:
+            return status
+    return exit_status(run, options, progress.failed, out)
+
+
+def progress_of(work: Work, out: TextIO) -> ScoringProgress:
+    """Return the progress of a process before it begins."""
     rows = sum(part.rows for part in work.share)
     inherited = sum(part.rows for part in work.share if part.pid in work.done)
     progress = ScoringProgress(rows, inherited, len(work.share), len(work.done), out)
     progress.failed = len(work.failed)
-    if work.todo:
-        status = _work(run, make_scorer(run), options, work, progress)
-        if status != DONE:
-            return status
-    return exit_status(run, options, progress.failed, out)
+    return progress
 
 
 def exit_status(run: Run, options: ScoreOptions, failed: int, out: TextIO) -> int:
@@ -334,8 +372,8 @@ def _commonest(statuses: Counter[str]) -> str:
     return ", ".join(f"{name} {n}" for name, n in statuses.most_common(4) if name != OK)
 
 
-def _work(run: Run, scorer: Scorer, options: ScoreOptions, work: Work, progress: ScoringProgress) -> int:
-    worker = Worker(run, scorer, options)
+def score_parts(worker: Worker, options: ScoreOptions, work: Work, progress: ScoringProgress) -> int:
+    """Score the parts that are to do; returns DONE or INTERRUPTED."""
     progress.stages = worker.stages
     judged = min(_JUDGED, sum(part.rows for part, _ in work.todo))
     with _Stop(worker.stopped), ThreadPoolExecutor(1) as writer:
@@ -376,7 +414,7 @@ def _ahead(worker: Worker, work: Work, progress: ScoringProgress) -> Iterator[tu
             part, attempt = work.todo.popleft()
             if worker.stopped.is_set():
                 raise ScoringInterrupted
-            if worker.run.parts.exists(part.pid) and part.pid not in work.damaged:
+            if worker.exists(part) and part.pid not in work.damaged:
                 progress.inherit(part.rows)  # another process was faster
                 continue
             if part.pid not in deferred and part.pid in worker.claims.attempts([part.pid])[1]:
@@ -400,7 +438,7 @@ def _try(
     """Annotate a part; None if that raised an error: the part is then queued again, or has failed."""
     try:
         return worker.annotate(part, tasks, attempt)
-    except (ScoringInterrupted, KeyboardInterrupt):
+    except (ScoringInterrupted, KeyboardInterrupt, WrongScorer):
         raise
     except BrokenDecoder:  # neither the part's fault nor a row's
         worker.discard(tasks)

@@ -6,7 +6,7 @@ Two towers with equal weights are one: then the image is seen once by both. B im
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import TypeVar
 
@@ -74,6 +74,7 @@ class BlipScorer:
         if self.shared:
             self.captioner.vision = self.filter.vision
         self.batch_size = 8 if self._device.type == "cpu" else 256
+        self.keeps_embeddings, self.embedding_size = False, self.filter.config.embed_dim
         self._mean, self._std = (torch.tensor(v, device=self._device).view(3, 1, 1) for v in (MEAN, STD))
         self.facts = {
             "scorer": "blip",
@@ -105,17 +106,27 @@ class BlipScorer:
     def _ready(self, model: Blip) -> Blip:
         return model.to(self._device, self._dtype).eval().requires_grad_(False)
 
-    @torch.inference_mode()
     def score(self, items: Sequence[Item]) -> list[Scores]:
         """Score items. Raises BatchTooLarge, having freed the memory."""
+        return self._fitting(self._score, items)
+
+    def embed(self, items: Sequence[Item]) -> np.ndarray:
+        """Return the filter's embeddings of the images alone, (B, E). Raises BatchTooLarge, having freed the memory."""
+        return self._fitting(self._embed, items)
+
+    @torch.inference_mode()
+    def _fitting(self, action: Callable[[Sequence[Item]], T], items: Sequence[Item]) -> T:
         try:
-            return self._score(items)
+            return action(items)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
         if self._device.type == "cuda":  # outside of the handler nothing of the failed batch is referred to any more
             torch.cuda.empty_cache()
         raise BatchTooLarge
+
+    def _embed(self, items: Sequence[Item]) -> np.ndarray:
+        return self.filter.embed_image(self.filter.vision(self._images(items, self.filter))).float().cpu().numpy()
 
     def _score(self, items: Sequence[Item]) -> list[Scores]:
         tokens = self.filter.vision(self._images(items, self.filter))
@@ -124,7 +135,9 @@ class BlipScorer:
             [*item.texts, *(_clean(t.words, self.config) for t in captions)]
             for item, captions in zip(items, written, strict=True)
         ]
-        matches = self._match(tokens, texts)
+        embedded = self.filter.embed_image(tokens).float()
+        matches = self._match(tokens, texts, embedded)
+        kept = embedded.cpu().numpy() if self.keeps_embeddings else [None] * len(items)
         return [
             Scores(
                 matched[: len(item.texts)],
@@ -132,8 +145,9 @@ class BlipScorer:
                     SyntheticText(t.words, t.logprob, t.finished, m)
                     for t, m in zip(captions, matched[len(item.texts) :], strict=True)
                 ],
+                embedding,
             )
-            for item, captions, matched in zip(items, written, matches, strict=True)
+            for item, captions, matched, embedding in zip(items, written, matches, kept, strict=True)
         ]
 
     def _images(self, items: Sequence[Item], model: Blip) -> Tensor:
@@ -153,14 +167,13 @@ class BlipScorer:
             self.captioner, self.writer, seen, self.decode, prompt=self.config.prompt.strip(), keys=keys
         )
 
-    def _match(self, tokens: Tensor, texts: Sequence[Sequence[str]]) -> list[list[Matched]]:
+    def _match(self, tokens: Tensor, texts: Sequence[Sequence[str]], embedded: Tensor) -> list[list[Matched]]:
         """Match all texts of all images: images with equally many together, and never more texts at once than allowed.
 
         An image with many texts so costs the others nothing.
         """
         matches: list[list[Matched]] = [[] for _ in texts]
         room = max(_FEW, _PER_IMAGE * len(texts))
-        embedded = self.filter.embed_image(tokens).float()
         for count in sorted({len(some) for some in texts} - {0}):
             same_count = [i for i, some in enumerate(texts) if len(some) == count]
             for some in _pieces(same_count, max(1, room // count)):

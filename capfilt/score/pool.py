@@ -48,6 +48,8 @@ class Setup:
     config: ScoreConfig
     reading: ReadConfig
     sides: tuple[int, ...]
+    more: tuple[int, ...] = ()
+    """Sizes of images for further scorers."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Decoder:
                 problem = ("source_error", "unreadable", f"{type(error).__name__}: {error}")
                 row = InputRow(number, str(number), problem=problem)
                 rows = reader.read(number + 1, task.hi)
-            yield prepare(row, self.setup.sides, self.setup.config)
+            yield prepare(row, self.setup.sides, self.setup.config, self.setup.more)
 
     def _reader(self, source: PlannedSource) -> Reader:
         if source.relpath not in self._readers:

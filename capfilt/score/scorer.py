@@ -56,6 +56,8 @@ class Scores:
 
     web: list[Matched] = field(default_factory=list)
     syn: list[SyntheticText] = field(default_factory=list)
+    embedding: np.ndarray | None = None
+    """The filter's embedding of the image, (E,) of length 1; None unless `Scorer.keeps_embeddings`."""
 
 
 class BatchTooLarge(Exception):
@@ -72,9 +74,15 @@ class Scorer(Protocol):
     """Facts recorded in every part file."""
     batch_size: int
     """Default number of items per batch."""
+    keeps_embeddings: bool
+    """Whether scores have the embeddings of the images; false at first."""
+    embedding_size: int
 
     def score(self, items: Sequence[Item]) -> list[Scores]:
         """Score items. Raises BatchTooLarge."""
+
+    def embed(self, items: Sequence[Item]) -> np.ndarray:
+        """Return the filter's embeddings of the images alone, (B, E). Raises BatchTooLarge."""
 
 
 class FakeScorer:
@@ -83,6 +91,8 @@ class FakeScorer:
     sides = (16,)
     device = "none"
     batch_size = 64
+    keeps_embeddings = False
+    embedding_size = 48
 
     def __init__(self, seed: int, captions: int, itm_token: str, seconds: float = 0.0) -> None:
         """Make a scorer that sleeps `seconds` per item."""
@@ -92,7 +102,17 @@ class FakeScorer:
     def score(self, items: Sequence[Item]) -> list[Scores]:
         if self.seconds:
             time.sleep(self.seconds * len(items))
-        return [self._score(item) for item in items]
+        scores = [self._score(item) for item in items]
+        if self.keeps_embeddings:
+            for one, embedding in zip(scores, self.embed(items), strict=True):
+                one.embedding = embedding
+        return scores
+
+    def embed(self, items: Sequence[Item]) -> np.ndarray:
+        """Return colours of 4 x 4 fields: equal images are equal, and images that look the same are near."""
+        pixels = np.stack([item.pixels[0] for item in items]).astype(np.float32) + 1
+        fields = pixels.reshape(-1, 4, 4, 4, 4, 3).mean((2, 4)).reshape(-1, self.embedding_size)
+        return fields / np.linalg.norm(fields, axis=1, keepdims=True)
 
     def _score(self, item: Item) -> Scores:
         seen = hashlib.sha256(item.pixels[0].tobytes()).hexdigest()

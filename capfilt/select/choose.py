@@ -17,9 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from capfilt.extra.load import EMBEDDING
 from capfilt.run import Part, Run
 from capfilt.schema import SELECTION, USABLE
 from capfilt.select import copies, rules
+from capfilt.select.concepts import Balance, read_concepts
+from capfilt.select.conditions import Conditions, scores_of
 from capfilt.select.copies import Copies
 from capfilt.select.policies import HUMAN, SOURCES, SYN, WEB, SelectConfig, Texts, choose, cut_of
 from capfilt.store.storage import Local
@@ -50,10 +53,11 @@ def select(
     digest = hashlib.sha256("".join(part.pid for part in done).encode()).hexdigest()[:16]
     settings = dataclasses.asdict(config)
     listed = copies.read_list(config.contamination).digest() if config.contamination else None
+    given = given_digest(run, config)
     if run.storage.exists(success(name)):
         before = read_account(run, name)
-        planned = {**dataclasses.asdict(SelectConfig()), **before["settings"]}  # older accounts lack newer settings
-        same = (planned, before.get("contamination_digest")) == (settings, listed)
+        planned = dataclasses.asdict(SelectConfig(**before["settings"]))  # older accounts lack newer settings
+        same = (planned, before.get("contamination_digest"), before.get("given_digest")) == (settings, listed, given)
         if not same and not replace:
             raise ValueError(f"selection {name} exists with other settings; give another --name, or --replace")
         if same and before["parts_digest"] == digest and is_whole(run, before):
@@ -72,6 +76,8 @@ def select(
         "parts_planned": len(run.plan),
         "parts_digest": digest,
         "contamination_digest": listed,
+        "given_digest": given,
+        **({"concepts": whole.balance.account()} if whole.balance else {}),
         **{key: dict(sorted(counter.items())) for key, counter in counts.items()},
         "files": {table_name(name).rsplit("/", 1)[-1]: run.storage.sha256(table_name(name))},
     }
@@ -124,6 +130,18 @@ def selections(run: Run) -> list[str]:
     return sorted(n.split("/")[1] for n in run.storage.listing("selections") if n.endswith("/_SUCCESS"))
 
 
+def given_digest(run: Run, config: SelectConfig) -> str | None:
+    """Return a digest of the further scores and the list of concepts that a selection uses; None if it uses none."""
+    names = {one.scorer for one in config.conditions()} | ({EMBEDDING} if config.duplicates == EMBEDDING else set())
+    given: list[Any] = []
+    for parts in (scores_of(run, name) for name in sorted(names)):
+        sizes = sorted((pid, size) for pid, (size, _) in parts.present().items())
+        given.append([parts.scorer, parts.record()["fingerprint"], sizes])
+    if config.concepts:
+        given.append(read_concepts(config.concepts).digest())
+    return hashlib.sha256(json.dumps(given).encode()).hexdigest()[:16] if given else None
+
+
 def _columns(config: SelectConfig) -> list[str]:
     names = [_COLUMN[config.column].format(kind) for kind in ("web", "syn")]
     return ["sample_id", "source_uri", "status", "web_text", "web_text_norm", "syn_text", "rule_flags", *names]
@@ -136,18 +154,29 @@ class Whole:
     copies: Copies
     cut: float | None = None
     """Score that the best share of all texts reaches, for the policy `fraction`."""
+    conditions: Conditions | None = None
+    """Conditions on the scores of further scorers."""
+    balance: Balance | None = None
+    """Counts of the concepts among the texts that are kept but for the balance."""
 
 
 def survey(run: Run, done: list[Part], config: SelectConfig) -> Whole:
     """Gather the facts that a selection needs from the whole run; reads nothing if it needs none."""
-    whole = Whole(copies.find(run, done, config))
-    if config.policy != "fraction":
-        return whole
-    scores = []
-    for part in done:
-        flat = _flat(part, run.parts.read(part.pid, _columns(config)), config, whole)
-        scores.append(flat["score"][flat["open"]])
-    return Whole(whole.copies, cut_of(np.concatenate(scores), config.fraction))
+    conditions = Conditions(run, config.conditions()) if config.conditions() else None
+    whole = Whole(copies.find(run, done, config), conditions=conditions)
+    if config.policy == "fraction":
+        scores = []
+        for part in done:
+            flat = _flat(part, run.parts.read(part.pid, _columns(config)), config, whole)
+            scores.append(flat["score"][flat["open"]])
+        whole = dataclasses.replace(whole, cut=cut_of(np.concatenate(scores), config.fraction))
+    if config.concepts:
+        balance = Balance(read_concepts(config.concepts), config.per_concept)
+        for part in done:
+            flat, kept, *_ = _decide(part, run.parts.read(part.pid, _columns(config)), config, whole)
+            balance.count(flat["text"].filter(pa.array(kept & (flat["source"] != HUMAN))).to_pylist())
+        whole = dataclasses.replace(whole, balance=balance)
+    return whole
 
 
 def _flat(part: Part, table: pa.Table, config: SelectConfig, whole: Whole) -> dict[str, Any]:
@@ -188,7 +217,7 @@ def _judge_open(part: Part, table: pa.Table, flat: dict[str, Any], config: Selec
     usable = np.isin(status.astype(str), USABLE)
     why = np.where(usable, "", np.char.add("status ", status.astype(str)))[flat["row"]].astype(object)
     why[(why == "") & np.isnan(flat["score"])] = "no words"
-    for reason, mine in _rules(part, table, flat, config, whole.copies):
+    for reason, mine in _rules(part, table, flat, config, whole):
         why[mine & (why == "")] = reason
     if config.human:
         human = np.array([fnmatch.fnmatch(uri, config.human) for uri in table["source_uri"].to_pylist()])[flat["row"]]
@@ -198,9 +227,10 @@ def _judge_open(part: Part, table: pa.Table, flat: dict[str, Any], config: Selec
     flat["open"] = (why == "") & (flat["source"] != HUMAN)
 
 
-def _rules(part: Part, table: pa.Table, flat: dict[str, Any], config: SelectConfig, others: Copies
+def _rules(part: Part, table: pa.Table, flat: dict[str, Any], config: SelectConfig, whole: Whole
            ) -> Iterator[tuple[str, np.ndarray]]:  # fmt: skip
     """Yield reasons to drop texts, with the texts each applies to; the first one counts."""
+    others = whole.copies
     if part.pid in others.rows:
         for code, reason in copies.WHY.items():
             yield reason, (others.rows[part.pid] == code)[flat["row"]]
@@ -208,8 +238,8 @@ def _rules(part: Part, table: pa.Table, flat: dict[str, Any], config: SelectConf
         mine = flat["source"] == WEB
         mine[mine] = others.shared[part.pid]
         yield f"rule shared>{config.shared}", mine
-    if config.only:
-        yield f"only {config.only} texts", flat["source"] == (SYN if config.only == "web" else WEB)
+    for only in config.sources:
+        yield f"only {only} texts", flat["source"] == (SYN if only == "web" else WEB)
     if config.rules:
         flags = table["rule_flags"].combine_chunks()
         row_of, flag_of = np.asarray(pc.list_parent_indices(flags)), pc.list_flatten(flags).dictionary_encode()
@@ -218,6 +248,9 @@ def _rules(part: Part, table: pa.Table, flat: dict[str, Any], config: SelectConf
                 broken = np.zeros(len(table), dtype=bool)
                 broken[row_of[np.asarray(flag_of.indices) == code]] = True
                 yield f"rule {flag.partition('.')[2]}", broken[flat["row"]] & _covers(flag, flat)
+    if whole.conditions:
+        kinds = {"web": flat["source"] == WEB, "syn": flat["source"] == SYN}
+        yield from whole.conditions.reasons(part, flat["row"], flat["index"], kinds)
 
 
 def _covers(flag: str, flat: dict[str, Any]) -> np.ndarray:
@@ -231,17 +264,15 @@ def _covers(flag: str, flat: dict[str, Any]) -> np.ndarray:
 def select_part(run: Run, part: Part, config: SelectConfig, whole: Whole, account: dict[str, Counter]) -> pa.Table:
     """Return the selection rows of a part; adds to the account."""
     table = run.parts.read(part.pid, _columns(config))
-    flat = _flat(part, table, config, whole)
-    chosen = flat["open"]
-    verdict = choose(Texts(flat["row"][chosen], flat["source"][chosen], flat["score"][chosen]), config, whole.cut)
-    n = len(flat["row"])
-    kept, rank = np.zeros(n, dtype=bool), np.full(n, -1)
-    kept[chosen], rank[chosen] = verdict.kept, verdict.rank
-    reason = flat["why"].copy()
-    reason[chosen] = np.asarray(verdict.reasons, dtype=object)[verdict.reason]
-    human = (flat["source"] == HUMAN) & (flat["why"] == "")
-    kept |= human
-    reason[human] = "written by a person"
+    flat, kept, rank, reason = _decide(part, table, config, whole)
+    if whole.balance:
+        among = np.flatnonzero(kept & (flat["source"] != HUMAN))
+        ids = table["sample_id"].take(pa.array(flat["row"][among])).to_pylist()
+        has, chosen = whole.balance.judge(ids, flat["text"].take(pa.array(among)).to_pylist())
+        kept[among] = chosen
+        reason[among[~has]] = "rule no concept"
+        reason[among[has & ~chosen]] = f"rule above {config.per_concept} per concept"
+    n = len(kept)
     names = np.asarray(SOURCES, dtype=object)[flat["source"]]
     _count(account, table, names, kept, reason)
     return pa.table(
@@ -260,6 +291,24 @@ def select_part(run: Run, part: Part, config: SelectConfig, whole: Whole, accoun
         },
         schema=SELECTION,
     )
+
+
+def _decide(
+    part: Part, table: pa.Table, config: SelectConfig, whole: Whole
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]:
+    """Return the texts of a part, flat, and whether each is kept but for the balance, its rank, and the reason."""
+    flat = _flat(part, table, config, whole)
+    chosen = flat["open"]
+    verdict = choose(Texts(flat["row"][chosen], flat["source"][chosen], flat["score"][chosen]), config, whole.cut)
+    n = len(flat["row"])
+    kept, rank = np.zeros(n, dtype=bool), np.full(n, -1)
+    kept[chosen], rank[chosen] = verdict.kept, verdict.rank
+    reason = flat["why"].copy()
+    reason[chosen] = np.asarray(verdict.reasons, dtype=object)[verdict.reason]
+    human = (flat["source"] == HUMAN) & (flat["why"] == "")
+    kept |= human
+    reason[human] = "written by a person"
+    return flat, kept, rank, reason
 
 
 def _count(
@@ -303,6 +352,9 @@ def account_lines(account: dict[str, Any]) -> list[str]:
             f"  {source}: kept {account['kept'].get(source, 0):,} of {n:,} ({account['kept'].get(source, 0) / n:.1%})"
         )
     lines += [f"  {reason}: {n:,}" for reason, n in account["reasons"].items()]
+    if concepts := account.get("concepts"):
+        most = ", ".join(f"{name} {n:,} -> {kept:,}" for name, n, kept in concepts["most"][:5])
+        lines.append(f"concepts: {concepts['present']:,} of {concepts['listed']:,} are there; most frequent: {most}")
     if account["parts"] < account["parts_planned"]:
         lines.append(f"of {account['parts']:,} parts; {account['parts_planned']:,} are planned")
     return lines

@@ -14,9 +14,11 @@ import numpy as np
 import pyarrow.compute as pc
 
 from blip.errors import DataError
+from capfilt.extra.load import EMBEDDING
 from capfilt.run import Part, Run
 from capfilt.schema import USABLE
-from capfilt.select import phash
+from capfilt.select import cosine, phash
+from capfilt.select.conditions import lacking, scores_of
 from capfilt.select.policies import SelectConfig
 
 FINE, DUPLICATE, CONTAMINATED = 0, 1, 2
@@ -61,12 +63,27 @@ def find(run: Run, done: list[Part], config: SelectConfig) -> Copies:
     if not (config.duplicates or config.contamination or config.shared):
         return Copies()
     seen = {part.pid: _read(run, part) for part in done}
-    rows = _judge_rows(list(seen.values()), config)
+    embeddings = _embeddings(run, done) if config.duplicates == "embedding" else None
+    rows = _judge_rows(list(seen.values()), config, embeddings)
     shared = _judge_texts(list(seen.values()), config.shared) if config.shared else {}
     return Copies(
         dict(zip(seen, np.split(rows, np.cumsum([len(s.usable) for s in seen.values()])[:-1]), strict=True)),
         dict(zip(seen, shared, strict=True)) if config.shared else {},
     )
+
+
+def _embeddings(run: Run, done: list[Part]) -> np.ndarray:
+    """Read the embeddings of all parts, (N, E) float16. DataError, with the remedy, if a part has none."""
+    parts = scores_of(run, EMBEDDING)
+    array = np.empty((sum(part.rows for part in done), parts.record()["size"]), np.float16)
+    at = 0
+    for part in done:
+        try:
+            array[at : at + part.rows] = parts.embeddings(part)
+        except FileNotFoundError:
+            raise lacking(parts, part) from None
+        at += part.rows
+    return array
 
 
 def _read(run: Run, part: Part) -> _Seen:
@@ -93,14 +110,17 @@ def _digest(text: str | None) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") if text else 0
 
 
-def _judge_rows(seen: list[_Seen], config: SelectConfig) -> np.ndarray:
+def _judge_rows(seen: list[_Seen], config: SelectConfig, embeddings: np.ndarray | None) -> np.ndarray:
     usable = np.concatenate([s.usable for s in seen])
     hashes = {
         name: tuple(np.concatenate([getattr(s, name)[i] for s in seen]) for i in (0, 1))
         for name in ("sha256", "phash64")
     }
     verdict = np.full(len(usable), FINE, dtype=np.uint8)
-    if config.duplicates:
+    if embeddings is not None:
+        among = np.flatnonzero(usable & embeddings.any(1))
+        verdict[among[cosine.later_ones(embeddings[among], config.duplicate_cosine)]] = DUPLICATE
+    elif config.duplicates:
         values, there = hashes[config.duplicates]
         among = np.flatnonzero(usable & there)
         later = phash.later_ones(values[among], config.duplicate_bits if config.duplicates == "phash64" else 0)

@@ -8,12 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
+from blip.options import option
 from capfilt.select.phash import MOST
 from capfilt.settings import at_least
+
+if TYPE_CHECKING:
+    from capfilt.select.conditions import Condition
 
 WEB, SYN, HUMAN = 0, 1, 2
 SOURCES = ("web", "syn", "human")
@@ -38,29 +42,51 @@ class SelectConfig:
     """Texts per row that rank-k keeps."""
     fraction: float = 0.3
     """Share of the scored texts that fraction keeps."""
-    only: Literal["web", "syn"] | None = None
-    """Keep texts of one source only: the crawl's own that pass, or the synthetic ones."""
+    only: list[str] = option(list, metavar="WHAT", repeat=True)
+    """Keep texts of one source only, the crawl's own (web) or the synthetic ones (syn), or with one of some values of a
+    further scorer: SCORER.COLUMN=VALUE,VALUE, such as language.web=en,de; may be repeated. Without a value a text is
+    dropped."""
+    least: list[str] = option(list, metavar="SCORER.COLUMN=NUMBER", repeat=True)
+    """Keep texts with at least this score of a further scorer, such as aesthetic.score=5; may be repeated. Without a
+    score a text is dropped."""
     rules: str | None = None
     """Preset of rules that also drop: align, datacomp-basic, laion or junk."""
-    duplicates: Literal["sha256", "phash64"] | None = None
-    """Of images with the same bytes (sha256) or the same appearance (phash64), keep the texts of the first only."""
+    duplicates: Literal["sha256", "phash64", "embedding"] | None = None
+    """Of images with the same bytes (sha256), the same appearance (phash64) or a near embedding (`score --also
+    embedding`), keep the texts of the first only."""
     duplicate_bits: int = 0
     """Most bits, of 64, in which perceptual hashes of copies may differ; 2 to 4 also finds other sizes and qualities
     of an image."""
+    duplicate_cosine: float = 0.995
+    """Least cosine of the embeddings of copies."""
     contamination: str | None = None
     """Images that must not be used, such as a test set's: a file of SHA-256 or perceptual hashes in hex, one per line,
     or a run that has scored them (`--scorer fake` is enough)."""
     shared: int | None = None
     """Drop web texts that more images than this share; ALIGN takes 10."""
+    concepts: str | None = None
+    """Balance the texts over concepts: a file with one concept, of whole words, per line. Texts without one are
+    dropped."""
+    per_concept: int | None = None
+    """Texts per concept to aim at: of N, a text with a concept that C texts have is kept with probability N / C."""
     human: str | None = None
     """Pattern of input files with human captions: all of them are kept, and no synthetic texts of their images."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.only, list):  # as accounts had it when there was one value
+            object.__setattr__(self, "only", [self.only] if self.only else [])
+        if {*self.sources, *SOURCES[:2]} == {*self.sources}:
+            raise ValueError("only web and only syn together leave no text; give one of them")
+        self.conditions()
+        if not 0 < self.duplicate_cosine <= 1:
+            raise ValueError(f"duplicate_cosine must be in (0, 1], got {self.duplicate_cosine}")
+        if (self.concepts is None) != (self.per_concept is None):
+            raise ValueError("--concepts and --per-concept belong together: give both")
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction must be in (0, 1], got {self.fraction}")
         for name in ("itm", "itm_web", "itm_syn"):
             self._check_threshold(name, getattr(self, name))
-        at_least(1, k=self.k, shared=self.shared)
+        at_least(1, k=self.k, shared=self.shared, per_concept=self.per_concept)
         if not 0 <= self.duplicate_bits <= MOST:
             raise ValueError(f"duplicate_bits must be 0 to {MOST}, got {self.duplicate_bits}")
         if self.policy == "threshold-table" and (self.itm_web is None or self.itm_syn is None):
@@ -76,6 +102,17 @@ class SelectConfig:
         if value is not None and not (low <= value <= high and math.isfinite(value)):
             what = {"itm": "a probability, 0 to 1", "itc": "a cosine, -1 to 1", "margin": "a number"}[self.column]
             raise ValueError(f"{name} {value:g}: with --by {self.column} a threshold is {what}")
+
+    @property
+    def sources(self) -> list[str]:
+        """Return which of web and syn are the only sources; none if both are kept."""
+        return [one for one in self.only if one in SOURCES[:2]]
+
+    def conditions(self) -> list[Condition]:
+        """Return the conditions on scores of further scorers."""
+        from capfilt.select.conditions import parse_least, parse_only
+
+        return parse_least(self.least) + parse_only([one for one in self.only if one not in SOURCES[:2]])
 
     @property
     def column(self) -> str:

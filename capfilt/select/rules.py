@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from blip.text import LONGEST
+from capfilt.select.words import count_words
 
 _ADDRESS = re.compile(r"https?://|www\.|\b[\w-]+\.(?:com|org|net|jpg|html?)\b", re.IGNORECASE)
 _FILE = re.compile(
@@ -30,16 +31,16 @@ IMAGE_RULES: dict[str, Callable[[int, int, int, int], bool]] = {
     "animated": lambda width, height, size, frames: frames > 1,
 }
 """Rules on image files: true of (width, height, bytes, frames) where broken."""
-TEXT_RULES: dict[str, Callable[[str, list[str]], bool]] = {
-    "words<3": lambda text, words: len(words) < 3,
-    "words>20": lambda text, words: len(words) > 20,
+TEXT_RULES: dict[str, Callable[[str, int], bool]] = {
+    "words<3": lambda text, words: words < 3,
+    "words>20": lambda text, words: words > 20,
     "chars<6": lambda text, words: len(text.strip()) < 6,
     "address": lambda text, words: _ADDRESS.search(text) is not None,
     "file_name": lambda text, words: _FILE.match(text) is not None,
     "boilerplate": lambda text, words: _BOILERPLATE.search(text) is not None,
     "personal": lambda text, words: _MAIL_OR_PHONE.search(text) is not None,
 }
-"""Rules on one web text: true of (text, its words) where broken."""
+"""Rules on one web text: true of (text, number of its words) where broken."""
 PRESETS: dict[str, frozenset[str]] = {
     "align": frozenset({"min_side<200", "aspect>3", "words<3", "words>20"}),
     "datacomp-basic": frozenset({"min_side<200", "aspect>3", "words<3", "chars<6"}),
@@ -78,7 +79,7 @@ def text_flags(texts: Sequence[str]) -> list[str]:
     flags = []
     for i, text in enumerate(texts):
         text = text[:_LONGEST]
-        words = text.split()
+        words = count_words(text)
         flags += [f"web{i or ''}.{name}" for name, broken in TEXT_RULES.items() if broken(text, words)]
     return flags
 

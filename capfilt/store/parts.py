@@ -12,13 +12,14 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capfilt.schema import ANNOTATIONS
 from capfilt.store.storage import Local, Storage
 
-_MARK = b"sha256::"
+_MARK, _ARRAY = b"sha256::", b"\x93NUMPY"
 _SEAL = len(_MARK) + 32
 _SLOW = 1e-3
 """Seconds per file above which storage counts as slow, and several files are read at once."""
@@ -49,6 +50,20 @@ def _seal(content: bytes) -> bytes:
     return content[:at] + _MARK + hashlib.sha256(content).digest() + content[at:]
 
 
+def encode_array(array: np.ndarray) -> bytes:
+    """Encode an array as a sealed .npy file; its digest follows the numbers, where readers do not look."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    content = buffer.getvalue()
+    return content + _MARK + hashlib.sha256(content).digest()
+
+
+def decode_array(content: bytes) -> np.ndarray:
+    """Decode the array of a sealed file. DamagedPart if the file has changed."""
+    check(content)
+    return np.load(io.BytesIO(content), allow_pickle=False)
+
+
 def _footer(content: bytes) -> int:
     if len(content) < 12 or content[-4:] != b"PAR1":
         raise DamagedPart("it is cut short")
@@ -60,7 +75,7 @@ def _footer(content: bytes) -> int:
 
 def check(content: bytes) -> None:
     """Raise DamagedPart unless the file is unchanged, byte for byte."""
-    at = _footer(content)
+    at = len(content) if content.startswith(_ARRAY) else _footer(content)
     seal = content[at - _SEAL : at]
     if not seal.startswith(_MARK) or at < _SEAL:
         raise DamagedPart("its seal is missing")
@@ -85,13 +100,19 @@ def facts_of(content: bytes) -> dict[str, str]:
 class Parts:
     """The part files of a run."""
 
+    folder, suffix = "parts", ".parquet"
+
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
 
+    def name(self, pid: str) -> str:
+        return name_of(pid)
+
     def present(self) -> dict[str, tuple[int, float]]:
         """List the part ids that have a file -> (bytes, time of the last change)."""
-        files = self.storage.listing("parts")
-        return {n.rsplit("/", 1)[-1].removesuffix(".parquet"): f for n, f in files.items() if n.endswith(".parquet")}
+        files = self.storage.listing(self.folder)
+        mine = {name: facts for name, facts in files.items() if name.endswith(self.suffix)}
+        return {name.rsplit("/", 1)[-1].removesuffix(self.suffix): facts for name, facts in mine.items()}
 
     def whole(self, wanted: Iterable[str]) -> tuple[set[str], dict[str, str]]:
         """Return the finished parts among the wanted, and the damaged ones with the reason.
@@ -105,7 +126,7 @@ class Parts:
 
         def read_one(pid: str) -> None:
             try:
-                check(self.storage.read(name_of(pid)))
+                check(self.storage.read(self.name(pid)))
             except PermissionError:  # whole for who may read it, and not to be scored again
                 raise
             except (DamagedPart, OSError) as error:
@@ -123,7 +144,7 @@ class Parts:
         return set(present - damaged.keys()), damaged
 
     def exists(self, pid: str) -> bool:
-        return self.storage.exists(name_of(pid))
+        return self.storage.exists(self.name(pid))
 
     def commit(self, pid: str, table: pa.Table, facts: dict[str, str]) -> int:
         """Write a part, all or nothing; an existing one is replaced by the same content. Returns bytes."""
@@ -141,10 +162,14 @@ class Parts:
             ) from None
 
 
-def failures(storage: Storage) -> dict[str, list[int]]:
+FAILURES = "failures"
+"""Folder of the notes on attempts at scoring; each kind of pass has its own."""
+
+
+def failures(storage: Storage, folder: str = FAILURES) -> dict[str, list[int]]:
     """List attempts that were begun and not finished: part id -> numbers."""
     attempts: dict[str, list[int]] = {}
-    for name in storage.listing("failures"):
+    for name in storage.listing(folder):
         pid, _, rest = name.rsplit("/", 1)[-1].partition(".")
         number = rest.removesuffix(".json")
         if number.isdigit():
@@ -152,13 +177,13 @@ def failures(storage: Storage) -> dict[str, list[int]]:
     return attempts
 
 
-def failure_name(pid: str, attempt: int) -> str:
-    return f"failures/{pid}.{attempt}.json"
+def failure_name(pid: str, attempt: int, folder: str = FAILURES) -> str:
+    return f"{folder}/{pid}.{attempt}.json"
 
 
-def read_failure(storage: Storage, pid: str, attempt: int) -> dict:
+def read_failure(storage: Storage, pid: str, attempt: int, folder: str = FAILURES) -> dict:
     """Read the note of an attempt; empty if it was removed meanwhile or is incomplete."""
     try:
-        return json.loads(storage.read(failure_name(pid, attempt)))
+        return json.loads(storage.read(failure_name(pid, attempt, folder)))
     except (OSError, ValueError):
         return {}
