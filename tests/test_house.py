@@ -42,7 +42,7 @@ CHAPTERS = ("nn", "models", "objectives", "train", "inference", "checkpoints", "
 """Chapters of the library in the order of reading: each imports itself and those before it."""
 FOUNDATION = {
     *("startup", "errors", "settings", "processes", "files", "lock", "progress", "tensors", "dist", "hub", "options"),
-    *("keyed", "text", "tokenizer"),
+    *("installed", "keyed", "origin", "text", "tokenizer"),
 }
 """Files beside the chapters, which import no chapter; `tokenizer` may import the first."""
 
