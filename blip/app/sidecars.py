@@ -345,8 +345,8 @@ class Beside:
     def _of_sidecars(self, root: str, failures: list[tuple[str, str]]) -> dict[str, list[str]]:
         """Captions in the files beside images, by the images' names."""
         texts = {}
-        for path in self._sidecar:
-            if self._root[path] == root and path in self.captioned | self.kept:
+        for path in self.captioned | self.kept:
+            if self._root[path] == root:
                 lines = _lines(Path(self._sidecar[path]))
                 if lines is None:
                     failures.append((path, f"{self._sidecar[path]} is not UTF-8 text, so it is not in {METADATA}"))

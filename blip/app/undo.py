@@ -61,7 +61,8 @@ def only_writer(roots: Iterable[str], inside: Iterable[str] = ()) -> Iterator[No
             stack.callback(_remove_if_empty, home)
         for other in others:
             if (Path(other) / FOLDER / "run.lock").exists():
-                with ExitStack() as moment:  # for others of its folders may be written to at the same time
+                # Only for a moment, as another of its folders may be written to at the same time.
+                with contextlib.suppress(OSError), ExitStack() as moment:  # it may be another user's
                     _try(moment, Path(other) / FOLDER, other)
         yield
 
@@ -81,6 +82,7 @@ def _try(stack: ExitStack, home: Path, root: str) -> ExitStack:
 
 def _remove_if_empty(home: Path) -> None:
     # A process that opened the lock before notices, by RunLock.check, that it holds the lock of a removed folder.
+    files.sweep(home)
     with contextlib.suppress(OSError):
         if all(path.name.startswith("run.lock") for path in home.iterdir()):
             for path in home.iterdir():
@@ -198,8 +200,8 @@ class UndoRun:
         run's record is removed if none is left.
         """
         back, left, touched = [], [], set()
-        for folder in {(self.root / name).parent for name in self.changes} if not dry else ():
-            files.sweep(folder)
+        if not dry:
+            files.sweep(self.root, inside=True)
         for name, change in reversed(self.changes.items()):
             path = self.root / name
             now = _digest(path)

@@ -120,9 +120,11 @@ def _in_folder(
             for path in paths:
                 if path in images:
                     yield path
+                elif any(path.endswith(suffix) and path[: -len(suffix)] in stems for suffix in sidecars):
+                    continue
                 elif os.path.islink(path) and not os.path.exists(path):  # to a folder of images, it may be
                     walk.unreadable.append((path, f"is a link to {os.readlink(path)}, where nothing can be found"))
-                elif not any(path.endswith(suffix) and path[: -len(suffix)] in stems for suffix in sidecars):
+                else:
                     left_out[os.path.splitext(path)[1].lower() or "no ending"] += 1
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
