@@ -140,12 +140,12 @@ def test_captions_are_those_of_the_command_without_side_cars(run, photos, monkey
     blip.save_pretrained(model, tokenizer, tmp_path / "model")
     options = ("--model", tmp_path / "model", "--method", "nucleus", "--max-length", 30)
     _, stdout, _ = run("photos", *options)
-    said = dict(line.split("\t") for line in stdout.splitlines())
-    assert len(set(said.values())) > 3
+    printed = dict(line.split("\t") for line in stdout.splitlines())
+    assert len(set(printed.values())) > 3
     status, _, _ = run("photos", *options, "--sidecar", ".caption", "--batch", 2)
     assert status == 0
     assert {str(path.with_suffix(".png")): path.read_text() for path in photos.rglob("*.caption")} == {
-        path: f"{text}\n" for path, text in said.items()
+        path: f"{text}\n" for path, text in printed.items()
     }
 
 
@@ -192,6 +192,10 @@ def test_overwrite_replaces_and_keeps_permissions(run, photos):
     _, _, stderr = run("photos", "--sidecar", ".txt", "--overwrite")
     assert stderr[-1].startswith("6 captioned, 0 kept, ")
     assert (photos / "p2.txt").read_text() == of(photos / "p2.png")[0] + "\n"
+    (backup,) = photos.glob(".blip-undo/*/before/*")
+    for path in (photos / "p2.txt", backup):
+        assert path.stat().st_mode & 0o777 == 0o640
+    run("photos", "--undo")
     assert (photos / "p2.txt").stat().st_mode & 0o777 == 0o640
 
 
