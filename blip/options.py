@@ -214,7 +214,7 @@ def unknown_option(option: str, options: Iterable[str]) -> str:
 def _put(tree: Tree, one: Option, value: Any, is_more: bool) -> None:
     """Set an option in a tree to its value on the command line, or append that to its list."""
     if one.field.metadata.get("repeat"):
-        value, is_more = [value], True
+        value, is_more = [tuple(value) if isinstance(value, list) else value], True
     elif "argument" not in one.field.metadata:
         value = _typed(one.kind, one.may_be_none, value, Place("--", one.name), is_text=True)
     inside: Any = tree

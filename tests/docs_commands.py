@@ -369,7 +369,7 @@ def reads_and_writes(reading: Reading) -> tuple[set[str], set[str]]:
             written.add(value)
         elif parts[-1] in LINKED:
             wanted |= {value} - {"world", "auto", "java", "python"}
-        elif NAMES_A_FILE.match(value) and parts[-1] not in {"text", "texts", "questions", "template"}:
+        elif NAMES_A_FILE.match(value) and parts[-1] not in {"text", "texts", "questions", "template", "sidecar"}:
             wanted.add(value)
     return wanted, written
 

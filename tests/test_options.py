@@ -263,6 +263,10 @@ class Program:
     """Where"""
     train: dict[str, Any] = flat(part=Train)
     """What of the plan is said again"""
+    replace: list[tuple[str, str]] = option(list, metavar="OLD NEW", repeat=True)
+    """Two texts at a time"""
+    deep: bool = True
+    """Switch that is on"""
 
 
 def test_arguments_repeated_options_and_flat_sections():
@@ -270,11 +274,16 @@ def test_arguments_repeated_options_and_flat_sections():
     assert given == Program(images=["a", "null"], question="what?", template=["[x]", "1"], source=Source("p"), train={})
     given = read(Program, ["--path=p", "--lr", "2", "--batch_size=3", "--", "--a_b", "what?"], "try")
     assert (given.images, given.train) == (["--a_b"], {"lr": 2.0, "batch_size": 3})
+    given = read(Program, ["a", "b", "--path=p", "--replace", "x y", "", "--no-deep", "--replace", "1", "2"], "try")
+    assert (given.replace, given.deep) == ([("x y", ""), ("1", "2")], False)
+    assert read(Program, ["a", "b", "--path=p", "--no_deep", "--deep"], "try").deep
     for args, message in (
         (["a"], "the following arguments are required: QUESTION"),
         (["a", "b"], "--path is required"),
         (["a", "b", "--weight", "2"], "there is no option --weight"),
         (["a", "b", "--path", "p", "--lr", "x"], "--lr: expected a number, got 'x'"),
+        (["a", "b", "--path", "p", "--replace", "x"], "--replace: expected 2 arguments"),
+        (["a", "b", "--path", "p", "--no-deep=false"], "there is no option --no-deep"),
     ):
         with pytest.raises(ValueError, match=message):
             read(Program, args, "try")

@@ -158,7 +158,7 @@ class UndoRun:
                     before = None if old is None else hashlib.sha256(old).hexdigest()
                     if before != after:
                         if old is not None:
-                            self._keep(before, old)
+                            self._keep(before, old, mode)
                         new[path] = files.partial(path)
                         files.write_bytes(new[path], content)
                         if mode is not None:
@@ -256,11 +256,12 @@ class UndoRun:
         values = {"format": _FORMAT, "version": 1, "finished": self.finished, "options": self.options}
         return json.dumps(values, indent=1).encode() + b"\n"
 
-    def _keep(self, digest: str, content: bytes) -> None:
+    def _keep(self, digest: str, content: bytes, mode: int) -> None:
         kept = self.folder / _BEFORE / digest
         if not kept.exists():
             kept.parent.mkdir(exist_ok=True)
             files.replace_file(kept, content)
+            kept.chmod(mode)  # a private text stays private
             files.sync(kept.parent)
 
     def _read(self) -> None:
