@@ -7,7 +7,6 @@ line for the user.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,6 @@ from blip.data.images import UnreadableImage
 from blip.data.settings import DataConfig
 from blip.data.transforms import EvalTransform
 from blip.inference.answering import answers, encode_questions
-from blip.inference.explain import explain
 from blip.inference.generate import generate_texts
 from blip.inference.settings import CAPTION_PROMPT, AnswerConfig
 from blip.text import clean_question
@@ -44,7 +42,6 @@ MAX_BYTES, MAX_PIXELS = 5 << 20, 20_000_000
 """Limits of an uploaded image."""
 MOST_CAPTIONS, MOST_TEXTS, MOST_HITS, MOST_LETTERS = 10, 20, 60, 2000
 """Limits of one request; letters are characters of one text field."""
-_BATCH = 16
 _SIDE = 640
 """Longer side of the images shown, in pixels."""
 _REPORT_BYTES = 20 << 20
@@ -86,7 +83,6 @@ class Demo:
         """
         self.matcher, self.captioner, self.vqa = matcher, captioner or matcher, vqa
         self.candidates, self.prompt, self.index = candidates, prompt, index
-        self.features = matcher.features(_BATCH)
         self.run = Path(run) if run else None
         self._lock = Lock()
         self._check_prompt(prompt)
@@ -146,7 +142,7 @@ class Demo:
         if len(lines) > MOST_TEXTS:
             raise ValueError(f"at most {MOST_TEXTS} texts can be compared at once, got {len(lines)}")
         with self._lock, self.matcher.computing():
-            matches = self.features.match([image], lines)
+            matches = self.matcher.match(image, lines)
         return list(zip(lines, matches.itc[0].tolist(), matches.probability[0].tolist(), strict=True))
 
     def explain_match(self, path: str | None, text: str) -> tuple[float, list[tuple[str, Image.Image]]]:
@@ -155,7 +151,7 @@ class Demo:
         if not text.strip():
             raise ValueError("type a text first")
         with self._lock, self.matcher.computing():
-            explanation = explain(self.features, image, _short(text))
+            explanation = self.matcher.explain(image, _short(text))
         return explanation.probability, explain_command.images(image, explanation)
 
     # A folder -----------------------------------------------------------------------------------------------------
@@ -175,7 +171,7 @@ class Demo:
                 done += len(batch)
                 report(done, len(stale))
 
-            self.index = index.updated(paths, stale, self.features, count)
+            self.index = index.updated(paths, stale, self.matcher, count)
         return self.counts()
 
     def counts(self) -> tuple[int, int]:
@@ -191,8 +187,8 @@ class Demo:
         if not 1 <= top <= MOST_HITS:
             raise ValueError(f"the number of images must be 1 to {MOST_HITS}, got {top}")
         with self._lock, self.matcher.computing():
-            embed = self.features.embed_text([_short(text)])
-            hits = search_command.find_one(index, self.features, self.matcher, _short(text), embed, top, rerank)
+            embed = self.matcher.embed_text(_short(text))
+            hits = search_command.find_one(index, self.matcher, _short(text), embed, top, rerank)
         hits_shown = []
         for hit in hits:
             try:
@@ -226,10 +222,6 @@ class Demo:
         if path.stat().st_size > _REPORT_BYTES:
             raise ValueError(f"the report {name} is too large for this page; open {path} directly")
         return path.read_text("utf-8", "replace")
-
-
-def probability(answer: Answer | CaptionText) -> float:
-    return math.exp(answer.logprob)
 
 
 def read_image(path: str | None, transform: Callable[[Image.Image], T]) -> tuple[T, str]:

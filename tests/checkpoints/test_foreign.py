@@ -204,7 +204,7 @@ def test_a_part_does_not_do_what_it_was_not_trained_for(tmp_path):
     matcher, _ = load(released.pth(tmp_path, "retrieval"), "retrieval")
     image = goldens.batch(0).image
     ((text,),) = generate_texts(captioner, words, image[:1], DecodeConfig(beams=1, max_length=8), prompt="w4")
-    assert text.words
+    assert text.text
     for use in (
         lambda: blip.load(tmp_path / "captioning.pth"),
         lambda: embed_clip(captioner, captioner.vision(image), 1),
@@ -275,7 +275,7 @@ def test_a_captioner_of_transformers(tmp_path, eps):
     prompt = torch.tensor([[2, 9, 12, 3]] * 4)
     theirs = theirs.generate(batch.image, prompt, num_beams=3, max_length=12, min_length=5)
     ours = generate_texts(model, words, batch.image, DecodeConfig(beams=3, max_length=12, min_length=5), prompt="w4 w7")
-    assert [text.words for (text,) in ours] == [words.decode([row[3:].tolist()])[0] for row in theirs]
+    assert [text.text for (text,) in ours] == [words.decode([row[3:].tolist()])[0] for row in theirs]
 
 
 @torch.no_grad()

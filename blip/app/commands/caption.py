@@ -106,8 +106,8 @@ def run(chosen: CaptionOptions) -> int:
 
 def _answer(answers: Answers, path: str, texts: list[CaptionText], as_json: bool) -> None:
     if as_json:
-        values = {"captions": [text.words for text in texts], "logprob": [round(text.logprob, 3) for text in texts]}
+        values = {"captions": [text.text for text in texts], "logprob": [round(text.logprob, 3) for text in texts]}
         answers.json({"path": path, **values, "finished": [text.finished for text in texts]})
     else:
         for text in texts:
-            answers.text(path, text.words)
+            answers.text(path, text.text)
