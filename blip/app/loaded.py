@@ -14,6 +14,7 @@ import functools
 import hashlib
 import itertools
 import os
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -245,7 +246,7 @@ class Loaded:
         """
         self._require("answer")
         one_image, one_question = is_one(images), isinstance(questions, str)
-        cleaned = [_cleaned_question(question) for question in ([questions] if one_question else questions)]
+        cleaned = [_cleaned_question(question) for question in _listed(questions)]
         if not one_image and not hasattr(images, "__len__"):
             images = list(images)
         count = 1 if one_image else len(images)
@@ -460,18 +461,16 @@ def _shaped(best: list[Any], num: int | None, details: bool) -> Any:
 
 
 def _cleaned_question(question: str) -> str:
-    if not isinstance(question, str):
-        raise ValueError(f"a question must be a text, got {type(question).__name__}")
     if not (cleaned := clean_question(question)):
         raise ValueError(f"the question {question!r} has no words")
     return cleaned
 
 
 def _listed(texts: str | Sequence[str]) -> list[str]:
-    listed = [texts] if isinstance(texts, str) else list(texts)
+    listed = [texts] if isinstance(texts, str) else list(texts) if isinstance(texts, Iterable) else [texts]
     for text in listed:
         if not isinstance(text, str):
-            raise ValueError(f"expected a text or a list of texts, got {type(text).__name__} among them")
+            raise ValueError(f"expected a text or a list of texts, got {reprlib.repr(text)}")
     return listed
 
 

@@ -16,9 +16,10 @@ from blip.data.inputs import ImageInput, Images, is_one
 from blip.inference.generate import generate, queries
 from blip.inference.settings import DecodeConfig
 from blip.nn.context import Context
+from blip.nn.settings import TextConfig
 
-_GREEDY = DecodeConfig(beams=1, max_length=20, min_length=0)
-"""What transformers' `generate` does unless told otherwise."""
+_NEW_TOKENS = 20
+"""Tokens that transformers' `generate` adds to a prompt unless told otherwise."""
 _SAME = ("max_length", "min_length", "length_penalty", "repetition_penalty")
 _RENAMED = {"num_beams": "beams", "num_return_sequences": "num"}
 _KNOWN = ("max_new_tokens", *_RENAMED, *_SAME)
@@ -59,7 +60,7 @@ class ImageToText:
             longest = network.config.text.max_positions + 2
             ids, _ = model.tokenizer.encode([prompt or ""], first="dec", max_length=longest)
             ids = ids[:, :-1]  # without the [SEP] that ends a text
-            config = _decoding(generate_kwargs, max_new_tokens, ids.shape[1])
+            config = _decoding(generate_kwargs, max_new_tokens, ids.shape[1], network.config.text)
             context = network.context(network.vision(pixels), queries=queries(config, ids.shape[1]))
             texts = _generated(model, context, ids, config)
             return [[{"generated_text": text} for text in some] for some in texts]
@@ -104,7 +105,7 @@ class VisualQuestionAnswering:
             tokens = network.vision(pixels)
             context = network.context(ids, keep, network.question.context(tokens, queries=ids.shape[1]))
             starts = torch.full((len(questions), 1), network.config.text.dec_id)
-            config = _decoding(generate_kwargs, max_new_tokens, 1)
+            config = _decoding(generate_kwargs, max_new_tokens, 1, network.config.text)
             texts = _generated(model, context, starts, config)
             return [[{"answer": text.strip()} for text in some] for some in texts]
 
@@ -135,8 +136,10 @@ def pipeline(task, model, *, revision=None, device="auto", batch_size=16):
     return kinds[task](load(model, revision=revision, device=device, batch=batch_size))
 
 
-def _decoding(given: Mapping[str, Any] | None, max_new_tokens: int | None, prompt: int) -> DecodeConfig:
-    """Settings from arguments of transformers' `generate`, after a prompt of so many tokens."""
+def _decoding(
+    given: Mapping[str, Any] | None, max_new_tokens: int | None, prompt: int, text: TextConfig
+) -> DecodeConfig:
+    """Settings from arguments of transformers' `generate`, after a prompt of so many tokens; by default greedy."""
     options = dict(given or {})
     if max_new_tokens is not None:
         if "max_new_tokens" in options:
@@ -149,7 +152,9 @@ def _decoding(given: Mapping[str, Any] | None, max_new_tokens: int | None, promp
         raise ValueError(f"generate_kwargs has {unknown[0]!r}; known are {', '.join(_KNOWN)}")
     if (new := options.pop("max_new_tokens", None)) is not None:
         options["max_length"] = prompt + new
-    return dataclasses.replace(_GREEDY, **{_RENAMED.get(name, name): value for name, value in options.items()})
+    options.setdefault("max_length", min(prompt + _NEW_TOKENS, text.max_positions))
+    settings = {_RENAMED.get(name, name): value for name, value in options.items()}
+    return DecodeConfig(**{"beams": 1, "min_length": 0, **settings})
 
 
 def _generated(model: Loaded, context: Context, prompts: Tensor, config: DecodeConfig) -> list[list[str]]:
@@ -164,7 +169,7 @@ def _pairs(image: Any, question: Any) -> tuple[list[tuple[Any, str]], bool]:
     """Images with their questions, and whether there is a single one that was given as such."""
     if question is None:
         is_single = isinstance(image, Mapping)
-        rows = [image] if is_single else list(image)
+        rows = [image] if is_one(image) else list(image)
         for row in rows:
             if not isinstance(row, Mapping) or not {"image", "question"} <= set(row):
                 raise ValueError("give an image and a question, or dictionaries with `image` and `question`")

@@ -33,7 +33,7 @@ def download(address: str, seconds: float = SECONDS) -> bytes:
             results.append(_follow(address, end))
         except UnreadableImage as error:
             results.append(error)
-        except (OSError, ValueError, http.client.HTTPException) as error:
+        except Exception as error:  # sockets, TLS, HTTP and names raise what they like
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             results.append(UnreadableImage("download", f"cannot be downloaded: {reason}"))
 

@@ -52,6 +52,8 @@ def is_one(images: ImageInput | Images) -> TypeGuard[ImageInput]:
         return True
     if isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Image.Image | Mapping):
         return True
+    if hasattr(images, "read"):
+        raise ValueError(f"expected an image or several, got an open file, {reprlib.repr(images)}: give file.read()")
     if isinstance(images, Tensor) or hasattr(images, "__iter__"):
         return False
     raise ValueError(f"expected an image or several, got {reprlib.repr(images)}: {_EXPECTED}")
