@@ -13,7 +13,6 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, TypeVar
 
-import torch
 from PIL import Image
 
 from blip.app.commands import caption as caption_command
@@ -24,16 +23,15 @@ from blip.data.image_files import find
 from blip.data.images import UnreadableImage
 from blip.data.settings import DataConfig
 from blip.data.transforms import EvalTransform
-from blip.inference.answering import answers, encode_questions
 from blip.inference.generate import generate_texts
-from blip.inference.settings import CAPTION_PROMPT, AnswerConfig
+from blip.inference.settings import CAPTION_PROMPT
 from blip.text import clean_question
 
 if TYPE_CHECKING:
     from blip.app.index import Index
     from blip.app.loaded import Loaded
     from blip.data.image_files import ImageFile
-    from blip.inference.answering import Answer, Candidates
+    from blip.inference.answering import Answer
     from blip.inference.generate import CaptionText
 
 T = TypeVar("T")
@@ -72,17 +70,16 @@ class Demo:
         *,
         captioner: Loaded | None = None,
         vqa: Loaded | None = None,
-        candidates: Candidates | None = None,
         prompt: str = CAPTION_PROMPT,
         index: Index | None = None,
         run: str | None = None,
     ) -> None:
-        """Captions come from `captioner`, by default `matcher`; `candidates` must be on the device of `vqa`.
+        """Captions come from `captioner`, by default `matcher`.
 
         ValueError for a prompt with words unknown to the captioner, or a `run` that is not a CapFilt run's folder.
         """
         self.matcher, self.captioner, self.vqa = matcher, captioner or matcher, vqa
-        self.candidates, self.prompt, self.index = candidates, prompt, index
+        self.prompt, self.index = prompt, index
         self.run = Path(run) if run else None
         self._lock = Lock()
         self._check_prompt(prompt)
@@ -124,14 +121,10 @@ class Demo:
             raise ValueError("no VQA model is loaded: start the page with --vqa DIR, a model trained by recipes.vqa")
         one = self.vqa
         pixels, _ = read_image(path, EvalTransform(one.model.config.vision.image_size))
-        cleaned = clean_question(_short(question))
-        if not cleaned:
+        if not clean_question(_short(question)):
             raise ValueError("type a question first")
-        with self._lock, one.computing(), torch.no_grad():
-            context = encode_questions(
-                one.model, one.tokenizer, one.model.vision(pixels[None].to(one.device)), [cleaned], [0]
-            )
-            return answers(one.model, one.tokenizer, context, AnswerConfig(), self.candidates, top)[0]
+        with self._lock:
+            return one.answer(pixels[None], question, top=top, details=True)[0]
 
     def match(self, path: str | None, texts: str) -> list[tuple[str, float, float]]:
         """Score texts, one per line: each with its cosine (ITC) and match probability (ITM), in the order given."""

@@ -160,7 +160,8 @@ class Loaded:
     @overload
     def caption(
         self, images: ImageInput | Images, *, num: int | None = ..., prompt: str = ...,
-        decode: DecodeConfig | str | None = ..., seed: int = ..., details: bool = ..., errors: Literal["raise", "none"],
+        decode: DecodeConfig | str | None = ..., seed: int = ..., details: bool = ...,
+        errors: Literal["raise", "none"] = ...,
     ) -> Any: ...  # fmt: skip
     def caption(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple, TypeGuard
@@ -28,7 +28,7 @@ from blip.errors import DataError, UnreadableImage
 ImageInput = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray | Mapping[str, Any]
 """One image: a path, the bytes of a file, a PIL image, a uint8 array (H, W) or (H, W, 3 or 4), or a mapping with
 `bytes` or `path`, as in `datasets`."""
-Images = Sequence[ImageInput] | Iterable[ImageInput] | Tensor
+Images = Iterable[ImageInput] | Tensor
 """Several images: a sequence or a column of `datasets`, or a tensor (N, 3, S, S) made by `EvalTransform`."""
 
 _LOADING = Lock()

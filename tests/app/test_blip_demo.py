@@ -20,7 +20,6 @@ from test_cli import lines, model, photos, png  # noqa: F401
 import blip
 from blip.app import cli, demo, installed
 from blip.app import loaded as loading
-from blip.app.candidates import load_candidates
 from blip.app.demo import Demo
 from blip.app.index import Index, IndexOrigin
 from blip.app.loaded import load
@@ -60,8 +59,7 @@ def capfilt_run(tmp_path_factory) -> str:
 
 def answering(model, vqa_model, **more) -> Demo:  # noqa: F811
     vqa = load(vqa_model, "cpu", "auto", Vqa)
-    candidates = load_candidates(None, vqa_model, "auto", vqa.tokenizer)
-    return Demo(load(model, "cpu", "auto"), vqa=vqa, candidates=candidates, **more)
+    return Demo(load(model, "cpu", "auto"), vqa=vqa, **more)
 
 
 @pytest.fixture(scope="module")

@@ -170,7 +170,10 @@ def offline(monkeypatch):
 
 
 def test_a_repository_is_downloaded_as_a_whole_and_found_again_without_a_network(
-    model, serving, tmp_path, monkeypatch  # noqa: F811
+    model,
+    serving,
+    tmp_path,
+    monkeypatch,  # noqa: F811
 ):
     main = variant(model, tmp_path / "main", 0.5)
     (main / "sub").mkdir()
@@ -179,7 +182,14 @@ def test_a_repository_is_downloaded_as_a_whole_and_found_again_without_a_network
     (main / "answers.json").write_text('["yes"]')
     server = serving(main=main, **{"v1.0": variant(model, tmp_path / "old", 0.25)})
     assert blip.from_pretrained("org/name")[0].temperature == 0.5
-    wanted = {"README.md", "answers.json", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    wanted = {
+        "README.md",
+        "answers.json",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert sorted(server.fetched) == sorted(wanted), "each once, and nothing else"
     assert blip.load("org/name", revision="v1.0", device="cpu").model.temperature == 0.25
     assert blip.load("org/name@v1.0").path == checkpoint.locate("org/name", "v1.0")

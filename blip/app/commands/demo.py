@@ -68,12 +68,11 @@ def run(chosen: DemoOptions) -> int:
     ways = {"device": chosen.device, "precision": chosen.precision, "tokenizer": chosen.tokenizer}
     matcher = load(chosen.model, **ways)
     captioner = load(chosen.captioner, **ways) if chosen.captioner else None
-    vqa = candidates = None
-    if chosen.vqa:
-        vqa = load(chosen.vqa, kind=Vqa, **ways)
-        candidates = vqa.candidates()
+    vqa = load(chosen.vqa, kind=Vqa, **ways) if chosen.vqa else None
+    if vqa:
+        vqa.candidates()  # so that a list of answers that does not fit is refused now
     demo = Demo(
-        matcher, captioner=captioner, vqa=vqa, candidates=candidates, prompt=chosen.prompt, run=chosen.capfilt
+        matcher, captioner=captioner, vqa=vqa, prompt=chosen.prompt, run=chosen.capfilt
     )  # fmt: skip
     if inputs:
         with matcher.computing():
