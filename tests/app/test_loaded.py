@@ -43,7 +43,7 @@ def loaded(model):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def asker(vqa_model):  # noqa: F811
+def answerer(vqa_model):  # noqa: F811
     return blip.load(vqa_model, device="cpu", batch=4)
 
 
@@ -86,44 +86,46 @@ def test_captions_are_those_of_generate_texts(loaded, photos):  # noqa: F811
 def test_samples_are_those_of_the_command(loaded, photos, model, capfd):  # noqa: F811
     command = ["caption", "photos", "--model", model, "--method", "nucleus", "--num", "2", "--seed", "5", "--json"]
     assert cli.main(command) == 0
-    said = [json.loads(line)["captions"] for line in capfd.readouterr().out.splitlines()]
-    assert loaded.caption(PATHS, decode="nucleus", num=2, seed=5) == said
-    assert loaded.caption(PATHS, decode="nucleus", num=2, seed=6) != said
+    printed = [json.loads(line)["captions"] for line in capfd.readouterr().out.splitlines()]
+    assert loaded.caption(PATHS, decode="nucleus", num=2, seed=5) == printed
+    assert loaded.caption(PATHS, decode="nucleus", num=2, seed=6) != printed
 
 
-def test_answers_are_those_of_the_function(asker, photos):  # noqa: F811
-    pixels = pixels_of(PATHS[:3], asker.image_size)
+def test_answers_are_those_of_the_function(answerer, photos):  # noqa: F811
+    pixels = pixels_of(PATHS[:3], answerer.image_size)
     questions = ["what colour is the circle", "how many stars are there", "is it blue"]
-    choices = Candidates(json.loads((asker.path / "answers.json").read_text()), asker.tokenizer)
+    choices = Candidates(json.loads((answerer.path / "answers.json").read_text()), answerer.tokenizer)
 
     @torch.no_grad()
     def by_hand(image, question, top=1, choices=choices):
-        tokens = asker.model.vision(pixels[image : image + 1])
-        context = encode_questions(asker.model, asker.tokenizer, tokens, [question], [0])
-        return answers(asker.model, asker.tokenizer, context, AnswerConfig(), choices, top)[0]
+        tokens = answerer.model.vision(pixels[image : image + 1])
+        context = encode_questions(answerer.model, answerer.tokenizer, tokens, [question], [0])
+        return answers(answerer.model, answerer.tokenizer, context, AnswerConfig(), choices, top)[0]
 
-    assert asker.answer(PATHS[0], "What colour is the circle?") == by_hand(0, questions[0] + "?")[0].text
-    assert asker.answer(PATHS[:3], questions) == [by_hand(i, q)[0].text for i, q in enumerate(questions)]
-    assert asker.answer(PATHS[:3], questions[0]) == [by_hand(i, questions[0])[0].text for i in range(3)]
-    assert asker.answer(PATHS[0], questions) == [by_hand(0, q)[0].text for q in questions]
-    assert asker.answer(pixels, questions) == asker.answer(PATHS[:3], questions)
-    assert asker.answer(PATHS[1], questions * 5) == [by_hand(1, q)[0].text for q in questions] * 5, "more than a batch"
-    best = asker.answer(PATHS[0], questions[1], top=3, details=True)
+    assert answerer.answer(PATHS[0], "What colour is the circle?") == by_hand(0, questions[0] + "?")[0].text
+    assert answerer.answer(PATHS[:3], questions) == [by_hand(i, q)[0].text for i, q in enumerate(questions)]
+    assert answerer.answer(PATHS[:3], questions[0]) == [by_hand(i, questions[0])[0].text for i in range(3)]
+    assert answerer.answer(PATHS[0], questions) == [by_hand(0, q)[0].text for q in questions]
+    assert answerer.answer(pixels, questions) == answerer.answer(PATHS[:3], questions)
+    assert answerer.answer(PATHS[1], questions * 5) == [by_hand(1, q)[0].text for q in questions] * 5, (
+        "more than a batch"
+    )
+    best = answerer.answer(PATHS[0], questions[1], top=3, details=True)
     expected = by_hand(0, questions[1], 3)
     assert [one.text for one in best] == [one.text for one in expected]
     assert [one.probability for one in best] == pytest.approx([one.probability for one in expected], rel=1e-5)
     assert 0 < best[-1].probability <= best[0].probability < 1
-    assert asker.answer(PATHS[0], questions[1], candidates=["blue", "red"], top=5, details=True)[0].text in (
+    assert answerer.answer(PATHS[0], questions[1], candidates=["blue", "red"], top=5, details=True)[0].text in (
         "blue",
         "red",
     )
     free = by_hand(0, questions[1], choices=None)[0].text
-    assert asker.answer(PATHS[0], questions[1], method="generate") == free
-    assert asker.answer([], "is it red?") == []
-    assert asker.answer([PATHS[0]], "is it red?") == [asker.answer(PATHS[0], "is it red?")]
-    assert asker.answer((path for path in PATHS[:3]), questions) == asker.answer(PATHS[:3], questions)
+    assert answerer.answer(PATHS[0], questions[1], method="generate") == free
+    assert answerer.answer([], "is it red?") == []
+    assert answerer.answer([PATHS[0]], "is it red?") == [answerer.answer(PATHS[0], "is it red?")]
+    assert answerer.answer((path for path in PATHS[:3]), questions) == answerer.answer(PATHS[:3], questions)
     with pytest.raises(ValueError, match="3 images and 2 questions: give as many of both, or one image, or one quest"):
-        asker.answer(PATHS[:3], questions[:2])
+        answerer.answer(PATHS[:3], questions[:2])
     for question, message in (
         ("!", "has no words"),
         ("", "has no words"),
@@ -131,9 +133,9 @@ def test_answers_are_those_of_the_function(asker, photos):  # noqa: F811
         (["x", 3], "a list of texts, got 3"),
     ):
         with pytest.raises(ValueError, match=message):
-            asker.answer(PATHS[0], question)
+            answerer.answer(PATHS[0], question)
     with pytest.raises(ValueError, match="no candidate answers"):
-        asker.answer(PATHS[0], "x", candidates=[])
+        answerer.answer(PATHS[0], "x", candidates=[])
 
 
 def test_a_model_without_answers_generates_wherever_it_is_used(vqa_model, photos, tmp_path, monkeypatch):  # noqa: F811
@@ -282,7 +284,7 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("name", UNUSABLE)
-def test_images_that_cannot_be_used_are_named(loaded, asker, photos, name):  # noqa: F811
+def test_images_that_cannot_be_used_are_named(loaded, answerer, photos, name):  # noqa: F811
     Path("web.png").write_bytes(b"<html>")
     for verb in (loaded.caption, loaded.embed_image):
         for images in (name, [PATHS[0], name]):
@@ -293,10 +295,10 @@ def test_images_that_cannot_be_used_are_named(loaded, asker, photos, name):  # n
     assert loaded.caption([PATHS[0], name, PATHS[1]], errors="none") == [first, None, second]
     assert loaded.caption(name, errors="none") is None
     assert loaded.caption([name] * 9, errors="none", num=2) == [None] * 9
-    answer = asker.answer(PATHS[0], "what is it?")
-    assert asker.answer([name, PATHS[0]], ["is it red?", "what is it?"], errors="none") == [None, answer]
-    assert asker.answer(name, ["is it red?", "what is it?"], errors="none") == [None, None]
-    assert asker.answer(name, "is it red?", errors="none") is None
+    answer = answerer.answer(PATHS[0], "what is it?")
+    assert answerer.answer([name, PATHS[0]], ["is it red?", "what is it?"], errors="none") == [None, answer]
+    assert answerer.answer(name, ["is it red?", "what is it?"], errors="none") == [None, None]
+    assert answerer.answer(name, "is it red?", errors="none") is None
 
 
 def test_images_without_a_name_are_named_by_number(loaded, photos):  # noqa: F811
@@ -436,7 +438,7 @@ def test_a_slow_address_is_not_waited_for(monkeypatch):
 # Models ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_verb_that_a_model_lacks_names_the_recipe(loaded, asker, tmp_path, model, photos):  # noqa: F811
+def test_a_verb_that_a_model_lacks_names_the_recipe(loaded, answerer, tmp_path, model, photos):  # noqa: F811
     assert loaded.can == {
         "caption",
         "embed_image",
@@ -447,16 +449,16 @@ def test_a_verb_that_a_model_lacks_names_the_recipe(loaded, asker, tmp_path, mod
         "classify",
         "explain",
     }
-    assert asker.can == {"answer"}
+    assert answerer.can == {"answer"}
     with pytest.raises(ValueError, match=r"^a question-answering model cannot caption; load one of recipes\.caption$"):
-        asker.caption("not even there.png")
+        answerer.caption("not even there.png")
     with pytest.raises(ValueError, match=r"cannot answer questions; load one of recipes\.vqa"):
         loaded.answer(PATHS[0], "what is it?")
     nobody = (
         of_model(model, Nlvr.from_blip, tmp_path / "nlvr"),
         of_model(model, Dialogue.from_blip, tmp_path / "dialogue"),
     )
-    for one in (asker, *nobody):
+    for one in (answerer, *nobody):
         for verb in ("embed_image", "embed_text", "similarity", "ground", "match", "classify", "explain"):
             with pytest.raises(ValueError, match=r"recipes\.retrieval$"):
                 getattr(one, verb)(*[PATHS[0]] if verb.startswith("embed") else (PATHS[0], ["a"]))

@@ -173,7 +173,7 @@ def test_a_repository_is_downloaded_as_a_whole_and_found_again_without_a_network
     model,
     serving,
     tmp_path,
-    monkeypatch,  # noqa: F811
+    monkeypatch,
 ):
     main = variant(model, tmp_path / "main", 0.5)
     (main / "sub").mkdir()
