@@ -5,12 +5,47 @@ from __future__ import annotations
 import os
 import socket
 import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 
 OUT_OF_REACH = "the hub is out of reach (or HF_HUB_OFFLINE is set)"
+_SUBFOLDERS = "*/*"
+
+
+def folder(
+    repository: str,
+    revision: str | None,
+    patterns: Sequence[Sequence[str]],
+    is_complete: Callable[[Path], bool],
+    option: str,
+) -> Path:
+    """Get the folder of a repository on the hub, from the local cache or by download; without its subfolders.
+
+    Files of the first group of `patterns` are downloaded, and those of the next as long as the folder is not complete.
+    A complete folder in the cache is not checked for newer files. FileNotFoundError, within 2 seconds if the hub is out
+    of reach, with the one download command and the `option` that takes a local path instead.
+    """
+    cached = try_to_load_from_cache(repository, "config.json", revision=revision)
+    if isinstance(cached, str) and is_complete(Path(cached).parent):
+        return Path(cached).parent
+    named, at = (f"{repository}@{revision}", f" --revision {revision}") if revision else (repository, "")
+    remedy = f"run `hf download {repository}{at}` where there is a network, or give a local path as {option}"
+    if not in_reach():
+        raise FileNotFoundError(f"{named} is not in the local cache and {OUT_OF_REACH}: {remedy}")
+    for group in patterns:
+        try:
+            place = snapshot_download(
+                repository, revision=revision, allow_patterns=list(group), ignore_patterns=_SUBFOLDERS
+            )
+        except Exception as error:  # those of the hub, of its HTTP client and of the disk have no base in common
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise FileNotFoundError(f"{named} cannot be downloaded ({why}): {remedy}") from None
+        if is_complete(Path(place)):
+            break
+    return Path(place)
 
 
 def file(repository: str, name: str, option: str) -> Path:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import metadata
 
-PROJECT = "openblip"
+from blip.options import PROJECT
+
 TESTED = {"torch": ("2.11", "2.15"), "transformers": ("5.17", "5.24")}
 """Oldest and newest series on which the test suite passes; others may work as well."""
 

@@ -32,6 +32,24 @@ Tree = dict[str, Any]
 """Given values by name; a section is a nested tree."""
 LAST = -1
 """Marker in a path for the last item of a list of sections."""
+PROJECT = "openblip"
+
+
+def version() -> str:
+    """Version of this project as installed, or as stated in the checkout that this file belongs to."""
+    from importlib import metadata  # here and below, as few need it
+
+    try:
+        return metadata.version(PROJECT)
+    except metadata.PackageNotFoundError:
+        settings = Path(__file__).parents[1] / "pyproject.toml"
+    try:
+        import tomllib
+
+        project = tomllib.loads(settings.read_text(encoding="utf-8"))["project"]
+        return f"{project['version']}+checkout" if project["name"] == PROJECT else "unknown"
+    except (OSError, ValueError, KeyError):
+        return "unknown"
 
 
 # Declaring ------------------------------------------------------------------------------------------------------------
@@ -149,6 +167,9 @@ def read(
     options, tree, prints = {one.name: one for one in walk(kind)}, {}, False
     words = _spelled(args, {_PRINT, *(one.name for one in options.values() if one.kind is bool)})
     explains = any(word in ("-h", "--help") for word in words)
+    if "--version" in words and "version" not in options:
+        print(PROJECT, version())
+        raise SystemExit(0)
     parser = _parser(kind, options.values(), program, examples, files, explains)
     given, unknown = parser.parse_known_args(words, argparse.Namespace(values=[]))
     if unknown:
@@ -564,10 +585,13 @@ def options_of(module: types.ModuleType) -> type:
 
 
 def verb(program: str, args: Sequence[str], verbs: Mapping[str, str], about: str) -> str | None:
-    """The first word of a command line, one of `verbs`; None if it asks for help, which is then printed.
+    """The first word of a command line, one of `verbs`; None for `--help` and `--version`, which are then printed.
 
     `verbs` maps each to its purpose. ValueError, naming the closest, for another word.
     """
+    if args and args[0] == "--version":
+        print(PROJECT, version())
+        return None
     if args and args[0] in ("-h", "--help"):
         wide = max(map(len, verbs))
         print(about.strip(), "", *(f"  {name:<{wide}}  {what}".rstrip() for name, what in verbs.items()), "", sep="\n")

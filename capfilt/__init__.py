@@ -7,4 +7,10 @@ _startup = type(sys)("startup")  # found here and not on the path, where the cur
 _startup.__file__ = f"{__path__[0]}/../blip/startup.py"
 SourceFileLoader("startup", _startup.__file__).exec_module(_startup)
 
-__version__ = "0.1.0"
+
+def __getattr__(name: str) -> str:
+    if name != "__version__":
+        raise AttributeError(f"module 'capfilt' has no attribute {name!r}")
+    from blip import __version__  # when used: while the packages are being found, blip is not complete
+
+    return __version__

@@ -211,7 +211,7 @@ def captions_of(
                 texts = generate_texts(
                     model, tokenizer, views.to(device), config, prompt=prompt, keys=[str(i) for i in ids]
                 )
-                captions += [(name, best.words) for name, (best,) in zip(ids, texts, strict=True)]
+                captions += [(name, best.text) for name, (best,) in zip(ids, texts, strict=True)]
                 progress.update(len(ids))
         return captions
 

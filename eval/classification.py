@@ -6,17 +6,16 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from blip import dist
+from blip.app.loaded import Loaded
 from blip.data.image_files import find, not_images, read_images
-from blip.data.transforms import EvalTransform
 from blip.errors import DataError
-from blip.inference.features import Features
 from blip.inference.zero_shot import TEMPLATES, class_embeddings, probabilities
 from eval.options import ClassificationOptions
 from eval.runner import Runner, in_parts, listed, spread
@@ -31,8 +30,7 @@ def evaluate(options: ClassificationOptions, runner: Runner) -> Iterator[tuple[s
     data = ClassFolder.open(options.source, read_names(Path(options.names)) if options.names else None)
     templates = read_templates(Path(options.templates)) if options.templates else list(TEMPLATES)
     with runner.model() as loaded:
-        features = loaded.features(options.batch)
-        chances = classify(features, data, templates)
+        chances = classify(replace(loaded, batch=options.batch), data, templates)
     if not dist.is_main():
         return
     if left_out := not_images(data.left_out):
@@ -115,24 +113,24 @@ def read_templates(path: Path) -> list[str]:
 # Answers --------------------------------------------------------------------------------------------------------------
 
 
-def classify(features: Features, data: ClassFolder, templates: Sequence[str] = TEMPLATES) -> Tensor:
+def classify(model: Loaded, data: ClassFolder, templates: Sequence[str] = TEMPLATES) -> Tensor:
     """Probabilities (N, C) of the classes. All processes have to call it; they share the images.
 
     DataError, in every process, for an image that cannot be read.
     """
-    classes = class_embeddings(features, data.names, templates)
+    classes = class_embeddings(model.embed_text, data.names, templates)
 
     def work(paths: Sequence[str]) -> list[Tensor]:
         parts = []
-        for images in read_images(paths, EvalTransform(features.image_size), features.batch):
+        for images in read_images(paths, model.transform, model.batch):
             for image in images:
                 if image.reason:
                     raise DataError(f"{image.path} cannot be evaluated: {image.reason}")
-            embeds = features.embed_image(torch.stack([image.pixels for image in images]))
-            parts.append(probabilities(features, embeds, classes).cpu())
+            embeds = model.embed_image(torch.stack([image.pixels for image in images]))
+            parts.append(probabilities(embeds, classes, model.model.temperature).cpu())
         return parts
 
-    return torch.cat(spread(in_parts(data.paths, _PART * features.batch), work, what="classify"))
+    return torch.cat(spread(in_parts(data.paths, _PART * model.batch), work, what="classify"))
 
 
 def results(data: ClassFolder, chances: Tensor) -> str:

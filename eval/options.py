@@ -59,7 +59,7 @@ class CaptioningOptions(_Resampled, _Machine):
     """File of reference captions: COCO's annotations, {id: [captions]}, or a list of {image, image_id, caption};
     those of the source by default."""
     model: str | None = None
-    """Model that generates captions: a folder, or a name on the hub."""
+    """Model that generates captions: a folder, or a name on the hub, ORG/NAME or ORG/NAME@REVISION."""
     source: SourceConfig | None = None
     """Images, with their reference captions if any: `--source.path FILE --source.image_root FOLDER`."""
     preset: Literal["caption_2022", "greedy", "nucleus", "capfilt_2022"] = "caption_2022"
@@ -117,7 +117,7 @@ class RetrievalOptions(_Machine):
     """
 
     model: str
-    """Model: a folder, or a name on the hub."""
+    """Model: a folder, or a name on the hub, ORG/NAME or ORG/NAME@REVISION."""
     source: SourceConfig
     """Images with their captions."""
     limit: int | None = None
@@ -145,7 +145,7 @@ class VideoRetrievalOptions(_Machine):
     """
 
     model: str
-    """Model: a folder, or a name on the hub."""
+    """Model: a folder, or a name on the hub, ORG/NAME or ORG/NAME@REVISION."""
     clips: str
     """List of clips with captions: MSR-VTT's {videos, sentences}, or rows of {video, caption} as JSON, lines or CSV."""
     video_root: str | None = None
@@ -179,7 +179,7 @@ class VideoQuestionsOptions(_Machine):
     """
 
     model: str
-    """Model: a folder, or a name on the hub."""
+    """Model: a folder, or a name on the hub, ORG/NAME or ORG/NAME@REVISION."""
     questions: str
     """Questions as in MSR-VTT-QA and MSVD-QA: rows of {video_id, question, answer} as JSON or lines."""
     video_root: str | None = None
@@ -213,7 +213,7 @@ class ClassificationOptions(_Machine):
     """
 
     model: str
-    """Model: a folder, or a name on the hub."""
+    """Model: a folder, or a name on the hub, ORG/NAME or ORG/NAME@REVISION."""
     source: str
     """Folder with one subfolder per class, SOURCE/CLASS/image.jpg."""
     names: str | None = None
@@ -243,7 +243,7 @@ class NlvrOptions(_Resampled, _Machine):
     source: ImageSentences
     """Sentences with their images and labels."""
     model: str | None = None
-    """Model that answers: a folder, or a name on the hub."""
+    """Model that answers: a folder, or a name on the hub, ORG/NAME or ORG/NAME@REVISION."""
     results: str | None = None
     """Answers to score instead: CSV of ID,True or ID,False, as the official scripts expect it."""
     limit: int | None = None
@@ -274,7 +274,7 @@ class VisdialOptions(_Machine):
     source: Dialogues
     """Dialogues in the format of VisDial v1.0."""
     model: str | None = None
-    """Model that ranks: a folder, or a name on the hub."""
+    """Model that ranks: a folder, or a name on the hub, ORG/NAME or ORG/NAME@REVISION."""
     results: str | None = None
     """Ranks to score instead: JSON list of {"image_id", "round_id", "ranks"}, as EvalAI expects it."""
     limit: int | None = None
@@ -307,7 +307,7 @@ class VqaOptions(_Resampled, _Machine):
     source: ImageQuestions
     """Questions with their images, and human answers if any."""
     model: str | None = None
-    """Model that answers: a folder, or a name on the hub."""
+    """Model that answers: a folder, or a name on the hub, ORG/NAME or ORG/NAME@REVISION."""
     results: str | None = None
     """Answers to score instead: JSON list of {"question_id", "answer"}, as EvalAI expects it."""
     candidates: str | None = None

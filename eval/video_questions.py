@@ -36,7 +36,7 @@ def evaluate(options: VideoQuestionsOptions, runner: Runner) -> Iterator[tuple[s
         answered = answers_about_clips(*given, frames=options.frames, batch=options.batch)
     if not dist.is_main():
         return
-    words = [answer.words for answer in answered]
+    words = [answer.text for answer in answered]
     rows = [
         {"id": question.id, "video_id": clips[question.clip].id, "question": question.question, "answer": answer}
         for question, answer in zip(questions, words, strict=True)

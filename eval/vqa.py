@@ -44,7 +44,7 @@ def evaluate(options: VqaOptions, runner: Runner) -> Iterator[tuple[str, float |
             candidates = load_candidates(options.candidates, options.model, options.method, loaded.tokenizer)
             ways = {"batch": options.batch, "threads": options.threads}
             answered = answers_of(loaded.model, loaded.tokenizer, question_set, options.answers, candidates, **ways)
-        results = {name: answer.words for name, answer in answered.items()}
+        results = {name: answer.text for name, answer in answered.items()}
     else:
         results = read_results(Path(options.results))
     if not dist.is_main():

@@ -157,7 +157,7 @@ class VqaEvaluation(Evaluation):
 
     def answers(self, model: Vqa) -> Answers:
         answered = answers_of(model, self.tokenizer, self.question_set, self.config, self.candidates)
-        return {name: answer.words for name, answer in answered.items()}
+        return {name: answer.text for name, answer in answered.items()}
 
     def scores(self, answers: Answers) -> dict[str, float]:
         return score(self.question_set.questions, answers, resamples=0).named()

@@ -27,6 +27,7 @@ from benchmarks import cost
 from blip.models.blip import Blip
 from blip.models.presets import BASE, LARGE, TINY
 from blip.models.settings import BlipConfig
+from blip.models.vqa import Vqa
 from blip.world import files as world_files
 from recipes import command as recipes_command
 
@@ -194,13 +195,17 @@ def test_snippets_are_python_and_name_what_there_is(page, line, text):
             assert hasattr(blip, node.attr), f"{page}:{line}: blip has no {node.attr}"
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md", "docs/features.md", "docs/explain.md"])
+_TASKS = ("python", "captioning", "vqa", "retrieval", "features", "explain")
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md", *(f"docs/{task}.md" for task in _TASKS)])
 def test_snippets_run_on_a_tiny_model(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tokenizer = blip.Tokenizer.load("world")
     model = Blip(BlipConfig(TINY.vision, tokenizer.text_config(TINY.text), TINY.embed_dim)).eval()
-    for folder in ("demo", "pretrain_world", "filter_world"):
+    for folder in ("demo", "demo/captioner", "pretrain_world", "caption_world", "filter_world"):
         blip.save_pretrained(model, tokenizer, Path("runs", folder, "model"))
+    blip.save_pretrained(Vqa.from_blip(model), tokenizer, Path("runs/vqa_world/model"))
     world_files.write("runs/world", "json", "test", 3)
     Image.new("RGB", (50, 40), (200, 30, 30)).save("photo.jpg")
     known = {"blip": blip, "torch": torch, "images": torch.zeros(1, 3, 64, 64)}

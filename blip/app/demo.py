@@ -7,14 +7,12 @@ line for the user.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, TypeVar
 
-import torch
 from PIL import Image
 
 from blip.app.commands import caption as caption_command
@@ -25,17 +23,15 @@ from blip.data.image_files import find
 from blip.data.images import UnreadableImage
 from blip.data.settings import DataConfig
 from blip.data.transforms import EvalTransform
-from blip.inference.answering import answers, encode_questions
-from blip.inference.explain import explain
 from blip.inference.generate import generate_texts
-from blip.inference.settings import CAPTION_PROMPT, AnswerConfig
+from blip.inference.settings import CAPTION_PROMPT
 from blip.text import clean_question
 
 if TYPE_CHECKING:
     from blip.app.index import Index
     from blip.app.loaded import Loaded
     from blip.data.image_files import ImageFile
-    from blip.inference.answering import Answer, Candidates
+    from blip.inference.answering import Answer
     from blip.inference.generate import CaptionText
 
 T = TypeVar("T")
@@ -44,7 +40,6 @@ MAX_BYTES, MAX_PIXELS = 5 << 20, 20_000_000
 """Limits of an uploaded image."""
 MOST_CAPTIONS, MOST_TEXTS, MOST_HITS, MOST_LETTERS = 10, 20, 60, 2000
 """Limits of one request; letters are characters of one text field."""
-_BATCH = 16
 _SIDE = 640
 """Longer side of the images shown, in pixels."""
 _REPORT_BYTES = 20 << 20
@@ -75,18 +70,16 @@ class Demo:
         *,
         captioner: Loaded | None = None,
         vqa: Loaded | None = None,
-        candidates: Candidates | None = None,
         prompt: str = CAPTION_PROMPT,
         index: Index | None = None,
         run: str | None = None,
     ) -> None:
-        """Captions come from `captioner`, by default `matcher`; `candidates` must be on the device of `vqa`.
+        """Captions come from `captioner`, by default `matcher`.
 
         ValueError for a prompt with words unknown to the captioner, or a `run` that is not a CapFilt run's folder.
         """
         self.matcher, self.captioner, self.vqa = matcher, captioner or matcher, vqa
-        self.candidates, self.prompt, self.index = candidates, prompt, index
-        self.features = matcher.features(_BATCH)
+        self.prompt, self.index = prompt, index
         self.run = Path(run) if run else None
         self._lock = Lock()
         self._check_prompt(prompt)
@@ -128,14 +121,10 @@ class Demo:
             raise ValueError("no VQA model is loaded: start the page with --vqa DIR, a model trained by recipes.vqa")
         one = self.vqa
         pixels, _ = read_image(path, EvalTransform(one.model.config.vision.image_size))
-        cleaned = clean_question(_short(question))
-        if not cleaned:
+        if not clean_question(_short(question)):
             raise ValueError("type a question first")
-        with self._lock, one.computing(), torch.no_grad():
-            context = encode_questions(
-                one.model, one.tokenizer, one.model.vision(pixels[None].to(one.device)), [cleaned], [0]
-            )
-            return answers(one.model, one.tokenizer, context, AnswerConfig(), self.candidates, top)[0]
+        with self._lock:
+            return one.answer(pixels[None], question, top=top, details=True)[0]
 
     def match(self, path: str | None, texts: str) -> list[tuple[str, float, float]]:
         """Score texts, one per line: each with its cosine (ITC) and match probability (ITM), in the order given."""
@@ -146,7 +135,7 @@ class Demo:
         if len(lines) > MOST_TEXTS:
             raise ValueError(f"at most {MOST_TEXTS} texts can be compared at once, got {len(lines)}")
         with self._lock, self.matcher.computing():
-            matches = self.features.match([image], lines)
+            matches = self.matcher.match(image, lines)
         return list(zip(lines, matches.itc[0].tolist(), matches.probability[0].tolist(), strict=True))
 
     def explain_match(self, path: str | None, text: str) -> tuple[float, list[tuple[str, Image.Image]]]:
@@ -155,7 +144,7 @@ class Demo:
         if not text.strip():
             raise ValueError("type a text first")
         with self._lock, self.matcher.computing():
-            explanation = explain(self.features, image, _short(text))
+            explanation = self.matcher.explain(image, _short(text))
         return explanation.probability, explain_command.images(image, explanation)
 
     # A folder -----------------------------------------------------------------------------------------------------
@@ -175,7 +164,7 @@ class Demo:
                 done += len(batch)
                 report(done, len(stale))
 
-            self.index = index.updated(paths, stale, self.features, count)
+            self.index = index.updated(paths, stale, self.matcher, count)
         return self.counts()
 
     def counts(self) -> tuple[int, int]:
@@ -191,8 +180,8 @@ class Demo:
         if not 1 <= top <= MOST_HITS:
             raise ValueError(f"the number of images must be 1 to {MOST_HITS}, got {top}")
         with self._lock, self.matcher.computing():
-            embed = self.features.embed_text([_short(text)])
-            hits = search_command.find_one(index, self.features, self.matcher, _short(text), embed, top, rerank)
+            embed = self.matcher.embed_text(_short(text))
+            hits = search_command.find_one(index, self.matcher, _short(text), embed, top, rerank)
         hits_shown = []
         for hit in hits:
             try:
@@ -226,10 +215,6 @@ class Demo:
         if path.stat().st_size > _REPORT_BYTES:
             raise ValueError(f"the report {name} is too large for this page; open {path} directly")
         return path.read_text("utf-8", "replace")
-
-
-def probability(answer: Answer | CaptionText) -> float:
-    return math.exp(answer.logprob)
 
 
 def read_image(path: str | None, transform: Callable[[Image.Image], T]) -> tuple[T, str]:

@@ -24,7 +24,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
-from blip.app.demo import MAX_BYTES, MAX_PIXELS, MOST_CAPTIONS, MOST_HITS, Demo, probability
+from blip.app.demo import MAX_BYTES, MAX_PIXELS, MOST_CAPTIONS, MOST_HITS, Demo
 from blip.app.exit import one_line
 from blip.data.images import NAMES
 from blip.errors import DataError
@@ -292,7 +292,7 @@ def _caption_tab(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
 def captions(texts: list[CaptionText]) -> str:
     """Format captions as an HTML list."""
     rows = [
-        f"<li>{html.escape(text.words) or '(empty)'} <small>log-probability {text.logprob:.2f}"
+        f"<li>{html.escape(text.text) or '(empty)'} <small>log-probability {text.logprob:.2f}"
         f"{'' if text.finished else ', cut off at the maximum length'}</small></li>"
         for text in texts
     ]
@@ -312,7 +312,7 @@ def _answer_tab(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
         output = gr.HTML(elem_id="answers", elem_classes="answer", min_height=40)
 
         def show(path: str | None, words: str) -> str:
-            rows = [(answer.words, probability(answer), "") for answer in demo.answer(path, words, 5)]
+            rows = [(answer.text, answer.probability, "") for answer in demo.answer(path, words, 5)]
             return bars(("answer", "probability", ""), rows)
 
         for start in (button.click, question.submit):

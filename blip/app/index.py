@@ -1,8 +1,9 @@
 """An index of a folder's images: their joint embeddings on disk, updated when files change.
 
-    index = Index.read(folder, where) or Index(folder, where, IndexOrigin.of(features, "runs/base/model", "float32"))
-    index = index.updated(paths, index.stale(paths), features)
-    values, rows = index.nearest(features.embed_text(["a red bicycle"]), 10)
+    model = blip.load("runs/base/model")
+    index = Index.read(folder, where) or Index(folder, where, IndexOrigin.of(model, "runs/base/model", "float32"))
+    index = index.updated(paths, index.stale(paths), model)
+    values, rows = index.nearest(model.embed_text("a red bicycle"), 10)
 
 `index.json` lists the files and names the safetensors file with their embeddings; it is replaced last and in one
 rename, so a reader sees the old or the new index. N images, E embedding width, Q queries.
@@ -26,10 +27,9 @@ import torch
 from torch import Tensor
 
 from blip import files
+from blip.app.loaded import Loaded
 from blip.data.image_files import ImageFile, read_images
-from blip.data.transforms import EvalTransform
 from blip.errors import DataError
-from blip.inference.features import Features
 from blip.tensors import add_to_digest, read_tensors, write_tensors
 
 FORMAT, VERSION = "openblip-index", 1
@@ -60,10 +60,10 @@ class IndexOrigin:
         return (self.weights, self.precision) == (other.weights, other.precision)
 
     @classmethod
-    def of(cls, features: Features, name: str, precision: str) -> IndexOrigin:
-        digest = hashlib.sha256(EvalTransform(features.image_size).describe().encode())
+    def of(cls, model: Loaded, name: str, precision: str) -> IndexOrigin:
+        digest = hashlib.sha256(model.transform.describe().encode())
         for part in ("vision", "image_proj"):
-            add_to_digest(digest, getattr(features.model, part).state_dict(), f"{part}.")
+            add_to_digest(digest, getattr(model.model, part).state_dict(), f"{part}.")
         return cls(name, digest.hexdigest()[:12], precision)
 
 
@@ -183,7 +183,7 @@ class Index:
         self,
         paths: Sequence[str],
         stale: Sequence[str],
-        features: Features,
+        model: Loaded,
         on_batch: Callable[[list[ImageFile]], None] = lambda batch: None,
     ) -> Index:
         """Build the index of exactly `paths`, reading the `stale` ones again; it is on disk on return.
@@ -197,11 +197,11 @@ class Index:
         entries = {entry.path: entry for entry in self.entries if entry.path not in again}
         saved = time.monotonic()
         try:
-            for before, batch in _read_batches(stale, features):
+            for before, batch in _read_batches(stale, model):
                 fresh = {p.digest: p for p in batch if not p.reason and p.digest not in by_bytes}
                 if fresh:
                     images = torch.stack([image.pixels for image in fresh.values()])
-                    by_bytes |= zip(fresh, features.embed_image(images).cpu(), strict=True)
+                    by_bytes |= zip(fresh, model.embed_image(images).cpu(), strict=True)
                 for image in batch:
                     name = _within(image.path, self.folder)
                     entries[name] = Entry(name, *(before[image.path] or (0, 0)), image.digest, image.reason)
@@ -209,15 +209,15 @@ class Index:
                         vectors[name] = by_bytes[image.digest]
                 on_batch(batch)
                 if time.monotonic() - saved > _SAVE_SECONDS:
-                    self._of(paths, entries, vectors, features).write()
+                    self._of(paths, entries, vectors, model).write()
                     saved = time.monotonic()
         finally:
-            index = self._of(paths, entries, vectors, features)
+            index = self._of(paths, entries, vectors, model)
             if index.entries != self.entries or not (self.where / _LIST).exists():
                 index.write()
         return index
 
-    def _of(self, paths: Sequence[str], entries: dict[str, Entry], vectors: dict[str, Tensor], like: Features) -> Index:
+    def _of(self, paths: Sequence[str], entries: dict[str, Entry], vectors: dict[str, Tensor], like: Loaded) -> Index:
         listed = [entries[name] for path in paths if (name := _within(path, self.folder)) in entries]
         rows = [vectors[entry.path] for entry in listed if not entry.reason]
         embeddings = torch.stack(rows) if rows else torch.empty(0, like.model.config.embed_dim)
@@ -225,14 +225,14 @@ class Index:
 
 
 def _read_batches(
-    paths: Sequence[str], features: Features
+    paths: Sequence[str], model: Loaded
 ) -> Iterator[tuple[dict[str, tuple[int, int] | None], list[ImageFile]]]:
     """Yield batches of images with the files' sizes and times from before they were read."""
-    size = 64 * features.batch
+    size = 64 * model.batch
     for start in range(0, len(paths), size):
         part = paths[start : start + size]
         before = {path: _stat(path) for path in part}
-        for batch in read_images(part, EvalTransform(features.image_size), features.batch):
+        for batch in read_images(part, model.transform, model.batch):
             yield before, batch
 
 

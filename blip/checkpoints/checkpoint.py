@@ -12,7 +12,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -24,7 +23,7 @@ from blip import files, hub
 from blip.checkpoints import foreign
 from blip.checkpoints.card import Facts, own_card
 from blip.checkpoints.foreign import Foreign
-from blip.checkpoints.naming import SUFFIXES, check_named
+from blip.checkpoints.naming import SUFFIXES, check_named, repository
 from blip.checkpoints.table import NUMBERS, refuse_unsound, type_in_words
 from blip.checkpoints.weights import Weights, read_file, read_json
 from blip.models.blip import Blip
@@ -40,7 +39,6 @@ FORMAT, VERSION = "openblip", 2
 _READABLE = (1, VERSION)
 _CONFIG, WEIGHTS, _POSITIONS = "config.json", "model.safetensors", "vision.vit.pos_embed"
 _CARD, _TEMPERATURE = "README.md", "temperature"
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 Model = TypeVar("Model")
 """One of the classes of `blip.models.families.TASKS`."""
 
@@ -185,19 +183,61 @@ class Own:
         """No account: nothing is renamed or left out."""
 
 
-def opened(where: str | Path) -> Own | Foreign:
+def locate(where: str | Path, revision: str | None = None) -> Path:
+    """The folder or file of a model, downloaded if `where` is the name of a repository on the hub.
+
+    Such a name is `ORG/NAME` or `ORG/NAME@REVISION`, the revision being a branch, tag or commit; a folder of that name
+    wins. FileNotFoundError if there is no such model; ValueError for a `revision` of anything but a repository.
+    """
+    if where is None or not str(where).strip():
+        raise ValueError(f"no model: {_EXPECTED}")
+    check_named(where)
+    folder, parsed = Path(where).expanduser(), repository(str(where))
+    if folder.exists() or parsed is None:
+        if revision is not None:
+            raise ValueError(f"revision {revision!r} is for a name on the hub, and {where} is a local path")
+        return folder
+    if revision is not None:
+        if parsed[1] is not None and parsed[1] != revision:
+            raise ValueError(f"revision {revision!r} contradicts {where}: give one of the two")
+        if repository(f"{parsed[0]}@{revision}") is None:
+            raise ValueError(f"revision {revision!r} is not a branch, tag or commit")
+        parsed = parsed[0], revision
+    return hub.folder(*parsed, _DOWNLOADED, _is_complete, "the model's path")
+
+
+_FOREIGN_WEIGHTS = (WEIGHTS, "pytorch_model.bin")
+_DOWNLOADED = (("*.json", "*.txt", "*.md", "model*.safetensors"), ("pytorch_model*.bin",))
+"""Files of a repository: all that is small with safetensors, and without these pickled tensors."""
+_EXPECTED = (
+    f"give a model directory (one with {_CONFIG} and {WEIGHTS}), a .pth file or a name on the hub (ORG/NAME or "
+    "ORG/NAME@REVISION)"
+)
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a folder has all that a model needs."""
+    try:
+        weights = Weights.find(lambda part: _in_folder(folder, part), *_FOREIGN_WEIGHTS)
+    except (FileNotFoundError, ValueError):
+        return False
+    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
+    return bool(weights.parts) and has_tokenizer and (folder / _CONFIG).is_file()
+
+
+def opened(where: str | Path, revision: str | None = None) -> Own | Foreign:
     """Open the checkpoint at a path, or on the hub under a name; errors as in `from_pretrained`."""
-    folder = Path(where).expanduser()
-    if str(where).endswith(SUFFIXES) and "://" not in str(where) and not folder.is_dir():
+    folder = locate(where, revision)
+    if not folder.is_dir():
         return foreign.open_file(folder)
-    config_path, part, tokenizer_at = _find(where)
+    config_path = _in_folder(folder, _CONFIG)
     settings = read_json(config_path)
     if settings.get("format") != FORMAT and "model_type" in settings:
-        weights = Weights.find(part, *_FOREIGN_WEIGHTS)
-        return foreign.open_directory(config_path, weights, tokenizer_at(), claimed(settings))
+        weights = Weights.find(lambda part: _in_folder(folder, part), *_FOREIGN_WEIGHTS)
+        return foreign.open_directory(config_path, weights, folder, claimed(settings))
     task, config, options = _read_config(config_path, settings)
-    weights = Weights.find(part, WEIGHTS)
-    return Own(config_path, weights, tokenizer_at(), task, config, options, _origins(config_path, settings))
+    weights = Weights.find(lambda part: _in_folder(folder, part), WEIGHTS)
+    return Own(config_path, weights, folder, task, config, options, _origins(config_path, settings))
 
 
 def trained_on(where: str | Path) -> tuple[str, ...]:
@@ -205,10 +245,10 @@ def trained_on(where: str | Path) -> tuple[str, ...]:
 
     Errors as in `from_pretrained`.
     """
-    check_named(where)
-    if str(where).endswith(SUFFIXES) and not Path(where).expanduser().is_dir():
-        return claimed(read_file(where))
-    path, *_ = _find(where)
+    place = locate(where)
+    if not place.is_dir():
+        return claimed(read_file(place))
+    path = _in_folder(place, _CONFIG)
     settings = read_json(path)
     return _origins(path, settings) if settings.get("format") == FORMAT else claimed(settings)
 
@@ -262,6 +302,7 @@ def _outline(source: Own | Foreign, config: BlipConfig) -> nn.Module:
 def from_pretrained(
     where: str | Path | Own | Foreign,
     *,
+    revision: str | None = None,
     image_size: int | None = None,
     device: str | torch.device = "cpu",
     tokenizer: str | Path | None = None,
@@ -272,23 +313,25 @@ def from_pretrained(
     where: str | Path | Own | Foreign,
     kind: type[Model],
     *,
+    revision: str | None = None,
     image_size: int | None = None,
     device: str | torch.device = "cpu",
     tokenizer: str | Path | None = None,
     options: TrainingOptions | None = None,
 ) -> tuple[Model, Tokenizer]: ...
-def from_pretrained(where, kind=Blip, *, image_size=None, device="cpu", tokenizer=None, options=None):
+def from_pretrained(where, kind=Blip, *, revision=None, image_size=None, device="cpu", tokenizer=None, options=None):
     """Read a model; it is in evaluation mode.
 
     `where` is a model directory, a `.pth` of the 2022 release or LAVIS, a directory of transformers, the name of a
-    repository with one on the hub, or the result of `opened`. `kind` is the expected class, `Blip` or a task model. For
-    another `image_size` (pixels) the position embeddings are interpolated. `tokenizer`, as for `Tokenizer.load`, is for
+    repository with one on the hub (`ORG/NAME`, or with the branch, tag or commit that is also `revision`,
+    `ORG/NAME@REVISION`), or the result of `opened`. `kind` is the expected class, `Blip` or a task model. For another
+    `image_size` (pixels) the position embeddings are interpolated. `tokenizer`, as for `Tokenizer.load`, is for
     checkpoints without one, such as a `.pth`. `options` are for training; by default those that an older version or
     another program saved, else nothing is random. FileNotFoundError if `where` does not exist; ValueError, naming the
     file and the problem, if it is incomplete, of another format or kind, or if weights, configuration and tokenizer do
     not fit each other.
     """
-    source = where if isinstance(where, Own | Foreign) else opened(where)
+    source = where if isinstance(where, Own | Foreign) else opened(where, revision)
     _refuse_kind(source, kind)
     return built(source, image_size=image_size, device=device, tokenizer=tokenizer, options=options)
 
@@ -312,29 +355,6 @@ def _remedy(actual: str, wanted: str) -> str:
     return f"{use}; {kind} is expected here"
 
 
-_FOREIGN_WEIGHTS = (WEIGHTS, "pytorch_model.bin")
-
-
-def _find(where: str | Path) -> tuple[Path, Callable[[str], Path], Callable[[], Path]]:
-    """config.json, what finds another file beside it or raises FileNotFoundError, and the tokenizer's folder."""
-    folder, name = Path(where).expanduser(), str(where)
-    if folder.is_dir():
-        return _in_folder(folder, _CONFIG), lambda part: _in_folder(folder, part), lambda: folder
-    check_named(where)
-
-    def fetch(part: str) -> Path:
-        return hub.file(name, part, "the model's path")
-
-    def tokenizer() -> Path:
-        folder = _first(fetch, _TOKENIZER[0], "vocab.txt").parent
-        if folder.joinpath(_TOKENIZER[0]).is_file():
-            with suppress(FileNotFoundError):
-                fetch(_TOKENIZER[1])
-        return folder
-
-    return fetch(_CONFIG), fetch, tokenizer
-
-
 def _in_folder(folder: Path, part: str) -> Path:
     if not (folder / part).is_file():
         weights = [path.name for path in sorted(folder.iterdir()) if path.name.endswith(SUFFIXES)]
@@ -342,17 +362,6 @@ def _in_folder(folder: Path, part: str) -> Path:
         give = f"; give the file itself, {folder / weights[0]}" if weights and part == _CONFIG else ""
         raise FileNotFoundError(f"{folder} has no {part}, so it is not a model directory; it holds {there}{give}")
     return folder / part
-
-
-def _first(find: Callable[[str], Path], *names: str) -> Path:
-    """The first file that exists; FileNotFoundError of the first if none does."""
-    missing = None
-    for name in names:
-        try:
-            return find(name)
-        except FileNotFoundError as error:
-            missing = missing or error
-    raise missing
 
 
 def _read_config(path: Path, settings: dict[str, Any]) -> tuple[str, BlipConfig, TrainingOptions | None]:

@@ -148,13 +148,6 @@ def read_images(
     return read_ahead(paths, batch, lambda path: _read_one(path, transform), threads)
 
 
-def reader(side: int) -> Callable[[Sequence[str | Path | bytes | Image.Image], int], Iterator[list[Tensor]]]:
-    """What `Features` reads images by: (images, batch) -> lists of tensors (3, side, side), read ahead."""
-    from blip.data.transforms import ImageReader  # with torch, for which wrong use need not wait
-
-    return functools.partial(read_ahead, read=ImageReader(side))
-
-
 def _read_one(path: str, transform: Callable[[Image.Image], Tensor]) -> ImageFile:
     try:
         data = read(Path(path))

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from blip.data.images import model_input
 from blip.data.settings import DataConfig
-from blip.errors import BadSample, DataError
 from blip.keyed import scoped
 from blip.nn.pixels import MEAN, STD
 
@@ -106,18 +103,3 @@ def unnormalise(image: Tensor) -> Tensor:
     """(..., 3, S, S) normalised -> the same shape in [0, 1], for looking at."""
     mean, std = (torch.tensor(v, device=image.device).view(3, 1, 1) for v in (MEAN, STD))
     return (image * std + mean).clamp(0, 1)
-
-
-class ImageReader:
-    """Read images for a model: a path, bytes or PIL image -> tensor (3, S, S), normalised as in evaluation."""
-
-    def __init__(self, side: int, max_pixels: int = DataConfig.max_pixels) -> None:
-        self.transform, self.max_pixels = EvalTransform(side), max_pixels
-
-    def __call__(self, image: str | Path | bytes | Image.Image) -> Tensor:
-        """DataError names an image that cannot be used."""
-        try:
-            return model_input(Path(image) if isinstance(image, str) else image, self.max_pixels, self.transform)
-        except BadSample as error:
-            named = image if isinstance(image, str | Path) else "an image"
-            raise DataError(f"{named} cannot be used: {error}") from None

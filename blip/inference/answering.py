@@ -8,6 +8,7 @@ full, N nodes of their tree, L words of the longest candidate, D width, V vocabu
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -36,9 +37,14 @@ _LOGITS = 1 << 25
 class Answer(NamedTuple):
     """An answer and its log-probability."""
 
-    words: str
+    text: str
     logprob: float
     """Natural logarithm of the answer's probability under the model, [SEP] included."""
+
+    @property
+    def probability(self) -> float:
+        """Probability of exactly these words under the model."""
+        return math.exp(self.logprob)
 
 
 class Ranked(NamedTuple):
@@ -201,7 +207,7 @@ def answers(
     if candidates is None:
         decode = dataclasses.replace(config.decode(), num=num, beams=max(num, config.beams))
         decoded = generate_texts(model, tokenizer, questions, decode)
-        return [[Answer(text.words, text.logprob) for text in texts] for texts in decoded]
+        return [[Answer(text.text, text.logprob) for text in texts] for texts in decoded]
     best = rank(model, questions, candidates, config)
     rows = zip(best.index[:, :num].tolist(), best.logprobs[:, :num].tolist(), strict=True)
     return [[Answer(candidates.texts[i], logprob) for i, logprob in zip(*row, strict=True)] for row in rows]

@@ -15,12 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from blip.errors import BadSample
-from blip.inference.features import Features, ImageInput
+from blip.inference.features import MAX_TOKENS, cleaned
 from blip.models.blip import Matcher
 from blip.nn.context import Context, by_head
 from blip.nn.text import TextPass
-from blip.text import clean_caption
+from blip.tokenizer import Tokenizer
 
 _STOPS = ((0, 0, 96), (0, 64, 255), (0, 224, 224), (255, 232, 0), (224, 0, 0))
 """Colours from no evidence to the most."""
@@ -40,17 +39,23 @@ class Explanation:
     """Probability that the text fits the image."""
 
 
-def explain(features: Features, image: ImageInput, text: str, layer: int | None = None) -> Explanation:
-    """Show which patches of an image make the model match a text with it.
+def explain(
+    model: Matcher,
+    tokenizer: Tokenizer,
+    tokens: Tensor,
+    text: str,
+    layer: int | None = None,
+    *,
+    max_tokens: int = MAX_TOKENS,
+) -> Explanation:
+    """Show which patches of an image, with tokens (1, P, V), make the model match a text with it.
 
     `layer` is the cross-attention to use, from 0 and not the last; 7 of 12 unless given, as shown by the authors.
-    ValueError for another layer or a text without words, DataError for an image that cannot be read.
+    ValueError for another layer or a text without words.
     """
-    model, tokenizer = features.model, features.tokenizer
-    words, pieces = _words(features, text)
+    words, pieces = _words(tokenizer, text, min(max_tokens, model.config.text.max_positions))
     ids = torch.tensor([[tokenizer.enc_id, *(i for word in pieces for i in word), tokenizer.sep_id]])
-    (tokens,) = features.tokens([image])
-    attended = evidence(model, tokens, ids.to(features.device), _layer(model, layer))
+    attended = evidence(model, tokens, ids.to(tokens.device), _layer(model, layer))
     patches = attended.weighted[1:-1, model.vision.vit.num_prefix_tokens :].cpu()  # without [ENC], [SEP], class token
     side = round(patches.shape[1] ** 0.5)
     per_word = torch.stack([part.mean(0) for part in patches.split([len(word) for word in pieces])])
@@ -123,14 +128,11 @@ def _layer(model: Matcher, layer: int | None) -> int:
     return layer
 
 
-def _words(features: Features, text: str) -> tuple[list[str], list[list[int]]]:
+def _words(tokenizer: Tokenizer, text: str, max_tokens: int) -> tuple[list[str], list[list[int]]]:
     """Split a text into words and the ids of their pieces, without words that do not fit whole."""
-    try:
-        words = clean_caption(text, features.max_tokens).split()
-    except BadSample as error:
-        raise ValueError(f"text {text!r} cannot be compared with images: {error}") from None
-    longest = features.max_tokens - 2
-    pieces = [features.tokenizer.pieces(word, longest + 2)[1:-1] for word in words]
+    words = cleaned(text, max_tokens).split()
+    longest = max_tokens - 2
+    pieces = [tokenizer.pieces(word, longest + 2)[1:-1] for word in words]
     fits = sum(sum(map(len, pieces[: i + 1])) <= longest for i in range(len(words)))
     return words[:fits], pieces[:fits]
 

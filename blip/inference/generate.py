@@ -47,7 +47,7 @@ class GeneratedIds(NamedTuple):
 class CaptionText(NamedTuple):
     """A generated text."""
 
-    words: str
+    text: str
     """Words of the text without the prompt."""
     logprob: float
     """Natural logarithm of the text's probability, [SEP] included."""

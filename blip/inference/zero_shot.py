@@ -6,13 +6,13 @@ C classes, N images, E embedding width.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip.inference.features import Features, cosines
+from blip.inference.features import cosines
 
 TEMPLATES = (
     "{}",
@@ -39,18 +39,23 @@ def texts_of(name: str, templates: Sequence[str] = TEMPLATES) -> list[str]:
     return [template.replace("{}", name) for template in spaced]
 
 
-def class_embeddings(features: Features, names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
-    """Names of C classes -> embeddings (C, E) of length 1, each the mean over templates. Raises as `texts_of`."""
+def class_embeddings(
+    embed_text: Callable[[Sequence[str]], Tensor], names: Sequence[str], templates: Sequence[str] = TEMPLATES
+) -> Tensor:
+    """Names of C classes -> embeddings (C, E) of length 1, each the mean over templates. Raises as `texts_of`.
+
+    `embed_text` takes texts to joint embeddings of length 1.
+    """
     if not names or not templates:
         raise ValueError(f"nothing to classify with: {len(names)} classes and {len(templates)} templates")
     repeated = sorted(name for name, times in Counter(names).items() if times > 1)
     if repeated:
         raise ValueError(f"class {repeated[0]!r} is named twice")
     texts = [text for name in names for text in texts_of(name, templates)]
-    return F.normalize(features.embed_text(texts).view(len(names), len(templates), -1).mean(1), dim=-1)
+    return F.normalize(embed_text(texts).view(len(names), len(templates), -1).mean(1), dim=-1)
 
 
-def probabilities(features: Features, image_embeds: Tensor, classes: Tensor) -> Tensor:
-    """Images (N, E) and classes (C, E) -> (N, C), a softmax over classes at the temperature that ITC learned."""
+def probabilities(image_embeds: Tensor, classes: Tensor, temperature: Tensor) -> Tensor:
+    """Images (N, E) and classes (C, E) -> (N, C), a softmax over classes at the `temperature` that ITC learned."""
     with torch.no_grad():
-        return (cosines(image_embeds, classes) / features.model.temperature.float()).softmax(-1)
+        return (cosines(image_embeds, classes) / temperature.float()).softmax(-1)

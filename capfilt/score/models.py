@@ -132,7 +132,7 @@ class BlipScorer:
         tokens = self.filter.vision(self._images(items, self.filter))
         written = self._caption(items, tokens)
         texts = [
-            [*item.texts, *(_clean(t.words, self.config) for t in captions)]
+            [*item.texts, *(_clean(t.text, self.config) for t in captions)]
             for item, captions in zip(items, written, strict=True)
         ]
         embedded = self.filter.embed_image(tokens).float()
@@ -142,7 +142,7 @@ class BlipScorer:
             Scores(
                 matched[: len(item.texts)],
                 [
-                    SyntheticText(t.words, t.logprob, t.finished, m)
+                    SyntheticText(t.text, t.logprob, t.finished, m)
                     for t, m in zip(captions, matched[len(item.texts) :], strict=True)
                 ],
                 embedding,

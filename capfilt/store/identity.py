@@ -7,8 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from blip.checkpoints.naming import check_named
-
 
 def _digest(*parts: object) -> str:
     """Hash parts with their lengths (SHA-256), so that no two lists of parts give the same bytes."""
@@ -57,10 +55,14 @@ def model_identity(where: str) -> dict[str, str]:
     A file of weights is identified by its content and the tokenizer beside it, a name on the hub by its cached files.
     FileNotFoundError if there is no such model.
     """
-    folder = Path(where).expanduser()
+    from blip.checkpoints.checkpoint import locate  # imports torch
+
+    folder, is_downloaded = locate(where), not Path(where).expanduser().exists()
     names = ("config.json", "model.safetensors", "tokenizer.json")
     if folder.is_file():
         paths = [folder, *(folder.with_name(name) for name in ("tokenizer.json", "vocab.txt"))]
+    elif is_downloaded and all((folder / name).is_file() for name in names):
+        paths = [folder / name for name in names]
     elif folder.is_dir():
         paths = [folder / name for name in (*names, "pytorch_model.bin", "vocab.txt")]
         if not paths[0].is_file():
@@ -68,10 +70,7 @@ def model_identity(where: str) -> dict[str, str]:
         if not (paths[1].is_file() or paths[3].is_file()):
             raise FileNotFoundError(f"{where} has no {paths[1].name}, so it is not a model directory")
     else:
-        check_named(where)
-        from blip import hub
-
-        paths = [hub.file(where, name, "the model's path") for name in names]
+        raise FileNotFoundError(f"{where} is not a model directory or a file of weights")
     h = hashlib.sha256()
     for path in paths:
         if path.is_file():

@@ -21,7 +21,6 @@ import blip
 from blip import installed
 from blip.app import cli, demo
 from blip.app import loaded as loading
-from blip.app.candidates import load_candidates
 from blip.app.demo import Demo
 from blip.app.index import Index, IndexOrigin
 from blip.app.loaded import load
@@ -61,8 +60,7 @@ def capfilt_run(tmp_path_factory) -> str:
 
 def answering(model, vqa_model, **more) -> Demo:  # noqa: F811
     vqa = load(vqa_model, "cpu", "auto", Vqa)
-    candidates = load_candidates(None, vqa_model, "auto", vqa.tokenizer)
-    return Demo(load(model, "cpu", "auto"), vqa=vqa, candidates=candidates, **more)
+    return Demo(load(model, "cpu", "auto"), vqa=vqa, **more)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +94,7 @@ def test_captions_are_those_of_the_command(desk, run, photos, options):  # noqa:
     for path in ("photos/p2.png", "photos/p7.png"):
         captions = desk.caption(path, method, num, **options)
         (printed,) = lines(run("caption", path, "--json", *args))
-        assert [text.words for text in captions] == printed["captions"]
+        assert [text.text for text in captions] == printed["captions"]
         assert [round(text.logprob, 3) for text in captions] == printed["logprob"]
         texts |= set(printed["captions"])
     assert len(texts) > num, "the test needs captions that differ"
@@ -116,8 +114,8 @@ def test_another_model_may_write_the_captions(desk, model, photos, tmp_path):  #
 def test_answers_are_those_of_the_command(desk, run, photos, vqa_model):  # noqa: F811
     answers = desk.answer("photos/p3.png", QUESTION, 4)
     (printed,) = lines(run("vqa", "photos/p3.png", QUESTION, "--model", vqa_model, "--top", 4, "--json"))
-    assert [answer.words for answer in answers] == printed["answers"]
-    assert [round(demo.probability(answer), 5) for answer in answers] == printed["probability"]
+    assert [answer.text for answer in answers] == printed["answers"]
+    assert [round(answer.probability, 5) for answer in answers] == printed["probability"]
 
 
 def test_matches_are_those_of_the_command(desk, run, photos):  # noqa: F811
@@ -138,7 +136,7 @@ def test_where_it_looks_is_told_for_each_word(desk, photos):  # noqa: F811
 
 def test_the_folder_is_searched_as_by_the_command(model, run, photos):  # noqa: F811
     one = Demo(load(model, "cpu", "auto"))
-    one.index = Index(Path("photos"), Path("photos/.blip-index"), IndexOrigin.of(one.features, model, "float32"))
+    one.index = Index(Path("photos"), Path("photos/.blip-index"), IndexOrigin.of(one.matcher, model, "float32"))
     reported = []
     assert one.refresh(lambda done, total: reported.append((done, total))) == (11, 0)
     assert reported[-1] == (11, 11)

@@ -104,7 +104,7 @@ def test_captions_are_those_of_the_library(run, photos, model):
         ((text,),) = generate.generate_texts(
             loaded, tokenizer, images, DECODE_PRESETS["caption_2022"], prompt=CAPTION_PROMPT
         )
-        assert printed == text.words
+        assert printed == text.text
 
 
 def test_several_captions_as_text_and_as_json(run, photos):
@@ -449,7 +449,7 @@ def test_without_a_model_it_says_what_to_do(run, photos, monkeypatch):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("args", [[], ["captoin"], ["--version"]])
+@pytest.mark.parametrize("args", [[], ["captoin"], ["--verbose"]])
 def test_no_command(args, capfd):
     with pytest.raises(SystemExit) as stop:
         cli.main(args)

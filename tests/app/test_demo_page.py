@@ -27,7 +27,6 @@ except ValueError as missing:
 import httpx
 from gradio_client import Client, handle_file
 
-from blip.app import demo as desk
 from blip.app import demo_page
 from blip.app.demo import Demo
 from blip.app.demo_page import is_local, serving
@@ -332,7 +331,7 @@ def test_describe(page, whole, images, label, method):
     expected = whole.caption(str(images / "p3.png"), method, 3)
     assert len(captions) == 3
     for line, text in zip(captions, expected, strict=True):
-        assert line.startswith(text.words)
+        assert line.startswith(text.text)
         assert f"{text.logprob:.2f}" in line
     page.shot(f"describe-{method}")
 
@@ -346,8 +345,8 @@ def test_ask(page, whole, images):
     page.view.locator("#answers td").first.wait_for()
     rows = page.view.locator("#answers tr").all_inner_texts()[1:]
     for row, answer in zip(rows, best, strict=True):
-        assert row.startswith(answer.words)
-        assert f"{100 * desk.probability(answer):.1f}%" in row
+        assert row.startswith(answer.text)
+        assert f"{100 * answer.probability:.1f}%" in row
     page.shot("ask")
 
 

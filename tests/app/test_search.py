@@ -98,7 +98,7 @@ def test_as_many_are_named_as_are_asked_for(features, tmp_path):
     embeddings = torch.nn.functional.normalize(torch.randn(1100, features.model.config.embed_dim), dim=1)
     index = Index(tmp_path, tmp_path, IndexOrigin("m", "w", "float32"), entries, embeddings)
     for top in (3, 1050, 2000):
-        hits = search.find_one(index, features, None, "a star", embeddings[:1], top, rerank=0)
+        hits = search.find_one(index, features, "a star", embeddings[:1], top, rerank=0)
         assert len(hits) == min(top, 1100)
         assert hits[0].path.name == "0.png"
 

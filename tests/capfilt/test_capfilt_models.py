@@ -76,7 +76,7 @@ def one_by_one(captioner, filter, config, photo, texts, key):
     model, tokenizer = filter
     image = EvalTransform(model.vision.image_size)(photo)[None]
     scores = []
-    for text in [*texts, *(clean_caption(t.words, 30) if t.words.strip() else "" for t in captions)]:
+    for text in [*texts, *(clean_caption(t.text, 30) if t.text.strip() else "" for t in captions)]:
         ids, keep = tokenizer.encode([text], first=config.itm_token, max_length=config.max_tokens)
         logits = model.match(ids, keep, model.context(model.vision(image)))
         ids, keep = tokenizer.encode([text], first="cls", max_length=config.max_tokens)
@@ -94,7 +94,7 @@ def test_equal_to_one_by_one(models, token, decode):
     assert not scorer.shared
     for item, photo, scores in zip(items(scorer.sides), photos(), scorer.score(items(scorer.sides)), strict=True):
         captions, match_scores = one_by_one(captioner, filter, config, photo, item.texts, item.sample_id)
-        assert [t.text for t in scores.syn] == [t.words for t in captions]
+        assert [t.text for t in scores.syn] == [t.text for t in captions]
         assert [t.finished for t in scores.syn] == [t.finished for t in captions]
         assert [t.logprob for t in scores.syn] == pytest.approx([t.logprob for t in captions], abs=1e-4)
         matched = [*scores.web, *(t.match for t in scores.syn)]
@@ -186,7 +186,7 @@ def test_towers_of_two_sizes(models):
     assert scorer.sides == (48, 32)
     captions, match_scores = one_by_one(tiny(3, 48), models[1], scorer.config, photos()[0], TEXTS[0], f"{0:032x}")
     scores = scorer.score(items(scorer.sides)[:1])[0]
-    assert scores.syn[0].text == captions[0].words
+    assert scores.syn[0].text == captions[0].text
     assert scores.web[0].margin == pytest.approx(match_scores[0][1], abs=1e-4)
 
 

@@ -126,7 +126,7 @@ def test_a_captioner_says_the_same_in_transformers(model, kept, words, tmp_path)
         generated = theirs.generate(**inputs, num_beams=3, max_length=12, min_length=5)
         start = len(prompt.split()) + 1
         ours = generate_texts(model, words, inputs.pixel_values, BEAMS, prompt=prompt)
-        assert [text.words for (text,) in ours] == [words.decode([row[start:].tolist()])[0] for row in generated]
+        assert [text.text for (text,) in ours] == [words.decode([row[start:].tolist()])[0] for row in generated]
         assert processor.batch_decode(generated, skip_special_tokens=True)[0].startswith(prompt)
     transform = EvalTransform(32)
     ours = torch.stack([transform(image) for image in images()])
@@ -163,7 +163,7 @@ def test_an_answerer_says_the_same_in_transformers(answerer, words, tmp_path):
         ids = theirs.generate(**inputs, num_beams=3, max_length=10)[0, 1:].tolist()
         context = encode_questions(answerer, words, answerer.vision(inputs.pixel_values), [question], [0])
         ((best,),) = answers(answerer, words, context, AnswerConfig(), None, 1)
-        assert words.decode([ids]) == [best.words]
+        assert words.decode([ids]) == [best.text]
 
 
 @pytest.mark.parametrize("use", ["captioning", "matching"])
@@ -484,7 +484,7 @@ def test_whole_base_and_large_models_both_ways(preset, side, tmp_path):
             close(model.caption_logits(ids, keep, model.context(tokens)), outputs.logits)
             generated = theirs.generate(image, num_beams=3, max_length=8, min_length=5)
             ours = generate_texts(model, words, image, DecodeConfig(beams=3, max_length=8, min_length=5))
-            assert [text.words for (text,) in ours] == words.decode(generated[:, 1:])
+            assert [text.text for (text,) in ours] == words.decode(generated[:, 1:])
         else:
             close(model.match(ids, keep, model.context(tokens)), outputs.itm_score)
         del theirs

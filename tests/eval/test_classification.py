@@ -78,7 +78,7 @@ def test_two_processes_classify_as_one_does(folder, model, tmp_path):  # noqa: F
     features = blip.load(model)
     data = ClassFolder.open(folder)
     each = torch.cat([features.embed_image([path]) for path in data.paths])
-    expected = probabilities(features, each, class_embeddings(features, data.names))
+    expected = probabilities(each, class_embeddings(features.embed_text, data.names), features.model.temperature)
     for batch in (1, 2, 9):
         alone = (tmp_path / f"1-{batch}-0").read_text()
         assert alone == (tmp_path / f"2-{batch}-0").read_text() == (tmp_path / f"2-{batch}-1").read_text()

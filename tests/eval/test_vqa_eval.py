@@ -174,7 +174,7 @@ def test_each_question_is_answered_whatever_the_batch(folder):
     candidates = Candidates(CHOICES, tokenizer)
     answers = [answers_of(model, tokenizer, questions, AnswerConfig(), candidates, batch=batch) for batch in (1, 3, 50)]
     assert list(answers[0]) == [question.id for question in questions.questions]
-    words = [[answer.words for answer in one.values()] for one in answers]
+    words = [[answer.text for answer in one.values()] for one in answers]
     assert words[0] == words[1] == words[2]
     assert len(set(words[0])) > 1, "the test needs answers that depend on images and questions"
     for other in answers[1:]:

@@ -7,21 +7,15 @@ import torch
 from PIL import Image
 from test_cli import model as model_folder  # noqa: F401
 from test_cli import png
-from test_features import photos, tokenizer  # noqa: F401
+from test_features import photos, tokenizer, tokens  # noqa: F401
 from test_parity import close, matcher, model  # noqa: F401
 
 from blip import files
 from blip.app import cli
-from blip.data.image_files import reader
 from blip.inference.explain import evidence, explain, overlay
-from blip.inference.features import Features
+from blip.inference.features import match_texts
 
 TEXT = "w3 w9 w14 w1"
-
-
-@pytest.fixture
-def features(model, tokenizer):  # noqa: F811
-    return Features(model, tokenizer, reader(32), max_tokens=30)
 
 
 def theirs(matcher, tokens, ids, layer):  # noqa: F811
@@ -37,11 +31,11 @@ def theirs(matcher, tokens, ids, layer):  # noqa: F811
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-def test_evidence_is_that_of_transformers(features, matcher, photos, layer):  # noqa: F811
-    (tokens,) = features.tokens(photos[:1])
-    ids, _ = features.tokenizer.encode([TEXT], first="enc", max_length=30)
-    ours = evidence(features.model, tokens, ids, layer)
-    probabilities, gradients, logit = theirs(matcher, tokens, ids, layer)
+def test_evidence_is_that_of_transformers(model, tokenizer, matcher, tokens, layer):  # noqa: F811
+    first = tokens[:1]
+    ids, _ = tokenizer.encode([TEXT], first="enc", max_length=30)
+    ours = evidence(model, first, ids, layer)
+    probabilities, gradients, logit = theirs(matcher, first, ids, layer)
     assert ours.probabilities.shape == (2, 6, 17)
     close(ours.probabilities, probabilities)
     close(ours.probabilities.sum(-1), torch.ones(2, 6))
@@ -52,19 +46,18 @@ def test_evidence_is_that_of_transformers(features, matcher, photos, layer):  # 
     close(ours.weighted, (probabilities * gradients.clamp(min=0)).mean(0))
 
 
-def test_only_what_is_there_is_evidence(features):
+def test_only_what_is_there_is_evidence(model, tokenizer):  # noqa: F811
     """Where one patch alone has values to give, it alone gets the whole map."""
-    model = features.model  # noqa: F811
     cross = model.med.blocks[1].cross
     width = model.config.text.width
     before = cross.kv.bias.detach().clone()
-    tokens = torch.zeros(1, 17, model.vision.width)
-    tokens[0, 6] = torch.randn(model.vision.width, generator=torch.Generator().manual_seed(2))
-    ids, _ = features.tokenizer.encode([TEXT], first="enc", max_length=30)
+    lit = torch.zeros(1, 17, model.vision.width)
+    lit[0, 6] = torch.randn(model.vision.width, generator=torch.Generator().manual_seed(2))
+    ids, _ = tokenizer.encode([TEXT], first="enc", max_length=30)
     try:
         with torch.no_grad():
             cross.kv.bias[width:] = 0
-        ours = evidence(model, tokens, ids, 1)
+        ours = evidence(model, lit, ids, 1)
     finally:
         cross.kv.bias.data.copy_(before)
     # The last layer's answer comes from [ENC] alone, so other tokens' attention there changes nothing.
@@ -74,42 +67,44 @@ def test_only_what_is_there_is_evidence(features):
     assert ours.gradients[:, 0, others].abs().max() < 1e-7 * ours.gradients.abs().max()
 
 
-def test_words_and_their_maps(features, photos):  # noqa: F811
-    explanation = explain(features, photos[0], "W3, zebra w9!", layer=0)
+def test_words_and_their_maps(model, tokenizer, tokens):  # noqa: F811
+    explanation = explain(model, tokenizer, tokens[:1], "W3, zebra w9!", layer=0)
     assert explanation.words == ["w3,", "zebra", "w9"]
     assert explanation.maps.shape == (3, 4, 4)
     assert explanation.maps.min() >= 0
     # "w3," is two pieces, and the mean over all pieces counts it twice.
     close(explanation.whole, (2 * explanation.maps[0] + explanation.maps[1] + explanation.maps[2]) / 4)
-    matched = features.match(photos[:1], ["W3, zebra w9!"])
+    matched = match_texts(model, tokenizer, [tokens[:1]], ["W3, zebra w9!"])
     assert explanation.probability == pytest.approx(matched.probability.item(), abs=1e-6)
 
 
-def test_a_long_text_loses_whole_words(features, photos):  # noqa: F811
-    short = Features(features.model, features.tokenizer, reader(32), max_tokens=6)
-    explanation = explain(short, photos[0], "w1 w2 w3, w4", layer=0)
+def test_a_long_text_loses_whole_words(model, tokenizer, tokens):  # noqa: F811
+    explanation = explain(model, tokenizer, tokens[:1], "w1 w2 w3, w4", layer=0, max_tokens=6)
     assert explanation.words == ["w1", "w2", "w3,"]
 
 
-def test_the_fast_path_stays_as_it_was(features, photos):  # noqa: F811
-    before = features.match(photos, [TEXT])
-    parameters = {name: value.clone() for name, value in features.model.state_dict().items()}
-    explain(features, photos[0], TEXT)
-    after = features.match(photos, [TEXT])
+def test_the_fast_path_stays_as_it_was(model, tokenizer, tokens):  # noqa: F811
+    before = match_texts(model, tokenizer, [tokens], [TEXT])
+    parameters = {name: value.clone() for name, value in model.state_dict().items()}
+    explain(model, tokenizer, tokens[:1], TEXT)
+    after = match_texts(model, tokenizer, [tokens], [TEXT])
     assert torch.equal(before.logits, after.logits)
-    assert all(torch.equal(parameters[name], value) for name, value in features.model.state_dict().items())
-    assert all(p.grad is None for p in features.model.parameters())
+    assert all(torch.equal(parameters[name], value) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
 
 
-def test_layers_and_texts_that_will_not_do(features, photos):  # noqa: F811
+def test_layers_and_texts_that_will_not_do(model, tokenizer, tokens):  # noqa: F811
+    def maps(text, layer=None):
+        return explain(model, tokenizer, tokens[:1], text, layer).maps
+
     with pytest.raises(ValueError, match="layer must be 0 to 0, got 1"):
-        explain(features, photos[0], TEXT, layer=1)
-    assert torch.equal(explain(features, photos[0], TEXT).maps, explain(features, photos[0], TEXT, layer=0).maps)
-    assert explain(features, photos[0], TEXT).maps.max() > 0
+        maps(TEXT, layer=1)
+    assert torch.equal(maps(TEXT), maps(TEXT, layer=0))
+    assert maps(TEXT).max() > 0
     with pytest.raises(ValueError, match="layer must be 0 to 1, got -1"):
-        evidence(features.model, torch.zeros(1, 17, 32), torch.tensor([[98, 3]]), -1)
+        evidence(model, torch.zeros(1, 17, 32), torch.tensor([[98, 3]]), -1)
     with pytest.raises(ValueError, match="cannot be compared"):
-        explain(features, photos[0], "!!")
+        maps("!!")
 
 
 def test_overlay_is_hot_where_the_map_is():

@@ -528,8 +528,8 @@ def test_write_takes_prompts_and_returns_words(speaker, tokenizer, images):
     with torch.no_grad():
         tokens = speaker.vision(images[:3])
     for other in (tokens, speaker.context(tokens)):
-        assert [[t.words for t in some] for some in texts] == [
-            [t.words for t in some]
+        assert [[t.text for t in some] for some in texts] == [
+            [t.text for t in some]
             for some in generate_texts(speaker, tokenizer, other, config, prompt=["ab", "", "c d e"])
         ]
     for row, prompt in enumerate(["ab", "", "c d e"]):
@@ -538,11 +538,11 @@ def test_write_takes_prompts_and_returns_words(speaker, tokenizer, images):
         generated = generate(speaker, one, ids[:, :-1], keep[:, :-1], config)
         for n in range(2):
             written = generated.ids[0, n, keep.sum() - 1 :]
-            assert texts[row][n].words == tokenizer.decode([written])[0]
+            assert texts[row][n].text == tokenizer.decode([written])[0]
             assert texts[row][n].logprob == pytest.approx(float(generated.logprobs[0, n].sum()), abs=1e-4)
             assert texts[row][n].finished == generated.finished[0, n]
     same = generate_texts(speaker, tokenizer, images[:3], config, prompt="ab")
-    assert same[0][0].words == texts[0][0].words
+    assert same[0][0].text == texts[0][0].text
 
 
 def test_write_refuses(speaker, tokenizer, images):

@@ -20,7 +20,7 @@ def test_templates():
 
 
 def test_classes_are_means_over_templates(features):  # noqa: F811
-    embeddings = class_embeddings(features, NAMES, ["a {}", "the {} here"])
+    embeddings = class_embeddings(features.embed_text, NAMES, ["a {}", "the {} here"])
     for name, vector in zip(NAMES, embeddings, strict=True):
         article = "an" if name.startswith("o") else "a"
         both = features.embed_text([f"{article} {name}", f"the {name} here"])
@@ -28,20 +28,20 @@ def test_classes_are_means_over_templates(features):  # noqa: F811
         torch.testing.assert_close(vector, mean / mean.norm())
     for names, message in ((["a", "b", "a"], "'a' is named twice"), ([], "nothing to classify"), (["a", " "], "empty")):
         with pytest.raises(ValueError, match=message):
-            class_embeddings(features, names)
+            class_embeddings(features.embed_text, names)
 
 
 def test_probabilities_are_a_softmax_at_the_learned_temperature(features, photos):  # noqa: F811
-    classes = class_embeddings(features, NAMES)
+    classes = class_embeddings(features.embed_text, NAMES)
     image = features.embed_image(["photos/p1.png", "photos/p2.png"])
-    chances = probabilities(features, image, classes)
+    chances = probabilities(image, classes, features.model.temperature)
     logits = image @ classes.T / features.model.temperature.item()
     torch.testing.assert_close(chances, logits.exp() / logits.exp().sum(1, keepdim=True))
 
 
 def test_command(run, photos, features):  # noqa: F811
-    classes = class_embeddings(features, NAMES)
-    expected = probabilities(features, features.embed_image(["photos/p3.png"]), classes)[0]
+    classes = class_embeddings(features.embed_text, NAMES)
+    expected = probabilities(features.embed_image("photos/p3.png"), classes, features.model.temperature)[0]
     order = expected.argsort(descending=True).tolist()
     status, out, err = run("classify", "photos/p3.png", "--classes", ",".join(NAMES), "--top", 2)
     assert (status, err) == (0, "")
@@ -54,8 +54,8 @@ def test_command(run, photos, features):  # noqa: F811
     assert answers[2]["classes"] == [NAMES[i] for i in order]
     assert sum(answers[2]["probability"]) == pytest.approx(1, abs=1e-4)
     one = run("classify", "photos/p3.png", "--classes", "moon,ring", "--template", "a {}")[1]
-    classes = class_embeddings(features, ["moon", "ring"], ["a {}"])
-    chance = probabilities(features, features.embed_image(["photos/p3.png"]), classes)[0]
+    classes = class_embeddings(features.embed_text, ["moon", "ring"], ["a {}"])
+    chance = probabilities(features.embed_image("photos/p3.png"), classes, features.model.temperature)[0]
     assert one.split("\t")[2] == f"{chance.max():.4f}\n"
 
 

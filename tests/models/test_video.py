@@ -167,7 +167,7 @@ def test_questions_are_answered_over_all_frames(answerer, world):
                 tokens = torch.cat([loaded.vision(shown[0, n : n + 1]) for n in range(2)], dim=1)
             context = encode_questions(loaded, tokenizer, tokens, [questions[row].question], [0])
             ((alone,),) = answers(loaded, tokenizer, context, config, candidates)
-            assert answered[row].words == alone.words
+            assert answered[row].text == alone.text
             assert answered[row].logprob == pytest.approx(alone.logprob, abs=1e-4)
 
 

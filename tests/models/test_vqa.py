@@ -286,7 +286,7 @@ def test_neither_order_nor_repeats_nor_company_change_a_score(small, contexts):
         alone = rank(small, _contexts(small, [row]), candidates, config)
         assert alone.index[0].tolist() == wanted.index[row].tolist()
         close(alone.scores[0], wanted.scores[row])
-        assert answers(small, TOKENIZER, _contexts(small, [row]), config, candidates)[0][0].words == next(iter(ours))
+        assert answers(small, TOKENIZER, _contexts(small, [row]), config, candidates)[0][0].text == next(iter(ours))
 
 
 @torch.no_grad()

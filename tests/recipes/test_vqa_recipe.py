@@ -75,7 +75,7 @@ def test_a_run_keeps_the_best_model_and_its_answers(world, start, tmp_path):
         )
         question_set = QuestionSet(Questions(source))
         answers = answers_of(model, tokenizer, question_set, AnswerConfig(), Candidates(choices, tokenizer))
-        words = {name: answer.words for name, answer in answers.items()}
+        words = {name: answer.text for name, answer in answers.items()}
         assert words == read_results(tmp_path / f"out/results-{name}.json")
         assert score(question_set.questions, words, resamples=0).named() == results[name]
     card = ModelCard.load(folder / "README.md")

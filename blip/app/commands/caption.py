@@ -117,11 +117,11 @@ def run(chosen: CaptionOptions) -> int:
 
 def _answer(answers: Answers, path: str, texts: list[CaptionText], as_json: bool) -> None:
     if as_json:
-        values = {"captions": [text.words for text in texts], "logprob": [round(text.logprob, 3) for text in texts]}
+        values = {"captions": [text.text for text in texts], "logprob": [round(text.logprob, 3) for text in texts]}
         answers.json({"path": path, **values, "finished": [text.finished for text in texts]})
     else:
         for text in texts:
-            answers.text(path, text.words)
+            answers.text(path, text.text)
 
 
 def _ways(chosen: CaptionOptions, config: DecodeConfig, loaded: Loaded) -> dict[str, object]:
@@ -183,7 +183,7 @@ def _put_beside(chosen: CaptionOptions, config: DecodeConfig, inputs: InputImage
                 answers.failure(path, reason)
             for files in _read(beside.to_do, loaded, chosen.batch) if beside.to_do else ():
                 if read := answers.readable(files):
-                    words = [[text.words for text in texts] for texts in describe(read)]
+                    words = [[text.text for text in texts] for texts in describe(read)]
                     for path, reason in beside.write(dict(zip([one.path for one in read], words, strict=True))):
                         answers.failure(path, reason)
                 answers.advance(len(files))

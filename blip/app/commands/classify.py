@@ -50,24 +50,20 @@ def run(chosen: ClassifyOptions) -> int:
 
     from blip.app.answers import Answers, Form, refuse_out, shown
     from blip.app.loaded import load
-    from blip.data.transforms import EvalTransform
     from blip.inference.zero_shot import TEMPLATES, class_embeddings, probabilities
 
     refuse_out(chosen.out)
-    loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
-    features = loaded.features(chosen.batch)
-    with loaded.computing():
-        classes = class_embeddings(features, names, chosen.template or TEMPLATES)
+    loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer, batch=chosen.batch)
+    classes = class_embeddings(loaded.embed_text, names, chosen.template or TEMPLATES)
     keys = ("path", "classes", "probability")
     ways = {"classes": names, "template": chosen.template or None, "top": chosen.top}
     form = Form("classify", chosen.json, keys, "ttn", ways | loaded.options(chosen.model) if chosen.out else {},
                 min(chosen.top, len(names)))  # fmt: skip
     with Answers(chosen.out, inputs, form=form) as answers:
-        for images in read_images(answers.to_do, EvalTransform(features.image_size), chosen.batch):
+        for images in read_images(answers.to_do, loaded.transform, chosen.batch):
             if read := answers.readable(images):
-                with loaded.computing():
-                    embeds = features.embed_image(torch.stack([image.pixels for image in read]))
-                best = probabilities(features, embeds, classes).topk(min(chosen.top, len(names)), dim=1)
+                embeds = loaded.embed_image(torch.stack([image.pixels for image in read]))
+                best = probabilities(embeds, classes, loaded.model.temperature).topk(min(chosen.top, len(names)), dim=1)
                 for image, chances, numbers in zip(read, best.values.tolist(), best.indices.tolist(), strict=True):
                     likeliest = [names[number] for number in numbers]
                     if chosen.json:

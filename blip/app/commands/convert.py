@@ -28,7 +28,7 @@ class ConvertOptions(TokenizerOption):
     """Import released weights into a model folder, or export a model folder for other programs."""
 
     source: str = argument("SRC")
-    """Model folder, .pth file, transformers model folder or name on the hub"""
+    """Model folder, .pth file, transformers model folder or name on the hub, ORG/NAME or ORG/NAME@REVISION"""
     folder: str = argument("DST")
     """New folder"""
     to: Literal["openblip", "transformers", "original"] = "openblip"

@@ -59,7 +59,6 @@ def run(chosen: DemoOptions) -> int:
     inputs = find([chosen.folder]) if chosen.folder else None
 
     # After the checks that need no torch, so that their errors come at once.
-    from blip.app.candidates import load_candidates
     from blip.app.commands import search
     from blip.app.demo import Demo
     from blip.app.demo_page import is_local, serve
@@ -69,20 +68,16 @@ def run(chosen: DemoOptions) -> int:
     ways = {"device": chosen.device, "precision": chosen.precision, "tokenizer": chosen.tokenizer}
     matcher = load(chosen.model, **ways)
     captioner = load(chosen.captioner, **ways) if chosen.captioner else None
-    vqa = candidates = None
-    if chosen.vqa:
-        vqa = load(chosen.vqa, kind=Vqa, **ways)
-        candidates = load_candidates(None, chosen.vqa, "auto", vqa.tokenizer)
-        if candidates:
-            candidates.check(vqa.model.config.text)
-            candidates.to(vqa.device)
+    vqa = load(chosen.vqa, kind=Vqa, **ways) if chosen.vqa else None
+    if vqa:
+        vqa.candidates()  # so that a list of answers that does not fit is refused now
     demo = Demo(
-        matcher, captioner=captioner, vqa=vqa, candidates=candidates, prompt=chosen.prompt, run=chosen.capfilt
+        matcher, captioner=captioner, vqa=vqa, prompt=chosen.prompt, run=chosen.capfilt
     )  # fmt: skip
     if inputs:
         with matcher.computing():
             same = {name: getattr(chosen, name) for name in ("folder", "index", "model", "precision")}
-            demo.index, _ = search.up_to_date(search.SearchOptions(queries=[], **same), inputs, demo.features)
+            demo.index, _ = search.up_to_date(search.SearchOptions(queries=[], **same), inputs, matcher)
     if not is_local(chosen.host):
         _warn(f"anyone who can reach {chosen.host} can use the page: it has no password and no encryption")
     serve(demo, chosen.host, chosen.port, lambda line: print(line, flush=True))

@@ -60,12 +60,10 @@ def run(chosen: ExplainOptions) -> int:
     from blip.app import page
     from blip.app.answers import Answers, refuse_page, shown
     from blip.app.loaded import load
-    from blip.inference.explain import explain
 
     refuse_page("--out", chosen.out)
     loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
-    with loaded.computing():
-        explanation = explain(loaded.features(), original, chosen.text, chosen.layer)
+    explanation = loaded.explain(original, chosen.text, chosen.layer)
     panels = images(small(original, _SIDE), explanation)
     if chosen.out.endswith((".html", ".htm")):
         total = max(float(explanation.maps.sum()), 1e-12)

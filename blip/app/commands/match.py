@@ -38,20 +38,16 @@ def run(chosen: MatchOptions) -> int:
 
     from blip.app.answers import Answers, Form, refuse_out, shown
     from blip.app.loaded import load
-    from blip.data.transforms import EvalTransform
 
     refuse_out(chosen.out)
-    loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
-    features = loaded.features(chosen.batch)
-    with loaded.computing():
-        features.embed_text(chosen.texts)  # so that an unusable text fails before a file is opened
+    loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer, batch=chosen.batch)
+    loaded.embed_text(chosen.texts)  # so that an unusable text fails before a file is opened
     ways = {"texts": chosen.texts, **loaded.options(chosen.model)} if chosen.out else {}
     form = Form("match", chosen.json, ("path", "texts", "itc", "itm"), "tnnt", ways, len(chosen.texts))
     with Answers(chosen.out, inputs, form=form) as answers:
-        for images in read_images(answers.to_do, EvalTransform(features.image_size), chosen.batch):
+        for images in read_images(answers.to_do, loaded.transform, chosen.batch):
             if read := answers.readable(images):
-                with loaded.computing():
-                    matches = features.match(torch.stack([image.pixels for image in read]), chosen.texts)
+                matches = loaded.match(torch.stack([image.pixels for image in read]), chosen.texts)
                 itc, itm = matches.itc.tolist(), matches.probability.tolist()
                 for image, cosines, chances in zip(read, itc, itm, strict=True):
                     if chosen.json:

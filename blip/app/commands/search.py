@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from blip.app.index import Index
     from blip.app.loaded import Loaded
     from blip.data.image_files import InputImages
-    from blip.inference.features import Features
 
 EXAMPLE = """examples:
   blip search photos/ "a dog on the beach" --model runs/retrieval/model
@@ -83,11 +82,9 @@ def run(chosen: SearchOptions) -> int:
     refuse_out(chosen.out)
     if chosen.sheet:
         refuse_page("--sheet", chosen.sheet)
-    loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
-    features = loaded.features(chosen.batch)
-    with loaded.computing():
-        embeds = features.embed_text(chosen.queries)
-        index, failed = up_to_date(chosen, inputs, features)
+    loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer, batch=chosen.batch)
+    embeds = loaded.embed_text(chosen.queries)
+    index, failed = up_to_date(chosen, inputs, loaded)
     answered: list[tuple[str, list[Hit]]] = []
     keys = ("text", "path", "score", "itc", "itm")
     ways = {"folder": chosen.folder, "texts": chosen.queries, "top": chosen.top, "rerank": chosen.rerank}
@@ -96,7 +93,7 @@ def run(chosen: SearchOptions) -> int:
     with Answers(chosen.out, chosen.queries, "texts", form, whole=True) as answers:
         for number, query in enumerate(chosen.queries):
             embed = embeds[number : number + 1]
-            hits = find_one(index, features, loaded, query, embed, chosen.top, chosen.rerank)
+            hits = find_one(index, loaded, query, embed, chosen.top, chosen.rerank)
             answered.append((query, hits))
             for hit in hits:
                 values = {"score": round(hit.score, 5), "itc": round(hit.itc, 5)}
@@ -113,23 +110,20 @@ def run(chosen: SearchOptions) -> int:
     return SOME_FAILED if failed else 0
 
 
-def find_one(
-    index: Index, features: Features, loaded: Loaded, query: str, embed: object, top: int, rerank: int
-) -> list[Hit]:
+def find_one(index: Index, loaded: Loaded, query: str, embed: object, top: int, rerank: int) -> list[Hit]:
     """The `top` images by score, with the `rerank` nearest by ITC re-ranked; fewer if fewer are indexed."""
     cosines, rows = (part[0].tolist() for part in index.nearest(embed, max(top, rerank)))
     paths = index.paths(rows)
     hits = [Hit(path, cosine, cosine, None) for path, cosine in zip(paths, cosines, strict=True)]
     if not rerank or not hits:
         return hits[:top]
-    with loaded.computing():
-        matches = features.match(paths[:rerank], [query])
+    matches = loaded.match(paths[:rerank], query)
     closely = zip(hits, matches.score[:, 0].tolist(), matches.probability[:, 0].tolist(), strict=False)
     first = [hit._replace(score=score, itm=chance) for hit, score, chance in closely]
     return (sorted(first, key=lambda hit: -hit.score) + hits[rerank:])[:top]
 
 
-def up_to_date(chosen: SearchOptions, inputs: InputImages, features: Features) -> tuple[Index, int]:
+def up_to_date(chosen: SearchOptions, inputs: InputImages, loaded: Loaded) -> tuple[Index, int]:
     """Update the folder's index; returns it and the number of unusable images. Progress goes to stderr."""
     from blip import files
     from blip.app.answers import Answers
@@ -137,7 +131,7 @@ def up_to_date(chosen: SearchOptions, inputs: InputImages, features: Features) -
 
     folder = Path(chosen.folder)
     where = Path(chosen.index) if chosen.index else folder / ".blip-index"
-    origin = IndexOrigin.of(features, chosen.model or os.environ[MODEL_VARIABLE], _precision(chosen.precision))
+    origin = IndexOrigin.of(loaded, chosen.model or os.environ[MODEL_VARIABLE], _precision(chosen.precision))
     index = None if chosen.rebuild else Index.read(folder, where)
     if index and not index.origin.same(origin):
         raise ValueError(
@@ -155,7 +149,7 @@ def up_to_date(chosen: SearchOptions, inputs: InputImages, features: Features) -
             answers.advance(len(images))
 
         try:
-            index = index.updated(inputs.paths, stale, features, report)
+            index = index.updated(inputs.paths, stale, loaded, report)
         except files.WriteError as error:
             raise OSError(f"{error}; --index DIR keeps the index elsewhere") from None
     return index, answers.failed

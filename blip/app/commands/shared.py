@@ -25,7 +25,7 @@ class ModelOptions(TokenizerOption):
     """Model, device and precision."""
 
     model: str | None = option(None, metavar="DIR")
-    """Model folder, released .pth, or name on the hub (default: $OPENBLIP_MODEL)"""
+    """Model folder, released .pth, or name on the hub, ORG/NAME or ORG/NAME@REVISION (default: $OPENBLIP_MODEL)"""
     device: str = "auto"
     """Device: cpu, cuda, cuda:1 or mps; `auto` is a GPU if there is one, else cpu"""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from blip.app.commands.shared import MODEL_VARIABLE, ImageOptions, ModelOptions, at_least
+from blip.app.commands.shared import ImageOptions, ModelOptions, at_least
 from blip.app.exit import SOME_FAILED
 from blip.options import argument, option
 
@@ -50,8 +48,7 @@ def run(chosen: QuestionOptions) -> int:
     """Answer the question about the images that the options name; returns the exit status."""
     from blip.text import clean_question
 
-    question = clean_question(chosen.question)
-    if not question:
+    if not clean_question(chosen.question):
         raise ValueError(f"the question {chosen.question!r} has no words")
     from blip.data.image_files import find, read_images
 
@@ -61,35 +58,22 @@ def run(chosen: QuestionOptions) -> int:
     import torch
 
     from blip.app.answers import Answers, Form, refuse_out
-    from blip.app.candidates import load_candidates
     from blip.app.loaded import load
-    from blip.data.transforms import EvalTransform
-    from blip.inference.answering import answers, encode_questions
-    from blip.inference.settings import AnswerConfig
     from blip.models.vqa import Vqa
 
     refuse_out(chosen.out)
-    loaded = load(chosen.model, chosen.device, chosen.precision, Vqa, tokenizer=chosen.tokenizer)
-    model, tokenizer, side = loaded.model, loaded.tokenizer, loaded.model.config.vision.image_size
-    where = chosen.model or os.environ[MODEL_VARIABLE]
-    candidates = load_candidates(chosen.candidates, where, chosen.method, tokenizer)
-    if candidates:
-        candidates.to(loaded.device)
-
-    def reply(images: torch.Tensor) -> list[list[Answer]]:
-        with loaded.computing(), torch.no_grad():
-            tokens = model.vision(images.to(loaded.device))
-            context = encode_questions(model, tokenizer, tokens, [question] * len(images), list(range(len(images))))
-            return answers(model, tokenizer, context, AnswerConfig(), candidates, chosen.top)
-
-    reply(torch.zeros(1, 3, side, side))  # so that settings that do not fit fail before a file is opened
+    loaded = load(chosen.model, chosen.device, chosen.precision, Vqa, tokenizer=chosen.tokenizer, batch=chosen.batch)
+    candidates = loaded.candidates(chosen.candidates, chosen.method)
+    how = {"top": chosen.top, "candidates": candidates, "method": chosen.method, "details": True}
+    side = loaded.image_size
+    loaded.answer(torch.zeros(1, 3, side, side), chosen.question, **how)  # so that what does not fit fails first
     keys = ("path", "question", "answers", "probability")
     form = Form("vqa", chosen.json, keys, "ttn", _ways(chosen, loaded, candidates) if chosen.out else {},
                 min(chosen.top, len(candidates)) if candidates else 1)  # fmt: skip
     with Answers(chosen.out, inputs, form=form) as out:
-        for files in read_images(out.to_do, EvalTransform(side), chosen.batch):
+        for files in read_images(out.to_do, loaded.transform, chosen.batch):
             if read := out.readable(files):
-                replies = reply(torch.stack([image.pixels for image in read]))
+                replies = loaded.answer(torch.stack([image.pixels for image in read]), chosen.question, **how)
                 for image, best in zip(read, replies, strict=True):
                     _give(out, image.path, chosen.question, best, chosen.json)
             out.advance(len(files))
@@ -103,10 +87,10 @@ def _ways(chosen: QuestionOptions, loaded: Loaded, candidates: Candidates | None
 
 
 def _give(out: Answers, path: str, question: str, best: list[Answer], as_json: bool) -> None:
-    chances = [math.exp(answer.logprob) for answer in best]
+    chances = [answer.probability for answer in best]
     if as_json:
-        values = {"answers": [answer.words for answer in best], "probability": [round(chance, 5) for chance in chances]}
+        values = {"answers": [answer.text for answer in best], "probability": [round(chance, 5) for chance in chances]}
         out.json({"path": path, "question": question, **values})
     else:
         for answer, chance in zip(best, chances, strict=True):
-            out.text(path, answer.words, f"{chance:.4f}")
+            out.text(path, answer.text, f"{chance:.4f}")
