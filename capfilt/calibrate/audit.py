@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import math
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from blip.data.formats.csv_rows import csv_rows
 from capfilt.run import Run
 from capfilt.select.choose import Whole, scored_parts
 from capfilt.select.copies import Copies
+from capfilt.store.identity import text_id
 
 _STRATA = 10
 _COLUMNS = ("id", "source", "score", "weight", "text", "match")
@@ -74,7 +74,7 @@ def draw(run: Run, count: int) -> list[dict]:
                         continue
                     key = kind, min(int(score * _STRATA), _STRATA - 1)
                     sizes[key] = sizes.get(key, 0) + 1
-                    mark = hashlib.sha256(f"audit {note['sample_id']} {kind} {i}".encode()).hexdigest()[:16]
+                    mark = text_id(note["sample_id"], kind, i)
                     candidates.setdefault(key, []).append((mark, score, part.pid, row, i))
                     if len(candidates[key]) > 4 * each:
                         candidates[key] = sorted(candidates[key])[:each]

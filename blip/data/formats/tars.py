@@ -26,6 +26,9 @@ IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
 TEXTS = frozenset({"txt", "caption"})
 TEXT_COLUMN = "caption"
 """Column that a text member provides; other columns are in the JSON member."""
+EXPORTED = {"by": "capfilt"}
+"""First of the `facts` in the JSON members of CapFilt's exports, in which `captions` count and not only the first."""
+_EXPORTED = json.dumps(EXPORTED)[:-1]
 EXPECTED = "NAME.jpg (or .png, .webp, .gif, .bmp) with NAME.txt, NAME.caption or NAME.json"
 """Naming of a sample's members, for messages."""
 MAX_EXTENDED = 64 << 10
@@ -43,6 +46,8 @@ _TAIL, _NO_TAIL = 8, (IMAGES - {"bmp"}) | TEXTS | {"json"}
 _DIGITS = len(f"{MAX_EXTENDED} ")
 _FEW = 20
 """A shard gets a note if fewer than one in this many samples is complete."""
+_MOST_JSON = 1 << 20
+"""Most bytes of a JSON member that is read to find out who wrote a shard."""
 _MOST_SUFFIXES, _MOST_NAMED, _SHOWN = 32, 5, 80
 """Most extensions that are counted, most that a message lists, and most characters shown of a name."""
 _MAC = "__MACOSX"
@@ -453,6 +458,7 @@ class Shard:
         try:
             with path.open("rb") as file:
                 headers = read_headers(file, path)
+                exported = column == TEXT_COLUMN and _is_export(file, headers.samples)
         except OSError as e:
             raise DataError(f"{self.path} cannot be read: {e.strerror}") from None
         if headers.damage and (not headers.samples or not allow_truncated):
@@ -460,10 +466,14 @@ class Shard:
                 f"{self.path} is not a whole tar file ({headers.damage}) after {len(headers.samples)} samples: "
                 "copy it again, or set allow_truncated to use the readable part"
             )
-        whole = {sample.key for sample in headers.samples if _NONE not in (sample.image, sample.caption(column))}
+
+        def caption_of(sample: TarSample) -> Member:
+            return sample.json if exported and sample.json is not _NONE else sample.caption(column)
+
+        whole = {sample.key for sample in headers.samples if _NONE not in (sample.image, caption_of(sample))}
         for sample in headers.samples:
             if sample.key in whole or sample.owner not in whole:
-                caption = sample.caption(column)
+                caption = caption_of(sample)
                 self.names.append(sample.key)
                 self._spans.extend((*sample.image, *caption))
                 self._json.append(caption is not sample.text)
@@ -525,7 +535,7 @@ def sample_row(
     """The row of a sample whose members `read` gives, which may raise BadSample.
 
     Its caption is the text, or the JSON member's where there is no text or another column is asked for; a JSON member
-    that is no object is the caption itself.
+    that is no object is the caption itself. CapFilt's exports have all captions in the JSON, the first also as text.
     """
     column = columns.caption
     in_text = text is not None and column == TEXT_COLUMN
@@ -535,7 +545,9 @@ def sample_row(
     try:
         if json is not None:
             captions, values = _json(_whole(json, read), None if in_text else column)
-        if in_text:
+        if column == TEXT_COLUMN and (exported := _exported_captions(values)):
+            captions = exported
+        elif in_text:
             captions = [_whole(text, read).decode("utf-8", "replace")]
         if image is not None:
             content = _whole(image, read)
@@ -577,6 +589,34 @@ def _json(content: bytes, column: str | None) -> tuple[list[str] | BadSample, di
         return BadSample(f"no caption: its .json member has no {column!r} (it has: {have})", "no_caption"), values
     except BadSample as error:
         return error, values
+
+
+def is_exported(values: dict[str, Any]) -> bool:
+    """Whether a JSON member with these columns is one of CapFilt's exports."""
+    facts = values.get("facts")
+    return isinstance(facts, str) and facts.startswith(_EXPORTED)
+
+
+def _exported_captions(values: dict[str, Any]) -> list[str]:
+    """The captions of a sample of CapFilt's exports; none of any other."""
+    if not is_exported(values):
+        return []
+    try:
+        return captions_of(values.get("captions"))
+    except BadSample:
+        return []
+
+
+def _is_export(file: IO[bytes], samples: Sequence[TarSample]) -> bool:
+    """Whether an open shard is one of CapFilt's exports, by the JSON members of its first and last samples."""
+    ends = [samples[0].json, samples[-1].json] if samples else [_NONE]
+    for member in ends:
+        if not 0 <= member.size <= _MOST_JSON:
+            return False
+        file.seek(member.offset)
+        if not is_exported(json_columns(file.read(member.size))):
+            return False
+    return True
 
 
 def json_columns(content: bytes) -> dict[str, Any]:
