@@ -28,7 +28,7 @@ class Names(NamedTuple):
 
 def names(number: int, count: int) -> Names:
     """Return the names of files number `number` of `count`, numbers padded to the same width."""
-    n = f"{number:0{len(str(max(0, count - 1)))}d}"
+    n = f"{number:0{len(str(count))}d}"
     return Names(f"img_emb/img_emb_{n}.npy", f"text_emb/text_emb_{n}.npy", f"metadata/metadata_{n}.parquet")
 
 

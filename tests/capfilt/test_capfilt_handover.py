@@ -15,7 +15,7 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from capfilt_crawl import HERE, Starter, annotations, crawl, jpeg, sample, scored, write_tar
+from capfilt_crawl import Starter, annotations, jpeg, sample, scored, write_tar
 from PIL import Image
 
 from blip.data.formats.sources import open_source
@@ -23,6 +23,7 @@ from blip.data.settings import SourceConfig
 from blip.data.stream import CaptionShards
 from blip.errors import DataError
 from capfilt.__main__ import main
+from capfilt.calibrate import audit
 from capfilt.export import export
 from capfilt.select.choose import select
 from capfilt.select.policies import SelectConfig
@@ -282,3 +283,238 @@ def test_an_export_of_fake_scores_says_so(jpegs, tmp_path, capsys):
         "note: the scores are of --scorer fake, so this export is a rehearsal, not clean data\n"
     )
     assert json.loads((tmp_path / "out" / "_SUCCESS").read_bytes())["scorer"] == "fake"
+
+
+# Embeddings -----------------------------------------------------------------------------------------------------------
+
+
+def with_embeddings(run):
+    """Write extra/embedding as scoring does, by hand; returns each row's vector by sample id."""
+    rng, vectors = np.random.default_rng(0), {}
+    for part in run.plan:
+        rows = run.parts.read(part.pid, ["sample_id", "status"]).to_pylist()
+        values = rng.standard_normal((len(rows), 16)).astype(np.float32)
+        values /= np.linalg.norm(values, axis=1, keepdims=True)
+        values[[row["status"] not in ("ok", "no_text") for row in rows]] = 0
+        vectors |= {row["sample_id"]: value for row, value in zip(rows, values, strict=True)}
+        buffer = io.BytesIO()
+        np.save(buffer, values.astype(np.float16))
+        run.storage.write(f"extra/embedding/{part.pid}.npy", buffer.getvalue())
+    return vectors
+
+
+@pytest.fixture
+def embedded(tmp_path):
+    """100 images and 10 broken ones, with embeddings in several parts."""
+    members = [m for i in range(100) for m in sample(f"{i:03d}", i)]
+    broken = [m for i in range(10) for m in ((f"b{i}.jpg", b"<html>"), (f"b{i}.txt", b"text"))]
+    run = scored(write_tar(tmp_path / "in.tar", broken + members), tmp_path / "run", part_size=32)
+    select(run, "all", SelectConfig(itm=0.0))
+    return run
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_embeddings_are_in_the_layout_of_clip_retrieval(embedded, tmp_path, together):
+    vectors, out = with_embeddings(embedded), tmp_path / "out"
+    (tmp_path / "in.tar").unlink()  # no image is read
+    manifest = export(embedded, "all", "embeddings", str(out), shard=13, together=together)
+    n = 100 if together else 200
+    assert (manifest["samples"], manifest["images"], manifest["pairs"]) == (n, 100, 200)
+    assert "text_emb" not in [path.name for path in out.iterdir()]
+    at = 0
+    for number, size in enumerate([13] * (n // 13) + [n % 13]):
+        name = f"{number}".zfill(len(str(-(-n // 13))))
+        stored = np.load(out / f"img_emb/img_emb_{name}.npy", allow_pickle=False)
+        rows = pq.read_table(out / f"metadata/metadata_{name}.parquet").to_pylist()
+        assert (stored.dtype, stored.shape, len(rows)) == (np.float16, (size, 16), size)
+        np.testing.assert_allclose(stored, [vectors[row["sample_id"]] for row in rows], atol=2e-3)
+        np.testing.assert_allclose(np.linalg.norm(stored.astype(np.float32), axis=1), 1, atol=2e-3)
+        for row in rows:
+            i = at if together else at // 2
+            assert row["image_path"] == f"in.tar/{i:03d}"
+            assert row["texts"] == (2 if together else 1)
+            assert not any(isinstance(value, list) for value in row.values())
+            if together or at % 2 == 0:
+                assert (row["caption"], row["source"]) == (f"Image number {i}!", "web")
+            at += 1
+    assert at == n
+    assert verify(str(out)).status() == 0
+    assert verify(embedded.where).status() == 0
+    np.save(out / f"img_emb/img_emb_{name}.npy", stored[:-1])
+    digest = hashlib.sha256((out / f"img_emb/img_emb_{name}.npy").read_bytes()).hexdigest()
+    manifest["files"][f"img_emb/img_emb_{name}.npy"] = {"sha256": digest}
+    (out / "_SUCCESS").write_text(json.dumps(manifest))
+    assert (
+        f"img_emb_{name}.npy has {n % 13 - 1} rows, metadata/metadata_{name}.parquet {n % 13}"
+        in (verify(str(out)).problems[0])
+    )
+
+
+def test_embeddings_that_scoring_did_not_keep(embedded, tmp_path, capsys):
+    args = ["export", embedded.where, "--select", "all", "--to", str(tmp_path / "out"), "--format", "embeddings"]
+    assert main(args) == 2
+    remedy = f"4 of 4 parts have no embeddings: make them with `capfilt score {embedded.where} --also embedding`"
+    assert capsys.readouterr().err == f"error: {remedy}\n"
+    assert not (tmp_path / "out").exists()
+    with_embeddings(embedded)
+    first = embedded.plan[0].pid
+    values = np.load(embedded.storage.path(f"extra/embedding/{first}.npy"))
+    for bad, message in (
+        (values[:-1], rf"{first}\.npy is float16 \(31, 16\), not float16 \(32, E\)"),
+        (values.astype(np.float32), r"is float32 \(32, 16\)"),
+        (values * 0, "has no embedding of row 10, of which a text is kept"),
+        (np.array([{}], object), "cannot be read"),
+    ):
+        np.save(embedded.storage.path(f"extra/embedding/{first}.npy"), bad, allow_pickle=True)
+        with pytest.raises(DataError, match=message):
+            export(embedded, "all", "embeddings", str(tmp_path / "bad"))
+    np.save(embedded.storage.path(f"extra/embedding/{first}.npy"), values)
+    starter = Starter(tmp_path / "log")
+    assert starter.run(*args, "--shard", "20", CAPFILT_FAULT="export.after_file:5") == -9
+    assert starter.run(*args, "--shard", "20") == 0
+    starter.close()
+    whole = export(embedded, "all", "embeddings", str(tmp_path / "whole"), shard=20)
+    assert json.loads((tmp_path / "out" / "_SUCCESS").read_bytes())["files"] == whole["files"]
+    assert main([*args, "--reencode", "jpg"]) == 2
+
+
+# Annotation tools -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_tasks_of_label_studio(jpegs, tmp_path, blind):
+    """By the rules of its guide to pre-annotations, and of its labelling configuration."""
+    export(jpegs, "all", "labelstudio", str(tmp_path / "out"), blind=blind)
+    tasks = json.loads((tmp_path / "out" / "tasks.json").read_bytes())
+    config = ElementTree.parse(tmp_path / "out" / "config.xml").getroot()
+    objects = {tag.get("name"): tag for tag in config if (tag.get("value") or "").startswith("$")}
+    (choices,) = config.iter("Choices")
+    allowed = [choice.get("value") for choice in choices]
+    assert config.tag == "View"
+    assert {tag.tag for tag in objects.values()} == {"Image", "Text"}
+    assert choices.get("toName") in objects
+    pairs = [(i, text) for i, (texts, *_) in enumerate(expected(jpegs)) for text in texts]
+    assert [task["data"]["text"] for task in tasks] == [text for _, text in pairs]
+    for task, (i, _) in zip(tasks, pairs, strict=True):
+        assert task.keys() == ({"data"} if blind else {"data", "predictions"})
+        assert {tag.get("value").removeprefix("$") for tag in objects.values()} <= task["data"].keys()
+        path = task["data"]["image"].removeprefix("/data/local-files/?d=")
+        assert (tmp_path / "out" / path).read_bytes() == jpeg(i, (40, 30))
+        for prediction in task.get("predictions", []):
+            assert prediction.keys() == {"model_version", "score", "result"}
+            assert 0 <= prediction["score"] <= 1
+            (result,) = prediction["result"]
+            assert objects[result["to_name"]].tag == "Image"
+            assert (result["from_name"], result["type"]) == (choices.get("name"), choices.tag.lower())
+            assert result["value"]["choices"][0] in allowed
+    ids = [task["data"]["id"] for task in tasks]
+    assert len(set(ids)) == len(ids)
+    drawn = {entry["id"]: entry["text"] for entry in audit.draw(jpegs, 40)}  # the ids of the audit's sheet
+    assert drawn.items() <= {task["data"]["id"]: task["data"]["text"] for task in tasks}.items()
+    if blind:
+        assert not re.search(r"\b(web|syn|score)\b", json.dumps([task["data"] | {"text": ""} for task in tasks]))
+    assert verify(str(tmp_path / "out")).status() == 0
+
+
+def test_options_of_other_formats_are_refused(jpegs, tmp_path):
+    for form, options, message in (
+        ("labelstudio", {"together": True}, "a task for each text"),
+        ("wds", {"blind": True}, "--blind is for --format labelstudio"),
+        ("uids", {"reencode": "jpg"}, "uids has none"),
+        ("wds", {"reencode": "png"}, "re-encoded to jpg or webp"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export(jpegs, "all", form, str(tmp_path / "out"), **options)
+    assert not (tmp_path / "out").exists()
+
+
+class Field(dict):
+    """What the loader uses of a FiftyOne sample: a field is set by name, and has one type in the whole data set."""
+
+    RESERVED = ("id", "metadata", "created_at", "last_modified_at", "frames")
+
+    def __init__(self, filepath, tags):
+        super().__init__()
+        self.filepath, self.tags = filepath, tags
+
+    def __setitem__(self, name, value):
+        assert name.isidentifier()
+        assert name not in self.RESERVED
+        super().__setitem__(name, value)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_the_loader_makes_a_data_set_of_fiftyone(many, tmp_path, monkeypatch, capsys, together):
+    manifest = export(many, "all", "fiftyone", str(tmp_path / "out"), together=together, shard=100)
+    added = {}
+
+    class Dataset:
+        def __init__(self, name, persistent):
+            self.name, added[name] = name, []
+
+        def add_samples(self, samples):
+            added[self.name] += samples
+
+    stub = types.ModuleType("fiftyone")
+    stub.Sample, stub.Dataset = Field, Dataset
+    stub.Classification = lambda label, confidence: ("classification", label, confidence)
+    monkeypatch.setitem(sys.modules, "fiftyone", stub)
+    monkeypatch.setattr(sys, "argv", ["load.py", "crawl"])
+    loader = tmp_path / "out" / "load.py"
+    assert len(loader.read_text().splitlines()) <= 22
+    runpy.run_path(str(loader), run_name="__main__")
+    samples = added["crawl"]
+    assert capsys.readouterr().out == f"{manifest['samples']} samples: fiftyone app launch crawl\n"
+    wanted = [texts for texts, *_ in expected(many)]
+    assert [s["captions"] for s in samples] == (wanted if together else [[t] for texts in wanted for t in texts])
+    types_of = {str({name: type(value) for name, value in sample.items()}) for sample in samples}
+    assert len(types_of) == 1
+    assert samples[0]["text"] == ("classification", samples[0]["caption"], samples[0]["score"])
+    assert samples[0].tags == (["syn", "web"] if together else ["web"])
+    for of_image in {s.filepath: s for s in samples}.values():
+        assert Image.open(of_image.filepath).size == (40, 30)
+    assert verify(str(tmp_path / "out")).status() == 0
+
+
+# Readers of other projects --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["jpg", "webp"])
+def test_open_clip_reads_every_sample(many, tmp_path, form):
+    """Its own reading of shards, grouping and filter, and webdataset's decoder, over more than one shard."""
+    wds = pytest.importorskip("webdataset", reason="open_clip's reader needs webdataset: pip install webdataset")
+    if wds.__version__ > "0.2.86":
+        pytest.skip("open_clip reads shards with webdataset up to 0.2.86: pip install webdataset==0.2.86")
+    data = pytest.importorskip("open_clip_train.data", reason="pip install 'open_clip_torch' braceexpand pandas")
+    export(many, "all", "wds", str(tmp_path / "out"), shard=300, together=True, reencode=form)
+    shards = [{"url": str(path)} for path in sorted((tmp_path / "out").glob("*.tar"))]
+    read = data.tarfile_to_samples_nothrow(iter(shards))
+    kept = [sample for sample in read if data.filter_no_caption_or_no_image(sample)]
+    assert [sample["txt"].decode() for sample in kept] == [texts[0] for texts, *_ in expected(many)]
+    pipeline = wds.DataPipeline(
+        wds.SimpleShardList([shard["url"] for shard in shards]),
+        data.tarfile_to_samples_nothrow,
+        wds.select(data.filter_no_caption_or_no_image),
+        wds.decode("pilrgb", handler=data.log_and_continue),
+        wds.rename(image="jpg;png;jpeg;webp", text="txt"),
+        wds.to_tuple("image", "text"),
+    )
+    assert [(image.size, text) for image, text in pipeline] == [((40, 30), texts[0]) for texts, *_ in expected(many)]
+
+
+def test_clip_retrieval_reads_every_sample(many, tmp_path):
+    """Members called jpg, txt and json in each sample, the next to each other, and JSON that flattens to columns."""
+    export(many, "all", "wds", str(tmp_path / "out"), shard=300, reencode="jpg")
+    rows, columns = [], set()
+    for path in sorted((tmp_path / "out").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            names = tar.getnames()
+            for at in range(0, len(names), 3):
+                three = names[at : at + 3]
+                assert {name.partition(".")[2] for name in three} == {"jpg", "txt", "json"}
+                assert len({name.partition(".")[0] for name in three}) == 1
+                columns.add(tuple(json.loads(tar.extractfile(three[2]).read())))
+                rows.append(tar.extractfile(three[1]).read().decode())
+    assert rows == [text for texts, *_ in expected(many) for text in texts]
+    assert len(columns) == 1
