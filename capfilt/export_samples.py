@@ -174,5 +174,6 @@ def _reencoded(row: _Kept, suffix: str, max_pixels: int) -> _Kept:
     except (UnreadableImage, OSError, ValueError) as error:  # a side may be too long for the format
         reason = error.reason if isinstance(error, UnreadableImage) else error
         where = f"{row.part.source} row {row.note['source_row']}"
-        raise DataError(f"{where}: the image cannot be re-encoded as {suffix} ({reason}): use --by-format") from None
+        remedy = "re-encode to the other format, or give --by-format for tar shards"
+        raise DataError(f"{where}: the image cannot be re-encoded as {suffix} ({reason}): {remedy}") from None
     return replace(row, suffix=suffix, image=buffer.getvalue())

@@ -45,7 +45,7 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture
-def ask(run, monkeypatch):
+def answers_of(run, monkeypatch):
     monkeypatch.chdir(run.where)
     return lambda number: duckdb.sql(QUERIES[number - 1]).fetchall()
 
@@ -78,19 +78,19 @@ def test_there_are_ten():
     assert len(QUERIES) == 10
 
 
-def test_1_rows_by_status(ask, rows):
+def test_1_rows_by_status(answers_of, rows):
     counts = Counter(row["status"] for row in rows)
     assert len(counts) > 2
     wanted = [
         (s, n, pytest.approx(100 * n / len(rows), abs=0.006))
         for s, n in sorted(counts.items(), key=lambda x: (-x[1], x[0]))
     ]
-    assert ask(1) == wanted
+    assert answers_of(1) == wanted
 
 
-def test_2_kept_by_threshold(ask, run):
+def test_2_kept_by_threshold(answers_of, run):
     """The numbers of `select` itself."""
-    answers = ask(2)
+    answers = answers_of(2)
     assert [round(threshold, 3) for threshold, *_ in answers] == [0.1, 0.3, 0.5, 0.7, 0.8, 0.9]
     for threshold, web, syn in answers:
         kept = select(run, "any", SelectConfig(itm=round(threshold, 3)), replace=True, allow_empty=True)["kept"]
@@ -107,7 +107,7 @@ def test_a_score_on_the_threshold_is_kept_as_select_keeps_it(tmp_path):
     assert con.execute("SELECT count(*) FROM t WHERE itm >= ?", [0.7]).fetchone() == (1,)
 
 
-def test_3_worst_shards(ask, rows):
+def test_3_worst_shards(answers_of, rows):
     shards = defaultdict(list)
     for row in rows:
         shards[row["source_uri"]].append(row)
@@ -117,11 +117,11 @@ def test_3_worst_shards(ask, rows):
         for uri, some in shards.items()
     ]  # fmt: skip
     wanted.sort(key=lambda row: (-row[2], row[3], row[0]))
-    assert [row[:3] for row in ask(3)] == [row[:3] for row in wanted[:5]]
-    assert [row[3] for row in ask(3)] == pytest.approx([row[3] for row in wanted[:5]], abs=2e-3)
+    assert [row[:3] for row in answers_of(3)] == [row[:3] for row in wanted[:5]]
+    assert [row[3] for row in answers_of(3)] == pytest.approx([row[3] for row in wanted[:5]], abs=2e-3)
 
 
-def test_4_same_bytes(ask, rows):
+def test_4_same_bytes(answers_of, rows):
     copies = defaultdict(list)
     for row in rows:
         if row["image_sha256"]:
@@ -132,20 +132,20 @@ def test_4_same_bytes(ask, rows):
         if len(texts) > 1:
             wanted.append((digest[:12], len(texts), len(there), min(there, default=None)))
     assert len(wanted) > 3
-    assert ask(4) == sorted(wanted, key=lambda row: (-row[1], row[0]))[:5]
+    assert answers_of(4) == sorted(wanted, key=lambda row: (-row[1], row[0]))[:5]
 
 
-def test_5_commonest_texts(ask, rows):
+def test_5_commonest_texts(answers_of, rows):
     images, scores = defaultdict(set), defaultdict(list)
     for text, score, row in texts_of(rows, "web"):
         images[text].add(row["image_sha256"])
         scores[text] += [score] * (score is not None)
     wanted = sorted(images, key=lambda text: (-len(images[text]), text))[:5]
-    assert [row[:2] for row in ask(5)] == [(text, len(images[text])) for text in wanted]
-    assert [row[2] for row in ask(5)] == pytest.approx([mean(scores[text]) for text in wanted], abs=2e-3)
+    assert [row[:2] for row in answers_of(5)] == [(text, len(images[text])) for text in wanted]
+    assert [row[2] for row in answers_of(5)] == pytest.approx([mean(scores[text]) for text in wanted], abs=2e-3)
 
 
-def test_6_web_wrong_and_caption_right(ask, rows):
+def test_6_web_wrong_and_caption_right(answers_of, rows):
     wanted = [
         row
         for row in rows
@@ -156,42 +156,42 @@ def test_6_web_wrong_and_caption_right(ask, rows):
     ]
     wanted.sort(key=lambda row: (row["itm_web"][0] - row["itm_syn"][0], row["sample_id"]))
     assert wanted
-    assert [(key, web, syn) for key, web, _, syn, _ in ask(6)] == [
+    assert [(key, web, syn) for key, web, _, syn, _ in answers_of(6)] == [
         (row["key"], row["web_text"][0], row["syn_text"][0]) for row in wanted[:5]
     ]
 
 
-def test_7_words_against_score(ask, rows):
+def test_7_words_against_score(answers_of, rows):
     buckets = defaultdict(list)
     for text, score, _ in texts_of(rows, "web"):
         if score is not None:
             buckets[min(len(text.split()) // 5 * 5, 20)].append(score)
     assert len(buckets) > 2
-    answers = ask(7)
+    answers = answers_of(7)
     assert [row[:2] for row in answers] == [(words, len(scores)) for words, scores in sorted(buckets.items())]
     for words, _, average, percent in answers:
         assert average == pytest.approx(np.mean(buckets[words]), abs=6e-4)
         assert percent == pytest.approx(100 * np.mean(np.array(buckets[words]) >= 0.5), abs=0.06)
 
 
-def test_8_what_a_rule_drops(ask, rows):
+def test_8_what_a_rule_drops(answers_of, rows):
     flags = Counter(flag for row in rows for flag in row["rule_flags"])
     kept = Counter(flag for row in rows if (first(row["itm_web"]) or 0) >= 0.5 for flag in row["rule_flags"])
     wanted = [(flag, n, kept[flag]) for flag, n in sorted(flags.items(), key=lambda one: (-one[1], one[0]))]
     assert len(wanted) > 2
-    assert [row[:3] for row in ask(8)] == wanted
+    assert [row[:3] for row in answers_of(8)] == wanted
 
 
-def test_9_two_selections(ask, run):
+def test_9_two_selections(answers_of, run):
     half, strict = (read_account(run, name) for name in ("half", "strict"))
-    for source, both, only_half, only_strict, neither in ask(9):
+    for source, both, only_half, only_strict, neither in answers_of(9):
         assert both + only_half == half["kept"][source] > 0
         assert both + only_strict == strict["kept"][source]
         assert both + only_half + only_strict + neither == half["texts_in"][source]
         assert only_strict == 0 < only_half
 
 
-def test_10_kept_texts_with_their_rows(ask, run, rows):
+def test_10_kept_texts_with_their_rows(answers_of, run, rows):
     """Also the join itself, for every kept text."""
     kept = [t for t in pq.read_table(run.storage.path("selections/half/texts.parquet")).to_pylist() if t["kept"]]
     by_id = {row["sample_id"]: row for row in rows}
@@ -207,7 +207,7 @@ def test_10_kept_texts_with_their_rows(ask, run, rows):
         )
         for uri, some in shards.items()
     ]
-    assert ask(10) == sorted(wanted, key=lambda row: (-row[1], row[0]))[:5]
+    assert answers_of(10) == sorted(wanted, key=lambda row: (-row[1], row[0]))[:5]
     joined = QUERIES[9].partition("FROM")[2].partition("GROUP")[0]
     pairs = duckdb.sql(f"SELECT texts.sample_id, rows.sample_id FROM {joined}").fetchall()
     assert len(pairs) == len(kept)

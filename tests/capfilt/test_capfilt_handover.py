@@ -56,6 +56,15 @@ def many(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """40 rows of five formats."""
+    folder = tmp_path_factory.mktemp("few")
+    run = scored(mixed(folder, 40, KINDS), folder / "run")
+    select(run, "all", SelectConfig(itm=0.0))
+    return run
+
+
+@pytest.fixture(scope="module")
 def jpegs(tmp_path_factory):
     """300 rows of JPEGs."""
     folder = tmp_path_factory.mktemp("jpegs")
@@ -200,6 +209,51 @@ def test_images_are_encoded_upright_over_white_and_to_the_same_bytes_each_time(t
     assert min(white.getpixel((10, 10))) > 250
     assert images[2] == jpeg(2)
     assert export(run, "web", "wds", str(tmp_path / "again"), reencode="jpg")["files"] == one["files"]
+
+
+def test_an_image_that_a_format_cannot_hold_is_named(tmp_path, capsys):
+    """A WEBP has at most 16,383 pixels a side."""
+    members = [*sample("0", 0), ("1.png", jpeg(1, (17_000, 20), "PNG")), ("1.txt", b"a panorama")]
+    run = scored(write_tar(tmp_path / "a.tar", members), tmp_path / "run")
+    select(run, "all", SelectConfig(itm=0.0))
+    args = ["export", run.where, "--select", "all", "--to", str(tmp_path / "out"), "--reencode"]
+    assert main([*args, "webp"]) == 2
+    stderr = capsys.readouterr().err
+    assert "error: a.tar row 1: the image cannot be re-encoded as webp (" in stderr
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+    assert main([*args, "jpg", "--replace"]) == 0
+    assert verify(str(tmp_path / "out")).status() == 0
+
+
+@pytest.mark.parametrize("form", ["json", "parquet", "labelstudio", "fiftyone"])
+def test_other_formats_keep_bytes_unless_they_are_to_be_re_encoded(few, tmp_path, form):
+    keep = export(few, "all", form, str(tmp_path / "keep"))
+    jpg = export(few, "all", form, str(tmp_path / "jpg"), reencode="jpg")
+    assert (keep["reencoded"], jpg["reencoded"]) == (0, 40 - keep["formats"]["jpg"])
+
+    def images(folder):
+        if form == "parquet":
+            table = pq.read_table(folder / "00000.parquet").to_pylist()
+            return {row["sample_id"]: row["image"]["bytes"] for row in table}.values()
+        return [path.read_bytes() for path in sorted(folder.glob("images/*/*"))]
+
+    originals = [jpeg(i, (40, 30), row["format"]) for i, row in enumerate(annotations(few).to_pylist())]
+    assert list(images(tmp_path / "keep")) == originals
+    assert {Image.open(io.BytesIO(image)).format for image in images(tmp_path / "jpg")} == {"JPEG"}
+    assert verify(str(tmp_path / "jpg")).status() == 0
+
+
+def test_all_steps_in_one_with_images_of_several_formats(tmp_path, capsys):
+    """Nothing is scored again after the decision."""
+    source = mixed(tmp_path, 30, KINDS)
+    args = ["run", "--input", str(source), "--out", str(tmp_path / "run"), "--scorer", "fake", "--itm", "0.1",
+            "--decode-workers", "0"]  # fmt: skip
+    assert main(args) == 2
+    assert "--reencode jpg (or webp), or --by-format" in capsys.readouterr().err
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "parts").rglob("*.parquet")}
+    assert main([*args, "--reencode", "jpg"]) == 0
+    assert "re-encoded" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def test_killed_while_re_encoding(many, tmp_path):
