@@ -26,9 +26,6 @@ IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
 TEXTS = frozenset({"txt", "caption"})
 TEXT_COLUMN = "caption"
 """Column that a text member provides; other columns are in the JSON member."""
-EXPORTED = {"by": "capfilt"}
-"""First of the `facts` in the JSON members of CapFilt's exports, in which `captions` count and not only the first."""
-_EXPORTED = json.dumps(EXPORTED)[:-1]
 EXPECTED = "NAME.jpg (or .png, .webp, .gif, .bmp) with NAME.txt, NAME.caption or NAME.json"
 """Naming of a sample's members, for messages."""
 MAX_EXTENDED = 64 << 10
@@ -46,11 +43,14 @@ _TAIL, _NO_TAIL = 8, (IMAGES - {"bmp"}) | TEXTS | {"json"}
 _DIGITS = len(f"{MAX_EXTENDED} ")
 _FEW = 20
 """A shard gets a note if fewer than one in this many samples is complete."""
-_MOST_JSON = 1 << 20
-"""Most bytes of a JSON member that is read to find out who wrote a shard."""
 _MOST_SUFFIXES, _MOST_NAMED, _SHOWN = 32, 5, 80
 """Most extensions that are counted, most that a message lists, and most characters shown of a name."""
 _MAC = "__MACOSX"
+EXPORTED = {"by": "capfilt"}
+"""First of the `facts` in the JSON members of CapFilt's exports, in which `captions` count and not only the first."""
+_EXPORTED = json.dumps(EXPORTED)[:-1]
+_MOST_JSON = 1 << 20
+"""Most bytes of a JSON member that is read to find out who wrote a shard."""
 
 
 class Member(NamedTuple):
