@@ -288,6 +288,17 @@ def test_training_sees_all_captions_of_an_export(jpegs, tmp_path, together):
     assert other[0].captions == (["web", "syn"] if together else ["web"])
 
 
+def test_captions_before_the_damage_of_an_export(few, tmp_path):
+    """Cut off between the members of a sample."""
+    export(few, "all", "wds", str(tmp_path / "out"), together=True, reencode="jpg")
+    content = (tmp_path / "out" / "00000.tar").read_bytes()
+    with tarfile.open(tmp_path / "out" / "00000.tar") as tar:
+        (tmp_path / "cut.tar").write_bytes(content[: tar.getmember("000000020.json").offset])
+    source = open_source(SourceConfig(str(tmp_path / "cut.tar"), allow_truncated=True))
+    wanted = [texts for texts, *_ in expected(few)][:21]
+    assert [source[i].captions for i in range(len(source))] == [*wanted[:20], wanted[20][:1]]
+
+
 @pytest.mark.parametrize("where", ["alone", "first", "last"])
 def test_captions_of_other_json_members_do_not_replace_texts(jpegs, tmp_path, where):
     """Members that look like an export's but are of another program, and a shard joined from both."""

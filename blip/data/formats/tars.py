@@ -108,6 +108,8 @@ class Headers:
     """Notes for the user: members left out, names that occur twice, joined archives."""
     members: str
     """Naming of the members, for messages."""
+    exported: bool
+    """Whether the shard is one of CapFilt's exports, by its first and last JSON members."""
 
 
 # Headers --------------------------------------------------------------------------------------------------------------
@@ -126,7 +128,7 @@ def read_headers(file: IO[bytes], path: str | Path) -> Headers:
     if start.startswith(_COMPRESSED):
         raise DataError(f"{path} is compressed, so single samples cannot be accessed: unpack it to a plain .tar")
     if size == 0:
-        return Headers([], [], "the file is empty (0 bytes)", [], "")
+        return Headers([], [], "the file is empty (0 bytes)", [], "", False)
     walk, grouped, damage = _Walk(file, size), _Grouped(), None
     try:
         for member in walk.members():
@@ -135,7 +137,8 @@ def read_headers(file: IO[bytes], path: str | Path) -> Headers:
     except _Damage as error:
         damage = str(error)
     grouped.finish()
-    return Headers(grouped.samples, grouped.twice(), damage, [*walk.notes(), *grouped.notes()], grouped.members())
+    notes, exported = [*walk.notes(), *grouped.notes()], _is_export(file, grouped.samples)
+    return Headers(grouped.samples, grouped.twice(), damage, notes, grouped.members(), exported)
 
 
 def _check(member: tarfile.TarInfo, path: str | Path) -> None:
@@ -458,7 +461,6 @@ class Shard:
         try:
             with path.open("rb") as file:
                 headers = read_headers(file, path)
-                exported = column == TEXT_COLUMN and _is_export(file, headers.samples)
         except OSError as e:
             raise DataError(f"{self.path} cannot be read: {e.strerror}") from None
         if headers.damage and (not headers.samples or not allow_truncated):
@@ -468,7 +470,11 @@ class Shard:
             )
 
         def caption_of(sample: TarSample) -> Member:
-            return sample.json if exported and sample.json is not _NONE else sample.caption(column)
+            return (
+                sample.json
+                if headers.exported and column == TEXT_COLUMN and sample.json is not _NONE
+                else sample.caption(column)
+            )
 
         whole = {sample.key for sample in headers.samples if _NONE not in (sample.image, caption_of(sample))}
         for sample in headers.samples:
@@ -608,15 +614,15 @@ def _exported_captions(values: dict[str, Any]) -> list[str]:
 
 
 def _is_export(file: IO[bytes], samples: Sequence[TarSample]) -> bool:
-    """Whether an open shard is one of CapFilt's exports, by the JSON members of its first and last samples."""
-    ends = [samples[0].json, samples[-1].json] if samples else [_NONE]
-    for member in ends:
-        if not 0 <= member.size <= _MOST_JSON:
+    """Whether an open shard is one of CapFilt's exports, by its first and last JSON members."""
+    members = [sample.json for sample in samples if sample.json is not _NONE]
+    for member in {members[0], members[-1]} if members else ():
+        if member.size > _MOST_JSON:
             return False
         file.seek(member.offset)
         if not is_exported(json_columns(file.read(member.size))):
             return False
-    return True
+    return bool(members)
 
 
 def json_columns(content: bytes) -> dict[str, Any]:
