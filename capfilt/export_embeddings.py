@@ -68,7 +68,7 @@ def write(run: Run, samples: Iterator[ExportSample], files: Files, size: int, to
             "caption": [row.captions[0] for row in rows],
             "texts": [len(row.captions) for row in rows],
             "source": [row.sources[0] for row in rows],
-            "score": [row.facts["kept"][0]["score"] for row in rows],
+            "score": [row.scores[0] for row in rows],
             **{name: [row.facts[name] for row in rows] for name in _FACTS},
         }
         with files.writing(names.metadata) as file:

@@ -96,7 +96,7 @@ def _row(sample: ExportSample) -> dict[str, Any]:
         "caption": sample.captions,
         "sample_id": sample.facts["sample_id"],
         "source": sample.sources,
-        "score": [fate["score"] for fate in sample.facts["kept"]],
+        "score": sample.scores,
         "json": json.dumps(sample.facts),
     }
 

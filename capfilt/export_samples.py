@@ -20,8 +20,6 @@ from capfilt.run import Part, Run
 from capfilt.select.choose import kept_of
 from capfilt.sources import changed
 
-NO_SCORE = -1.0
-"""Score of a human caption without one, where each sample needs a number."""
 REENCODED = {"jpg": "JPEG", "webp": "WEBP"}
 """File extensions of the formats that images can be re-encoded to, and Pillow's names of them."""
 _QUALITY = 95
@@ -60,7 +58,7 @@ class ExportSample:
 
     @property
     def scores(self) -> list[float]:
-        return [NO_SCORE if fate["score"] is None else float(fate["score"]) for fate in self.facts["kept"]]
+        return [float(fate["score"]) for fate in self.facts["kept"]]  # no text is kept without one
 
     @property
     def reencoded(self) -> bool:

@@ -18,7 +18,9 @@ from blip.options import argument, option
 if TYPE_CHECKING:
     from blip.app.answers import Answers
     from blip.app.loaded import Loaded
+    from blip.data.embeddings import Names
     from blip.data.image_files import ImageFile
+    from blip.inference.features import Features
 
 EXAMPLE = """examples:
   blip embed photos/ --to embeddings --model runs/retrieval/model
@@ -68,6 +70,7 @@ def run(chosen: EmbedOptions) -> int:
     from blip.data import embeddings
 
     loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
+    features = loaded.features(chosen.batch)
     record = {**loaded.options(chosen.model), "shard": chosen.shard, "images": _identity(inputs.paths),
               "texts": chosen.texts and hashlib.sha256(json.dumps(captions).encode()).hexdigest()[:16]}  # fmt: skip
     _begin(chosen.to, record)
@@ -78,7 +81,7 @@ def run(chosen: EmbedOptions) -> int:
     left = [path for number in to_do for path in parts[number]]
     with Answers(None, inputs._replace(paths=left)) as answers:
         for number in to_do:
-            rows = _embedded(loaded, parts[number], captions, chosen.batch, answers)
+            rows = _embedded(loaded, features, parts[number], captions, answers)
             if rows:
                 _write(chosen.to, names[number], rows)
     counts = [_rows(Path(chosen.to, name.metadata)) for name in names]
@@ -175,7 +178,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def _embedded(
-    loaded: Loaded, paths: Sequence[str], captions: dict[str, str] | None, batch: int, answers: Answers
+    loaded: Loaded, features: Features, paths: Sequence[str], captions: dict[str, str] | None, answers: Answers
 ) -> list[tuple[ImageFile, str, Any, Any]]:
     """Embed images, and their texts if there are some: (file, caption, image vector, text vector) of each."""
     import torch
@@ -183,9 +186,9 @@ def _embedded(
     from blip.data.image_files import read_images
     from blip.data.transforms import EvalTransform
 
-    features, rows = loaded.features(batch), []
+    rows: list[tuple[ImageFile, str, Any, Any]] = []
     usable = [path for path in paths if _has_words(path, captions, answers)]
-    for files in read_images(usable, EvalTransform(features.image_size), batch):
+    for files in read_images(usable, EvalTransform(features.image_size), features.batch):
         if read := answers.readable(files):
             texts = [captions[image.path] if captions is not None else "" for image in read]
             with loaded.computing():
@@ -217,7 +220,7 @@ def _has_words(path: str, captions: dict[str, str] | None, answers: Answers) -> 
     return False
 
 
-def _write(to: str, names: Any, rows: list[tuple[ImageFile, str, Any, Any]]) -> None:
+def _write(to: str, names: Names, rows: list[tuple[ImageFile, str, Any, Any]]) -> None:
     """Write the files of one number, the metadata last, by which a number counts as done."""
     import numpy as np
     import pyarrow as pa
