@@ -1,4 +1,4 @@
-"""Export the texts of a selection as a data set that training reads directly, with the images' original bytes.
+"""Export the texts of a selection as a data set that training and other tools read directly.
 
 The same selection gives the same bytes. `_SUCCESS`, which is written last, lists every file with its SHA-256.
 """
@@ -6,54 +6,31 @@ The same selection gives the same bytes. `_SUCCESS`, which is written last, list
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import os
-import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from blip.errors import DataError
-from capfilt.exported import BEGUN, COUNTED, MARKERS, OURS, count
-from capfilt.reading import Reader
-from capfilt.run import Part, Run
+from capfilt import export_embeddings
+from capfilt.export_formats import write_wds, writer
+from capfilt.export_samples import REENCODED, ExportSample, formats, samples
+from capfilt.exported import BEGUN, COUNTED, MARKERS, OURS, WITH_IMAGES, count
+from capfilt.run import Run
 from capfilt.select.choose import kept_of, nothing_kept, read_account
 from capfilt.settings import at_least
-from capfilt.sources import changed
 from capfilt.store.faults import fault_point
 from capfilt.store.identity import differences
 from capfilt.store.storage import Storage, open_storage
 
-FORMATS = ("wds", "parquet", "json", "uids")
-_GROUP = 256
-"""Rows per row group of a parquet file."""
-_SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
-_SUFFIX |= {"TIFF": "tif", "AVIF": "avif", "HEIF": "heic"}
-"""File extensions by format; MPO, which phones and cameras write, is a JPEG followed by more images."""
-_PASSED_ON = ("sample_id", "source_uri", "source_row", "key", "url", "image_sha256", "width", "height",
-              "web_text", "syn_text", "itm_web", "itm_syn", "itc_web", "itc_syn", "extra_json")  # fmt: skip
-
-
-@dataclass
-class ExportSample:
-    """A sample of an export: one kept text of an image, or with `together` all of them."""
-
-    name: str
-    """Name of the sample: its running number in the export."""
-    captions: list[str]
-    suffix: str
-    image: bytes
-    facts: dict[str, Any]
-    first: bool
-    """Whether this is the first sample of its image."""
-    image_name: str = ""
+_VERSION = 2
+"""Version of the formats: an older export is not continued."""
+_READ_BY_ALL = ("jpg", "png", "webp")
+"""Extensions that every reader of tar shards accepts, if all images have the same."""
 
 
 @dataclass
@@ -72,48 +49,97 @@ class _Files:
 
 
 def export(
-    run: Run, selection: str, form: str, to: str, *, shard: int = 10_000, together: bool = False, replace: bool = False,
+    run: Run, selection: str, form: str, to: str, *, shard: int = 10_000, together: bool = False,
+    reencode: str | None = None, by_format: bool = False, blind: bool = False, replace: bool = False,
     allow_empty: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Write a selection to a folder or object store; returns the manifest.
 
-    One sample per kept text, or with `together` one per image with a list of texts. `replace` removes an older
-    export there, whole or in part. The files are opened again and counted before `_SUCCESS` is written. ValueError if
-    the folder holds anything else, which training would read as well, or if nothing is kept, unless `allow_empty`;
-    DataError if an image is not the one that was scored, or if the files do not hold what is kept.
+    One sample per kept text, or with `together` one per image with a list of texts. Images keep their bytes;
+    `reencode` converts those of other formats to jpg or webp, `by_format` writes tar shards of each format to a folder
+    of its own. `blind` tasks of Label Studio have no predictions. `replace` removes an older export there, whole or in
+    part. The files are opened again and counted before `_SUCCESS` is written. ValueError if an option does not fit
+    the format, if tar shards would hold images of several formats, if the folder holds anything else, which training
+    would read as well, or if nothing is kept, unless `allow_empty`; DataError if an image is not the one that was
+    scored, or if the files do not hold what is kept.
     """
     at_least(1, shard=shard)
+    _check_options(form, together=together, reencode=reencode, by_format=by_format, blind=blind)
     account = read_account(run, selection)
     kept = sum(account["kept"].values())
     if not kept and not allow_empty:
         raise ValueError(nothing_kept(account))
+    of_format = formats(run, selection) if form in WITH_IMAGES else {}
+    if form == "wds" and not (reencode or by_format):
+        _check_one_format(of_format)
+    if form == "embeddings":
+        export_embeddings.check_stored(run, selection)
     files = _Files(open_storage(to))
     about = {
+        "version": _VERSION,
         "format": form,
         "selection": selection,
         "fingerprint": run.fingerprint,
+        "scorer": run.config.scorer,
         "shard": shard,
         "together": together,
+        "reencode": reencode,
+        "by_format": by_format,
+        "blind": blind,
         "selection_sha256": account["files"]["texts.parquet"],
     }
     _begin(files.storage, about, replace)
-    counts = dict.fromkeys(COUNTED, 0)
+    counts = dict.fromkeys((*COUNTED, "reencoded"), 0)
     if form == "uids":
         _write_uids(run, selection, files, counts)
+    elif form == "embeddings":
+        total = export_embeddings.count_samples(run, selection, together)
+        rows = samples(run, selection, together, with_images=False)
+        export_embeddings.write(run, _counted(rows, counts), files, shard, total)
+    elif by_format:
+        for suffix in of_format:
+            write_wds(_counted(samples(run, selection, together, only=suffix), counts), files, shard, f"{suffix}/")
     else:
-        _WRITERS[form](_counted(_samples(run, selection, together), counts), files, shard)
+        write = writer(form, together=together, selection=selection, blind=blind)
+        write(_counted(samples(run, selection, together, reencode=reencode), counts), files, shard)
     if counts["pairs"] != kept:
         raise DataError(f"{counts['pairs']} texts were exported and {kept} are kept: run `capfilt verify`")
     in_files = count(files.storage, form, files.written)
     if different := differences({name: counts[name] for name in in_files}, in_files):
         raise DataError(f"{files.storage.root} does not hold what was written ({'; '.join(different)}): export again")
-    manifest = {**about, **counts, "files": files.written}
+    manifest = {**about, **counts, "formats": of_format, "files": files.written}
     content = (json.dumps(manifest, indent=1) + "\n").encode()
     files.storage.write("_SUCCESS", content)
     files.storage.remove(BEGUN)
     where = json.dumps({"to": _seen_from(run.storage, files.storage), **manifest})
     run.storage.write(f"exports/{selection}-{form}.json", where.encode())
     return manifest
+
+
+def _check_options(form: str, *, together: bool, reencode: str | None, by_format: bool, blind: bool) -> None:
+    """Raise ValueError for options that do not fit the format or each other."""
+    if reencode and reencode not in REENCODED:
+        raise ValueError(f"images are re-encoded to {' or '.join(REENCODED)}, got {reencode!r}")
+    if reencode and form not in WITH_IMAGES:
+        raise ValueError(f"--reencode is for formats with images, and {form} has none")
+    if by_format and form != "wds":
+        raise ValueError(f"--by-format is for tar shards (--format wds), got --format {form}")
+    if by_format and reencode:
+        raise ValueError("give --reencode or --by-format: re-encoded images have one format")
+    if blind and form != "labelstudio":
+        raise ValueError(f"--blind is for --format labelstudio, got --format {form}")
+    if together and form == "labelstudio":
+        raise ValueError("--format labelstudio has a task for each text: leave --together out")
+
+
+def _check_one_format(of_format: dict[str, int]) -> None:
+    """Raise ValueError unless the images of tar shards have one format that all readers accept."""
+    if len(of_format) > 1 or of_format.keys() - set(_READ_BY_ALL):
+        counts = ", ".join(f"{n:,} {suffix}" for suffix, n in of_format.items())
+        raise ValueError(
+            f"the kept images are {counts}, but readers of tar shards expect one of {', '.join(_READ_BY_ALL)} in a "
+            "whole data set: give --reencode jpg (or webp), or --by-format for a folder of shards per format"
+        )
 
 
 def _seen_from(run: Storage, to: Storage) -> str:
@@ -160,137 +186,8 @@ def _counted(samples: Iterator[ExportSample], counts: dict[str, int]) -> Iterato
         counts["samples"] += 1
         counts["pairs"] += len(sample.captions)
         counts["images"] += sample.first
+        counts["reencoded"] += sample.first and sample.reencoded
         yield sample
-
-
-def _samples(run: Run, selection: str, together: bool) -> Iterator[ExportSample]:
-    number, images, originals = 0, 0, _Images(run)
-    for part, table in kept_of(run, selection):
-        texts = table.to_pylist()
-        if not texts:
-            continue
-        notes = run.parts.read(part.pid).to_pylist()
-        for row, of_row in groupby(texts, key=lambda text: text["row"]):
-            note, chosen = notes[row], list(of_row)
-            image = originals.of(part, note)
-            facts = {name: note[name] for name in _PASSED_ON}
-            facts["extra"] = json.loads(facts.pop("extra_json") or "{}")
-            groups = [chosen] if together else [[text] for text in chosen]
-            for i, group in enumerate(groups):
-                fates = [{"source": t["text_source"], "score": t["score"], "reason": t["reason"]} for t in group]
-                yield ExportSample(f"{number:09d}", [t["text"] for t in group], _SUFFIX[note["format"]], image,
-                           {**facts, "kept": fates}, i == 0, f"{images:09d}")  # fmt: skip
-                number += 1
-            images += 1
-
-
-class _Images:
-    """Original bytes of scored images; the last source stays open."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self._open: tuple[str, Any] = ("", None)
-
-    def of(self, part: Part, note: dict[str, Any]) -> bytes:
-        """Return the bytes of an image. DataError if the source or the image has changed since it was scored."""
-        if self._open[0] != part.source:
-            source = self.run.sources[part.source]
-            reason = changed(source)
-            if reason:
-                raise DataError(f"source_changed: {source.path}: {reason}; its images cannot be exported")
-            self._open = part.source, Reader(source, self.run.reading, self.run.storage)
-        image = next(self._open[1].read(note["source_row"], note["source_row"] + 1)).image
-        if image is None or hashlib.sha256(image).hexdigest() != note["image_sha256"]:
-            raise DataError(f"{part.source} row {note['source_row']}: the image is not the one that was scored")
-        return image
-
-
-def _sharded(samples: Iterator[ExportSample], size: int) -> Iterator[tuple[int, Iterator[ExportSample]]]:
-    """Group samples by the number of their file."""
-    return groupby(samples, key=lambda sample: int(sample.name) // size)
-
-
-# Formats --------------------------------------------------------------------------------------------------------------
-
-
-def _write_wds(samples: Iterator[ExportSample], files: _Files, size: int) -> None:
-    for number, group in _sharded(samples, size):
-        with (
-            files.writing(f"{number:05d}.tar") as file,
-            tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
-        ):
-            for sample in group:
-                _add(tar, f"{sample.name}.{sample.suffix}", sample.image)
-                if len(sample.captions) == 1:
-                    _add(tar, f"{sample.name}.txt", sample.captions[0].encode())
-                record = {
-                    "caption": sample.captions if len(sample.captions) > 1 else sample.captions[0],
-                    **sample.facts,
-                }
-                _add(tar, f"{sample.name}.json", json.dumps(record).encode())
-
-
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
-
-
-def _write_parquet(samples: Iterator[ExportSample], files: _Files, size: int) -> None:
-    schema = _hosted_schema()
-    for number, group in _sharded(samples, size):
-        with files.writing(f"{number:05d}.parquet") as file, pq.ParquetWriter(file, schema) as writer:
-            rows = iter(group)
-            while some := [_row(sample) for sample in islice(rows, _GROUP)]:
-                writer.write_table(pa.Table.from_pylist(some, schema))
-
-
-def _row(sample: ExportSample) -> dict[str, Any]:
-    return {
-        "image": {"bytes": sample.image, "path": f"{sample.name}.{sample.suffix}"},
-        "caption": sample.captions,
-        "sample_id": sample.facts["sample_id"],
-        "source": [fate["source"] for fate in sample.facts["kept"]],
-        "score": [fate["score"] for fate in sample.facts["kept"]],
-        "json": json.dumps(sample.facts),
-    }
-
-
-def _hosted_schema() -> pa.Schema:
-    """Return the Arrow schema, with the metadata by which `datasets` recognizes the image column."""
-    text, number = {"dtype": "string", "_type": "Value"}, {"dtype": "float32", "_type": "Value"}
-    features = {
-        "image": {"_type": "Image"},
-        "caption": {"feature": text, "_type": "List"},
-        "sample_id": text,
-        "source": {"feature": text, "_type": "List"},
-        "score": {"feature": number, "_type": "List"},
-        "json": text,
-    }
-    types = {
-        "image": pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
-        "caption": pa.list_(pa.string()),
-        "sample_id": pa.string(),
-        "source": pa.list_(pa.string()),
-        "score": pa.list_(pa.float32()),
-        "json": pa.string(),
-    }
-    return pa.schema(list(types.items()), {"huggingface": json.dumps({"info": {"features": features}})})
-
-
-def _write_json(samples: Iterator[ExportSample], files: _Files, size: int) -> None:
-    """Write captions.json with one {image, caption} per sample, and each image once under images/."""
-    with files.writing("captions.json") as listing:
-        start = b"[\n"
-        for sample in samples:
-            name = f"images/{int(sample.image_name) // size:05d}/{sample.image_name}.{sample.suffix}"
-            if sample.first:
-                with files.writing(name) as file:
-                    file.write(sample.image)
-            caption = sample.captions[0] if len(sample.captions) == 1 else sample.captions
-            listing.write(start + json.dumps({"image": name, "caption": caption}).encode())
-            start = b",\n"
-        listing.write(b"[]\n" if start == b"[\n" else b"\n]\n")
 
 
 def _write_uids(run: Run, selection: str, files: _Files, counts: dict[str, int]) -> None:
@@ -311,10 +208,3 @@ def _write_uids(run: Run, selection: str, files: _Files, counts: dict[str, int])
     np.save(buffer, np.array(pairs, dtype="u8,u8"), allow_pickle=False)
     with files.writing("uids.npy") as file:
         file.write(buffer.getvalue())
-
-
-_WRITERS: dict[str, Callable[[Iterator[ExportSample], _Files, int], None]] = {
-    "wds": _write_wds,
-    "parquet": _write_parquet,
-    "json": _write_json,
-}

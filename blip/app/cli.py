@@ -19,6 +19,7 @@ COMMANDS = {
     "review": "edit captions beside images in the browser",
     "match": "score how well texts match images",
     "search": "find images by text",
+    "embed": "write embeddings of images as files",
     "classify": "classify images by class names",
     "explain": "show which image regions match a text",
     "vqa": "answer a question about images",

@@ -21,6 +21,7 @@ from blip.data.formats.csv_rows import csv_rows
 from capfilt.reading import Reader, shown_image
 from capfilt.run import Run
 from capfilt.select.choose import scored_parts
+from capfilt.store.identity import text_id
 
 PAGE, LABELS, KEY = "report/audit/page.html", "report/audit/labels.csv", "report/audit/key.parquet"
 _STRATA = 10
@@ -142,7 +143,7 @@ def draw(run: Run, count: int) -> list[dict]:
                         continue
                     key = kind, min(int(score * _STRATA), _STRATA - 1)
                     sizes[key] = sizes.get(key, 0) + 1
-                    mark = hashlib.sha256(f"audit {note['sample_id']} {kind} {i}".encode()).hexdigest()[:16]
+                    mark = text_id(note["sample_id"], kind, i)
                     candidates.setdefault(key, []).append((mark, score, part.pid, row, i))
                     if len(candidates[key]) > 4 * each:
                         candidates[key] = sorted(candidates[key])[:each]

@@ -55,7 +55,7 @@ def run(options: RunVerb) -> int:
         return status
     where, name = options.out, options.name
     empty = {"allow_empty": options.allow_empty}
-    ways = {one: getattr(options, one) for one in ("format", "shard", "together")} | empty
+    ways = {one: getattr(options, one) for one in ("format", *export.LAYOUT)} | empty
     to = options.to or os.path.join(where, "exports", name)
     select.run(select.SelectVerb(run=where, name=name, replace=True, keep=options.keep, **empty))
     export.run(export.ExportVerb(run=where, select=name, to=to, replace=True, **ways))

@@ -22,6 +22,11 @@ def sample_id(relpath: str, row: int, key: str) -> str:
     return _digest(relpath, row, key)[:32]
 
 
+def text_id(sample: str, source: str, index: int) -> str:
+    """Return the id of a row's text, 16 hex digits, which does not reveal its source (web or syn)."""
+    return hashlib.sha256(f"audit {sample} {source} {index}".encode()).hexdigest()[:16]
+
+
 def part_id(relpath: str, size: int, content: str, lo: int, hi: int, fingerprint: str) -> str:
     """Return the id, 16 hex digits, of rows lo to hi of a file with this content, scored in this way."""
     return _digest(relpath, size, content, lo, hi, fingerprint)[:16]

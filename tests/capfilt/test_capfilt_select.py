@@ -359,7 +359,7 @@ def test_every_kept_text_is_in_a_large_export(tmp_path_factory, large, form, tog
     if form == "wds":
         with tarfile.open(out / "00000.tar") as tar:
             notes = [json.load(tar.extractfile(name)) for name in tar.getnames() if name.endswith(".json")]
-        captions = [note["caption"] if together else [note["caption"]] for note in notes]
+        captions = [note["captions"] for note in notes]
     elif form == "parquet":
         captions = pq.read_table(out / "00000.parquet")["caption"].to_pylist()
     else:
@@ -416,7 +416,7 @@ def test_verify_counts_what_the_files_of_an_export_hold(run, half, tmp_path, for
     n, one_less = manifest["samples"], verified(_one_less)
     assert one_less.status() == 4
     assert any(f"samples: {n} -> {n - 1} in its files" in w for w in one_less.problems) or (
-        form == "json" and "image files, captions.json names" in one_less.problems[0]
+        form == "json" and "captions.json" in one_less.problems[0]
     )
     assert verified(lambda path: path.write_bytes(whole[path][: len(whole[path]) // 2])).status() == 4
     assert f"cannot be read as {form}" in verified(lambda path: path.write_bytes(b"x" * 600)).problems[0]
@@ -511,7 +511,8 @@ def test_tars_hold_both_texts_and_all_scores(run, half, tmp_path):
         names = tar.getnames()
         note = json.load(tar.extractfile(names[2]))
     assert names[:3] == ["000000000.jpg", "000000000.txt", "000000000.json"]
-    assert {"caption", "web_text", "syn_text", "itm_web", "itm_syn", "kept", "extra", "sample_id"} <= note.keys()
+    assert {"caption", "captions", "sources", "scores", "sample_id", "facts"} <= note.keys()
+    assert {"web_text", "syn_text", "itm_web", "itm_syn", "kept", "extra"} <= json.loads(note["facts"]).keys()
 
 
 def test_uids_are_those_of_datacomp(tmp_path):

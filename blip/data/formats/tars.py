@@ -47,6 +47,11 @@ _FEW = 20
 _MOST_SUFFIXES, _MOST_NAMED, _SHOWN = 32, 5, 80
 """Most extensions that are counted, most that a message lists, and most characters shown of a name."""
 _MAC = "__MACOSX"
+EXPORTED = {"by": "capfilt"}
+"""First of the `facts` in the JSON members of CapFilt's exports, in which `captions` count and not only the first."""
+_EXPORTED = json.dumps(EXPORTED)[:-1]
+_MOST_JSON = 1 << 20
+"""Most bytes of a JSON member that is read to find out who wrote a shard."""
 
 
 class Member(NamedTuple):
@@ -104,6 +109,8 @@ class Headers:
     """Notes for the user: members left out, names that occur twice, joined archives."""
     members: str
     """Naming of the members, for messages."""
+    exported: bool
+    """Whether the shard is one of CapFilt's exports, by its first and last JSON members."""
 
 
 # Headers --------------------------------------------------------------------------------------------------------------
@@ -122,7 +129,7 @@ def read_headers(file: IO[bytes], path: str | Path) -> Headers:
     if start.startswith(_COMPRESSED):
         raise DataError(f"{path} is compressed, so single samples cannot be accessed: unpack it to a plain .tar")
     if size == 0:
-        return Headers([], [], "the file is empty (0 bytes)", [], "")
+        return Headers([], [], "the file is empty (0 bytes)", [], "", False)
     walk, grouped, damage = _Walk(file, size), _Grouped(), None
     try:
         for member in walk.members():
@@ -131,7 +138,8 @@ def read_headers(file: IO[bytes], path: str | Path) -> Headers:
     except _Damage as error:
         damage = str(error)
     grouped.finish()
-    return Headers(grouped.samples, grouped.twice(), damage, [*walk.notes(), *grouped.notes()], grouped.members())
+    notes, exported = [*walk.notes(), *grouped.notes()], _is_export(file, grouped.samples)
+    return Headers(grouped.samples, grouped.twice(), damage, notes, grouped.members(), exported)
 
 
 def _check(member: tarfile.TarInfo, path: str | Path) -> None:
@@ -461,10 +469,18 @@ class Shard:
                 f"{self.path} is not a whole tar file ({headers.damage}) after {len(headers.samples)} samples: "
                 "copy it again, or set allow_truncated to use the readable part"
             )
-        whole = {sample.key for sample in headers.samples if _NONE not in (sample.image, sample.caption(column))}
+
+        def caption_of(sample: TarSample) -> Member:
+            return (
+                sample.json
+                if headers.exported and column == TEXT_COLUMN and sample.json is not _NONE
+                else sample.caption(column)
+            )
+
+        whole = {sample.key for sample in headers.samples if _NONE not in (sample.image, caption_of(sample))}
         for sample in headers.samples:
             if sample.key in whole or sample.owner not in whole:
-                caption = sample.caption(column)
+                caption = caption_of(sample)
                 self.names.append(sample.key)
                 self._spans.extend((*sample.image, *caption))
                 self._json.append(caption is not sample.text)
@@ -526,7 +542,7 @@ def sample_row(
     """The row of a sample whose members `read` gives, which may raise BadSample.
 
     Its caption is the text, or the JSON member's where there is no text or another column is asked for; a JSON member
-    that is no object is the caption itself.
+    that is no object is the caption itself. CapFilt's exports have all captions in the JSON, the first also as text.
     """
     column = columns.caption
     in_text = text is not None and column == TEXT_COLUMN
@@ -536,7 +552,9 @@ def sample_row(
     try:
         if json is not None:
             captions, values = _json(_whole(json, read), None if in_text else column)
-        if in_text:
+        if column == TEXT_COLUMN and (exported := _exported_captions(values)):
+            captions = exported
+        elif in_text:
             captions = [_whole(text, read).decode("utf-8", "replace")]
         if image is not None:
             content = _whole(image, read)
@@ -578,6 +596,34 @@ def _json(content: bytes, column: str | None) -> tuple[list[str] | BadSample, di
         return BadSample(f"no caption: its .json member has no {column!r} (it has: {have})", "no_caption"), values
     except BadSample as error:
         return error, values
+
+
+def is_exported(values: dict[str, Any]) -> bool:
+    """Whether a JSON member with these columns is one of CapFilt's exports."""
+    facts = values.get("facts")
+    return isinstance(facts, str) and facts.startswith(_EXPORTED)
+
+
+def _exported_captions(values: dict[str, Any]) -> list[str]:
+    """The captions of a sample of CapFilt's exports; none of any other."""
+    if not is_exported(values):
+        return []
+    try:
+        return captions_of(values.get("captions"))
+    except BadSample:
+        return []
+
+
+def _is_export(file: IO[bytes], samples: Sequence[TarSample]) -> bool:
+    """Whether an open shard is one of CapFilt's exports, by its first and last JSON members."""
+    members = [sample.json for sample in samples if sample.json is not _NONE]
+    for member in {members[0], members[-1]} if members else ():
+        if member.size > _MOST_JSON:
+            return False
+        file.seek(member.offset)
+        if not is_exported(json_columns(file.read(member.size))):
+            return False
+    return bool(members)
 
 
 def json_columns(content: bytes) -> dict[str, Any]:
