@@ -20,6 +20,7 @@ from blip import dist, files
 from blip.checkpoints import checkpoint
 from blip.data.ledger import Ledger
 from blip.data.settings import DataConfig, SourceConfig
+from blip.errors import without_credentials
 from blip.models.blip import Blip
 from blip.tensors import read_tensors
 from blip.tokenizer import Tokenizer
@@ -95,6 +96,7 @@ def train(
         evaluate=evaluate,
         settings=dataclasses.asdict(run),
         fingerprint=fingerprint,
+        remote_files=feed.remote_files(),
         ledger=Ledger(out / f"bad_samples-{dist.rank()}.jsonl", run.data.max_bad_fraction),
     )
 
@@ -102,6 +104,7 @@ def train(
 def card(about: str, sources: Sequence[Any], scores: Mapping[str, str]) -> str:
     """README.md of a model: description, training data, scores."""
     lines = [f"- {s.path} ({s.kind})" if isinstance(s, SourceConfig) else f"- {s.path}" for s in sources]
+    lines = list(map(without_credentials, lines))
     return "\n".join([about, "", *lines, "", *(f"- {name}: {value}" for name, value in scores.items())])
 
 
