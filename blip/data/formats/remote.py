@@ -197,9 +197,6 @@ class _Ranges(io.RawIOBase):
         self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
         return self._at
 
-    def tell(self) -> int:
-        return self._at
-
     def readinto(self, buffer: Any) -> int:
         content = self._file.read_range(self._at, len(buffer))
         buffer[: len(content)] = content
