@@ -36,6 +36,7 @@ from tests.data.test_stream import jpeg, write
 def quick(monkeypatch, tmp_path):
     """No pauses between tries, and a cache of the test's own."""
     monkeypatch.setattr(remote, "_PAUSE", 0.001)
+    monkeypatch.setattr(remote, "_down", set())
     monkeypatch.setenv("OPENBLIP_CACHE", str(tmp_path / "cache"))
 
 
@@ -194,17 +195,31 @@ def test_passing_faults_change_nothing(server, tokenizer, kind, fault):
 
 def test_a_sample_that_stays_unreachable_is_a_bad_sample(server):
     source = open_source(at(server, "tar"), remote=True)
-    server.faults["s-001.tar"] = ["500"] * 5
+    server.faults["s-001.tar"] = ["500"] * 6
     with pytest.raises(
-        BadSample, match=r"s-001.tar cannot be read: the server answered with status 500; tried 5 times"
+        BadSample, match=r"s-001.tar cannot be read: the server answered with status 500; tried 6 times"
     ):
         source[8]
     assert source[8].captions == ["image 8"]
     source = open_source(at(server, "parquet"), remote=True)
-    server.faults["s-001.parquet"] = ["drop"] * 5
-    with pytest.raises(BadSample, match="tried 5 times"):
+    server.faults["s-001.parquet"] = ["drop"] * 6
+    with pytest.raises(BadSample, match="tried 6 times"):
         source[8]
     assert source[8].captions == ["image 8"]
+
+
+def test_a_server_that_is_gone_is_not_waited_for_as_long_again(server):
+    source = open_source(at(server, "tar"), remote=True)
+    server.requests.clear()
+    server.faults["*"] = "500"
+    for row in range(16):
+        with pytest.raises(BadSample):
+            source[row]
+    assert len(server.requests) == 6 + 15 * 2
+    server.faults.clear()
+    assert source[0].captions == ["image 0"]
+    server.faults["s-000.tar"] = ["500"] * 5  # as patient as before
+    assert source[0].captions == ["image 0"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -484,7 +499,7 @@ def test_a_store_that_fails_now_and_then(hub, monkeypatch):
         raise ConnectionError("SlowDown at https://h/?X-Amz-Signature=sesame")
 
     monkeypatch.setattr(Hub, "open", never)
-    with pytest.raises(BadSample, match=r"ConnectionError: SlowDown at https://h/; tried 5 times"):
+    with pytest.raises(BadSample, match=r"ConnectionError: SlowDown at https://h/; tried 6 times"):
         source[0]
 
 

@@ -59,7 +59,11 @@ def options(folder: Path, where: str, kind: str, out: Path, *more: str, query: s
 
 @pytest.mark.parametrize(
     ("kind", "streaming"),
-    [("tar", "false"), ("parquet", "false"), pytest.param("tar", "true", marks=pytest.mark.slow)],
+    [
+        ("tar", "false"),
+        pytest.param("parquet", "false", marks=pytest.mark.slow),
+        pytest.param("tar", "true", marks=pytest.mark.slow),
+    ],
 )
 def test_losses_are_those_of_local_files(zygote, server, tmp_path, kind, streaming):
     how = ["--data.streaming", streaming, "--data.shuffle_buffer", "16"]
@@ -115,10 +119,10 @@ def test_signatures_of_addresses_are_in_no_file_of_a_run(zygote, server, tmp_pat
     first, *others = paths(server.folder, "train", "tar")
     shutil.copy(server.folder / others[0], server.folder / first)
     finish(zygote, tmp_path, [*signed("sesame"), "--train.steps", "4"])
-    finish(zygote, tmp_path, [*signed("another"), "--train.steps", "4"])  # signed again: still the same run
+    finish(zygote, tmp_path, [*signed("anew77"), "--train.steps", "4"])  # signed again: still the same run
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert {"config.yaml", "run.json", "state.json", "README.md"} <= {path.name for path in files}
     for path in [*files, tmp_path / "log-0"]:
         content = path.read_bytes()
         assert b"sesame" not in content, path
-        assert b"another" not in content, path
+        assert b"anew77" not in content, path

@@ -29,9 +29,10 @@ logger = logging.getLogger(__name__)
 SCHEMES = ("s3", "gs", "gcs", "hf", "https", "http")
 _ADDRESS = re.compile(r"(?P<scheme>[a-z0-9]+)://(?P<host>[^/?#]*)(?P<path>[^?#]*)", re.IGNORECASE)
 _WEB = ("http", "https")
-_TRIES = 5
+_TRIES, _TRIES_AGAIN = 6, 2
+"""Tries of a request, and of one to a host of which the last could not be met."""
 _PAUSE = 0.5
-"""Seconds before the second try; each further pause is twice as long."""
+"""Seconds before the second try; each further pause is twice as long: 15.5 in all."""
 _CONNECT, _SILENCE, _WHOLE = 10.0, 30.0, 120.0
 """Seconds for a connection, between two packets, and for a whole answer."""
 _BUFFER = 4 << 20
@@ -82,7 +83,8 @@ class RemoteFile:
         assert match is not None
         self.scheme = match["scheme"].lower()
         self.address = self.scheme + address[len(match["scheme"]) :].split("#")[0]
-        if "@" in match["host"]:
+        self.host = match["host"]
+        if "@" in self.host:
             raise DataError(
                 f"{self} has a user or password in it: leave it out, and give credentials in the environment"
             )
@@ -248,18 +250,25 @@ def find_remote(address: str, what: str) -> list[RemoteFile]:
 # Connections ----------------------------------------------------------------------------------------------------------
 
 
+_down: set[tuple[int, str, str]] = set()
+"""Hosts, by process and scheme, that did not answer when last tried; a run must not wait for each sample as long."""
+
+
 class _Busy(Exception):
     """A fault that may pass."""
 
 
 def _again(file: RemoteFile, action: Callable[[], T]) -> T:
     """Try an action a few times, with growing pauses, unless its failure is final. Raises DataError."""
-    reason = ""
-    for attempt in range(_TRIES):
+    reason, host = "", (os.getpid(), file.scheme, file.host)
+    tries = _TRIES_AGAIN if host in _down else _TRIES
+    for attempt in range(tries):
         if attempt:
             time.sleep(_PAUSE * 2 ** (attempt - 1))
         try:
-            return action()
+            result = action()
+            _down.discard(host)
+            return result
         except DataError:
             raise
         except FileNotFoundError:
@@ -273,7 +282,8 @@ def _again(file: RemoteFile, action: Callable[[], T]) -> T:
             raise DataError(f"{file} cannot be read: {_short(error)}") from None
         except Exception as error:  # every store has exceptions of its own for "busy"
             reason = _short(error)
-    raise Unreachable(f"{file} cannot be read: {reason}; tried {_TRIES} times")
+    _down.add(host)
+    raise Unreachable(f"{file} cannot be read: {reason}; tried {tries} times")
 
 
 def _short(error: Exception) -> str:
