@@ -1,7 +1,6 @@
 """A web server on 127.0.0.1 that answers ranges of a folder's files, with planted faults."""
 
 import gzip
-import hashlib
 import http.server
 import re
 import threading
@@ -56,17 +55,19 @@ class RangeServer:
             return self._send(handler, name, int(fault), b"busy", {})
         if fault.startswith("redirect "):
             return self._send(handler, name, 302, b"", {"Location": fault.split(" ", 1)[1]})
-        content = path.read_bytes()
-        tag = self.tags.get(name, f'"{hashlib.md5(content).hexdigest()}"')
+        info = path.stat()
+        size, tag = info.st_size, self.tags.get(name, f'"{info.st_size:x}-{info.st_mtime_ns:x}"')
         headers = {"ETag": tag} if tag else {}
         ranged = re.fullmatch(r"bytes=(\d+)-(\d+)", handler.headers.get("Range", ""))
         if fault == "whole" or not ranged:
-            return self._send(handler, name, 200, content, headers)
-        start, stop = int(ranged[1]), min(int(ranged[2]) + 1, len(content))
-        if start >= len(content):
-            return self._send(handler, name, 416, b"no", headers | {"Content-Range": f"bytes */{len(content)}"})
-        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
-        part = content[start:stop]
+            return self._send(handler, name, 200, path.read_bytes(), headers)
+        start, stop = int(ranged[1]), min(int(ranged[2]) + 1, size)
+        if start >= size:
+            return self._send(handler, name, 416, b"no", headers | {"Content-Range": f"bytes */{size}"})
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+        with path.open("rb") as file:
+            file.seek(start)
+            part = file.read(stop - start)
         if fault == "gzip":
             return self._send(handler, name, 206, gzip.compress(part), headers | {"Content-Encoding": "gzip"})
         if fault == "short":
