@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 DOCS = "https://openblip.readthedocs.io"
@@ -88,3 +89,16 @@ def shown(value: object) -> str:
         return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
     unit = "characters" if isinstance(value, str) else "bytes"
     return repr(value) if len(value) <= _QUOTED else f"{value[:_QUOTED]!r}... ({len(value):,} {unit})"
+
+
+_SECRETS = re.compile(r"""(?<=://)[^/\s"'?#@]*@|(?<=://)(?P<plain>[^\s"'?]*)\?(?:(?!::)[^\s"'])*""")
+"""Users and passwords of addresses in a text, and their queries, which may be signatures."""
+
+
+def without_credentials(text: str) -> str:
+    """A text without the users, passwords and queries of the addresses in it."""
+    if "://" not in text:
+        return text
+    while (cleaned := _SECRETS.sub(lambda match: match["plain"] or "", text)) != text:
+        text = cleaned
+    return text

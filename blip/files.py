@@ -37,6 +37,12 @@ _CLOCK = 60.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def cache_folder() -> Path:
+    """The user's folder for what can be computed again: OPENBLIP_CACHE, or openblip in XDG_CACHE_HOME or ~/.cache."""
+    own = os.environ.get("OPENBLIP_CACHE")
+    return Path(own or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "openblip")).expanduser()
+
+
 def sync(path: Path) -> None:
     """Sync a file, or a folder's entries, to disk."""
     handle = os.open(path, os.O_RDONLY)

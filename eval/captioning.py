@@ -33,7 +33,7 @@ from eval.runner import Runner, evaluating, listed, together
 
 def evaluate(options: CaptioningOptions, runner: Runner) -> Iterator[tuple[str, float]]:
     """Evaluate captions of a model or a file; writes results.json, the captions, and captions.html."""
-    images = Images.open(options.source, options.limit) if options.source else None
+    images = Images.open(options.source, options.limit, options.remote) if options.source else None
     entries = read_references(Path(options.references)) if options.references else images.entries
     if options.model:
         with runner.model() as loaded:

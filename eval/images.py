@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from blip.data.ahead import read_ahead
-from blip.data.formats.sources import format_of, open_source, record, root_of, shard_files
+from blip.data.formats.sources import format_of, open_source, record, root_of_list, shard_files, shown_config
 from blip.data.images import model_input
 from blip.data.settings import DataConfig, SourceConfig
 from blip.data.transforms import EvalTransform
@@ -30,19 +30,21 @@ class Images:
         self.entries, self._load, self.where = list(entries), load, where
 
     @classmethod
-    def open(cls, config: SourceConfig, limit: int | None = None) -> Images:
-        """The first `limit` images of a source, each once.
+    def open(cls, config: SourceConfig, limit: int | None = None, remote: bool = False) -> Images:
+        """The first `limit` images of a source, each once; with `remote`, it may be behind addresses.
 
         An image's id is the file's (`eval.references`), or in a source without ids, such as shards, the row's key.
         """
-        if format_of(config) != "json":
-            return cls._of_rows(config, limit)
+        if format_of(config, remote) != "json":
+            return cls._of_rows(config, limit, remote)
+        files = shard_files(config.path, "json", remote)
+        config = shown_config(config)
         entries: list[ImageCaptions] = []
         roots: list[Path] = []
-        for file in shard_files(config.path, "json"):
+        for file in files:
             listed = read_references(file, config.split, config.image_column, config.caption_column)
             entries += listed
-            roots += [root_of(config, file.parent)] * len(listed)
+            roots += [root_of_list(config, file)] * len(listed)
         seen: set[ImageId] = set()
         for entry in entries:
             if entry.id in seen:
@@ -55,8 +57,8 @@ class Images:
         return cls(entries[:limit], load, config.path)
 
     @classmethod
-    def _of_rows(cls, config: SourceConfig, limit: int | None) -> Images:
-        source = open_source(config)
+    def _of_rows(cls, config: SourceConfig, limit: int | None, remote: bool) -> Images:
+        source, config = open_source(config, remote), shown_config(config)
         count = len(source) if limit is None else min(limit, len(source))
         try:
             entries = [ImageCaptions(source.key(row), source[row].captions) for row in range(count)]

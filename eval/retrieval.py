@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from blip import dist
-from blip.data.formats.sources import format_of
+from blip.data.formats.sources import format_of, shown_config
 from blip.data.settings import DataConfig, SourceConfig
 from blip.errors import BadSample, DataError
 from blip.inference.features import cosines
@@ -38,7 +38,7 @@ def evaluate(options: RetrievalOptions, runner: Runner) -> Iterator[tuple[str, f
     """Evaluate a model; writes results.json, the best texts of each image and the best images of each text."""
     with runner.model() as loaded:
         side = loaded.model.config.vision.image_size
-        gallery = Gallery.open(options.source, side, limit=options.limit, batch=options.batch)
+        gallery = Gallery.open(options.source, side, limit=options.limit, batch=options.batch, remote=options.remote)
         ranking = rank(loaded.model, loaded.tokenizer, *gallery, k=options.k, max_tokens=options.max_tokens)
     yield from measured(gallery, ranking, runner, "model", "source", "k")
 
@@ -88,13 +88,23 @@ class Gallery(NamedTuple):
 
     @classmethod
     def open(
-        cls, config: SourceConfig, image_size: int, *, limit: int | None = None, batch: int = 50, threads: int = 2
+        cls,
+        config: SourceConfig,
+        image_size: int,
+        *,
+        limit: int | None = None,
+        batch: int = 50,
+        threads: int = 2,
+        remote: bool = False,
     ) -> Gallery:
         """The first `limit` images of a source that have captions, each once with all of them.
 
+        With `remote`, the source may be behind addresses.
+
         DataError for one that cannot be used.
         """
-        images = Images.open(config, None if format_of(config) == "json" else limit)
+        images = Images.open(config, None if format_of(config, remote) == "json" else limit, remote)
+        config = shown_config(config)
         images = images.only([entry.id for entry in images.entries if entry.captions][:limit])
         views = Views(
             [entry.id for entry in images.entries],

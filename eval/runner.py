@@ -18,7 +18,7 @@ from torch import nn
 
 from blip import dist, files
 from blip.app.loaded import Loaded, load
-from blip.errors import DataError
+from blip.errors import DataError, without_credentials
 from blip.models.blip import Blip
 from blip.progress import bar
 
@@ -71,7 +71,7 @@ def measure(evaluate: Callable[[Any, Runner], Iterator[tuple[str, float | None]]
         return
     print(table(scores, runner.times, runner.as_they_are))
     if runner.out.where:
-        runner.out.write(_SCORES, json.dumps(scores | runner.facts, indent=1) + "\n")
+        runner.out.write(_SCORES, without_credentials(json.dumps(scores | runner.facts, indent=1)) + "\n")
         print(f"in {runner.out.where}: {', '.join(runner.out.written)}")
 
 

@@ -136,6 +136,8 @@ class TaskData(DataConfig):
         super().__post_init__()
         if self.prompt.strip():
             raise ValueError(f"data.prompt is not for {self.samples}")
+        if self.remote:
+            raise ValueError(f"data.remote is not for {self.samples}: these are read from this machine")
 
 
 def build_model(choice: ModelChoice, seed: int) -> tuple[Blip, Tokenizer]:

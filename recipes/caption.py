@@ -68,7 +68,7 @@ class CaptionEvaluation(Evaluation):
         Raises DataError for an image that is missing or has no references, ValueError for a caption length that does
         not fit the model or the prompt.
         """
-        self.images = Images.open(held_out.source, held_out.limit)
+        self.images = Images.open(held_out.source, held_out.limit, run.data.remote)
         self.tokenizer, self.decode, self.prompt = tokenizer, run.decode, run.data.prompt
         references = self.images.references
         if bare := [image for image, captions in references.items() if not captions]:

@@ -63,15 +63,15 @@ class PretrainRun:
     """Synthetic world to create before the run."""
 
 
-def gallery(name: str, held_out: HeldOutPairs, image_size: int) -> Gallery:
-    """Open a held-out set, so that its errors show before training.
+def gallery(name: str, held_out: HeldOutPairs, image_size: int, remote: bool = False) -> Gallery:
+    """Open a held-out set, with `remote` also one behind addresses, so that its errors show before training.
 
     Raises DataError for unusable rows or if there are no captions, ValueError for a `k` or `limit` below 1.
     """
     for option, value in (("k", held_out.k), ("limit", held_out.limit)):
         if value is not None and value < 1:
             raise ValueError(f"{name}.{option} must be 1 or more, got {value}")
-    opened = Gallery.open(held_out.source, image_size, limit=held_out.limit)
+    opened = Gallery.open(held_out.source, image_size, limit=held_out.limit, remote=remote)
     if not opened.texts:
         raise DataError(f"{name}.source {held_out.source.path}: no captions")
     next(iter(opened.images))
@@ -92,7 +92,7 @@ def pretrain(run: PretrainRun) -> tuple[Result, Path]:
     objective = build_objective(run, model)
     evaluate = None
     if run.held_out:
-        images_and_texts = gallery("held_out", run.held_out, model.vision.image_size)
+        images_and_texts = gallery("held_out", run.held_out, model.vision.image_size, run.data.remote)
         k, length = 0 if run.clip else run.held_out.k, run.data.max_tokens
 
         def evaluate(objective: Objective) -> dict[str, float]:

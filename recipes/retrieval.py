@@ -55,7 +55,7 @@ class RetrievalEvaluation(Evaluation):
 
     def __init__(self, name: str, held_out: HeldOutPairs, run: RetrievalRun, model: Blip, tokenizer: Tokenizer) -> None:
         """Open the pairs; raises as `gallery` does."""
-        self.gallery = gallery(name, held_out, model.vision.image_size)
+        self.gallery = gallery(name, held_out, model.vision.image_size, run.data.remote)
         self.tokenizer, self.k, self.max_tokens = tokenizer, held_out.k, run.data.max_tokens
 
     def answers(self, model: Blip) -> Ranking:

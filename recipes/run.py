@@ -21,6 +21,7 @@ from blip.checkpoints import checkpoint
 from blip.checkpoints.card import Facts, Measured, Use
 from blip.data.ledger import Ledger
 from blip.data.settings import DataConfig, SourceConfig
+from blip.errors import without_credentials
 from blip.models.blip import Blip
 from blip.origin import union
 from blip.tensors import read_tensors
@@ -97,6 +98,7 @@ def train(
         evaluate=evaluate,
         settings=dataclasses.asdict(run),
         fingerprint=fingerprint,
+        remote_files=feed.remote_files(),
         ledger=Ledger(out / f"bad_samples-{dist.rank()}.jsonl", run.data.max_bad_fraction),
     )
 
@@ -104,13 +106,13 @@ def train(
 def card(about: str, sources: Sequence[Any], scores: Sequence[Measured], use: Use | None = None) -> Facts:
     """Facts for the card of a model: description, training data, scores."""
     lines = [f"{s.path} ({s.kind})" if isinstance(s, SourceConfig) else str(s.path) for s in sources]
-    return Facts(about, lines, scores, use)
+    return Facts(about, list(map(without_credentials, lines)), scores, use)
 
 
 def measured(split: str, held_out: Any, scores: Scores, shown: Callable[[float], str]) -> list[Measured]:
     """Scores on a held-out set, as the card shows them."""
     source = held_out.source
-    path = Path(source.path)
+    path = Path(without_credentials(str(source.path)))
     name = "/".join(part for part in (path.parent.name, path.name.partition(".")[0]) if part)
     split = getattr(source, "split", None) or split
     return [Measured(name, split, metric, float(shown(value))) for metric, value in scores.items()]

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from blip.data.formats.remote import remote_identities
 from blip.data.formats.sources import Source, digest
 from blip.data.images import model_input
 from blip.data.loader import Failure, Loader, Reading, guarded
@@ -214,6 +215,10 @@ class Draws(Dataset):
         p = self.prepare
         settings = (*p.settings(), p.transform.describe(), self.seed)
         return digest(self.sources, *settings, p.tokenizer.digest()) + p.suffix()
+
+    def remote_files(self) -> dict[str, list[Any]]:
+        """Size and tag of each remote file by its address, as they were at the start."""
+        return remote_identities(self.sources)
 
     def leave_out(self, keys: frozenset[str]) -> None:
         """Replace some samples unread."""

@@ -12,7 +12,7 @@ from urllib.parse import unquote_to_bytes
 
 from blip.data import folders
 from blip.data.folders import Walk
-from blip.errors import BadSample, DataError, shown
+from blip.errors import BadSample, DataError, shown, without_credentials
 
 _ADDRESS = re.compile(r"^(?:[a-z][a-z0-9+.\-]*:/|(?:pipe|data|file|ssh|s3|gs|hf):)", re.IGNORECASE)
 _PLAIN = re.compile(r"^[\w\-][\w\-./ ]*\Z")
@@ -46,7 +46,9 @@ def check_spec(path: str) -> str:
     """
     path = local(path)
     if not is_plain_path(path):
-        raise DataError(f"source {path!r}: only local files are read; download it first, or mount it")
+        raise DataError(
+            f"source {without_credentials(path)!r}: only local files are read; download it first, or mount it"
+        )
     return os.path.expanduser(path)
 
 

@@ -131,6 +131,8 @@ class DataConfig:
     """Number of data workers (decoding processes) per training process."""
     worker_timeout: float = 120.0
     """Seconds without a batch, and without a computing worker, after which the run stops."""
+    remote: bool = False
+    """Allow addresses (s3://, gs://, hf://, https://) as sources, held-out ones included; they are read in place."""
     streaming: bool = False
     """Read shards in sequence with a shuffle buffer instead of by index; for sets larger than memory."""
     shuffle_buffer: int = 10000

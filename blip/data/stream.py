@@ -24,6 +24,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from blip.data.draws import ATTEMPTS, LEFT_OUT, PROBES, Prepare, Sample, check_process, too_many
 from blip.data.formats.json_rows import CSV, Note, Row, rows_or_faults
 from blip.data.formats.parquet import chosen_columns, parquet_file, rows_of
+from blip.data.formats.remote import RemoteFile, SourceChanged, each, identity_of, remote_identities
 from blip.data.formats.rows import columns_of
 from blip.data.formats.sources import (
     CURE,
@@ -35,11 +36,13 @@ from blip.data.formats.sources import (
     log_notes,
     record,
     root_of,
+    root_of_list,
     shard_files,
+    shown_config,
     tar_record,
 )
 from blip.data.formats.splits import check_split, parts_of, refuse_split
-from blip.data.formats.tars import Shard, check_whole
+from blip.data.formats.tars import Shard, check_whole, in_sequence
 from blip.data.loader import Failure, Loader, Reading, guarded
 from blip.data.settings import SourceConfig
 from blip.errors import BadSample, DataError
@@ -69,15 +72,19 @@ class Shards(Protocol):
 class CaptionShards:
     """Captioned images in tar, parquet or JSON-lines files."""
 
-    def __init__(self, config: SourceConfig):
-        """Raise DataError unless the source is made of local tar, parquet or JSON-lines files."""
-        self.config, self.format = config, format_of(config)
+    def __init__(self, config: SourceConfig, remote: bool = False):
+        """Raise DataError unless the source is made of tar, parquet or JSON-lines files, local or with `remote` not."""
+        self.config, self.format = shown_config(config), format_of(config, remote)
         if self.format not in ("tar", "parquet", "json"):
             raise DataError(f"source {config.path}: streaming reads tar, parquet and jsonl shards, not {self.format}")
         if self.format != "json":
             refuse_split(config.split, config.path, f"{self.format} sources")
-        self.files = shard_files(config.path, self.format)
-        root_of(config, self.files[0].parent)
+        self.files = shard_files(config.path, self.format, remote)
+        config = self.config
+        if self.format == "json":
+            root_of_list(config, self.files[0])
+        else:
+            root_of(config, self.files[0].parent)
         self.notes: list[str] = []
         """Notes for the user about the source, logged at the start."""
         self.rows = self._estimate()
@@ -91,14 +98,14 @@ class CaptionShards:
         """
         c = self.config
         if self.format == "parquet":
-            files = [parquet_file(f) for f in self.files]
+            files = list(each(parquet_file, self.files))
             for path, file in zip(self.files, files, strict=True):
                 chosen_columns(file.schema_arrow, columns_of(c), path)
             return sum(file.metadata.num_rows for file in files)
         if self.format == "json":  # one mark in a CSV file may swallow many rows
             for file in (f for f in self.files[1:] if f.suffix.lower() in CSV):
                 collections.deque(rows_or_faults(file), maxlen=0)
-        sizes = [f.stat().st_size for f in self.files]
+        sizes = [size.st_size for size in each(lambda f: f.stat(), self.files)]
         if self.format == "json" and c.split:
             rows, read = self._of_split()
             return round(rows * sum(sizes) / max(1, sum(sizes[:read])))
@@ -151,15 +158,16 @@ class CaptionShards:
     def _readers(self, file: Path, part: int, parts: int) -> Iterator[tuple[str, Callable[[], Record]]]:
         if self.format == "tar":
             shard, column = self._shard(file), self.config.caption_column
+            read = in_sequence(file) if isinstance(file, RemoteFile) else None
             for i in range(part, len(shard), parts):
                 key = f"{file.name}/{shard.names[i]}"
-                yield key, lambda i=i, key=key: tar_record(file, key, shard.image(i), shard.caption(i), column)
+                yield key, lambda i=i, key=key: tar_record(file, key, shard.image(i), shard.caption(i), column, read)
             return
-        root = root_of(self.config, file.parent)
         if self.format == "json":
+            root = root_of_list(self.config, file)
             rows = self._annotated(file)
         else:
-            opened = parquet_file(file)
+            root, opened = root_of(self.config, file.parent), parquet_file(file)
             image, caption = chosen_columns(opened.schema_arrow, columns_of(self.config), file)
             read = rows_of(opened, file, (image, caption))
             rows = ((values[image], values[caption], number) for number, values in enumerate(read))
@@ -176,7 +184,7 @@ class CaptionShards:
     def identity(self) -> str:
         c = self.config
         columns = (c.image_column, c.caption_column, c.weight)
-        return json.dumps([columns, [(f.name, f.stat().st_size) for f in self.files]])
+        return json.dumps([columns, [identity_of(f) for f in self.files]])
 
 
 class ListShards(ABC):
@@ -213,7 +221,7 @@ class ListShards(ABC):
     def identity(self) -> str:
         """Fingerprint of this data, as of `Shards`."""
         config = dataclasses.asdict(self.config) | {"path": None, "image_root": None}
-        return json.dumps([config, [(file.name, file.stat().st_size) for file in self.files]])
+        return json.dumps([config, [identity_of(file) for file in self.files]])
 
 
 class Stream:
@@ -238,6 +246,10 @@ class Stream:
         p = self.prepare
         settings = (*p.settings(), p.config.shuffle_buffer, p.transform.describe(), self.seed)
         return digest(self.shards, "stream", *settings, p.tokenizer.digest()) + p.suffix()
+
+    def remote_files(self) -> dict[str, list[Any]]:
+        """Size and tag of each remote file by its address, as they were at the start."""
+        return remote_identities(self.shards)
 
     def _probe(self) -> Iterator[Any]:
         """Yield some records of each source. DataError if none of its first rows can be used."""
@@ -282,6 +294,8 @@ class Stream:
                     for r in shards.read(file, part, parts):
                         read += 1
                         yield r
+                except SourceChanged:
+                    raise
                 except (DataError, OSError) as error:  # of one shard, met in the middle of a run
                     broken.append(Bad(file.name, f"the shard, or the rest of it, is left out: {error}"))
                     yield broken[-1]

@@ -15,11 +15,12 @@ from typing import Any
 import yaml
 
 from blip import files
+from blip.errors import without_credentials
 from blip.startup import program
 
 FREE_TO_CHANGE = frozenset(
     {"log_every", "save_every", "keep_checkpoints", "eval_every", "trackers", "skip_nonfinite", "allow_change"}
-    | {"workers", "worker_timeout", "max_bad_fraction", "timeout", "out"}
+    | {"workers", "worker_timeout", "max_bad_fraction", "timeout", "out", "remote"}
 )
 """Settings that do not change what is computed; all others must stay the same when a run continues."""
 YOUNGER = {
@@ -35,8 +36,8 @@ RENAMED = {"data.wrong": "data.negatives", "data.alike": "data.hard_negatives"}
 
 
 def plain(value: Any) -> Any:
-    """Settings as JSON: paths as strings, tuples as lists."""
-    return json.loads(json.dumps(value, default=str, sort_keys=True))
+    """Settings as JSON: paths as strings, tuples as lists, addresses without what may be secret in them."""
+    return json.loads(without_credentials(json.dumps(value, default=str, sort_keys=True)))
 
 
 def flatten(settings: dict, prefix: str = "") -> dict[str, Any]:
@@ -63,12 +64,14 @@ def drift(before: dict, now: dict) -> list[str]:
     ]
 
 
-def refuse_drift(saved: dict, settings: dict, fingerprint: str, layout: dict[str, int], where: Path) -> None:
-    """Raise ValueError with all differences between a checkpoint and the run that would continue it."""
-    lines = drift(saved["settings"], settings)
-    if saved["fingerprint"] != fingerprint:
-        lines.append(f"data: fingerprint {saved['fingerprint']} -> {fingerprint} (files or rows are not the same)")
-    before = saved["layout"]
+def refuse_drift(saved: dict, now: dict, where: Path) -> None:
+    """Raise ValueError with all differences between the facts of a checkpoint and of the run that would continue it."""
+    lines = drift(saved["settings"], now["settings"])
+    if saved["fingerprint"] != now["fingerprint"]:
+        files = _other_files(saved.get("remote_files", {}), now.get("remote_files", {}))
+        reason = files or "files or rows are not the same"
+        lines.append(f"data: fingerprint {saved['fingerprint']} -> {now['fingerprint']} ({reason})")
+    before, layout = saved["layout"], now["layout"]
     changed = [f"{name} {before[name]} -> {layout[name]}" for name in layout if before[name] != layout[name]]
     if changed:
         lines.append(
@@ -81,6 +84,19 @@ def refuse_drift(saved: dict, settings: dict, fingerprint: str, layout: dict[str
             f"{where} was made with other settings:\n  {listed}\n"
             "Go back to those, choose a new output directory, or set train.allow_change to continue all the same."
         )
+
+
+def _other_files(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Name the remote files that have another size or tag."""
+    others = [file for file, identity in before.items() if file in now and now[file] != identity]
+    if not others:
+        return ""
+    (size, tag), (size_now, tag_now) = before[others[0]], now[others[0]]
+    more = f", and {len(others) - 1} more files" * (len(others) > 1)
+    return (
+        f"{others[0]} is another file now: {size:,} bytes, tag {tag or 'none'} -> {size_now:,} bytes, tag "
+        f"{tag_now or 'none'}{more}"
+    )
 
 
 _VERSIONED = ("openblip", "torch", "torchvision", "timm", "transformers", "accelerate", "datasets", "pillow", "numpy")
@@ -121,7 +137,7 @@ def describe_run(out: Path, settings: dict, layout: dict[str, int], device: str)
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),
-        "command": sys.argv,
+        "command": plain(sys.argv),
         "commit": git_commit(),
         "versions": versions(),
         "device": device,

@@ -100,13 +100,15 @@ def fit(
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     settings: dict[str, Any] | None = None,
     fingerprint: str = "",
+    remote_files: dict[str, list[Any]] | None = None,
     ledger: RecordsBadSamples | None = None,
 ) -> Result:
     """Train an objective, continuing from the newest whole checkpoint in `out` if there is one.
 
     `objective(batch, clock)` returns named losses, which are summed; `objective.after_step(carries)` follows each
     update. `evaluate` is called in every process, in evaluation mode and without gradients, and the main process's
-    numbers count. `settings` (the whole run's) and `fingerprint` (of the data) must be the same when a run continues.
+    numbers count. `settings` (the whole run's) and `fingerprint` (of the data) must be the same when a run continues;
+    `remote_files`, size and tag by address, are named if they are why it is not.
 
     Raises ValueError for settings that cannot work or differ from the run in `out`, RunLocked if another process
     writes there, NonFinite, TrainingOutOfMemory, LostPeer and files.WriteError as their names say, and
@@ -123,7 +125,7 @@ def fit(
         raise ValueError(f"{out} is a file; give the name of a directory for the run")
     settings = {"train": vars(config)} if settings is None else settings
     with only_writer(out) as lock, Stopper() as stopper, _explained(config):
-        run = _Run(objective, data, config, out, evaluate, settings, fingerprint, ledger, stopper, lock)
+        run = _Run(objective, data, config, out, evaluate, settings, fingerprint, remote_files, ledger, stopper, lock)
         for note in notes:
             run.progress.say(note)
         try:
@@ -144,6 +146,7 @@ class _Run:
         evaluate: Callable[[nn.Module], dict[str, float]] | None,
         settings: dict[str, Any],
         fingerprint: str,
+        remote_files: dict[str, list[Any]] | None,
         ledger: RecordsBadSamples | None,
         stopper: Stopper,
         lock: RunLock | None,
@@ -188,6 +191,7 @@ class _Run:
         self.facts = {
             "settings": drift.plain(settings),
             "fingerprint": fingerprint,
+            **({"remote_files": remote_files} if remote_files else {}),
             "layout": layout,
             "versions": drift.versions(),
         }
@@ -210,8 +214,7 @@ class _Run:
             path, newest = self.checkpoints.newest() or (None, None)
             if newest and not self.config.allow_change:
                 try:
-                    facts = self.facts
-                    drift.refuse_drift(newest, facts["settings"], facts["fingerprint"], facts["layout"], path)
+                    drift.refuse_drift(newest, self.facts, path)
                 except ValueError as error:
                     refusal = str(error)
             if refusal is None:

@@ -457,7 +457,24 @@ def test_other_settings_are_refused_and_listed(tmp_path, change, message):
 def test_other_data_or_processes_are_refused(tmp_path):
     saved = {**FACTS, "layout": {"world": 2, "batch_size": 4, "accumulate": 1}, "fingerprint": "old"}
     with pytest.raises(ValueError, match=r"(?s)fingerprint old -> new.*world 2 -> 1.*2 processes of 4 pairs x 1"):
-        drift.refuse_drift(saved, {}, "new", FACTS["layout"], tmp_path)
+        drift.refuse_drift(saved, {**FACTS, "settings": {}, "fingerprint": "new"}, tmp_path)
+
+
+def test_remote_files_that_are_others_are_named(tmp_path):
+    before = {"https://h/0.tar": [10240, '"a"'], "https://h/1.tar": [20480, ""], "https://h/2.tar": [1, "b"]}
+    now = {**before, "https://h/1.tar": [30720, ""], "https://h/2.tar": [1, "c"]}
+    saved, facts = ({**FACTS, "fingerprint": str(len(files)), "remote_files": files} for files in (before, now))
+    saved["fingerprint"] = "old"
+    message = (
+        r"old -> 3 \(https://h/1.tar is another file now: 20,480 bytes, tag none -> 30,720 bytes, tag none, and 1 more"
+    )
+    with pytest.raises(ValueError, match=message):
+        drift.refuse_drift(saved, facts, tmp_path)
+    assert (
+        drift.drift({"data": {"flip": 0}}, {"data": {"flip": 0, "remote": True}}) == []
+    )  # older checkpoints do not have it
+    signed = [{"data": {"path": f"https://h/0.tar?X-Amz-Signature={n}"}} for n in range(2)]
+    assert drift.drift(*signed) == []
 
 
 def test_a_checkpoint_with_former_names_of_settings_continues(tmp_path):

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from blip.app.loaded import Loaded
     from blip.data.embeddings import Names
     from blip.data.image_files import ImageFile
-    from blip.inference.features import Features
 
 EXAMPLE = """examples:
   blip embed photos/ --to embeddings --model runs/retrieval/model
@@ -69,8 +68,7 @@ def run(chosen: EmbedOptions) -> int:
     from blip.app.loaded import load
     from blip.data import embeddings
 
-    loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
-    features = loaded
+    loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer, batch=chosen.batch)
     record = {**loaded.options(chosen.model), "shard": chosen.shard, "images": _identity(inputs.paths),
               "texts": chosen.texts and hashlib.sha256(json.dumps(captions).encode()).hexdigest()[:16]}  # fmt: skip
     _begin(chosen.to, record)
@@ -81,7 +79,7 @@ def run(chosen: EmbedOptions) -> int:
     left = [path for number in to_do for path in parts[number]]
     with Answers(None, inputs._replace(paths=left)) as answers:
         for number in to_do:
-            rows = _embedded(loaded, features, parts[number], captions, answers)
+            rows = _embedded(loaded, parts[number], captions, answers)
             if rows:
                 _write(chosen.to, names[number], rows)
     counts = [_rows(Path(chosen.to, name.metadata)) for name in names]
@@ -178,23 +176,22 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def _embedded(
-    loaded: Loaded, features: Features, paths: Sequence[str], captions: dict[str, str] | None, answers: Answers
+    loaded: Loaded, paths: Sequence[str], captions: dict[str, str] | None, answers: Answers
 ) -> list[tuple[ImageFile, str, Any, Any]]:
     """Embed images, and their texts if there are some: (file, caption, image vector, text vector) of each."""
     import torch
 
     from blip.data.image_files import read_images
-    from blip.data.transforms import EvalTransform
 
     rows: list[tuple[ImageFile, str, Any, Any]] = []
     usable = [path for path in paths if _has_words(path, captions, answers)]
-    for files in read_images(usable, EvalTransform(features.image_size), features.batch):
+    for files in read_images(usable, loaded.transform, loaded.batch):
         if read := answers.readable(files):
             texts = [captions[image.path] if captions is not None else "" for image in read]
             with loaded.computing():
-                vectors = features.embed_image(torch.stack([image.pixels for image in read])).float().cpu().numpy()
+                vectors = loaded.embed_image(torch.stack([image.pixels for image in read])).float().cpu().numpy()
                 of_texts = (
-                    features.embed_text(texts).float().cpu().numpy() if captions is not None else [None] * len(read)
+                    loaded.embed_text(texts).float().cpu().numpy() if captions is not None else [None] * len(read)
                 )
             named = [image._replace(pixels=None) for image in read]
             rows += zip(named, texts, vectors, of_texts, strict=True)

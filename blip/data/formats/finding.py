@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from blip.data.formats.folder import ImagesWithSidecars, images_beside, metadata
+from blip.data.formats.remote import RemoteFile, find_remote, is_address
 from blip.data.paths import alternatives, check_spec, is_pattern, present
 from blip.data.settings import SourceConfig
-from blip.errors import DataError
+from blip.errors import DataError, without_credentials
 
 _FORMATS = dict.fromkeys((".json", ".jsonl", ".ndjson", ".csv", ".tsv"), "json")
 _FORMATS |= {".parquet": "parquet", ".tar": "tar"}
@@ -30,22 +31,33 @@ class SourceFile(NamedTuple):
     """json, imagefolder (its metadata, or a folder of images with side-cars), files (img2dataset's parquet), parquet,
     tar or dataset.
     """
-    path: Path
+    path: Path | RemoteFile
     of_split: bool = False
     """Whether the whole file belongs to the requested split, because it is in a folder of that name."""
 
 
-def find(spec: str, format: str = "auto", split: str | None = None) -> list[SourceFile]:
+def find(spec: str, format: str = "auto", split: str | None = None, remote: bool = False) -> list[SourceFile]:
     """Find the files of a path, a glob, a range {000..012}, a list {a,b} or a::b, a file URL or a folder.
 
-    A name that exists literally is not treated as a pattern. DataError for a file that does not exist, has an unknown
-    format, or is named more than once.
+    With `remote`, these may be addresses, too. A name that exists literally is not treated as a pattern. DataError for
+    a file that does not exist, has an unknown format, or is named more than once.
     """
-    files = [one for name in alternatives(spec) for one in find_one(check_spec(name), "source", format, split)]
+    files = [one for name in alternatives(spec) for one in _find(name, format, split, remote)]
     twice = next((path for path, times in Counter(one.path for one in files).items() if times > 1), None)
     if twice is not None:
-        raise DataError(f"source {spec} names {twice} more than once")
+        raise DataError(f"source {without_credentials(spec)} names {twice} more than once")
     return files
+
+
+def _find(name: str, format: str, split: str | None, remote: bool) -> list[SourceFile]:
+    if not is_address(name):
+        return find_one(check_spec(name), "source", format, split)
+    if not remote:
+        raise DataError(
+            f"source {without_credentials(name)!r}: only local files are read; download it first, mount it, or set "
+            "data.remote to true (blip-eval: --remote true) to read it where it is"
+        )
+    return [_file(file, "source", format) for file in find_remote(name, "source")]
 
 
 def find_one(name: str, what: str, format: str = "auto", split: str | None = None) -> list[SourceFile]:
@@ -58,13 +70,13 @@ def find_one(name: str, what: str, format: str = "auto", split: str | None = Non
     ]
 
 
-def _file(path: Path, what: str, format: str) -> SourceFile:
+def _file(path: Path | RemoteFile, what: str, format: str) -> SourceFile:
     if format != "auto":
         return SourceFile(format, path)
     return SourceFile(file_format(path, what), path)
 
 
-def file_format(path: Path, what: str) -> str:
+def file_format(path: Path | RemoteFile, what: str) -> str:
     """Format of a file by its ending. DataError if that is not a supported one."""
     if path.name.endswith(_COMPRESSED):
         raise DataError(f"{path} is compressed, which leaves no way to a single sample: unpack it to a plain .tar")
@@ -132,21 +144,22 @@ def is_dataset(folder: str | Path) -> bool:
     return any(Path(folder, name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
 
 
-def format_of(config: SourceConfig) -> str:
+def format_of(config: SourceConfig, remote: bool = False) -> str:
     """The format that `auto` chooses for this path. Raises DataError if it is unclear."""
     if config.format != "auto":
         return config.format
-    path = Path(check_spec(config.path))
-    if not (path.exists() or path.suffix or is_pattern(config.path)):
-        raise _unknown(f"source {config.path}", "no such file")
-    files = find(config.path, split=config.split)
+    if not is_address(config.path):
+        path = Path(check_spec(config.path))
+        if not (path.exists() or path.suffix or is_pattern(config.path)):
+            raise _unknown(f"source {config.path}", "no such file")
+    files = find(config.path, split=config.split, remote=remote)
     formats = {one.format for one in files}
     if len(formats) != 1:
         suffixes = ", ".join(sorted({one.path.suffix or "nothing" for one in files}))
-        raise _unknown(f"source {config.path}", f"files ending in {suffixes}")
+        raise _unknown(f"source {without_credentials(config.path)}", f"files ending in {suffixes}")
     return formats.pop()
 
 
-def shard_files(path: str, kind: str) -> list[Path]:
+def shard_files(path: str, kind: str, remote: bool = False) -> list[Path | RemoteFile]:
     """The files of a path, where a folder means its files of one format."""
-    return [one.path for one in find(path, kind)]
+    return [one.path for one in find(path, kind, remote=remote)]

@@ -6,7 +6,6 @@ import gc
 import io
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -141,7 +140,7 @@ def _whole(path: Path, file: IO[bytes], line: bytes) -> Iterator[Row | BadSample
 
     None if the file has JSON lines after all, with a broken first line. Raises DataError if it is neither.
     """
-    after, size = file.tell(), os.fstat(file.fileno()).st_size
+    after, size = file.tell(), path.stat().st_size
     goes_on, text = len(line) > _LONGEST, ""
     reason: ValueError | RecursionError | None = None
     if not goes_on:

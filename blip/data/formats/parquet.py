@@ -5,6 +5,7 @@ Imports nothing heavy.
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from blip.data.formats.remote import RemoteFile
 from blip.data.formats.rows import Columns, StoredRow, choose_columns, row_of
 from blip.errors import BadSample, DataError
 
@@ -24,14 +26,28 @@ _TOGETHER = 64
 """Rows that are Python objects at once."""
 
 
-def parquet_file(path: str | Path, file: IO[bytes] | None = None) -> pq.ParquetFile:
+def parquet_file(path: str | Path | RemoteFile, file: IO[bytes] | None = None) -> pq.ParquetFile:
     """Open a parquet file, or what is open already and has that name. Raises DataError that names it."""
     try:
+        if isinstance(path, RemoteFile):
+            return pq.ParquetFile(path.open("rb", 0), metadata=_footer(path))
         return pq.ParquetFile(path if file is None else file)
     except PermissionError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is not readable parquet: {str(error).splitlines()[0]}") from None
+
+
+def _footer(file: RemoteFile) -> pq.FileMetaData:
+    """The footer of a remote file, kept since it was first read."""
+
+    def read() -> bytes:
+        kept = io.BytesIO()
+        with file.open("rb", 0) as opened:
+            pq.ParquetFile(opened).metadata.write_metadata_file(kept)
+        return kept.getvalue()
+
+    return file.cached("footer.parquet", read, lambda content: pq.read_metadata(io.BytesIO(content)))
 
 
 # Columns --------------------------------------------------------------------------------------------------------------
@@ -213,8 +229,10 @@ def _value(table: pa.Table | pa.RecordBatch, column: int, row: int) -> Any:
 class RowGroups:
     """A parquet file with random access to rows, without reading all of it; the last row group is cached."""
 
-    def __init__(self, file: IO[bytes] | str) -> None:
-        self.file = pq.ParquetFile(file)
+    def __init__(self, file: IO[bytes] | str | pq.ParquetFile, columns: Sequence[str] | None = None) -> None:
+        """Of a file, its rows' values in some columns; in all if not given."""
+        self.file = file if isinstance(file, pq.ParquetFile) else pq.ParquetFile(file)
+        self._columns = None if columns is None else list(columns)
         groups = range(self.file.metadata.num_row_groups)
         self._ends = list(itertools.accumulate(self.file.metadata.row_group(g).num_rows for g in groups))
         self._kept: tuple[int, pa.Table] | None = None
@@ -234,7 +252,7 @@ class RowGroups:
 
     def _group(self, g: int) -> pa.Table:
         if self._kept is None or self._kept[0] != g:
-            self._kept = g, self.file.read_row_group(g, use_threads=False)
+            self._kept = g, self.file.read_row_group(g, self._columns, use_threads=False)
         return self._kept[1]
 
 

@@ -1,7 +1,7 @@
 """Sources of image-text pairs. A source gives a row's encoded image and captions; it never decodes.
 
 Nothing that data says is fetched or executed: image paths are files under a folder that the user named, shards are
-local files.
+local files or, where the user allows it, behind addresses that the user named.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from blip import dist
@@ -29,14 +31,15 @@ from blip.data.formats.finding import shard_files as shard_files
 from blip.data.formats.folder import Downloaded, ImagesWithSidecars
 from blip.data.formats.hosted import in_cache, load_parquet, open_dataset, rows_at
 from blip.data.formats.json_rows import Note
-from blip.data.formats.parquet import chosen_columns, parquet_file
+from blip.data.formats.parquet import RowGroups, chosen_columns, parquet_file
+from blip.data.formats.remote import RemoteFile, Unreachable, each, identity_of
 from blip.data.formats.rows import FIRST_ROWS, NO_COLUMN, Columns, StoredRow, columns_of
 from blip.data.formats.splits import check_split, refuse_split
-from blip.data.formats.tars import Member, Shard, Summary, check_whole, read_member, sample_row
+from blip.data.formats.tars import Member, ReadMember, Shard, Summary, check_whole, members_of, read_member, sample_row
 from blip.data.formats.values import captions_of, encodable, image_of
 from blip.data.paths import check_name, check_spec, contained
 from blip.data.settings import SourceConfig
-from blip.errors import BadSample, DataError, shown
+from blip.errors import BadSample, DataError, shown, without_credentials
 
 if TYPE_CHECKING:
     import datasets
@@ -83,14 +86,27 @@ class Source(Protocol):
 # Rows -----------------------------------------------------------------------------------------------------------------
 
 
-def root_of(config: SourceConfig, default: Path) -> Path:
-    """The folder that image paths start from and must stay in."""
+def root_of(config: SourceConfig, default: Path | None) -> Path | None:
+    """The folder that image paths start from and must stay in; None for a remote file's if none is given."""
     if config.image_root is None:
-        return Path(os.path.abspath(default))
+        return None if default is None else Path(os.path.abspath(default))
     root = Path(check_spec(config.image_root))
     if not root.is_dir():
         raise DataError(f"source {config.path}: image_root {root} is not a folder")
     return Path(os.path.abspath(root))
+
+
+def root_of_list(config: SourceConfig, file: Path | RemoteFile) -> Path:
+    """The folder of the images that a list names, or of which `file` is the folder. DataError for a remote list without
+    one.
+    """
+    root = root_of(config, file if file.is_dir() else file.parent)
+    if root is None:
+        raise DataError(
+            f"source {file}: a list names image files, and those are read from this machine: set image_root to their "
+            "folder, or use tar or parquet files, which hold the images"
+        )
+    return root
 
 
 def record(key: str, image: Any, captions: Any, root: Path | None) -> Record:
@@ -129,7 +145,7 @@ class ListedRows:
         self.weight, self.kind = config.weight, config.kind
         self.files = [one.path for one in files]
         self._config = dataclasses.replace(config, split=None) if all(one.of_split for one in files) else config
-        self.roots = [root_of(config, file if file.is_dir() else file.parent) for file in self.files]
+        self.roots = [root_of_list(config, file) for file in self.files]
         self._contents: list[str] = []
         """Of folders of images with side-cars."""
         self.notes: list[str] = []
@@ -245,7 +261,7 @@ def _blocks(rows: Iterable[tuple[str, list[str] | None, int, int]], size: int) -
 
 def _identity(files: Sequence[Path], rows: int, config: SourceConfig) -> str:
     columns = (config.image_column, config.caption_column, config.split, config.weight, rows)
-    return json.dumps([columns, [(f.name, f.stat().st_size) for f in files]])
+    return json.dumps([columns, [identity_of(f) for f in files]])
 
 
 # datasets: parquet, saved data sets, the hub --------------------------------------------------------------------------
@@ -297,6 +313,72 @@ class Mapped:
         return json.dumps([_identity(self._files, len(self), self._config), features, self._config.path])
 
 
+class RemoteParquet:
+    """Rows of remote parquet files by number: the row group of a row is read, and kept for its neighbours."""
+
+    def __init__(self, config: SourceConfig, files: Sequence[RemoteFile]):
+        self.weight, self.kind = config.weight, config.kind
+        self.files, self._config = list(files), config
+        opened = list(each(parquet_file, self.files))
+        schemas = [one.schema_arrow for one in opened]
+        self._columns = [chosen_columns(s, columns_of(config), f) for f, s in zip(files, schemas, strict=True)]
+        self._root = root_of(config, None)
+        self._ends = np.cumsum([one.metadata.num_rows for one in opened])
+        self.notes = _large_groups(config, opened[0])
+        if not len(self):
+            raise DataError(f"source {config.path}: no rows")
+        if any(columns.caption is None for columns in self._columns):
+            raise DataError(f"source {config.path}: caption_column {NO_COLUMN!r} leaves no captions to learn from")
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _place(self, row: int) -> tuple[int, int]:
+        f = int(np.searchsorted(self._ends, row, side="right"))
+        return f, row - (int(self._ends[f - 1]) if f else 0)
+
+    def key(self, row: int) -> str:
+        f, at = self._place(row)
+        return f"{self.files[f].name}:{at}"
+
+    def __getitem__(self, row: int) -> Record:
+        f, at = self._place(int(row))
+        try:
+            with _reading:
+                values = next(_row_groups(os.getpid(), self.files[f], self._columns[f]).values(at, at + 1))
+        except Unreachable as error:
+            raise BadSample(str(error)) from None
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{self.files[f]} is damaged: {str(error).splitlines()[0]}") from None
+        image, caption = self._columns[f]
+        return record(self.key(row), values[image], values[caption], self._root)
+
+    def identity(self) -> str:
+        return _identity(self.files, len(self), self._config)
+
+
+_reading = threading.Lock()
+_GROUPS_KEPT = 4
+_LARGE_GROUP = 64 << 20
+"""Bytes of a row group from which reading single rows of it is noted."""
+
+
+@functools.lru_cache(_GROUPS_KEPT)
+def _row_groups(process: int, file: RemoteFile, columns: Columns) -> RowGroups:
+    """A file opened by a process; what another has opened is not used."""
+    return RowGroups(parquet_file(file), columns)
+
+
+def _large_groups(config: SourceConfig, first: pq.ParquetFile) -> list[str]:
+    size = first.metadata.row_group(0).total_byte_size if first.metadata.num_row_groups else 0
+    if size < _LARGE_GROUP:
+        return []
+    return [
+        f"source {config.path}: row groups have {size >> 20} MB, and one is fetched for each sample that is drawn; set "
+        "data.streaming to true, or write smaller row groups"
+    ]
+
+
 def _contained_in_any(name: str, root: Path | None) -> Path:
     """Under the root, or in the cache that `datasets` and the hub fill themselves."""
     if in_cache(name):
@@ -307,7 +389,12 @@ def _contained_in_any(name: str, root: Path | None) -> Path:
     return contained(name, root)
 
 
-def _open_parquet(config: SourceConfig, files: Sequence[Path]) -> Mapped:
+def _open_parquet(config: SourceConfig, files: Sequence[Path | RemoteFile]) -> Mapped | RemoteParquet:
+    remote = [file for file in files if isinstance(file, RemoteFile)]
+    if remote and len(remote) < len(files):
+        raise DataError(f"source {config.path}: parquet files here and behind addresses: give them as two sources")
+    if remote:
+        return RemoteParquet(config, remote)
     root = root_of(config, files[0].parent)
     columns = chosen_columns(parquet_file(files[0]).schema_arrow, columns_of(config), files[0])
     if columns.caption is None:
@@ -331,8 +418,8 @@ class Tars:
         self.weight, self.kind = config.weight, config.kind
         self.files, self._config = list(files), config
         names, spans, is_json, of, summaries = [], [], [], [], []
-        for f, file in enumerate(files):
-            shard = Shard(file, config.caption_column, allow_truncated=config.allow_truncated)
+        opened = each(lambda file: Shard(file, config.caption_column, allow_truncated=config.allow_truncated), files)
+        for f, shard in enumerate(opened):
             names.append(pa.array(shard.names, pa.large_string()))
             spans.append(shard.spans())
             is_json.append(shard.is_json())
@@ -367,24 +454,37 @@ def log_notes(shards: Sequence[Summary]) -> None:
         logger.warning("%s%s", "\n".join(lines[:_MOST_NOTES]), more)
 
 
-def tar_record(shard: Path, key: str, image: Member, caption: tuple[Member, bool], column: str) -> Record:
-    """Read one sample of a shard. Raises BadSample when a part is missing."""
+def tar_record(
+    shard: Path | RemoteFile,
+    key: str,
+    image: Member,
+    caption: tuple[Member, bool],
+    column: str,
+    read: ReadMember | None = None,
+) -> Record:
+    """Read one sample of a shard, which `read` reads if it is open. Raises BadSample when a part is missing."""
     member, is_json = caption
+    if read is None:
+        remote = isinstance(shard, RemoteFile)
+        read = members_of(shard, image, member) if remote else functools.partial(read_member, shard)
     image_member, caption_member = (one if one.size >= 0 else None for one in (image, member))
     text, json_member = (None, caption_member) if is_json else (caption_member, None)
-    read = functools.partial(read_member, shard)
     return record_of(key, sample_row(0, key, image_member, text, json_member, Columns("", column), read), None)
 
 
 # Opening --------------------------------------------------------------------------------------------------------------
 
 
-def open_source(config: SourceConfig) -> Source:
-    """Open a source for access by number. Raises DataError that says what is missing and what to set."""
-    kind = format_of(config)
+def open_source(config: SourceConfig, remote: bool = False) -> Source:
+    """Open a source for access by number, with `remote` also one behind addresses.
+
+    Raises DataError that says what is missing and what to set.
+    """
+    kind = format_of(config, remote)
     if kind == "dataset":
         return _open_dataset(config)
-    source_files = find(config.path, "auto" if kind == "files" else kind, config.split)
+    source_files = find(config.path, "auto" if kind == "files" else kind, config.split, remote)
+    config = shown_config(config)
     if kind not in ("parquet", "tar"):
         return ListedRows(config, source_files)
     refuse_split(config.split, config.path, f"{kind} sources")
@@ -392,11 +492,16 @@ def open_source(config: SourceConfig) -> Source:
     return _open_parquet(config, files) if kind == "parquet" else Tars(config, files)
 
 
-def open_sources(configs: Sequence[SourceConfig]) -> list[Source]:
-    """Open all sources of a run. Raises DataError if there are none."""
+def shown_config(config: SourceConfig) -> SourceConfig:
+    """A source's settings for messages, its files being known: without what may be secret in its addresses."""
+    return dataclasses.replace(config, path=without_credentials(config.path))
+
+
+def open_sources(configs: Sequence[SourceConfig], remote: bool = False) -> list[Source]:
+    """Open all sources of a run, with `remote` also those behind addresses. Raises DataError if there are none."""
     if not configs:
         raise DataError("no data: give at least one source")
-    return [open_source(c) for c in configs]
+    return [open_source(c, remote) for c in configs]
 
 
 def digest(sources: Sequence[Source], *settings: object) -> str:

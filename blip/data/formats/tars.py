@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import tarfile
@@ -14,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from blip.data.formats.remote import RemoteFile, Unreachable
 from blip.data.formats.rows import Columns, StoredRow
 from blip.data.formats.values import captions_of, encodable
 from blip.data.image_header import MAX_BYTES
@@ -42,6 +44,8 @@ _EXTENDED = _PAX | {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
 _TAIL, _NO_TAIL = 8, frozenset({"jpg", "jpeg", "png", "webp", "gif", "json"}) | TEXTS
 """Number of zeros with which no member of these extensions ends; a black BMP or TIFF and other files may."""
 _DIGITS = len(f"{MAX_EXTENDED} ")
+_APART = 1 << 16
+"""Most bytes between two members that are read together from a remote shard."""
 _FEW = 20
 """A shard gets a note if fewer than one in this many samples is complete."""
 _MOST_SUFFIXES, _MOST_NAMED, _SHOWN = 32, 5, 80
@@ -140,6 +144,28 @@ def read_headers(file: IO[bytes], path: str | Path) -> Headers:
     grouped.finish()
     notes, exported = [*walk.notes(), *grouped.notes()], _is_export(file, grouped.samples)
     return Headers(grouped.samples, grouped.twice(), damage, notes, grouped.members(), exported)
+
+
+def _headers_of(path: Path | RemoteFile) -> Headers:
+    """The headers of a file, of a remote one those kept since it was first read."""
+    if isinstance(path, Path):
+        with path.open("rb") as file:
+            return read_headers(file, path)
+
+    def read() -> bytes:
+        with path.open("rb") as file:
+            headers = read_headers(file, path)
+        samples = [(s.key, s.image, s.text, s.json) for s in headers.samples]
+        return json.dumps(
+            (samples, headers.twice, headers.damage, headers.notes, headers.members, headers.exported)
+        ).encode()
+
+    def parse(content: bytes) -> Headers:
+        samples, *others = json.loads(content)
+        slots = [(key, [_NONE if m == [*_NONE] else Member(*m) for m in spans]) for key, *spans in samples]
+        return Headers([TarSample(key, *spans) for key, spans in slots], *others)
+
+    return path.cached("tar.json", read, parse)
 
 
 def _check(member: tarfile.TarInfo, path: str | Path) -> None:
@@ -450,7 +476,7 @@ class Shard:
     A half sample beside a whole one (`7.seg.png` beside `7.jpg` and `7.txt`) is something else about that: left out.
     """
 
-    def __init__(self, path: Path, column: str = TEXT_COLUMN, *, allow_truncated: bool = False):
+    def __init__(self, path: Path | RemoteFile, column: str = TEXT_COLUMN, *, allow_truncated: bool = False):
         """Read all headers; captions are of `column`.
 
         Raises DataError for what is no tar, is compressed, cut off, or has links or odd names.
@@ -460,8 +486,7 @@ class Shard:
         self._spans = array("q")  # image offset, size, caption offset, size
         self._json = bytearray()
         try:
-            with path.open("rb") as file:
-                headers = read_headers(file, path)
+            headers = _headers_of(path)
         except OSError as e:
             raise DataError(f"{self.path} cannot be read: {e.strerror}") from None
         if headers.damage and (not headers.samples or not allow_truncated):
@@ -510,7 +535,7 @@ class Shard:
 class Summary(NamedTuple):
     """Summary of an opened shard, for messages."""
 
-    path: Path
+    path: Path | RemoteFile
     whole: int
     """Samples that have both an image and a member for the caption."""
     images: int
@@ -661,3 +686,36 @@ def read_member(shard: Path, member: Member) -> bytes:
     if len(content) != member.size:
         raise BadSample(f"{shard} ends before byte {sum(member):,}: it has become shorter")
     return content
+
+
+def members_of(shard: RemoteFile, *members: Member) -> ReadMember:
+    """Read some members of one sample, neighbours in one request. They raise BadSample where they cannot be read."""
+    known = [member for member in members if member.size >= 0]
+    start, stop = min(m.offset for m in known), max(map(sum, known))
+    near = stop - start <= sum(m.size for m in known) + _APART
+
+    @functools.cache
+    def together() -> bytes:
+        return shard.read_range(start, stop - start)
+
+    def read(member: Member) -> bytes:
+        try:
+            if near:
+                at = member.offset - start
+                return together()[at : at + member.size]
+            return shard.read_range(*member)
+        except Unreachable as error:
+            raise BadSample(str(error)) from None
+
+    return read
+
+
+def in_sequence(shard: RemoteFile) -> ReadMember:
+    """Read members of a shard one after another, ahead of their use. Raises DataError if the shard cannot be read."""
+    file = shard.open("rb")
+
+    def read(member: Member) -> bytes:
+        file.seek(member.offset)
+        return file.read(member.size)
+
+    return read

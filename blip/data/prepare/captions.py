@@ -21,7 +21,9 @@ from blip.tokenizer import Tokenizer
 
 def open_captions(config: DataConfig) -> list[Source] | list[CaptionShards]:
     """The sources of a run, by number or as shards. Raises DataError."""
-    return [CaptionShards(source) for source in config.sources] if config.streaming else open_sources(config.sources)
+    if config.streaming:
+        return [CaptionShards(source, config.remote) for source in config.sources]
+    return open_sources(config.sources, config.remote)
 
 
 @dataclass
