@@ -31,13 +31,14 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [round(step * i, 12) for i in range(first, last + 1)]
 
 
-def histogram(name: str, counts: Sequence[int], colour: str, at: float | None = None, height: int = 190,
-              across: str = "probability of a match") -> Markup:  # fmt: skip
+def histogram(name: str, counts: Sequence[int], colour: str, at: float | None = None, *,
+              moves: bool = True, across: str = "probability of a match") -> Markup:  # fmt: skip
     """Draw counts of values from 0 to 1 on a square-root scale, so that small bins are visible next to large ones.
 
-    The last bin is for values of exactly 1. A line marks the threshold `at`, and what is below it is pale; a script
-    may move both (classes `veil` and `threshold`, attributes data-start and data-span).
+    The last bin is for values of exactly 1. A line marks the threshold `at`, and what is below it is pale. If it
+    `moves`, a script may move both (classes `veil` and `threshold`, with attributes data-start and data-span).
     """
+    height = 190
     steps, bottom, width = len(counts) - 1, height - _BOTTOM, WIDTH - _LEFT - _RIGHT
     top = max(counts, default=0) or 1
     unit = width / len(counts)
@@ -52,10 +53,11 @@ def histogram(name: str, counts: Sequence[int], colour: str, at: float | None = 
     span = unit * steps
     if at is not None:
         x = _LEFT + span * at
+        places = f' data-start="{_LEFT}" data-span="{span:.2f}"' if moves else ""
         marks.append(
-            f'<rect class="veil" data-start="{_LEFT}" data-span="{span:.2f}" x="{_LEFT}" y="{_TOP}" '
+            f'<rect class="veil"{places} x="{_LEFT}" y="{_TOP}" '
             f'width="{max(0.0, x - _LEFT):.2f}" height="{bottom - _TOP}"/>'
-            f'<line class="threshold" data-start="{_LEFT}" data-span="{span:.2f}" x1="{x:.2f}" x2="{x:.2f}" '
+            f'<line class="threshold"{places} x1="{x:.2f}" x2="{x:.2f}" '
             f'y1="{_TOP - 6}" y2="{bottom}"/>'
         )
     marks += _across_axis(bottom, [(value, _LEFT + span * value) for value in ticks(0, 1)], across)
