@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from markupsafe import Markup
+
 from blip.app import html
 from blip.app.html import charts
 from blip.app.html.charts import Estimate
@@ -46,34 +48,36 @@ def report(
             html.Card(
                 thumbnails.get(name, ""),
                 str(name),
-                [html.Line(captions[name]), html.Line(f"{100 * cider[name]:.1f}", "CIDEr"),
-                 *(html.Line(text, f"human caption {i}") for i, text in enumerate(references[name][:_REFERENCES], 1))],
+                [html.Line(captions[name]), html.Line(f"{100 * cider[name]:.1f}", "CIDEr"), *human(name)],
                 str(name),
             )
             for name in names
-        ]  # fmt: skip
+        ]
 
+    def human(name: ImageId) -> list[html.Line]:
+        texts = references[name][:_REFERENCES]
+        return [html.Line(text, "" if i else "human captions") for i, text in enumerate(texts)]
+
+    intro = "Each caption with its CIDEr and human captions of the image."
     scores = _scores(record)
     top = [row for name in _FIRST for row in scores.rows if row[0] == NAMES[name]][:3]
     count = f"{len(ordered):,} {'caption' if len(ordered) == 1 else 'captions'}"
     title = f"{top[0][0]} {top[0][1]:.1f} on {count}" if top else f"Scores of {count}"
     return html.page(
-        "captions.html",
+        "sections.html",
         title=title,
         kind="Evaluation of captions",
         lead="Each caption is compared with human captions of the same image; scores are times 100.",
         figures=[html.Figure(count.partition(" ")[0], "captions evaluated"), *(_figure(row) for row in top)],
-        scores=scores,
-        intervals=_intervals(scores),
         sections=[
-            (
-                "The best by CIDEr",
-                "Each caption with its CIDEr and human captions of the image.",
-                cards(best),
+            *([html.Section("How sure the scores are", "", [chart])] if (chart := _intervals(scores)) else []),
+            *(
+                html.Section(heading, intro, cards=cards(names))
+                for heading, names in (("The best by CIDEr", best), ("The worst by CIDEr", worst))
+                if names
             ),
-            ("The worst by CIDEr", "The same, from the worst on.", cards(worst)),
         ],
-        facts=html.PageTable("How they came about", ["setting", "value"], _facts(record)),
+        tables=[scores, html.PageTable("How they came about", ["setting", "value"], _facts(record))],
     )
 
 
@@ -92,7 +96,7 @@ def _figure(row: Sequence[Any]) -> html.Figure:
     return html.Figure(f"{row[1]:.1f}", row[0], note)
 
 
-def _intervals(scores: html.PageTable) -> str:
+def _intervals(scores: html.PageTable) -> Markup:
     """A chart of the scores with intervals up to 100; CIDEr has another scale."""
     spans = [(row[0], Estimate(*row[1:])) for row in scores.rows if len(row) > 2 and row[0] != NAMES["cider"]]
     return charts.intervals("Scores with 95% intervals over images", spans, is_compared=False)

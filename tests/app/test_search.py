@@ -159,8 +159,9 @@ def test_the_sheet_shows_what_was_found_and_asks_nobody(run, photos):  # noqa: F
     assert "<b>" not in page
     assert "http:" not in page
     assert "https:" not in page
-    cards = re.findall(r'title="([^"]*)"><span dir="auto">(\d+)\. (.*?)</span>.*?ranks it</span> <span dir="auto">'
-                       r'([-\d.]+)<.*?probability of a match</span> <span dir="auto">([\d.]+)%<', page, re.DOTALL)  # fmt: skip
+    score, chance = r'ranks it</span> <span dir="auto">([-\d.]+)<', r'a match</span> <span dir="auto">([\d.]+)%<'
+    name = r'title="([^"]*)"><span dir="auto">(\d+)\. (.*?)</span>'
+    cards = re.findall(f"{name}.*?{score}.*?{chance}", page, re.DOTALL)
     shown = [line.split("\t") for line in out.splitlines()]
     assert [(path, name) for path, _, name, _, _ in cards] == [(path, os.path.basename(path)) for _, path, *_ in shown]
     assert [int(rank) for _, rank, *_ in cards] == [1, 2, 3, 1, 2, 3]

@@ -198,8 +198,12 @@ def sheet(answered: list[tuple[str, list[Hit]]], folder: str, images: int) -> st
     if len(answered) == 1:
         best = f"{firsts[0].path.name} is the best of {images:,} images" if firsts else "no image"
         title = f"“{html.cut(answered[0][0])}”: {best}"
+    order = "Ranked by the cosine of image and text."
+    if reranked:
+        order = "Ranked by the match score, the logit of a match plus the cosine. "
+        order += "Images that are not re-ranked follow, by their cosine."
     return html.page(
-        "search.html",
+        "sections.html",
         title=title,
         kind=f"blip search · {folder}",
         lead="The nearest images by cosine; the first of them were compared word by word and ranked again.",
@@ -209,6 +213,9 @@ def sheet(answered: list[tuple[str, list[Hit]]], folder: str, images: int) -> st
             html.Figure(f"{sum(len(hits) for _, hits in answered)}", "images shown", f"{reranked} of them re-ranked"),
             html.Figure(f"{max((hit.score for hit in firsts), default=0):.2f}", "best score"),
         ],
-        sections=[(query, [card(n, hit) for n, hit in enumerate(hits, 1)]) for query, hits in answered],
-        is_reranked=bool(reranked),
+        sections=[
+            html.Section(query, order, cards=[card(n, hit) for n, hit in enumerate(hits, 1)])
+            for query, hits in answered
+        ],
+        tables=[],
     )
