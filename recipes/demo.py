@@ -252,8 +252,8 @@ def _page(out: Path, scores: dict[str, Any], kinds: dict[str, Kind], items: list
             Section(
                 "Before and after",
                 f"With 95% intervals. {scores['web_right']:.0f}% of the web texts were right, and "
-                f"{scores['web_right_kept']:.0f}% of those that were kept.{synthetic} Recall is how often, among held-out "
-                "images, the text ranked first for an image, or the image ranked first for a text, is the right one.",
+                f"{scores['web_right_kept']:.0f}% of those that were kept.{synthetic} Recall is how often, among "
+                "held-out images, the text ranked first for an image, or the image ranked first for a text, is right.",
                 [charts.slope(name, *ends, BEFORE_AFTER, high=100) for name, ends in changes.items()],
                 is_narrow=True,
             ),

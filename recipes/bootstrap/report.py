@@ -34,6 +34,12 @@ SIDE = 160
 """Side of the images on the page in pixels."""
 SHOWN_ROWS = ("neither", "both")
 """Rows whose captions are shown side by side."""
+_INTERVALS = "Means over seeds, with two standard errors to either side (none with one seed)."
+_COLUMNS = (
+    "TR@1 and IR@1: how often the text ranked first for an image, or the image ranked first for a text, is the right "
+    "one, in percent; zero-shot is before fine-tuning. CIDEr: how closely captions resemble human ones; zero-shot is "
+    "on images of colours and shapes never seen together."
+)
 
 
 # Scores ---------------------------------------------------------------------------------------------------------------
@@ -89,10 +95,10 @@ def write(plan: stages.Stages, run: BootstrapRun) -> dict[str, Any]:
 
 
 def _page(plan: stages.Stages, run: BootstrapRun, scores: table.Scores, seconds: dict[str, float]) -> str:
-    seed = min(scores.get("both", {}), default=None)
-    changes = _changes(scores)
-    sections = [Section("Before and after", f"{_intervals_are()} {_names()}", _slopes(changes), is_narrow=True)]
-    sections = sections if changes else []
+    seed, changes, sections = _shown_seed(scores), _changes(scores), []
+    if changes:
+        intro = f"{_INTERVALS} {_COLUMNS}"
+        sections.append(Section("Before and after", intro, _slopes(changes), is_narrow=True))
     if seed is not None:
         sections.append(_crawl(plan, run, seed))
     sections.append(Section("The question", _question(run)))
@@ -147,16 +153,9 @@ def _slopes(changes: list[tuple[table.Column, Estimate, Estimate]]) -> list[Mark
     ]  # fmt: skip
 
 
-def _intervals_are() -> str:
-    return "Means over seeds, with two standard errors to either side (none with one seed)."
-
-
-def _names() -> str:
-    return (
-        "TR@1 and IR@1: how often the text ranked first for an image, or the image ranked first for a text, is the "
-        "right one, in percent; zero-shot is before fine-tuning. CIDEr: how closely captions resemble human ones; "
-        "zero-shot is on images of colours and shapes never seen together."
-    )
+def _shown_seed(scores: table.Scores) -> int | None:
+    """The seed whose images and captions are shown; None if it has no crawl that both cleaned."""
+    return min(scores.get("both", {}), default=None)
 
 
 def _question(run: BootstrapRun) -> str:
@@ -247,7 +246,7 @@ def _changed(plan: stages.Stages, run: BootstrapRun, scores: table.Scores, seed:
     sections = [
         Section(
             "Every way to clean the crawl",
-            f"{_intervals_are()} All models have the same size and were pre-trained for the same number of steps and "
+            f"{_INTERVALS} All models have the same size and were pre-trained for the same number of steps and "
             "images (except where the name says longer), on the texts that the name says, then fine-tuned in the same "
             "way on the images with human captions. The dashed line marks the model trained on the crawl as it is.",
             plots,

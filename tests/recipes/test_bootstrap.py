@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from page_rules import faults
 
 from blip.data.formats.sources import open_source
 from blip.data.settings import SourceConfig
@@ -138,6 +139,7 @@ def test_the_page_needs_nothing_else(done):
     for row in run.rows:
         assert ROWS[row].title in text
     assert "web text, " in text
+    assert faults(text) == []
     assert "generated, " in text
 
 

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from page_rules import faults
 
 from blip.checkpoints import checkpoint
 from blip.data.formats.sources import open_source
@@ -79,6 +80,7 @@ def test_the_page_leads_to_the_report(story):
     out, _, scores = story
     text = (out / "report.html").read_text()
     (link,) = Links(text).links
+    assert faults(text) == []
     assert (out / link).is_file()
     assert f"{scores['tr@1_bootstrapped']:.1f}" in text
     assert "one word wrong" in text
