@@ -246,7 +246,7 @@ def _page(out: Path, scores: dict[str, Any], kinds: dict[str, Kind], items: list
         kind="BLIP on the synthetic world",
         lead="A model learned from a noisy crawl, became a captioner and a filter and cleaned the crawl with CapFilt; "
         "a new model learned from the result.",
-        figures=[Figure(f"{after.value:.0f}%", name, f"{before.value:.0f}% with the crawl as it is")
+        figures=[Figure(f"{after.value:.1f}%", name, f"{before.value:.1f}% with the crawl as it is")
                  for name, (before, after) in changes.items()],
         sections=[
             Section(
@@ -254,7 +254,7 @@ def _page(out: Path, scores: dict[str, Any], kinds: dict[str, Kind], items: list
                 f"With 95% intervals. {scores['web_right']:.0f}% of the web texts were right, and "
                 f"{scores['web_right_kept']:.0f}% of those that were kept.{synthetic} Recall is how often, among "
                 "held-out images, the text ranked first for an image, or the image ranked first for a text, is right.",
-                [charts.slope(name, *ends, BEFORE_AFTER, high=100) for name, ends in changes.items()],
+                [charts.slope(name, *ends, BEFORE_AFTER, high=100, digits=1) for name, ends in changes.items()],
                 is_narrow=True,
             ),
             Section(
@@ -310,10 +310,10 @@ def _changes(scores: dict[str, Any], kinds: dict[str, Kind], tested: int) -> dic
     """
     texts = [sum(kinds[name][which] for name in ("right", "wrong") if name in kinds) for which in (0, 1)]
     changes = {
-        "right web texts": (_estimate(scores["web_right"], texts[0]), _estimate(scores["web_right_kept"], texts[1]))
+        "Right web texts": (_estimate(scores["web_right"], texts[0]), _estimate(scores["web_right_kept"], texts[1]))
     }
-    for name, column in (("recall, image to text", "tr@1"), ("recall, text to image", "ir@1"),
-                         ("captions without a false claim", "all_true")):  # fmt: skip
+    for name, column in (("Recall, image to text", "tr@1"), ("Recall, text to image", "ir@1"),
+                         ("Captions without a false claim", "all_true")):  # fmt: skip
         changes[name] = (_estimate(scores[column], tested), _estimate(scores[f"{column}{AGAIN}"], tested))
     return changes
 
