@@ -208,9 +208,11 @@ def _slider(report: dict[str, Any]) -> dict[str, Any] | None:
         return None
     settings = report["settings"]
     words = ["capfilt", "select", report["run"], "--name", "NAME", "--policy", settings["policy"]]
-    for name in ("itm_web", "itm_syn", *_DROPS):
-        if settings.get(name) not in (None, False, 0):
-            words += [f"--{name.replace('_', '-')}", str(settings[name])]
+    for name in (*_DROPS, *(n for n in ("itm_web", "itm_syn") if settings[n] is not None)):
+        value = settings.get(name)
+        values = value if isinstance(value, list) else [value] if value or name.startswith("itm_") else []
+        for one in values:
+            words += [f"--{name.replace('_', '-')}", str(one)]
     return {
         "thresholds": report["thresholds"],
         "now": report["thresholds"].index(settings["itm"]),
