@@ -139,7 +139,7 @@ class Demo:
         return list(zip(lines, matches.itc[0].tolist(), matches.probability[0].tolist(), strict=True))
 
     def explain_match(self, path: str | None, text: str) -> tuple[float, list[tuple[str, Image.Image]]]:
-        """Match probability of a text, and the image overlaid with the map of the whole text and of each word."""
+        """Match probability of a text, and the image, also overlaid with the maps of the text and of each word."""
         image, _ = read_image(path, _small)
         if not text.strip():
             raise ValueError("type a text first")

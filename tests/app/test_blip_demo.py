@@ -130,7 +130,7 @@ def test_where_it_looks_is_told_for_each_word(desk, photos):  # noqa: F811
     ((_, _, chance),) = desk.match("photos/p4.png", TEXTS[0])
     probability, shown = desk.explain_match("photos/p4.png", TEXTS[0])
     assert probability == pytest.approx(chance, abs=1e-6)
-    assert [name for name, _ in shown] == ["the whole text", "a", "red", "circle"]
+    assert [name for name, _ in shown] == ["the image", "the whole text", "red", "circle"]
     assert len({image.tobytes() for _, image in shown}) == 4
 
 
@@ -167,7 +167,7 @@ def test_a_run_is_looked_into(desk, capfilt_run):
     for name in desk.reports():
         content = desk.report(name)
         assert content == Path(capfilt_run, "report", name, "report.html").read_text()
-        assert "<td>rows in</td><td>40</td>" in content
+        assert '<th scope="row">All</th><td class="n">40</td>' in content
 
 
 @pytest.mark.parametrize("name", ["../../secret", "/etc", "gone", None, "", "strict/../../../secret"])

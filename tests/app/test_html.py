@@ -84,10 +84,10 @@ def test_tables_align_numbers_and_name_their_rows(rendered):
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
     [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (3.2, 4.1, [3.2, 3.4, 3.6, 3.8, 4]), (0, 16000, [0, 5000, 10000, 15000]),
-     (-1, 1, [-1, -0.5, 0, 0.5, 1]), (5, 5, [5])],
+     (-1, 1, [-1, -0.5, 0, 0.5, 1]), (5, 5, [5]), (0, 3e-14, [0, 1e-14, 2e-14, 3e-14])],
 )  # fmt: skip
 def test_ticks_are_round(low, high, expected):
-    assert charts.ticks(low, high) == pytest.approx(expected)
+    assert charts.ticks(low, high) == pytest.approx(expected, abs=1e-20)
 
 
 def test_intervals_are_drawn_to_scale():
@@ -101,6 +101,7 @@ def test_intervals_are_drawn_to_scale():
     assert "<here>" not in drawn
     assert 'class="dot"' in charts.intervals("x", [("a", Estimate(3, 3, 3))])
     assert charts.intervals("x", []) == ""
+    assert "NaN" not in charts.intervals("x", [("a", Estimate(0, 0, 0)), ("b", Estimate(1e-14, 0, 1e-14))])
 
 
 def test_a_histogram_has_a_square_root_axis_and_a_threshold():
@@ -115,7 +116,10 @@ def test_a_histogram_has_a_square_root_axis_and_a_threshold():
 
 
 def test_curves_share_axes_that_enclose_them():
-    drawn = charts.curves("Losses", {"a & b": [(0, 4.0), (100, 1.0)], "c": [(50, 2.0), (100, 0.5)], "lonely": [(1, 1)]})
+    drawn = charts.curves(
+        "Losses",
+        {"a & b": [(0, 4.0), (100, 1.0)], "c": [(50, 2.0), (75, float("nan")), (100, 0.5)], "lonely": [(1, 1)]},
+    )
     points = re.findall(r'class="curve c\d" points="([^"]*)"', drawn)
     assert points == ["42.0,10.0 350.0,134.5", "196.0,93.0 350.0,155.2"]
     assert re.findall(r'text-anchor="end">([\d.]+)</text>', drawn) == ["0", "1", "2", "3", "4"]

@@ -46,6 +46,10 @@ class Line(NamedTuple):
     title: str = ""
     """Longer form, shown when pointed at."""
 
+    @property
+    def is_number(self) -> bool:
+        return bool(self.text and _NUMBER.fullmatch(self.text))
+
 
 class Card(NamedTuple):
     """An image with texts about it. The first line is the largest."""
@@ -58,6 +62,19 @@ class Card(NamedTuple):
     note: str = ""
 
 
+class Section(NamedTuple):
+    """A part of a page of `sections.html`: charts, then images, then a link to another page."""
+
+    heading: str
+    intro: str
+    charts: Sequence[Markup] = ()
+    cards: Sequence[Card] = ()
+    link: tuple[str, str] | None = None
+    """Words and relative address."""
+    is_narrow: bool = False
+    """Whether the charts are small ones."""
+
+
 @dataclass(frozen=True)
 class PageTable:
     """A table; numbers are right-aligned, and the first cell of a row is its heading."""
@@ -65,6 +82,8 @@ class PageTable:
     name: str
     head: Sequence[str]
     rows: Sequence[Sequence[str | float | None]]
+    note: str = ""
+    """What stands above it."""
 
     @property
     def numeric(self) -> list[bool]:

@@ -24,20 +24,19 @@ class Estimate(NamedTuple):
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Round values from low to high, about `most` of them, in steps of 1, 2 or 5 times a power of ten."""
-    span = (high - low) or abs(high) or 1.0
-    power = 10.0 ** math.floor(math.log10(span))
-    step = next(power * factor for factor in (0.1, 0.2, 0.5, 1, 2, 5) if span / (power * factor) <= most)
+    step = _step(low, high, most)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(step * i, 12) for i in range(first, last + 1)]
+    return [float(f"{step * i:.10g}") for i in range(first, last + 1)]
 
 
-def histogram(name: str, counts: Sequence[int], colour: str, at: float | None = None, height: int = 190,
-              across: str = "probability of a match") -> Markup:  # fmt: skip
+def histogram(name: str, counts: Sequence[int], colour: str, at: float | None = None, *,
+              moves: bool = True, across: str = "probability of a match") -> Markup:  # fmt: skip
     """Draw counts of values from 0 to 1 on a square-root scale, so that small bins are visible next to large ones.
 
-    The last bin is for values of exactly 1. A line marks the threshold `at`, and what is below it is pale; a script
-    may move both (classes `veil` and `threshold`, attributes data-start and data-span).
+    The last bin is for values of exactly 1. A line marks the threshold `at`, and what is below it is pale. If it
+    `moves`, a script may move both (classes `veil` and `threshold`, with attributes data-start and data-span).
     """
+    height = 190
     steps, bottom, width = len(counts) - 1, height - _BOTTOM, WIDTH - _LEFT - _RIGHT
     top = max(counts, default=0) or 1
     unit = width / len(counts)
@@ -52,10 +51,11 @@ def histogram(name: str, counts: Sequence[int], colour: str, at: float | None = 
     span = unit * steps
     if at is not None:
         x = _LEFT + span * at
+        places = f' data-start="{_LEFT}" data-span="{span:.2f}"' if moves else ""
         marks.append(
-            f'<rect class="veil" data-start="{_LEFT}" data-span="{span:.2f}" x="{_LEFT}" y="{_TOP}" '
+            f'<rect class="veil"{places} x="{_LEFT}" y="{_TOP}" '
             f'width="{max(0.0, x - _LEFT):.2f}" height="{bottom - _TOP}"/>'
-            f'<line class="threshold" data-start="{_LEFT}" data-span="{span:.2f}" x1="{x:.2f}" x2="{x:.2f}" '
+            f'<line class="threshold"{places} x1="{x:.2f}" x2="{x:.2f}" '
             f'y1="{_TOP - 6}" y2="{bottom}"/>'
         )
     marks += _across_axis(bottom, [(value, _LEFT + span * value) for value in ticks(0, 1)], across)
@@ -64,8 +64,12 @@ def histogram(name: str, counts: Sequence[int], colour: str, at: float | None = 
 
 def curves(name: str, lines: Mapping[str, Sequence[tuple[float, float]]], across: str = "step",
            height: int = 210) -> Markup:  # fmt: skip
-    """Plot named lines of (x, y) points in one frame with axes; lines with fewer than two points are left out."""
-    lines = {label: list(points) for label, points in lines.items() if len(points) > 1}
+    """Plot named lines of (x, y) points in one frame with axes; values that are not finite are left out.
+
+    A line needs two points.
+    """
+    finite = {label: [(x, y) for x, y in points if math.isfinite(y)] for label, points in lines.items()}
+    lines = {label: points for label, points in finite.items() if len(points) > 1}
     if not lines:
         return Markup()
     xs = [x for points in lines.values() for x, _ in points]
@@ -92,8 +96,8 @@ def curves(name: str, lines: Mapping[str, Sequence[tuple[float, float]]], across
     return _figure(name, marks, height, ends)
 
 
-def intervals(name: str, spans: Sequence[tuple[str, Estimate]], digits: int = 1) -> Markup:
-    """Plot values with their intervals, one below another; a dashed line marks the first value."""
+def intervals(name: str, spans: Sequence[tuple[str, Estimate]], *, is_compared: bool = True) -> Markup:
+    """Plot values with their intervals, one below another; if compared, a dashed line marks the first value."""
     if not spans:
         return Markup()
     low, high = _round_range(min(one.low for _, one in spans), max(one.high for _, one in spans))
@@ -104,17 +108,18 @@ def intervals(name: str, spans: Sequence[tuple[str, Estimate]], digits: int = 1)
         return left + (value - low) / (high - low) * (WIDTH - left - right)
 
     first = place(spans[0][1].value)
-    marks = [f'<path class="axis dashed" d="M{first:.1f},{_TOP}V{bottom}"/>']
+    marks = [f'<path class="axis dashed" d="M{first:.1f},{_TOP}V{bottom}"/>'] if is_compared else []
     for i, (label, one) in enumerate(spans):
         base, y = _TOP + row * i, _TOP + row * i + 25
+        colour = "c0" if i or not is_compared else "c5"
         marks.append(
             f'<text class="strong" x="{left}" y="{base + 13}">{escape(label)}</text>'
-            f'<text class="strong" x="{WIDTH - right}" y="{base + 13}" text-anchor="end">{one.value:.{digits}f}</text>'
-            f'<g class="c{0 if i else 5}"><path class="whisker" d="M{place(one.low):.1f},{y}H{place(one.high):.1f}"/>'
+            f'<text class="strong" x="{WIDTH - right}" y="{base + 13}" text-anchor="end">{one.value:.1f}</text>'
+            f'<g class="{colour}"><path class="whisker" d="M{place(one.low):.1f},{y}H{place(one.high):.1f}"/>'
             f'<circle class="dot" cx="{place(one.value):.1f}" cy="{y}" r="4.5"/></g>'
         )
     marks += _across_axis(bottom + 2, [(value, place(value)) for value in ticks(low, high, 6)], "", left)
-    values = "; ".join(f"{label}: {_in_words(one, digits)}" for label, one in spans)
+    values = "; ".join(f"{label}: {_in_words(one, 1)}" for label, one in spans)
     return _figure(name, marks, bottom + 24, values)
 
 
@@ -161,12 +166,18 @@ def _in_words(one: Estimate, digits: int, unit: str = "") -> str:
     return value if one.low == one.high else f"{value} ({one.low:.{digits}f}{unit} to {one.high:.{digits}f}{unit})"
 
 
+def _step(low: float, high: float, most: int = 5) -> float:
+    """Distance of ticks between two values."""
+    span = (high - low) or abs(high) or 1.0
+    power = 10.0 ** math.floor(math.log10(span))
+    return next(power * factor for factor in (0.1, 0.2, 0.5, 1, 2, 5) if span / (power * factor) <= most)
+
+
 def _round_range(low: float, high: float) -> tuple[float, float]:
     """Widen a range to ticks that enclose it; never empty."""
-    if low == high:
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-3):
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
-    marks = ticks(low, high)
-    step = marks[1] - marks[0] if len(marks) > 1 else high - low
+    step = _step(low, high)
     return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
 
 
