@@ -184,7 +184,7 @@ class Loaded:
         file's. `details` gives CaptionText, with log-probability and whether the caption ended by itself. With `errors`
         "none" an image that cannot be read gives None.
         """
-        self._require("caption")
+        self.require("caption")
         config = _decoding(decode, num, seed)
         if self.tokenizer.unknown_rate([prompt]):
             raise ValueError(f'prompt {prompt!r} has words that the model\'s tokenizer does not know: give prompt=""')
@@ -246,7 +246,7 @@ class Loaded:
         Answer, with the probability of exactly these words. With `errors` "none" an image that cannot be read gives
         None.
         """
-        self._require("answer")
+        self.require("answer")
         one_image, one_question = is_one(images), isinstance(questions, str)
         cleaned = [_cleaned_question(question) for question in _listed(questions)]
         if not one_image and not hasattr(images, "__len__"):
@@ -306,24 +306,24 @@ class Loaded:
 
     def embed_image(self, images: ImageInput | Images) -> Tensor:
         """Images -> joint embeddings (N, E) of length 1 (paper, section 3.2, ITC)."""
-        self._require("embed_image")
+        self.require("embed_image")
         with self.computing():
             return features.embed_images(self.model, self.tokens(images))
 
     def embed_text(self, texts: str | Sequence[str]) -> Tensor:
         """Texts, cleaned like captions in training -> joint embeddings (M, E) of length 1."""
-        self._require("embed_text")
+        self.require("embed_text")
         with self.computing():
             return features.embed_texts(self.model, self.tokenizer, _listed(texts), batch=8 * self.batch)
 
     def similarity(self, images: ImageInput | Images, texts: str | Sequence[str]) -> Tensor:
         """Cosines (N, M) of the embeddings of images and texts: the fast score, by ITC."""
-        self._require("similarity")
+        self.require("similarity")
         return features.cosines(self.embed_image(images), self.embed_text(texts))
 
     def match(self, images: ImageInput | Images, texts: str | Sequence[str]) -> MatchScores:
         """Score every image with every text: `itc`, `probability` and `score`, each (N, M), and `logits` (N, M, 2)."""
-        self._require("match")
+        self.require("match")
         with self.computing():
             parts = self.tokens(images)
             return features.match_texts(self.model, self.tokenizer, parts, _listed(texts), batch=8 * self.batch)
@@ -333,7 +333,7 @@ class Loaded:
 
         D text width. ValueError for other counts.
         """
-        self._require("ground")
+        self.require("ground")
         with self.computing():
             parts = self.tokens(images)
             return features.ground_texts(self.model, self.tokenizer, parts, _listed(texts), batch=8 * self.batch)
@@ -352,7 +352,7 @@ class Loaded:
         A class is the mean of its name in the `templates`, each with one `{}`. The probabilities of all classes add up
         to 1 even if an image shows none of them.
         """
-        self._require("classify")
+        self.require("classify")
         names = _listed(classes)
         if top is not None and top < 1:
             raise ValueError(f"top must be 1 or more, got {top}")
@@ -370,7 +370,7 @@ class Loaded:
 
     def explain(self, image: ImageInput | Images, text: str, layer: int | None = None) -> Explanation:
         """Show which parts of one image are evidence that a text matches it; `layer` as in `blip.inference.explain`."""
-        self._require("explain")
+        self.require("explain")
         parts = list(itertools.islice(self.tokens(image), 2))
         if len(parts) != 1 or len(parts[0]) != 1:
             raise ValueError("explain takes one image; call it for each of several")
@@ -418,7 +418,7 @@ class Loaded:
             results += [None if image.pixels is None else next(made) for image in batch]
         return results
 
-    def _require(self, verb: str) -> None:
+    def require(self, verb: str) -> None:
         """Raise ValueError, naming the recipe, if the model lacks the parts for a method."""
         kind, verbs = _KINDS[type(self.model)]
         if verb not in verbs:

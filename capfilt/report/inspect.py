@@ -91,8 +91,8 @@ class Inspection:
         cards: list[dict[str, Any]] = []
         began = time.monotonic()
         while number < len(self.parts):
-            found = self._found(self.parts[number], wanted, row, _CARDS - len(cards) + 1)
-            cards += found
+            matching = self._matching(self.parts[number], wanted, row, _CARDS - len(cards) + 1)
+            cards += matching
             if len(cards) > _CARDS:
                 row = cards.pop()["row"]
                 break
@@ -107,7 +107,7 @@ class Inspection:
             "parts": len(self.parts),
         }
 
-    def _found(self, part: Part, wanted: _Filters, start: int, most: int) -> list[dict[str, Any]]:
+    def _matching(self, part: Part, wanted: _Filters, start: int, most: int) -> list[dict[str, Any]]:
         notes = self.run.parts.read(part.pid, _NOTES)
         account: dict[str, Counter] = defaultdict(Counter)
         texts = select_part(self.run, part, self.config, self.whole, account)

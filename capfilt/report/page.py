@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+import blip
 from blip.app import html
 from blip.app.html import Figure, PageTable, charts
 from capfilt.reading import Reader, shown_image
@@ -345,7 +346,7 @@ def _shards(report: dict[str, Any]) -> PageTable:
 def _made(report: dict[str, Any]) -> PageTable:
     rows = [[f"speed on {device}", f"{report['rows'] / s:,.1f} rows a second"]
             for device, s in report["seconds"].items() if s]  # fmt: skip
-    rows.append(["version", f"openblip {version('openblip')}"])
+    rows.append(["version", f"openblip {blip.__version__}"])
     rows.append(["selection", _policy(report["settings"])])
     rows += [[name, _cut(json.dumps(value))] for name, value in report["config"].items()]
     rows += [[name, _cut(value)] for name, value in report["facts"].items()]

@@ -39,7 +39,7 @@ def server():
     thread.join()
 
 
-def ask(server, method, path, body=None, headers=None):
+def request(server, method, path, body=None, headers=None):
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
     connection.request(method, path, body, headers or {})
     reply = connection.getresponse()
@@ -53,15 +53,15 @@ def origin(server):
 def test_a_page_an_image_and_an_answer(server):
     at = f"/{server.secret}"
     assert server.address == f"http://127.0.0.1:{server.server_port}{at}/"
-    status, body, headers = ask(server, "GET", f"{at}/")
+    status, body, headers = request(server, "GET", f"{at}/")
     assert (status, body) == (200, b"a page ?")
     assert headers["Referrer-Policy"] == "no-referrer"  # the address has the secret
     assert headers["Cache-Control"] == "no-store"
-    assert ask(server, "GET", f"{at}/image?n=7")[:2] == (200, b"\xff\xd87")
-    status, body, _ = ask(server, "POST", f"{at}/label", json.dumps({"id": "é"}), origin(server))
+    assert request(server, "GET", f"{at}/image?n=7")[:2] == (200, b"\xff\xd87")
+    status, body, _ = request(server, "POST", f"{at}/label", json.dumps({"id": "é"}), origin(server))
     assert (status, json.loads(body)) == (200, {"saved": {"id": "é"}})
     local = {"Host": f"localhost:{server.server_port}", "Origin": f"http://localhost:{server.server_port}"}
-    assert ask(server, "POST", f"{at}/label", "{}", local)[0] == 200
+    assert request(server, "POST", f"{at}/label", "{}", local)[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -76,21 +76,21 @@ def test_a_page_an_image_and_an_answer(server):
 )
 def test_other_hosts_and_origins_are_refused(server, headers):
     headers = {k: v for k, v in {**origin(server), **headers}.items() if v is not None}
-    status, body, _ = ask(server, "POST", f"/{server.secret}/label", "{}", headers)
+    status, body, _ = request(server, "POST", f"/{server.secret}/label", "{}", headers)
     assert (status, json.loads(body)) == (403, {"error": "only pages of this server may ask it"})
     if headers.get("Host") or headers.get("Origin") in ("null", "http://evil.example"):
-        assert ask(server, "GET", f"/{server.secret}/", None, headers)[0] == 403
+        assert request(server, "GET", f"/{server.secret}/", None, headers)[0] == 403
 
 
 @pytest.mark.parametrize("path", ["/", "", "/wrong/", "/{}x/", "/{}/other", "/{}/label", "/{}/../", "/%C3%A9/"])
 def test_nothing_without_the_secret(server, path):
-    status, body, _ = ask(server, "GET", path.format(server.secret) or "/x")
+    status, body, _ = request(server, "GET", path.format(server.secret) or "/x")
     assert (status, json.loads(body)) == (404, {"error": "there is no such page"})
 
 
 def test_bodies_are_small_and_plain(server):
     def post(body, **headers):
-        return ask(server, "POST", f"/{server.secret}/label", body, origin(server) | headers)[0]
+        return request(server, "POST", f"/{server.secret}/label", body, origin(server) | headers)[0]
 
     assert post(b"x" * (LARGEST + 1)) == 413
     assert post(b" " * (LARGEST - 2) + b"{}") == 200
@@ -102,7 +102,7 @@ def test_bodies_are_small_and_plain(server):
 
 def test_errors_are_said(server):
     def post(what):
-        status, body, _ = ask(server, "POST", f"/{server.secret}/label", json.dumps({"id": what}), origin(server))
+        status, body, _ = request(server, "POST", f"/{server.secret}/label", json.dumps({"id": what}), origin(server))
         return status, json.loads(body)["error"]
 
     assert post("wrong") == (400, "a wrong id")
@@ -116,7 +116,7 @@ def test_who_says_nothing_holds_up_nobody(server):
             silent = stack.enter_context(socket.create_connection(("127.0.0.1", server.server_port)))
             silent.sendall(b"GET /")
         before = time.monotonic()
-        assert ask(server, "GET", f"/{server.secret}/")[0] == 200
+        assert request(server, "GET", f"/{server.secret}/")[0] == 200
         assert time.monotonic() - before < 5
 
 

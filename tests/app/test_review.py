@@ -56,7 +56,7 @@ def serving(photos):
         beside.finish()
 
 
-def ask(server, path, body=None):
+def request(server, path, body=None):
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
     origin = {"Origin": f"http://127.0.0.1:{server.server_port}"}
     connection.request("POST" if body else "GET", f"/{server.secret}/{path}", body and json.dumps(body), origin)
@@ -73,22 +73,22 @@ def state(photos):
 def test_captions_are_saved_and_all_are_taken_back(photos, capsys):
     before = state(photos)
     with serving(photos) as server:
-        status, dog = ask(server, "item?from=0")
+        status, dog = request(server, "item?from=0")
         assert (status, dog["text"], dog["file"], dog["there"]) == (200, "a dog", "a.txt", True)
         assert dog["digest"] == hashlib.sha256(b"a dog\n").hexdigest()
-        status, after = ask(server, "save", {"n": 0, "text": " a big dog \n\n on grass", "digest": dog["digest"]})
+        status, after = request(server, "save", {"n": 0, "text": " a big dog \n\n on grass", "digest": dog["digest"]})
         assert (status, after["text"]) == (200, "a big dog\non grass")
         assert (photos / "a.txt").read_bytes() == b"a big dog\non grass\n"
-        status, one = ask(server, "item?from=0&missing=1")
+        status, one = request(server, "item?from=0&missing=1")
         assert (status, one["n"], one["text"], one["there"]) == (200, 1, "", False)
-        assert ask(server, "save", {"n": 1, "text": "a cat", "digest": ""})[0] == 200
+        assert request(server, "save", {"n": 1, "text": "a cat", "digest": ""})[0] == 200
         assert (photos / "b.txt").read_bytes() == b"a cat\n"
-        assert ask(server, "item?from=0&contains=%C3%84FF")[1]["text"] == "ein Äffchen"
-        assert ask(server, "item?from=0&contains=C.PNG")[1]["text"] == "two\nlines"
-        assert ask(server, "item?from=0&step=-1&contains=a")[1]["n"] == 0
-        assert ask(server, "item?from=2&step=-1&contains=cat")[1]["n"] == 1
-        assert ask(server, "item?from=0&contains=zebra") == (404, {"error": "no image fits"})
-        assert ask(server, "image?n=0")[1][:3] == b"\xff\xd8\xff"
+        assert request(server, "item?from=0&contains=%C3%84FF")[1]["text"] == "ein Äffchen"
+        assert request(server, "item?from=0&contains=C.PNG")[1]["text"] == "two\nlines"
+        assert request(server, "item?from=0&step=-1&contains=a")[1]["n"] == 0
+        assert request(server, "item?from=2&step=-1&contains=cat")[1]["n"] == 1
+        assert request(server, "item?from=0&contains=zebra") == (404, {"error": "no image fits"})
+        assert request(server, "image?n=0")[1][:3] == b"\xff\xd8\xff"
     assert main(["caption", str(photos), "--undo"]) == 0
     assert "1 removed, 1 restored" in capsys.readouterr().err
     assert state(photos) == before
@@ -97,11 +97,11 @@ def test_captions_are_saved_and_all_are_taken_back(photos, capsys):
 def test_a_caption_that_was_created_is_taken_back_by_removing_it(photos):
     before = state(photos)
     with serving(photos) as server:
-        one = ask(server, "save", {"n": 1, "text": "a cat", "digest": ""})[1]
-        assert ask(server, "save", {"n": 1, "text": None, "digest": one["digest"]})[1]["there"] is False
+        one = request(server, "save", {"n": 1, "text": "a cat", "digest": ""})[1]
+        assert request(server, "save", {"n": 1, "text": None, "digest": one["digest"]})[1]["there"] is False
         assert state(photos) == before
-        there = ask(server, "item?from=0")[1]
-        status, answer = ask(server, "save", {"n": 0, "text": None, "digest": there["digest"]})  # not created here
+        there = request(server, "item?from=0")[1]
+        status, answer = request(server, "save", {"n": 0, "text": None, "digest": there["digest"]})  # not created here
         assert status == 400
         assert "is left as it is" in answer["error"]
     assert state(photos) == before
@@ -123,7 +123,7 @@ def test_a_caption_that_was_created_is_taken_back_by_removing_it(photos):
 def test_wrong_requests_change_nothing(photos, body, error):
     before = state(photos)
     with serving(photos) as server:
-        status, answer = ask(server, "save", body)
+        status, answer = request(server, "save", body)
         assert status == 400
         assert error in answer["error"]
     assert state(photos) == before
@@ -131,12 +131,12 @@ def test_wrong_requests_change_nothing(photos, body, error):
 
 def test_what_cannot_be_shown_or_edited_is_said(photos):
     with serving(photos) as server:
-        number = next(n for n in range(6) if ask(server, f"item?from={n}")[1]["name"].endswith("f.jpg"))
-        item = ask(server, f"item?from={number}")[1]
+        number = next(n for n in range(6) if request(server, f"item?from={n}")[1]["name"].endswith("f.jpg"))
+        item = request(server, f"item?from={number}")[1]
         assert item["problem"] == "f.txt is not UTF-8 text"
-        assert ask(server, "save", {"n": number, "text": "x", "digest": item["digest"]})[0] == 400
+        assert request(server, "save", {"n": number, "text": "x", "digest": item["digest"]})[0] == 400
         assert (photos / "f.txt").read_bytes() == b"\xff\xfe not text"
-        status, answer = ask(server, f"image?n={number - 1}")
+        status, answer = request(server, f"image?n={number - 1}")
         assert status == 404
         assert "not one of" in answer["error"]
 

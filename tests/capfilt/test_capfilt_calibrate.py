@@ -187,7 +187,7 @@ def test_a_sheet_of_other_texts_is_refused(drawn, run, tmp_path, capsys):
         audit.read(other, str(tmp_path / "l.csv"), 0.9)
 
 
-def ask(server, method, path, body=None, **headers):
+def request(server, method, path, body=None, **headers):
     """Status and body of a request to a page's server."""
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
     origin = {"Origin": f"http://127.0.0.1:{server.server_port}"} if method == "POST" else {}
@@ -214,12 +214,12 @@ def test_each_answer_is_saved_at_once(drawn, tmp_path):
     with serving(audit.judge(Run.open(str(tmp_path / "run")), 80, 0)) as server:
         ids = [row["id"] for row in csv.DictReader(sheet.open())]
         for i, answer in ((4, "y"), (2, "n"), (7, "s")):
-            status, body = ask(server, "POST", "label", json.dumps({"id": ids[i], "match": answer}))
+            status, body = request(server, "POST", "label", json.dumps({"id": ids[i], "match": answer}))
             assert (status, json.loads(body)) == (200, {"saved": ids[i]})
         rows = [(row["id"], row["match"]) for row in csv.DictReader(sheet.open())]
         assert rows[:3] == [(ids[4], "y"), (ids[2], "n"), (ids[7], "s")]
         assert sorted(i for i, _ in rows) == sorted(ids)
-        assert ask(server, "POST", "label", json.dumps({"id": ids[2], "match": ""}))[0] == 200  # undone
+        assert request(server, "POST", "label", json.dumps({"id": ids[2], "match": ""}))[0] == 200  # undone
         assert {row["id"]: row["match"] for row in csv.DictReader(sheet.open())}[ids[2]] == ""
         for wrong in (
             {"id": "x", "match": "y"},
@@ -227,8 +227,8 @@ def test_each_answer_is_saved_at_once(drawn, tmp_path):
             {"id": ids[0]},
             {"id": [1], "match": "y"},
         ):
-            assert ask(server, "POST", "label", json.dumps(wrong))[0] == 400
-        status, page = ask(server, "GET", "")
+            assert request(server, "POST", "label", json.dumps(wrong))[0] == 400
+        status, page = request(server, "GET", "")
         assert status == 200
         assert f'[["{ids[4]}", "y"], ["{ids[7]}", "s"]]'.encode() in page.replace(b"&#34;", b'"')
     assert audit.read_labels(sheet) == {ids[4]: True}

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from capfilt_crawl import annotations, crawl, jpeg, make_fake, scored, write_tar
-from test_capfilt_calibrate import ask, serving
+from test_capfilt_calibrate import request, serving
 
 from capfilt.report import inspect as inspecting
 from capfilt.select.choose import select, tables_of
@@ -112,12 +112,12 @@ def test_wrong_filters_are_said(run, filters):
 
 def test_over_http(run):
     with serving(inspecting.inspect(run)) as server:
-        status, page = ask(server, "GET", "")
+        status, page = request(server, "GET", "")
         assert status == 200
         assert b"img-src 'self' data:" in page.replace(b"&#39;", b"'")
-        status, body = ask(server, "GET", "cards?status=ok")
+        status, body = request(server, "GET", "cards?status=ok")
         card = json.loads(body)["cards"][0]
-        status, image = ask(server, "GET", f"image?pid={card['pid']}&row={card['row']}")
+        status, image = request(server, "GET", f"image?pid={card['pid']}&row={card['row']}")
         assert (status, image[:3]) == (200, b"\xff\xd8\xff")
         for wrong in (
             "pid=x&row=0",
@@ -126,8 +126,8 @@ def test_over_http(run):
             f"pid={card['pid']}",
             "pid=../../job.json&row=0",
         ):
-            assert ask(server, "GET", f"image?{wrong}")[0] == 404
-        assert ask(server, "GET", "cards?status=x")[0] == 400
+            assert request(server, "GET", f"image?{wrong}")[0] == 404
+        assert request(server, "GET", "cards?status=x")[0] == 400
 
 
 def test_in_the_browser(browser, run):

@@ -417,7 +417,7 @@ def test_a_command_takes_the_file_and_what_it_was_converted_to(tmp_path, capsys,
     assert matches[0] == matches[1]
     with pytest.raises(SystemExit):
         cli.main(["match", "p.png", "w3", "--model", "theirs"])
-    assert "is a Captioner and cannot compare texts with images" in capsys.readouterr().err
+    assert "a captioning model cannot match texts with images; load one of recipes.retrieval" in capsys.readouterr().err
 
 
 # The page -------------------------------------------------------------------------------------------------------------

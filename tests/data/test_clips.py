@@ -157,7 +157,7 @@ def test_large_frames_are_refused_unread(tmp_path):
 
 def test_without_pyav_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(DataError, match=r"videos need PyAV .*pip install 'openblip\[video\]'"):
+    with pytest.raises(DataError, match=r"videos need PyAV .*pip install 'av>=14'"):
         read_frames(tmp_path / "a.mp4", 4, LIMIT)
 
 

@@ -120,12 +120,12 @@ def test_overlay_is_hot_where_the_map_is():
     assert made.size == (64, 64)
 
 
-def test_stop_words_are_not_shown(features, photos):  # noqa: F811
-    explanation = explain(features, photos[0], "the W3 on a zebra.", layer=0)
+def test_stop_words_are_not_shown(model, tokenizer, tokens):  # noqa: F811
+    explanation = explain(model, tokenizer, tokens[:1], "the W3 on a zebra.", layer=0)
     assert [explanation.words[i] for i in explain_command.shown_words(explanation)] == ["w3", "zebra"]
     panels = explain_command.images(Image.new("RGB", (32, 32)), explanation)
     assert [name for name, _ in panels] == ["the image", "the whole text", "w3", "zebra"]
-    nothing_else = explain(features, photos[0], "on the", layer=0)
+    nothing_else = explain(model, tokenizer, tokens[:1], "on the", layer=0)
     assert explain_command.shown_words(nothing_else) == [0, 1]
 
 
