@@ -34,7 +34,8 @@ class Review:
         """Render the page, which asks for one image after the other."""
         return html.page(
             "review.html", title="Review captions",
-            lead="One image at a time; each change is saved at once in the file beside the image.", scripts=("review.js",),
+            lead="One image at a time; each change is saved at once in the file beside the image.",
+            scripts=("review.js",),
             allow={"connect-src": "'self'", "img-src": "'self' data:"}, count=len(self.paths),
         )  # fmt: skip
 
