@@ -33,7 +33,7 @@ class ImageToText:
 
     def __init__(self, model: Loaded) -> None:
         """ValueError if the model cannot caption."""
-        model._require("caption")
+        model.require("caption")
         self.model = model
 
     @overload
@@ -79,7 +79,7 @@ class VisualQuestionAnswering:
 
     def __init__(self, model: Loaded) -> None:
         """ValueError if the model cannot answer questions."""
-        model._require("answer")
+        model.require("answer")
         self.model = model
 
     def __call__(

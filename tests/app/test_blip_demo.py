@@ -210,7 +210,7 @@ HOSTILE = {
     "nothing": (b"", "empty"),
     "noise": (os.urandom(2000), "not one of JPEG"),
     "half an image": (png(1)[:-40], "cannot be used"),
-    "a TIFF": (encoded((4, 4), "TIFF"), "TIFF"),
+    "a PSD": (b"8BPS" + bytes(100), "Photoshop"),
     "an SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'><script>1</script></svg>", "XML or SVG"),
     "6 MB": (png(1) + b"\0" * 6_000_000, "more than the limit of 5,242,880"),
     "21 million pixels": (encoded((7000, 3000)), "more than the limit of 20,000,000"),

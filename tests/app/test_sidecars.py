@@ -53,7 +53,7 @@ def stub(chosen, config):
 
     def describe(read):
         time.sleep(float(os.environ.get("SLEEP", "0")))
-        return [[SimpleNamespace(words=text) for text in words(image.digest, config.num)] for image in read]
+        return [[SimpleNamespace(text=text) for text in words(image.digest, config.num)] for image in read]
 
     return loaded, describe
 

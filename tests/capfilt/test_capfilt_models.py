@@ -256,6 +256,7 @@ def test_each_process_of_a_launcher_takes_its_own_gpu(models, gpus, monkeypatch,
     made = []
     monkeypatch.setattr(BlipScorer, "__init__", lambda self, *_: made.append(_[-1]) or setattr(self, "facts", {}))
     monkeypatch.setattr("capfilt.score.models.checkpoint.from_pretrained", lambda *_, **__: (None, None))
+    monkeypatch.setattr("capfilt.score.models.checkpoint.trained_on", lambda where: ())
     monkeypatch.setattr("capfilt.score.models.resolve", lambda config: {"captioner": None, "filter": "x"})
     BlipScorer.load(ScoreConfig(filter="x"), option)
     assert made == [device]

@@ -19,6 +19,12 @@ from capfilt.store.identity import sample_id
 from capfilt.verify import verify
 
 
+READ_ALL_THE_SAME = {
+    "pillow_ded2d7_png_decompression_dos.png",  # its metadata is not unpacked
+    "pillow_e3f68b_truncated_jpeg.jpg",  # it lacks nothing but its end marker
+}
+
+
 class Planted(FakeScorer):
     """A filter that knows where captions were planted."""
 
@@ -42,7 +48,7 @@ def whole(real_data, tmp_path_factory):
     many = dataclasses.replace(HERE, max_error_rate=1.0)  # two thirds of them are broken
     run = scored(folder / "in", folder / "run", 64, many, lambda run: Planted(0, 1, "enc"))
     select(run, "half", SelectConfig())
-    export(run, "half", "wds", str(folder / "out"))
+    export(run, "half", "wds", str(folder / "out"), by_format=True)
     return samples, run, folder / "out"
 
 
@@ -60,7 +66,7 @@ def test_every_image_is_used_or_refused_with_its_reason(whole):
             refused[row["status"]] += 1
             assert row["error_code"], record
             assert row["syn_text"] == []
-        elif record["file"] != "pillow_ded2d7_png_decompression_dos.png":  # its metadata is not unpacked
+        elif record["file"] not in READ_ALL_THE_SAME:
             assert record["outcome"].startswith("ok"), record
     assert refused["decode_error"] > 100
     assert refused["truncated"] > 5
@@ -91,7 +97,7 @@ def test_verify_notices_any_changed_byte(whole):
     _, run, out = whole
     assert verify(run.where).status() == 0
     part = run.storage.path(f"parts/{run.plan[0].pid[:2]}/{run.plan[0].pid}.parquet")
-    for path in (part, out / "00000.tar", run.storage.path("selections/half/texts.parquet")):
+    for path in (part, out / "png/00000.tar", run.storage.path("selections/half/texts.parquet")):
         content = path.read_bytes()
         middle = len(content) // 2
         path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
