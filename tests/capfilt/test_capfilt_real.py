@@ -18,7 +18,6 @@ from capfilt.select.policies import SelectConfig
 from capfilt.store.identity import sample_id
 from capfilt.verify import verify
 
-
 READ_ALL_THE_SAME = {
     "pillow_ded2d7_png_decompression_dos.png",  # its metadata is not unpacked
     "pillow_e3f68b_truncated_jpeg.jpg",  # it lacks nothing but its end marker
