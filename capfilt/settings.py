@@ -188,9 +188,11 @@ class ReportOptions:
     per_group: int = 12
     """Images per group."""
     no_blur: bool = False
-    """Show images at once instead of blurring them until pointed at (nobody has reviewed them yet)."""
+    """Show images at once instead of blurring them until a click (nobody has reviewed them yet)."""
     to: str | None = None
     """Folder to write the page to (default: report/NAME in the run)."""
+    title: str | None = None
+    """Title of the page (default: how many images came in and how many texts are kept)."""
 
 
 def resolve(config: ScoreConfig) -> dict[str, Any]:

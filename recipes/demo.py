@@ -16,19 +16,22 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from PIL import Image
 
 from blip import files
-from blip.app import page
+from blip.app import html
+from blip.app.html import Figure, PageTable, Section, charts
+from blip.app.html.charts import Estimate
 from blip.checkpoints import checkpoint
 from blip.data.settings import SourceConfig
 from blip.world.judge import grade as grade_captions
 from blip.world.judge import judge
 from blip.world.scene import scene_of
+from capfilt.calibrate.audit import wilson
 from capfilt.calibrate.grade import Kind, grade
 from capfilt.run import Run as Job
 from eval.retrieval import Gallery, rank
@@ -54,11 +57,14 @@ AGAIN = "_bootstrapped"
 """Suffix of the second model's scores."""
 SELECTION, THRESHOLD = "kept", 0.5
 """Name of CapFilt's selection, and the lowest P(match) of the texts in it."""
+TIMES = "times.json"
+"""Seconds spent in each stage by all starts."""
 
 
 def demo(run: PretrainRun) -> dict[str, Any]:
     """Run the demo and write the page; returns the contents of results.json, scores in percent except `filter_auc`."""
-    out, clock = Path(run.out), Stopwatch()
+    out = Path(run.out)
+    clock = Stopwatch(out / TIMES)
     with clock.part("pictures"):
         draw(run.world)
     run = dataclasses.replace(run, world=None)
@@ -95,25 +101,30 @@ def demo(run: PretrainRun) -> dict[str, Any]:
         captions = json.loads((rewriter.parent / "captions-test.json").read_text())
         cards = _cards(run, {one["image_id"]: one["caption"] for one in captions}, gallery, ranked)
     scores |= {f"seconds_{name}": seconds for name, seconds in clock.seconds.items()} | {"seconds": clock.total()}
-    page.write(out / "report.html", _page(out, scores, kinds, cards, run))
+    files.write_bytes(out / "report.html", _page(out, scores, kinds, cards, run, len(captions)).encode())
     files.write_bytes(out / "results.json", (json.dumps(scores, indent=1) + "\n").encode())
     return scores
 
 
 class Stopwatch:
-    """Seconds spent in each stage."""
+    """Seconds spent in each stage, summed over all starts, in a file; a killed start loses those of its last stage."""
 
-    def __init__(self) -> None:
-        self.start, self.seconds = time.monotonic(), {}
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_bytes()) if path.exists() else {}
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         start = time.monotonic()
-        yield
-        self.seconds[name] = time.monotonic() - start
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            files.replace_file(self.path, (json.dumps(self.seconds, indent=1) + "\n").encode())
 
     def total(self) -> float:
-        return time.monotonic() - self.start
+        return sum(self.seconds.values())
 
 
 # Stages ---------------------------------------------------------------------------------------------------------------
@@ -178,23 +189,26 @@ def truth_of_synthetic(job: Job) -> dict[str, float]:
 # The page -------------------------------------------------------------------------------------------------------------
 
 
-def _cards(run: PretrainRun, captions: dict[str, str], gallery: Gallery, ranked: list[list[int]]) -> list[page.Card]:
+def _cards(run: PretrainRun, captions: dict[str, str], gallery: Gallery, ranked: list[list[int]]) -> list[html.Card]:
     path = Path(run.held_out.source.path)
     rows = json.loads(path.read_text())[: min(SHOWN, len(captions))]
     return [
-        page.Card(
-            Image.open(path.parent / row["image"]),
-            page.JudgedText(
-                captions[row["image_id"]], judge(scene_of(row["image_id"]), captions[row["image_id"]]).true
-            ),
-            [page.JudgedText(gallery.texts[t], gallery.image_of_text[t] == i) for t in ranked[i]],
-            row["caption"][0],
+        html.Card(
+            html.thumbnail(Image.open(path.parent / row["image"])),
+            row["image_id"],
+            [
+                html.Line(captions[row["image_id"]], "caption",
+                          judge(scene_of(row["image_id"]), captions[row["image_id"]]).true),
+                *(html.Line(gallery.texts[t], "" if n else "texts ranked first", gallery.image_of_text[t] == i)
+                  for n, t in enumerate(ranked[i])),
+            ],
         )
         for i, row in enumerate(rows)
-    ]
+    ]  # fmt: skip
 
 
-SIDES = (("the crawl as it is", ""), ("after CapFilt", AGAIN))
+BEFORE_AFTER = ("crawl as it is", "after CapFilt")
+SIDES = (("the crawl as it is", ""), (BEFORE_AFTER[1], AGAIN))
 
 
 def _recalls(scores: dict[str, Any]) -> list[list[str | float]]:
@@ -210,24 +224,46 @@ def _captions(scores: dict[str, Any]) -> list[list[str | float]]:
     return [[side, *(scores[f"{name}{again}"] for name in COMPARED)] for side, again in SIDES]
 
 
-def _page(out: Path, scores: dict[str, Any], kinds: dict[str, Kind], items: list[page.Card], run: PretrainRun) -> str:
-    def curves(folder: Path) -> str:
+def _page(out: Path, scores: dict[str, Any], kinds: dict[str, Kind], items: list[html.Card], run: PretrainRun,
+          tested: int) -> str:  # fmt: skip
+    def curves(name: str, folder: Path) -> Markup:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         logged = [line for line in lines if "losses" in line]
         names = {"itc": "ITC, contrastive", "itm": "ITM, matching", "lm": "LM, captioning"}
-        return page.curves({t: [(one["step"], one["losses"][name]) for one in logged] for name, t in names.items()})
+        return charts.curves(name, {t: [(one["step"], one["losses"][n]) for one in logged] for n, t in names.items()})
 
+    changes = _changes(scores, kinds, tested)
+    (right, kept), *_ = changes.values()
     synthetic = (
         f" Of the synthetic texts, {scores['synthetic_true']:.0f}% are true in every word; of those that the filter "
         f"keeps, {scores['synthetic_true_kept']:.0f}%."
         if "synthetic_true_kept" in scores
         else ""
     )
-    link = escape(f"capfilt/report/{SELECTION}/report.html")
-    return page.page(
-        "BLIP on the synthetic world",
-        [
-            (
+    return html.page(
+        "sections.html",
+        title=f"Right web texts {right.value:.0f}% → {kept.value:.0f}%",
+        kind="BLIP on the synthetic world",
+        lead="A model learned from a noisy crawl, became a captioner and a filter and cleaned the crawl with CapFilt; "
+        "a new model learned from the result.",
+        figures=[Figure(f"{after.value:.1f}%", name, f"{before.value:.1f}% with the crawl as it is")
+                 for name, (before, after) in changes.items()],
+        sections=[
+            Section(
+                "Before and after",
+                f"With 95% intervals. {scores['web_right']:.0f}% of the web texts were right, and "
+                f"{scores['web_right_kept']:.0f}% of those that were kept.{synthetic} Recall is how often, among "
+                "held-out images, the text ranked first for an image, or the image ranked first for a text, is right.",
+                [charts.slope(name, *ends, BEFORE_AFTER, high=100, digits=1) for name, ends in changes.items()],
+                is_narrow=True,
+            ),
+            Section(
+                "Captions and retrieval on unseen images",
+                "The second captioner's text, and the three texts that the second model ranks first, each marked right "
+                "or wrong.",
+                cards=items,
+            ),
+            Section(
                 "What was done",
                 f"A model of size {run.model.size} was pre-trained from random weights on a crawl of images with web "
                 "texts, most of them wrong, and on some images with human captions. On the latter it was fine-tuned "
@@ -235,41 +271,56 @@ def _page(out: Path, scores: dict[str, Any], kinds: dict[str, Kind], items: list
                 "kept the web text if the filter accepted it, and otherwise the synthetic caption if the filter "
                 "accepted that. A second model was pre-trained from the same random weights on the texts kept and on "
                 f"the images with human captions, for the same {scores['steps']} steps of "
-                f"{run.train.batch_size} pairs. Total time: {scores['seconds']:.0f} seconds.",
-                "",
+                f"{run.train.batch_size} pairs. All starts together took {scores['seconds']:,.0f} seconds.",
+                link=("CapFilt's report: every row and text accounted for, and images with the texts kept and why",
+                      f"capfilt/report/{SELECTION}/report.html"),
             ),
-            (
-                "What CapFilt did to the crawl",
-                f"{scores['web_right']:.0f}% of the web texts were right, and {scores['web_right_kept']:.0f}% of those "
-                f"that were kept.{synthetic} ROC AUC is the probability that the filter scores a right text above a "
-                "wrong one.",
-                page.table(world_capfilt.fates(kinds), world_capfilt.FATES)
-                + f'<p><a href="{link}">CapFilt\'s report</a>: every row and text accounted for, and images with '
-                "the texts kept and why.</p>",
+            Section(
+                "The three losses",
+                "Means over log windows. The two charts cannot be compared: the texts differ.",
+                [curves("On the crawl as it is", out / "noisy"), curves("After CapFilt", out)],
             ),
-            (
-                "Retrieval among held-out images, recall in percent",
+        ],
+        tables=[
+            PageTable(
+                "Web texts by kind", list(world_capfilt.FATES), world_capfilt.fates(kinds),
+                "ROC AUC is the probability that the filter scores a right text above a wrong one.",
+            ),
+            PageTable(
+                "Retrieval among held-out images, recall in percent", ["direction", "R@1", "R@5", "R@10"],
+                _recalls(scores),
                 "How often a right one is among the first 1, 5 or 10, before and after the matching head re-ranks.",
-                page.table(_recalls(scores), ["", "R@1", "R@5", "R@10"]),
             ),
-            (
+            PageTable(
                 "Captions of held-out images, greedy, percent",
+                ["captioner", "CIDEr", "claims true", "claims made", "captions true"], _captions(scores),
                 "By a captioner fine-tuned from each model, on human captions for the same number of steps. CIDEr "
                 "compares with five reference captions. Every claim about shape, colour, size, place, relation, count "
                 "and background is checked against the scene: the share of claims made that are true, the share of "
                 "possible claims that were made, and the share of captions that say nothing false.",
-                page.table(_captions(scores), ["", "CIDEr", "claims true", "claims made", "captions true"]),
-            ),
-            ("The three losses on the crawl as it is", "Means over log windows.", curves(out / "noisy")),
-            ("The three losses after CapFilt", "Not comparable with the curves above: the texts differ.", curves(out)),
-            (
-                "Captions and retrieval on unseen images",
-                "The second captioner's text, and the three texts that the second model ranks first, each marked right "
-                "or wrong.",
-                page.cards(items),
             ),
         ],
-    )
+    )  # fmt: skip
+
+
+def _changes(scores: dict[str, Any], kinds: dict[str, Kind], tested: int) -> dict[str, tuple[Estimate, Estimate]]:
+    """Shares in percent before and after CapFilt, with 95% intervals; `tested` is the number of held-out images.
+
+    The intervals count each image once, so that of text-to-image recall, with several texts of an image, is wide.
+    """
+    texts = [sum(kinds[name][which] for name in ("right", "wrong") if name in kinds) for which in (0, 1)]
+    changes = {
+        "Right web texts": (_estimate(scores["web_right"], texts[0]), _estimate(scores["web_right_kept"], texts[1]))
+    }
+    for name, column in (("Recall, image to text", "tr@1"), ("Recall, text to image", "ir@1"),
+                         ("Captions without a false claim", "all_true")):  # fmt: skip
+        changes[name] = (_estimate(scores[column], tested), _estimate(scores[f"{column}{AGAIN}"], tested))
+    return changes
+
+
+def _estimate(percent: float, count: int) -> Estimate:
+    low, high = wilson(percent / 100, max(1, count))
+    return Estimate(percent, 100 * low, 100 * high)
 
 
 def main() -> None:

@@ -361,7 +361,7 @@ def _explain_tab(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
 
         def show(path: str | None, words: str) -> tuple[str, list[tuple[Image.Image, str]]]:
             chance, shown = demo.explain_match(path, words)
-            sentence = f"<p>Probability of a match: {100 * chance:.1f}%. Red is evidence for it, blue is none.</p>"
+            sentence = f"<p>Probability of a match: {100 * chance:.1f}%. Orange is evidence for it, grey is none.</p>"
             return sentence, [(image, word) for word, image in shown]
 
         for start in (button.click, text.submit):

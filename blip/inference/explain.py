@@ -21,8 +21,10 @@ from blip.nn.context import Context, by_head
 from blip.nn.text import TextPass
 from blip.tokenizer import Tokenizer
 
-_STOPS = ((0, 0, 96), (0, 64, 255), (0, 224, 224), (255, 232, 0), (224, 0, 0))
-"""Colours from no evidence to the most."""
+HUE = (232, 93, 4)
+"""Colour of evidence: an orange that is as different from grey to those who do not see red or green."""
+_MOST = 0.85
+"""Opacity of the colour where the evidence is strongest."""
 
 
 @dataclass(frozen=True)
@@ -138,17 +140,7 @@ def _words(tokenizer: Tokenizer, text: str, max_tokens: int) -> tuple[list[str],
 
 
 def overlay(image: Image.Image, heat: Tensor, strongest: float) -> Image.Image:
-    """Colour an image by a map (G, G), from blue for no evidence to red for `strongest`."""
-    grey = (heat / max(strongest, 1e-12)).clamp(0, 1).mul(255).round().to(torch.uint8).numpy()
-    smooth = Image.fromarray(grey).resize(image.size, Image.Resampling.BICUBIC)
-    table = [_colour(level)[channel] for channel in range(3) for level in range(256)]
-    coloured = Image.merge("RGB", (smooth, smooth, smooth)).point(table)
-    return Image.blend(image.convert("RGB"), coloured, 0.5)
-
-
-def _colour(level: int) -> tuple[int, int, int]:
-    position = level / 255 * (len(_STOPS) - 1)
-    below = min(int(position), len(_STOPS) - 2)
-    share = position - below
-    low, high = _STOPS[below], _STOPS[below + 1]
-    return tuple(round(a + share * (b - a)) for a, b in zip(low, high, strict=True))
+    """Colour an image in grey by a map (G, G): one hue, clear where there is no evidence, opaque at `strongest`."""
+    opacity = (heat / max(strongest, 1e-12)).clamp(0, 1).mul(255 * _MOST).round().to(torch.uint8).numpy()
+    mask = Image.fromarray(opacity).resize(image.size, Image.Resampling.BICUBIC)
+    return Image.composite(Image.new("RGB", image.size, HUE), image.convert("L").convert("RGB"), mask)

@@ -8,11 +8,11 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 import numpy as np
 
+from blip.app import html
 from blip.data.formats.csv_rows import csv_rows
 from capfilt.run import Run
 from capfilt.select.choose import Whole, scored_parts
@@ -93,16 +93,15 @@ def _page(run: Run, drawn: Sequence[dict]) -> str:
     from capfilt.select.policies import SelectConfig
 
     cards = Cards(run, SelectConfig(), Whole(Copies()))
-    rows = "".join(
-        f"<tr><td>{cards.image(*entry['at'])}</td><td><code>{entry['id']}</code><p>{escape(entry['text'][:500])}</p></td></tr>"
-        for entry in drawn
-    )
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    style = "body{font:15px system-ui;margin:24px}td{padding:8px}"
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
-        f'content="{policy}"><title>Audit</title><style>{style}</style>'
-        f"</head><body><h1>Does the text say what the image shows?</h1><table>{rows}</table></body></html>\n"
+    items = [
+        html.Card(cards.image(*entry["at"]), entry["id"], [html.Line(entry["text"])], entry["id"]) for entry in drawn
+    ]
+    return html.page(
+        "audit.html",
+        title="Does the text say what the image shows?",
+        kind=f"CapFilt audit · {run.where}",
+        lead="Write y or n into the column match of audit.csv, in the row with the id of the card.",
+        cards=items,
     )
 
 

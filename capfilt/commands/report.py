@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 from blip.options import argument, flat
@@ -25,5 +26,9 @@ def run(options: ReportVerb) -> int:
     from capfilt.report.write import report
     from capfilt.run import Run
 
-    print(report(Run.open(options.run), options.page))
+    run = Run.open(options.run)
+    page = report(run, options.page)
+    if run.config.scorer == "fake":
+        print("note: the scores are made up (--scorer fake): the report is a rehearsal", file=sys.stderr)
+    print(page)
     return DONE

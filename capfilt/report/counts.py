@@ -13,15 +13,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from capfilt.report import steps
 from capfilt.run import Part, Run
 from capfilt.schema import USABLE
 from capfilt.select.choose import Whole, scored_parts, select_part
-from capfilt.select.policies import SelectConfig
+from capfilt.select.policies import SPARED, SYN, WEB, SelectConfig
 from capfilt.settings import ReportOptions
 from capfilt.store.parts import facts_of, name_of
 
 BINS = 200
 """Number of threshold steps; histograms have one more bin, for scores of exactly 1."""
+EDGE = 0.05
+"""Scores this near to the threshold are on the edge."""
 _COLUMNS = [
     "sample_id", "source_uri", "source_row", "status", "error_code", "web_text", "web_text_norm", "syn_text", "itm_web",
     "itm_syn", "rule_flags", "device", "seconds",
@@ -43,6 +46,12 @@ class Numbers:
     histogram: dict[str, np.ndarray] = field(
         default_factory=lambda: {k: np.zeros(BINS + 1, np.int64) for k in ("web", "syn")}
     )
+    unscored: Counter = field(default_factory=Counter)
+    """Number of texts without a score by source."""
+    thresholds: list[float] | None = None
+    """Thresholds of the slider; None if the selection has no one threshold to move."""
+    kept_at: dict[str, np.ndarray] = field(default_factory=dict)
+    """Number of texts by source that the selection keeps at each of `thresholds`."""
     captions: dict[str, Counter] = field(default_factory=lambda: {k: Counter() for k in ("web", "syn")})
     forgotten: bool = False
     texts: Counter = field(default_factory=Counter)
@@ -52,26 +61,25 @@ class Numbers:
     flags: Counter = field(default_factory=Counter)
     seconds: Counter = field(default_factory=Counter)
     examples: dict[str, list[tuple[Any, str, int]]] = field(default_factory=dict)
-    """Example images by group, as (order, part, row), ordered by a hash or by score."""
+    """Example images by group of `report.page`, as (order, part, row), ordered by a hash or by score."""
 
 
 def gather(run: Run, config: SelectConfig, whole: Whole, options: ReportOptions) -> Numbers:
     """Read every part once."""
-    numbers = Numbers()
+    numbers = Numbers(thresholds=steps.thresholds(config))
     done = scored_parts(run)
     for part in done:
         table = run.parts.read(part.pid, _COLUMNS)
         chosen = select_part(run, part, config, whole, numbers.account)
         _count(numbers, table, chosen)
-        _collect(numbers, part, table, chosen, options.per_group)
+        _count_steps(numbers, chosen, config)
+        _collect(numbers, part, table, chosen, config, options.per_group)
     _collect_repeated(run, done, numbers, options.per_group)
     return numbers
 
 
 def _count(numbers: Numbers, table: pa.Table, chosen: pa.Table) -> None:
-    for column, counter in (("error_code", numbers.codes), ("device", None)):
-        if counter is not None:
-            counter.update(v for v in table[column].to_pylist() if v)
+    numbers.codes.update(code for code in table["error_code"].to_pylist() if code)
     numbers.flags.update(pc.list_flatten(table["rule_flags"]).to_pylist())
     device = table["device"][0].as_py()
     numbers.seconds[device] += pc.sum(table["seconds"]).as_py() or 0.0
@@ -95,6 +103,21 @@ def _count(numbers: Numbers, table: pa.Table, chosen: pa.Table) -> None:
             numbers.forgotten = True
 
 
+def _count_steps(numbers: Numbers, chosen: pa.Table, config: SelectConfig) -> None:
+    """Count what each threshold of the slider keeps."""
+    source = np.asarray(chosen["text_source"].to_pylist(), dtype=object)
+    numbers.unscored.update(source[np.asarray(pc.is_null(chosen["score"]))].tolist())
+    if numbers.thresholds is None:
+        return
+    spans = steps.ranges(chosen, config, numbers.thresholds)
+    if spans is None:
+        numbers.thresholds, numbers.kept_at = None, {}
+        return
+    for name in set(source.tolist()):
+        kept = steps.counts(spans, source == name, len(numbers.thresholds))
+        numbers.kept_at[name] = numbers.kept_at.get(name, 0) + kept
+
+
 def _add_counts(counter: Counter, counts: pa.StructArray) -> None:
     for value, n in zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True):
         counter[value] += n
@@ -103,7 +126,7 @@ def _add_counts(counter: Counter, counts: pa.StructArray) -> None:
 # Examples -------------------------------------------------------------------------------------------------------------
 
 
-def _collect(numbers: Numbers, part: Part, table: pa.Table, chosen: pa.Table, most: int) -> None:
+def _collect(numbers: Numbers, part: Part, table: pa.Table, chosen: pa.Table, config: SelectConfig, most: int) -> None:
     """Offer the part's rows to the groups that they belong to, ordered by their ids, which is as good as random."""
     n = len(table)
     order = [int(i[:12], 16) for i in table["sample_id"].to_pylist()]
@@ -111,26 +134,31 @@ def _collect(numbers: Numbers, part: Part, table: pa.Table, chosen: pa.Table, mo
     score = chosen["score"].to_numpy(zero_copy_only=False)
     source = np.asarray(chosen["text_source"].to_pylist(), dtype=object)
     reason = np.asarray(chosen["reason"].to_pylist(), dtype=object)
-    has, keeps = {}, {}
+    fits = kept | np.isin(reason.astype(str), SPARED)
+    has, fitting = {}, {}
     for kind, mine in (("web", source != "syn"), ("syn", source == "syn")):
-        has[kind], keeps[kind] = np.zeros(n, bool), np.zeros(n, bool)
+        has[kind], fitting[kind] = np.zeros(n, bool), np.zeros(n, bool)
         has[kind][row[mine]] = True
-        keeps[kind][row[mine & kept]] = True
+        fitting[kind][row[mine & fits]] = True
     status = np.asarray(table["status"].to_pylist(), dtype=object)
     usable = np.isin(status.astype(str), USABLE)
-    both = usable & has["web"]
-    for web, syn, name in (
-        (True, True, "both texts kept"),
-        (False, True, "web text dropped, synthetic kept"),
-        (True, False, "web text kept, synthetic dropped"),
-        (False, False, "both texts dropped"),
+    both = usable & has["web"] & has["syn"]
+    for name, mine in (
+        ("caption", both & ~fitting["web"] & fitting["syn"]),
+        ("both", both & fitting["web"] & fitting["syn"]),
+        ("web", both & fitting["web"] & ~fitting["syn"]),
+        ("neither", both & ~fitting["web"] & ~fitting["syn"]),
+        ("web alone", usable & has["web"] & ~has["syn"] & fitting["web"]),
+        ("no web", usable & has["web"] & ~has["syn"] & ~fitting["web"]),
     ):
-        _offer(numbers, name, np.flatnonzero(both & (keeps["web"] == web) & (keeps["syn"] == syn)), order, part, most)
-    edge = np.abs(np.nan_to_num(score, nan=9) - 0.5) < 0.05
-    _offer(numbers, "borderline: a score within 0.05 of one half", np.unique(row[edge]), order, part, most)
+        _offer(numbers, name, np.flatnonzero(mine), order, part, most)
+    if config.column == "itm" and config.policy not in ("rank-k", "fraction"):
+        least = np.where(source == "syn", config.threshold(SYN), config.threshold(WEB))
+        edge = np.abs(np.nan_to_num(score, nan=9) - least) < EDGE
+        _offer(numbers, "edge", np.unique(row[edge]), order, part, most)
     by_rule = np.array([r.startswith("rule ") for r in reason], dtype=bool)
-    _offer_scored(numbers, "best scores that a rule dropped", row, -score, by_rule, part, most)
-    _offer_scored(numbers, "lowest scores that are kept", row, score, kept & ~np.isnan(score), part, most)
+    _offer_scored(numbers, "lowest", row, score, kept & ~np.isnan(score), part, most)
+    _offer_scored(numbers, "rules", row, -score, by_rule, part, most)
     for name in set(status[~usable].tolist()):
         _offer(numbers, f"status {name}", np.flatnonzero(status == name), order, part, most)
 
@@ -163,7 +191,7 @@ def _collect_repeated(run: Run, done: list[Part], numbers: Numbers, most: int) -
         examples += [(i, part.pid, i) for i, row in enumerate(texts) if caption in (row or [])]
         if len(examples) >= most:
             break
-    numbers.examples["images with the most common synthetic caption"] = examples[:most]
+    numbers.examples["commonest"] = examples[:most]
 
 
 # The result -----------------------------------------------------------------------------------------------------------
@@ -183,6 +211,9 @@ def summary(run: Run, config: SelectConfig, numbers: Numbers) -> dict[str, Any]:
         "rows_planned": run.rows,
         "settings": dataclasses.asdict(config),
         **{key: dict(sorted(counts.items())) for key, counts in numbers.account.items()},
+        "without_score": dict(sorted(numbers.unscored.items())),
+        "thresholds": numbers.thresholds,
+        "kept_at": {kind: counts.tolist() for kind, counts in sorted(numbers.kept_at.items())},
         "error_codes": dict(numbers.codes.most_common()),
         "rule_flags": dict(numbers.flags.most_common()),
         "histogram": {kind: counts.tolist() for kind, counts in numbers.histogram.items()},

@@ -1,118 +1,192 @@
-"""The page of a report: one file that loads nothing and can be read without scripts.
-
-Texts of a crawl are hostile: everything is escaped, and the page's own policy forbids all but its own script.
-"""
+"""The page of a report: what came in, what is kept at this and at other thresholds, and images with their texts."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
 import json
+import shlex
 from collections import Counter, defaultdict
-from html import escape
-from typing import Any
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from blip.app.page import STYLE
+from blip.app import html
+from blip.app.html import Figure, PageTable, charts
 from blip.data.images import model_input, small
-from capfilt import __version__
 from capfilt.reading import Reader
-from capfilt.report.counts import BINS, Numbers, ReportOptions
+from capfilt.report import steps
+from capfilt.report.counts import BINS, EDGE, Numbers, ReportOptions
 from capfilt.run import Run
-from capfilt.schema import USABLE
+from capfilt.schema import FAULTS, USABLE
 from capfilt.select.choose import Whole, select_part
 from capfilt.select.policies import SelectConfig
 
 _LIMIT = 4_500_000
 """Most bytes of images and texts on the page, so that all of it stays under 5 MB."""
-_SIDE, _LONGEST = 160, 240
-_DROPS = ("rules", "duplicates", "duplicate_bits", "contamination", "shared", "human")
+_SIDE, _LONGEST = 224, 240
+_DROPS = ("only", "rules", "duplicates", "duplicate_bits", "contamination", "shared", "human")
 """Settings of a selection that drop texts whatever its policy says."""
-_MORE = """
-.card img{height:160px;object-fit:contain;background:#f1f5f9}.blur img{filter:blur(9px)}.blur img:hover,
-body:has(#clear:checked) .blur img{filter:none}.text{margin:6px 0;padding:4px 8px;border-left:4px solid #94a3b8;
-overflow-wrap:anywhere}.text.kept{border-color:#059669;background:#ecfdf5}.text.dropped{border-color:#dc2626;
-background:#fef2f2}.why{display:block;font-size:12px;color:#475569}.from{font-size:11px;color:#64748b;
-overflow-wrap:anywhere}.kept b{color:#047857}.dropped b{color:#b91c1c}.bar{display:inline-block;height:10px;
-background:#94a3b8;vertical-align:middle}.num td+td,.num th+th{text-align:right;font-variant-numeric:tabular-nums}
-.warn{background:#fffbeb;border:1px solid #f59e0b;padding:8px 12px;border-radius:6px}
-.side{display:flex;flex-wrap:wrap;gap:8px 40px;align-items:flex-start}h3{font-size:15px;margin:20px 0 6px}
-#slider{width:100%;max-width:560px}code{overflow-wrap:anywhere}
-"""
-_SCRIPT = """
-const data=JSON.parse(document.getElementById('histogram').textContent);
-const slider=document.getElementById('slider'),out=document.getElementById('counts');
-const n=x=>x.toLocaleString('en');
-function show(){const t=+slider.value;const parts=[];let pairs=0;
-for(const kind of ['web','syn']){const h=data[kind],all=h.reduce((a,b)=>a+b,0);
-const kept=h.slice(t).reduce((a,b)=>a+b,0);pairs+=kept;
-const share=all?' ('+(100*kept/all).toFixed(1)+'%)':'';
-parts.push(kind+' '+n(kept)+' of '+n(all)+share);}
-out.textContent='P(match) of at least '+(t/200).toFixed(3)+' keeps '+n(pairs)+' texts: '+parts.join(', ');
-document.getElementById('mark').setAttribute('x',44+t/200*508);}
-slider.addEventListener('input',show);document.getElementById('needs-script').hidden=false;show();
-"""
+_SHOWN = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99)
+"""Thresholds in the table."""
+SOURCES = {"web": "web texts", "syn": "generated captions", "human": "human captions"}
+ONE = {"web": "web text", "syn": "generated caption", "human": "human caption"}
+GROUPS = {
+    "caption": ("The web text was wrong", "The filter rejects the web text and accepts the generated caption."),
+    "both": ("Both fit", "The filter accepts the web text and the generated caption."),
+    "web": ("The caption was wrong", "The filter accepts the web text and rejects the generated caption."),
+    "neither": ("Nothing to keep", "The filter rejects the web text and the generated caption."),
+    "web alone": ("The web text fits", "The filter accepts the web text; there is no generated caption."),
+    "no web": ("The web text does not fit", "The filter rejects the web text; there is no generated caption."),
+    "edge": ("On the edge", f"A score is within {EDGE:g} of the threshold."),
+    "lowest": ("The lowest scores that are kept", "If these texts fit their images, the threshold could be lower."),
+    "rules": ("Good scores that a rule drops", "If these texts fit their images, the rule may be too strict."),
+    "commonest": ("One caption for many images", "Images with the most common generated caption."),
+}
+"""Heading and explanation of each group of example images, in the order of the page."""
+_RANKED = {
+    "caption": ("Only the caption is kept", "The generated caption ranks higher than the web text."),
+    "both": ("Both are kept", "The web text and the generated caption rank high enough."),
+    "web": ("Only the web text is kept", "The web text ranks higher than the generated caption."),
+}
+"""Headings where texts compete for their rank, which says nothing about what is wrong."""
+STATUSES = {
+    "ok": "Images with a web text",
+    "no_text": "Images without a web text",
+    "decode_error": "Files that could not be decoded",
+    "truncated": "Cut-off files",
+    "too_large": "Images over the limits of size",
+    "no_image": "Rows without an image",
+    "rule": "Images that a rule excludes",
+    "gpu_oom": "Images for which the GPU's memory was too small",
+    "crash": "Files that crashed the decoder",
+    "timeout": "Files that took too long to decode",
+    "score_invalid": "Images whose scores are not numbers",
+    "source_error": "Files that could not be read",
+}
+"""Statuses of rows in words."""
+
+
+class Fate(NamedTuple):
+    """A text on a card with its fate at the selection's threshold and others."""
+
+    label: str
+    text: str
+    kept: bool
+    score: str
+    reason: str
+    above: int | None
+    """It is kept at thresholds of the slider after this one, up to `upto`; None if the slider does not move it."""
+    upto: int | None
+
+
+class ImageCard(NamedTuple):
+    """An image with the fates of its texts."""
+
+    id: str
+    image: str
+    """Data URL; empty if there is none."""
+    alt: str
+    fates: Sequence[Fate]
+    trouble: str
+    origin: str
+
+
+class Group(NamedTuple):
+    """Example images under a heading."""
+
+    heading: str
+    intro: str
+    cards: list[ImageCard]
 
 
 def render(run: Run, numbers: Numbers, report: dict[str, Any], cards: Cards, options: ReportOptions) -> str:
     """Render the page as HTML, under 5 MB."""
-    before = [("Every row and every text, once", _account(report)), ("Where a threshold would cut", _threshold(report))]
-    after = [
-        ("Properties of the texts", _texts(report)),
-        ("Input files, the worst first", _shards(report)),
-        ("Rules and errors", _rules(report)),
-        ("How this was made", _made(report)),
-    ]
-    first, last = ("".join(f"<h2>{escape(title)}</h2>{content}" for title, content in part) for part in (before, after))
-    examples = _examples(cards, numbers, options, _LIMIT - len(first) - len(last))
-    title = f"CapFilt report: {run.where}"
-    script = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{script}'"
-    histogram = json.dumps(report["histogram"])
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><title>{escape(title)}</title>'
-        f"<style>{STYLE}{_MORE}</style></head><body><h1>{escape(title)}</h1>{_about(report)}{first}{examples}{last}"
-        f'<script type="application/json" id="histogram">{histogram}</script><script>{_SCRIPT}</script></body></html>\n'
-    )
-
-
-def _table(rows: list[tuple], head: tuple[str, ...]) -> str:
-    cells = "".join("<tr>" + "".join(f"<td>{_cell(v)}</td>" for v in row) + "</tr>" for row in rows)
-    return f'<table class="num"><tr>{"".join(f"<th>{escape(h)}</th>" for h in head)}</tr>{cells}</table>'
-
-
-def _side(*blocks: str) -> str:
-    return f'<div class="side">{"".join(blocks)}</div>'
-
-
-def _cell(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) else escape(_cut(str(value)))
+    texts_in, kept = report["texts_in"], report["kept"]
+    is_rehearsal = run.config.scorer == "fake"
+    title = options.title or f"{report['rows']:,} web images in, {_amount(sum(kept.values()), 'text')} kept"
+    if is_rehearsal:
+        title = f"Rehearsal: {title}"
+    usable = sum(report["rows_in"].get(name, 0) for name in USABLE)
+    faults = {name: n for name, n in report["rows_in"].items() if name in FAULTS}
+    figures = [Figure(f"{usable:,}", "images with scores", f"of {report['rows']:,}")]
+    figures += [
+        Figure(_share(kept.get(kind, 0), n), f"of the {SOURCES[kind]} kept", f"{kept.get(kind, 0):,} of {n:,}")
+        for kind, n in sorted(texts_in.items(), key=lambda item: [*SOURCES].index(item[0]))
+    ][:2]
+    figures.append(Figure(f"{sum(faults.values()):,}", "rows that could not be used", _faults(faults)))
+    data = {
+        "title": title,
+        "kind": f"CapFilt report · {run.where} · {f'selection {options.select}' if options.select else 'no selection'}",
+        "lead": _lead(report),
+        "figures": figures,
+        "alert": "These scores are made up (--scorer fake): a rehearsal of the run, not a judgement of the texts."
+        if is_rehearsal else "",
+        "warnings": _warnings(report),
+        "slider": _slider(report),
+        "histograms": _histograms(report),
+        "note": _note(report),
+        "tables": [table for table in _tables(report) if table.rows],
+        "blur": not options.no_blur,
+        "policy_text": _policy(report["settings"]),
+    }  # fmt: skip
+    room = _LIMIT - len(html.page("capfilt.html", scripts=["capfilt.js"], groups=[], **data))
+    groups = _groups(cards, numbers, report["settings"]["policy"], room)
+    return html.page("capfilt.html", scripts=["capfilt.js"], groups=groups, **data)
 
 
 def _cut(text: str, most: int = _LONGEST) -> str:
-    text = text.replace("\0", "\ufffd")
-    return text if len(text) <= most else text[:most] + "\u2026"
+    return html.cut(text, most)
 
 
 def _share(part: int, whole: int) -> str:
     return f"{part / whole:.1%}" if whole else "-"
 
 
-def _about(report: dict[str, Any]) -> str:
-    kept, texts = sum(report["kept"].values()), sum(report["texts_in"].values())
-    line = f"{report['rows']:,} rows gave {texts:,} texts, of which {kept:,} are kept ({_share(kept, texts)})."
-    line += f" Selection: {_policy(report['settings'])}."
+def _amount(n: int, what: str) -> str:
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
+def _inside(words: str) -> str:
+    """Spell words for the middle of a sentence."""
+    return words[:1].lower() + words[1:]
+
+
+def _faults(faults: dict[str, int]) -> str:
+    most = sorted(faults.items(), key=lambda one: -one[1])[:2]
+    return ", ".join(f"{n:,} {_inside(STATUSES.get(name, name))}" for name, n in most)
+
+
+def _lead(report: dict[str, Any]) -> str:
+    made = "A captioner generated a caption for every image; a filter compared it and the web text with the image."
+    if "syn" not in report["texts_in"]:
+        made = "A filter compared every web text with its image."
+    return f"{made} Kept are {_kept_in_words(report['settings'])}."
+
+
+def _kept_in_words(settings: dict[str, Any]) -> str:
+    least = f"with a probability of a match of at least {settings['itm']:g}"
+    if settings["policy"] == "rank-k":
+        return f"the best {_amount(settings['k'], 'text')} of each image"
+    if settings["policy"] == "fraction":
+        return f"the best {settings['fraction']:.0%} of all texts"
+    if settings["by"] not in (None, "itm"):
+        return f"texts whose {settings['by']} is high enough"
+    if settings["itm_web"] is not None or settings["itm_syn"] is not None:
+        web, syn = (settings["itm"] if settings[n] is None else settings[n] for n in ("itm_web", "itm_syn"))
+        least = f"with a probability of a match of at least {web:g} (web) or {syn:g} (generated)"
+    if settings["policy"] == "web-else-syn":
+        return f"web texts {least}, and where there is none, the best generated caption that reaches it"
+    return f"all texts {least}"
+
+
+def _warnings(report: dict[str, Any]) -> list[str]:
     warnings = []
     if report["parts"] < report["parts_planned"]:
         warnings.append(f"Only {report['parts']:,} of {report['parts_planned']:,} parts are scored.")
-    warnings += [f"{name}: {damage}" for name, damage in list(report["damaged"].items())[:10]]
-    shown = "".join(f'<p class="warn">{escape(_cut(w))}</p>' for w in warnings)
-    return f"<p>{escape(line)}</p>{shown}"
+    return warnings + [f"{name}: {damage}" for name, damage in list(report["damaged"].items())[:10]]
 
 
 def _policy(settings: dict[str, Any]) -> str:
@@ -121,139 +195,181 @@ def _policy(settings: dict[str, Any]) -> str:
         settings["policy"], ("by", "itm", "itm_web", "itm_syn")
     )
     named = {name: settings[name] for name in used if settings[name] is not None}
-    named |= {name: settings[name] for name in _DROPS if settings[name]}
+    named |= {name: settings[name] for name in _DROPS if settings.get(name)}
     return ", ".join([settings["policy"], *(f"{name} {value}" for name, value in named.items())])
 
 
-def _account(report: dict[str, Any]) -> str:
-    rows = [(f"status {name}", n, _share(n, report["rows"])) for name, n in report["rows_in"].items()]
-    rows.append(("rows in", report["rows"], ""))
-    texts = []
-    for source, n in report["texts_in"].items():
-        kept = report["kept"].get(source, 0)
-        texts.append((source, n, kept, report["dropped"].get(source, 0), _share(kept, n)))
-    texts.append(("all", *(sum(report[k].values()) for k in ("texts_in", "kept", "dropped")), ""))
-    reasons = [(reason, n) for reason, n in sorted(report["reasons"].items(), key=lambda one: -one[1])]
-    return _side(
-        _table(rows, ("rows", "", "share")),
-        _table(texts, ("texts", "in", "kept", "dropped", "share kept")),
-        _table(reasons, ("reason", "texts")),
-    )
+# The threshold --------------------------------------------------------------------------------------------------------
 
 
-def _threshold(report: dict[str, Any]) -> str:
-    series = {kind: np.array(counts) for kind, counts in report["histogram"].items()}
+def _slider(report: dict[str, Any]) -> dict[str, Any] | None:
+    """Contents of the slider: its thresholds, counts, the one that the selection has, and the command for another."""
+    if report["thresholds"] is None:
+        return None
+    settings = report["settings"]
+    words = ["capfilt", "select", report["run"], "--name", "NAME", "--policy", settings["policy"]]
+    for name in ("itm_web", "itm_syn", *_DROPS):
+        if settings.get(name) not in (None, False, 0):
+            words += [f"--{name.replace('_', '-')}", str(settings[name])]
+    return {
+        "thresholds": report["thresholds"],
+        "now": report["thresholds"].index(settings["itm"]),
+        "kinds": [
+            {"name": SOURCES[kind], "texts": report["texts_in"][kind], "kept": report["kept_at"][kind]}
+            for kind in SOURCES
+            if kind in report["texts_in"]
+        ],
+        "command": shlex.join(words) + " --itm",
+    }
+
+
+def _histograms(report: dict[str, Any]) -> list[str]:
+    settings = report["settings"]
+    series = {kind: counts for kind, counts in report["histogram"].items() if sum(counts)}
+    drawn = []
+    for kind, bins in series.items():
+        at = settings[f"itm_{kind}"] if settings[f"itm_{kind}"] is not None else settings["itm"]
+        is_cut = settings["policy"] not in ("rank-k", "fraction") and settings["by"] in (None, "itm")
+        moves = report["thresholds"] is not None and settings[f"itm_{kind}"] is None
+        name = f"Scores of the {SOURCES[kind]}"
+        drawn.append(charts.histogram(name, bins, kind, at if is_cut else None, moves=moves))
     if report["null"]:
-        series["shuffled"] = np.array(report["null"]["histogram"])
+        bins = np.array(report["null"]["histogram"]).reshape(-1)[: BINS + 1].tolist()
+        drawn.append(charts.histogram("Scores of captions shuffled among images", bins, "c5"))
+    return drawn
+
+
+def _note(report: dict[str, Any]) -> str:
+    if report["null"]:
+        return (
+            "The grey chart is for captions shuffled among images: the filter's scores of texts that do not match. "
+            "It is a lower bound on the noise, not an estimate: near misses score far higher."
+        )
+    return "capfilt calibrate --method null adds the scores of shuffled captions; --method audit estimates precision."
+
+
+def _thresholds(report: dict[str, Any]) -> PageTable:
+    """What other thresholds keep, of all texts in; those without a score have a row of their own."""
+    kinds = [kind for kind in SOURCES if kind in report["texts_in"]]
+    head = ["threshold", *(name for kind in kinds for name in (f"{SOURCES[kind]} kept", "of all"))]
+    rows: list[list[Any]] = []
+    if report["thresholds"]:
+        shown = sorted({*_SHOWN, report["settings"]["itm"]})
+        for value in (value for value in shown if value in report["thresholds"]):
+            at = report["thresholds"].index(value)
+            kept = {kind: report["kept_at"].get(kind, [0] * (at + 1))[at] for kind in kinds}
+            rows.append([f"{value:g}", *_with_shares(kept, report["texts_in"])])
+    lacking = {kind: report["without_score"].get(kind, 0) for kind in kinds}
+    rows.append(["without a score", *_with_shares(lacking, report["texts_in"])])
+    return PageTable("What other thresholds would keep", head, rows)
+
+
+def _with_shares(numbers: dict[str, int], texts_in: dict[str, int]) -> list[Any]:
+    return [value for kind, n in numbers.items() for value in (n, _share(n, texts_in[kind]))]
+
+
+# The tables -----------------------------------------------------------------------------------------------------------
+
+
+def _tables(report: dict[str, Any]) -> list[PageTable]:
+    rows = [[STATUSES.get(name, name), n, _share(n, report["rows"])] for name, n in report["rows_in"].items()]
+    texts = [_account_row(report, kind) for kind in SOURCES if kind in report["texts_in"]]
+    totals = [sum(report[key].values()) for key in ("texts_in", "kept", "dropped", "without_score")]
+    reasons = sorted(report["reasons"].items(), key=lambda one: -one[1])
+    tables = [
+        PageTable("Every row of the input, once", ["rows", "number", "share"], [*rows, ["All", report["rows"], ""]]),
+        PageTable(
+            "Every text, once",
+            ["texts", "in", "kept", "dropped", "of which without a score", "kept of all"],
+            [*texts, ["all", *totals, _share(totals[1], totals[0])]],
+        ),
+        PageTable("Why texts are kept or dropped", ["reason", "texts"], reasons),
+        _thresholds(report),
+        _texts(report),
+    ]
+    tables += [
+        PageTable(f"The most common {SOURCES[kind]}", ["text", "times"], [[_cut(t), n] for t, n in most])
+        for kind, most in report["repeated"].items()
+    ]
+    return [
+        *tables,
+        _shards(report),
+        PageTable("Errors", ["error code", "rows"], list(report["error_codes"].items())[:30]),
+        PageTable("Rules broken", ["rule", "rows"], list(report["rule_flags"].items())[:30]),
+        _made(report),
+    ]
+
+
+def _account_row(report: dict[str, Any], kind: str) -> list[Any]:
+    n, kept = report["texts_in"][kind], report["kept"].get(kind, 0)
+    lacking = report["without_score"].get(kind, 0)
+    return [SOURCES[kind], n, kept, report["dropped"].get(kind, 0), lacking, _share(kept, n)]
+
+
+def _texts(report: dict[str, Any]) -> PageTable:
+    head = ["texts", "number", "different", "words each", "vocabulary", "in more than one image"]
     rows = []
-    for t in (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99):
-        kept = {kind: int(counts[round(t * BINS) :].sum()) for kind, counts in series.items()}
-        rows.append((f"{t:g}", *(f"{n:,} ({_share(n, int(series[kind].sum()))})" for kind, n in kept.items())))
-    note = (
-        "The grey curve is for captions shuffled among images: the filter's scores of texts that do not match. "
-        "It is a lower bound on the noise, not an estimate: near misses score far higher."
-        if report["null"]
-        else "capfilt calibrate --method null adds the scores of shuffled captions, --method audit estimates precision."
-    )
-    return (
-        '<div id="needs-script" hidden><input id="slider" type="range" min="0" max="200" value="100" '
-        'aria-label="threshold"><p id="counts"></p></div>'
-        f"{_histogram(series)}<p>{escape(note)}</p>{_table(rows, ('at least', *series))}"
-    )
+    for kind, one in report["texts"].items():
+        words = None if one["words_each"] is None else f"{one['words_each']:.1f}"
+        repeated = None if one["share_repeated"] is None else f"{one['share_repeated']:.1%}"
+        rows.append([SOURCES[kind], one["texts"], one["different"], words, one["vocabulary"], repeated])
+    return PageTable("Properties of the texts", head, rows)
 
 
-def _histogram(series: dict[str, np.ndarray]) -> str:
-    """Draw shares of texts by score, on a square-root scale, so that small bins are visible next to large ones."""
-    colours = {"web": "#d97706", "syn": "#2563eb", "shuffled": "#64748b"}
-    shares = {kind: np.sqrt(c.reshape(-1)[:BINS].reshape(50, 4).sum(1) / max(1, c.sum())) for kind, c in series.items()}
-    top = max((s.max() for s in shares.values()), default=0) or 1
-    lines = []
-    for kind, share in shares.items():
-        points = " ".join(f"{44 + (i + 0.5) / 50 * 508:.1f},{150 - s / top * 140:.1f}" for i, s in enumerate(share))
-        lines.append(f'<polyline points="{points}" fill="none" stroke="{colours[kind]}" stroke-width="2"/>')
-    names = "".join(
-        f'<text x="{60 + 110 * i}" y="14" font-size="12" fill="{colours[kind]}">{kind}</text>'
-        for i, kind in enumerate(series)
-    )
-    return (
-        '<svg width="560" height="172" role="img" aria-label="scores of web and synthetic texts">'
-        '<rect id="mark" x="298" y="8" width="1.5" height="142" fill="#dc2626"/>'
-        f'<path d="M44,8V150H552" fill="none" stroke="#cbd5e1"/>{"".join(lines)}{names}'
-        '<text x="44" y="166" font-size="11" fill="#475569">P(match) 0</text>'
-        '<text x="552" y="166" font-size="11" fill="#475569" text-anchor="end">1</text></svg>'
-    )
-
-
-def _texts(report: dict[str, Any]) -> str:
-    names = ("texts", "different", "words_each", "vocabulary", "share_repeated")
-    rows = [(kind, *(report["texts"][kind][name] for name in names)) for kind in ("web", "syn")]
-    shown = _table([tuple("-" if v is None else v for v in row) for row in rows], ("", "texts", "different",
-                   "words each", "vocabulary", "share repeated"))  # fmt: skip
-    lists = []
-    for kind, title in (("web", "Most common web texts"), ("syn", "Most common synthetic texts")):
-        repeated = [(text, n) for text, n in report["repeated"][kind]]
-        if repeated:
-            lists.append(_table(repeated, (title, "times")))
-    return shown + _side(*lists)
-
-
-def _shards(report: dict[str, Any]) -> str:
+def _shards(report: dict[str, Any]) -> PageTable:
     def badness(item: tuple[str, dict]) -> float:
         counts = item[1]
         return -counts["errors"] / counts["rows"] + counts.get("web_kept", 0) / (counts.get("web") or 1)
 
     worst = sorted(report["shards"].items(), key=badness)[:25]
     rows = [
-        (
-            name,
-            c["rows"],
-            _share(c["errors"], c["rows"]),
-            _share(c.get("web_kept", 0), c.get("web", 0)),
-            _share(c.get("syn_kept", 0), c.get("syn", 0)),
-        )
+        [_cut(name), c["rows"], _share(c["errors"], c["rows"]), *(_share(c.get(f"{kind}_kept", 0), c.get(kind, 0))
+                                                                 for kind in ("web", "syn"))]
         for name, c in worst
-    ]
+    ]  # fmt: skip
     more = len(report["shards"]) - len(worst)
-    note = f"<p>{more:,} more files are in report.json.</p>" if more else ""
-    return _table(rows, ("file", "rows", "errors", "web kept", "synthetic kept")) + note
+    name = "Input files, the worst first" + (f" ({more:,} more are in report.json)" if more else "")
+    return PageTable(name, ["file", "rows", "not usable", "web texts kept", "generated captions kept"], rows)
 
 
-def _rules(report: dict[str, Any]) -> str:
-    codes = _table(list(report["error_codes"].items())[:30], ("error code", "rows")) if report["error_codes"] else ""
-    flags = _table(list(report["rule_flags"].items())[:30], ("rule broken", "rows")) if report["rule_flags"] else ""
-    return _side(codes, flags) if codes or flags else "<p>None.</p>"
+def _made(report: dict[str, Any]) -> PageTable:
+    rows = [[f"speed on {device}", f"{report['rows'] / s:,.1f} rows a second"]
+            for device, s in report["seconds"].items() if s]  # fmt: skip
+    rows.append(["version", f"openblip {version('openblip')}"])
+    rows.append(["selection", _policy(report["settings"])])
+    rows += [[name, _cut(json.dumps(value))] for name, value in report["config"].items()]
+    rows += [[name, _cut(value)] for name, value in report["facts"].items()]
+    return PageTable("How this was made", ["setting", "value"], rows)
 
 
-def _made(report: dict[str, Any]) -> str:
-    config = "".join(f"<tr><td>{escape(k)}</td><td><code>{escape(_cut(json.dumps(v)))}</code></td></tr>"
-                     for k, v in report["config"].items())  # fmt: skip
-    facts = "".join(
-        f"<tr><td>{escape(k)}</td><td><code>{escape(_cut(v))}</code></td></tr>" for k, v in report["facts"].items()
-    )
-    speed = ", ".join(f"{report['rows'] / s:,.1f} rows/s on {d}" for d, s in report["seconds"].items() if s)
-    return f"<p>{escape(speed)}; openblip {__version__}.</p><table>{config}{facts}</table>"
+# Images ---------------------------------------------------------------------------------------------------------------
 
 
-# Images -------------------------------------------------------------------------------------------------------------
-
-
-def _examples(cards: Cards, numbers: Numbers, options: ReportOptions, room: int) -> str:
-    """Render groups of cards, up to the size limit."""
-    shown = ["<h2>Images</h2><p>They were drawn by hash, so that the same run shows the same ones.</p>"]
-    if not options.no_blur:
-        shown.append('<p><label><input type="checkbox" id="clear"> show images clearly</label></p>')
-    for group, members in numbers.examples.items():
-        blur = "" if options.no_blur else " blur"
-        body = []
-        for _, pid, row in members:
-            card = cards.card(pid, row)
-            room -= len(card)
+def _groups(cards: Cards, numbers: Numbers, policy: str, room: int) -> list[Group]:
+    """Example images by group, up to the size limit."""
+    headings = GROUPS | (_RANKED if policy == "rank-k" else {})
+    names = [name for name in headings if name in numbers.examples]
+    groups = []
+    for name in [*names, *sorted(set(numbers.examples) - set(names))]:
+        status = name.removeprefix("status ")
+        heading, intro = headings.get(name) or (STATUSES.get(status, status), "They have no scores.")
+        shown: list[ImageCard] = []
+        for _, pid, row in numbers.examples[name]:
+            card = cards.card(pid, row, numbers.thresholds)
+            room -= _size(card)
             if room < 0:
                 break
-            body.append(card)
-        if body:
-            shown.append(f'<h3>{escape(group)}</h3><div class="grid{blur}">{"".join(body)}</div>')
-    return "".join(shown)
+            shown.append(card)
+        if shown:
+            groups.append(Group(heading, intro, shown))
+    return groups
+
+
+def _size(card: ImageCard) -> int:
+    """Most bytes that a card takes on the page; an escaped character takes up to six."""
+    texts = [card.id, card.alt, card.trouble, card.origin, *(word for fate in card.fates for word in fate[1:5:3])]
+    return len(card.image) + sum(len(text.encode("utf-8", "replace")) + 5 * sum(map(text.count, "&<>\"'"))
+                                 for text in texts) + 700 + 500 * len(card.fates)  # fmt: skip
 
 
 class Cards:
@@ -265,15 +381,15 @@ class Cards:
         self._texts: dict[str, pa.Table] = {}
         self._notes: dict[str, pa.Table] = {}
 
-    def card(self, pid: str, row: int) -> str:
-        note, texts = self._note(pid, row), self._fates(pid)
-        body = "".join(_text(text) for text in texts.filter(pc.equal(texts["row"], row)).to_pylist())
-        where = f"{note['source_uri']}:{note['source_row']} {note['key']}"
-        trouble = f"{note['status']}: {note['error_detail'] or ''}" if note["status"] not in USABLE else ""
-        return (
-            f'<div class="card">{self.image(pid, row)}{body}'
-            f'<div class="no">{escape(_cut(trouble))}</div><div class="from">{escape(_cut(where))}</div></div>'
-        )
+    def card(self, pid: str, row: int, thresholds: list[float] | None = None) -> ImageCard:
+        note, texts = self._note(pid, row), self._fates(pid, thresholds)
+        fates = [_fate(text) for text in texts.filter(pc.equal(texts["row"], row)).to_pylist()]
+        trouble = "" if note["status"] in USABLE else f"{STATUSES[note['status']]}: {note['error_detail'] or ''}"
+        image = self.image(pid, row)
+        if not image and not trouble:
+            trouble = "the image no longer exists"
+        origin = f"{note['source_uri']}:{note['source_row']} {note['key']}"
+        return ImageCard(note["sample_id"], image, _cut(note["key"]), fates, _cut(trouble), _cut(origin))
 
     def _note(self, pid: str, row: int) -> dict[str, Any]:
         """Return the annotation of a row."""
@@ -281,15 +397,20 @@ class Cards:
             self._notes[pid] = self.run.parts.read(pid)
         return self._notes[pid].slice(row, 1).to_pylist()[0]
 
-    def _fates(self, pid: str) -> pa.Table:
-        """Return the texts of a part with their fates."""
+    def _fates(self, pid: str, thresholds: list[float] | None) -> pa.Table:
+        """Return the texts of a part with their fates, and with the thresholds that would keep them."""
         if pid not in self._texts:
             account: dict[str, Counter] = defaultdict(Counter)
-            self._texts[pid] = select_part(self.run, self.parts[pid], self.config, self.whole, account)
+            chosen = select_part(self.run, self.parts[pid], self.config, self.whole, account)
+            spans = thresholds and steps.ranges(chosen, self.config, thresholds)
+            for name in ("above", "upto"):
+                values = pa.array(getattr(spans, name)) if spans else pa.nulls(len(chosen), pa.int64())
+                chosen = chosen.append_column(name, values)
+            self._texts[pid] = chosen
         return self._texts[pid]
 
     def image(self, pid: str, row: int) -> str:
-        """Return a thumbnail of a row's image as an HTML element; empty if there is none."""
+        """Return a thumbnail of a row's image as a data URL; empty if there is none."""
         note = self._note(pid, row)
         if note["status"] not in USABLE:
             return ""
@@ -301,18 +422,11 @@ class Cards:
                 stored.image or b"", self.run.config.max_pixels, lambda image: small(image, _SIDE), _SIDE
             )
         except Exception:  # whatever a file that was changed meanwhile makes its library raise
-            return '<p class="no">the image no longer exists</p>'
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=60)
-        inside = base64.b64encode(buffer.getvalue()).decode()
-        return f'<img alt="{escape(_cut(note["key"]))}" src="data:image/jpeg;base64,{inside}">'
+            return ""
+        return html.thumbnail(image, min(_SIDE, max(image.size)), 60)
 
 
-def _text(text: dict[str, Any]) -> str:
-    fate = "kept" if text["kept"] else "dropped"
-    score = "" if text["score"] is None else f" {text['score']:.3f}"
-    why = f"{fate}, {text['reason']}"
-    return (
-        f'<div class="text {fate}"><b>{text["text_source"]}{score}</b> {escape(_cut(text["text"]))}'
-        f'<span class="why">{escape(why)}</span></div>'
-    )
+def _fate(text: dict[str, Any]) -> Fate:
+    score = "" if text["score"] is None else f"{text['score']:.3f}"
+    reason = text["reason"].removeprefix("itm ")
+    return Fate(ONE[text["text_source"]], _cut(text["text"]), text["kept"], score, reason, text["above"], text["upto"])

@@ -17,6 +17,8 @@ from capfilt.settings import at_least
 
 WEB, SYN, HUMAN = 0, 1, 2
 SOURCES = ("web", "syn", "human")
+SPARED = ("the web text passes", "a better synthetic text passes")
+"""Reasons of web-else-syn to drop a text that passes."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def _web_else_syn(texts: Texts, config: SelectConfig, cut: float | None) -> Deci
     np.minimum.at(best, texts.row[syn_kept], ranks[syn_kept])
     second = syn_kept & (ranks != best[texts.row])
     reason = np.where(spare, 4, np.where(second, 5, verdict.reason))
-    reasons = [*verdict.reasons, "the web text passes", "a better synthetic text passes"]
+    reasons = [*verdict.reasons, *SPARED]
     return Decisions(verdict.kept & ~spare & ~second, reason, reasons, ranks)
 
 

@@ -11,8 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from markupsafe import Markup
+
 from blip import files
-from blip.app import page
+from blip.app import html
+from blip.app.html import Card, Figure, Line, PageTable, Section, charts
+from blip.app.html.charts import Estimate
 from blip.world.judge import judge
 from blip.world.scene import draw, scene_of
 from capfilt.calibrate.grade import Kind
@@ -30,6 +34,12 @@ SIDE = 160
 """Side of the images on the page in pixels."""
 SHOWN_ROWS = ("neither", "both")
 """Rows whose captions are shown side by side."""
+_INTERVALS = "Means over seeds, with two standard errors to either side (none with one seed)."
+_COLUMNS = (
+    "TR@1 and IR@1: how often the text ranked first for an image, or the image ranked first for a text, is the right "
+    "one, in percent; zero-shot is before fine-tuning. CIDEr: how closely captions resemble human ones; zero-shot is "
+    "on images of colours and shapes never seen together."
+)
 
 
 # Scores ---------------------------------------------------------------------------------------------------------------
@@ -85,15 +95,67 @@ def write(plan: stages.Stages, run: BootstrapRun) -> dict[str, Any]:
 
 
 def _page(plan: stages.Stages, run: BootstrapRun, scores: table.Scores, seconds: dict[str, float]) -> str:
-    sections = [("The question", _question(run), "")]
-    seed = min(scores.get("both", {}), default=None)
+    seed, changes, sections = _shown_seed(scores), _changes(scores), []
+    if changes:
+        intro = f"{_INTERVALS} {_COLUMNS}"
+        sections.append(Section("Before and after", intro, _slopes(changes), is_narrow=True))
     if seed is not None:
-        sections += _crawl(plan, run, seed)
+        sections.append(_crawl(plan, run, seed))
+    sections.append(Section("The question", _question(run)))
     if scores:
         sections += _changed(plan, run, scores, seed)
-        sections += _tables(scores)
-    sections.append(_made(run, seconds))
-    return page.page("What captioning and filtering a noisy crawl are worth", sections)
+    sections.append(Section("How it was made", _made(run, seconds)))
+    tables = [_kinds(plan, seed)] if seed is not None else []
+    times = PageTable("Seconds of each stage", ["stage", "seconds"], [[n, f"{s:,.0f}"] for n, s in seconds.items()])
+    tables += [*_tables(scores), times]
+    return html.page(
+        "sections.html",
+        title=_finding(changes, scores),
+        kind="Bootstrapping on the synthetic world: what captioning and filtering a noisy crawl are worth",
+        lead="A model cleans the noisy crawl that it was trained on, and a new model is trained on the result.",
+        figures=[
+            Figure(f"{after.value:.1f}", f"{column.title}, {column.group}", f"{before.value:.1f} on the crawl as it is")
+            for column, before, after in changes[:4]
+        ],
+        sections=sections,
+        tables=[one for one in tables if one.rows],
+    )
+
+
+def _changes(scores: table.Scores) -> list[tuple[table.Column, Estimate, Estimate]]:
+    """The main columns of the crawl as it is and after captioning and filtering, with two standard errors."""
+    changes = []
+    for column in table.MAIN:
+        before, after = (table.means(scores, row, column.name) for row in SHOWN_ROWS)
+        if before and after:
+            changes.append((column, _estimate(before), _estimate(after)))
+    return changes
+
+
+def _estimate(mean: table.Mean) -> Estimate:
+    half = table.ENOUGH * (mean.error or 0.0)
+    return Estimate(mean.value, mean.value - half, mean.value + half)
+
+
+def _finding(changes: list[tuple[table.Column, Estimate, Estimate]], scores: table.Scores) -> str:
+    if not changes:
+        return f"{len(scores)} of {len(ROWS)} rows are finished" if scores else "No row is finished yet"
+    column, before, after = changes[0]
+    return f"Captioning and filtering: {column.title} {before.value:.1f} → {after.value:.1f}"
+
+
+def _slopes(changes: list[tuple[table.Column, Estimate, Estimate]]) -> list[Markup]:
+    labels = ("crawl as it is", "after CapFilt")
+    return [
+        charts.slope(f"{column.title}, {column.group}", before, after, labels, digits=1, unit="",
+                     high=None if "cider" in column.name else 100)
+        for column, before, after in changes
+    ]  # fmt: skip
+
+
+def _shown_seed(scores: table.Scores) -> int | None:
+    """The seed whose images and captions are shown; None if it has no crawl that both cleaned."""
+    return min(scores.get("both", {}), default=None)
 
 
 def _question(run: BootstrapRun) -> str:
@@ -109,11 +171,10 @@ def _question(run: BootstrapRun) -> str:
     )
 
 
-def _crawl(plan: stages.Stages, run: BootstrapRun, seed: int) -> list[tuple[str, str, str]]:
-    """Sections on the crawl and what became of its texts, with some images."""
+def _crawl(plan: stages.Stages, run: BootstrapRun, seed: int) -> Section:
+    """Images of the crawl and what became of their texts."""
     folder = Path(run.out) / f"seed-{seed}" / "capfilt" / "own"
     kept = plan.results(f"seed-{seed}/capfilt/own")["both"]
-    kinds = {kind: Kind(**one) for kind, one in kept["kinds"].items() if one["texts"]}
     written = (
         f"The filter rejected {kept['synthetic_rejected']:.0f}% of the generated captions. "
         f"{kept['synthetic_wrong_before']:.0f}% of all generated captions say something false"
@@ -124,32 +185,33 @@ def _crawl(plan: stages.Stages, run: BootstrapRun, seed: int) -> list[tuple[str,
             f"{kept['synthetic_claims_wrong']:.0f}% of the single claims about shape, colour, size, place and number "
             "are false"
         )
-    fates = list(_fates(Job.open(str(folder / "job")), run.shown))
-    link = f"seed-{seed}/capfilt/own/job/report/both/report.html"
-    return [
-        (
-            "What the crawl looked like, and which texts were dropped and generated",
-            f"Images of the crawl of seed {seed}: the web text of each, the caption that the captioner generated, and "
-            "whether the filter kept them. Ticks and crosses mark what is true, which neither captioner nor filter "
-            "knew.",
-            page.notes(fates, SIDE),
-        ),
-        (
-            "What the filter did to the web texts",
-            f"{written}. ROC AUC is the probability that the filter scores a right text above a wrong one of the kind.",
-            page.table(world_capfilt.fates(kinds), world_capfilt.FATES)
-            + f'<p><a href="{link}">CapFilt\'s report</a> accounts for every row and text.</p>',
-        ),
-    ]
+    return Section(
+        "What the crawl looked like, and which texts were dropped and generated",
+        f"Images of the crawl of seed {seed}: the web text of each, the caption that the captioner generated, and "
+        f"whether the filter kept them. Ticks and crosses mark what is true, which neither captioner nor filter knew. "
+        f"{written}.",
+        cards=list(_fates(Job.open(str(folder / "job")), run.shown)),
+        link=("CapFilt's report accounts for every row and text",
+              f"seed-{seed}/capfilt/own/job/report/both/report.html"),
+    )  # fmt: skip
 
 
-def _fates(job: Job, count: int) -> Iterator[page.Note]:
+def _kinds(plan: stages.Stages, seed: int) -> PageTable:
+    kept = plan.results(f"seed-{seed}/capfilt/own")["both"]
+    kinds = {kind: Kind(**one) for kind, one in kept["kinds"].items() if one["texts"]}
+    return PageTable(
+        "What the filter did to the web texts", list(world_capfilt.FATES), world_capfilt.fates(kinds),
+        "ROC AUC is the probability that the filter scores a right text above a wrong one of the kind.",
+    )  # fmt: skip
+
+
+def _fates(job: Job, count: int) -> Iterator[Card]:
     """Images of the crawl with both texts and whether they were kept; kinds of web texts take turns."""
     kept: dict[tuple[str, int], set[str]] = {}
     for part, texts in kept_of(job, "both"):
         for row in texts.to_pylist():
             kept.setdefault((part.pid, row["row"]), set()).add(row["text_source"])
-    by_kind: dict[str, list[page.Note]] = {}
+    by_kind: dict[str, list[Card]] = {}
     for part in scored_parts(job):
         rows = job.parts.read(part.pid, ["status", "extra_json", "web_text", "syn_text"]).to_pylist()
         for number, row in enumerate(rows):
@@ -158,75 +220,69 @@ def _fates(job: Job, count: int) -> Iterator[page.Note]:
                 continue
             by_kind[extra["kind"]].append(_fate(extra, row, kept.get((part.pid, number), set())))
     kinds = [by_kind[kind] for kind in world_capfilt.KINDS if kind in by_kind]
-    turns = [notes[turn] for turn in range(count) for notes in kinds if turn < len(notes)]
+    turns = [cards[turn] for turn in range(count) for cards in kinds if turn < len(cards)]
     yield from turns[:count]
 
 
-def _fate(extra: dict[str, Any], row: dict[str, Any], kept: set[str]) -> page.Note:
+def _fate(extra: dict[str, Any], row: dict[str, Any], kept: set[str]) -> Card:
     scene = scene_of(extra["image_id"])
     lines = [
-        (f"web text, {'kept' if 'web' in kept else 'dropped'}", page.JudgedText(text, extra["kind"] == "right"))
+        Line(text, f"web text, {'kept' if 'web' in kept else 'dropped'}", extra["kind"] == "right")
         for text in row["web_text"]
     ] + [
-        (f"generated, {'kept' if 'syn' in kept else 'dropped'}", page.JudgedText(text, judge(scene, text).true))
+        Line(text, f"generated, {'kept' if 'syn' in kept else 'dropped'}", judge(scene, text).true)
         for text in row["syn_text"]
     ]
-    return page.Note(draw(scene, SIDE), lines)
+    return Card(html.thumbnail(draw(scene, SIDE), SIDE), extra["image_id"], lines)
 
 
-def _changed(
-    plan: stages.Stages, run: BootstrapRun, scores: table.Scores, seed: int | None
-) -> list[tuple[str, str, str]]:
+def _changed(plan: stages.Stages, run: BootstrapRun, scores: table.Scores, seed: int | None) -> list[Section]:
     """Sections with plots of the main columns, and captions and loss curves of two models."""
     plots = []
     for column in table.MAIN:
         by_row = {ROWS[row].title: table.means(scores, row, column.name) for row in ROWS if row in scores}
-        spans = [(title, one.value, 2 * (one.error or 0.0)) for title, one in by_row.items() if one]
-        plots.append(page.intervals(f"{column.title}, {column.group}", spans))
+        spans = [(title, _estimate(one)) for title, one in by_row.items() if one]
+        plots.append(charts.intervals(f"{column.title}, {column.group}", spans))
     sections = [
-        (
-            "What it changed",
-            "Each dot is the mean over seeds of models of the same size, with two standard errors to either side. All "
-            "were pre-trained for the same number of steps and images (except where the name says longer), on the "
-            "texts that the name says, then fine-tuned in the same way on the images with human captions. The grey "
-            "line marks the model trained on the crawl as it is. TR@1 and IR@1: how often the text ranked first for an "
-            "image, or the image ranked first for a text, is the right one, in percent; zero-shot is before "
-            "fine-tuning. CIDEr: how closely captions resemble human ones; zero-shot is on images of colours and "
-            "shapes never seen together.",
-            f'<div class="curves">{"".join(plots)}</div>',
+        Section(
+            "Every way to clean the crawl",
+            f"{_INTERVALS} All models have the same size and were pre-trained for the same number of steps and "
+            "images (except where the name says longer), on the texts that the name says, then fine-tuned in the same "
+            "way on the images with human captions. The dashed line marks the model trained on the crawl as it is.",
+            plots,
         )
     ]
     if seed is not None and all(seed in scores.get(row, {}) for row in SHOWN_ROWS):
         captions = {row: plan.results(f"seed-{seed}/{row}/composition")["captions"] for row in SHOWN_ROWS}
-        curves = {
-            f"{loss}, {ROWS[row].title}": _curve(Path(run.out) / f"seed-{seed}" / row / "pretrain", name)
-            for row in SHOWN_ROWS
+        curves = [
+            charts.curves(
+                f"The {loss} loss",
+                {ROWS[row].title: _curve(Path(run.out) / f"seed-{seed}" / row / "pretrain", name)
+                 for row in SHOWN_ROWS},
+            )
             for name, loss in (("itc", "contrastive"), ("itm", "matching"))
-        }
+        ]  # fmt: skip
         sections += [
-            (
+            Section(
                 "Captions of images unlike any in training, by two captioners",
                 "Both were fine-tuned in the same way, one from the model of the crawl as it is and one from the model "
                 f"after captioning and filtering (seed {seed}; the first images, not selected). A tick means that "
                 "nothing false is said.",
-                page.notes(_side_by_side(captions, run.shown), SIDE),
+                cards=_side_by_side(captions, run.shown),
             ),
-            ("Loss curves", f"Two of the three losses of pre-training, seed {seed}.", page.curves(curves)),
+            Section("Loss curves", f"Two of the three losses of pre-training, seed {seed}.", curves),
         ]
     return sections
 
 
-def _side_by_side(captions: dict[str, dict[str, str]], count: int) -> list[page.Note]:
+def _side_by_side(captions: dict[str, dict[str, str]], count: int) -> list[Card]:
     """The first images with the captions of each row."""
-    notes = []
+    cards = []
     for name in list(captions["both"])[:count]:
         scene = scene_of(name)
-        lines = [
-            (ROWS[row].title, page.JudgedText(words[name], judge(scene, words[name]).true))
-            for row, words in captions.items()
-        ]
-        notes.append(page.Note(draw(scene, SIDE), lines))
-    return notes
+        lines = [Line(words[name], ROWS[row].title, judge(scene, words[name]).true) for row, words in captions.items()]
+        cards.append(Card(html.thumbnail(draw(scene, SIDE), SIDE), name, lines))
+    return cards
 
 
 def _curve(folder: Path, name: str) -> list[tuple[float, float]]:
@@ -234,7 +290,7 @@ def _curve(folder: Path, name: str) -> list[tuple[float, float]]:
     return [(line["step"], line["losses"][name]) for line in lines if name in line.get("losses", {})]
 
 
-def _tables(scores: table.Scores) -> list[tuple[str, str, str]]:
+def _tables(scores: table.Scores) -> list[PageTable]:
     tables = [
         (
             "All rows",
@@ -255,13 +311,12 @@ def _tables(scores: table.Scores) -> list[tuple[str, str, str]]:
             table.finding_table(scores),
         ),
     ]
-    return [(heading, intro, page.table(rows, head)) for heading, intro, (head, rows) in tables if rows]
+    return [PageTable(heading, head, rows, intro) for heading, intro, (head, rows) in tables]
 
 
-def _made(run: BootstrapRun, seconds: dict[str, float]) -> tuple[str, str, str]:
+def _made(run: BootstrapRun, seconds: dict[str, float]) -> str:
     hours = sum(seconds.values()) / 3600
-    rows = [[name, f"{value:,.0f}"] for name, value in seconds.items()]
-    settings = (
+    return (
         f"Every row: {run.train.steps} steps of {run.train.batch_size} pairs, {100 * run.people_share:.0f}% of them "
         f"with human captions. The row trained longer takes {run.longer:g} times as many steps; the old model, as many "
         "again as it has had before. Before evaluation each model is fine-tuned for "
@@ -269,5 +324,3 @@ def _made(run: BootstrapRun, seconds: dict[str, float]) -> tuple[str, str, str]:
         f"filter were fine-tuned for {run.cleaners.captioner} and {run.cleaners.retrieval}. All stages together took "
         f"{hours:.1f} hours of process time."
     )
-    listed = f"<details><summary>Seconds of each stage</summary>{page.table(rows, ['stage', 'seconds'])}</details>"
-    return "How it was made", settings, listed

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -156,9 +157,16 @@ def test_the_sheet_shows_what_was_found_and_asks_nobody(run, photos):  # noqa: F
     assert page.count('src="data:image/jpeg') == 6
     assert "a &lt;b&gt; star" in page
     assert "<b>" not in page
-    assert "http" not in page
-    for line in out.splitlines():
-        assert line.split("\t")[1] in page
+    assert "http:" not in page
+    assert "https:" not in page
+    score, chance = r'ranks it</span> <span dir="auto">([-\d.]+)<', r'a match</span> <span dir="auto">([\d.]+)%<'
+    name = r'title="([^"]*)"><span dir="auto">(\d+)\. (.*?)</span>'
+    cards = re.findall(f"{name}.*?{score}.*?{chance}", page, re.DOTALL)
+    shown = [line.split("\t") for line in out.splitlines()]
+    assert [(path, name) for path, _, name, _, _ in cards] == [(path, os.path.basename(path)) for _, path, *_ in shown]
+    assert [int(rank) for _, rank, *_ in cards] == [1, 2, 3, 1, 2, 3]
+    assert [float(one[3]) for one in cards] == pytest.approx([float(one[2]) for one in shown], abs=6e-4)
+    assert [float(one[4]) for one in cards] == pytest.approx([100 * float(one[4]) for one in shown], abs=0.06)
     status, _, err = run("search", "photos", "a ring", "--sheet", "gone/found.html")
     assert (status, err.count("\n")) == (2, 1)
     assert err.startswith("error: could not write gone/found.html")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -619,11 +620,17 @@ def test_the_page_shows_the_best_and_the_worst_and_asks_nobody(tmp_path):
     scores = score(references, captions, tokenizer="python", resamples=10)
     record = scores.values | scores.facts()
     html = report(record | {"prompt": "a "}, scores.cider, references, captions, images, shown=4)
-    best, worst = html.split("<h2>Worst by CIDEr</h2>")
+    best, worst = html.split("<h2>The worst by CIDEr</h2>")
     assert (best.count('class="card"'), worst.count('class="card"')) == (2, 2)
     ordered = sorted(scores.cider, key=scores.cider.get, reverse=True)
-    assert f"{ordered[0]}: {100 * scores.cider[ordered[0]]:.1f}" in best
-    assert f"{ordered[-1]}: {100 * scores.cider[ordered[-1]]:.1f}" in worst
+    for part, names in ((best, ordered[:2]), (worst, ordered[:-3:-1])):
+        assert re.findall(r'<p class="dim">(\d+)</p>', part) == list(map(str, names))
+        shown = re.findall(r'>CIDEr</span> <span dir="auto">([\d.]+)<', part)
+        assert shown == [f"{100 * scores.cider[name]:.1f}" for name in names]
+    assert re.search(r"<h1>CIDEr [\d.]+ on 7 captions</h1>", html)
+    assert '<th scope="row">BLEU-1</th>' in html
+    assert "bleu_1" not in html
+    assert "95% interval: from" in html
     everything = report(record, scores.cider, references, captions, images, shown=60)
     assert everything.count('class="card"') == 7
     assert everything.count("<img ") == 6, "an unreadable image is only not shown"

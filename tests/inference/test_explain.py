@@ -12,6 +12,7 @@ from test_parity import close, matcher, model  # noqa: F401
 
 from blip import files
 from blip.app import cli
+from blip.app.commands import explain as explain_command
 from blip.inference.explain import evidence, explain, overlay
 from blip.inference.features import match_texts
 
@@ -110,11 +111,22 @@ def test_layers_and_texts_that_will_not_do(model, tokenizer, tokens):  # noqa: F
 def test_overlay_is_hot_where_the_map_is():
     heat = torch.zeros(4, 4)
     heat[0, 3] = 2.0
-    made = overlay(Image.new("RGB", (64, 64)), heat, 2.0)
+    made = overlay(Image.new("RGB", (64, 64), (0, 200, 0)), heat, 2.0)
     red, _, blue = made.getpixel((60, 3))
-    assert red > 80 > blue
-    assert made.getpixel((3, 60)) == (0, 0, 48)
+    assert red > 180
+    assert blue < 60
+    grey = round(200 * 587 / 1000)
+    assert made.getpixel((3, 60)) == (grey, grey, grey), "what has no evidence has no colour"
     assert made.size == (64, 64)
+
+
+def test_stop_words_are_not_shown(features, photos):  # noqa: F811
+    explanation = explain(features, photos[0], "the W3 on a zebra.", layer=0)
+    assert [explanation.words[i] for i in explain_command.shown_words(explanation)] == ["w3", "zebra"]
+    panels = explain_command.images(Image.new("RGB", (32, 32)), explanation)
+    assert [name for name, _ in panels] == ["the image", "the whole text", "w3", "zebra"]
+    nothing_else = explain(features, photos[0], "on the", layer=0)
+    assert explain_command.shown_words(nothing_else) == [0, 1]
 
 
 def test_command(model_folder, tmp_path, monkeypatch, capfd):  # noqa: F811
@@ -126,10 +138,13 @@ def test_command(model_folder, tmp_path, monkeypatch, capfd):  # noqa: F811
     assert (name, out) == ("a.png", "e.html")
     page = (tmp_path / "e.html").read_text()
     assert page.count("<img ") == 4
-    (percent,) = re.findall(r"Probability of a match: ([0-9.]+)%", page)
+    (percent,) = re.findall(r"<h1>([0-9.]+)% sure that", page)
     assert float(percent) == pytest.approx(100 * float(probability), abs=0.06)
     assert "&lt;star&gt;" in page
     assert "<star>" not in page
+    titles = re.findall(r'<p class="first"><span dir="auto">(.*?)</span>', page)
+    assert titles == ["the image", "the whole text", "red", "&lt;star&gt;"], "the image first, and no a"
+    assert 'aria-label="Legend' in page
     assert cli.main(["explain", "a.png", "a red star", "--out", "e.png", "--layer", "0"]) == 0
     assert Image.open("e.png").size == (4 * 224, 244)
     capfd.readouterr()

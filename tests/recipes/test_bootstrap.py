@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from page_rules import faults
 
 from blip.data.formats.sources import open_source
 from blip.data.settings import SourceConfig
@@ -131,13 +132,14 @@ class Page(HTMLParser):
 def test_the_page_needs_nothing_else(done):
     run, _ = done
     text = (Path(run.out) / "report.html").read_text()
-    links = [link for link in Page(text).links if not link.startswith("data:image/jpeg;base64,")]
+    links = [link for link in Page(text).links if not link.startswith(("data:image/jpeg;base64,", "data:,"))]
     assert links == ["seed-0/capfilt/own/job/report/both/report.html"]
     assert (Path(run.out) / links[0]).is_file()
     assert "None" not in text
     for row in run.rows:
         assert ROWS[row].title in text
     assert "web text, " in text
+    assert faults(text) == []
     assert "generated, " in text
 
 

@@ -1,10 +1,13 @@
 """The demo with a few images and steps: all parts of the story, its figures and its page."""
 
+import contextlib
 import json
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from page_rules import faults
 
 from blip.checkpoints import checkpoint
 from blip.data.formats.sources import open_source
@@ -70,17 +73,44 @@ class Links(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
-        self.links += [value for name, value in attrs if name == "href"]
+        self.links += [value for name, value in attrs if name == "href" and tag == "a"]
 
 
 def test_the_page_leads_to_the_report(story):
     out, _, scores = story
     text = (out / "report.html").read_text()
     (link,) = Links(text).links
+    assert faults(text) == []
     assert (out / link).is_file()
     assert f"{scores['tr@1_bootstrapped']:.1f}" in text
     assert "one word wrong" in text
     assert "None" not in text
+    right, kept = round(scores["web_right"]), round(scores["web_right_kept"])
+    assert f"<h1>Right web texts {right}% → {kept}%</h1>" in text
+    assert text.count("<svg") == 6
+
+
+def test_times_are_summed_over_starts(tmp_path):
+    """A stage that fails counts, and so does one that has been done before."""
+    clock = demo.Stopwatch(tmp_path / "out" / "times.json")
+    with contextlib.suppress(ValueError), clock.part("one"):
+        time.sleep(0.05)
+        raise ValueError
+    first = clock.seconds["one"]
+    assert first >= 0.05
+    again = demo.Stopwatch(tmp_path / "out" / "times.json")
+    for name in ("one", "two"):
+        with again.part(name):
+            time.sleep(0.02)
+    assert again.seconds["one"] >= first + 0.02
+    assert again.total() == pytest.approx(again.seconds["one"] + again.seconds["two"])
+    assert json.loads((tmp_path / "out" / "times.json").read_text()) == again.seconds
+
+
+def test_intervals_are_wilsons():
+    """75 of 100: 65.7% to 82.5%, by the formula's own example."""
+    one = demo._estimate(75.0, 100)
+    assert (one.low, one.high) == pytest.approx((65.6955, 82.4556), abs=1e-3)
 
 
 def test_started_again_it_says_the_same(story, monkeypatch):

@@ -166,21 +166,50 @@ def _precision(name: str) -> str:
 
 
 def sheet(answered: list[tuple[str, list[Hit]]], folder: str, images: int) -> str:
-    """Build a self-contained page with the images found."""
-    from blip.app import page
+    """Build a page with the images found, each with the score that ranks it."""
+    from blip.app import html
     from blip.data.images import UnreadableImage, model_input, small
     from blip.data.settings import DataConfig
 
-    def card(rank: int, hit: Hit) -> page.Captioned:
+    def card(rank: int, hit: Hit) -> html.Card:
         try:
-            thumbnail = model_input(hit.path, DataConfig.max_pixels, lambda image: small(image, 2048))
+            thumbnail = html.thumbnail(model_input(hit.path, DataConfig.max_pixels, lambda image: small(image, 2048)))
         except UnreadableImage:  # removed since it was indexed
-            thumbnail = None
-        label = f"{rank}. cosine {hit.itc:.3f}" + ("" if hit.itm is None else f", match {100 * hit.itm:.1f}%")
-        return page.Captioned(str(hit.path), thumbnail, label, hit.score, [])
+            thumbnail = ""
+        name = hit.path.name
+        lines = [html.Line(f"{rank}. {name}", title=str(hit.path))]
+        if hit.itm is None:
+            lines.append(html.Line(f"{hit.itc:.3f}", "cosine, not re-ranked"))
+        else:
+            lines.append(html.Line(f"{hit.score:.3f}", "match score, which ranks it"))
+            lines.append(html.Line(f"{100 * hit.itm:.1f}%", "probability of a match"))
+            lines.append(html.Line(f"{hit.itc:.3f}", "cosine"))
+        return html.Card(thumbnail, name, lines)
 
-    sections = [
-        (query, f"The best of {images} images.", page.captioned([card(n, hit) for n, hit in enumerate(hits, 1)]))
-        for query, hits in answered
-    ]
-    return page.page(f"Images of {folder}", sections)
+    reranked = sum(hit.itm is not None for _, hits in answered for hit in hits)
+    firsts = [hits[0] for _, hits in answered if hits]
+    title = f"{len(answered)} texts searched for in {images:,} images"
+    if len(answered) == 1:
+        best = f"{firsts[0].path.name} is the best of {images:,} images" if firsts else "no image"
+        title = f"“{html.cut(answered[0][0])}”: {best}"
+    order = "Ranked by the cosine of image and text."
+    if reranked:
+        order = "Ranked by the match score, the logit of a match plus the cosine. "
+        order += "Images that are not re-ranked follow, by their cosine."
+    return html.page(
+        "sections.html",
+        title=title,
+        kind=f"blip search · {folder}",
+        lead="The nearest images by cosine; the first of them were compared word by word and ranked again.",
+        figures=[
+            html.Figure(f"{images:,}", "images searched"),
+            html.Figure(f"{len(answered)}", "text" if len(answered) == 1 else "texts"),
+            html.Figure(f"{sum(len(hits) for _, hits in answered)}", "images shown", f"{reranked} of them re-ranked"),
+            html.Figure(f"{max((hit.score for hit in firsts), default=0):.2f}", "best score"),
+        ],
+        sections=[
+            html.Section(query, order, cards=[card(n, hit) for n, hit in enumerate(hits, 1)])
+            for query, hits in answered
+        ],
+        tables=[],
+    )
