@@ -54,7 +54,7 @@ def partial(path: Path) -> Path:
     _sweep_once(str(path.parent.absolute()), os.getpid())
     # Long names are cut to leave room for the writer; the end of the name makes it unique.
     return path.with_name(
-        f"{TEMPORARY}{path.name.encode()[:120].decode(errors='ignore')}-{_me()}-{uuid.uuid4().hex[:8]}"
+        f"{TEMPORARY}{os.fsencode(path.name)[:120].decode(errors='ignore')}-{_me()}-{uuid.uuid4().hex[:8]}"
     )
 
 
@@ -243,11 +243,14 @@ def _write_one(path: Path, write: Callable[[Path], None], size: int) -> dict[str
     return {"sha256": sha256(path), "bytes": path.stat().st_size}
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Give a file new content in one rename, so that a reader sees the old or the new."""
+def replace_file(path: Path, content: bytes, advice: str = _ADVICE) -> None:
+    """Give a file new content in one rename, so that a reader sees the old or the new.
+
+    `advice` is what a user with a full disk can do beside freeing space.
+    """
     unfinished = partial(path)
     try:
-        with explain_write(path, len(content)):
+        with explain_write(path, len(content), advice):
             write_bytes(unfinished, content)
             checkpoint_event("before replace", path)
             os.replace(unfinished, path)
@@ -256,13 +259,13 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def explain_write(path: Path, size: int) -> Iterator[None]:
+def explain_write(path: Path, size: int, advice: str = _ADVICE) -> Iterator[None]:
     """Turn any library's error about a failed write into one message."""
     try:
         yield
     # torch and safetensors say of a full disk what they saw of it: unexpected positions, errno in a text.
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise WriteError(not_written(path, _ADVICE, error, size)) from error
+        raise WriteError(not_written(path, advice, error, size)) from error
 
 
 def _require_space(target: Path, size: int) -> None:

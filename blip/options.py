@@ -58,7 +58,7 @@ def version() -> str:
 def option(default: Any = dataclasses.MISSING, *, metavar: str = "", was: str = "", repeat: bool = False) -> Any:
     """Declare a field as an option, with the placeholder of its value in the help and the option's former name.
 
-    With `repeat` each occurrence of the option adds an item to a list.
+    With `repeat` each occurrence of the option adds an item to a list; an item that is a tuple takes that many values.
     """
     how = {"default_factory": default} if callable(default) else {"default": default}
     return dataclasses.field(**how, metadata={"metavar": metavar, "was": was, "repeat": repeat})
@@ -195,7 +195,10 @@ _WORDS = {"true": True, "yes": True, "false": False, "no": False}
 
 
 def _spelled(args: Sequence[str], flags: set[str]) -> list[str]:
-    """Normalize names to dashes; a flag takes the next word if that is true or false, else means true."""
+    """Normalize names to dashes; a flag takes the next word if that is true or false, else means true.
+
+    `--no-FLAG` is `--FLAG false`.
+    """
     done: list[str] = []
     for word, after in itertools.zip_longest(args, args[1:], fillvalue=""):
         if word == "--":
@@ -204,7 +207,9 @@ def _spelled(args: Sequence[str], flags: set[str]) -> list[str]:
             name, equals, value = word.partition("=")
             name = name.replace("_", "-")
             word = name + equals + value
-            if name[2:] in flags and not equals and after.lower() not in _WORDS:
+            if word.startswith("--no-") and word[2:] not in flags and word[5:] in flags:
+                word = f"--{word[5:]}=false"
+            elif name[2:] in flags and not equals and after.lower() not in _WORDS:
                 word += "=true"
         done.append(word)
     return done
@@ -458,8 +463,10 @@ def _parser(kind: type, options: Iterable[Option], program: str, examples: str, 
             continue
         title = _title(one, kind) if explains else ""
         group = groups[title] = groups.get(title) or parser.add_argument_group(title)
-        nargs = "+" if is_list else None
-        group.add_argument(f"--{one.name}", dest=one.name, nargs=nargs, metavar=_metavar(one), **how)
+        metavar, nargs = _metavar(one), "+" if is_list else None
+        if one.field.metadata.get("repeat") and typing.get_origin(item := typing.get_args(one.kind)[0]) is tuple:
+            metavar, nargs = tuple(metavar.split()), len(typing.get_args(item))
+        group.add_argument(f"--{one.name}", dest=one.name, nargs=nargs, metavar=metavar, **how)
         if is_list:
             group.add_argument(f"--{one.name}+", dest=f"{one.name}+", nargs="+", **how | {"help": argparse.SUPPRESS})
     return parser

@@ -28,6 +28,7 @@ VERBS = {
     "select": "choose texts by their scores; takes seconds, can be repeated",
     "export": "write the texts of a selection as a data set",
     "report": "write an HTML page: accounts, distributions, images with the texts kept and why",
+    "inspect": "look through a run in the browser, filtered by score, rule, shard, text or status",
     "verify": "check that every row is accounted for and every file is as written",
     "calibrate": "find a threshold: labelled audit, clean reference set, or null floor",
     "status": "show the progress of a run, from its files alone",

@@ -20,6 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from blip.data import images
 from blip.data.formats import rows, table, tars
@@ -29,6 +30,7 @@ from blip.data.formats.parquet import Parquet, RowGroups, chosen_columns, parque
 from blip.data.formats.rows import NO_COLUMN, Columns, Format, columns_of
 from blip.data.formats.splits import refuse_split
 from blip.data.formats.values import encodable
+from blip.data.images import model_input, small
 from blip.data.paths import alternatives, contained, is_plain_path
 from blip.errors import BadSample, DataError, UnreadableImage, shown
 from capfilt import schema
@@ -299,6 +301,15 @@ class Reader:
 
             root = CACHE if in_cache(image) else root or CACHE
         return read_image(image, root)
+
+
+def shown_image(reader: Reader, row: int, max_pixels: int, side: int) -> Image.Image | None:
+    """Read the image of a row, at most `side` pixels per side; None if it cannot be read, or no longer."""
+    try:
+        stored = next(reader.read(row, row + 1))
+        return model_input(stored.image or b"", max_pixels, lambda image: small(image, side), side)
+    except Exception:  # whatever a file that was changed meanwhile makes its library raise
+        return None
 
 
 def _unreadable(value: Any) -> bool:

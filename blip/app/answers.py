@@ -120,6 +120,8 @@ class Answers:
         self.done = self.failed = 0
         self.to_do: list[str] = list(self.names)
         """Names without an answer in the file so far."""
+        self.closing = self.remedy = ""
+        """Last line in place of the number of failures, and what to do after an interruption."""
         self._out: TextIO = sys.stdout
         self._lines: list[str] = []
         self._reports = self.total > _FEW
@@ -185,7 +187,9 @@ class Answers:
             with contextlib.suppress(OSError):  # every line has been flushed, or its error is being raised
                 self._out.close()
         if isinstance(error, KeyboardInterrupt):
-            self._say(f"stopped after {self.done} of {self.total} {self.unit}")
+            self._say(f"stopped after {self.done} of {self.total} {self.unit}{self.remedy}")
+        elif error is None and self.closing:
+            self._say(self.closing)
         elif self.failed and error is None:
             self._say(f"{self.failed} of {self.total} {self.unit} could not be used")
 

@@ -12,6 +12,7 @@ from blip.errors import Stopped
 
 COMMANDS = {
     "caption": "caption images",
+    "review": "edit captions beside images in the browser",
     "match": "score how well texts match images",
     "search": "find images by text",
     "classify": "classify images by class names",

@@ -21,14 +21,14 @@ class Walk:
     """Notes on files left out on purpose, one line each."""
 
 
-def files(folder: str, walk: Walk, *, hidden: bool = False) -> Iterator[str]:
+def files(folder: str, walk: Walk, *, hidden: bool = False, recursive: bool = True) -> Iterator[str]:
     """Yield the files of a folder and its subfolders, their names joined to the folder's as given.
 
     A folder that links reach under several names is listed once: under its own name if it is inside, else under that of
-    the first link. Broken links count as files. Hidden files are left out unless `hidden`. OSError if `folder` itself
-    cannot be read.
+    the first link. Broken links count as files. Hidden files are left out unless `hidden`, and subfolders unless
+    `recursive`. OSError if `folder` itself cannot be read.
     """
-    return (path for path, is_folder in _entries(folder, walk, hidden) if not is_folder)
+    return (path for path, is_folder in _entries(folder, walk, hidden, recursive) if not is_folder)
 
 
 def matching(pattern: str, walk: Walk | None = None) -> list[str]:
@@ -66,7 +66,7 @@ def _fits(parts: Sequence[str], wanted: Sequence[str]) -> bool:
     return fnmatch.fnmatch(parts[0], wanted[0]) and _fits(parts[1:], wanted[1:])
 
 
-def _entries(folder: str, walk: Walk, hidden: bool) -> Iterator[tuple[str, bool]]:
+def _entries(folder: str, walk: Walk, hidden: bool, recursive: bool = True) -> Iterator[tuple[str, bool]]:
     """Files and folders below a folder, and whether it is a folder, in no order."""
     above = {_identity(os.stat(parent)) for parent in Path(os.path.realpath(folder or ".")).parents}
     seen: set[tuple[int, int]] = set()
@@ -94,7 +94,7 @@ def _entries(folder: str, walk: Walk, hidden: bool) -> Iterator[tuple[str, bool]
             path = os.path.join(at, entry.name)
             if not entry.is_symlink():
                 if entry.is_dir(follow_symlinks=False):
-                    real.append(path)
+                    real += [path] * recursive
                 else:
                     yield path, False
                 continue
@@ -105,6 +105,8 @@ def _entries(folder: str, walk: Walk, hidden: bool) -> Iterator[tuple[str, bool]
                 continue
             if not stat.S_ISDIR(target.st_mode):
                 yield path, False
+            elif not recursive:
+                continue
             elif _identity(target) in above:
                 walk.notes.append(f"{path} leads back up to {os.path.realpath(path)} and was not followed")
             else:

@@ -1,4 +1,4 @@
-"""The labelled audit: a sheet of texts drawn from all scores, labelled by a person, read back with intervals."""
+"""The labelled audit: texts drawn from all scores, judged by a person who sees no scores, read back with intervals."""
 
 from __future__ import annotations
 
@@ -6,21 +6,33 @@ import csv
 import hashlib
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from blip.app import html
+from blip.app.html.serve import PageServer
 from blip.data.formats.csv_rows import csv_rows
+from capfilt.reading import Reader, shown_image
 from capfilt.run import Run
-from capfilt.select.choose import Whole, scored_parts
-from capfilt.select.copies import Copies
+from capfilt.select.choose import scored_parts
 
+PAGE, LABELS, KEY = "report/audit/page.html", "report/audit/labels.csv", "report/audit/key.parquet"
 _STRATA = 10
-_COLUMNS = ("id", "source", "score", "weight", "text", "match")
+_COLUMNS = ["id", "match"]
 _STEPS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+_SIDES = ((384, 78), (288, 74), (224, 70), (160, 66), (112, 60))
+"""Sides and JPEG qualities of the images on the page, the largest that fits into `_LIMIT` is used."""
+_LIMIT = 4_700_000
+"""Most bytes of images on the page, so that all of it stays under 5 MB."""
+_ANSWERS = {"y": True, "yes": True, "1": True, "n": False, "no": False, "0": False}
+_UNANSWERED = ("", "s", "skip")
+_LONGEST = 500
 
 
 @dataclass(frozen=True)
@@ -36,28 +48,84 @@ class Label:
 
 
 def write(run: Run, count: int) -> list[str]:
-    """Write report/audit.csv, to be filled in, and report/audit.html with the images; returns instructions to print."""
+    """Write the page, the sheet to fill in and the key with the scores into report/audit; returns instructions.
+
+    Answers in a sheet that is there stay; ValueError if their texts are not drawn now.
+    """
     drawn = draw(run, count)
-    buffer = io.StringIO()
-    writer = csv.writer(buffer)
-    writer.writerow(_COLUMNS)
-    for entry in drawn:
-        writer.writerow([entry["id"], entry["source"], f"{entry['score']:.6f}", f"{entry['weight']:.4f}",
-                         _harmless(entry["text"]), ""])  # fmt: skip
-    run.storage.write("report/audit.csv", buffer.getvalue().encode())
-    run.storage.write("report/audit.html", _page(run, drawn).encode())
+    kept = _answers(run)
+    if lost := [i for i, answer in kept.items() if answer and i not in {entry["id"] for entry in drawn}]:
+        raise ValueError(
+            f"{run.storage.root}/{LABELS} has answers to {len(lost)} texts that are not drawn now ({lost[0]}, ...): "
+            "give the --count of before, or move the folder report/audit away"
+        )
+    columns = {name: [entry[name] for entry in drawn] for name in ("id", "source", "score", "weight", "text")}
+    key = pa.table(columns | {"pid": [entry["at"][0] for entry in drawn], "row": [entry["at"][1] for entry in drawn]})
+    sink = io.BytesIO()
+    pq.write_table(key.replace_schema_metadata({"fingerprint": run.fingerprint}), sink)
+    run.storage.write(KEY, sink.getvalue())
+    _write_labels(run, {entry["id"]: kept.get(entry["id"], "") for entry in drawn})
+    run.storage.write(PAGE, _page(run, drawn, {}, served=False).encode("utf-8", "replace"))
+    folder = f"{run.storage.root}/report/audit"
     return [
-        f"{len(drawn)} texts drawn from all scores. Open {run.storage.root}/report/audit.html, write y or n into the "
-        f"column match of {run.storage.root}/report/audit.csv, and run",
-        f"  capfilt calibrate {run.where} --labels {run.storage.root}/report/audit.csv",
-        "Judge before you look at scores: the page does not show them.",
+        f"{len(drawn)} texts drawn from all scores. Judge them with the keys y and n:",
+        f"  capfilt calibrate {run.where} --judge       # opens a page that saves each answer",
+        f"or open {folder}/page.html and download labels.csv, or write y or n into the column match of",
+        f"{folder}/labels.csv. Then run",
+        f"  capfilt calibrate {run.where} --labels {folder}/labels.csv",
+        "Scores are in key.parquet alone: do not look at them before.",
     ]
 
 
-def _harmless(text: str) -> str:
-    """Make a text safe for CSV, and prevent spreadsheets from reading it as a formula."""
-    text = " ".join(text.replace("\0", " ").split())
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
+def judge(run: Run, count: int, port: int) -> PageServer:
+    """Return a server of the page that saves each answer in labels.csv, after drawing texts if none are drawn yet."""
+    if not (run.storage.exists(KEY) and run.storage.exists(LABELS)):
+        write(run, count)
+    drawn = [entry | {"at": (entry["pid"], entry["row"])} for entry in _key(run).to_pylist()]
+
+    def page(_: Mapping[str, Any]) -> str:
+        return _page(run, drawn, _answers(run), served=True)
+
+    def save(given: Mapping[str, Any]) -> dict[str, Any]:
+        answers = _answers(run)
+        answers |= {entry["id"]: "" for entry in drawn if entry["id"] not in answers}
+        if (
+            not isinstance(given.get("id"), str)
+            or given["id"] not in answers
+            or given.get("match") not in ("y", "n", "s", "")
+        ):
+            raise ValueError("an answer has the id of a text and match, one of y, n, s and nothing")
+        # The last answer stands last, so that it is the first to be undone after the page is loaded again.
+        answered = {i: answer for i, answer in answers.items() if answer and i != given["id"]}
+        answered |= {given["id"]: given["match"]} if given["match"] else {}
+        _write_labels(run, answered | {i: "" for i in answers if i not in answered})
+        return {"saved": given["id"]}
+
+    return PageServer({"GET /": page, "POST /label": save}, port)
+
+
+def _answers(run: Run) -> dict[str, str]:
+    """Read what the sheet in the run says of each id."""
+    if not run.storage.exists(LABELS):
+        return {}
+    rows = csv.DictReader(io.StringIO(run.storage.read(LABELS).decode("utf-8-sig", "replace"), newline=""))
+    return {row["id"]: (row["match"] or "").strip().lower() for row in rows if row.get("id") and "match" in row}
+
+
+def _write_labels(run: Run, answers: Mapping[str, str]) -> None:
+    sheet = io.StringIO()
+    csv.writer(sheet).writerows([_COLUMNS, *answers.items()])
+    run.storage.write(LABELS, sheet.getvalue().encode())
+
+
+def _key(run: Run) -> pa.Table:
+    """Read the drawn texts. ValueError if there are none, or if they are of another run."""
+    if not run.storage.exists(KEY):
+        raise ValueError(f"{run.where} has no {KEY}: draw texts with `capfilt calibrate {run.where}`")
+    key = pq.read_table(io.BytesIO(run.storage.read(KEY)))
+    if (key.schema.metadata or {}).get(b"fingerprint", b"").decode() != run.fingerprint:
+        raise ValueError(f"{run.where}/{KEY} is of another run: move the folder report/audit away and draw again")
+    return key
 
 
 def draw(run: Run, count: int) -> list[dict]:
@@ -88,21 +156,38 @@ def draw(run: Run, count: int) -> list[dict]:
     return sorted(drawn, key=lambda entry: entry["id"])
 
 
-def _page(run: Run, drawn: Sequence[dict]) -> str:
-    from capfilt.report.page import Cards
-    from capfilt.select.policies import SelectConfig
-
-    cards = Cards(run, SelectConfig(), Whole(Copies()))
+def _page(run: Run, drawn: Sequence[dict], answers: Mapping[str, str], *, served: bool) -> str:
+    images = _images(run, drawn)
     items = [
-        html.Card(cards.image(*entry["at"]), entry["id"], [html.Line(entry["text"])], entry["id"]) for entry in drawn
+        {"id": entry["id"], "text": html.cut(entry["text"], _LONGEST), "image": images.get(entry["at"], "")}
+        for entry in drawn
     ]
+    draw = hashlib.sha256("".join(entry["id"] for entry in drawn).encode()).hexdigest()[:16]
+    sheet = f"{run.storage.root}/{LABELS}" if served else "labels.csv"
     return html.page(
-        "audit.html",
-        title="Does the text say what the image shows?",
-        kind=f"CapFilt audit · {run.where}",
-        lead="Write y or n into the column match of audit.csv, in the row with the id of the card.",
-        cards=items,
-    )
+        "judge.html", title="Does the text say what the image shows?", scripts=("judge.js",),
+        allow={"connect-src": "'self'"} if served else None,
+        lead="Judge each text by its image alone: y if all it says is true, n if anything is not.",
+        items=items, draw=draw, served=served, command=f"capfilt calibrate {run.where} --labels {sheet}",
+        labels=[[i, answer] for i, answer in answers.items() if answer],
+    )  # fmt: skip
+
+
+def _images(run: Run, drawn: Sequence[dict]) -> dict[tuple[str, int], str]:
+    """Read the drawn rows' images, as large as the page can hold; those that cannot be read are left out."""
+    parts, images, readers = {part.pid: part for part in run.plan}, {}, {}
+    for pid, row in sorted({entry["at"] for entry in drawn}):
+        part = parts[pid]
+        if part.source not in readers:
+            readers[part.source] = Reader(run.sources[part.source], run.reading, run.storage)
+        image = shown_image(readers[part.source], part.lo + row, run.config.max_pixels, _SIDES[0][0])
+        if image is not None:
+            images[pid, row] = image.convert("RGB")
+    for side, quality in _SIDES:
+        shown = {at: html.thumbnail(image, side, quality) for at, image in images.items()}
+        if sum(map(len, shown.values())) < _LIMIT:
+            break
+    return shown
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -110,7 +195,7 @@ def _page(run: Run, drawn: Sequence[dict]) -> str:
 
 def read(run: Run, labels: str, target: float) -> list[str]:
     """Estimate precision and recall by threshold, for web and synthetic texts; returns lines to print."""
-    judged = read_labels(Path(labels))
+    judged = joined(read_labels(Path(labels)), _key(run), labels)
     lines = [f"{len(judged)} labels; intervals are 95% Wilson at the effective number of labels"]
     for kind in ("web", "syn"):
         mine = [label for label in judged if label.source == kind]
@@ -143,25 +228,41 @@ def _advice(labels: Sequence[Label], target: float) -> str:
     return f"  no threshold has a lower end of {target:g} with so few labels"
 
 
-def read_labels(path: Path) -> list[Label]:
-    """Read the filled-in rows of a sheet. ValueError names an invalid row, DataError a line that is not CSV."""
-    judged = []
+def read_labels(path: Path) -> dict[str, bool]:
+    """Read the answers of a sheet: whether each id's text matches.
+
+    ValueError names an invalid row, DataError a line that is not CSV.
+    """
+    answers: dict[str, bool] = {}
     for number, row in csv_rows(path):
+        if "score" in row:
+            raise ValueError(
+                f"{path} is a sheet of an older version, which showed scores: copy its columns id and "
+                "match into another file"
+            )
         if not set(_COLUMNS) <= row.keys():
-            raise ValueError(f"{path} has not the columns {', '.join(_COLUMNS)}: is it the sheet that audit wrote?")
-        answer = row["match"].strip().lower()
-        if not answer:
+            raise ValueError(f"{path} has not the columns {', '.join(_COLUMNS)}: is it a labels.csv?")
+        answer = (row["match"] or "").strip().lower()
+        if answer in _UNANSWERED:
             continue
-        if answer not in ("y", "yes", "1", "n", "no", "0"):
-            raise ValueError(f"{path}, line {number}: match must be y or n, got {row['match']!r}")
-        try:
-            score, weight = float(row["score"]), float(row["weight"])
-        except ValueError:
-            raise ValueError(f"{path}, line {number}: score and weight must be numbers") from None
-        judged.append(Label(row["id"], row["source"], score, weight, answer in ("y", "yes", "1")))
-    if not judged:
+        if answer not in _ANSWERS:
+            raise ValueError(f"{path}, line {number}: match must be y, n or s, got {row['match']!r}")
+        if answers.setdefault(row["id"], _ANSWERS[answer]) != _ANSWERS[answer]:
+            raise ValueError(f"{path}, line {number}: {row['id']} has another answer above")
+    if not answers:
         raise ValueError(f"{path}: no row has y or n in the column match")
-    return judged
+    return answers
+
+
+def joined(answers: Mapping[str, bool], key: pa.Table, name: str) -> list[Label]:
+    """Join answers with the scores of the drawn texts. ValueError if an id was not drawn."""
+    drawn = {entry["id"]: entry for entry in key.select(["id", "source", "score", "weight"]).to_pylist()}
+    if unknown := [i for i in answers if i not in drawn]:
+        raise ValueError(
+            f"{name}: {len(unknown)} of {len(answers)} ids were not drawn from this run (such as {unknown[0]!r}): is "
+            "it the sheet of another run, or of another draw?"
+        )
+    return [Label(**drawn[i], match=match) for i, match in answers.items()]
 
 
 def weighted_share(labels: Sequence[Label]) -> tuple[float, float, float]:

@@ -1,9 +1,14 @@
+import contextlib
 import csv
+import http.client
 import json
 import math
+import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from capfilt_crawl import annotations, crawl, make_fake, planned, sample, scored, write_tar
 
@@ -11,6 +16,7 @@ from capfilt.__main__ import main
 from capfilt.calibrate import audit
 from capfilt.calibrate.threshold import CalibrateOptions, auc, calibrate, calibration_error, threshold_for
 from capfilt.report.write import report
+from capfilt.run import Run
 from capfilt.score.scorer import FakeScorer, Matched
 
 HERE = {"decode_workers": 0}
@@ -107,45 +113,138 @@ def test_a_reference_set_tells_hard_negatives_from_random_ones(run, tmp_path, co
     assert "at 0.9: recall 100.0%, wrong ones kept" in text
 
 
-def test_an_audit_from_sheet_to_precision(tmp_path, capsys):
-    run = scored(crawl(tmp_path / "in", shards=4), tmp_path / "run", maker=make_fake)
+def key_of(run):
+    return {entry["id"]: entry for entry in pq.read_table(Path(run.where) / audit.KEY).to_pylist()}
+
+
+def fill(sheet, answers):
+    with sheet.open("w", newline="") as file:
+        csv.writer(file).writerows([("id", "match"), *answers.items()])
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A scored run of which 80 texts are drawn."""
+    folder = tmp_path_factory.mktemp("audit")
+    run = scored(crawl(folder / "in", shards=4), folder / "run", maker=make_fake)
     assert main(["calibrate", run.where, "--count", "80"]) == 0
-    sheet = tmp_path / "run" / "report" / "audit.csv"
-    page = (tmp_path / "run" / "report" / "audit.html").read_text()
-    rows = list(csv.DictReader(sheet.open()))
+    return run
+
+
+def test_an_audit_from_sheet_to_precision(drawn, tmp_path, capsys):
+    run, sheet = drawn, tmp_path / "labels.csv"
+    page = (Path(run.where) / audit.PAGE).read_text()
+    rows = list(csv.DictReader((Path(run.where) / audit.LABELS).open()))
+    assert all(row.keys() == {"id", "match"} and row["match"] == "" for row in rows)  # no score, no source, no text
+    key = key_of(run)
+    assert [row["id"] for row in rows] == list(key)
     assert page.count("<img ") == len(rows) > 60
-    assert not any(r["score"][:6] in page for r in rows)  # who labels must not see scores
+    assert not any(f"{entry['score']:.4f}"[:6] in page for entry in key.values())  # who judges must not see scores
     # What the labels stand for adds up to all texts of the run.
     total = sum(len(r["itm_web"]) for r in annotations(run).to_pylist())
-    assert sum(float(r["weight"]) for r in rows if r["source"] == "web") == pytest.approx(total, rel=1e-3)
-    # A person who says yes to scores above 0.6.
-    with sheet.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows({**r, "match": "y" if float(r["score"]) > 0.6 else "N"} for r in rows)
+    assert sum(e["weight"] for e in key.values() if e["source"] == "web") == pytest.approx(total, rel=1e-3)
+    # A person who says yes to scores above 0.6, and skips one.
+    fill(sheet, {i: "y" if entry["score"] > 0.6 else "N" for i, entry in key.items()} | {rows[0]["id"]: "s"})
     capsys.readouterr()
     assert main(["calibrate", run.where, "--labels", str(sheet), "--target", "0.5"]) == 0
     stdout = capsys.readouterr().out
+    assert f"{len(rows) - 1} labels" in stdout
     assert "at 0.6   precision 100.0%" in stdout
     assert "recall 100.0%" in stdout
     assert "chosen on half of the labels" in stdout
+
+
+def test_answers_stay_when_texts_are_drawn_again(drawn, tmp_path, capsys):
+    shutil.copytree(drawn.where, tmp_path / "run")
+    run = str(tmp_path / "run")
+    sheet = tmp_path / "run" / audit.LABELS
+    ids = [row["id"] for row in csv.DictReader(sheet.open())]
+    fill(sheet, dict.fromkeys(ids, "") | {ids[3]: "y"})
+    assert main(["calibrate", run, "--count", "120"]) == 0
+    again = {row["id"]: row["match"] for row in csv.DictReader(sheet.open())}
+    assert len(again) > len(ids)
+    assert {i: answer for i, answer in again.items() if answer} == {ids[3]: "y"}
+    before = sheet.read_bytes()
+    fill(sheet, dict.fromkeys(again, "n"))
+    capsys.readouterr()
+    assert main(["calibrate", run, "--count", "80"]) == 2
+    assert "answers to" in capsys.readouterr().err
+    assert set(audit.read_labels(sheet).values()) == {False}
+    assert sheet.read_bytes() != before
+
+
+def test_a_sheet_of_other_texts_is_refused(drawn, run, tmp_path, capsys):
+    fill(tmp_path / "l.csv", {**dict.fromkeys(key_of(drawn), "y"), "0123456789abcdef": "n"})
+    assert main(["calibrate", drawn.where, "--labels", str(tmp_path / "l.csv")]) == 2
+    stderr = capsys.readouterr().err
+    assert "1 of" in stderr
+    assert "'0123456789abcdef'" in stderr
+    assert main(["calibrate", run.where, "--labels", str(tmp_path / "l.csv")]) == 2
+    assert "draw texts with" in capsys.readouterr().err
+    other = Run.open(drawn.where)
+    other.fingerprint = "of other models"
+    with pytest.raises(ValueError, match="is of another run"):
+        audit.read(other, str(tmp_path / "l.csv"), 0.9)
+
+
+def ask(server, method, path, body=None, **headers):
+    """Status and body of a request to a page's server."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+    origin = {"Origin": f"http://127.0.0.1:{server.server_port}"} if method == "POST" else {}
+    connection.request(method, f"/{server.secret}/{path}", body, {**origin, **headers})
+    reply = connection.getresponse()
+    return reply.status, reply.read()
+
+
+@contextlib.contextmanager
+def serving(server):
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def test_each_answer_is_saved_at_once(drawn, tmp_path):
+    shutil.copytree(drawn.where, tmp_path / "run")
+    sheet = tmp_path / "run" / audit.LABELS
+    with serving(audit.judge(Run.open(str(tmp_path / "run")), 80, 0)) as server:
+        ids = [row["id"] for row in csv.DictReader(sheet.open())]
+        for i, answer in ((4, "y"), (2, "n"), (7, "s")):
+            status, body = ask(server, "POST", "label", json.dumps({"id": ids[i], "match": answer}))
+            assert (status, json.loads(body)) == (200, {"saved": ids[i]})
+        rows = [(row["id"], row["match"]) for row in csv.DictReader(sheet.open())]
+        assert rows[:3] == [(ids[4], "y"), (ids[2], "n"), (ids[7], "s")]
+        assert sorted(i for i, _ in rows) == sorted(ids)
+        assert ask(server, "POST", "label", json.dumps({"id": ids[2], "match": ""}))[0] == 200  # undone
+        assert {row["id"]: row["match"] for row in csv.DictReader(sheet.open())}[ids[2]] == ""
+        for wrong in (
+            {"id": "x", "match": "y"},
+            {"id": ids[0], "match": "maybe"},
+            {"id": ids[0]},
+            {"id": [1], "match": "y"},
+        ):
+            assert ask(server, "POST", "label", json.dumps(wrong))[0] == 400
+        status, page = ask(server, "GET", "")
+        assert status == 200
+        assert f'[["{ids[4]}", "y"], ["{ids[7]}", "s"]]'.encode() in page.replace(b"&#34;", b'"')
+    assert audit.read_labels(sheet) == {ids[4]: True}
 
 
 @pytest.mark.parametrize(
     ("content", "error"),
     [
         ("a,b\n1,2\n", "has not the columns"),
-        ("id,source,score,weight,text,match\n1,web,0.5,1,x,maybe\n", "line 2: match must be y or n"),
-        ("id,source,score,weight,text,match\n1,web,0.5,1,x,\n", "no row has y or n"),
-        ("id,source,score,weight,text,match\n1,web,high,1,x,y\n", "line 2: score and weight must be numbers"),
+        ("id,match\n1,maybe\n", "line 2: match must be y, n or s"),
+        ("id,match\n1,\n2,s\n", "no row has y or n"),
+        ("id,match\n1,y\n1,n\n", "line 3: 1 has another answer above"),
+        ("id,source,score,weight,text,match\n1,web,0.5,1,x,y\n", "is a sheet of an older version"),
     ],
 )
 def test_a_wrong_sheet_is_said(tmp_path, content, error):
     (tmp_path / "s.csv").write_text(content)
     with pytest.raises(ValueError, match=error):
         audit.read_labels(tmp_path / "s.csv")
-
-
-def test_formulas_do_not_reach_a_spreadsheet():
-    assert audit._harmless("=cmd|' /C calc'!A0") == "'=cmd|' /C calc'!A0"
-    assert audit._harmless("two\nlines") == "two lines"

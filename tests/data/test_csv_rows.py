@@ -95,7 +95,7 @@ def test_a_later_file_of_a_stream_is_looked_at_before_anything_is_read(tmp_path)
 
 @pytest.mark.parametrize("read", [read_references, read_results, read_labels])
 def test_evaluation_and_labels_are_as_strict(tmp_path, read):
-    header = {read_results: "x,True\n", read_labels: "id,source,score,weight,text,match\n"}.get(read, "image,caption\n")
+    header = {read_results: "x,True\n", read_labels: "id,match\n"}.get(read, "image,caption\n")
     (tmp_path / "a.csv").write_text(header + '"x,True\n' + header)
     with pytest.raises(DataError, match=r"a\.csv: line 2: a quotation mark is opened and never closed"):
         read(tmp_path / "a.csv")
