@@ -129,7 +129,7 @@ def test_where_it_looks_is_told_for_each_word(desk, photos):  # noqa: F811
     ((_, _, chance),) = desk.match("photos/p4.png", TEXTS[0])
     probability, shown = desk.explain_match("photos/p4.png", TEXTS[0])
     assert probability == pytest.approx(chance, abs=1e-6)
-    assert [name for name, _ in shown] == ["the whole text", "a", "red", "circle"]
+    assert [name for name, _ in shown] == ["the image", "the whole text", "red", "circle"]
     assert len({image.tobytes() for _, image in shown}) == 4
 
 

@@ -78,11 +78,13 @@ def run(chosen: SearchOptions) -> int:
     from blip import files
     from blip.app.answers import Answers, Form, refuse_out, refuse_page, shown
     from blip.app.loaded import load
+    from blip.app.unknown import check_texts
 
     refuse_out(chosen.out)
     if chosen.sheet:
         refuse_page("--sheet", chosen.sheet)
     loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer, batch=chosen.batch)
+    check_texts(loaded.tokenizer, chosen.queries)
     embeds = loaded.embed_text(chosen.queries)
     index, failed = up_to_date(chosen, inputs, loaded)
     answered: list[tuple[str, list[Hit]]] = []

@@ -1,0 +1,46 @@
+"""Words that a model's tokenizer does not know, which the model reads as if they were all the same."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from blip.inference.features import cleaned
+from blip.text import clean_question
+from blip.tokenizer import Tokenizer
+
+_FEW = 5
+"""Most texts of which each is named."""
+_SHOWN = 60
+
+
+def check_texts(tokenizer: Tokenizer, texts: Sequence[str], *, what: str = "") -> None:
+    """Name on stderr the texts with unknown word pieces, as far as the model reads them.
+
+    ValueError if all word pieces of a text are unknown, or it has no words. `what` the texts are goes before them, such
+    as "class ".
+    """
+    _check(tokenizer, [(text, cleaned(text)) for text in texts], what)
+
+
+def check_question(tokenizer: Tokenizer, question: str) -> None:
+    """Check a question as `check_texts` does texts."""
+    _check(tokenizer, [(question, clean_question(question))], "the question ")
+
+
+def _check(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]], what: str) -> None:
+    notes = []
+    for text, read in texts:
+        unknown, total = tokenizer.unknown_pieces(read)
+        named = f"{what}{text[:_SHOWN]!r}"
+        if unknown == total and total:
+            raise ValueError(
+                f"all word pieces of {named} are unknown to this model's tokenizer, so it cannot be told from other "
+                "texts: use words of the language that the model was trained on"
+            )
+        if unknown:
+            notes.append(f"{unknown} of {total} word pieces of {named} are unknown to this model's tokenizer")
+    for note in notes[:_FEW]:
+        print(f"note: {note}", file=sys.stderr)
+    if len(notes) > _FEW:
+        print(f"note: {len(notes) - _FEW} more texts have unknown word pieces", file=sys.stderr)
