@@ -20,18 +20,19 @@ def check_texts(tokenizer: Tokenizer, texts: Sequence[str], *, what: str = "") -
     ValueError if all word pieces of a text are unknown, or it has no words. `what` the texts are goes before them, such
     as "class ".
     """
-    _check(tokenizer, [(text, cleaned(text)) for text in texts], what)
+    _say(_notes(tokenizer, texts, [cleaned(text) for text in texts], what))
 
 
 def check_question(tokenizer: Tokenizer, question: str) -> None:
     """Check a question as `check_texts` does texts."""
-    _check(tokenizer, [(question, clean_question(question))], "the question ")
+    _say(_notes(tokenizer, [question], [clean_question(question)], "the question "))
 
 
-def _check(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]], what: str) -> None:
-    notes = []
-    for text, read in texts:
-        unknown, total = tokenizer.unknown_pieces(read)
+def _notes(tokenizer: Tokenizer, texts: Sequence[str], read: Sequence[str], what: str = "") -> list[str]:
+    """Describe the texts with unknown word pieces, which are counted in what is `read` of each. Raises ValueError."""
+    found = []
+    for text, words in zip(texts, read, strict=True):
+        unknown, total = tokenizer.unknown_pieces(words)
         named = f"{what}{text[:_SHOWN]!r}"
         if unknown == total and total:
             raise ValueError(
@@ -39,8 +40,12 @@ def _check(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]], what: str) ->
                 "texts: use words of the language that the model was trained on"
             )
         if unknown:
-            notes.append(f"{unknown} of {total} word pieces of {named} are unknown to this model's tokenizer")
-    for note in notes[:_FEW]:
+            found.append(f"{unknown} of {total} word pieces of {named} are unknown to this model's tokenizer")
+    return found
+
+
+def _say(found: Sequence[str]) -> None:
+    for note in found[:_FEW]:
         print(f"note: {note}", file=sys.stderr)
-    if len(notes) > _FEW:
-        print(f"note: {len(notes) - _FEW} more texts have unknown word pieces", file=sys.stderr)
+    if len(found) > _FEW:
+        print(f"note: {len(found) - _FEW} more texts have unknown word pieces", file=sys.stderr)
