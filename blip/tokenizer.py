@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -200,9 +201,20 @@ class Tokenizer:
         ids = [i for piece_ids in self._ids_of(texts) for i in piece_ids]
         return sum(i == self.unk_id for i in ids) / max(1, len(ids))
 
+    def unknown_pieces(self, text: str) -> tuple[int, int]:
+        """Numbers of unknown and of all word pieces of a text; punctuation is no word, a symbol such as an emoji is."""
+        text = text[:LONGEST]
+        encoded = self._pieces.encode(text, add_special_tokens=False)
+        words = [i for i, (start, end) in zip(encoded.ids, encoded.offsets, strict=True) if _is_word(text[start:end])]
+        return words.count(self.unk_id), len(words)
+
     def digest(self) -> str:
         """The tokenizer as JSON text, for fingerprints."""
         return self._pieces.to_str()
+
+
+def _is_word(piece: str) -> bool:
+    return any(unicodedata.category(letter)[0] in "LMN" or unicodedata.category(letter) == "So" for letter in piece)
 
 
 def _begin_with_cls(pieces: tokenizers.Tokenizer) -> None:

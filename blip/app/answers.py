@@ -55,6 +55,8 @@ class Form:
     options: dict[str, Any] = field(default_factory=dict)
     lines: int = 1
     """Largest number of text lines for one image."""
+    other_keys: tuple[str, ...] = ()
+    """Keys of JSON lines about another kind of subject."""
 
     def named(self, name: str) -> str:
         """Name of a subject as it stands in the file."""
@@ -70,8 +72,10 @@ class Form:
                 values = json.loads(text)
             except (ValueError, RecursionError):
                 return None
-            ours = isinstance(values, dict) and tuple(values) == self.keys and isinstance(values[self.keys[0]], str)
-            return values[self.keys[0]] if ours else None
+            if not isinstance(values, dict) or not values or tuple(values) not in (self.keys, self.other_keys):
+                return None
+            subject = next(iter(values.values()))
+            return subject if isinstance(subject, str) else None
         values = text.split("\t")
         ours = len(values) == len(self.fields) and all(map(_is, values, self.fields))
         return values[0] if ours else None

@@ -18,6 +18,7 @@ from PIL import Image
 from blip.app.commands import caption as caption_command
 from blip.app.commands import explain as explain_command
 from blip.app.commands import search as search_command
+from blip.app.unknown import check_question, check_texts
 from blip.data import images
 from blip.data.image_files import find
 from blip.data.images import UnreadableImage
@@ -53,6 +54,8 @@ class FolderHit:
     """Path relative to the folder."""
     image: Image.Image
     """Thumbnail."""
+    score: float
+    """Score that ranks it: match logit plus cosine, or the cosine alone if not re-ranked."""
     itc: float
     itm: float | None
     """Probability that the text matches; None if not re-ranked."""
@@ -124,6 +127,7 @@ class Demo:
         if not clean_question(_short(question)):
             raise ValueError("type a question first")
         with self._lock:
+            check_question(one.tokenizer, question)
             return one.answer(pixels[None], question, top=top, details=True)[0]
 
     def match(self, path: str | None, texts: str) -> list[tuple[str, float, float]]:
@@ -135,6 +139,7 @@ class Demo:
         if len(lines) > MOST_TEXTS:
             raise ValueError(f"at most {MOST_TEXTS} texts can be compared at once, got {len(lines)}")
         with self._lock, self.matcher.computing():
+            check_texts(self.matcher.tokenizer, lines)
             matches = self.matcher.match(image, lines)
         return list(zip(lines, matches.itc[0].tolist(), matches.probability[0].tolist(), strict=True))
 
@@ -144,6 +149,7 @@ class Demo:
         if not text.strip():
             raise ValueError("type a text first")
         with self._lock, self.matcher.computing():
+            check_texts(self.matcher.tokenizer, [_short(text)])
             explanation = self.matcher.explain(image, _short(text))
         return explanation.probability, explain_command.images(image, explanation)
 
@@ -157,6 +163,7 @@ class Demo:
         index = self._searched()
         paths = find([str(index.folder)]).paths
         with self._lock, self.matcher.computing():
+            index = index.writable(paths)
             stale, done = index.stale(paths), 0
 
             def count(batch: list[ImageFile]) -> None:
@@ -180,15 +187,16 @@ class Demo:
         if not 1 <= top <= MOST_HITS:
             raise ValueError(f"the number of images must be 1 to {MOST_HITS}, got {top}")
         with self._lock, self.matcher.computing():
-            embed = self.matcher.embed_text(_short(text))
-            hits = search_command.find_one(index, self.matcher, _short(text), embed, top, rerank)
+            check_texts(self.matcher.tokenizer, [_short(text)])
+            embed = self.matcher.embed_text(text)
+            hits = search_command.find_one(index, self.matcher, text, embed, top, rerank)
         hits_shown = []
         for hit in hits:
             try:
                 image = images.model_input(hit.path, DataConfig.max_pixels, _small, _SIDE)
             except UnreadableImage:  # removed since it was indexed
                 continue
-            hits_shown.append(FolderHit(str(hit.path.relative_to(index.folder)), image, hit.itc, hit.itm))
+            hits_shown.append(FolderHit(str(hit.path.relative_to(index.folder)), image, hit.score, hit.itc, hit.itm))
         return hits_shown
 
     def _searched(self) -> Index:

@@ -24,7 +24,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
-from blip.app.demo import MAX_BYTES, MAX_PIXELS, MOST_CAPTIONS, MOST_HITS, Demo
+from blip.app.demo import MAX_BYTES, MAX_PIXELS, MOST_CAPTIONS, MOST_HITS, Demo, FolderHit
 from blip.app.exit import one_line
 from blip.data.images import NAMES
 from blip.errors import DataError
@@ -386,7 +386,7 @@ def _search_tab(demo: Demo, model: dict[str, Any]) -> None:
 
     def show(words: str, count: float) -> list[tuple[Image.Image, str]]:
         hits = demo.search(words, int(count))
-        return [(hit.image, _hit(n, hit.name, hit.itc, hit.itm)) for n, hit in enumerate(hits, 1)]
+        return [(hit.image, _hit(n, hit)) for n, hit in enumerate(hits, 1)]
 
     def refresh(progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
         def report(done: int, total: int) -> None:
@@ -401,13 +401,13 @@ def _search_tab(demo: Demo, model: dict[str, Any]) -> None:
 
 def _counted(readable: int, unreadable: int) -> str:
     left = f"; {unreadable:,} files cannot be used" if unreadable else ""
-    legend = "Below each result: probability of a match (ITM), cosine (ITC) and name."
+    legend = "Below each result: name, the score that ranks it, and the probability of a match."
     return f"<p>{readable:,} images can be searched{left}. {legend}</p>"
 
 
-def _hit(rank: int, name: str, itc: float, itm: float | None) -> str:
-    fits = f"{100 * itm:.1f}% " if itm is not None else ""
-    return f"{rank}. {fits}({itc:.3f}) {name}"
+def _hit(rank: int, hit: FolderHit) -> str:
+    ranked_by = f"cosine {hit.score:.3f}" if hit.itm is None else f"match score {hit.score:.3f}, {100 * hit.itm:.1f}%"
+    return f"{rank}. {hit.name}: {ranked_by}"
 
 
 def _capfilt_tab(demo: Demo, made: gr.Blocks) -> None:

@@ -6,31 +6,39 @@
     values, rows = index.nearest(model.embed_text("a red bicycle"), 10)
 
 `index.json` lists the files and names the safetensors file with their embeddings; it is replaced last and in one
-rename, so a reader sees the old or the new index. N images, E embedding width, Q queries.
+rename, so a reader sees the old or the new index. If it has to be written and the folder is read-only, it moves to the
+user's cache folder. N images, E embedding width, Q queries.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from blip import files
+from blip.app.answers import Answers
+from blip.app.commands.shared import MODEL_VARIABLE
 from blip.app.loaded import Loaded
 from blip.data.image_files import ImageFile, read_images
 from blip.errors import DataError
 from blip.tensors import add_to_digest, read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from blip.data.image_files import InputImages
 
 FORMAT, VERSION = "openblip-index", 1
 _LIST = "index.json"
@@ -110,7 +118,10 @@ class Index:
         about as long as encoding the text, so an approximate search would gain little.
         """
         cosines = queries.float().cpu() @ self.embeddings.T
-        return cosines.topk(min(k, cosines.shape[1]), dim=1)
+        values, rows = cosines.topk(min(k, cosines.shape[1]), dim=1)
+        rows, order = rows.sort(dim=1)
+        values, best = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+        return values, rows.gather(1, best)
 
     # Files --------------------------------------------------------------------------------------------------------
 
@@ -179,6 +190,34 @@ class Index:
         known = {entry.path: (entry.size, entry.mtime_ns) for entry in self.entries}
         return [path for path in paths if known.get(_within(path, self.folder)) != _stat(path)]
 
+    def is_current(self, paths: Sequence[str]) -> bool:
+        """Whether the index on disk is that of exactly `paths` as they are now, so that it need not be written."""
+        names = [_within(path, self.folder) for path in paths]
+        on_disk = (self.where / _LIST).exists()
+        return on_disk and [entry.path for entry in self.entries] == names and not self.stale(paths)
+
+    def writable(self, paths: Sequence[str]) -> Index:
+        """Return the index for `updated`: itself, or if it has to be written and cannot, the one in the user's cache.
+
+        That begins with what is known in the folder. ValueError, with the remedy, if no place can be written.
+        """
+        if self.is_current(paths) or _can_write(self.where):
+            return self
+        remedy = "give --index DIR to keep it elsewhere"
+        cache = cache_place(self.folder, self.origin)
+        if self.where != own_place(self.folder):
+            raise ValueError(f"the index {self.where} cannot be written: {remedy}")
+        if cache is None or not _can_write(cache):
+            neither = self.where if cache is None else f"{self.where} nor {cache}"
+            raise ValueError(f"the index can be written neither to {neither}: {remedy}")
+        moved = None
+        with contextlib.suppress(DataError):  # it is only a cache
+            moved = Index.read(self.folder, cache)
+        if moved is None or not moved.origin.same(self.origin):
+            moved = dataclasses.replace(self, where=cache)
+        print(f"note: {self.where} cannot be written; the index is in {cache}, or give --index DIR", file=sys.stderr)
+        return moved
+
     def updated(
         self,
         paths: Sequence[str],
@@ -222,6 +261,91 @@ class Index:
         rows = [vectors[entry.path] for entry in listed if not entry.reason]
         embeddings = torch.stack(rows) if rows else torch.empty(0, like.model.config.embed_dim)
         return Index(self.folder, self.where, self.origin, listed, embeddings)
+
+
+def own_place(folder: Path) -> Path:
+    """The folder of a folder's index if no other is chosen."""
+    return folder / ".blip-index"
+
+
+def cache_place(folder: Path, origin: IndexOrigin) -> Path | None:
+    """The folder of a read-only folder's index, in the user's cache: one for each folder and model.
+
+    None if the user has no home.
+    """
+    chosen = os.environ.get("XDG_CACHE_HOME", "")
+    cache = Path(chosen if os.path.isabs(chosen) else os.path.expanduser("~/.cache"))
+    real = os.path.realpath(folder)
+    key = hashlib.sha256(os.fsencode(f"{real}\0{origin.weights}\0{origin.precision}")).hexdigest()[:16]
+    return cache / "openblip" / "index" / key if cache.is_absolute() else None
+
+
+def up_to_date(
+    folder: Path,
+    inputs: InputImages,
+    model: Loaded,
+    name: str | None,
+    *,
+    where: str | None = None,
+    rebuild: bool = False,
+) -> tuple[Index, int]:
+    """Update a folder's index, in `where` or else in the folder; returns it and the number of unusable images.
+
+    `name` is the model's as given, if it was. Progress goes to stderr. ValueError, with the remedy, for an index of
+    another model, or one that cannot be written.
+    """
+    precision = str(model.precision).removeprefix("torch.")
+    origin = IndexOrigin.of(model, name or os.environ.get(MODEL_VARIABLE, ""), precision)
+    place = Path(where) if where else own_place(folder)
+    index = None if rebuild else _readable(folder, place, origin, is_chosen=where is not None)
+    index = (index or Index(folder, place, origin)).writable(inputs.paths)
+    if rebuild and index.entries:
+        index = Index(folder, index.where, origin)
+    stale = index.stale(inputs.paths)
+    with Answers(None, inputs._replace(paths=stale)) as answers:
+
+        def report(images: list[ImageFile]) -> None:
+            answers.readable(images)
+            answers.advance(len(images))
+
+        try:
+            index = index.updated(inputs.paths, stale, model, report)
+        except files.WriteError as error:
+            raise OSError(f"{error}; --index DIR keeps the index elsewhere") from None
+    return index, answers.failed
+
+
+def _readable(folder: Path, place: Path, origin: IndexOrigin, *, is_chosen: bool) -> Index | None:
+    """Read the index at `place`; None if there is none, or one in a read-only folder that cannot be used.
+
+    ValueError if it was built with another model.
+    """
+    try:
+        index = Index.read(folder, place)
+    except (DataError, PermissionError):
+        if is_chosen or _can_write(place):
+            raise
+        return None
+    if index is None or index.origin.same(origin):
+        return index
+    if not is_chosen and not _can_write(place):
+        return None
+    raise ValueError(
+        f"{place} was built with {index.origin}, but this is {origin}: search with that model and precision, give "
+        "another --index DIR, or --rebuild"
+    )
+
+
+def _can_write(folder: Path) -> bool:
+    """Whether a file can be made in a folder, which is made if it is not there. Only trying tells on every disk."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial = files.partial(folder / _LIST)
+        trial.touch()
+        trial.unlink()
+    except OSError:
+        return False
+    return True
 
 
 def _read_batches(

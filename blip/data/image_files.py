@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -22,9 +22,6 @@ from blip.data.images import UnreadableImage, model_input, read
 from blip.data.paths import alternatives, matching
 from blip.data.settings import DataConfig
 from blip.errors import DataError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _MOST_THREADS = 8
 _EXPECTED = f"looked for names ending in {', '.join(sorted(IMAGES))}"
@@ -37,8 +34,8 @@ class ImageFile(NamedTuple):
     """Path of the image as given, or the given folder joined with the name inside it."""
     digest: str
     """SHA-256 of its bytes, hexadecimal; empty if it could not be read."""
-    pixels: Tensor | None
-    """Transformed image, (3, S, S)."""
+    pixels: Any
+    """What the transform made of the image, such as the model's input (3, S, S); None if it could not be read."""
     reason: str
     """Reason why the file cannot be used; empty if it can."""
 
@@ -140,15 +137,13 @@ def natural(path: str) -> tuple:
     return [[(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", part)] for part in parts], path
 
 
-def read_images(
-    paths: Sequence[str], transform: Callable[[Image.Image], Tensor], batch: int
-) -> Iterator[list[ImageFile]]:
+def read_images(paths: Sequence[str], transform: Callable[[Image.Image], Any], batch: int) -> Iterator[list[ImageFile]]:
     """Yield the images at `paths` in order, `batch` at a time, read ahead."""
     threads = min(_MOST_THREADS, os.cpu_count() or 1)
     return read_ahead(paths, batch, lambda path: _read_one(path, transform), threads)
 
 
-def _read_one(path: str, transform: Callable[[Image.Image], Tensor]) -> ImageFile:
+def _read_one(path: str, transform: Callable[[Image.Image], Any]) -> ImageFile:
     try:
         data = read(Path(path))
         pixels = model_input(data, DataConfig.max_pixels, transform)

@@ -15,12 +15,12 @@ from PIL import Image, ImageFile
 
 from blip.data.image_header import count_frames
 from blip.data.images import UnreadableImage, model_input, open_image
+from blip.data.phash import phash
 from blip.errors import BadSample
 from blip.text import clean_caption
 from capfilt import schema
 from capfilt.reading import InputRow
 from capfilt.select import rules
-from capfilt.select.phash import phash
 from capfilt.settings import ScoreConfig
 from capfilt.store.faults import decode_fault
 

@@ -144,6 +144,7 @@ def test_the_folder_is_searched_as_by_the_command(model, run, photos):  # noqa: 
         hits = one.search(TEXTS[0], top, rerank=4)
         expected = lines(run("search", "photos", TEXTS[0], "--top", top, "--rerank", 4, "--json"))
         assert [f"photos/{hit.name}" for hit in hits] == [line["path"] for line in expected]
+        assert [round(hit.score, 5) for hit in hits] == [line["score"] for line in expected]
         assert [round(hit.itc, 5) for hit in hits] == [line["itc"] for line in expected]
         assert [hit.itm and round(hit.itm, 5) for hit in hits] == [line["itm"] for line in expected]
     Path("photos/new.png").write_bytes(png(50))

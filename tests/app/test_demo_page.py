@@ -387,7 +387,10 @@ def test_search(page, whole, images):
     page.view.locator("#found img").nth(IMAGES - 1).wait_for()
     hits = whole.search(TEXTS[0], 12)
     listed = page.view.locator("#found").inner_text()
-    at = [listed.index(f"{n}. {100 * hit.itm:.1f}% ({hit.itc:.3f}) {hit.name}") for n, hit in enumerate(hits, 1)]
+    at = [
+        listed.index(f"{n}. {hit.name}: match score {hit.score:.3f}, {100 * hit.itm:.1f}%")
+        for n, hit in enumerate(hits, 1)
+    ]
     assert at == sorted(at)
     page.shot("search")
     (images / "new.png").write_bytes(png(77))

@@ -104,8 +104,7 @@ def test_as_many_are_named_as_are_asked_for(features, tmp_path):
         assert hits[0].path.name == "0.png"
 
 
-def test_the_index_is_built_once_and_follows_the_folder(run, photos, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(search, "MODEL_VARIABLE", "OPENBLIP_MODEL")
+def test_the_index_is_built_once_and_follows_the_folder(run, photos):  # noqa: F811
     status, out, err = run("search", "photos")
     assert (status, out) == (0, "")
     assert "11/11 images" in err
@@ -172,7 +171,93 @@ def test_the_sheet_shows_what_was_found_and_asks_nobody(run, photos):  # noqa: F
     assert err.startswith("error: could not write gone/found.html")
 
 
+def test_an_image_finds_itself_first(run, photos, features):  # noqa: F811
+    """Ranked by the cosines of the library, never re-ranked; a copy under another name is as near."""
+    (photos / "p0 - копия [1].png").write_bytes(png(7))
+    paths = [f"photos/{name}" for name in sorted(os.listdir(photos))]
+    embeds = features.embed_image(paths)
+    status, out, _ = run("search", "photos", "--image", "photos/p7.png", "--top", 12)
+    assert status == 0
+    rows = [line.split("\t") for line in out.splitlines()]
+    assert [row[1] for row in rows[:2]] == ["photos/p0 - копия [1].png", "photos/p7.png"]
+    cosines = dict(zip(paths, (embeds @ embeds[paths.index("photos/p7.png")]).tolist(), strict=True))
+    assert [row[1] for row in rows[2:]] == sorted(paths, key=lambda path: -cosines[path])[2:]
+    for query, path, score, itc, itm in rows:
+        assert (query, itm) == ("photos/p7.png", "-")
+        assert score == itc == f"{cosines[path]:.4f}"
+
+
+def test_words_are_added_to_an_image_and_taken_away(run, photos, features):  # noqa: F811
+    args = ("--image", "photos/p3.png", "--plus", "blue", "--plus", "a ring", "--minus", "red", "--top", 11)
+    status, out, _ = run("search", "photos", "a star", *args, "--json", "--out", "found.jsonl")
+    assert (status, out) == (0, "")
+    words = features.embed_text(["blue", "a ring", "red"])
+    query = features.embed_image("photos/p3.png")[0] + words[0] + words[1] - words[2]
+    expected = features.embed_image([f"photos/p{i}.png" for i in range(1, 12)]) @ (query / query.norm())
+    answers = lines((photos.parent / "found.jsonl").read_text())
+    assert [line.get("text") for line in answers] == ["a star"] * 11 + [None] * 11
+    assert list(answers[11]) == ["image", "plus", "minus", "path", "score", "itc", "itm"]
+    for line, at in zip(answers[11:], expected.argsort(descending=True).tolist(), strict=True):
+        named = {
+            "image": "photos/p3.png",
+            "plus": ["blue", "a ring"],
+            "minus": ["red"],
+            "path": f"photos/p{at + 1}.png",
+        }
+        assert {name: line[name] for name in named} == named
+        assert line["score"] == line["itc"] == pytest.approx(expected[at].item(), abs=2e-5)
+        assert line["itm"] is None
+    # The file is one of this command, and another query's is not.
+    assert run("search", "photos", "a star", *args, "--json", "--out", "found.jsonl")[0] == 0
+    status, _, err = run("search", "photos", "--image", "photos/p3.png", "--json", "--out", "found.jsonl")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "other options" in err
+
+
+class Stub:
+    """A model whose embeddings are given."""
+
+    def embed_image(self, _):
+        return torch.tensor([[0.6, 0.8, 0.0]])
+
+    def embed_text(self, texts):
+        given = {"blue": [0.0, 0.0, 1.0], "red": [0.0, 1.0, 0.0], "all of it": [0.6, 0.8, 0.0]}
+        return torch.tensor([given[text] for text in texts]).reshape(-1, 3)
+
+
+@pytest.mark.parametrize(
+    ("plus", "minus", "expected"),
+    [
+        ([], [], [0.6, 0.8, 0.0]),
+        (["blue"], [], [0.6 / 2**0.5, 0.8 / 2**0.5, 1 / 2**0.5]),
+        (["blue"], ["red"], [0.6 / 1.4**0.5, -0.2 / 1.4**0.5, 1 / 1.4**0.5]),
+    ],
+)
+def test_the_query_is_a_sum_of_length_one(plus, minus, expected):
+    torch.testing.assert_close(search.changed_image(Stub(), None, plus, minus), torch.tensor([expected]))
+
+
+def test_what_cancels_out_is_refused():
+    with pytest.raises(ValueError, match="cancel each other out"):
+        search.changed_image(Stub(), None, [], ["all of it"])
+
+
+def test_the_sheet_shows_the_image_searched_for(run, photos):  # noqa: F811
+    args = ("--image", "photos/p3.png", "--minus", "red <b>", "--top", 2, "--sheet", "found.html")
+    status, out, _ = run("search", "photos", *args)
+    assert status == 0
+    page = (photos.parent / "found.html").read_text()
+    assert page.count('src="data:image/jpeg') == 3
+    assert "photos/p3.png -red &lt;b&gt;" in page
+    assert "<b>" not in page
+    assert page.count("cosine, which ranks it") == 2
+    assert "probability" not in page
+    best = out.splitlines()[0].split("\t")
+    assert f"{float(best[2]):.3f}" in page
+
+
 def test_search_says_what_is_wrong(run, photos):  # noqa: F811
+    (photos.parent / "broken.png").write_bytes(b"<html>")
     wrong = {
         ("photos/p1.png", "a"): "photos/p1.png is not a folder",
         ("gone", "a"): "gone is not a folder",
@@ -180,6 +265,15 @@ def test_search_says_what_is_wrong(run, photos):  # noqa: F811
         ("photos", "a", "--sheet", "a.pdf"): "ends in .html",
         ("photos", "!"): "text '!' cannot be compared",
         ("photos", "a", "--top", "0"): "top must be 1 or more, got 0",
+        ("photos", "a", "--plus", "blue"): "--plus and --minus change what --image searches for",
+        ("photos", "--minus", "blue"): "--plus and --minus change what --image searches for",
+        ("photos", "--image", "photos/p1.png", "--plus", "red", "--minus", "red"): "'red' is given both by --plus",
+        ("photos", "--image", "photos/p1.png", "--plus", "!"): "text '!' cannot be compared",
+        ("photos", "--image", "photos/p1.png", "--plus", "звезда"): "all word pieces of 'звезда' are unknown",
+        ("photos", "--image", "gone.png"): "--image gone.png: ",
+        ("photos", "--image", "photos"): "--image photos is a folder",
+        ("photos", "--image", "broken.png"): "--image broken.png: is an HTML page",
+        ("photos", "--image", "https://example.org/a.png"): "images are not fetched",
         ("photos", "a", "--model", "./gone"): "./gone is not a model directory",
     }
     for args, message in wrong.items():

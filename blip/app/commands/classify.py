@@ -50,10 +50,12 @@ def run(chosen: ClassifyOptions) -> int:
 
     from blip.app.answers import Answers, Form, refuse_out, shown
     from blip.app.loaded import load
+    from blip.app.unknown import check_texts
     from blip.inference.zero_shot import TEMPLATES, class_embeddings, probabilities
 
     refuse_out(chosen.out)
     loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer, batch=chosen.batch)
+    check_texts(loaded.tokenizer, names, what="class ")
     classes = class_embeddings(loaded.embed_text, names, chosen.template or TEMPLATES)
     keys = ("path", "classes", "probability")
     ways = {"classes": names, "template": chosen.template or None, "top": chosen.top}

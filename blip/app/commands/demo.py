@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from blip.app.commands.shared import ModelOptions, at_least
 from blip.inference.settings import CAPTION_PROMPT
@@ -31,7 +32,7 @@ class DemoOptions(ModelOptions):
     folder: str | None = option(None, metavar="DIR")
     """Folder of images to search"""
     index: str | None = option(None, metavar="DIR")
-    """Folder of its index (default: FOLDER/.blip-index)"""
+    """Folder of its index (default: FOLDER/.blip-index, or the user's cache for a read-only folder)"""
     capfilt: str | None = option(None, metavar="RUN")
     """Folder of a CapFilt run whose reports to show"""
     prompt: str = CAPTION_PROMPT
@@ -59,9 +60,9 @@ def run(chosen: DemoOptions) -> int:
     inputs = find([chosen.folder]) if chosen.folder else None
 
     # After the checks that need no torch, so that their errors come at once.
-    from blip.app.commands import search
     from blip.app.demo import Demo
     from blip.app.demo_page import is_local, serve
+    from blip.app.index import up_to_date
     from blip.app.loaded import load
     from blip.models.vqa import Vqa
 
@@ -76,8 +77,7 @@ def run(chosen: DemoOptions) -> int:
     )  # fmt: skip
     if inputs:
         with matcher.computing():
-            same = {name: getattr(chosen, name) for name in ("folder", "index", "model", "precision")}
-            demo.index, _ = search.up_to_date(search.SearchOptions(queries=[], **same), inputs, matcher)
+            demo.index, _ = up_to_date(Path(chosen.folder), inputs, matcher, chosen.model, where=chosen.index)
     if not is_local(chosen.host):
         _warn(f"anyone who can reach {chosen.host} can use the page: it has no password and no encryption")
     serve(demo, chosen.host, chosen.port, lambda line: print(line, flush=True))

@@ -68,9 +68,11 @@ def run(chosen: ExplainOptions) -> int:
     from blip import files
     from blip.app.answers import Answers, refuse_page, shown
     from blip.app.loaded import load
+    from blip.app.unknown import check_texts
 
     refuse_page("--out", chosen.out)
     loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer)
+    check_texts(loaded.tokenizer, [chosen.text])
     explanation = loaded.explain(original, chosen.text, chosen.layer)
     panels = images(small(original, _SIDE), explanation)
     if chosen.out.endswith((".html", ".htm")):

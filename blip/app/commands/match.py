@@ -38,11 +38,12 @@ def run(chosen: MatchOptions) -> int:
 
     from blip.app.answers import Answers, Form, refuse_out, shown
     from blip.app.loaded import load
+    from blip.app.unknown import check_texts
 
     refuse_out(chosen.out)
     loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer, batch=chosen.batch)
     loaded.require("match")
-    loaded.embed_text(chosen.texts)  # so that an unusable text fails before a file is opened
+    check_texts(loaded.tokenizer, chosen.texts)  # before a file is opened
     ways = {"texts": chosen.texts, **loaded.options(chosen.model)} if chosen.out else {}
     form = Form("match", chosen.json, ("path", "texts", "itc", "itm"), "tnnt", ways, len(chosen.texts))
     with Answers(chosen.out, inputs, form=form) as answers:

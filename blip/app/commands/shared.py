@@ -56,6 +56,16 @@ class ImageOptions(AnswerOptions):
     """Image, folder of images (including subfolders and linked folders) or quoted glob"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class IndexOptions:
+    """Index of a folder."""
+
+    index: str | None = option(None, metavar="DIR")
+    """Folder of the index (default: FOLDER/.blip-index, or the user's cache for a read-only folder)"""
+    rebuild: bool = False
+    """Discard the index and embed all images again"""
+
+
 def at_least(least: int, **values: int | None) -> None:
     """Raise ValueError naming the first given value below `least`."""
     for name, value in values.items():

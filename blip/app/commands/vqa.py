@@ -59,10 +59,12 @@ def run(chosen: QuestionOptions) -> int:
 
     from blip.app.answers import Answers, Form, refuse_out
     from blip.app.loaded import load
+    from blip.app.unknown import check_question
     from blip.models.vqa import Vqa
 
     refuse_out(chosen.out)
     loaded = load(chosen.model, chosen.device, chosen.precision, Vqa, tokenizer=chosen.tokenizer, batch=chosen.batch)
+    check_question(loaded.tokenizer, chosen.question)
     candidates = loaded.candidates(chosen.candidates, chosen.method)
     how = {"top": chosen.top, "candidates": candidates, "method": chosen.method, "details": True}
     side = loaded.image_size
