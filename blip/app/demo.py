@@ -18,6 +18,7 @@ from PIL import Image
 from blip.app.commands import caption as caption_command
 from blip.app.commands import explain as explain_command
 from blip.app.commands import search as search_command
+from blip.app.web import MAX_BYTES, MAX_PIXELS, MOST_CAPTIONS, MOST_LETTERS, MOST_TEXTS
 from blip.data import images
 from blip.data.image_files import find
 from blip.data.images import UnreadableImage
@@ -36,10 +37,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MAX_BYTES, MAX_PIXELS = 5 << 20, 20_000_000
-"""Limits of an uploaded image."""
-MOST_CAPTIONS, MOST_TEXTS, MOST_HITS, MOST_LETTERS = 10, 20, 60, 2000
-"""Limits of one request; letters are characters of one text field."""
+MOST_HITS = 60
+"""Most images that a search shows."""
 _SIDE = 640
 """Longer side of the images shown, in pixels."""
 _REPORT_BYTES = 20 << 20

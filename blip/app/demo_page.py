@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import html
-import ipaddress
 import os
 import signal
 import sys
@@ -24,8 +23,9 @@ import gradio as gr
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
-from blip.app.demo import MAX_BYTES, MAX_PIXELS, MOST_CAPTIONS, MOST_HITS, Demo
+from blip.app.demo import MOST_HITS, Demo
 from blip.app.exit import one_line
+from blip.app.web import MAX_BYTES, MAX_PIXELS, MOST_CAPTIONS, WAITING, Guard, admitted
 from blip.errors import DataError
 
 if TYPE_CHECKING:
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
 
     from blip.inference.generate import CaptionText
 
-_WAITING = 64
-"""Most requests that may wait for the model; further ones are refused with a message."""
 _KEPT = 3600
 """Seconds for which an uploaded image is kept."""
-_MOST_BYTES = MAX_BYTES + (64 << 10)
-"""Most bytes of a request body: an image and its form encoding."""
-_LOCAL = ("127.0.0.1", "localhost", "[::1]")
 _POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     "style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
 )
 """Content-Security-Policy of the page: nothing is loaded from other servers."""
+_HEADERS = {
+    "content-security-policy": _POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
 _CSS = """
 .answer{font-size:15px}.answer p{margin:2px 0}.answer table{width:100%;border-collapse:collapse}
 .answer table,.answer table tr{border:0!important}
@@ -81,83 +81,13 @@ def upload() -> gr.Image:
     return made
 
 
-class _TooLargeError(Exception):
-    """A request body exceeds the limit; no more of it is read."""
+def _refusal(status: int, message: str) -> PlainTextResponse:
+    return PlainTextResponse(message, status, {"connection": "close"})
 
 
-class Guard:
-    """ASGI middleware that refuses other host names, large requests and requests that make the server fetch."""
-
-    def __init__(self, app: Any, hosts: tuple[str, ...] | None) -> None:
-        """`hosts` are the allowed names in Host headers, all if None; this stops DNS rebinding."""
-        self.app, self.hosts = app, hosts
-
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        refusal = self._refusal(scope)
-        received, started = 0, False
-
-        async def counted() -> dict[str, Any]:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > _MOST_BYTES:  # a body without Content-Length, or with a wrong one
-                raise _TooLargeError
-            return message
-
-        async def with_policy(message: dict[str, Any]) -> None:
-            nonlocal started
-            if received > _MOST_BYTES and not started:
-                return  # drop the application's own answer to the error
-            started = True
-            if message["type"] == "http.response.start":
-                message["headers"] = [
-                    *message.get("headers", []),
-                    (b"content-security-policy", _POLICY.encode()),
-                    (b"x-content-type-options", b"nosniff"),
-                    (b"referrer-policy", b"no-referrer"),
-                ]
-            await send(message)
-
-        try:
-            await (refusal or self.app)(scope, counted, with_policy)
-        except Exception:
-            if received <= _MOST_BYTES or started:
-                raise
-        if received > _MOST_BYTES and not started:
-            received = 0
-            await _too_large()(scope, receive, with_policy)
-
-    def _refusal(self, scope: dict[str, Any]) -> PlainTextResponse | None:
-        headers = dict(scope["headers"])
-        if self.hosts is not None and _name(headers.get(b"host", b"").decode("latin1")) not in self.hosts:
-            return PlainTextResponse("This page can only be opened on its own machine.", 403)
-        path = scope["path"].lower()
-        if "proxy=" in path or ("file" in path and ":/" in path) or "/vibe-" in path:
-            return PlainTextResponse("Not allowed.", 403)
-        size = headers.get(b"content-length", b"0")
-        return _too_large() if not size.isdigit() or int(size) > _MOST_BYTES else None
-
-
-def _too_large() -> PlainTextResponse:
-    return PlainTextResponse(f"More than {MAX_BYTES >> 20} MB.", 413, {"connection": "close"})
-
-
-def _name(host: str) -> str:
-    """Strip the port from a Host header."""
-    return host[: host.rindex(":")] if ":" in host and not host.endswith("]") else host
-
-
-def is_local(host: str) -> bool:
-    """Whether only this machine can reach a server that listens at `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
+def _is_refused(path: str) -> bool:
+    """Whether a path would make the server fetch or run something."""
+    return "proxy=" in path or ("file" in path and ":/" in path) or "/vibe-" in path
 
 
 def _friendly(function: Callable) -> Callable:
@@ -188,9 +118,9 @@ def serving(demo: Demo, host: str = "127.0.0.1", port: int | None = None) -> Ite
         _environment(folder),
     ):
         made = layout(demo)
-        hosts = _LOCAL if is_local(host) else None
+        guard = {"hosts": admitted(host), "headers": _HEADERS, "refusal": _refusal, "refused_path": _is_refused}
         try:
-            _, address, _ = made.queue(max_size=_WAITING, default_concurrency_limit=1, api_open=False).launch(
+            _, address, _ = made.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False).launch(
                 server_name=host,
                 server_port=port,
                 share=False,
@@ -207,7 +137,7 @@ def serving(demo: Demo, host: str = "127.0.0.1", port: int | None = None) -> Ite
                 enable_monitoring=False,
                 run_history=False,
                 footer_links=[],
-                app_kwargs={"middleware": [Middleware(Guard, hosts=hosts)], "docs_url": None, "redoc_url": None},
+                app_kwargs={"middleware": [Middleware(Guard, **guard)], "docs_url": None, "redoc_url": None},
                 theme=gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
                 css=_CSS,
             )

@@ -29,9 +29,10 @@ from gradio_client import Client, handle_file
 
 from blip.app import demo_page
 from blip.app.demo import Demo
-from blip.app.demo_page import is_local, serving
+from blip.app.demo_page import serving
 from blip.app.index import Index, IndexOrigin
 from blip.app.loaded import load
+from blip.app.web import is_local
 
 IMAGES = 12
 _REAL, _RESOLVE = socket.socket.connect, socket.getaddrinfo
@@ -72,7 +73,7 @@ def images(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole(model, vqa_model, capfilt_run, images) -> Demo:  # noqa: F811
     made = answering(model, vqa_model, run=capfilt_run)
-    made.index = Index(images, images / ".blip-index", IndexOrigin.of(made.features, model, "float32"))
+    made.index = Index(images, images / ".blip-index", IndexOrigin.of(made.matcher, model, "float32"))
     made.refresh()
     return made
 
