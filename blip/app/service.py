@@ -407,7 +407,7 @@ class Service:
             title="openblip", version=version(), docs_url=None, redoc_url=None,
             description="Captions, answers, match scores and embeddings of images. Nothing is fetched from addresses.",
         )  # fmt: skip
-        api.add_exception_handler(HTTPException, _not_found)
+        api.add_exception_handler(HTTPException, _no_route)
         api.add_api_route(
             "/health", self.health, methods=["GET"], response_model=None, summary="Whether the model is loaded.",
             responses={200: {"model": HealthReply}, 503: {"model": HealthReply}},
@@ -532,7 +532,7 @@ def _finite(reply: dict[str, Any]) -> dict[str, Any]:
     return reply
 
 
-async def _not_found(request: Request, error: HTTPException) -> JSONResponse:
+async def _no_route(request: Request, error: HTTPException) -> JSONResponse:
     del request
     code = {404: "no_such_route", 405: "wrong_method"}.get(error.status_code, "refused")
     return _error(RequestError(error.status_code, code, f"{error.detail}; /openapi.json lists the routes"))

@@ -119,6 +119,8 @@ def admitted(host: str) -> tuple[str, ...] | None:
 
 def listening(host: str, port: int) -> socket.socket:
     """Open a socket at an address; port 0 is any that is free. ValueError if it cannot listen there."""
+    if port > 65535:  # the system would take the remainder
+        raise ValueError(f"port must be 65535 or less, got {port}")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
         opened = socket.socket(family, kind)
