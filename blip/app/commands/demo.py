@@ -48,7 +48,7 @@ class DemoOptions(ModelOptions):
 def run(chosen: DemoOptions) -> int:
     """Load the models, update the index and serve the page until interrupted."""
     from blip.app.installed import require
-    from blip.app.web import is_local, listening
+    from blip.app.web import is_local, listening, model_name
 
     require("demo", "blip demo")
     if chosen.port is not None:
@@ -72,9 +72,8 @@ def run(chosen: DemoOptions) -> int:
     vqa = load(chosen.vqa, kind=Vqa, **ways) if chosen.vqa else None
     if vqa:
         vqa.candidates()  # so that a list of answers that does not fit is refused now
-    demo = Demo(
-        matcher, captioner=captioner, vqa=vqa, prompt=chosen.prompt, run=chosen.capfilt
-    )  # fmt: skip
+    names = [model_name(chosen.model), *map(model_name, filter(None, (chosen.captioner, chosen.vqa)))]
+    demo = Demo(matcher, captioner=captioner, vqa=vqa, prompt=chosen.prompt, run=chosen.capfilt, names=names)
     if inputs:
         with matcher.computing():
             same = {name: getattr(chosen, name) for name in ("folder", "index", "model", "precision")}
