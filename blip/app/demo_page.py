@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,6 @@ from blip.errors import DataError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from blip.app.demo import FolderHit
     from blip.inference.generate import CaptionText
 
 _KEPT = 3600
@@ -62,17 +61,20 @@ border-bottom:1px solid var(--border-color-primary)!important;color:var(--body-t
 .answer iframe{width:100%;height:80vh;border:1px solid var(--border-color-primary);border-radius:8px;background:#fff}
 .answer .models{margin:0;padding:0;list-style:none}.answer .models li{overflow-wrap:anywhere}
 .answer .problem{padding:10px 12px;border-left:4px solid #b45309}
-#maps .caption-label{position:static;white-space:normal;overflow:visible;max-width:100%;overflow-wrap:anywhere}
 .answer .hits{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:16px;padding:0;list-style:none}
 .answer .hits img{width:100%;height:150px;object-fit:contain;background:var(--background-fill-secondary)}
 .answer .hits figure{margin:0}.answer .hits figcaption{overflow-wrap:anywhere}
+.dark button[role=tab][aria-selected=true]{color:var(--primary-300)!important}
+.dark :focus-visible{outline-color:var(--primary-300)!important}
 :focus-visible{outline:2px solid var(--color-accent)!important;outline-offset:2px}
 footer{display:none!important}
 """
-_NAMES = """() => new MutationObserver(() => document.querySelectorAll('#examples button:not([aria-label])').forEach(
-(button, i) => button.setAttribute('aria-label', 'Example ' + (i + 1)))).observe(document.body, 
-{childList: true, subtree: true})
-"""
+_NAMES = """() => {
+  const name = () => document.querySelectorAll('#examples button:not([aria-label])').forEach(
+    (button, i) => button.setAttribute('aria-label', 'Example ' + (i + 1)));
+  new MutationObserver(name).observe(document.body, {childList: true, subtree: true});
+  name();
+}"""
 """Script that names the buttons of examples, which Gradio leaves without a name, for screen readers."""
 
 
@@ -338,18 +340,28 @@ def _explain_tab(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
         text = gr.Textbox(label="Text to explain", placeholder="a dog next to a red bicycle", max_length=300)
         button = gr.Button("Show where", variant="primary")
         summary = gr.HTML(elem_id="looks", elem_classes="answer")
-        maps = gr.Gallery(
-            show_label=False, columns={"xs": 2, "md": 3}, object_fit="contain", height="auto", elem_id="maps",
-            buttons=["fullscreen"], format="jpeg", interactive=False,
-        )  # fmt: skip
+        maps = gr.HTML(elem_id="maps", elem_classes="answer")
 
-        def show(path: str | None, words: str) -> tuple[str, list[tuple[Image.Image, str]]]:
+        def show(path: str | None, words: str) -> tuple[str, str]:
             chance, shown = demo.explain_match(path, words)
             sentence = f"<p>Probability of a match: {100 * chance:.1f}%. Red is evidence for it, blue is none.</p>"
-            return sentence, [(image, word) for word, image in shown]
+            return sentence, _figures([(image, word, word) for word, image in shown])
 
         for start in (button.click, text.submit):
             start(_friendly(show, 1), [image, text], [summary, maps], api_name="look", **model)
+
+
+def _figures(shown: Iterable[tuple[Image.Image, str, str]]) -> str:
+    """Format images, each with its name and its caption, as an HTML grid."""
+
+    def figure(image: Image.Image, name: str, caption: str) -> str:
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=85)
+        source = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+        tag = f'<img src="{source}" alt="{html.escape(printable(name))}">'
+        return f"<li><figure>{tag}<figcaption>{html.escape(printable(caption))}</figcaption></figure></li>"
+
+    return f'<ol class="hits">{"".join(figure(*one) for one in shown)}</ol>'
 
 
 def _search_tab(demo: Demo, model: dict[str, Any]) -> None:
@@ -361,12 +373,12 @@ def _search_tab(demo: Demo, model: dict[str, Any]) -> None:
         top = gr.Slider(1, MOST_HITS, value=12, step=1, label="Images", scale=2)
     button = gr.Button("Search", variant="primary")
     state = gr.HTML(_counted(*demo.counts()), elem_id="indexed", elem_classes="answer")
-    hits = gr.HTML(elem_id="found", elem_classes="answer", min_height=40)
+    gallery = gr.HTML(elem_id="found", elem_classes="answer", min_height=40)
     again = gr.Button("Index new and changed images", size="sm")
 
     def show(words: str, count: float) -> str:
-        items = [_hit(n, hit) for n, hit in enumerate(demo.search(words, int(count)), 1)]
-        return f'<ol class="hits">{"".join(items)}</ol>'
+        hits = enumerate(demo.search(words, int(count)), 1)
+        return _figures([(hit.image, hit.name, _hit(n, hit.name, hit.itc, hit.itm)) for n, hit in hits])
 
     def refresh(progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
         def report(done: int, total: int) -> None:
@@ -375,7 +387,7 @@ def _search_tab(demo: Demo, model: dict[str, Any]) -> None:
         return _counted(*demo.refresh(report))
 
     for start in (button.click, text.submit):
-        start(_friendly(show), [text, top], hits, api_name="search", **model)
+        start(_friendly(show), [text, top], gallery, api_name="search", **model)
     again.click(_friendly(refresh), None, state, api_name="refresh", **model)
 
 
@@ -385,13 +397,9 @@ def _counted(readable: int, unreadable: int) -> str:
     return f"<p>{readable:,} images can be searched{left}. {legend}</p>"
 
 
-def _hit(rank: int, hit: FolderHit) -> str:
-    fits = f"{100 * hit.itm:.1f}% " if hit.itm is not None else ""
-    file, name = io.BytesIO(), html.escape(printable(hit.name))
-    hit.image.save(file, "JPEG", quality=85)
-    source = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
-    caption = f"<figcaption>{rank}. {fits}({hit.itc:.3f}) {name}</figcaption>"
-    return f'<li><figure><img src="{source}" alt="{name}">{caption}</figure></li>'
+def _hit(rank: int, name: str, itc: float, itm: float | None) -> str:
+    fits = f"{100 * itm:.1f}% " if itm is not None else ""
+    return f"{rank}. {fits}({itc:.3f}) {name}"
 
 
 def _capfilt_tab(demo: Demo, made: gr.Blocks) -> None:
