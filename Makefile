@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo test test-slow lint bench docs clean
+.PHONY: install demo test test-slow lint bench docs image clean
 
 install: $(READY)
 
@@ -32,6 +32,12 @@ bench: $(READY)
 docs: $(READY)
 	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
 	@echo "open docs/_build/index.html"
+
+# A container of `blip serve`; for GPUs: make image TORCH_INDEX=https://download.pytorch.org/whl/cu130
+DOCKER ?= docker
+IMAGE ?= openblip
+image:
+	$(DOCKER) build --tag $(IMAGE) $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) .
 
 # An environment of an older Python, or half of one, is made anew; one of `uv venv`, which has no pip, gets it. uv installs
 # the same packages as pip, several times faster; it lives in the environment that it fills.

@@ -27,7 +27,22 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 OURS = ("python", "accelerate", "torchrun", "blip", "blip-eval", "blip-recipe", "make")
 """Programs whose command lines are read."""
-OTHERS = {"cd", "cp", "export", "git", "hf", "kill", "mkdir", "open", "pip", "scontrol", "sbatch", "source"}
+OTHERS = {
+    "cd",
+    "cp",
+    "curl",
+    "docker",
+    "export",
+    "git",
+    "hf",
+    "kill",
+    "mkdir",
+    "open",
+    "pip",
+    "scontrol",
+    "sbatch",
+    "source",
+}
 """Programs that a page may name beside them."""
 THEIRS = ("photo.jpg", "photos", "mine", ".")
 """What a reader has."""
@@ -190,7 +205,7 @@ def _bare(words: list[str]) -> list[str]:
 def _read_one(words: list[str]) -> list[Reading]:
     program, *args = words
     if program == "make":
-        return [reading for target in args for reading in _target(target)]
+        return [reading for target in args if "=" not in target for reading in _target(target)]
     if program == "blip":
         return [_blip(args)]
     if program == "blip-eval":

@@ -26,6 +26,7 @@ COMMANDS = {
     "vqa": "answer a question about images",
     "convert": "import or export weights",
     "demo": "try the model in a browser",
+    "serve": "serve a model over HTTP",
     "doctor": "check this machine",
 }
 """Modules of blip.app.commands, and the purpose of each. Importing one does not import torch."""

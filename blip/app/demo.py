@@ -7,7 +7,7 @@ line for the user.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -19,6 +19,7 @@ from blip.app.commands import caption as caption_command
 from blip.app.commands import explain as explain_command
 from blip.app.commands import search as search_command
 from blip.app.unknown import check_question, check_texts
+from blip.app.web import MAX_BYTES, MAX_PIXELS, MOST_CAPTIONS, MOST_LETTERS, MOST_TEXTS
 from blip.data import images
 from blip.data.image_files import find
 from blip.data.images import UnreadableImage
@@ -37,10 +38,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MAX_BYTES, MAX_PIXELS = 5 << 20, 20_000_000
-"""Limits of an uploaded image."""
-MOST_CAPTIONS, MOST_TEXTS, MOST_HITS, MOST_LETTERS = 10, 20, 60, 2000
-"""Limits of one request; letters are characters of one text field."""
+MOST_HITS = 60
+"""Most images that a search shows."""
+SYNTHETIC = "synthetic shapes"
+"""What models trained on the synthetic world alone were trained on, as their folders record it."""
+_EXAMPLES = 4
 _SIDE = 640
 """Longer side of the images shown, in pixels."""
 _REPORT_BYTES = 20 << 20
@@ -76,18 +78,35 @@ class Demo:
         prompt: str = CAPTION_PROMPT,
         index: Index | None = None,
         run: str | None = None,
+        names: Sequence[str] = (),
     ) -> None:
-        """Captions come from `captioner`, by default `matcher`.
+        """Captions come from `captioner`, by default `matcher`; `names` are those of the models, in this order.
 
         ValueError for a prompt with words unknown to the captioner, or a `run` that is not a CapFilt run's folder.
         """
         self.matcher, self.captioner, self.vqa = matcher, captioner or matcher, vqa
         self.prompt, self.index = prompt, index
         self.run = Path(run) if run else None
+        self.names = tuple(names)
         self._lock = Lock()
         self._check_prompt(prompt)
         if self.run and not (self.run / "job.json").is_file():
             raise ValueError(f"{run} is not the folder of a CapFilt run: it has no job.json")
+
+    def models(self) -> dict[str, str]:
+        """Name of each model -> what it was trained on."""
+        given = [self.matcher, self.captioner if self.captioner is not self.matcher else None, self.vqa]
+        names = self.names or ("the model", "the captioner", "the model for questions")
+        about = {name: _origin(one.trained_on) for name, one in zip(names, filter(None, given), strict=False)}
+        return about
+
+    def examples(self) -> list[Image.Image]:
+        """Images to try, drawn by the synthetic world for a model trained on it alone; none for others."""
+        if any(tuple(one.trained_on) != (SYNTHETIC,) for one in (self.matcher, self.captioner)):
+            return []
+        from blip.world.scene import draw, scene
+
+        return [draw(scene(0, i, "test"), 256) for i in range(_EXAMPLES)]
 
     # One image --------------------------------------------------------------------------------------------------
 
@@ -223,6 +242,12 @@ class Demo:
         if path.stat().st_size > _REPORT_BYTES:
             raise ValueError(f"the report {name} is too large for this page; open {path} directly")
         return path.read_text("utf-8", "replace")
+
+
+def _origin(trained_on: Sequence[str]) -> str:
+    if tuple(trained_on) == (SYNTHETIC,):
+        return f"trained on {SYNTHETIC}; on photographs its answers mean nothing"
+    return f"trained on {', '.join(trained_on)}" if trained_on else "what it was trained on is not recorded"
 
 
 def read_image(path: str | None, transform: Callable[[Image.Image], T]) -> tuple[T, str]:

@@ -6,16 +6,17 @@ neither the page nor the server sends requests to other machines.
 
 from __future__ import annotations
 
+import base64
 import functools
 import html
-import ipaddress
+import io
 import os
 import signal
 import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,10 @@ import gradio as gr
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
-from blip.app.demo import MAX_BYTES, MAX_PIXELS, MOST_CAPTIONS, MOST_HITS, Demo, FolderHit
+from blip.app.answers import shown as printable
+from blip.app.demo import MOST_HITS, Demo, FolderHit
 from blip.app.exit import one_line
+from blip.app.web import MAX_BYTES, MAX_PIXELS, MOST_CAPTIONS, WAITING, Guard, admitted
 from blip.data.images import NAMES
 from blip.errors import DataError
 
@@ -34,18 +37,18 @@ if TYPE_CHECKING:
 
     from blip.inference.generate import CaptionText
 
-_WAITING = 64
-"""Most requests that may wait for the model; further ones are refused with a message."""
 _KEPT = 3600
 """Seconds for which an uploaded image is kept."""
-_MOST_BYTES = MAX_BYTES + (64 << 10)
-"""Most bytes of a request body: an image and its form encoding."""
-_LOCAL = ("127.0.0.1", "localhost", "[::1]")
 _POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     "style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
 )
 """Content-Security-Policy of the page: nothing is loaded from other servers."""
+_HEADERS = {
+    "content-security-policy": _POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
 _CSS = """
 .answer{font-size:15px}.answer p{margin:2px 0}.answer table{width:100%;border-collapse:collapse}
 .answer table,.answer table tr{border:0!important}
@@ -57,8 +60,39 @@ border-bottom:1px solid var(--border-color-primary)!important;color:var(--body-t
 .answer ol{margin:0;padding-left:24px;list-style:decimal}.answer li{padding:6px 0}
 .answer small{color:var(--body-text-color-subdued);margin-left:8px;white-space:nowrap}
 .answer iframe{width:100%;height:80vh;border:1px solid var(--border-color-primary);border-radius:8px;background:#fff}
+.answer .models{margin:0;padding:0;list-style:none}.answer .models li{overflow-wrap:anywhere}
+.answer .problem{padding:10px 12px;border-left:4px solid #b45309}
+.answer .hits{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:16px;padding:0;list-style:none}
+.answer .hits img{width:100%;height:150px;object-fit:contain;background:var(--background-fill-secondary)}
+.answer .hits figure{margin:0}.answer .hits figcaption{overflow-wrap:anywhere}
+.dark button[role=tab][aria-selected=true]{color:var(--primary-300)!important}
+.dark :focus-visible{outline-color:var(--primary-300)!important}
+:focus-visible{outline:2px solid var(--color-accent)!important;outline-offset:2px}
 footer{display:none!important}
 """
+_NAMES = """() => {
+  const name = () => document.querySelectorAll('#examples button:not([aria-label])').forEach(
+    (button, i) => button.setAttribute('aria-label', 'Example ' + (i + 1)));
+  new MutationObserver(name).observe(document.body, {childList: true, subtree: true});
+  name();
+}"""
+"""Script that names the buttons of examples, which Gradio leaves without a name, for screen readers."""
+
+
+def _theme() -> gr.themes.Base:
+    """Gradio's own theme with text of at least 4.5:1 on its background."""
+    return gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        color_accent="*primary_700",
+        color_accent_soft_dark="*neutral_700",
+        input_placeholder_color="*neutral_600",
+        input_placeholder_color_dark="*neutral_300",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_hover_dark="*primary_800",
+    )
 
 
 # Access control ------------------------------------------------------------------------------------------------------
@@ -74,7 +108,8 @@ def upload() -> gr.Image:
 
     async def keep_own(path: str | Path | None) -> str | None:
         if "://" in str(path or ""):
-            raise gr.Error("Images are not fetched from addresses; upload the file.", print_exception=False)
+            line = "Images are not fetched from addresses; upload the file."
+            raise gr.Error(line, title="Please check", print_exception=False)
         return await keep(path)
 
     made.async_move_resource_to_block_cache = keep_own
@@ -82,98 +117,32 @@ def upload() -> gr.Image:
     return made
 
 
-class _TooLargeError(Exception):
-    """A request body exceeds the limit; no more of it is read."""
+def _refusal(status: int, message: str) -> PlainTextResponse:
+    return PlainTextResponse(message, status, {"connection": "close"})
 
 
-class Guard:
-    """ASGI middleware that refuses other host names, large requests and requests that make the server fetch."""
-
-    def __init__(self, app: Any, hosts: tuple[str, ...] | None) -> None:
-        """`hosts` are the allowed names in Host headers, all if None; this stops DNS rebinding."""
-        self.app, self.hosts = app, hosts
-
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        refusal = self._refusal(scope)
-        received, started = 0, False
-
-        async def counted() -> dict[str, Any]:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > _MOST_BYTES:  # a body without Content-Length, or with a wrong one
-                raise _TooLargeError
-            return message
-
-        async def with_policy(message: dict[str, Any]) -> None:
-            nonlocal started
-            if received > _MOST_BYTES and not started:
-                return  # drop the application's own answer to the error
-            started = True
-            if message["type"] == "http.response.start":
-                message["headers"] = [
-                    *message.get("headers", []),
-                    (b"content-security-policy", _POLICY.encode()),
-                    (b"x-content-type-options", b"nosniff"),
-                    (b"referrer-policy", b"no-referrer"),
-                ]
-            await send(message)
-
-        try:
-            await (refusal or self.app)(scope, counted, with_policy)
-        except Exception:
-            if received <= _MOST_BYTES or started:
-                raise
-        if received > _MOST_BYTES and not started:
-            received = 0
-            await _too_large()(scope, receive, with_policy)
-
-    def _refusal(self, scope: dict[str, Any]) -> PlainTextResponse | None:
-        headers = dict(scope["headers"])
-        if self.hosts is not None and _name(headers.get(b"host", b"").decode("latin1")) not in self.hosts:
-            return PlainTextResponse("This page can only be opened on its own machine.", 403)
-        path = scope["path"].lower()
-        if "proxy=" in path or ("file" in path and ":/" in path) or "/vibe-" in path:
-            return PlainTextResponse("Not allowed.", 403)
-        size = headers.get(b"content-length", b"0")
-        return _too_large() if not size.isdigit() or int(size) > _MOST_BYTES else None
+def _is_refused(path: str) -> bool:
+    """Whether a path would make the server fetch or run something."""
+    return "proxy=" in path or ("file" in path and ":/" in path) or "/vibe-" in path
 
 
-def _too_large() -> PlainTextResponse:
-    return PlainTextResponse(f"More than {MAX_BYTES >> 20} MB.", 413, {"connection": "close"})
+def _friendly(function: Callable, others: int = 0) -> Callable:
+    """Show user errors in the first of the outputs; print other errors to the terminal, and point to it there.
 
-
-def _name(host: str) -> str:
-    """Strip the port from a Host header."""
-    return host[: host.rindex(":")] if ":" in host and not host.endswith("]") else host
-
-
-def is_local(host: str) -> bool:
-    """Whether only this machine can reach a server that listens at `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def _friendly(function: Callable) -> Callable:
-    """Show user errors on the page; print other errors to the terminal, and point to it on the page."""
+    `others` is the number of further outputs, which are then emptied.
+    """
 
     @functools.wraps(function)
     def answer(*values: Any, **named: Any) -> Any:
         try:
             return function(*values, **named)
         except (DataError, ValueError) as error:
-            raise gr.Error(html.escape(one_line(error)), title="Please check", print_exception=False) from None
+            shown = f"<b>Please check:</b> {html.escape(one_line(error))}"
         except Exception:
             traceback.print_exc()
-            message = "Something went wrong. See the terminal in which blip demo runs."
-            raise gr.Error(message, print_exception=False) from None
+            shown = "<b>Something went wrong.</b> See the terminal in which blip demo runs."
+        message = f'<p role="alert" class="problem">{shown}</p>'
+        return (message, *[None] * others) if others else message
 
     return answer
 
@@ -188,10 +157,10 @@ def serving(demo: Demo, host: str = "127.0.0.1", port: int | None = None) -> Ite
         tempfile.TemporaryDirectory(prefix="openblip-demo-", ignore_cleanup_errors=True) as folder,
         _environment(folder),
     ):
-        made = layout(demo)
-        hosts = _LOCAL if is_local(host) else None
+        made = layout(demo, _examples(demo, Path(folder)))
+        guard = {"hosts": admitted(host), "headers": _HEADERS, "refusal": _refusal, "refused_path": _is_refused}
         try:
-            _, address, _ = made.queue(max_size=_WAITING, default_concurrency_limit=1, api_open=False).launch(
+            _, address, _ = made.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False).launch(
                 server_name=host,
                 server_port=port,
                 share=False,
@@ -208,9 +177,10 @@ def serving(demo: Demo, host: str = "127.0.0.1", port: int | None = None) -> Ite
                 enable_monitoring=False,
                 run_history=False,
                 footer_links=[],
-                app_kwargs={"middleware": [Middleware(Guard, hosts=hosts)], "docs_url": None, "redoc_url": None},
-                theme=gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+                app_kwargs={"middleware": [Middleware(Guard, **guard)], "docs_url": None, "redoc_url": None},
+                theme=_theme(),
                 css=_CSS,
+                js=_NAMES,
             )
             yield address
         finally:
@@ -246,16 +216,19 @@ def serve(demo: Demo, host: str, port: int | None, say: Callable[[str], None]) -
 # Layout ---------------------------------------------------------------------------------------------------------------
 
 
-def layout(demo: Demo) -> gr.Blocks:
-    """Build the page, without serving it."""
+def layout(demo: Demo, examples: Sequence[str] = ()) -> gr.Blocks:
+    """Build the page, without serving it; `examples` are paths of images to try."""
     model = {"concurrency_limit": 1, "concurrency_id": "model"}  # one request at a time uses the model
     with gr.Blocks(title="BLIP", analytics_enabled=False, delete_cache=(600, _KEPT), fill_width=False) as made:
         gr.Markdown("# BLIP\nDescribe images, ask questions about them, and find them by text.")
+        gr.HTML(_about(demo), elem_id="models", elem_classes="answer", padding=False)
         with gr.Tab("An image"), gr.Row():
             with gr.Column(scale=2):
                 image = upload()
                 megapixels = MAX_PIXELS // 1_000_000
                 gr.Markdown(f"{NAMES}; up to {MAX_BYTES >> 20} MB and {megapixels} million pixels.")
+                if examples:
+                    gr.Examples([[path] for path in examples], [image], label="Examples", elem_id="examples")
             with gr.Column(scale=3):
                 _caption_tab(demo, image, model)
                 _answer_tab(demo, image, model)
@@ -266,6 +239,19 @@ def layout(demo: Demo) -> gr.Blocks:
         with gr.Tab("A CapFilt run"):
             _capfilt_tab(demo, made)
     return made
+
+
+def _about(demo: Demo) -> str:
+    lines = [f"<li><b>{html.escape(name)}</b>: {html.escape(about)}.</li>" for name, about in demo.models().items()]
+    return f'<ul class="models">{"".join(lines)}</ul>'
+
+
+def _examples(demo: Demo, folder: Path) -> list[str]:
+    """Write the examples' files; returns their paths."""
+    paths = [folder / f"example-{number}.png" for number, _ in enumerate(demo.examples(), 1)]
+    for path, image in zip(paths, demo.examples(), strict=True):
+        image.save(path)
+    return list(map(str, paths))
 
 
 def _caption_tab(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
@@ -351,22 +337,32 @@ def bars(head: tuple[str, str, str], rows: list[tuple[str, float, str]]) -> str:
 
 
 def _explain_tab(demo: Demo, image: gr.Image, model: dict[str, Any]) -> None:
-    with gr.Tab("Where it looks"):
+    with gr.Tab("Explain"):
         text = gr.Textbox(label="Text to explain", placeholder="a dog next to a red bicycle", max_length=300)
         button = gr.Button("Show where", variant="primary")
         summary = gr.HTML(elem_id="looks", elem_classes="answer")
-        maps = gr.Gallery(
-            show_label=False, columns=3, object_fit="contain", height=420, elem_id="maps", buttons=["fullscreen"],
-            format="jpeg", interactive=False,
-        )  # fmt: skip
+        maps = gr.HTML(elem_id="maps", elem_classes="answer")
 
-        def show(path: str | None, words: str) -> tuple[str, list[tuple[Image.Image, str]]]:
+        def show(path: str | None, words: str) -> tuple[str, str]:
             chance, shown = demo.explain_match(path, words)
             sentence = f"<p>Probability of a match: {100 * chance:.1f}%. Orange is evidence for it, grey is none.</p>"
-            return sentence, [(image, word) for word, image in shown]
+            return sentence, _figures([(image, word, word) for word, image in shown])
 
         for start in (button.click, text.submit):
-            start(_friendly(show), [image, text], [summary, maps], api_name="look", **model)
+            start(_friendly(show, 1), [image, text], [summary, maps], api_name="look", **model)
+
+
+def _figures(shown: Iterable[tuple[Image.Image, str, str]]) -> str:
+    """Format images, each with its name and its caption, as an HTML grid."""
+
+    def figure(image: Image.Image, name: str, caption: str) -> str:
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=85)
+        source = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+        tag = f'<img src="{source}" alt="{html.escape(printable(name))}">'
+        return f"<li><figure>{tag}<figcaption>{html.escape(printable(caption))}</figcaption></figure></li>"
+
+    return f'<ol class="hits">{"".join(figure(*one) for one in shown)}</ol>'
 
 
 def _search_tab(demo: Demo, model: dict[str, Any]) -> None:
@@ -378,15 +374,12 @@ def _search_tab(demo: Demo, model: dict[str, Any]) -> None:
         top = gr.Slider(1, MOST_HITS, value=12, step=1, label="Images", scale=2)
     button = gr.Button("Search", variant="primary")
     state = gr.HTML(_counted(*demo.counts()), elem_id="indexed", elem_classes="answer")
-    gallery = gr.Gallery(
-        show_label=False, columns=4, object_fit="contain", height=560, elem_id="found", buttons=["fullscreen"],
-        format="jpeg", interactive=False,
-    )  # fmt: skip
+    gallery = gr.HTML(elem_id="found", elem_classes="answer", min_height=40)
     again = gr.Button("Index new and changed images", size="sm")
 
-    def show(words: str, count: float) -> list[tuple[Image.Image, str]]:
-        hits = demo.search(words, int(count))
-        return [(hit.image, _hit(n, hit)) for n, hit in enumerate(hits, 1)]
+    def show(words: str, count: float) -> str:
+        hits = enumerate(demo.search(words, int(count)), 1)
+        return _figures([(hit.image, hit.name, _hit(n, hit)) for n, hit in hits])
 
     def refresh(progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
         def report(done: int, total: int) -> None:
@@ -420,9 +413,10 @@ def _capfilt_tab(demo: Demo, made: gr.Blocks) -> None:
     output = gr.HTML(elem_id="capfilt", elem_classes="answer")
 
     def show(name: str | None) -> str:
-        # The report shows untrusted texts of a crawl, so it is sandboxed: no scripts, and an origin of its own.
+        # The report shows untrusted texts of a crawl, so it is sandboxed: an origin of its own, which `Guard` refuses.
+        # Scripts are for its slider, and its own policy allows only those.
         content = html.escape(demo.report(name), quote=True)
-        return f'<iframe sandbox="" title="CapFilt report" srcdoc="{content}"></iframe>'
+        return f'<iframe sandbox="allow-scripts" title="CapFilt report" srcdoc="{content}"></iframe>'
 
     button.click(_friendly(show), choice, output, api_name="capfilt")
     made.load(lambda: gr.update(choices=demo.reports()), None, choice, api_visibility="private")

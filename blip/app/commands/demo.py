@@ -48,11 +48,12 @@ class DemoOptions(ModelOptions):
 
 def run(chosen: DemoOptions) -> int:
     """Load the models, update the index and serve the page until interrupted."""
+    from blip.app.web import is_local, listening, model_name
     from blip.installed import require
 
     require("demo", "blip demo")
     if chosen.port is not None:
-        _check_port(chosen.host, chosen.port)
+        listening(chosen.host, chosen.port).close()  # so that a port that is taken is known now
     if chosen.folder and not os.path.isdir(chosen.folder):
         raise ValueError(f"--folder {chosen.folder} is not a folder")
     from blip.data.image_files import find
@@ -61,7 +62,7 @@ def run(chosen: DemoOptions) -> int:
 
     # After the checks that need no torch, so that their errors come at once.
     from blip.app.demo import Demo
-    from blip.app.demo_page import is_local, serve
+    from blip.app.demo_page import serve
     from blip.app.index import up_to_date
     from blip.app.loaded import load
     from blip.models.vqa import Vqa
@@ -72,9 +73,8 @@ def run(chosen: DemoOptions) -> int:
     vqa = load(chosen.vqa, kind=Vqa, **ways) if chosen.vqa else None
     if vqa:
         vqa.candidates()  # so that a list of answers that does not fit is refused now
-    demo = Demo(
-        matcher, captioner=captioner, vqa=vqa, prompt=chosen.prompt, run=chosen.capfilt
-    )  # fmt: skip
+    names = [model_name(chosen.model), *map(model_name, filter(None, (chosen.captioner, chosen.vqa)))]
+    demo = Demo(matcher, captioner=captioner, vqa=vqa, prompt=chosen.prompt, run=chosen.capfilt, names=names)
     if inputs:
         with matcher.computing():
             demo.index, _ = up_to_date(Path(chosen.folder), inputs, matcher, chosen.model, where=chosen.index)
@@ -82,19 +82,6 @@ def run(chosen: DemoOptions) -> int:
         _warn(f"anyone who can reach {chosen.host} can use the page: it has no password and no encryption")
     serve(demo, chosen.host, chosen.port, lambda line: print(line, flush=True))
     return 0
-
-
-def _check_port(host: str, port: int) -> None:
-    import socket
-
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as one:
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            one.bind(address)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ValueError(f"cannot listen at {host} port {port} ({reason}): give another --port or --host") from None
 
 
 def _warn(line: str) -> None:
