@@ -85,7 +85,9 @@ def make_search(folder):
     long = folder / ("a very long name of a photograph " * 5 + ".png")
     Image.new("RGB", (40, 30), "teal").save(long)
     hits = [search.Hit(long, 1.5 - i, 0.4, 0.8 if i < 3 else None) for i in range(5)]
-    return search.sheet([("a red <b> bicycle", hits), ("x" * 120, hits)], str(folder), 1234)
+    return search.sheet(
+        [search.SearchResult("a red <b> bicycle", hits), search.SearchResult("x" * 120, hits)], str(folder), 1
+    )
 
 
 def make_explain(folder):

@@ -273,11 +273,10 @@ def cache_place(folder: Path, origin: IndexOrigin) -> Path | None:
 
     None if the user has no home.
     """
-    chosen = os.environ.get("XDG_CACHE_HOME", "")
-    cache = Path(chosen if os.path.isabs(chosen) else os.path.expanduser("~/.cache"))
+    cache = files.cache_folder()
     real = os.path.realpath(folder)
     key = hashlib.sha256(os.fsencode(f"{real}\0{origin.weights}\0{origin.precision}")).hexdigest()[:16]
-    return cache / "openblip" / "index" / key if cache.is_absolute() else None
+    return cache / "index" / key if cache.is_absolute() else None
 
 
 def up_to_date(

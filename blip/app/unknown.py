@@ -30,7 +30,7 @@ def check_question(tokenizer: Tokenizer, question: str) -> None:
 
 def _notes(tokenizer: Tokenizer, texts: Sequence[str], read: Sequence[str], what: str = "") -> list[str]:
     """Describe the texts with unknown word pieces, which are counted in what is `read` of each. Raises ValueError."""
-    found = []
+    lines = []
     for text, words in zip(texts, read, strict=True):
         unknown, total = tokenizer.unknown_pieces(words)
         named = f"{what}{text[:_SHOWN]!r}"
@@ -40,12 +40,12 @@ def _notes(tokenizer: Tokenizer, texts: Sequence[str], read: Sequence[str], what
                 "texts: use words of the language that the model was trained on"
             )
         if unknown:
-            found.append(f"{unknown} of {total} word pieces of {named} are unknown to this model's tokenizer")
-    return found
+            lines.append(f"{unknown} of {total} word pieces of {named} are unknown to this model's tokenizer")
+    return lines
 
 
-def _say(found: Sequence[str]) -> None:
-    for note in found[:_FEW]:
+def _say(lines: Sequence[str]) -> None:
+    for note in lines[:_FEW]:
         print(f"note: {note}", file=sys.stderr)
-    if len(found) > _FEW:
-        print(f"note: {len(found) - _FEW} more texts have unknown word pieces", file=sys.stderr)
+    if len(lines) > _FEW:
+        print(f"note: {len(lines) - _FEW} more texts have unknown word pieces", file=sys.stderr)

@@ -80,8 +80,8 @@ def test_copies_are_found_by_embeddings_and_the_index_is_that_of_search(run, pho
     least = float(np.sort(near.ravel())[-8])
     _, out, _ = run("duplicates", "photos", "--cosine", least)
     listed = {path for line in out.splitlines() for path in line.split("\t")}
-    alike = np.argwhere(near >= least - 1e-6).ravel()
-    assert listed == {paths[one] for one in alike}
+    close = np.argwhere(near >= least - 1e-6).ravel()
+    assert listed == {paths[one] for one in close}
 
 
 def test_links_are_no_copies(run, photos):  # noqa: F811
@@ -132,10 +132,10 @@ def test_a_chain_is_one_group_and_a_bridge_joins_the_first():
     pairs = {(0, 2), (1, 2), (2, 3)}
     near = np.array([[(min(i, j), max(i, j)) in pairs for j in range(6)] for i in range(6)])
     values = np.arange(6)
-    found = groups(
+    grouped = groups(
         Features([""] * 6, ["a", "b", "c", "d", "e", "b"], values), lambda some, others: near[np.ix_(some, others)]
     )
-    assert found == [[0, 2, 3], [1, 5]]
+    assert grouped == [[0, 2, 3], [1, 5]]
     assert groups(Features([], [], np.empty(0)), lambda some, others: near[:0]) == []
 
 

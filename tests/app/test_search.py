@@ -179,7 +179,7 @@ def test_an_image_finds_itself_first(run, photos, features):  # noqa: F811
     status, out, _ = run("search", "photos", "--image", "photos/p7.png", "--top", 12)
     assert status == 0
     rows = [line.split("\t") for line in out.splitlines()]
-    assert [row[1] for row in rows[:2]] == ["photos/p0 - копия [1].png", "photos/p7.png"]
+    assert {row[1] for row in rows[:2]} == {"photos/p0 - копия [1].png", "photos/p7.png"}
     cosines = dict(zip(paths, (embeds @ embeds[paths.index("photos/p7.png")]).tolist(), strict=True))
     assert [row[1] for row in rows[2:]] == sorted(paths, key=lambda path: -cosines[path])[2:]
     for query, path, score, itc, itm in rows:

@@ -30,7 +30,8 @@ from PIL import Image
 from test_cli import lines, model, photos, png  # noqa: F401
 
 import blip
-from blip.app import cli, installed
+from blip import installed
+from blip.app import cli
 from blip.app.loaded import open_model
 from blip.app.service import Models, Served, Service
 from blip.app.web import WAITING, is_local

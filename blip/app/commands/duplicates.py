@@ -91,9 +91,9 @@ def run(chosen: DuplicatesOptions) -> int:
         features, failed = _hashes(inputs, chosen.batch)
         measure, by, is_near = differing_bits, "bits", lambda values: values <= chosen.bits
     features = _without_links(features)
-    found = groups(features, lambda some, others: is_near(measure(some, others)))
+    grouped = groups(features, lambda some, others: is_near(measure(some, others)))
     with Answers(None, 0) as answers:
-        for first, *others in found:
+        for first, *others in grouped:
             names = [features.paths[one] for one in (first, *others)]
             if chosen.json:
                 values = measure(features.values[[first]], features.values[others])[0].tolist()
@@ -104,8 +104,8 @@ def run(chosen: DuplicatesOptions) -> int:
                 })  # fmt: skip
             else:
                 answers.text(names[0], *map(shown, names[1:]))
-        copies = sum(map(len, found)) - len(found)
-        answers.closing = f"{len(features.paths):,} images: {copies:,} are copies of {len(found):,} others"
+        copies = sum(map(len, grouped)) - len(grouped)
+        answers.closing = f"{len(features.paths):,} images: {copies:,} are copies of {len(grouped):,} others"
         if failed:
             answers.closing += f"; {failed:,} could not be used"
     return SOME_FAILED if failed else 0

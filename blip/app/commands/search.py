@@ -75,8 +75,8 @@ class Hit(NamedTuple):
     """Probability of a match; None if not re-ranked."""
 
 
-class Found(NamedTuple):
-    """What was searched for, and the images found."""
+class SearchResult(NamedTuple):
+    """What was searched for, and the images that fit best."""
 
     query: str
     hits: list[Hit]
@@ -113,7 +113,7 @@ def run(chosen: SearchOptions) -> int:
         Path(chosen.folder), inputs, loaded, chosen.model, where=chosen.index, rebuild=chosen.rebuild
     )
     answered = []
-    asked = [*chosen.queries, *([_written(chosen)] if image else [])]
+    queries = [*chosen.queries, *([_written(chosen)] if image else [])]
     ranked_by = ("path", "score", "itc", "itm")
     ways = {"folder": chosen.folder, "texts": chosen.queries, "top": chosen.top, "rerank": chosen.rerank}
     if image:
@@ -122,16 +122,16 @@ def run(chosen: SearchOptions) -> int:
                 ways | loaded.options(chosen.model) if chosen.out else {},
                 other_keys=("image", "plus", "minus", *ranked_by))  # fmt: skip
     # Written as a whole, not continued, as the folder may have changed.
-    with Answers(chosen.out, asked, "texts" if image is None else "queries", form, whole=True) as answers:
-        for number, query in enumerate(asked):
+    with Answers(chosen.out, queries, "texts" if image is None else "queries", form, whole=True) as answers:
+        for number, query in enumerate(queries):
             if number < len(chosen.queries):
                 hits = find_one(index, loaded, query, embeds[number : number + 1], chosen.top, chosen.rerank)
                 named = {"text": query}
-                answered.append(Found(query, hits))
+                answered.append(SearchResult(query, hits))
             else:
                 hits = nearest(index, changed, chosen.top)
                 named = {"image": chosen.image, "plus": chosen.plus, "minus": chosen.minus}
-                answered.append(Found(query, hits, image))
+                answered.append(SearchResult(query, hits, image))
             for hit in hits:
                 values = {"score": round(hit.score, 5), "itc": round(hit.itc, 5)}
                 if chosen.json:
@@ -196,7 +196,7 @@ def find_one(index: Index, loaded: Loaded, query: str, embed: Tensor, top: int, 
     return (sorted(first, key=lambda hit: -hit.score) + hits[rerank:])[:top]
 
 
-def sheet(answered: list[Found], folder: str, images: int) -> str:
+def sheet(answered: list[SearchResult], folder: str, images: int) -> str:
     """Build a page with what was searched for and the images found, each with the score that ranks it."""
     from blip.app import html
     from blip.data.images import UnreadableImage, model_input, small
@@ -217,20 +217,20 @@ def sheet(answered: list[Found], folder: str, images: int) -> str:
             lines.append(html.Line(f"{hit.itc:.3f}", "cosine"))
         return html.Card(thumbnail, name, lines)
 
-    def section(found: Found) -> html.Section:
-        if found.image is not None:
-            asked = [html.Card(html.thumbnail(small(found.image, 2048)), found.query, [html.Line("searched for")])]
-            cards = [card(n, hit, "cosine, which ranks it") for n, hit in enumerate(found.hits, 1)]
-            return html.Section(found.query, "Ranked by the cosine with what was searched for.", cards=asked + cards)
+    def section(result: SearchResult) -> html.Section:
+        if result.image is not None:
+            query = [html.Card(html.thumbnail(small(result.image, 2048)), result.query, [html.Line("searched for")])]
+            cards = [card(n, hit, "cosine, which ranks it") for n, hit in enumerate(result.hits, 1)]
+            return html.Section(result.query, "Ranked by the cosine with what was searched for.", cards=query + cards)
         order = "Ranked by the cosine of image and text."
-        if any(hit.itm is not None for hit in found.hits):
+        if any(hit.itm is not None for hit in result.hits):
             order = "Ranked by the match score, the logit of a match plus the cosine. "
             order += "Images that are not re-ranked follow, by their cosine."
-        cards = [card(n, hit, "cosine, not re-ranked") for n, hit in enumerate(found.hits, 1)]
-        return html.Section(found.query, order, cards=cards)
+        cards = [card(n, hit, "cosine, not re-ranked") for n, hit in enumerate(result.hits, 1)]
+        return html.Section(result.query, order, cards=cards)
 
-    reranked = sum(hit.itm is not None for found in answered for hit in found.hits)
-    firsts = [found.hits[0] for found in answered if found.hits]
+    reranked = sum(hit.itm is not None for result in answered for hit in result.hits)
+    firsts = [result.hits[0] for result in answered if result.hits]
     title = f"{len(answered)} queries searched for in {images:,} images"
     if len(answered) == 1:
         best = f"{firsts[0].path.name} is the best of {images:,} images" if firsts else "no image"
@@ -249,10 +249,10 @@ def sheet(answered: list[Found], folder: str, images: int) -> str:
             html.Figure(f"{images:,}", "images searched"),
             html.Figure(f"{len(answered)}", "query" if len(answered) == 1 else "queries"),
             html.Figure(
-                f"{sum(len(found.hits) for found in answered)}", "images shown", f"{reranked} of them re-ranked"
+                f"{sum(len(result.hits) for result in answered)}", "images shown", f"{reranked} of them re-ranked"
             ),
-            html.Figure(f"{max((hit.score for hit in firsts), default=0):.2f}", "best score"),
+            *([html.Figure(f"{firsts[0].score:.2f}", "best score")] if len(answered) == 1 and firsts else []),
         ],
-        sections=[section(found) for found in answered],
+        sections=[section(result) for result in answered],
         tables=[],
     )
