@@ -169,12 +169,7 @@ def offline(monkeypatch):
     monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")
 
 
-def test_a_repository_is_downloaded_as_a_whole_and_found_again_without_a_network(
-    model,
-    serving,
-    tmp_path,
-    monkeypatch,
-):
+def test_a_repository_is_downloaded_once_and_whole(model, serving, tmp_path, monkeypatch):  # noqa: F811
     main = variant(model, tmp_path / "main", 0.5)
     (main / "sub").mkdir()
     for name in ("sub/model.safetensors", "sub/config.json", "pytorch_model.bin", "run.py", "optimizer.pt"):
