@@ -657,7 +657,7 @@ def test_fifty_clients_and_a_thousand_requests(model, vqa_model, capsys):  # noq
                         assert reply["answers"][0]["text"] == answered[i]
 
         with ThreadPoolExecutor(50) as pool:
-            list(pool.map(client, range(50)))  # the first thousand fill caches
+            list(pool.map(client, 3 * [*range(50)]))  # the first thousands fill the allocator's caches
             before, began = process.memory_info().rss, time.monotonic()
             seconds.clear()
             list(pool.map(client, range(50)))
@@ -668,5 +668,5 @@ def test_fifty_clients_and_a_thousand_requests(model, vqa_model, capsys):  # noq
                   f"{1000 * seconds[500]:.0f} ms, p95 {1000 * seconds[950]:.0f} ms; memory {before >> 20} -> "
                   f"{after >> 20} MiB")  # fmt: skip
         assert len(seconds) == 1000
-        assert after - before < 64 << 20  # the allocator's, which stops growing after some thousand
+        assert after - before < 32 << 20
         assert not [line for line in server.errors if "Traceback" in line]
