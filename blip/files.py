@@ -37,10 +37,14 @@ _CLOCK = 60.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def cache_folder() -> Path:
-    """The user's folder for what can be computed again: OPENBLIP_CACHE, or openblip in XDG_CACHE_HOME or ~/.cache."""
-    own = os.environ.get("OPENBLIP_CACHE")
-    return Path(own or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "openblip")).expanduser()
+def cache_folder() -> Path | None:
+    """The user's folder for what can be computed again: OPENBLIP_CACHE, or openblip in XDG_CACHE_HOME or ~/.cache.
+
+    None if the user has no home.
+    """
+    own, users = os.environ.get("OPENBLIP_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
+    folder = os.path.expanduser(own or os.path.join(users if os.path.isabs(users) else "~/.cache", "openblip"))
+    return None if folder.startswith("~") else Path(os.path.abspath(folder))
 
 
 def sync(path: Path) -> None:

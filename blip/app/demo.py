@@ -40,8 +40,6 @@ T = TypeVar("T")
 
 MOST_HITS = 60
 """Most images that a search shows."""
-SYNTHETIC = "synthetic shapes"
-"""What models trained on the synthetic world alone were trained on, as their folders record it."""
 _EXAMPLES = 4
 _SIDE = 640
 """Longer side of the images shown, in pixels."""
@@ -102,7 +100,7 @@ class Demo:
 
     def examples(self) -> list[Image.Image]:
         """Images to try, drawn by the synthetic world for a model trained on it alone; none for others."""
-        if any(tuple(one.trained_on) != (SYNTHETIC,) for one in (self.matcher, self.captioner)):
+        if not all(is_synthetic(one.trained_on) for one in (self.matcher, self.captioner)):
             return []
         from blip.world.scene import draw, scene
 
@@ -245,8 +243,8 @@ class Demo:
 
 
 def _origin(trained_on: Sequence[str]) -> str:
-    if tuple(trained_on) == (SYNTHETIC,):
-        return f"trained on {SYNTHETIC}; on photographs its answers mean nothing"
+    if is_synthetic(trained_on):
+        return NOTE
     return f"trained on {', '.join(trained_on)}" if trained_on else "what it was trained on is not recorded"
 
 

@@ -276,7 +276,7 @@ def cache_place(folder: Path, origin: IndexOrigin) -> Path | None:
     cache = files.cache_folder()
     real = os.path.realpath(folder)
     key = hashlib.sha256(os.fsencode(f"{real}\0{origin.weights}\0{origin.precision}")).hexdigest()[:16]
-    return cache / "index" / key if cache.is_absolute() else None
+    return cache / "index" / key if cache else None
 
 
 def up_to_date(

@@ -73,7 +73,7 @@ _HEADERS = {
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
 }
 
-_IMAGE = f"A JPEG, PNG, WEBP, GIF or BMP file, up to {MAX_BYTES >> 20} MB and {MAX_PIXELS // 1_000_000} million pixels."
+_IMAGE = f"An image file ({NAMES}), up to {MAX_BYTES >> 20} MB and {MAX_PIXELS // 1_000_000} million pixels."
 
 
 # What is sent ---------------------------------------------------------------------------------------------------------

@@ -248,10 +248,8 @@ def sheet(answered: list[SearchResult], folder: str, images: int) -> str:
         figures=[
             html.Figure(f"{images:,}", "images searched"),
             html.Figure(f"{len(answered)}", "query" if len(answered) == 1 else "queries"),
-            html.Figure(
-                f"{sum(len(result.hits) for result in answered)}", "images shown", f"{reranked} of them re-ranked"
-            ),
-            *([html.Figure(f"{firsts[0].score:.2f}", "best score")] if len(answered) == 1 and firsts else []),
+            html.Figure(f"{sum(len(result.hits) for result in answered)}", "images shown"),
+            html.Figure(f"{reranked}", "of them re-ranked"),
         ],
         sections=[section(result) for result in answered],
         tables=[],

@@ -153,7 +153,10 @@ class RemoteFile:
         if not tag:
             return parse(make())
         key = hashlib.sha256(json.dumps([kind, str(self), size, tag]).encode()).hexdigest()
-        path = files.cache_folder() / "remote" / key[:2] / f"{key}.{kind}"
+        cache = files.cache_folder()
+        if cache is None:
+            return parse(make())
+        path = cache / "remote" / key[:2] / f"{key}.{kind}"
         with _alone(path):
             with contextlib.suppress(Exception):  # missing, or damaged in any way
                 return parse(path.read_bytes())
