@@ -27,6 +27,7 @@ from blip.data.settings import DataConfig
 from blip.data.transforms import EvalTransform
 from blip.inference.generate import generate_texts
 from blip.inference.settings import CAPTION_PROMPT
+from blip.origin import NOTE, is_synthetic
 from blip.text import clean_question
 
 if TYPE_CHECKING:

@@ -49,7 +49,7 @@ from blip.app.web import (
     WAITING,
     Guard,
 )
-from blip.data.images import model_input
+from blip.data.images import NAMES, model_input
 from blip.errors import UnreadableImage, is_out_of_memory
 from blip.inference import features
 from blip.inference.generate import generate_texts

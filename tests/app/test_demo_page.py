@@ -29,11 +29,12 @@ import httpx
 from gradio_client import Client, handle_file
 
 from blip.app import demo_page
-from blip.app.demo import SYNTHETIC, Demo
+from blip.app.demo import Demo
 from blip.app.demo_page import serving
 from blip.app.index import Index, IndexOrigin
 from blip.app.loaded import load
 from blip.app.web import is_local
+from blip.origin import SYNTHETIC
 
 IMAGES = 12
 _REAL, _RESOLVE = socket.socket.connect, socket.getaddrinfo
