@@ -116,7 +116,7 @@ def test_who_it_runs_as_and_where_the_model_is():
 
 def test_make_image_builds_it():
     done = subprocess.run(
-        ["make", "--dry-run", "image", "TORCH_INDEX=https://example.org/cu"],
+        ["make", "--no-print-directory", "--dry-run", "image", "TORCH_INDEX=https://example.org/cu"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     words = shlex.split(done.stdout.splitlines()[-1])
