@@ -27,7 +27,18 @@ _LIMIT = 4_500_000
 """Most bytes of images and texts on the page, so that all of it stays under 5 MB."""
 _SIDE, _LONGEST = 224, 240
 _DROPS = (
-    *("only", "least", "rules", "duplicates", "duplicate_bits", "duplicate_cosine", "contamination", "shared", "human"),
+    *(
+        "only",
+        "least",
+        "most",
+        "rules",
+        "duplicates",
+        "duplicate_bits",
+        "duplicate_cosine",
+        "contamination",
+        "shared",
+        "human",
+    ),
     *("concepts", "per_concept"),
 )
 """Settings of a selection that drop texts whatever its policy says."""
@@ -304,6 +315,8 @@ def _tables(report: dict[str, Any]) -> list[PageTable]:
     ]
     return [
         *tables,
+        _further(report),
+        _concepts(report),
         _shards(report),
         PageTable("Errors", ["error code", "rows"], list(report["error_codes"].items())[:30]),
         PageTable("Rules broken", ["rule", "rows"], list(report["rule_flags"].items())[:30]),
@@ -325,6 +338,21 @@ def _texts(report: dict[str, Any]) -> PageTable:
         repeated = None if one["share_repeated"] is None else f"{one['share_repeated']:.1%}"
         rows.append([SOURCES[kind], one["texts"], one["different"], words, one["vocabulary"], repeated])
     return PageTable("Properties of the texts", head, rows)
+
+
+def _further(report: dict[str, Any]) -> PageTable:
+    head = ["scorer", "rows", "of these with scores", "not shown to it", "errors"]
+    return PageTable("Scores of further scorers", head, [
+        [name, n["rows"], n["scored"], n["not_scored"], n["raised"]] for name, n in report["extra"].items()
+    ])  # fmt: skip
+
+
+def _concepts(report: dict[str, Any]) -> PageTable:
+    concepts = report["concepts"]
+    if not concepts:
+        return PageTable("", [], [])
+    name = f"The most frequent concepts ({concepts['present']:,} of {concepts['listed']:,} are in some text)"
+    return PageTable(name, ["concept", "texts", "kept"], [[_cut(c), n, kept] for c, n, kept in concepts["most"]])
 
 
 def _shards(report: dict[str, Any]) -> PageTable:
