@@ -36,6 +36,8 @@ _LIMIT = 4_700_000
 """Most bytes of images on the page, so that all of it stays under 5 MB."""
 _ANSWERS = {"y": True, "yes": True, "1": True, "n": False, "no": False, "0": False}
 _UNANSWERED = ("", "s", "skip")
+_SHORT = {answer: "y" if match else "n" for answer, match in _ANSWERS.items()} | {"skip": "s"}
+"""Answers as the page knows them."""
 _LONGEST = 500
 
 
@@ -109,11 +111,19 @@ def judge(run: Run, count: int, port: int) -> PageServer:
 
 
 def _answers(run: Run) -> dict[str, str]:
-    """Read what the sheet in the run says of each id."""
-    if not run.storage.exists(LABELS):
+    """Read what the sheet in the run says of each id: y, n, s or nothing. ValueError if it is no such sheet."""
+    text = run.storage.read(LABELS).decode("utf-8-sig", "replace") if run.storage.exists(LABELS) else ""
+    if not text.strip():
         return {}
-    rows = csv.DictReader(io.StringIO(run.storage.read(LABELS).decode("utf-8-sig", "replace"), newline=""))
-    return {row["id"]: (row["match"] or "").strip().lower() for row in rows if row.get("id") and "match" in row}
+    separator = next((mark for mark in ";\t" if mark in text.partition("\n")[0]), ",")  # as spreadsheets save it
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
+    if not set(_COLUMNS) <= set(rows.fieldnames or ()):
+        raise ValueError(
+            f"{run.storage.root}/{LABELS} has not the columns {', '.join(_COLUMNS)}: mend its first line, or move the "
+            "folder report/audit away"
+        )
+    answers = {row["id"]: (row["match"] or "").strip().lower() for row in rows if row["id"]}
+    return {i: _SHORT.get(answer, answer) for i, answer in answers.items()}
 
 
 def _write_labels(run: Run, answers: Mapping[str, str]) -> None:

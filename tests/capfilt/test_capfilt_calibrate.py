@@ -175,6 +175,28 @@ def test_answers_stay_when_texts_are_drawn_again(drawn, tmp_path, capsys):
     assert sheet.read_bytes() != before
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_answers_that_a_spreadsheet_has_saved_stay(drawn, tmp_path, separator):
+    shutil.copytree(drawn.where, tmp_path / "run")
+    sheet = tmp_path / "run" / audit.LABELS
+    ids = [row["id"] for row in csv.DictReader(sheet.open())]
+    given = dict(zip(ids, ("Yes", "0", "skip", "y"), strict=False))
+    lines = [f"{i}{separator}{given.get(i, '')}\r\n" for i in ids]
+    sheet.write_bytes(f"\ufeffid{separator}match\r\n{''.join(lines)}".encode())
+    assert main(["calibrate", str(tmp_path / "run"), "--count", "80"]) == 0
+    answers = {row["id"]: row["match"] for row in csv.DictReader(sheet.open())}
+    assert {i: answer for i, answer in answers.items() if answer} == dict(zip(ids, "ynsy", strict=False))
+
+
+def test_a_sheet_without_its_first_line_is_not_overwritten(drawn, tmp_path, capsys):
+    shutil.copytree(drawn.where, tmp_path / "run")
+    sheet = tmp_path / "run" / audit.LABELS
+    sheet.write_text("0123456789abcdef,y\n")
+    assert main(["calibrate", str(tmp_path / "run"), "--count", "80"]) == 2
+    assert f"{audit.LABELS} has not the columns id, match" in capsys.readouterr().err
+    assert sheet.read_text() == "0123456789abcdef,y\n"
+
+
 def test_a_sheet_of_other_texts_is_refused(drawn, run, tmp_path, capsys):
     fill(tmp_path / "l.csv", {**dict.fromkeys(key_of(drawn), "y"), "0123456789abcdef": "n"})
     assert main(["calibrate", drawn.where, "--labels", str(tmp_path / "l.csv")]) == 2
