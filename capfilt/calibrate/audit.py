@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,10 +76,10 @@ def write(run: Run, count: int) -> list[str]:
     folder = f"{run.storage.root}/report/audit"
     return [
         f"{len(drawn)} texts drawn from all scores. Judge them with the keys y and n:",
-        f"  capfilt calibrate {run.where} --judge       # opens a page that saves each answer",
+        f"  {shlex.join(['capfilt', 'calibrate', run.where, '--judge'])}       # opens a page that saves each answer",
         f"or open {folder}/page.html and download labels.csv, or write y or n into the column match of",
         f"{folder}/labels.csv. Then run",
-        f"  capfilt calibrate {run.where} --labels {folder}/labels.csv",
+        f"  {_reading(run, f'{folder}/labels.csv')}",
         "Scores are in key.parquet alone: do not look at them before.",
     ]
 
@@ -186,9 +187,14 @@ def _page(run: Run, drawn: Sequence[dict], answers: Mapping[str, str], *, served
         "judge.html", title="Does the text say what the image shows?", scripts=("judge.js",),
         allow={"connect-src": "'self'"} if served else None,
         lead="Judge each text by its image alone: y if all it says is true, n if anything is not.",
-        items=items, draw=draw, served=served, command=f"capfilt calibrate {run.where} --labels {sheet}",
+        items=items, draw=draw, served=served, command=_reading(run, sheet),
         labels=[[i, answer] for i, answer in answers.items() if answer],
     )  # fmt: skip
+
+
+def _reading(run: Run, sheet: str) -> str:
+    """Return the command that reads a sheet."""
+    return shlex.join(["capfilt", "calibrate", run.where, "--labels", sheet])
 
 
 def _images(run: Run, drawn: Sequence[dict]) -> dict[tuple[str, int], str]:

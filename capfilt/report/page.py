@@ -184,7 +184,7 @@ def _kept_in_words(settings: dict[str, Any]) -> str:
     if settings["policy"] == "rank-k":
         return f"the best {_amount(settings['k'], 'text')} of each image"
     if settings["policy"] == "fraction":
-        return f"the best {settings['fraction']:.0%} of all texts"
+        return f"the best {100 * settings['fraction']:g}% of all texts"
     if settings["by"] not in (None, "itm"):
         return f"texts whose {settings['by']} is high enough"
     if settings["itm_web"] is not None or settings["itm_syn"] is not None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from blip.errors import DataError
+from capfilt.extra.load import EMBEDDING
 from capfilt.extra.results import ExtraParts, scorers_of
 from capfilt.run import Part, Run
 
@@ -118,9 +120,10 @@ class Conditions:
 def scores_of(run: Run, name: str) -> ExtraParts:
     """Return the files of a scorer. DataError, with the remedy, if the run has none."""
     if name not in (there := scorers_of(run)):
+        also = {"aesthetic": "aesthetic=MODEL"}.get(name, name if name in ("language", EMBEDDING) else "PATH.py:Class")
         raise DataError(
             f"{run.where} has no scores of {name} (it has those of: {', '.join(there) or 'none'}); add them with "
-            f"`capfilt score {run.where} --also {name}`"
+            f"`{shlex.join(['capfilt', 'score', run.where, '--also', also])}`"
         )
     return ExtraParts(run.storage, name)
 

@@ -4,6 +4,7 @@ import http.client
 import json
 import math
 import re
+import shlex
 import shutil
 import threading
 from pathlib import Path
@@ -154,6 +155,15 @@ def test_an_audit_from_sheet_to_precision(drawn, tmp_path, capsys):
     assert "at 0.6   precision 100.0%" in stdout
     assert "recall 100.0%" in stdout
     assert "chosen on half of the labels" in stdout
+
+
+def test_commands_can_be_pasted(drawn, tmp_path, capsys):
+    shutil.copytree(drawn.where, run := tmp_path / "my run")
+    assert main(["calibrate", str(run), "--count", "80"]) == 0
+    commands = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  capfilt")]
+    assert shlex.split(commands[0], comments=True) == ["capfilt", "calibrate", str(run), "--judge"]
+    assert shlex.split(commands[1]) == ["capfilt", "calibrate", str(run), "--labels", str(run / audit.LABELS)]
+    assert f"capfilt calibrate &#39;{run}&#39; --labels labels.csv" in (run / audit.PAGE).read_text()
 
 
 def test_answers_stay_when_texts_are_drawn_again(drawn, tmp_path, capsys):

@@ -129,6 +129,9 @@ def test_values_of_the_web_texts_decide_on_these_alone(run):
             ["--least", "aesthetic.score=5"],
             "has no scores of aesthetic (it has those of: embedding, numbered); add them",
         ),
+        (["--least", "aesthetic.score=5"], " --also aesthetic=MODEL`"),  # `--also aesthetic` alone is refused
+        (["--least", "brightness.mean=5"], " --also PATH.py:Class`"),
+        (["--only", "language.web=en"], " --also language`"),
         (
             ["--least", "numbered.nothing=5"],
             "the scorer numbered has the columns score, web, syn_words, odd, tenth, web_tenth, pair",

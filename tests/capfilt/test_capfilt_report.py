@@ -205,6 +205,11 @@ def test_all_that_drops_is_in_the_line_about_the_selection(run):
     assert "rank-k, k 2, duplicates phash64, duplicate_bits 2, shared 3." in text
 
 
+def test_a_small_fraction_is_not_said_to_be_none(run, tmp_path):
+    text = Path(report_of(run, SelectConfig("fraction", fraction=0.004), tmp_path)).read_text()
+    assert "the best 0.4% of all texts" in text
+
+
 def test_a_card_makes_objects_of_its_own_row_only(tmp_path):
     """A page has cards of hundreds of parts, each of a thousand rows."""
     run = scored(crawl(tmp_path / "in", shards=1, rows=400), tmp_path / "run", part_size=400)
