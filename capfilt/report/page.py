@@ -176,7 +176,8 @@ def _lead(report: dict[str, Any]) -> str:
     made = "A captioner generated a caption for every image; a filter compared it and the web text with the image."
     if "syn" not in report["texts_in"]:
         made = "A filter compared every web text with its image."
-    return f"{made} Kept are {_kept_in_words(report['settings'])}."
+    but = ", but for those that another setting of the selection drops" if _drops(report["settings"]) else ""
+    return f"{made} Kept are {_kept_in_words(report['settings'])}{but}."
 
 
 def _kept_in_words(settings: dict[str, Any]) -> str:
@@ -209,7 +210,8 @@ def _policy(settings: dict[str, Any]) -> str:
     )
     named = {name: settings[name] for name in used if settings[name] is not None}
     named |= _drops(settings)
-    return ", ".join([settings["policy"], *(f"{name} {value}" for name, value in named.items())])
+    each = [(name, one) for name, value in named.items() for one in (value if isinstance(value, list) else [value])]
+    return ", ".join([settings["policy"], *(f"{name} {one}" for name, one in each)])
 
 
 def _drops(settings: dict[str, Any]) -> dict[str, Any]:
