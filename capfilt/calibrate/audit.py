@@ -57,14 +57,17 @@ class Label:
 def write(run: Run, count: int) -> list[str]:
     """Write the page, the sheet to fill in and the key with the scores into report/audit; returns instructions.
 
-    Answers in a sheet that is there stay; ValueError if their texts are not drawn now.
+    Answers in a sheet that is there stay; ValueError if their texts are not drawn now, or if no text has a score.
     """
     drawn = draw(run, count)
+    if not drawn:
+        where = shlex.join(["capfilt", "score", run.where])
+        raise ValueError(f"{run.where}: no text has a score, so there is nothing to judge; run `{where}` first")
     kept = _answers(run)
     if lost := [i for i, answer in kept.items() if answer and i not in {entry["id"] for entry in drawn}]:
         raise ValueError(
             f"{run.storage.root}/{LABELS} has answers to {len(lost)} texts that are not drawn now ({lost[0]}, ...): "
-            "give the --count of before, or move the folder report/audit away"
+            "give the --count of before or, if more has been scored since, move the folder report/audit away"
         )
     columns = {name: [entry[name] for entry in drawn] for name in ("id", "source", "score", "weight", "text")}
     key = pa.table(columns | {"pid": [entry["at"][0] for entry in drawn], "row": [entry["at"][1] for entry in drawn]})
@@ -303,6 +306,8 @@ def _exported(run: Run, labels: str) -> tuple[list[Label], list[str]]:
     """
     votes = read_label_studio(Path(labels))
     answers = {i: 2 * sum(some) > len(some) for i, some in votes.items() if 2 * sum(some) != len(some)}
+    if not answers:
+        raise ValueError(f"{labels}: on every text as many annotations say {MATCH} as {NO_MATCH}")
     key = _key(run) if run.storage.exists(KEY) else None
     drawn = answers.keys() & (key["id"].to_pylist() if key else [])
     others = {i: match for i, match in answers.items() if i not in drawn}

@@ -166,6 +166,14 @@ def test_commands_can_be_pasted(drawn, tmp_path, capsys):
     assert f"capfilt calibrate &#39;{run}&#39; --labels labels.csv" in (run / audit.PAGE).read_text()
 
 
+@pytest.mark.parametrize("options", [[], ["--judge"]])
+def test_a_run_without_scores_has_nothing_to_judge(tmp_path, capsys, options):
+    run = planned(crawl(tmp_path / "in", shards=1), tmp_path / "run")
+    assert main(["calibrate", run.where, *options]) == 2
+    assert "no text has a score, so there is nothing to judge; run `capfilt score" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "report").exists()
+
+
 def test_answers_stay_when_texts_are_drawn_again(drawn, tmp_path, capsys):
     shutil.copytree(drawn.where, tmp_path / "run")
     run = str(tmp_path / "run")
@@ -373,6 +381,7 @@ def test_the_majority_of_annotators_counts(drawn, tmp_path, capsys):
         ([annotated("a", "maybe")], r"task 1: expected the choice 'match' or 'no match', got \['maybe'\]"),
         ([annotated("a"), {"data": {"id": "b"}, "predictions": []}], "no task has an annotation"),
         ([annotated("a", None)], "no task has an annotation"),
+        ([annotated("a", "match", "no match")], "on every text as many annotations say match as no match"),
         ([annotated("0123456789abcdef", "match")], "1 of 1 ids are of no text .* '0123456789abcdef'"),
     ],
 )

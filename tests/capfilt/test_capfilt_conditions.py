@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from capfilt_crawl import HERE, annotations, jpeg, make_fake, planned, scored, write_tar
@@ -377,3 +378,15 @@ def test_many_concepts_are_looked_up_at_once():
     for _ in range(2000):
         assert len(concepts.of("a word7 thing599 and word8 with word9 thing1")) == 3
     assert time.process_time() - start < 5  # ten thousand times this if each concept were tried
+
+
+def test_a_run_without_captions_has_none_to_count(tmp_path, capsys):
+    run = scored(
+        write_tar(tmp_path / "a.tar", [("1.jpg", jpeg(1)), ("1.txt", b"a bird")]), tmp_path / "run", captions=1
+    )
+    table = run.parts.read(run.plan[0].pid)
+    at = table.column_names.index("syn_text")
+    run.parts.commit(run.plan[0].pid, table.set_column(at, "syn_text", pa.array([[]], table["syn_text"].type)), {})
+    assert main(["concepts", run.where, "--out", str(tmp_path / "c.txt"), "--texts", "syn"]) == 2
+    assert "no usable row that has been scored has a synthetic text" in capsys.readouterr().err
+    assert not (tmp_path / "c.txt").exists()
