@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import shlex
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,6 +12,8 @@ from blip.data import embeddings
 from blip.errors import DataError
 from capfilt.export_formats import Files, sharded
 from capfilt.export_samples import ExportSample
+from capfilt.extra.load import EMBEDDING
+from capfilt.extra.results import ExtraParts
 from capfilt.run import Part, Run
 from capfilt.select.choose import kept_of
 
@@ -34,19 +36,15 @@ METADATA = pa.schema(
 _FACTS = ("sample_id", "source_uri", "source_row", "key", "url", "width", "height")
 
 
-def stored_name(pid: str) -> str:
-    """Return the name of a part's embeddings, (rows, E) float16 with zeros for a row that has none."""
-    return f"extra/embedding/{pid}.npy"
-
-
 def check_stored(run: Run, selection: str) -> None:
     """Raise DataError unless scoring has kept the embeddings of all parts of which texts are kept."""
+    there = ExtraParts(run.storage, EMBEDDING).present()
     needed = [part.pid for part, table in kept_of(run, selection) if len(table)]
-    missing = sum(not run.storage.exists(stored_name(pid)) for pid in needed)
+    missing = sum(pid not in there for pid in needed)
     if missing:
         raise DataError(
             f"{missing:,} of {len(needed):,} parts have no embeddings: make them with "
-            f"`capfilt score {run.where} --also embedding`"
+            f"`{shlex.join(['capfilt', 'score', run.where, '--also', EMBEDDING])}`"
         )
 
 
@@ -79,22 +77,15 @@ class _Stored:
     """Embeddings that scoring has kept; those of the last part stay in memory."""
 
     def __init__(self, run: Run) -> None:
-        self.run = run
+        self.parts = ExtraParts(run.storage, EMBEDDING)
         self._last: tuple[str, np.ndarray] = ("", np.empty((0, 0)))
 
     def of(self, part: Part, row: int) -> np.ndarray:
-        """Return the embedding of a row, (E,). DataError if there is none, or the file is not of this part."""
-        name = f"{self.run.storage.root}/{stored_name(part.pid)}"
+        """Return the embedding of a row, (E,). DataError if there is none, or the file has changed."""
         if self._last[0] != part.pid:
-            try:
-                values = np.load(io.BytesIO(self.run.storage.read(stored_name(part.pid))), allow_pickle=False)
-            except (ValueError, EOFError) as error:
-                raise DataError(f"{name} cannot be read ({error}): score it again") from None
-            if values.ndim != 2 or len(values) != part.rows or values.dtype != np.float16:
-                wrong = f"is {values.dtype} {values.shape}, not float16 ({part.rows}, E)"
-                raise DataError(f"{name} {wrong}: score it again")
-            self._last = part.pid, values
+            self._last = part.pid, self.parts.embeddings(part)
         vector = self._last[1][row]
         if not vector.any() or not np.isfinite(vector).all():
+            name = f"{self.parts.storage.root}/{self.parts.name(part.pid)}"
             raise DataError(f"{name} has no embedding of row {row}, of which a text is kept: score it again")
         return vector

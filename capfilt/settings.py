@@ -161,7 +161,8 @@ class CalibrateOptions:
     count: int = 200
     """Most texts on the audit's sheet; 2,000 pairs are good for `null`, some hundred images for `reference`."""
     labels: str | None = None
-    """Labelled sheet to read: audit then estimates precision and recall."""
+    """Labels to read, a filled-in labels.csv or a project of `export --format labelstudio` that Label Studio exported
+    as JSON: audit then estimates precision and recall."""
     reference: str | None = None
     """Clean pairs for `reference`: any input that `plan` takes, e.g. a COCO or Flickr validation list."""
     target: float = 0.9

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import math
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ import pyarrow.parquet as pq
 from blip.app import html
 from blip.app.html.serve import PageServer
 from blip.data.formats.csv_rows import csv_rows
+from blip.errors import DataError
+from capfilt.export_formats import MATCH, NO_MATCH
 from capfilt.reading import Reader, shown_image
 from capfilt.run import Run
 from capfilt.select.choose import scored_parts
@@ -33,6 +37,8 @@ _LIMIT = 4_700_000
 """Most bytes of images on the page, so that all of it stays under 5 MB."""
 _ANSWERS = {"y": True, "yes": True, "1": True, "n": False, "no": False, "0": False}
 _UNANSWERED = ("", "s", "skip")
+_SHORT = {answer: "y" if match else "n" for answer, match in _ANSWERS.items()} | {"skip": "s"}
+"""Answers as the page knows them."""
 _LONGEST = 500
 
 
@@ -51,14 +57,17 @@ class Label:
 def write(run: Run, count: int) -> list[str]:
     """Write the page, the sheet to fill in and the key with the scores into report/audit; returns instructions.
 
-    Answers in a sheet that is there stay; ValueError if their texts are not drawn now.
+    Answers in a sheet that is there stay; ValueError if their texts are not drawn now, or if no text has a score.
     """
     drawn = draw(run, count)
+    if not drawn:
+        where = shlex.join(["capfilt", "score", run.where])
+        raise ValueError(f"{run.where}: no text has a score, so there is nothing to judge; run `{where}` first")
     kept = _answers(run)
     if lost := [i for i, answer in kept.items() if answer and i not in {entry["id"] for entry in drawn}]:
         raise ValueError(
             f"{run.storage.root}/{LABELS} has answers to {len(lost)} texts that are not drawn now ({lost[0]}, ...): "
-            "give the --count of before, or move the folder report/audit away"
+            "give the --count of before or, if more has been scored since, move the folder report/audit away"
         )
     columns = {name: [entry[name] for entry in drawn] for name in ("id", "source", "score", "weight", "text")}
     key = pa.table(columns | {"pid": [entry["at"][0] for entry in drawn], "row": [entry["at"][1] for entry in drawn]})
@@ -70,10 +79,10 @@ def write(run: Run, count: int) -> list[str]:
     folder = f"{run.storage.root}/report/audit"
     return [
         f"{len(drawn)} texts drawn from all scores. Judge them with the keys y and n:",
-        f"  capfilt calibrate {run.where} --judge       # opens a page that saves each answer",
+        f"  {shlex.join(['capfilt', 'calibrate', run.where, '--judge'])}       # opens a page that saves each answer",
         f"or open {folder}/page.html and download labels.csv, or write y or n into the column match of",
         f"{folder}/labels.csv. Then run",
-        f"  capfilt calibrate {run.where} --labels {folder}/labels.csv",
+        f"  {_reading(run, f'{folder}/labels.csv')}",
         "Scores are in key.parquet alone: do not look at them before.",
     ]
 
@@ -106,11 +115,19 @@ def judge(run: Run, count: int, port: int) -> PageServer:
 
 
 def _answers(run: Run) -> dict[str, str]:
-    """Read what the sheet in the run says of each id."""
-    if not run.storage.exists(LABELS):
+    """Read what the sheet in the run says of each id: y, n, s or nothing. ValueError if it is no such sheet."""
+    text = run.storage.read(LABELS).decode("utf-8-sig", "replace") if run.storage.exists(LABELS) else ""
+    if not text.strip():
         return {}
-    rows = csv.DictReader(io.StringIO(run.storage.read(LABELS).decode("utf-8-sig", "replace"), newline=""))
-    return {row["id"]: (row["match"] or "").strip().lower() for row in rows if row.get("id") and "match" in row}
+    separator = next((mark for mark in ";\t" if mark in text.partition("\n")[0]), ",")  # as spreadsheets save it
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
+    if not set(_COLUMNS) <= set(rows.fieldnames or ()):
+        raise ValueError(
+            f"{run.storage.root}/{LABELS} has not the columns {', '.join(_COLUMNS)}: mend its first line, or move the "
+            "folder report/audit away"
+        )
+    answers = {row["id"]: (row["match"] or "").strip().lower() for row in rows if row["id"]}
+    return {i: _SHORT.get(answer, answer) for i, answer in answers.items()}
 
 
 def _write_labels(run: Run, answers: Mapping[str, str]) -> None:
@@ -134,19 +151,12 @@ def draw(run: Run, count: int) -> list[dict]:
     candidates: dict[tuple[str, int], list[tuple[str, float, str, int, int]]] = {}
     sizes: dict[tuple[str, int], int] = {}
     each = max(1, count // (2 * _STRATA))
-    for part in scored_parts(run):
-        table = run.parts.read(part.pid, ["sample_id", "itm_web", "itm_syn", "web_text", "syn_text"])
-        for row, note in enumerate(table.to_pylist()):
-            for kind in ("web", "syn"):
-                for i, score in enumerate(note[f"itm_{kind}"] or []):
-                    if score is None:
-                        continue
-                    key = kind, min(int(score * _STRATA), _STRATA - 1)
-                    sizes[key] = sizes.get(key, 0) + 1
-                    mark = text_id(note["sample_id"], kind, i)
-                    candidates.setdefault(key, []).append((mark, score, part.pid, row, i))
-                    if len(candidates[key]) > 4 * each:
-                        candidates[key] = sorted(candidates[key])[:each]
+    for mark, kind, score, *at in _scored(run):
+        key = kind, min(int(score * _STRATA), _STRATA - 1)
+        sizes[key] = sizes.get(key, 0) + 1
+        candidates.setdefault(key, []).append((mark, score, *at))
+        if len(candidates[key]) > 4 * each:
+            candidates[key] = sorted(candidates[key])[:each]
     drawn = []
     for (kind, tenth), some in candidates.items():
         chosen = sorted(some)[:each]
@@ -155,6 +165,17 @@ def draw(run: Run, count: int) -> list[dict]:
             weight = sizes[kind, tenth] / len(chosen)
             drawn.append({"id": mark, "source": kind, "score": score, "weight": weight, "text": text, "at": (pid, row)})
     return sorted(drawn, key=lambda entry: entry["id"])
+
+
+def _scored(run: Run) -> Iterator[tuple[str, str, float, str, int, int]]:
+    """Yield (id, source, score, part id, row, index) of every text with a score."""
+    for part in scored_parts(run):
+        table = run.parts.read(part.pid, ["sample_id", "itm_web", "itm_syn"])
+        for row, note in enumerate(table.to_pylist()):
+            for kind in ("web", "syn"):
+                for i, score in enumerate(note[f"itm_{kind}"] or []):
+                    if score is not None:
+                        yield text_id(note["sample_id"], kind, i), kind, score, part.pid, row, i
 
 
 def _page(run: Run, drawn: Sequence[dict], answers: Mapping[str, str], *, served: bool) -> str:
@@ -169,9 +190,14 @@ def _page(run: Run, drawn: Sequence[dict], answers: Mapping[str, str], *, served
         "judge.html", title="Does the text say what the image shows?", scripts=("judge.js",),
         allow={"connect-src": "'self'"} if served else None,
         lead="Judge each text by its image alone: y if all it says is true, n if anything is not.",
-        items=items, draw=draw, served=served, command=f"capfilt calibrate {run.where} --labels {sheet}",
+        items=items, draw=draw, served=served, command=_reading(run, sheet),
         labels=[[i, answer] for i, answer in answers.items() if answer],
     )  # fmt: skip
+
+
+def _reading(run: Run, sheet: str) -> str:
+    """Return the command that reads a sheet."""
+    return shlex.join(["capfilt", "calibrate", run.where, "--labels", sheet])
 
 
 def _images(run: Run, drawn: Sequence[dict]) -> dict[tuple[str, int], str]:
@@ -196,8 +222,11 @@ def _images(run: Run, drawn: Sequence[dict]) -> dict[tuple[str, int], str]:
 
 def read(run: Run, labels: str, target: float) -> list[str]:
     """Estimate precision and recall by threshold, for web and synthetic texts; returns lines to print."""
-    judged = joined(read_labels(Path(labels)), _key(run), labels)
-    lines = [f"{len(judged)} labels; intervals are 95% Wilson at the effective number of labels"]
+    if Path(labels).suffix.lower() == ".json":
+        judged, lines = _exported(run, labels)
+    else:
+        judged, lines = joined(read_labels(Path(labels)), _key(run), labels), []
+    lines = [f"{len(judged)} labels; intervals are 95% Wilson at the effective number of labels", *lines]
     for kind in ("web", "syn"):
         mine = [label for label in judged if label.source == kind]
         if not mine:
@@ -264,6 +293,85 @@ def joined(answers: Mapping[str, bool], key: pa.Table, name: str) -> list[Label]
             "it the sheet of another run, or of another draw?"
         )
     return [Label(**drawn[i], match=match) for i, match in answers.items()]
+
+
+# Label Studio ---------------------------------------------------------------------------------------------------------
+
+
+def _exported(run: Run, labels: str) -> tuple[list[Label], list[str]]:
+    """Join the answers of a Label Studio export with the scores of the run; returns what to say about them, too.
+
+    The majority of a text's annotators counts. A text that was not drawn represents itself alone. ValueError if an id
+    is of no text of the run.
+    """
+    votes = read_label_studio(Path(labels))
+    answers = {i: 2 * sum(some) > len(some) for i, some in votes.items() if 2 * sum(some) != len(some)}
+    if not answers:
+        raise ValueError(f"{labels}: on every text as many annotations say {MATCH} as {NO_MATCH}")
+    key = _key(run) if run.storage.exists(KEY) else None
+    drawn = answers.keys() & (key["id"].to_pylist() if key else [])
+    others = {i: match for i, match in answers.items() if i not in drawn}
+    judged = joined({i: answers[i] for i in answers if i in drawn}, key, labels) if key else []
+    alone = (
+        [Label(i, kind, score, 1.0, others[i]) for i, kind, score, *_ in _scored(run) if i in others] if others else []
+    )
+    if unknown := sorted(others.keys() - {label.id for label in alone}):
+        raise ValueError(
+            f"{labels}: {len(unknown)} of {len(answers)} ids are of no text with a score in this run (such as "
+            f"{unknown[0]!r}): is it the export of another run's tasks?"
+        )
+    notes = []
+    if ties := len(votes) - len(answers):
+        what = "text is" if ties == 1 else "texts are"
+        notes.append(f"{ties} {what} left out: as many annotations say {MATCH} as {NO_MATCH}")
+    if alone:
+        notes.append(
+            f"{len(alone)} of the labelled texts were not drawn by `capfilt calibrate`: each counts as one text, so "
+            "precision and recall hold for the labelled texts alone, not for the run"
+        )
+    return [*judged, *alone], notes
+
+
+def read_label_studio(path: Path) -> dict[str, list[bool]]:
+    """Read a project that Label Studio exported as JSON: whether each annotator says that the text of each id matches.
+
+    Skipped (cancelled) annotations, those without a choice, drafts and predictions do not count. DataError if it is not
+    such an export, ValueError if it has no answer.
+    """
+    wanted = "expected Label Studio's export in the format JSON (not JSON-MIN) of tasks that CapFilt exported"
+    try:
+        tasks = json.loads(path.read_text("utf-8-sig"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise DataError(f"{path} is not JSON text in UTF-8; {wanted}") from None
+    if not isinstance(tasks, list):
+        raise DataError(f"{path} is not a list of tasks; {wanted}")
+    votes: dict[str, list[bool]] = {}
+    for number, task in enumerate(tasks, 1):
+        try:
+            mark, annotations = task["data"]["id"], task.get("annotations", [])
+            choices = [
+                result["value"]["choices"]
+                for one in annotations
+                if not one.get("was_cancelled")
+                for result in one["result"]
+                if (result.get("from_name"), result.get("type")) == ("match", "choices")
+            ]
+        except (TypeError, KeyError, AttributeError):
+            raise DataError(f"{path}, task {number}, is not of the expected form; {wanted}") from None
+        if not isinstance(mark, str):
+            raise DataError(f"{path}, task {number}: data.id is {mark!r}; {wanted}")
+        for choice in choices:
+            if choice not in ([MATCH], [NO_MATCH]):
+                raise DataError(f"{path}, task {number}: expected the choice {MATCH!r} or {NO_MATCH!r}, got {choice!r}")
+            votes.setdefault(mark, []).append(choice == [MATCH])
+    if not votes:
+        raise ValueError(f"{path}: no task has an annotation with the choice {MATCH!r} or {NO_MATCH!r}")
+    return votes
+
+
+# Statistics -----------------------------------------------------------------------------------------------------------
 
 
 def weighted_share(labels: Sequence[Label]) -> tuple[float, float, float]:

@@ -46,7 +46,10 @@ def run(options: ConceptsVerb) -> int:
     sources = ("web", "syn") if options.texts == "both" else (options.texts,)
     concepts, texts = count_concepts(Run.open(options.run), sources, options.least)
     if not texts:
-        raise ValueError(f"{options.run}: nothing is scored yet; run `capfilt score {options.run}` first")
+        kind = {"both": "text", "web": "web text", "syn": "synthetic text"}[options.texts]
+        raise ValueError(
+            f"{options.run}: no usable row that has been scored has a {kind}, so there is nothing to count"
+        )
     lines = "".join(f"{concept}\t{count}\n" for concept, count in concepts)
     replace_file(Path(options.out).expanduser(), lines.encode())
     print(f"{options.out}: {len(concepts):,} words and pairs in at least {options.least:,} of {texts:,} texts")

@@ -77,8 +77,17 @@ class ExtraParts(Parts):
         return part_files.decode(self.content(part))
 
     def embeddings(self, part: Part) -> np.ndarray:
-        """Read a part's embeddings, (rows, E) float16, zeros where there is none."""
-        return part_files.decode_array(self.content(part))
+        """Read a part's embeddings, (rows, E) float16, zeros where there is none. Raises as `content`."""
+        try:
+            array = part_files.decode_array(self.content(part))
+        except DamagedPart as error:
+            raise DataError(f"{self.storage.root}/{self.name(part.pid)}: {error}") from None
+        if array.dtype != np.float16 or array.ndim != 2 or len(array) != part.rows:
+            raise DataError(
+                f"{self.storage.root}/{self.name(part.pid)} is {array.dtype} {array.shape}, not float16 "
+                f"({part.rows}, E); remove it, and `score --also {self.scorer}` again adds it"
+            )
+        return array
 
 
 def record_of(scorer: ExtraScorer) -> dict[str, Any]:
@@ -160,7 +169,7 @@ def _count(parts: ExtraParts, part: Part, record: dict[str, Any]) -> tuple[int, 
     where = parts.name(part.pid)
     if parts.scorer == EMBEDDING:
         array = parts.embeddings(part)
-        if array.dtype != np.float16 or array.shape != (part.rows, record["size"]):
+        if array.shape[1] != record["size"]:
             raise DataError(f"{where} has the shape {array.shape}, not {(part.rows, record['size'])}")
         return int(array.any(1).sum()), 0, part.rows
     content = parts.content(part)

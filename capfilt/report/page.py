@@ -27,7 +27,18 @@ _LIMIT = 4_500_000
 """Most bytes of images and texts on the page, so that all of it stays under 5 MB."""
 _SIDE, _LONGEST = 224, 240
 _DROPS = (
-    *("only", "least", "rules", "duplicates", "duplicate_bits", "duplicate_cosine", "contamination", "shared", "human"),
+    *(
+        "only",
+        "least",
+        "most",
+        "rules",
+        "duplicates",
+        "duplicate_bits",
+        "duplicate_cosine",
+        "contamination",
+        "shared",
+        "human",
+    ),
     *("concepts", "per_concept"),
 )
 """Settings of a selection that drop texts whatever its policy says."""
@@ -165,7 +176,8 @@ def _lead(report: dict[str, Any]) -> str:
     made = "A captioner generated a caption for every image; a filter compared it and the web text with the image."
     if "syn" not in report["texts_in"]:
         made = "A filter compared every web text with its image."
-    return f"{made} Kept are {_kept_in_words(report['settings'])}."
+    but = ", but for those that another setting of the selection drops" if _drops(report["settings"]) else ""
+    return f"{made} Kept are {_kept_in_words(report['settings'])}{but}."
 
 
 def _kept_in_words(settings: dict[str, Any]) -> str:
@@ -173,7 +185,7 @@ def _kept_in_words(settings: dict[str, Any]) -> str:
     if settings["policy"] == "rank-k":
         return f"the best {_amount(settings['k'], 'text')} of each image"
     if settings["policy"] == "fraction":
-        return f"the best {settings['fraction']:.0%} of all texts"
+        return f"the best {100 * settings['fraction']:g}% of all texts"
     if settings["by"] not in (None, "itm"):
         return f"texts whose {settings['by']} is high enough"
     if settings["itm_web"] is not None or settings["itm_syn"] is not None:
@@ -198,7 +210,8 @@ def _policy(settings: dict[str, Any]) -> str:
     )
     named = {name: settings[name] for name in used if settings[name] is not None}
     named |= _drops(settings)
-    return ", ".join([settings["policy"], *(f"{name} {value}" for name, value in named.items())])
+    each = [(name, one) for name, value in named.items() for one in (value if isinstance(value, list) else [value])]
+    return ", ".join([settings["policy"], *(f"{name} {one}" for name, one in each)])
 
 
 def _drops(settings: dict[str, Any]) -> dict[str, Any]:
@@ -304,6 +317,8 @@ def _tables(report: dict[str, Any]) -> list[PageTable]:
     ]
     return [
         *tables,
+        _further(report),
+        _concepts(report),
         _shards(report),
         PageTable("Errors", ["error code", "rows"], list(report["error_codes"].items())[:30]),
         PageTable("Rules broken", ["rule", "rows"], list(report["rule_flags"].items())[:30]),
@@ -325,6 +340,21 @@ def _texts(report: dict[str, Any]) -> PageTable:
         repeated = None if one["share_repeated"] is None else f"{one['share_repeated']:.1%}"
         rows.append([SOURCES[kind], one["texts"], one["different"], words, one["vocabulary"], repeated])
     return PageTable("Properties of the texts", head, rows)
+
+
+def _further(report: dict[str, Any]) -> PageTable:
+    head = ["scorer", "rows", "of these with scores", "not shown to it", "errors"]
+    return PageTable("Scores of further scorers", head, [
+        [name, n["rows"], n["scored"], n["not_scored"], n["raised"]] for name, n in report["extra"].items()
+    ])  # fmt: skip
+
+
+def _concepts(report: dict[str, Any]) -> PageTable:
+    concepts = report["concepts"]
+    if not concepts:
+        return PageTable("", [], [])
+    name = f"The most frequent concepts ({concepts['present']:,} of {concepts['listed']:,} are in some text)"
+    return PageTable(name, ["concept", "texts", "kept"], [[_cut(c), n, kept] for c, n, kept in concepts["most"]])
 
 
 def _shards(report: dict[str, Any]) -> PageTable:

@@ -1,4 +1,4 @@
-"""Conditions on the scores of further scorers: `--least aesthetic.score=5`, `--only language.web=en,de`.
+"""Conditions on the scores of further scorers: `--least`, `--most aesthetic.score=5`, `--only language.web=en,de`.
 
 A column with one value per web or synthetic text decides on these texts alone, any other on all texts of its row. Where
 there is no score the condition is not met, for a reason of its own.
@@ -8,54 +8,59 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from blip.errors import DataError
+from capfilt.extra.load import EMBEDDING
 from capfilt.extra.results import ExtraParts, scorers_of
 from capfilt.run import Part, Run
 
 _FORM = re.compile(r"(?P<scorer>[A-Za-z]\w*)\.(?P<column>[A-Za-z]\w*)=(?P<value>.*)\Z", re.ASCII | re.DOTALL)
 _NUMBER = re.compile(r"u?int\d+|float|halffloat|double|bool")
 _LIST = re.compile(r"list<\w+: (.*)>")
+_ROUNDED = {"float": np.float32, "halffloat": np.float16}
+"""Types that round: a bound of 0.7 is rounded alike, or a score of 0.7 would be below it."""
 
 
 class Condition(NamedTuple):
-    """A condition on a column of a scorer: one of some values, or a least one."""
+    """A condition on a column of a scorer: one of some values, or a number within bounds."""
 
     scorer: str
     column: str
-    values: tuple[str, ...] | None
-    least: float
+    values: tuple[str, ...] | None = None
+    least: float = -math.inf
+    most: float = math.inf
 
     def __str__(self) -> str:
         return f"{self.scorer}.{self.column}"
 
     def reason(self) -> str:
-        return (
-            f"rule {self} below {self.least:g}" if self.values is None else f"rule {self} not {','.join(self.values)}"
-        )
+        if self.values is not None:
+            return f"rule {self} not {','.join(self.values)}"
+        return f"rule {self} above {self.most:g}" if math.isfinite(self.most) else f"rule {self} below {self.least:g}"
 
     def holds(self, value: Any) -> bool:
         if self.values is None:
-            return value >= self.least
+            return self.least <= value <= self.most
         return (str(value).lower() if isinstance(value, bool) else str(value)) in self.values
 
 
-def parse_least(texts: Sequence[str]) -> list[Condition]:
+def parse_bounds(texts: Sequence[str], bound: Literal["least", "most"]) -> list[Condition]:
     """Parse conditions like `aesthetic.score=5`. ValueError for one that is no such."""
     conditions = []
     for text in texts:
         match = _FORM.match(text)
         try:
-            least = float(match["value"]) if match else math.nan
+            value = float(match["value"]) if match else math.nan
         except ValueError:
-            least = math.nan
-        if match is None or not math.isfinite(least):
-            raise ValueError(f"least {text!r}: expected SCORER.COLUMN=NUMBER, such as aesthetic.score=5")
-        conditions.append(Condition(match["scorer"], match["column"], None, least))
+            value = math.nan
+        if match is None or not math.isfinite(value):
+            raise ValueError(f"{bound} {text!r}: expected SCORER.COLUMN=NUMBER, such as aesthetic.score=5")
+        conditions.append(Condition(match["scorer"], match["column"], **{bound: value}))
     return conditions
 
 
@@ -69,7 +74,7 @@ def parse_only(texts: Sequence[str]) -> list[Condition]:
             raise ValueError(
                 f"only {text!r}: expected web, syn or SCORER.COLUMN=VALUE,VALUE, such as language.web=en,de"
             )
-        conditions.append(Condition(match["scorer"], match["column"], values, 0.0))
+        conditions.append(Condition(match["scorer"], match["column"], values))
     return conditions
 
 
@@ -78,9 +83,9 @@ class Conditions:
 
     def __init__(self, run: Run, conditions: Sequence[Condition]) -> None:
         """Check that the run has the columns; DataError, with the remedy, if it does not."""
-        self._conditions = conditions
         self._parts = {one.scorer: scores_of(run, one.scorer) for one in conditions}
         self._whose: dict[Condition, str | None] = {}
+        """Whose texts each condition decides on, web or syn; None for all of a row."""
         for one in conditions:
             columns = self._parts[one.scorer].record()["columns"]
             if one.column not in columns:
@@ -90,7 +95,8 @@ class Conditions:
             is_number = _NUMBER.fullmatch(inner[1] if inner else kind) is not None
             if (inner and not whose) or (one.values is None and not is_number):
                 raise DataError(f"{one}: a condition of this kind cannot be put on a column of type {kind}")
-            self._whose[one] = whose
+            rounded = _ROUNDED.get(inner[1] if inner else kind, float)
+            self._whose[one._replace(least=float(rounded(one.least)), most=float(rounded(one.most)))] = whose
 
     def reasons(self, part: Part, row: np.ndarray, index: np.ndarray, kinds: dict[str, np.ndarray]
                 ) -> Iterator[tuple[str, np.ndarray]]:  # fmt: skip
@@ -99,9 +105,8 @@ class Conditions:
         `row` and `index` (T,) say which text of its row and source a text is, and `kinds` (T,) bool of which source.
         """
         tables = {name: read_table(parts, part) for name, parts in self._parts.items()}
-        for one in self._conditions:
+        for one, whose in self._whose.items():
             rows = tables[one.scorer][one.column].to_pylist()
-            whose = self._whose[one]
             mine = kinds[whose] if whose else np.ones(len(row), bool)
             places = zip(row[mine].tolist(), index[mine].tolist(), strict=True)
             values = [(rows[r][i] if rows[r] else None) if whose else rows[r] for r, i in places]
@@ -115,9 +120,10 @@ class Conditions:
 def scores_of(run: Run, name: str) -> ExtraParts:
     """Return the files of a scorer. DataError, with the remedy, if the run has none."""
     if name not in (there := scorers_of(run)):
+        also = {"aesthetic": "aesthetic=MODEL"}.get(name, name if name in ("language", EMBEDDING) else "PATH.py:Class")
         raise DataError(
             f"{run.where} has no scores of {name} (it has those of: {', '.join(there) or 'none'}); add them with "
-            f"`capfilt score {run.where} --also {name}`"
+            f"`{shlex.join(['capfilt', 'score', run.where, '--also', also])}`"
         )
     return ExtraParts(run.storage, name)
 

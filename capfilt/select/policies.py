@@ -51,6 +51,9 @@ class SelectConfig:
     least: list[str] = option(list, metavar="SCORER.COLUMN=NUMBER", repeat=True)
     """Keep texts with at least this score of a further scorer, such as aesthetic.score=5; may be repeated. Without a
     score a text is dropped."""
+    most: list[str] = option(list, metavar="SCORER.COLUMN=NUMBER", repeat=True)
+    """Keep texts with at most this score of a further scorer, such as one of unsafe images; may be repeated. Without a
+    score a text is dropped."""
     rules: str | None = None
     """Preset of rules that also drop: align, datacomp-basic, laion or junk."""
     duplicates: Literal["sha256", "phash64", "embedding"] | None = None
@@ -112,9 +115,10 @@ class SelectConfig:
 
     def conditions(self) -> list[Condition]:
         """Return the conditions on scores of further scorers."""
-        from capfilt.select.conditions import parse_least, parse_only
+        from capfilt.select.conditions import parse_bounds, parse_only
 
-        return parse_least(self.least) + parse_only([one for one in self.only if one not in SOURCES[:2]])
+        only = [one for one in self.only if one not in SOURCES[:2]]
+        return parse_bounds(self.least, "least") + parse_bounds(self.most, "most") + parse_only(only)
 
     @property
     def column(self) -> str:

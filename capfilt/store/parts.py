@@ -61,7 +61,10 @@ def encode_array(array: np.ndarray) -> bytes:
 def decode_array(content: bytes) -> np.ndarray:
     """Decode the array of a sealed file. DamagedPart if the file has changed."""
     check(content)
-    return np.load(io.BytesIO(content), allow_pickle=False)
+    try:
+        return np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise DamagedPart(f"it is no array ({error})") from None
 
 
 def _footer(content: bytes) -> int:

@@ -3,6 +3,8 @@ import csv
 import http.client
 import json
 import math
+import re
+import shlex
 import shutil
 import threading
 from pathlib import Path
@@ -18,6 +20,7 @@ from capfilt.calibrate.threshold import CalibrateOptions, auc, calibrate, calibr
 from capfilt.report.write import report
 from capfilt.run import Run
 from capfilt.score.scorer import FakeScorer, Matched
+from capfilt.store.identity import text_id
 
 HERE = {"decode_workers": 0}
 
@@ -154,6 +157,23 @@ def test_an_audit_from_sheet_to_precision(drawn, tmp_path, capsys):
     assert "chosen on half of the labels" in stdout
 
 
+def test_commands_can_be_pasted(drawn, tmp_path, capsys):
+    shutil.copytree(drawn.where, run := tmp_path / "my run")
+    assert main(["calibrate", str(run), "--count", "80"]) == 0
+    commands = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  capfilt")]
+    assert shlex.split(commands[0], comments=True) == ["capfilt", "calibrate", str(run), "--judge"]
+    assert shlex.split(commands[1]) == ["capfilt", "calibrate", str(run), "--labels", str(run / audit.LABELS)]
+    assert f"capfilt calibrate &#39;{run}&#39; --labels labels.csv" in (run / audit.PAGE).read_text()
+
+
+@pytest.mark.parametrize("options", [[], ["--judge"]])
+def test_a_run_without_scores_has_nothing_to_judge(tmp_path, capsys, options):
+    run = planned(crawl(tmp_path / "in", shards=1), tmp_path / "run")
+    assert main(["calibrate", run.where, *options]) == 2
+    assert "no text has a score, so there is nothing to judge; run `capfilt score" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "report").exists()
+
+
 def test_answers_stay_when_texts_are_drawn_again(drawn, tmp_path, capsys):
     shutil.copytree(drawn.where, tmp_path / "run")
     run = str(tmp_path / "run")
@@ -171,6 +191,28 @@ def test_answers_stay_when_texts_are_drawn_again(drawn, tmp_path, capsys):
     assert "answers to" in capsys.readouterr().err
     assert set(audit.read_labels(sheet).values()) == {False}
     assert sheet.read_bytes() != before
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_answers_that_a_spreadsheet_has_saved_stay(drawn, tmp_path, separator):
+    shutil.copytree(drawn.where, tmp_path / "run")
+    sheet = tmp_path / "run" / audit.LABELS
+    ids = [row["id"] for row in csv.DictReader(sheet.open())]
+    given = dict(zip(ids, ("Yes", "0", "skip", "y"), strict=False))
+    lines = [f"{i}{separator}{given.get(i, '')}\r\n" for i in ids]
+    sheet.write_bytes(f"\ufeffid{separator}match\r\n{''.join(lines)}".encode())
+    assert main(["calibrate", str(tmp_path / "run"), "--count", "80"]) == 0
+    answers = {row["id"]: row["match"] for row in csv.DictReader(sheet.open())}
+    assert {i: answer for i, answer in answers.items() if answer} == dict(zip(ids, "ynsy", strict=False))
+
+
+def test_a_sheet_without_its_first_line_is_not_overwritten(drawn, tmp_path, capsys):
+    shutil.copytree(drawn.where, tmp_path / "run")
+    sheet = tmp_path / "run" / audit.LABELS
+    sheet.write_text("0123456789abcdef,y\n")
+    assert main(["calibrate", str(tmp_path / "run"), "--count", "80"]) == 2
+    assert f"{audit.LABELS} has not the columns id, match" in capsys.readouterr().err
+    assert sheet.read_text() == "0123456789abcdef,y\n"
 
 
 def test_a_sheet_of_other_texts_is_refused(drawn, run, tmp_path, capsys):
@@ -248,3 +290,105 @@ def test_a_wrong_sheet_is_said(tmp_path, content, error):
     (tmp_path / "s.csv").write_text(content)
     with pytest.raises(ValueError, match=error):
         audit.read_labels(tmp_path / "s.csv")
+
+
+# Label Studio ---------------------------------------------------------------------------------------------------------
+
+
+def annotated(i, *choices, **changes):
+    """A task as Label Studio exports it in the format JSON, with an annotation for each choice."""
+    chosen = {"id": "r1", "type": "choices", "origin": "manual", "from_name": "match", "to_name": "image"}
+    annotations = [
+        {"id": n, "completed_by": n, "was_cancelled": choice is None, "ground_truth": False, "lead_time": 2.5,
+         "result": [] if choice is None else [{**chosen, "value": {"choices": [choice]}}]}
+        for n, choice in enumerate(choices, 1)
+    ]  # fmt: skip
+    prediction = {"model_version": "capfilt all", "result": [{**chosen, "value": {"choices": ["match"]}}]}
+    data = {"id": i, "image": "/data/local-files/?d=images/00000/000000000.jpg", "text": "a text"}
+    return {"id": 7, "annotations": annotations, "drafts": [], "predictions": [prediction], "data": data, **changes}
+
+
+def test_labels_of_label_studio_for_drawn_texts_are_those_of_the_sheet(drawn, tmp_path, capsys):
+    answers = {i: entry["score"] > 0.6 for i, entry in key_of(drawn).items()}
+    fill(tmp_path / "labels.csv", {i: "y" if match else "n" for i, match in answers.items()})
+    tasks = [annotated(i, "match" if match else "no match") for i, match in answers.items()]
+    (tmp_path / "project.JSON").write_text(json.dumps(tasks))
+    printed = []
+    for name in ("labels.csv", "project.JSON"):
+        assert main(["calibrate", drawn.where, "--labels", str(tmp_path / name)]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+
+
+def test_labels_of_texts_that_were_not_drawn_count_once_and_it_is_said(drawn, tmp_path, capsys):
+    key = key_of(drawn)
+    rows = annotations(drawn).to_pylist()
+    scores = {text_id(r["sample_id"], "web", i): s for r in rows for i, s in enumerate(r["itm_web"] or [])}
+    others = [i for i, score in scores.items() if i not in key and score >= 0.6]
+    low = [i for i, score in scores.items() if i not in key and score < 0.5]
+    (tmp_path / "p.json").write_text(
+        json.dumps([annotated(others[0], "match"), annotated(others[1], "no match"), annotated(low[0], "no match")])
+    )
+    assert main(["calibrate", drawn.where, "--labels", str(tmp_path / "p.json")]) == 0
+    stdout = capsys.readouterr().out
+    assert "web: 3 labels, 1 match" in stdout
+    assert "3 of the labelled texts were not drawn" in stdout
+    assert "hold for the labelled texts alone" in stdout
+    assert "at 0.6   precision 50.0% (9.5% to 90.5%), recall 100.0%, 2 texts kept" in stdout  # Wilson of 1 in 2
+    drawn_one = next(i for i, entry in key.items() if entry["source"] == "web" and entry["score"] >= 0.6)
+    (tmp_path / "p.json").write_text(json.dumps([annotated(drawn_one, "match"), annotated(others[1], "no match")]))
+    assert main(["calibrate", drawn.where, "--labels", str(tmp_path / "p.json")]) == 0
+    stdout, weight = capsys.readouterr().out, key[drawn_one]["weight"]
+    assert f"at 0.6   precision {weight / (weight + 1):.1%} " in stdout
+    shutil.copytree(drawn.where, tmp_path / "run", ignore=shutil.ignore_patterns("audit"))  # nothing was ever drawn
+    assert main(["calibrate", str(tmp_path / "run"), "--labels", str(tmp_path / "p.json")]) == 0
+    assert "2 of the labelled texts were not drawn" in capsys.readouterr().out
+
+
+def test_the_majority_of_annotators_counts(drawn, tmp_path, capsys):
+    ids = list(key_of(drawn))
+    tasks = [
+        annotated(ids[0], "match", "no match", "match"),
+        annotated(ids[1], "match", "no match"),  # a tie
+        annotated(ids[2], None),  # skipped
+        annotated(ids[3], None, "no match"),
+        annotated(ids[4]),  # a prediction alone is not a label
+        annotated(ids[5], "match"),
+        annotated(ids[5], "match"),  # imported twice
+    ]
+    (tmp_path / "p.json").write_text(json.dumps(tasks))
+    votes = audit.read_label_studio(tmp_path / "p.json")
+    assert votes == {
+        ids[0]: [True, False, True], ids[1]: [True, False], ids[3]: [False], ids[5]: [True, True]
+    }  # fmt: skip
+    assert main(["calibrate", drawn.where, "--labels", str(tmp_path / "p.json")]) == 0
+    stdout = capsys.readouterr().out
+    assert stdout.startswith("3 labels")
+    assert "1 text is left out" in stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ("", "is not JSON text"),
+        ("[" * 100_000, "is not JSON text"),
+        (b"\xff\xfe[\x00", "is not JSON text"),
+        ('{"tasks": []}', "is not a list of tasks"),
+        ('[{"id": 1, "image": "x.jpg", "text": "a", "match": "match", "annotator": 1}]', "task 1, is not .* JSON-MIN"),
+        ("[7]", "task 1, is not of the expected form"),
+        ([annotated("a", "match"), annotated("b", annotations=[3])], "task 2, is not of the expected form"),
+        ([annotated(["a"], "match")], r"data.id is \['a'\]"),
+        ([annotated("a", "maybe")], r"task 1: expected the choice 'match' or 'no match', got \['maybe'\]"),
+        ([annotated("a"), {"data": {"id": "b"}, "predictions": []}], "no task has an annotation"),
+        ([annotated("a", None)], "no task has an annotation"),
+        ([annotated("a", "match", "no match")], "on every text as many annotations say match as no match"),
+        ([annotated("0123456789abcdef", "match")], "1 of 1 ids are of no text .* '0123456789abcdef'"),
+    ],
+)
+def test_a_wrong_export_of_label_studio_is_refused(drawn, tmp_path, capsys, content, error):
+    content = json.dumps(content) if isinstance(content, list) else content
+    (tmp_path / "p.json").write_bytes(content.encode() if isinstance(content, str) else content)
+    assert main(["calibrate", drawn.where, "--labels", str(tmp_path / "p.json")]) == 2
+    stderr = capsys.readouterr().err
+    assert re.search(error, stderr), stderr
+    assert stderr.count("\n") == 1

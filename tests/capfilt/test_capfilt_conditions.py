@@ -2,10 +2,12 @@
 
 import io
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from capfilt_crawl import HERE, annotations, jpeg, make_fake, planned, scored, write_tar
@@ -24,12 +26,14 @@ from capfilt.settings import DONE
 from capfilt.verify import verify
 
 NUMBERED = """
+import numpy as np
 import pyarrow as pa
 
 class Numbered:
     name, side, identity = "numbered", 0, {}
     columns = {"score": pa.float32(), "web": pa.list_(pa.string()), "syn_words": pa.list_(pa.int64()),
-               "odd": pa.bool_(), "pair": pa.list_(pa.float32())}
+               "odd": pa.bool_(), "tenth": pa.float32(), "web_tenth": pa.list_(pa.float16()),
+               "pair": pa.list_(pa.float32())}
 
     def score(self, images, texts):
         number = [int(row.web[0].split()[-1]) for row in texts]
@@ -38,6 +42,8 @@ class Numbered:
             "web": [["de" if n < 4 else "en", None][: len(row.web)] for n, row in zip(number, texts)],
             "syn_words": [[len(text.split()) for text in row.syn] for row in texts],
             "odd": [n % 2 == 1 for n in number],
+            "tenth": [n / 10 for n in number],
+            "web_tenth": [[np.float16(n / 10)] * len(row.web) for n, row in zip(number, texts)],
             "pair": [[0.0, 1.0] for _ in number],
         }
 """
@@ -64,6 +70,12 @@ def kept(run, name, **options):
     return {(t["text_source"], keys[t["sample_id"]]) for t in texts if t["kept"]}, account["reasons"], account
 
 
+def cells(page, summary):
+    """Texts of the cells of the table under a summary."""
+    table = page.read_text().split(f"<summary>{summary}</summary>")[1].split("</details>")[0]
+    return [re.sub("<.*?>", "", cell).strip() for cell in re.findall(r"<t[hd][ >].*?</t[hd]>", table, re.DOTALL)]
+
+
 def test_a_least_score_of_a_row(run):
     pairs, reasons, _ = kept(run, "least", least=["numbered.score=2.5"])
     assert pairs == {(source, str(n)) for source in ("web", "syn") for n in range(5, 10)}  # half of 5 and more
@@ -73,6 +85,20 @@ def test_a_least_score_of_a_row(run):
         "dropped: status decode_error": 1,
         "kept: itm at least 0": 10,
     }
+
+
+def test_a_most_score_of_a_row(run):
+    pairs, reasons, _ = kept(run, "most", most=["numbered.score=2.5"], least=["numbered.score=0.5"], only=["web"])
+    assert pairs == {("web", n) for n in "145"}  # half of 1 to 5, but for rows 2 and 3, which have no score
+    assert reasons["dropped: rule numbered.score above 2.5"] == 4
+    assert reasons["dropped: rule numbered.score below 0.5"] == 1
+
+
+def test_a_bound_is_rounded_as_the_scores_are(run):
+    """As a float32, 0.7 is below 0.7 and 0.6 above 0.6; as a float16, 0.9 is below 0.9."""
+    assert kept(run, "b", least=["numbered.tenth=0.7"], only=["web"])[0] == {("web", n) for n in "789"}
+    assert kept(run, "b", most=["numbered.tenth=0.6"], only=["web"])[0] == {("web", n) for n in "0123456"}
+    assert kept(run, "b", least=["numbered.web_tenth=0.9"], only=["web"])[0] == {("web", "9")}
 
 
 def test_values_of_the_web_texts_decide_on_these_alone(run):
@@ -95,6 +121,8 @@ def test_values_of_the_web_texts_decide_on_these_alone(run):
         (["--least", "numbered.score"], "least 'numbered.score': expected SCORER.COLUMN=NUMBER"),
         (["--least", "numbered.score=x"], "expected SCORER.COLUMN=NUMBER"),
         (["--least", "numbered.score=nan"], "expected SCORER.COLUMN=NUMBER"),
+        (["--most", "numbered.score="], "most 'numbered.score=': expected SCORER.COLUMN=NUMBER"),
+        (["--most", "numbered.web=5"], "cannot be put on a column of type list<item: string>"),
         (["--only", "both"], "expected web, syn or SCORER.COLUMN=VALUE"),
         (["--only", "a.b="], "expected web, syn or SCORER.COLUMN=VALUE"),
         (["--only", "web", "--only", "syn"], "together leave no text"),
@@ -102,7 +130,13 @@ def test_values_of_the_web_texts_decide_on_these_alone(run):
             ["--least", "aesthetic.score=5"],
             "has no scores of aesthetic (it has those of: embedding, numbered); add them",
         ),
-        (["--least", "numbered.nothing=5"], "the scorer numbered has the columns score, web, syn_words, odd, pair"),
+        (["--least", "aesthetic.score=5"], " --also aesthetic=MODEL`"),  # `--also aesthetic` alone is refused
+        (["--least", "brightness.mean=5"], " --also PATH.py:Class`"),
+        (["--only", "language.web=en"], " --also language`"),
+        (
+            ["--least", "numbered.nothing=5"],
+            "the scorer numbered has the columns score, web, syn_words, odd, tenth, web_tenth, pair",
+        ),
         (["--least", "numbered.web=5"], "cannot be put on a column of type list<item: string>"),
         (["--only", "numbered.pair=1"], "cannot be put on a column of type list<item: float>"),
         (["--only", "embedding.x=1"], "the scorer embedding has the columns none"),
@@ -154,6 +188,9 @@ def test_the_report_counts_further_scores(run):
     counts = {"parts": 3, "rows": 11, "scored": 10, "raised": 0, "not_scored": 1}
     assert content["extra"] == {"embedding": counts, "numbered": counts}
     assert "numbered.score=2.5" in page.read_text()
+    table = cells(page, "Scores of further scorers")
+    assert table[:5] == ["scorer", "rows", "of these with scores", "not shown to it", "errors"]
+    assert table[5:] == ["embedding", "11", "10", "1", "0", "numbered", "11", "10", "1", "0"]
     assert verify(run.where).status() == 0
 
 
@@ -275,6 +312,8 @@ def test_a_balanced_selection(many, tmp_path):
     assert verify(many.where).status() == 0
     page = Path(report(many, ReportOptions(select="balanced")))
     assert json.loads((page.parent / "report.json").read_bytes())["concepts"] == account["concepts"]
+    table = cells(page, "The most frequent concepts (3 of 4 are in some text)")
+    assert table == ["concept", "texts", "kept", *(str(value) for row in account["concepts"]["most"] for value in row)]
     assert select(many, "balanced", config) == account
     listed.write_text("bird\n")
     with pytest.raises(ValueError, match="exists with other settings"):
@@ -339,3 +378,15 @@ def test_many_concepts_are_looked_up_at_once():
     for _ in range(2000):
         assert len(concepts.of("a word7 thing599 and word8 with word9 thing1")) == 3
     assert time.process_time() - start < 5  # ten thousand times this if each concept were tried
+
+
+def test_a_run_without_captions_has_none_to_count(tmp_path, capsys):
+    run = scored(
+        write_tar(tmp_path / "a.tar", [("1.jpg", jpeg(1)), ("1.txt", b"a bird")]), tmp_path / "run", captions=1
+    )
+    table = run.parts.read(run.plan[0].pid)
+    at = table.column_names.index("syn_text")
+    run.parts.commit(run.plan[0].pid, table.set_column(at, "syn_text", pa.array([[]], table["syn_text"].type)), {})
+    assert main(["concepts", run.where, "--out", str(tmp_path / "c.txt"), "--texts", "syn"]) == 2
+    assert "no usable row that has been scored has a synthetic text" in capsys.readouterr().err
+    assert not (tmp_path / "c.txt").exists()

@@ -353,6 +353,14 @@ def test_an_export_of_fake_scores_says_so(jpegs, tmp_path, capsys):
 # Embeddings -----------------------------------------------------------------------------------------------------------
 
 
+def sealed(values):
+    """An array's file with its digest, as scoring writes it."""
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    digest = hashlib.sha256(buffer.getvalue()).digest()
+    return buffer.getvalue() + b"sha256::" + digest
+
+
 def with_embeddings(run):
     """Write extra/embedding as scoring does, by hand; returns each row's vector by sample id."""
     rng, vectors = np.random.default_rng(0), {}
@@ -362,9 +370,7 @@ def with_embeddings(run):
         values /= np.linalg.norm(values, axis=1, keepdims=True)
         values[[row["status"] not in ("ok", "no_text") for row in rows]] = 0
         vectors |= {row["sample_id"]: value for row, value in zip(rows, values, strict=True)}
-        buffer = io.BytesIO()
-        np.save(buffer, values.astype(np.float16))
-        run.storage.write(f"extra/embedding/{part.pid}.npy", buffer.getvalue())
+        run.storage.write(f"extra/embedding/{part.pid}.npy", sealed(values.astype(np.float16)))
     return vectors
 
 
@@ -428,12 +434,18 @@ def test_embeddings_that_scoring_did_not_keep(embedded, tmp_path, capsys):
         (values[:-1], rf"{first}\.npy is float16 \(31, 16\), not float16 \(32, E\)"),
         (values.astype(np.float32), r"is float32 \(32, 16\)"),
         (values * 0, "has no embedding of row 10, of which a text is kept"),
-        (np.array([{}], object), "cannot be read"),
+        (np.array([{}], object), "it is no array"),
     ):
-        np.save(embedded.storage.path(f"extra/embedding/{first}.npy"), bad, allow_pickle=True)
+        embedded.storage.write(f"extra/embedding/{first}.npy", sealed(bad))
         with pytest.raises(DataError, match=message):
             export(embedded, "all", "embeddings", str(tmp_path / "bad"))
-    np.save(embedded.storage.path(f"extra/embedding/{first}.npy"), values)
+    changed = bytearray(sealed(values))
+    changed[200] ^= 1
+    for content in (bytes(changed), sealed(values)[:-40], b""):
+        embedded.storage.write(f"extra/embedding/{first}.npy", content)
+        with pytest.raises(DataError, match=rf"{first}\.npy: .*`score --also` again redoes it"):
+            export(embedded, "all", "embeddings", str(tmp_path / "bad"))
+    embedded.storage.write(f"extra/embedding/{first}.npy", sealed(values))
     starter = Starter(tmp_path / "log")
     assert starter.run(*args, "--shard", "20", CAPFILT_FAULT="export.after_file:5") == -9
     assert starter.run(*args, "--shard", "20") == 0

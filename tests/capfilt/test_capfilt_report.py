@@ -203,6 +203,15 @@ def test_all_that_drops_is_in_the_line_about_the_selection(run):
     select(run, "all", SelectConfig("rank-k", k=2, itm=0, duplicates="phash64", duplicate_bits=2, shared=3))
     text = Path(report(run, ReportOptions(select="all", per_group=1))).read_text()
     assert "rank-k, k 2, duplicates phash64, duplicate_bits 2, shared 3." in text
+    assert "the best 2 texts of each image, but for those that another setting of the selection drops." in text
+    select(run, "syn", SelectConfig(only=["syn"]))
+    text = Path(report(run, ReportOptions(select="syn", per_group=1))).read_text()
+    assert "blip, itm 0.5, only syn." in text
+
+
+def test_a_small_fraction_is_not_said_to_be_none(run, tmp_path):
+    text = Path(report_of(run, SelectConfig("fraction", fraction=0.004), tmp_path)).read_text()
+    assert "the best 0.4% of all texts" in text
 
 
 def test_a_card_makes_objects_of_its_own_row_only(tmp_path):
