@@ -507,7 +507,7 @@ def test_options_that_contradict(loaded, photos):  # noqa: F811
         with pytest.raises(ValueError, match=f"batch must be a whole number of 1 or more, got {batch!r}"):
             blip.load(loaded.path, batch=batch)
     for dtype in ("float16", torch.int8, None):
-        with pytest.raises(ValueError, match="^dtype must be a floating-point type of torch, such as"):
+        with pytest.raises(ValueError, match=r"^dtype must be a floating-point type of torch, such as"):
             blip.load(loaded.path, dtype=dtype)
     with pytest.raises(ValueError, match="nonsense cannot be used here"):
         blip.load(loaded.path, device="nonsense")

@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 import blip
 from blip import files
@@ -743,6 +745,7 @@ def forked(*args) -> int:
     """Run `blip caption` in a child, by whose signal or status it ends."""
     child = os.fork()
     if not child:
+        tqdm.set_lock(threading.RLock())  # its own, as one that is shared stays locked when this process is killed
         quiet = os.open(os.devnull, os.O_RDWR)
         for stream in (1, 2):
             os.dup2(quiet, stream)
