@@ -18,6 +18,7 @@ import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
@@ -99,8 +100,7 @@ class Loaded:
     """Folder of the model's files, or the one file."""
 
     def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise ValueError(f"batch must be 1 or more, got {self.batch}")
+        _check_count("batch", self.batch)
 
     def __repr__(self) -> str:
         kind, verbs = _KINDS[type(self.model)]
@@ -186,6 +186,8 @@ class Loaded:
         """
         self.require("caption")
         config = _decoding(decode, num, seed)
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt must be a text, got {reprlib.repr(prompt)}")
         if self.tokenizer.unknown_rate([prompt]):
             raise ValueError(f'prompt {prompt!r} has words that the model\'s tokenizer does not know: give prompt=""')
 
@@ -256,8 +258,7 @@ class Loaded:
             raise ValueError(
                 f"{count} images and {len(cleaned)} questions: give as many of both, or one image, or one question"
             )
-        if top is not None and top < 1:
-            raise ValueError(f"top must be 1 or more, got {top}")
+        _check_count("top", top)
         choices = self.candidates(candidates, method)
         most = 1 if top is None else top
 
@@ -354,8 +355,7 @@ class Loaded:
         """
         self.require("classify")
         names = _listed(classes)
-        if top is not None and top < 1:
-            raise ValueError(f"top must be 1 or more, got {top}")
+        _check_count("top", top)
         classes = zero_shot.class_embeddings(self.embed_text, names, _listed(templates))
         most = min(top or len(names), len(names))
 
@@ -371,6 +371,8 @@ class Loaded:
     def explain(self, image: ImageInput | Images, text: str, layer: int | None = None) -> Explanation:
         """Show which parts of one image are evidence that a text matches it; `layer` as in `blip.inference.explain`."""
         self.require("explain")
+        if not isinstance(text, str):
+            raise ValueError(f"explain takes one text, got {reprlib.repr(text)}")
         parts = list(itertools.islice(self.tokens(image), 2))
         if len(parts) != 1 or len(parts[0]) != 1:
             raise ValueError("explain takes one image; call it for each of several")
@@ -448,12 +450,18 @@ class Loaded:
 def _decoding(decode: DecodeConfig | str | None, num: int | None, seed: int) -> DecodeConfig:
     """Decoding settings with as many beams as texts. ValueError for an unknown preset."""
     name = "caption_2022" if decode is None else decode
-    if isinstance(name, str) and name not in DECODE_PRESETS:
+    if not isinstance(name, DecodeConfig) and name not in DECODE_PRESETS:
         raise ValueError(f"decode must be a DecodeConfig or one of {', '.join(DECODE_PRESETS)}, got {name!r}")
     config = DECODE_PRESETS[name] if isinstance(name, str) else name
+    _check_count("num", num)
     num = 1 if num is None else num
     beams = max(config.beams, num) if config.method == "beam" and config.beams > 1 else config.beams
     return dataclasses.replace(config, num=num, beams=beams, seed=seed)
+
+
+def _check_count(name: str, value: int | None) -> None:
+    if value is not None and not (isinstance(value, Integral) and value >= 1):
+        raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}")
 
 
 def _shaped(best: list[Any], num: int | None, details: bool) -> Any:
@@ -496,6 +504,8 @@ def open_model(
 
     One-line ValueError or OSError if the model or the device is not available.
     """
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating-point type of torch, such as torch.bfloat16, got {dtype!r}")
     place = _device(device)
     local = checkpoint.locate(where, revision)
     source = checkpoint.opened(local)
@@ -551,5 +561,5 @@ def _device(device: str | torch.device) -> torch.device:
         torch.zeros(1, device=place).item()
     except Exception as error:  # torch raises RuntimeError, AssertionError, NotImplementedError, ...
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"--device {device} cannot be used here ({reason}); try cpu") from None
+        raise ValueError(f"device {device} cannot be used here ({reason}); try cpu") from None
     return place

@@ -151,6 +151,8 @@ def _decoding(
     if unknown:
         raise ValueError(f"generate_kwargs has {unknown[0]!r}; known are {', '.join(_KNOWN)}")
     if (new := options.pop("max_new_tokens", None)) is not None:
+        if not isinstance(new, int):
+            raise ValueError(f"max_new_tokens must be a whole number, got {new!r}")
         options["max_length"] = prompt + new
     options.setdefault("max_length", min(prompt + _NEW_TOKENS, text.max_positions))
     settings = {_RENAMED.get(name, name): value for name, value in options.items()}

@@ -90,6 +90,8 @@ class Review:
         item = {"n": number, "name": shown(path), "file": "", "text": "", "there": False, "digest": "", "problem": ""}
         if path in self.problems:
             return item | {"problem": self.problems[path]}
+        if not os.path.lexists(path):
+            return item | {"problem": "the image is not there any more"}
         target = Path(self.beside.target(path))
         item["file"] = shown(os.path.basename(target))
         if not target.is_file():

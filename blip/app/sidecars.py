@@ -394,13 +394,10 @@ def _joined(before: list[str], texts: list[str], separator: str) -> list[str]:
 
 
 def lines_of(path: Path) -> list[str] | None:
-    """Lines of a text file that are not empty; None if it is not UTF-8 text."""
-    content = path.read_bytes()
-    try:
-        text = content.removeprefix(_BOM).decode()
-    except UnicodeDecodeError:
-        return None
-    return None if "\0" in text else [line.strip() for line in text.split("\n") if line.strip()]
+    """Captions in a file beside an image, as training reads them; None if it is not UTF-8 text."""
+    from blip.data.formats.folder import captions_of
+
+    return captions_of(path.read_bytes())
 
 
 def _is_utf8(text: str) -> bool:

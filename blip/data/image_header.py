@@ -72,6 +72,8 @@ def screened(data: bytes) -> bytes:
 def check_size(width: int, height: int, max_pixels: int) -> None:
     """Raise UnreadableImage for too many pixels, or for an extreme side or aspect ratio."""
     by = f"{width:,} x {height:,} pixels by its header"
+    if width < 1 or height < 1:
+        raise UnreadableImage("not_an_image", by)
     if width * height > max_pixels:
         raise UnreadableImage("too_many_pixels", f"{by}, more than the limit of {max_pixels:,}")
     if max(width, height) > MAX_SIDE:

@@ -85,17 +85,6 @@ def decode(image: bytes | Path | Image.Image, max_pixels: int, at_least: int | N
             ) from None
 
 
-def from_array(pixels: np.ndarray) -> Image.Image:
-    """An image of pixels (H, W) or (H, W, 3 or 4), uint8, that `decode` takes. Raises ValueError for other arrays."""
-    if pixels.dtype != np.uint8:
-        raise ValueError(f"an image array of {pixels.dtype}: give uint8, from 0 to 255")
-    if pixels.ndim == 4:
-        raise ValueError(f"an array of shape {pixels.shape} is not one image: give a list of its images")
-    if not (pixels.size and (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4)))):
-        raise ValueError(f"an image array of shape {pixels.shape}: give (H, W), (H, W, 3) or (H, W, 4)")
-    return Image.fromarray(np.ascontiguousarray(pixels))
-
-
 def open_image(data: bytes) -> Image.Image:
     """Open encoded bytes: header only, without metadata, by the formats that are allowed. Raises as Pillow does.
 
@@ -188,7 +177,7 @@ def read(path: Path) -> bytes:
             if info.st_size > MAX_BYTES:
                 raise UnreadableImage("too_many_bytes", f"{info.st_size:,} bytes, more than the limit of {MAX_BYTES:,}")
             return file.read()
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name that no file can have
         raise UnreadableImage("missing_file", "no such file") from None
     except OSError as error:
         raise UnreadableImage("unreadable", f"cannot be read: {error.strerror}") from None

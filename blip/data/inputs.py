@@ -129,6 +129,8 @@ class InputReader:
         return InputImage(model_input(item, DataConfig.max_pixels, self.transform), key)
 
     def _file(self, path: str) -> bytes:
+        if not path:
+            raise UnreadableImage("missing_file", "its path is empty")
         if "://" in path:
             if not self.urls:
                 remedy = "is an address: download it first, or allow it with blip.load(..., urls=True)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 from blip.settings import check_fractions, check_positive, require
@@ -52,6 +53,9 @@ class DecodeConfig:
     """Nucleus: random seed; a sample is a function of it, its key and its number."""
 
     def __post_init__(self) -> None:
+        for name in ("beams", "num", "max_length", "min_length", "top_k", "seed"):
+            value = getattr(self, name)
+            require(isinstance(value, Integral), f"{name} must be a whole number, got {value!r}")
         require(self.beams >= 1, f"beams must be 1 or more, got {self.beams}")
         require(self.num >= 1, f"num must be 1 or more, got {self.num}")
         fits = self.method != "beam" or self.num <= self.beams

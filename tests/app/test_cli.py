@@ -417,7 +417,7 @@ WRONG = {
     "an unknown method": (["photos", "--method", "bean"], "'bean'"),
     "an unknown option": (["photos", "--nmu", "3"], "there is no option --nmu; did you mean --num?"),
     "an abbreviated option": (["photos", "--max", "9"], "there is no option --max; did you mean --max-length?"),
-    "no such device": (["photos", "--device", "toaster"], "--device toaster cannot be used here"),
+    "no such device": (["photos", "--device", "toaster"], "device toaster cannot be used here"),
     "float16 on a CPU": (["photos", "--device", "cpu", "--precision", "float16"], "float16 needs a GPU"),
     "a folder for a file": (["photos", "--out", "photos"], "'photos'"),
     "no folder for the file": (["photos", "--out", "no/where"], "'no/where'"),

@@ -278,6 +278,8 @@ def test_one_lazy_image_many_times(loaded, tmp_path):
 UNUSABLE = {
     "gone.png": "gone.png cannot be used: no such file",
     "web.png": "web.png cannot be used: is an HTML page",
+    "nul\0.png": "cannot be used: no such file",
+    "lone \ud800.png": "cannot be used: no such file",
     "photos": "photos cannot be used: is a folder: give a list of its images, or run `blip caption FOLDER`",
     "https://example.org/a.jpg": r"a.jpg cannot be used: is an address: download it first.*blip.load\(..., urls=True\)",
 }
@@ -312,6 +314,9 @@ def test_images_without_a_name_are_named_by_number(loaded, photos):  # noqa: F81
         ({"bytes": None, "path": None}, "the image cannot be used: it has neither bytes nor a path"),
         (np.zeros((0, 3), np.uint8), "the image cannot be used: an array of uint8 .* has no pixels"),
         (np.zeros((1, 5000), np.uint8), "the image cannot be used: .*1,000 to 1"),
+        (Image.new("RGB", (0, 8)), "the image cannot be used: 0 x 8 pixels by its header$"),
+        ("", "the image cannot be used: its path is empty"),
+        ({"bytes": None, "path": ""}, "the image cannot be used: its path is empty"),
     ):
         with pytest.raises(DataError, match=f"^{place}") as error:
             loaded.caption(images)
@@ -477,7 +482,13 @@ def test_every_verb_is_in_the_class_and_has_a_docstring(loaded):
 
 def test_options_that_contradict(loaded, photos):  # noqa: F811
     for arguments, message in (
-        ({"num": 0}, "num must be 1 or more"),
+        ({"num": 0}, "num must be a whole number of 1 or more, got 0"),
+        ({"num": "3"}, "num must be a whole number of 1 or more, got '3'"),
+        ({"num": 2.0}, "num must be a whole number of 1 or more, got 2.0"),
+        ({"seed": "a"}, "seed must be a whole number, got 'a'"),
+        ({"seed": None}, "seed must be a whole number, got None"),
+        ({"prompt": None}, "prompt must be a text, got None"),
+        ({"decode": 3}, "decode must be a DecodeConfig or one of .*, got 3"),
         ({"num": 2, "decode": "greedy"}, "num 2 is more than the 1 beams"),
         ({"decode": "best"}, "one of greedy, caption_2022, nucleus, capfilt_2022, got 'best'"),
         ({"prompt": "\u4e00 "}, r"words that the model's tokenizer does not know: give prompt=\"\""),
@@ -485,12 +496,19 @@ def test_options_that_contradict(loaded, photos):  # noqa: F811
     ):
         with pytest.raises(ValueError, match=message):
             loaded.caption(PATHS[0], **arguments)
-    with pytest.raises(ValueError, match="top must be 1 or more"):
-        loaded.classify(PATHS[0], ["a", "b"], top=0)
+    for top in (0, "x", 1.5):
+        with pytest.raises(ValueError, match=f"top must be a whole number of 1 or more, got {top!r}"):
+            loaded.classify(PATHS[0], ["a", "b"], top=top)
+    with pytest.raises(ValueError, match=r"explain takes one text, got \['a'\]"):
+        loaded.explain(PATHS[0], ["a"])
     with pytest.raises(ValueError, match="'a' is named twice"):
         loaded.classify(PATHS[0], ["a", "a"])
-    with pytest.raises(ValueError, match="batch must be 1 or more"):
-        blip.load(loaded.path, batch=0)
+    for batch in (0, "3", 2.5):
+        with pytest.raises(ValueError, match=f"batch must be a whole number of 1 or more, got {batch!r}"):
+            blip.load(loaded.path, batch=batch)
+    for dtype in ("float16", torch.int8, None):
+        with pytest.raises(ValueError, match=r"^dtype must be a floating-point type of torch, such as"):
+            blip.load(loaded.path, dtype=dtype)
     with pytest.raises(ValueError, match="nonsense cannot be used here"):
         blip.load(loaded.path, device="nonsense")
 

@@ -115,6 +115,8 @@ def test_a_loaded_model_and_wrong_use(captioner, oracle):
         blip.pipeline("image-to-text", oracle[0] / "ours")
     for how, message in (
         ({"generate_kwargs": {"do_sample": True}}, "do_sample has no equal here"),
+        ({"max_new_tokens": "9"}, "max_new_tokens must be a whole number, got '9'"),
+        ({"generate_kwargs": {"num_beams": 2.5}}, "beams must be a whole number, got 2.5"),
         ({"generate_kwargs": {"max_new_tokens": 3}, "max_new_tokens": 3}, "given twice"),
         (
             {"generate_kwargs": {"assistant_model": None}},

@@ -129,6 +129,18 @@ def test_wrong_requests_change_nothing(photos, body, error):
     assert state(photos) == before
 
 
+def test_a_folder_that_is_moved_away_is_not_made_anew(photos):
+    with serving(photos) as server:
+        assert request(server, "save", {"n": 1, "text": "a cat", "digest": ""})[0] == 200
+        photos.rename(photos.with_name("elsewhere"))
+        assert request(server, "item?from=0")[1]["problem"] == "the image is not there any more"
+        status, answer = request(server, "save", {"n": 0, "text": "x", "digest": ""})
+        assert (status, answer) == (400, {"error": "the image is not there any more"})
+        assert not photos.exists()
+        photos.with_name("elsewhere").rename(photos)
+    assert (photos / "a.txt").read_bytes() == b"a dog\n"
+
+
 def test_what_cannot_be_shown_or_edited_is_said(photos):
     with serving(photos) as server:
         number = next(n for n in range(6) if request(server, f"item?from={n}")[1]["name"].endswith("f.jpg"))

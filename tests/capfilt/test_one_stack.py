@@ -72,6 +72,12 @@ def photos(folder):
     (folder / ".hidden.jpg").write_bytes(jpeg(0))
 
 
+def odd_sidecars(folder):
+    """Side-cars with the line breaks of old Macs, and in UTF-16 without a mark, whose bytes are valid UTF-8."""
+    (folder / "0.txt").write_bytes(b"a 0\r a second\r")
+    (folder / "1.txt").write_bytes("a 1".encode("utf-16-le"))
+
+
 def shards(folder):
     for k in range(3):
         (folder / f"{k:02}.jsonl").write_text(json.dumps(entries()[k]))
@@ -199,6 +205,7 @@ CASES = {
     "data set, no split": (saved, "saved", None, "saved: set split to one of train, got None"),
     "compressed": (text("a.tar.gz", "x"), "a.tar.gz", None, "a.tar.gz is compressed"),
     "side-cars": (photos, "", None, [["a 0", "a second"], ["a 1"], None, None, ["x 0"], None, None]),
+    "side-cars, odd": (odd_sidecars, "", None, [["a 0", "a second"], *[None] * 6]),
     "side-cars of a split": (text("train/y.txt", "a y"), "", "train", [["a y"]]),
     "side-cars, no split": (text("0.txt", "a"), "", "dev", "have no splits"),
     "side-cars, shared": (

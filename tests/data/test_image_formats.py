@@ -2,7 +2,6 @@
 
 import io
 import random
-import re
 import struct
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from blip.data import image_header, isobmff
-from blip.data.images import UnreadableImage, decode, from_array, model_input
+from blip.data.images import UnreadableImage, decode, model_input
 
 LIMIT = 100_000_000
 heif = pytest.importorskip("pillow_heif", reason="the extra heif is not installed")
@@ -147,19 +146,6 @@ def test_a_grid_is_put_together(monkeypatch):
 def test_the_general_brand_is_decoded_by_the_compatible_ones(kind):
     data = encoded(quarters(), kind, quality=95)
     assert close(decode(data[:8] + b"mif1" + data[12:], LIMIT), quarters())
-
-
-def test_arrays_are_converted_as_files_are():
-    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
-    for array in (pixels, pixels[..., :3], pixels[..., 0], pixels[::2, ::-1, :3]):
-        made = decode(from_array(array), LIMIT)
-        assert made.tobytes() == decode(encoded(Image.fromarray(np.ascontiguousarray(array)), "PNG"), LIMIT).tobytes()
-    wrong = {"float32": pixels.astype(np.float32), "list of": pixels[None], "give (H, W)": pixels[..., :2]}
-    for words, array in wrong.items():
-        with pytest.raises(ValueError, match=re.escape(words)):
-            from_array(array)
-    with pytest.raises(ValueError, match="shape"):
-        from_array(pixels[:0])
 
 
 # Limits ---------------------------------------------------------------------------------------------------------------

@@ -87,6 +87,16 @@ def sidecars_of(names: Iterable[str]) -> dict[str, str]:
     return by_image
 
 
+def captions_of(sidecar: bytes) -> list[str] | None:
+    """The captions in a side-car, one a line; None if it is not UTF-8 text."""
+    try:
+        text = sidecar.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return None
+    lines = (line.strip() for line in text.replace("\r", "\n").split("\n"))
+    return None if "\0" in text else [line for line in lines if line]
+
+
 class ImagesWithSidecars:
     """The images of a folder and its subfolders, with their captions in side-cars: text files, a caption a line."""
 
@@ -131,13 +141,12 @@ class ImagesWithSidecars:
             raise BadSample(
                 f"side-car {name} has {len(text):,} bytes, more than the limit of {_LONGEST:,}", "unreadable"
             )
-        try:
-            lines = text.decode("utf-8-sig").replace("\r", "\n").split("\n")
-        except UnicodeDecodeError:
-            raise BadSample(f"side-car {name} is not UTF-8 text", "unreadable") from None
-        if captions := [line.strip() for line in lines if line.strip()]:
-            return captions
-        raise BadSample(f"side-car {name} is empty", "no_caption")
+        captions = captions_of(text)
+        if captions is None:
+            raise BadSample(f"side-car {name} is not UTF-8 text", "unreadable")
+        if not captions:
+            raise BadSample(f"side-car {name} is empty", "no_caption")
+        return captions
 
     def identity(self) -> str:
         """Hash of the names and sizes of the images and the captions of each."""
