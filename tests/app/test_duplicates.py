@@ -12,8 +12,9 @@ from test_cli import model, photos, png  # noqa: F401
 from test_search import run  # noqa: F401
 
 import blip
-from blip.app.commands import duplicates
-from blip.app.commands.duplicates import Features, cosines, differing_bits, earliest_near, groups
+from blip.app.commands.duplicates import Features, cosines, differing_bits, groups
+from blip.data import near as comparison
+from blip.data.near import earliest_near
 from capfilt.select import phash as capfilt_phash
 
 
@@ -141,7 +142,7 @@ def test_a_chain_is_one_group_and_a_bridge_joins_the_first():
 
 @pytest.mark.parametrize("block", [7, 64, 2048])
 def test_what_starts_a_group_is_what_capfilt_keeps(monkeypatch, block):
-    monkeypatch.setattr(duplicates, "_BLOCK", block)
+    monkeypatch.setattr(comparison, "_BLOCK", block)
     draw = np.random.default_rng(4)
     hashes = draw.integers(0, 2**63, 40, dtype=np.uint64).repeat(5) ^ (
         np.uint64(1) << draw.integers(0, 64, 200, dtype=np.uint64)
@@ -161,7 +162,7 @@ def test_memory_does_not_grow_with_the_square(monkeypatch):
         sizes.append(len(some) * len(others))
         return cosines(some, others) >= 0.99
 
-    monkeypatch.setattr(duplicates, "_BLOCK", 32)
+    monkeypatch.setattr(comparison, "_BLOCK", 32)
     values = np.random.default_rng(1).normal(size=(500, 8)).astype(np.float32)
     earliest_near(values / np.linalg.norm(values, axis=1, keepdims=True), near)
     assert max(sizes) <= 32 * 32

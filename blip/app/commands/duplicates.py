@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 COSINE = 0.995
 """Default of --cosine."""
 _MOST_BITS = 16
-_BLOCK = 2048
 
 EXAMPLE = """examples:
   blip duplicates photos/ --bits 8
@@ -178,33 +177,14 @@ def groups(features: Features, are_near: Callable[[np.ndarray, np.ndarray], np.n
     """
     import numpy as np
 
+    from blip.data.near import earliest_near
+
     first_of: dict[str, int] = {}
     joins = {number: first_of.setdefault(digest, number) for number, digest in enumerate(features.sha256)}
     files = np.array(sorted(first_of.values()), dtype=np.int64)
     earliest = earliest_near(features.values[files], are_near)
     joins |= zip(files.tolist(), files[earliest].tolist(), strict=True)
     return _gathered(joins)
-
-
-def earliest_near(values: np.ndarray, are_near: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
-    """For each of N values the number of the first one before it that is near, or else its own: (N,) int64.
-
-    Compares a block with a block, so that memory does not grow with N.
-    """
-    import numpy as np
-
-    earliest = np.arange(len(values))
-    for at in range(0, len(values), _BLOCK):
-        left = np.arange(at, min(at + _BLOCK, len(values)))
-        for start in range(0, at + 1, _BLOCK):
-            others = np.arange(start, min(start + _BLOCK, len(values)))
-            near = are_near(values[left], values[others]) & (others < left[:, None])
-            has = near.any(1)
-            earliest[left[has]] = start + near[has].argmax(1)
-            left = left[~has]
-            if not len(left):
-                break
-    return earliest
 
 
 def _gathered(joins: Mapping[int, int]) -> list[list[int]]:
