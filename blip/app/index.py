@@ -45,6 +45,8 @@ _LIST = "index.json"
 _NAME = re.compile(r"embeddings-[0-9a-f]{16}\.safetensors")
 _SAVE_SECONDS = 60.0
 """Seconds between two saves while an index is built, so that an interrupted build can continue."""
+_GONE = (0, 0)
+"""Size and modification time of a file that is not there, such as the target of a link."""
 _UNLISTED_SECONDS = 60.0
 """Age in seconds after which unlisted embeddings are taken to be left by a killed process."""
 
@@ -188,7 +190,7 @@ class Index:
     def stale(self, paths: Sequence[str]) -> list[str]:
         """Images that are new or changed on disk, by size and modification time."""
         known = {entry.path: (entry.size, entry.mtime_ns) for entry in self.entries}
-        return [path for path in paths if known.get(_within(path, self.folder)) != _stat(path)]
+        return [path for path in paths if known.get(_within(path, self.folder)) != (_stat(path) or _GONE)]
 
     def is_current(self, paths: Sequence[str]) -> bool:
         """Whether the index on disk is that of exactly `paths` as they are now, so that it need not be written."""
@@ -243,7 +245,7 @@ class Index:
                     by_bytes |= zip(fresh, model.embed_image(images).cpu(), strict=True)
                 for image in batch:
                     name = _within(image.path, self.folder)
-                    entries[name] = Entry(name, *(before[image.path] or (0, 0)), image.digest, image.reason)
+                    entries[name] = Entry(name, *(before[image.path] or _GONE), image.digest, image.reason)
                     if not image.reason:
                         vectors[name] = by_bytes[image.digest]
                 on_batch(batch)

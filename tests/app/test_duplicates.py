@@ -92,7 +92,7 @@ def test_links_are_no_copies(run, photos):  # noqa: F811
     assert (status, out) == (0, "")
     run("search", "photos")
     assert "images  " not in run("duplicates", "photos")[2], "the index of search keeps the links"
-    assert "note: left out 2 links to images that are in the folder themselves" in err
+    assert "note: left out 2 links to images that are in the folder as well" in err
 
 
 def test_what_cannot_be_read_is_named(run, photos):  # noqa: F811
@@ -103,6 +103,21 @@ def test_what_cannot_be_read_is_named(run, photos):  # noqa: F811
     assert (status, out) == (1, "photos/p1\\n.png\tphotos/p1.png\n")
     assert "photos/b2.png: is an HTML page" in err
     assert err.splitlines()[-1] == "12 images: 1 are copies of 1 others; 2 could not be used"
+
+
+def test_what_cannot_be_read_counts_every_time(run, photos):  # noqa: F811
+    (photos / "b1.png").write_bytes(b"<html>")
+    (photos / "nowhere.png").symlink_to("gone.png")
+    first, again = (run("duplicates", "photos", "--cosine", 0.9999) for _ in range(2))
+    assert "photos/nowhere.png: no such file" in first[2]
+    assert first[0] == again[0] == 1
+    assert (
+        first[2].splitlines()[-1]
+        == again[2].splitlines()[-1]
+        == ("11 images: 0 are copies of 0 others; 2 could not be used")
+    )
+    (photos / "gone.png").write_bytes(png(77))
+    assert run("duplicates", "photos", "--cosine", 0.9999)[2].splitlines()[-1].endswith("; 1 could not be used")
 
 
 def test_wrong_use_is_one_line(run, photos, monkeypatch):  # noqa: F811

@@ -116,7 +116,8 @@ def _without_links(features: Features) -> Features:
     for number, path in sorted(enumerate(features.paths), key=lambda pair: os.path.islink(pair[1])):  # files first
         numbers.setdefault(os.path.realpath(path), number)
     if links := len(features.paths) - len(numbers):
-        print(f"note: left out {links} links to images that are in the folder themselves", file=sys.stderr)
+        what = "1 link to an image that is" if links == 1 else f"{links:,} links to images that are"
+        print(f"note: left out {what} in the folder as well", file=sys.stderr)
     kept = sorted(numbers.values())
     paths, sha256 = ([values[number] for number in kept] for values in features[:2])
     return Features(paths, sha256, features.values[kept])
@@ -128,9 +129,8 @@ def _embeddings(chosen: DuplicatesOptions, inputs: InputImages) -> tuple[Feature
     from blip.app.loaded import load
 
     loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer, batch=chosen.batch)
-    index, failed = up_to_date(
-        Path(chosen.folder), inputs, loaded, chosen.model, where=chosen.index, rebuild=chosen.rebuild
-    )
+    index, _ = up_to_date(Path(chosen.folder), inputs, loaded, chosen.model, where=chosen.index, rebuild=chosen.rebuild)
+    failed = len(index.entries) - len(index.readable)  # also those found unusable before
     paths = [str(path) for path in index.paths(range(len(index.readable)))]
     return Features(paths, [entry.sha256 for entry in index.readable], index.embeddings.numpy()), failed
 
