@@ -145,6 +145,8 @@ class Index:
             listing = json.loads((where / _LIST).read_bytes())
         except FileNotFoundError:
             return None
+        except NotADirectoryError:
+            raise ValueError(f"{where} is a file; give a folder for the index") from None
         except PermissionError:
             raise
         except (OSError, ValueError) as error:

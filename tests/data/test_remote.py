@@ -460,6 +460,18 @@ def test_a_glob_on_the_hub_is_listed_in_order(hub, tokenizer, kind, workers, str
     assert digest(local.batches(0, 8, 0, 1, 4)) == digest(far.batches(0, 8, 0, 1, 4))
 
 
+@pytest.mark.parametrize("name", ["a [1].tar", "a#1.tar", "a?1.tar", "100%25.tar", "[12].tar"])
+def test_names_in_a_store_may_have_any_letters(hub, shards, name):
+    for other in (name, "1.tar"):
+        shutil.copy(shards / "s-000.tar", hub / other)
+    shutil.copy(shards / "s-001.tar", hub / name)
+    source = open_source(SourceConfig(f"hf://datasets/o/n/{name}"), remote=True)
+    assert [source.files[0].name, source[0].captions] == [name, ["image 8"]]
+    found = remote.find_remote("hf://datasets/o/n/*.tar", "source")
+    assert sorted(file.name for file in found) == sorted([name, "1.tar"])
+    assert {file.stat().st_size for file in found} == {(hub / name).stat().st_size, (hub / "1.tar").stat().st_size}
+
+
 def test_the_hub_states_what_its_files_are(hub):
     write(hub, "tar", 1, 8)
     source = open_source(SourceConfig("hf://datasets/o/n/s-000.tar"), remote=True)
