@@ -290,8 +290,10 @@ def test_a_server_without_tags_is_read_and_nothing_is_kept(server, tmp_path):
     assert not list((tmp_path / "cache").rglob("*.json"))
 
 
-def test_files_that_are_empty_cut_off_or_of_another_kind(server):
+@pytest.mark.parametrize("fault", ["", "whole"])
+def test_files_that_are_empty_cut_off_or_of_another_kind(server, fault):
     (server.folder / "empty.tar").write_bytes(b"")
+    server.faults["empty.tar"] = [fault] * 9
     (server.folder / "cut.tar").write_bytes((server.folder / "s-000.tar").read_bytes()[:4000])
     for name in ("empty.tar", "cut.tar"):
         local, far = str(server.folder / name), f"{server.address}/{name}"
