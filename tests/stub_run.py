@@ -182,15 +182,22 @@ class Zygote:
         return json.loads(self.process.stdout.readline())
 
     def spawn(
-        self, log: Path, function: str = "run", world: int = 1, module: str = "stub_run", **arguments
+        self,
+        log: Path,
+        function: str = "run",
+        world: int = 1,
+        module: str = "stub_run",
+        environment: dict[str, str] | None = None,
+        **arguments,
     ) -> list[int]:
         """Start `world` processes that call a function; returns their ids. What they print goes to files `log`-rank."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        places: list[dict[str, str]] = [{}]
+        shared = environment or {}
+        places = [shared]
         if world > 1:
-            shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            shared = {**shared, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             places = [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
         request = {"module": module, "function": function, "arguments": arguments}
         return [self._request(**request, place=place, log=f"{log}-{r}") for r, place in enumerate(places)]

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +39,7 @@ from blip.app.batching import Batches, BusyError
 from blip.app.commands.caption import CaptionOptions
 from blip.app.exit import one_line
 from blip.app.loaded import Loaded
+from blip.app.unknown import refuse_unknown, refuse_unknown_question
 from blip.app.web import (
     BODY_BYTES,
     MAX_BYTES,
@@ -485,18 +486,19 @@ class Service:
     async def answer(self, loaded: Loaded, values: AnswerFields, image: bytes) -> tuple[Any, Any, Callable]:
         if not clean_question(values.question):
             raise ValueError("question: it has no words")
+        refuse_unknown_question(loaded.tokenizer, values.question)
         item = (await self._pixels(loaded, image), values.question)
         return (values.top,), item, lambda answers: {"answers": answers}
 
     async def match(self, loaded: Loaded, values: MatchFields, image: bytes) -> tuple[Any, Any, Callable]:
-        _check_texts(values.texts)
+        _check_texts(loaded, values.texts)
         return (), (await self._pixels(loaded, image), values.texts), lambda scores: scores
 
     async def embed(self, loaded: Loaded, values: EmbedFields, image: bytes | None) -> tuple[Any, Any, Callable]:
         if (image is None) == (values.texts is None):
             raise ValueError("give either image or texts")
         if image is None:
-            _check_texts(values.texts)
+            _check_texts(loaded, values.texts)
         item = values.texts if image is None else await self._pixels(loaded, image)
         return (image is None,), item, lambda rows: {"embeddings": rows}
 
@@ -512,11 +514,11 @@ _STATUSES = (400, 403, 408, 413, 415, 422, 500, 503)
 """Statuses of refused requests."""
 
 
-def _check_texts(texts: Iterable[str]) -> None:
+def _check_texts(loaded: Loaded, texts: Sequence[str]) -> None:
     for number, text in enumerate(texts, 1):
         if len(text) > MOST_LETTERS:
             raise ValueError(f"texts: text {number} has {len(text):,} characters; the limit is {MOST_LETTERS:,}")
-        features.cleaned(text)
+    refuse_unknown(loaded.tokenizer, texts)
 
 
 def _finite(reply: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,16 @@ _FEW = 5
 _SHOWN = 60
 
 
+def refuse_unknown(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
+    """ValueError if all word pieces of a text are unknown, or it has no words; nothing is printed."""
+    _notes(tokenizer, texts, [cleaned(text) for text in texts])
+
+
+def refuse_unknown_question(tokenizer: Tokenizer, question: str) -> None:
+    """Refuse a question as `refuse_unknown` does texts."""
+    _notes(tokenizer, [question], [clean_question(question)], "the question ")
+
+
 def check_texts(tokenizer: Tokenizer, texts: Sequence[str], *, what: str = "") -> None:
     """Name on stderr the texts with unknown word pieces, as far as the model reads them.
 

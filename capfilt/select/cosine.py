@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from blip.data.near import earliest_near
+
 EXACT = 1_000_000
 """Most images of which every pair is compared."""
 _BLOCK = 2048
@@ -28,21 +30,9 @@ def later_ones(embeddings: np.ndarray, cosine: float) -> np.ndarray:
 
 def _compare(embeddings: np.ndarray, mine: np.ndarray, members: np.ndarray, cosine: float, later: np.ndarray) -> None:
     """Mark which of `mine` are near an earlier one of `members`; both are numbers of images in ascending order."""
-    for at in range(0, len(mine), _BLOCK):
-        some = mine[at : at + _BLOCK]
-        some = some[~later[some]]
-        before = members[: np.searchsorted(members, some[-1])] if len(some) else members[:0]
-        left = _unit(embeddings[some])
-        for start in range(0, len(before), _BLOCK):
-            others = before[start : start + _BLOCK]
-            near = left @ _unit(embeddings[others]).T >= cosine
-            if others[-1] >= some[0]:
-                near &= others < some[:, None]
-            later[some[near.any(1)]] = True
-            if later[some].any():
-                left, some = left[~later[some]], some[~later[some]]
-            if not len(some):
-                break
+    mine = mine[~later[mine]]
+    found = earliest_near(embeddings, lambda some, others: _unit(some) @ _unit(others).T >= cosine, mine, members)
+    later[mine[found < mine]] = True
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

@@ -12,8 +12,9 @@ from test_cli import model, photos, png  # noqa: F401
 from test_search import run  # noqa: F401
 
 import blip
-from blip.app.commands import duplicates
-from blip.app.commands.duplicates import Features, cosines, differing_bits, earliest_near, groups
+from blip.app.commands.duplicates import Features, cosines, differing_bits, groups
+from blip.data import near as comparison
+from blip.data.near import earliest_near
 from capfilt.select import phash as capfilt_phash
 
 
@@ -91,7 +92,7 @@ def test_links_are_no_copies(run, photos):  # noqa: F811
     assert (status, out) == (0, "")
     run("search", "photos")
     assert "images  " not in run("duplicates", "photos")[2], "the index of search keeps the links"
-    assert "note: left out 2 links to images that are in the folder themselves" in err
+    assert "note: left out 2 links to images that are in the folder as well" in err
 
 
 def test_what_cannot_be_read_is_named(run, photos):  # noqa: F811
@@ -102,6 +103,21 @@ def test_what_cannot_be_read_is_named(run, photos):  # noqa: F811
     assert (status, out) == (1, "photos/p1\\n.png\tphotos/p1.png\n")
     assert "photos/b2.png: is an HTML page" in err
     assert err.splitlines()[-1] == "12 images: 1 are copies of 1 others; 2 could not be used"
+
+
+def test_what_cannot_be_read_counts_every_time(run, photos):  # noqa: F811
+    (photos / "b1.png").write_bytes(b"<html>")
+    (photos / "nowhere.png").symlink_to("gone.png")
+    first, again = (run("duplicates", "photos", "--cosine", 0.9999) for _ in range(2))
+    assert "photos/nowhere.png: no such file" in first[2]
+    assert first[0] == again[0] == 1
+    assert (
+        first[2].splitlines()[-1]
+        == again[2].splitlines()[-1]
+        == ("11 images: 0 are copies of 0 others; 2 could not be used")
+    )
+    (photos / "gone.png").write_bytes(png(77))
+    assert run("duplicates", "photos", "--cosine", 0.9999)[2].splitlines()[-1].endswith("; 1 could not be used")
 
 
 def test_wrong_use_is_one_line(run, photos, monkeypatch):  # noqa: F811
@@ -141,7 +157,7 @@ def test_a_chain_is_one_group_and_a_bridge_joins_the_first():
 
 @pytest.mark.parametrize("block", [7, 64, 2048])
 def test_what_starts_a_group_is_what_capfilt_keeps(monkeypatch, block):
-    monkeypatch.setattr(duplicates, "_BLOCK", block)
+    monkeypatch.setattr(comparison, "_BLOCK", block)
     draw = np.random.default_rng(4)
     hashes = draw.integers(0, 2**63, 40, dtype=np.uint64).repeat(5) ^ (
         np.uint64(1) << draw.integers(0, 64, 200, dtype=np.uint64)
@@ -161,7 +177,7 @@ def test_memory_does_not_grow_with_the_square(monkeypatch):
         sizes.append(len(some) * len(others))
         return cosines(some, others) >= 0.99
 
-    monkeypatch.setattr(duplicates, "_BLOCK", 32)
+    monkeypatch.setattr(comparison, "_BLOCK", 32)
     values = np.random.default_rng(1).normal(size=(500, 8)).astype(np.float32)
     earliest_near(values / np.linalg.norm(values, axis=1, keepdims=True), near)
     assert max(sizes) <= 32 * 32

@@ -3,14 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from test_cli import model, photos, png  # noqa: F401
+from test_recipes import the_recipe_zygote
 from test_search import run  # noqa: F401
 
 import blip
@@ -94,18 +92,31 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def die_at_rename(folder: str, number: int, args: list[str]) -> None:
+    """Run a command that is killed instead of its `number`th rename; called in a process of its own."""
+    from blip.app import cli
+
+    os.chdir(folder)
+    replace, count = os.replace, iter(range(9))
+
+    def fatal(*paths):
+        if next(count) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*paths)
+
+    os.replace = fatal
+    cli.main(args)
+
+
 def test_a_killed_command_is_continued_with_the_same_bytes(run, photos, model, tmp_path):  # noqa: F811
     args = ["embed", "photos", "--to", "out", "--shard", "2"]
     assert run(*args[:-3], "whole", "--shard", 2)[0] == 0
-    script = (
-        "import os, signal, sys\nfrom blip.app import cli\nreplace, count = os.replace, iter(range(9))\n"
-        "def fatal(*paths):\n    if next(count) == int(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    replace(*paths)\nos.replace = fatal\ncli.main(sys.argv[2:])\n"
-    )
-    env = {**os.environ, "OPENBLIP_MODEL": model, "PYTHONPATH": str(Path(blip.__file__).parents[1])}
-    for number in ("2", "5"):
-        killed = subprocess.run([sys.executable, "-c", script, number, *args], env=env, cwd=tmp_path, check=False)
-        assert killed.returncode == -signal.SIGKILL
+    for number in (2, 5):
+        statuses = the_recipe_zygote().run(
+            tmp_path / "log", module="test_embed", function="die_at_rename", environment={"OPENBLIP_MODEL": str(model)},
+            folder=str(tmp_path), number=number, args=args,
+        )  # fmt: skip
+        assert statuses == [-signal.SIGKILL]
     done = (tmp_path / "out/metadata/metadata_0.parquet").stat().st_mtime_ns
     assert run(*args)[0] == 0
     assert (tmp_path / "out/metadata/metadata_0.parquet").stat().st_mtime_ns == done

@@ -11,7 +11,7 @@ from test_cli import png
 import blip
 from blip import files
 from blip.app import index as index_module
-from blip.app.index import Index, IndexOrigin
+from blip.app.index import Entry, Index, IndexOrigin
 from blip.errors import DataError
 
 
@@ -62,6 +62,20 @@ def test_embeddings_are_those_of_each_image(update, folder, features):
     assert rows[0, 0] == 1
     assert values.shape == (1, 3)
     assert again.paths([2]) == [folder / "deep/c.png"]
+
+
+@pytest.mark.parametrize("count", range(1, 13))
+def test_the_same_images_are_found_in_their_order(count, tmp_path):
+    """Also where the last bit of their cosines differs, and as many are left out as do not fit."""
+    draw = torch.Generator().manual_seed(count)
+    one, other = torch.nn.functional.normalize(torch.randn(2, 48, generator=draw), dim=1)
+    rows = [other, one, other, *[one] * 9]
+    entries = [Entry(f"{i}.png", 1, 1, "") for i in range(12)]
+    index = Index(tmp_path, tmp_path, IndexOrigin("m", "w", "float32"), entries, torch.stack(rows))
+    expected = [1, *range(3, 12), 0, 2][:count]
+    for queries in (one[None], torch.stack([one, other])):
+        assert index.nearest(queries, count)[1][0].tolist() == expected
+    assert index.nearest(queries[:0], count)[1].shape == (0, count)
 
 
 def test_only_what_changed_is_looked_at_again(update, folder):

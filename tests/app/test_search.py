@@ -263,6 +263,7 @@ def test_search_says_what_is_wrong(run, photos):  # noqa: F811
         ("gone", "a"): "gone is not a folder",
         ("photos", "--sheet", "a.html"): "--sheet needs a TEXT",
         ("photos", "a", "--sheet", "a.pdf"): "ends in .html",
+        ("photos", "a", "--index", "photos/p1.png"): "photos/p1.png is a file; give a folder",
         ("photos", "!"): "text '!' cannot be compared",
         ("photos", "a", "--top", "0"): "top must be 1 or more, got 0",
         ("photos", "a", "--plus", "blue"): "--plus and --minus change what --image searches for",

@@ -262,6 +262,12 @@ WRONG = {
     "no texts": ("match", {}, "texts is missing"),
     "too many texts": ("match", {"texts": ["a"] * 21}, "at most 20 items"),
     "a text without words": ("match", {"texts": ["a", "!!"]}, "cannot be compared"),
+    "a text of unknown words": (
+        "match",
+        {"texts": ["a star", "красная звезда"]},
+        "all word pieces of 'красная звезда'",
+    ),
+    "a question of unknown words": ("answer", {"question": "где звезда?"}, "all word pieces of the question"),
     "a long text": ("match", {"texts": ["a" * 2001]}, "text 1 has 2,001 characters"),
     "image and texts": ("embed", {"texts": ["a"]}, "either image or texts"),
 }
@@ -275,6 +281,12 @@ def test_wrong_fields_are_named(server, case, form):
     status, code, text = problem(getattr(server, form)(route, **given))
     assert (status, code) == (400, "invalid_request")
     assert message in text
+
+
+def test_unknown_words_are_not_embedded(server):
+    status, code, text = problem(server.json("embed", texts=["a star", "звезда"]))
+    assert (status, code) == (400, "invalid_request")
+    assert "'звезда' are unknown to this model's tokenizer" in text
 
 
 @pytest.mark.parametrize("fields", [

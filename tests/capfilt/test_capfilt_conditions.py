@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from capfilt_crawl import HERE, annotations, jpeg, make_fake, planned, scored, write_tar
 
+from blip.data import near as comparison
 from blip.errors import DataError
 from blip.keyed import Purpose, mix
 from capfilt.__main__ import main
@@ -199,7 +200,7 @@ def test_the_report_counts_further_scores(run):
 
 @pytest.mark.parametrize("least", [0.9, 0.995, 1.0])
 def test_near_ones_are_all_found(least, monkeypatch):
-    monkeypatch.setattr(cosine, "_BLOCK", 32)
+    monkeypatch.setattr(comparison, "_BLOCK", 32)
     dice = np.random.default_rng(0)
     vectors = dice.standard_normal((500, 12)).astype(np.float32)
     for _ in range(250):  # neighbours, some of them of neighbours

@@ -290,8 +290,10 @@ def test_a_server_without_tags_is_read_and_nothing_is_kept(server, tmp_path):
     assert not list((tmp_path / "cache").rglob("*.json"))
 
 
-def test_files_that_are_empty_cut_off_or_of_another_kind(server):
+@pytest.mark.parametrize("fault", ["", "whole"])
+def test_files_that_are_empty_cut_off_or_of_another_kind(server, fault):
     (server.folder / "empty.tar").write_bytes(b"")
+    server.faults["empty.tar"] = [fault] * 9
     (server.folder / "cut.tar").write_bytes((server.folder / "s-000.tar").read_bytes()[:4000])
     for name in ("empty.tar", "cut.tar"):
         local, far = str(server.folder / name), f"{server.address}/{name}"
@@ -458,6 +460,18 @@ def test_a_glob_on_the_hub_is_listed_in_order(hub, tokenizer, kind, workers, str
         for where in (hub, "hf://datasets/o/n")
     )
     assert digest(local.batches(0, 8, 0, 1, 4)) == digest(far.batches(0, 8, 0, 1, 4))
+
+
+@pytest.mark.parametrize("name", ["a [1].tar", "a#1.tar", "a?1.tar", "100%25.tar", "[12].tar"])
+def test_names_in_a_store_may_have_any_letters(hub, shards, name):
+    for other in (name, "1.tar"):
+        shutil.copy(shards / "s-000.tar", hub / other)
+    shutil.copy(shards / "s-001.tar", hub / name)
+    source = open_source(SourceConfig(f"hf://datasets/o/n/{name}"), remote=True)
+    assert [source.files[0].name, source[0].captions] == [name, ["image 8"]]
+    found = remote.find_remote("hf://datasets/o/n/*.tar", "source")
+    assert sorted(file.name for file in found) == sorted([name, "1.tar"])
+    assert {file.stat().st_size for file in found} == {(hub / name).stat().st_size, (hub / "1.tar").stat().st_size}
 
 
 def test_the_hub_states_what_its_files_are(hub):

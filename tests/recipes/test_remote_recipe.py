@@ -11,18 +11,30 @@ from pathlib import Path
 import pytest
 from range_server import RangeServer
 from stub_run import curve
-from test_recipes import ALL_RANDOM, FEW, RecipeZygote, assert_same_run, finish, lines, refused
+from test_recipes import ALL_RANDOM, FEW, assert_same_run, finish, lines, refused, the_recipe_zygote
 
 from blip.world import files as world_files
 
-STEPS = 10
+STEPS = 6
+SHORT = ["--train.steps", "1", "--data.workers", "0"]
+
+
+class CachedZygote:
+    """The zygote of all recipes, whose processes keep what they know of remote files in a folder."""
+
+    def __init__(self, cache: Path):
+        self.cache, self.shared = cache, the_recipe_zygote()
+
+    def start(self, log: Path, args: list[str], **options) -> list[int]:
+        return self.shared.start(log, args, environment={"OPENBLIP_CACHE": str(self.cache)}, **options)
+
+    def wait(self, pid: int, seconds: float) -> int:
+        return self.shared.wait(pid, seconds)
 
 
 @pytest.fixture(scope="module")
 def zygote(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OPENBLIP_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield RecipeZygote()
+    return CachedZygote(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +45,14 @@ def shards(tmp_path_factory):
         world_files.write(folder, kind, "train", 60, size=32, shard=15)
         world_files.write(folder, kind, "test", 10, size=32)
     return folder
+
+
+@pytest.fixture(scope="module")
+def here(zygote, shards, tmp_path_factory) -> Path:
+    """A run on the local tar shards."""
+    folder = tmp_path_factory.mktemp("here")
+    finish(zygote, folder, options(shards, str(shards), "tar", folder / "out"))
+    return folder / "out"
 
 
 @pytest.fixture
@@ -57,33 +77,40 @@ def options(folder: Path, where: str, kind: str, out: Path, *more: str, query: s
     return [*FEW, *sources, *held_out, *remote, *changed, "--out", str(out), *more]
 
 
-@pytest.mark.parametrize(
-    ("kind", "streaming"),
-    [
-        ("tar", "false"),
-        pytest.param("parquet", "false", marks=pytest.mark.slow),
-        pytest.param("tar", "true", marks=pytest.mark.slow),
-    ],
-)
+def assert_same_scores(a: Path, b: Path) -> None:
+    first, second = (json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["eval"] for out in (a, b))
+    assert first == second
+
+
+def plant_faults(server: RangeServer, kind: str) -> None:
+    for name in paths(server.folder, "train", kind):
+        server.faults[name] = ["", "503", "", "drop"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "streaming"), [("tar", "false"), ("parquet", "false"), ("tar", "true")])
 def test_losses_are_those_of_local_files(zygote, server, tmp_path, kind, streaming):
     how = ["--data.streaming", streaming, "--data.shuffle_buffer", "16"]
     finish(zygote, tmp_path, options(server.folder, str(server.folder), kind, tmp_path / "here", *how))
-    for name in paths(server.folder, "train", kind):
-        server.faults[name] = ["", "503", "", "drop"]
+    plant_faults(server, kind)
     finish(zygote, tmp_path, options(server.folder, server.address, kind, tmp_path / "there", *how))
     assert_same_run(tmp_path / "here", tmp_path / "there", STEPS)
-    scores = [
-        json.loads((tmp_path / n / "metrics.jsonl").read_text().splitlines()[-1])["eval"] for n in ("here", "there")
-    ]
-    assert scores[0] == scores[1]
+    assert_same_scores(tmp_path / "here", tmp_path / "there")
     assert not list((tmp_path / "there").glob("bad_samples*"))
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_killed_run_continues_to_the_bit(zygote, server, tmp_path, processes):
-    finish(zygote, tmp_path, options(server.folder, str(server.folder), "tar", tmp_path / "here"), world=processes)
+@pytest.mark.parametrize(
+    ("processes", "kills"), [(1, (4,)), pytest.param(1, (2, 5), marks=pytest.mark.slow),
+                             pytest.param(2, (2, 5), marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_a_killed_and_disturbed_run_continues_to_the_bit(zygote, server, here, tmp_path, processes, kills):
+    if processes > 1:
+        local = options(server.folder, str(server.folder), "tar", tmp_path / "here")
+        finish(zygote, tmp_path, local, world=processes)
+        here = tmp_path / "here"
     args, dice = options(server.folder, server.address, "tar", tmp_path / "there"), random.Random(1)
-    for kill in (2, 6):
+    plant_faults(server, "tar")
+    for kill in kills:
         pids = zygote.start(tmp_path / "log", args, world=processes)
         end = time.monotonic() + 120
         while lines(tmp_path / "there") < kill and time.monotonic() < end:
@@ -91,11 +118,13 @@ def test_a_killed_run_continues_to_the_bit(zygote, server, tmp_path, processes):
         os.kill(dice.choice(pids), signal.SIGKILL)
         assert -signal.SIGKILL in [zygote.wait(pid, 120) for pid in pids]
     finish(zygote, tmp_path, args, world=processes)
-    assert_same_run(tmp_path / "here", tmp_path / "there", STEPS)
+    assert_same_run(here, tmp_path / "there", STEPS)
+    assert_same_scores(here, tmp_path / "there")
+    assert not list((tmp_path / "there").glob("bad_samples*"))
 
 
 def test_another_file_is_refused_by_name_when_a_run_continues(zygote, server, tmp_path):
-    args = options(server.folder, server.address, "tar", tmp_path / "out", "--train.steps", "4")
+    args = options(server.folder, server.address, "tar", tmp_path / "out", *SHORT)
     finish(zygote, tmp_path, args)
     name = paths(server.folder, "train", "tar")[2]
     size = (server.folder / name).stat().st_size
@@ -103,23 +132,22 @@ def test_another_file_is_refused_by_name_when_a_run_continues(zygote, server, tm
     line = refused(zygote, tmp_path, args)
     assert f"{server.address}/{name} is another file now: {size:,} bytes, tag" in line.replace("\\n", "")
     assert '"changed"' in line
-    finish(zygote, tmp_path, [*args, "--train.allow_change", "true", "--train.steps", "5"])
-    assert len(curve(tmp_path / "out")) == 5
+    finish(zygote, tmp_path, [*args, "--train.allow_change", "true", "--train.steps", "2"])
+    assert len(curve(tmp_path / "out")) == 2
 
 
 def test_signatures_of_addresses_are_in_no_file_of_a_run(zygote, server, tmp_path):
     def signed(signature):
-        return options(
-            server.folder, server.address, "tar", tmp_path / "out", query=f"?X-Amz-Signature={signature}"
-        )  # fmt: skip
+        query = f"?X-Amz-Signature={signature}"
+        return options(server.folder, server.address, "tar", tmp_path / "out", *SHORT, query=query)
 
     (server.folder / paths(server.folder, "train", "tar")[0]).write_bytes(b"not a tar at all" * 64)
     line = refused(zygote, tmp_path, signed("sesame"))
     assert "sesame" not in line
     first, *others = paths(server.folder, "train", "tar")
     shutil.copy(server.folder / others[0], server.folder / first)
-    finish(zygote, tmp_path, [*signed("sesame"), "--train.steps", "4"])
-    finish(zygote, tmp_path, [*signed("anew77"), "--train.steps", "4"])  # signed again: still the same run
+    finish(zygote, tmp_path, signed("sesame"))
+    finish(zygote, tmp_path, signed("anew77"))  # signed again: still the same run
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert {"config.yaml", "run.json", "state.json", "README.md"} <= {path.name for path in files}
     for path in [*files, tmp_path / "log-0"]:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 COSINE = 0.995
 """Default of --cosine."""
 _MOST_BITS = 16
-_BLOCK = 2048
 
 EXAMPLE = """examples:
   blip duplicates photos/ --bits 8
@@ -117,7 +116,8 @@ def _without_links(features: Features) -> Features:
     for number, path in sorted(enumerate(features.paths), key=lambda pair: os.path.islink(pair[1])):  # files first
         numbers.setdefault(os.path.realpath(path), number)
     if links := len(features.paths) - len(numbers):
-        print(f"note: left out {links} links to images that are in the folder themselves", file=sys.stderr)
+        what = "1 link to an image that is" if links == 1 else f"{links:,} links to images that are"
+        print(f"note: left out {what} in the folder as well", file=sys.stderr)
     kept = sorted(numbers.values())
     paths, sha256 = ([values[number] for number in kept] for values in features[:2])
     return Features(paths, sha256, features.values[kept])
@@ -129,9 +129,8 @@ def _embeddings(chosen: DuplicatesOptions, inputs: InputImages) -> tuple[Feature
     from blip.app.loaded import load
 
     loaded = load(chosen.model, chosen.device, chosen.precision, tokenizer=chosen.tokenizer, batch=chosen.batch)
-    index, failed = up_to_date(
-        Path(chosen.folder), inputs, loaded, chosen.model, where=chosen.index, rebuild=chosen.rebuild
-    )
+    index, _ = up_to_date(Path(chosen.folder), inputs, loaded, chosen.model, where=chosen.index, rebuild=chosen.rebuild)
+    failed = len(index.entries) - len(index.readable)  # also those found unusable before
     paths = [str(path) for path in index.paths(range(len(index.readable)))]
     return Features(paths, [entry.sha256 for entry in index.readable], index.embeddings.numpy()), failed
 
@@ -178,33 +177,14 @@ def groups(features: Features, are_near: Callable[[np.ndarray, np.ndarray], np.n
     """
     import numpy as np
 
+    from blip.data.near import earliest_near
+
     first_of: dict[str, int] = {}
     joins = {number: first_of.setdefault(digest, number) for number, digest in enumerate(features.sha256)}
     files = np.array(sorted(first_of.values()), dtype=np.int64)
     earliest = earliest_near(features.values[files], are_near)
     joins |= zip(files.tolist(), files[earliest].tolist(), strict=True)
     return _gathered(joins)
-
-
-def earliest_near(values: np.ndarray, are_near: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
-    """For each of N values the number of the first one before it that is near, or else its own: (N,) int64.
-
-    Compares a block with a block, so that memory does not grow with N.
-    """
-    import numpy as np
-
-    earliest = np.arange(len(values))
-    for at in range(0, len(values), _BLOCK):
-        left = np.arange(at, min(at + _BLOCK, len(values)))
-        for start in range(0, at + 1, _BLOCK):
-            others = np.arange(start, min(start + _BLOCK, len(values)))
-            near = are_near(values[left], values[others]) & (others < left[:, None])
-            has = near.any(1)
-            earliest[left[has]] = start + near[has].argmax(1)
-            left = left[~has]
-            if not len(left):
-                break
-    return earliest
 
 
 def _gathered(joins: Mapping[int, int]) -> list[list[int]]:

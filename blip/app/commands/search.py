@@ -193,7 +193,7 @@ def find_one(index: Index, loaded: Loaded, query: str, embed: Tensor, top: int, 
     matches = loaded.match([hit.path for hit in hits[:rerank]], query)
     closely = zip(hits, matches.score[:, 0].tolist(), matches.probability[:, 0].tolist(), strict=False)
     first = [hit._replace(score=score, itm=chance) for hit, score, chance in closely]
-    return (sorted(first, key=lambda hit: -hit.score) + hits[rerank:])[:top]
+    return (sorted(first, key=lambda hit: -round(hit.score, 5)) + hits[rerank:])[:top]
 
 
 def sheet(answered: list[SearchResult], folder: str, images: int) -> str:

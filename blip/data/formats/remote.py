@@ -85,16 +85,18 @@ class RemoteFile:
         """Raise DataError for an address that holds a user or password."""
         match = _ADDRESS.match(address)
         assert match is not None
-        self.scheme = match["scheme"].lower()
-        self.address = self.scheme + address[len(match["scheme"]) :].split("#")[0]
-        self.host = match["host"]
+        self.scheme, self.host = match["scheme"].lower(), match["host"]
+        rest = address[len(match["scheme"]) :]
+        # Only on the web do ? and # end a path; in an object store a name may have them.
+        self.address = self.scheme + (rest.split("#")[0] if self.scheme in _WEB else rest)
+        path = match["path"] if self.scheme in _WEB else address[match.start("path") :]
         if "@" in self.host:
             raise DataError(
                 f"{self} has a user or password in it: leave it out, and give credentials in the environment"
             )
-        if match["path"].endswith("/") or not match["path"]:
+        if path.endswith("/") or not path:
             raise DataError(f"{self} is a folder: write {str(self).rstrip('/')}/*.tar, or the files one by one")
-        self.name = PurePosixPath(unquote(match["path"])).name
+        self.name = PurePosixPath(unquote(path) if self.scheme in _WEB else path).name
         self.suffix, self.stem = PurePosixPath(self.name).suffix, PurePosixPath(self.name).stem
 
     def __str__(self) -> str:
@@ -241,7 +243,10 @@ def each(work: Callable[[F], T], chosen: Sequence[F]) -> Iterable[T]:
 
 
 def find_remote(address: str, what: str) -> list[RemoteFile]:
-    """The file of an address, or those that match a glob in an object store, sorted. DataError if there are none."""
+    """The file of an address, or those that match a glob in an object store, sorted. DataError if there are none.
+
+    A name that exists literally is not treated as a pattern.
+    """
     file = RemoteFile(address)
     path = file.address.split("://", 1)[1]
     if not any(mark in (path.split("?")[0] if file.scheme in _WEB else path) for mark in "*?["):
@@ -249,6 +254,8 @@ def find_remote(address: str, what: str) -> list[RemoteFile]:
     if file.scheme in _WEB:
         raise DataError(f"{what} {file}: a web server has no listing to match a glob with; write {{00000..00127}}")
     names = _again(file, lambda: _connected(file).matching(file))
+    if names is None:
+        return [file]
     if not names:
         raise DataError(f"{what} {file}: no such file")
     return [RemoteFile(f"{file.scheme}://{name}") for name in names]
@@ -321,10 +328,11 @@ class _Store:
         self.files = opened
         self._same: set[RemoteFile] = set()  # files that this process knows to be those that the run began with
 
-    def matching(self, file: RemoteFile) -> list[str]:
-        """Paths that match a glob, sorted."""
+    def matching(self, file: RemoteFile) -> list[str] | None:
+        """Paths that match a glob, sorted; None if there is a file of just that name."""
         self.files.invalidate_cache()
-        return sorted(self.files.glob(self._path(file)))
+        path = self._path(file)
+        return None if self.files.isfile(path) else sorted(self.files.glob(path))
 
     def _path(self, file: RemoteFile) -> str:
         return self.files._strip_protocol(file.address)
@@ -432,6 +440,8 @@ def _check(file: RemoteFile, answer: Any, start: int) -> int:
     ranged = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", headers.get("Content-Range", "").strip())
     if status == 416 and ranged and int(ranged[2]) <= start:
         return int(ranged[2])
+    if status == 200 and headers.get("Content-Length") == "0":  # some servers have no ranges of an empty file
+        return 0
     if status == 200:
         raise DataError(
             f"{file}: the server ignores ranges (it answers 200 with the whole file, not 206), so single samples "
