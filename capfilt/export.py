@@ -158,7 +158,7 @@ def _begin(storage: Storage, about: dict[str, Any], replace: bool) -> None:
     if marker is None and (there := storage.entries()):
         raise ValueError(f"{storage.root} is not empty ({', '.join(there[:3])}): give another --to")
     if marker is not None:
-        before = json.loads(storage.read(marker))
+        before = _read_marker(storage, marker)
         changes = differences({key: before.get(key) for key in about}, about)
         if changes and not replace:
             raise ValueError(
@@ -169,6 +169,16 @@ def _begin(storage: Storage, about: dict[str, Any], replace: bool) -> None:
     storage.sweep()
     storage.write(BEGUN, (json.dumps(about) + "\n").encode())
     storage.remove("_SUCCESS")
+
+
+def _read_marker(storage: Storage, name: str) -> dict[str, Any]:
+    """Read the settings of the export that is there. ValueError if another program wrote the marker, as Hadoop does."""
+    try:
+        before = json.loads(storage.read(name))
+        before["format"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{storage.root} holds a {name} that no export wrote: give another --to") from None
+    return before
 
 
 def _remove_export(storage: Storage) -> None:

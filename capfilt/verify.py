@@ -20,7 +20,7 @@ from capfilt.exported import COUNTED, MARKERS, OURS, DamagedExport, count
 from capfilt.extra.results import ExtraParts, counts_of, scorers_of
 from capfilt.run import Part, Run
 from capfilt.schema import STATUSES
-from capfilt.select.choose import is_whole, selections, table_name, tables_of
+from capfilt.select.choose import is_whole, read_account, selections, table_name, tables_of
 from capfilt.settings import DONE, FAILED_PARTS, MISMATCH
 from capfilt.store import parts as part_files
 from capfilt.store.identity import differences, sample_id
@@ -136,7 +136,11 @@ def _check_extra(run: Run, name: str, present: Collection[str], findings: Findin
 
 
 def _check_selection(run: Run, name: str, findings: Findings) -> None:
-    account: dict[str, Any] = json.loads(run.storage.read(f"selections/{name}/_SUCCESS"))
+    try:
+        account = read_account(run, name)
+    except ValueError as error:
+        findings.problems.append(str(error))
+        return
     whole = is_whole(run, account)
     if not whole:
         findings.problems.append(f"{table_name(name)} has changed since it was written; select again")

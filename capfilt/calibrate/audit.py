@@ -140,7 +140,12 @@ def _key(run: Run) -> pa.Table:
     """Read the drawn texts. ValueError if there are none, or if they are of another run."""
     if not run.storage.exists(KEY):
         raise ValueError(f"{run.where} has no {KEY}: draw texts with `capfilt calibrate {run.where}`")
-    key = pq.read_table(io.BytesIO(run.storage.read(KEY)))
+    try:
+        key = pq.read_table(io.BytesIO(run.storage.read(KEY)))
+    except pa.ArrowException:
+        raise ValueError(
+            f"{run.where}/{KEY} is damaged: `capfilt calibrate` with the --count of before redoes it"
+        ) from None
     if (key.schema.metadata or {}).get(b"fingerprint", b"").decode() != run.fingerprint:
         raise ValueError(f"{run.where}/{KEY} is of another run: move the folder report/audit away and draw again")
     return key

@@ -37,8 +37,19 @@ class ExtraParts(Parts):
         return f"{self.folder}/{pid}{self.suffix}"
 
     def record(self) -> dict[str, Any]:
-        """Read who makes the scores, what decides them, and their columns. FileNotFoundError if nobody does."""
-        return json.loads(self.storage.read(f"{self.folder}/scorer.json"))
+        """Read who makes the scores, what decides them, and their columns.
+
+        FileNotFoundError if nobody does; DataError if the file is not as it was written.
+        """
+        content = self.storage.read(f"{self.folder}/scorer.json")
+        try:
+            record = json.loads(content)
+            record["fingerprint"], record["columns"]
+        except (ValueError, KeyError, TypeError):
+            raise DataError(
+                f"{self.storage.root}/{self.folder}/scorer.json is damaged; remove that folder to score anew"
+            ) from None
+        return record
 
     def claim(self, scorer: dict[str, Any]) -> str:
         """Record who makes the scores, and return the fingerprint; DataError if scores of another are there."""

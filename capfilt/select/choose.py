@@ -112,9 +112,15 @@ def table_name(name: str) -> str:
 
 
 def read_account(run: Run, name: str) -> dict[str, Any]:
-    """Read the account of a selection. ValueError lists the existing ones."""
+    """Read the account of a selection. ValueError lists the existing ones, or says that it is damaged."""
     try:
-        return json.loads(run.storage.read(success(name)))
+        account = json.loads(run.storage.read(success(name)))
+        for key in ("settings", "kept", "dropped", "rows_in", "texts_in", "reasons", "files", "parts", "parts_digest"):
+            account[key]
+        return account
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        where = f"{run.storage.root}/{success(name)}"
+        raise ValueError(f"{where} is damaged; remove that folder and select again") from None
     except FileNotFoundError:
         there = ", ".join(selections(run)) or "none"
         raise ValueError(f"{run.where} has no selection {name!r} (there are: {there})") from None

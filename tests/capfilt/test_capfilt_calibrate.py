@@ -157,6 +157,16 @@ def test_an_audit_from_sheet_to_precision(drawn, tmp_path, capsys):
     assert "chosen on half of the labels" in stdout
 
 
+def test_a_damaged_key_is_drawn_again(drawn, tmp_path, capsys):
+    shutil.copytree(drawn.where, run := tmp_path / "run")
+    (run / audit.KEY).write_bytes(b"x")
+    fill(tmp_path / "l.csv", dict.fromkeys(key_of(drawn), "y"))
+    assert main(["calibrate", str(run), "--labels", str(tmp_path / "l.csv")]) == 2
+    assert f"{audit.KEY} is damaged: `capfilt calibrate` with the --count of before" in capsys.readouterr().err
+    assert main(["calibrate", str(run), "--count", "80"]) == 0
+    assert main(["calibrate", str(run), "--labels", str(tmp_path / "l.csv")]) == 0
+
+
 def test_commands_can_be_pasted(drawn, tmp_path, capsys):
     shutil.copytree(drawn.where, run := tmp_path / "my run")
     assert main(["calibrate", str(run), "--count", "80"]) == 0

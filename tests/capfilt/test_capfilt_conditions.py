@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -391,3 +392,26 @@ def test_a_run_without_captions_has_none_to_count(tmp_path, capsys):
     assert main(["concepts", run.where, "--out", str(tmp_path / "c.txt"), "--texts", "syn"]) == 2
     assert "no usable row that has been scored has a synthetic text" in capsys.readouterr().err
     assert not (tmp_path / "c.txt").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"nope", b"\xff"])
+def test_damaged_records_are_named(run, tmp_path, capsys, content):
+    kept(run, "damaged", least=["numbered.score=1"])
+    shutil.copytree(run.where, tmp_path / "run")
+    copy = str(tmp_path / "run")
+    (tmp_path / "run/extra/numbered/scorer.json").write_bytes(content)
+    for args in (["report", copy], ["select", copy, "--name", "x", "--least", "numbered.score=1"], ["verify", copy]):
+        assert main(args) == 2
+        assert "extra/numbered/scorer.json is damaged; remove that folder" in capsys.readouterr().err
+    (tmp_path / "run/selections/damaged/_SUCCESS").write_bytes(content)
+    for args in (["report", copy, "--select", "damaged"], ["export", copy, "--select", "damaged", "--to", "x"]):
+        assert main(args) == 2
+        assert "selections/damaged/_SUCCESS is damaged; remove that folder" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "run/extra/numbered")
+    assert main(["verify", copy]) == 4
+    assert "selections/damaged/_SUCCESS is damaged" in capsys.readouterr().out
+    (tmp_path / "to").mkdir()
+    (tmp_path / "to" / "_SUCCESS").write_bytes(content)
+    assert main(["export", run.where, "--select", "damaged", "--to", str(tmp_path / "to"), "--replace"]) == 2
+    assert "holds a _SUCCESS that no export wrote: give another --to" in capsys.readouterr().err
+    assert (tmp_path / "to" / "_SUCCESS").read_bytes() == content
