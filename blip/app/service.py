@@ -405,7 +405,7 @@ class Service:
 
     def _api(self) -> FastAPI:
         api = FastAPI(
-            title="openblip", version=version(), docs_url=None, redoc_url=None,
+            title="openblip", version=version(), docs_url=None, redoc_url=None, redirect_slashes=False,
             description="Captions, answers, match scores and embeddings of images. Nothing is fetched from addresses.",
         )  # fmt: skip
         api.add_exception_handler(HTTPException, _no_route)

@@ -98,8 +98,8 @@ class Guard:
 
 
 def _name(host: str) -> str:
-    """Strip the port from a Host header."""
-    return host[: host.rindex(":")] if ":" in host and not host.endswith("]") else host
+    """The name in a Host header, without the port and in lower case, as names mean the same in any."""
+    return (host[: host.rindex(":")] if ":" in host and not host.endswith("]") else host).lower()
 
 
 def is_local(host: str) -> bool:
@@ -114,7 +114,7 @@ def is_local(host: str) -> bool:
 
 def admitted(host: str) -> tuple[str, ...] | None:
     """Names that requests to a server listening at `host` may call it by; None for any."""
-    return (*LOCAL, host, f"[{host.strip('[]')}]") if is_local(host) else None
+    return (*LOCAL, host.lower(), f"[{host.strip('[]').lower()}]") if is_local(host) else None
 
 
 def listening(host: str, port: int) -> socket.socket:

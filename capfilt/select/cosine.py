@@ -31,8 +31,8 @@ def later_ones(embeddings: np.ndarray, cosine: float) -> np.ndarray:
 def _compare(embeddings: np.ndarray, mine: np.ndarray, members: np.ndarray, cosine: float, later: np.ndarray) -> None:
     """Mark which of `mine` are near an earlier one of `members`; both are numbers of images in ascending order."""
     mine = mine[~later[mine]]
-    found = earliest_near(embeddings, lambda some, others: _unit(some) @ _unit(others).T >= cosine, mine, members)
-    later[mine[found < mine]] = True
+    earliest = earliest_near(embeddings, lambda some, others: _unit(some) @ _unit(others).T >= cosine, mine, members)
+    later[mine[earliest < mine]] = True
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

@@ -390,8 +390,9 @@ def test_other_names_and_origins_are_refused(server, headers):
 
 
 def test_routes(server):
-    assert httpx.get(server.address + "/health", headers={"host": f"localhost:{server.port}"}).status_code == 200
-    for path in ("/docs", "/redoc", "/", "/v1", "/static/x", "/%2e%2e/etc/passwd"):
+    for name in ("localhost", "LocalHost"):
+        assert httpx.get(server.address + "/health", headers={"host": f"{name}:{server.port}"}).status_code == 200
+    for path in ("/docs", "/redoc", "/", "/v1", "/health/", "/static/x", "/%2e%2e/etc/passwd"):
         assert problem(httpx.get(server.address + path))[:2] == (404, "no_such_route")
     assert problem(httpx.get(server.address + "/v1/caption"))[:2] == (405, "wrong_method")
     schema = httpx.get(server.address + "/openapi.json").json()

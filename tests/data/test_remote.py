@@ -469,9 +469,9 @@ def test_names_in_a_store_may_have_any_letters(hub, shards, name):
     shutil.copy(shards / "s-001.tar", hub / name)
     source = open_source(SourceConfig(f"hf://datasets/o/n/{name}"), remote=True)
     assert [source.files[0].name, source[0].captions] == [name, ["image 8"]]
-    found = remote.find_remote("hf://datasets/o/n/*.tar", "source")
-    assert sorted(file.name for file in found) == sorted([name, "1.tar"])
-    assert {file.stat().st_size for file in found} == {(hub / name).stat().st_size, (hub / "1.tar").stat().st_size}
+    listed = remote.find_remote("hf://datasets/o/n/*.tar", "source")
+    assert sorted(file.name for file in listed) == sorted([name, "1.tar"])
+    assert {file.stat().st_size for file in listed} == {(hub / name).stat().st_size, (hub / "1.tar").stat().st_size}
 
 
 def test_the_hub_states_what_its_files_are(hub):
