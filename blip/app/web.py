@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import ipaddress
 import os
 import socket
@@ -18,6 +20,8 @@ WAITING = 64
 """Most requests that may wait for the model; further ones are refused with a message."""
 BODY_BYTES = MAX_BYTES + (64 << 10)
 """Most bytes of a request body: an image and its form encoding."""
+_DROPPED, _PATIENCE = 16 << 20, 2.0
+"""Most bytes, and seconds, of a refused request that are received."""
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
 """Names by which this machine's own browsers and programs call it."""
 
@@ -71,6 +75,8 @@ class Guard:
                 message["headers"] = [*message.get("headers", []), *self.headers]
             await send(message)
 
+        if refusal and b"expect" not in dict(scope["headers"]):
+            await _drop(receive)
         try:
             await (refusal or self.app)(scope, counted, with_headers)
         except Exception:
@@ -78,6 +84,7 @@ class Guard:
                 raise
         if received > BODY_BYTES and not started:
             received = 0
+            await _drop(receive)
             await self._too_large()(scope, receive, with_headers)
 
     def _refusal(self, scope: dict[str, Any]) -> Answer | None:
@@ -95,6 +102,18 @@ class Guard:
 
     def _too_large(self) -> Answer:
         return self.refusal(413, f"more than {MAX_BYTES >> 20} MB")
+
+
+async def _drop(receive: Any) -> None:
+    """Drop what arrives of a refused request, for a moment, so that its sender gets to read the answer."""
+    dropped = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_PATIENCE):
+            while dropped < _DROPPED:
+                message = await receive()
+                if message["type"] != "http.request" or not message.get("more_body"):
+                    return
+                dropped += len(message.get("body", b""))
 
 
 def _name(host: str) -> str:
