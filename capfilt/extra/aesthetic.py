@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from blip import dist, hub
+from blip.checkpoints.naming import repository
 from blip.errors import DataError
 from blip.files import sha256
 from capfilt.extra.scorer import RowTexts
@@ -106,33 +107,17 @@ def _folder(where: str) -> Path:
     """Return the folder of a model, downloaded if it is one of the hub."""
     folder = Path(where).expanduser()
     if not folder.is_dir():
-        if where.startswith((".", "/", "~")) or where.count("/") != 1:
+        named = repository(where)
+        if named is None:
             raise FileNotFoundError(
                 f"--also aesthetic={where}: there is no such folder, and it is no ORG/NAME of the hub"
             )
-        folder = _downloaded(*where.partition("@")[::2])
+        folder = hub.folder(*named, (_FILES,), _is_complete, "aesthetic=FOLDER")
     for name in _FILES[:2]:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"--also aesthetic={where}: it has no {name}")
     return folder
 
 
-def _downloaded(repository: str, revision: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    files = {"revision": revision or None, "allow_patterns": list(_FILES)}
-    try:
-        folder = Path(snapshot_download(repository, local_files_only=True, **files))
-        if all((folder / name).is_file() for name in _FILES[:2]):
-            return folder
-    except LocalEntryNotFoundError:
-        pass
-    remedy = f"run `hf download {repository}{f' --revision {revision}' if revision else ''}` where there is a network"
-    if not hub.in_reach():
-        raise FileNotFoundError(f"{repository} is not in the local cache and {hub.OUT_OF_REACH}: {remedy}")
-    try:
-        return Path(snapshot_download(repository, **files))
-    except (OSError, ValueError) as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FileNotFoundError(f"{repository} cannot be downloaded ({why}): {remedy}") from None
+def _is_complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in _FILES[:2])
