@@ -139,7 +139,7 @@ class TrainingProgress:
 class Alarms:
     """Warnings about numbers that mean trouble; each is raised once per occurrence.
 
-    `windows` log lines in a row must agree: the matching loss within 1% of what a head that ignores its input gets
+    `windows` log lines in a row must agree: the matching loss within 0.5% of what a head that ignores its input gets
     (counted once the warm-up is over), or more than half of the time spent waiting for data.
     """
 
@@ -149,7 +149,7 @@ class Alarms:
 
     def check(self, step: int, losses: dict[str, float], data_wait: float) -> list[str]:
         """Return the alarms that a log line raises; `data_wait` is a share of time, 0 to 1."""
-        constant = step > self.warmup_steps and abs(losses.get("itm", 0.0) / CONSTANT_ITM - 1) <= 0.01
+        constant = step > self.warmup_steps and abs(losses.get("itm", 0.0) / CONSTANT_ITM - 1) <= 0.005
         self.stuck = self.stuck + 1 if constant else 0
         self.starved = self.starved + 1 if data_wait > 0.5 else 0
         raised = []
