@@ -126,7 +126,8 @@ class Demo:
             raise ValueError(f"the number of captions must be 1 to {MOST_CAPTIONS}, got {num}")
         begin = self.prompt if prompt is None else _short(prompt)
         self._check_prompt(begin)
-        config = caption_command.CaptionOptions(images=[], method=method, num=num, top_p=top_p, seed=seed).decoding()
+        share = top_p if method == "nucleus" else None  # the page's slider is there for beams, too
+        config = caption_command.CaptionOptions(images=[], method=method, num=num, top_p=share, seed=seed).decoding()
         with self._lock, one.computing():
             return generate_texts(
                 one.model, one.tokenizer, pixels[None].to(one.device), config, prompt=begin, keys=[digest]

@@ -330,6 +330,7 @@ def test_wrong_use_is_one_line(monkeypatch, capfd, model, tmp_path):  # noqa: F8
     assert "port must be 1 or more, got -1" in refused(capfd, "--port", "-1")
     assert "gone is not a folder" in refused(capfd, "--model", model, "--folder", tmp_path / "gone")
     assert "no images in" in refused(capfd, "--model", model, "--folder", tmp_path)
+    assert "--index is of the images to search: give --folder" in refused(capfd, "--model", model, "--index", tmp_path)
 
 
 def test_every_model_gets_the_tokenizer_that_is_given(monkeypatch, capfd, tmp_path):

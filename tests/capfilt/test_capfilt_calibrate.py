@@ -157,6 +157,20 @@ def test_an_audit_from_sheet_to_precision(drawn, tmp_path, capsys):
     assert "chosen on half of the labels" in stdout
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--port", "8000"), "--port is of the page to judge with: give --judge, too"),
+        (("--port", "8000", "--labels", "l.csv"), "--port is of the page to judge with: give --judge, too"),
+        (("--reference", "coco.json"), "--reference is for --method reference, got --method audit"),
+        (("--method", "null", "--labels", "l.csv"), "--labels is for --method audit, got --method null"),
+    ],
+)
+def test_options_without_effect_are_refused(drawn, capsys, options, message):
+    assert main(["calibrate", drawn.where, *options]) == 2
+    assert capsys.readouterr() == ("", f"error: {message}\n")
+
+
 def test_a_damaged_key_is_drawn_again(drawn, tmp_path, capsys):
     shutil.copytree(drawn.where, run := tmp_path / "run")
     (run / audit.KEY).write_bytes(b"x")

@@ -153,6 +153,7 @@ def test_wrong_use_is_said_in_a_line(tmp_path, capsys):
         (["plan", "--input", str(tmp_path / "in"), "--out", "o"], "give --filter"),
         (["plan", "--input", str(tmp_path / "in"), "--out", "o", "--filter", "./none"], "not a model directory"),
         (["score", str(tmp_path)], "not a planned run"),
+        (["score", str(tmp_path), "--workers", "2"], "--workers is for --engine ray, got --engine embedded"),
         (["select", str(tmp_path), "--name", "x"], "not a planned run"),
     ):
         assert main(args) == 2, args
