@@ -17,7 +17,7 @@ SYNTHETIC, OTHER = "synthetic shapes", "other images"
 KEY = "trained_on"
 """Key of the origins in config.json, and beside the weights in an exported `.pth`."""
 MARK = b"openblip: synthetic shapes"
-"""JPEG comment of the synthetic world's images; it goes wherever their bytes go. Other formats have it in their EXIF."""
+"""JPEG comment of the synthetic world's images, which goes wherever their bytes go; other formats have it in EXIF."""
 NOTE = "trained on synthetic shapes; on photographs its answers mean nothing"
 _STARTS = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"\0\0\0")
 """First bytes of image files; a web page or an empty file in an image's place has no origin."""
