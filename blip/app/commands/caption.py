@@ -229,7 +229,13 @@ def _undo(chosen: CaptionOptions) -> int:
     roots = {os.path.realpath(folder): folder for folder in folders}.values()
     for root in roots:
         if undo.UndoRun.last(root) is None:
-            raise ValueError(f"nothing to undo in {root}: no run of `blip caption` is recorded there")
+            problem = f"nothing to undo in {shown(root)}: no run of `blip caption` is recorded there"
+            if run := undo.UndoRun.above(root):
+                above = str(run.root)
+                problem += (
+                    f". Its captions are of a run in {shown(above)}; to take back all of that: {undo.command(above)}"
+                )
+            raise ValueError(problem)
     counts: Counter[str] = Counter()
     with contextlib.nullcontext() if chosen.dry_run else undo.only_writer(roots):
         for run in filter(None, map(undo.UndoRun.last, roots)):
