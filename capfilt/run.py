@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +91,10 @@ class Run:
     @property
     def rows(self) -> int:
         return sum(part.rows for part in self.plan)
+
+    def command(self, verb: str, *more: str) -> str:
+        """The command of a verb on this run, as it can be pasted into a shell."""
+        return shlex.join(["capfilt", verb, self.where, *more])
 
     def damaged(self) -> list[PlannedSource]:
         return [source for source in self.sources.values() if source.damage]

@@ -7,6 +7,7 @@ line for the user.
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,7 +238,9 @@ class Demo:
         if self.run is None:
             raise ValueError("no CapFilt run is open: start the page with --capfilt RUN")
         if name not in self.reports():
-            raise ValueError(f"the run has no such report; write one with `python -m capfilt report {self.run}`")
+            raise ValueError(
+                f"the run has no such report; write one with `{shlex.join(['capfilt', 'report', str(self.run)])}`"
+            )
         path = self.run / "report" / name / "report.html"
         if path.stat().st_size > _REPORT_BYTES:
             raise ValueError(f"the report {name} is too large for this page; open {path} directly")

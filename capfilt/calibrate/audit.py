@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import math
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +60,9 @@ def write(run: Run, count: int) -> list[str]:
     """
     drawn = draw(run, count)
     if not drawn:
-        where = shlex.join(["capfilt", "score", run.where])
-        raise ValueError(f"{run.where}: no text has a score, so there is nothing to judge; run `{where}` first")
+        raise ValueError(
+            f"{run.where}: no text has a score, so there is nothing to judge; run `{run.command('score')}` first"
+        )
     kept = _answers(run)
     if lost := [i for i, answer in kept.items() if answer and i not in {entry["id"] for entry in drawn}]:
         raise ValueError(
@@ -79,7 +79,7 @@ def write(run: Run, count: int) -> list[str]:
     folder = f"{run.storage.root}/report/audit"
     return [
         f"{len(drawn)} texts drawn from all scores. Judge them with the keys y and n:",
-        f"  {shlex.join(['capfilt', 'calibrate', run.where, '--judge'])}       # opens a page that saves each answer",
+        f"  {run.command('calibrate', '--judge')}       # opens a page that saves each answer",
         f"or open {folder}/page.html and download labels.csv, or write y or n into the column match of",
         f"{folder}/labels.csv. Then run",
         f"  {_reading(run, f'{folder}/labels.csv')}",
@@ -139,7 +139,7 @@ def _write_labels(run: Run, answers: Mapping[str, str]) -> None:
 def _key(run: Run) -> pa.Table:
     """Read the drawn texts. ValueError if there are none, or if they are of another run."""
     if not run.storage.exists(KEY):
-        raise ValueError(f"{run.where} has no {KEY}: draw texts with `capfilt calibrate {run.where}`")
+        raise ValueError(f"{run.where} has no {KEY}: draw texts with `{run.command('calibrate')}`")
     try:
         key = pq.read_table(io.BytesIO(run.storage.read(KEY)))
     except pa.ArrowException:
@@ -202,7 +202,7 @@ def _page(run: Run, drawn: Sequence[dict], answers: Mapping[str, str], *, served
 
 def _reading(run: Run, sheet: str) -> str:
     """Return the command that reads a sheet."""
-    return shlex.join(["capfilt", "calibrate", run.where, "--labels", sheet])
+    return run.command("calibrate", "--labels", sheet)
 
 
 def _images(run: Run, drawn: Sequence[dict]) -> dict[tuple[str, int], str]:

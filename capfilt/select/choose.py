@@ -49,7 +49,7 @@ def select(
         raise ValueError(f"selection name {name!r}: letters, digits, - _ and . only")
     done = scored_parts(run)
     if not done:
-        raise ValueError(f"{run.where}: nothing is scored yet; run `capfilt score {run.where}` first")
+        raise ValueError(f"{run.where}: nothing is scored yet; run `{run.command('score')}` first")
     digest = hashlib.sha256("".join(part.pid for part in done).encode()).hexdigest()[:16]
     settings = dataclasses.asdict(config)
     listed = copies.read_list(config.contamination).digest() if config.contamination else None

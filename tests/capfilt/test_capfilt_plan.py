@@ -1,6 +1,8 @@
 import io
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 
@@ -161,6 +163,16 @@ def test_wrong_use_is_said_in_a_line(tmp_path, capsys):
         assert error.startswith("error: ")
         assert message in error, error
         assert error.count("\n") == 1
+
+
+def test_suggested_commands_can_be_pasted(tmp_path, capsys):
+    run = planned(crawl(tmp_path / "in", shards=1), tmp_path / "my [first] run")
+    for args in (["report"], ["inspect"], ["select", "--name", "x"], ["calibrate"], ["calibrate", "--judge"]):
+        assert main([args[0], run.where, *args[1:]]) == 2
+        (command,) = re.findall("run `(.*)` first", capsys.readouterr().err)
+        assert shlex.split(command) == ["capfilt", "score", run.where]
+    assert main(["retry-failed", run.where]) == 0
+    assert shlex.split(capsys.readouterr().out.split("`")[1]) == ["capfilt", "score", run.where]
 
 
 @pytest.mark.parametrize(
