@@ -72,7 +72,7 @@ class Run:
                 table = part_files.decode(self.storage.read(name))
             except PermissionError:
                 raise
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, KeyError, TypeError) as error:
                 raise DataError(f"{self.where}/{name} cannot be read ({error}): was it edited?") from None
             columns = (table[c].to_pylist() for c in ("pid", "source", "lo", "hi"))
             self.plan += [Part(*values) for values in zip(*columns, strict=True)]

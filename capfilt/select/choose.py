@@ -115,10 +115,11 @@ def read_account(run: Run, name: str) -> dict[str, Any]:
     """Read the account of a selection. ValueError lists the existing ones, or says that it is damaged."""
     try:
         account = json.loads(run.storage.read(success(name)))
-        for key in ("settings", "kept", "dropped", "rows_in", "texts_in", "reasons", "files", "parts", "parts_digest"):
-            account[key]
+        for key in ("settings", "kept", "dropped", "rows_in", "texts_in", "reasons", "files"):
+            account[key].items()
+        account["files"]["texts.parquet"], account["parts"], account["parts_digest"], account["name"]
         return account
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError):
         where = f"{run.storage.root}/{success(name)}"
         raise ValueError(f"{where} is damaged; remove that folder and select again") from None
     except FileNotFoundError:

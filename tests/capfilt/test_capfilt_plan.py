@@ -213,9 +213,11 @@ def test_a_plan_that_lost_a_file_is_not_a_small_one(tmp_path, capsys):
     assert main(["score", run.where]) == 2
     assert "plan/00000.parquet cannot be read" in capsys.readouterr().err
     rows.unlink()
-    for verb in ("score", "verify", "status"):
+    for verb in ("score", "status"):
         assert main([verb, run.where]) == 2
         assert "plan has 0 of 4 rows" in capsys.readouterr().err
+    assert main(["verify", run.where]) == 4
+    assert f"wrong: {run.where}/plan has 0 of 4 rows" in capsys.readouterr().out
     rows.write_bytes(good)
     assert Run.open(run.where).rows == 4
 
