@@ -5,42 +5,65 @@ A model that has seen only synthetic shapes says nothing about photographs, and 
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 SYNTHETIC, OTHER = "synthetic shapes", "other images"
 """What a model can be trained on: the synthetic world, and everything else."""
 KEY = "trained_on"
 """Key of the origins in config.json, and beside the weights in an exported `.pth`."""
 MARK = b"openblip: synthetic shapes"
-"""JPEG comment of the synthetic world's images; it goes wherever their bytes go."""
+"""JPEG comment of the synthetic world's images, which goes wherever their bytes go; other formats have it in EXIF."""
 NOTE = "trained on synthetic shapes; on photographs its answers mean nothing"
 _STARTS = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"\0\0\0")
 """First bytes of image files; a web page or an empty file in an image's place has no origin."""
 _HEAD = 1024
-"""Bytes in which the mark is looked for; it is the first segment or follows JFIF's."""
+"""Bytes in which the mark is looked for, at the start of a file and, in WebP, at its end, where that has its EXIF."""
+_DESCRIPTION = 0x010E
+"""ImageDescription of EXIF."""
 _MOST, _LONGEST = 16, 100
 
 
 def origins_of(images: Iterable[bytes | Path | Any]) -> tuple[str, ...]:
     """Origins of some encoded images (or their files), sorted; what is no image, or cannot be read, is left out."""
-    heads = [_head(image) for image in images]
-    return union(*((SYNTHETIC if MARK in head else OTHER,) for head in heads if head.startswith(_STARTS)))
+    ends = [_ends(image) for image in images]
+    return union(*((SYNTHETIC if MARK in end else OTHER,) for end in ends if end.startswith(_STARTS)))
 
 
-def _head(image: bytes | Path | Any) -> bytes:
+def marking(form: str) -> dict[str, Any]:
+    """Options of `PIL.Image.save` that mark an image of this format as one of the synthetic world."""
+    if form == "JPEG":
+        return {"comment": MARK}
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[_DESCRIPTION] = MARK.decode()
+    return {"exif": exif}
+
+
+def _ends(image: bytes | Path | Any) -> bytes:
+    """The first bytes of an image, followed by the last of a WebP."""
     if isinstance(image, bytes):
-        return image[:_HEAD]
+        return _ends_of(io.BytesIO(image))
     if not isinstance(image, Path):  # a decoded image; only other programs hand these over
         return _STARTS[0]
     try:
         with image.open("rb") as file:
-            return file.read(_HEAD)
+            return _ends_of(file)
     except OSError:
         return b""
+
+
+def _ends_of(file: BinaryIO) -> bytes:
+    head = file.read(_HEAD)
+    if head.startswith(b"RIFF") and len(head) == _HEAD:
+        file.seek(max(_HEAD, file.seek(0, os.SEEK_END) - _HEAD))
+        head += file.read()
+    return head
 
 
 def union(*trained_on: Iterable[str]) -> tuple[str, ...]:

@@ -152,6 +152,28 @@ def exported_to(run: Storage, noted: str) -> Storage:
     return open_storage(noted if "://" in noted or os.path.isabs(noted) else f"{run.address.rstrip('/')}/{noted}")
 
 
+def read_manifest(storage: Storage, name: str = "_SUCCESS") -> dict[str, Any]:
+    """Read the manifest of an export. FileNotFoundError if there is none; DataError if it is not as it was written."""
+    content = storage.read(name)
+    try:
+        manifest = json.loads(content)
+        hashes = [facts["sha256"] for facts in manifest["files"].values()]
+        names = [manifest[key] for key in ("selection", "format", "selection_sha256")]
+        if not all(isinstance(text, str) for text in hashes + names) or not isinstance(manifest["pairs"], int):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise DataError(f"{storage.root}/{name} is damaged; export again") from None
+    return manifest
+
+
+def read_note(run: Run, name: str) -> dict[str, Any]:
+    """Read what a run has recorded of an export, its manifest and address. DataError if it is not as it was written."""
+    note = read_manifest(run.storage, name)
+    if not isinstance(note.get("to"), str):
+        raise DataError(f"{run.storage.root}/{name} is damaged; export again")
+    return note
+
+
 def _begin(storage: Storage, about: dict[str, Any], replace: bool) -> None:
     """Mark the export as begun. ValueError unless the folder is empty or holds this very export, whole or in part."""
     marker = next((name for name in MARKERS if storage.exists(name)), None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 
 import numpy as np
@@ -44,7 +43,7 @@ def check_stored(run: Run, selection: str) -> None:
     if missing:
         raise DataError(
             f"{missing:,} of {len(needed):,} parts have no embeddings: make them with "
-            f"`{shlex.join(['capfilt', 'score', run.where, '--also', EMBEDDING])}`"
+            f"`{run.command('score', '--also', EMBEDDING)}`"
         )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from blip.data import images
 from blip.data.ahead import read_ahead
 from blip.errors import DataError, UnreadableImage
+from blip.origin import SYNTHETIC, marking, origins_of
 from capfilt.reading import Reader
 from capfilt.run import Part, Run
 from capfilt.select.choose import kept_of
@@ -168,7 +169,8 @@ def _reencoded(row: _Kept, suffix: str, max_pixels: int) -> _Kept:
         return row
     buffer = io.BytesIO()
     try:
-        images.decode(row.image, max_pixels).save(buffer, REENCODED[suffix], quality=_QUALITY)
+        mark = marking(REENCODED[suffix]) if origins_of([row.image]) == (SYNTHETIC,) else {}
+        images.decode(row.image, max_pixels).save(buffer, REENCODED[suffix], quality=_QUALITY, **mark)
     except (UnreadableImage, OSError, ValueError) as error:  # a side may be too long for the format
         reason = error.reason if isinstance(error, UnreadableImage) else error
         where = f"{row.part.source} row {row.note['source_row']}"

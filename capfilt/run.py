@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +72,7 @@ class Run:
                 table = part_files.decode(self.storage.read(name))
             except PermissionError:
                 raise
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, KeyError, TypeError) as error:
                 raise DataError(f"{self.where}/{name} cannot be read ({error}): was it edited?") from None
             columns = (table[c].to_pylist() for c in ("pid", "source", "lo", "hi"))
             self.plan += [Part(*values) for values in zip(*columns, strict=True)]
@@ -90,6 +91,10 @@ class Run:
     @property
     def rows(self) -> int:
         return sum(part.rows for part in self.plan)
+
+    def command(self, verb: str, *more: str) -> str:
+        """The command of a verb on this run, as it can be pasted into a shell."""
+        return shlex.join(["capfilt", verb, self.where, *more])
 
     def damaged(self) -> list[PlannedSource]:
         return [source for source in self.sources.values() if source.damage]

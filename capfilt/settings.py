@@ -178,6 +178,10 @@ class CalibrateOptions:
             raise ValueError(f"target is a precision, 0 to 1, got {self.target}")
         if self.method == "reference" and not self.reference:
             raise ValueError("method reference needs --reference with clean pairs")
+        if self.reference and self.method != "reference":
+            raise ValueError(f"--reference is for --method reference, got --method {self.method}")
+        if self.labels and self.method != "audit":
+            raise ValueError(f"--labels is for --method audit, got --method {self.method}")
 
 
 @dataclass(frozen=True)

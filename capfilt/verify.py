@@ -5,7 +5,6 @@ Everything that can be counted from the files themselves is counted, not taken f
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Collection
 from typing import Any
@@ -14,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from blip.errors import DataError
 from blip.files import not_permitted
-from capfilt.export import exported_to
+from capfilt.export import exported_to, read_manifest, read_note
 from capfilt.exported import COUNTED, MARKERS, OURS, DamagedExport, count
 from capfilt.extra.results import ExtraParts, counts_of, scorers_of
 from capfilt.run import Part, Run
@@ -55,7 +55,13 @@ def verify(where: str) -> Findings:
     if not storage.exists("job.json") and storage.exists("_SUCCESS"):
         _check_export(storage, findings)
         return findings
-    run = Run.open(where)
+    try:
+        run = Run.open(where)
+    except DataError as error:
+        if not storage.exists("job.json"):
+            raise
+        findings.problems.append(str(error))
+        return findings
     _check_indexes(run, findings)
     present = run.parts.present()
     planned = {part.pid for part in run.plan}
@@ -77,7 +83,11 @@ def verify(where: str) -> Findings:
     for name in sorted(run.storage.listing("exports")):
         if name.count("/") > 1:  # a file of an export inside the run
             continue
-        note = json.loads(run.storage.read(name))
+        try:
+            note = read_note(run, name)
+        except DataError as error:
+            findings.problems.append(str(error))
+            continue
         _check_export(exported_to(run.storage, note["to"]), findings, note)
     return findings
 
@@ -124,7 +134,11 @@ def _check_part(run: Run, part: Part, findings: Findings) -> None:
 
 def _check_extra(run: Run, name: str, present: Collection[str], findings: Findings) -> None:
     """Check the files of a further scorer and count their rows."""
-    counts = counts_of(run, name, findings.problems.append)
+    try:
+        counts = counts_of(run, name, findings.problems.append)
+    except DataError as error:
+        findings.problems.append(str(error))
+        return
     there = ExtraParts(run.storage, name).present().keys()
     findings.problems += [
         f"extra/{name} has {pid}, which is not in the plan" for pid in sorted(there - {part.pid for part in run.plan})
@@ -185,11 +199,11 @@ def _count_selection(run: Run, name: str, account: dict[str, Any], findings: Fin
 def _check_export(storage: Storage, findings: Findings, noted: dict[str, Any] | None = None) -> None:
     """Compare an export's files with its manifest, with the run's record of it and with the selection."""
     try:
-        manifest = json.loads(storage.read("_SUCCESS"))
-        files, form = manifest["files"], manifest["format"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        manifest = read_manifest(storage)
+    except (FileNotFoundError, DataError):
         findings.problems.append(f"{storage.root} has no readable _SUCCESS: the export is not complete")
         return
+    files, form = manifest["files"], manifest["format"]
     whole = [name for name, facts in files.items() if _is_as_written(storage, name, facts, findings)]
     others = [name for name in storage.listing("") if OURS.fullmatch(name) and name not in (*files, *MARKERS)]
     for name in sorted(others)[:3]:

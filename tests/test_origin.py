@@ -87,6 +87,18 @@ def test_what_is_no_image_has_no_origin(tmp_path):
     assert origin.origins_of([photo(), Image.new("RGB", (2, 2))]) == ("other images",)
 
 
+@pytest.mark.parametrize("size", [(8, 8), (300, 200)])
+@pytest.mark.parametrize("form", ["JPEG", "WEBP", "PNG", "TIFF"])
+def test_the_mark_is_read_back_from_every_format(form, size, tmp_path):
+    noise = Image.effect_noise(size, 90).convert("RGB")  # 300 x 200 is too large for the first bytes to be all
+    noise.save(tmp_path / "plain", form)
+    noise.save(tmp_path / "marked", form, **origin.marking(form))
+    assert origin.origins_of([tmp_path / "plain"]) == ("other images",)
+    assert origin.origins_of([tmp_path / "marked"]) == SHAPES
+    assert origin.origins_of([(tmp_path / "marked").read_bytes()]) == SHAPES
+    assert Image.open(tmp_path / "marked").tobytes() == Image.open(tmp_path / "plain").tobytes()
+
+
 @pytest.mark.parametrize("make", [questions, pairs, classes])
 def test_all_images_of_the_world_carry_the_mark_and_the_same_pixels(make, tmp_path):
     make.write(tmp_path / "w", count=2) if make is classes else make.write(tmp_path / "w", "train", 2)

@@ -7,6 +7,7 @@ line for the user.
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,8 @@ class Demo:
             raise ValueError(f"the number of captions must be 1 to {MOST_CAPTIONS}, got {num}")
         begin = self.prompt if prompt is None else _short(prompt)
         self._check_prompt(begin)
-        config = caption_command.CaptionOptions(images=[], method=method, num=num, top_p=top_p, seed=seed).decoding()
+        share = top_p if method == "nucleus" else None  # the page's slider is there for beams, too
+        config = caption_command.CaptionOptions(images=[], method=method, num=num, top_p=share, seed=seed).decoding()
         with self._lock, one.computing():
             return generate_texts(
                 one.model, one.tokenizer, pixels[None].to(one.device), config, prompt=begin, keys=[digest]
@@ -236,7 +238,9 @@ class Demo:
         if self.run is None:
             raise ValueError("no CapFilt run is open: start the page with --capfilt RUN")
         if name not in self.reports():
-            raise ValueError(f"the run has no such report; write one with `python -m capfilt report {self.run}`")
+            raise ValueError(
+                f"the run has no such report; write one with `{shlex.join(['capfilt', 'report', str(self.run)])}`"
+            )
         path = self.run / "report" / name / "report.html"
         if path.stat().st_size > _REPORT_BYTES:
             raise ValueError(f"the report {name} is too large for this page; open {path} directly")

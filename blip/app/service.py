@@ -39,7 +39,7 @@ from blip.app.batching import Batches, BusyError
 from blip.app.commands.caption import CaptionOptions
 from blip.app.exit import one_line
 from blip.app.loaded import Loaded
-from blip.app.unknown import refuse_unknown, refuse_unknown_question
+from blip.app.unknown import question_notes, text_notes
 from blip.app.web import (
     BODY_BYTES,
     MAX_BYTES,
@@ -141,14 +141,20 @@ class AnswerReply(BaseModel):
     probability: float
 
 
-class AnswersReply(BaseModel):
+class NotedReply(BaseModel):
+    """What is answered about texts."""
+
+    notes: list[str] = Field(default=[], description="Texts with words that the model does not know; absent if none.")
+
+
+class AnswersReply(NotedReply):
     """Answers to a question."""
 
     answers: list[AnswerReply]
     model: str
 
 
-class MatchReply(BaseModel):
+class MatchReply(NotedReply):
     """Cosine (ITC) and probability of a match (ITM) of each text."""
 
     itc: list[float]
@@ -156,7 +162,7 @@ class MatchReply(BaseModel):
     model: str
 
 
-class EmbedReply(BaseModel):
+class EmbedReply(NotedReply):
     """Embeddings of length 1, of the image or of each text."""
 
     embeddings: list[list[float]]
@@ -486,21 +492,20 @@ class Service:
     async def answer(self, loaded: Loaded, values: AnswerFields, image: bytes) -> tuple[Any, Any, Callable]:
         if not clean_question(values.question):
             raise ValueError("question: it has no words")
-        refuse_unknown_question(loaded.tokenizer, values.question)
+        notes = question_notes(loaded.tokenizer, values.question)
         item = (await self._pixels(loaded, image), values.question)
-        return (values.top,), item, lambda answers: {"answers": answers}
+        return (values.top,), item, lambda answers: {"answers": answers, **_noted(notes)}
 
     async def match(self, loaded: Loaded, values: MatchFields, image: bytes) -> tuple[Any, Any, Callable]:
-        _check_texts(loaded, values.texts)
-        return (), (await self._pixels(loaded, image), values.texts), lambda scores: scores
+        notes = _notes(loaded, values.texts)
+        return (), (await self._pixels(loaded, image), values.texts), lambda scores: {**scores, **_noted(notes)}
 
     async def embed(self, loaded: Loaded, values: EmbedFields, image: bytes | None) -> tuple[Any, Any, Callable]:
         if (image is None) == (values.texts is None):
             raise ValueError("give either image or texts")
-        if image is None:
-            _check_texts(loaded, values.texts)
+        notes = _notes(loaded, values.texts) if image is None else []
         item = values.texts if image is None else await self._pixels(loaded, image)
-        return (image is None,), item, lambda rows: {"embeddings": rows}
+        return (image is None,), item, lambda rows: {"embeddings": rows, **_noted(notes)}
 
     async def health(self) -> JSONResponse:
         """State of the service: 503 until the model is loaded."""
@@ -514,11 +519,16 @@ _STATUSES = (400, 403, 408, 413, 415, 422, 500, 503)
 """Statuses of refused requests."""
 
 
-def _check_texts(loaded: Loaded, texts: Sequence[str]) -> None:
+def _noted(notes: list[str]) -> dict[str, list[str]]:
+    return {"notes": notes} if notes else {}
+
+
+def _notes(loaded: Loaded, texts: Sequence[str]) -> list[str]:
+    """Texts with unknown words. ValueError for a text that is too long, or of which no word is known."""
     for number, text in enumerate(texts, 1):
         if len(text) > MOST_LETTERS:
             raise ValueError(f"texts: text {number} has {len(text):,} characters; the limit is {MOST_LETTERS:,}")
-    refuse_unknown(loaded.tokenizer, texts)
+    return text_notes(loaded.tokenizer, texts)
 
 
 def _finite(reply: dict[str, Any]) -> dict[str, Any]:

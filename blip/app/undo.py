@@ -126,6 +126,18 @@ class UndoRun:
         return None
 
     @classmethod
+    def above(cls, folder: str) -> UndoRun | None:
+        """The last run in the nearest folder above this one whose last run wrote captions of what is in it."""
+        real = os.path.realpath(folder)
+        for parent in Path(real).parents:
+            root = str(parent) if os.path.isabs(folder) else os.path.relpath(parent)
+            with contextlib.suppress(ValueError, OSError):  # another's folder, and perhaps not ours to read
+                run = cls.last(root)
+                if run and any(under(str(parent / name), real) for name in (*run.changes, *run.captions)):
+                    return run
+        return None
+
+    @classmethod
     def resumed(cls, root: str, options: Mapping[str, Any]) -> UndoRun:
         """The last run, if it was stopped and had these options, or else a new one."""
         last, options = cls.last(root), json.loads(json.dumps(options))

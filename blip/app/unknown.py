@@ -14,28 +14,28 @@ _FEW = 5
 _SHOWN = 60
 
 
-def refuse_unknown(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
-    """ValueError if all word pieces of a text are unknown, or it has no words; nothing is printed."""
-    _notes(tokenizer, texts, [cleaned(text) for text in texts])
-
-
-def refuse_unknown_question(tokenizer: Tokenizer, question: str) -> None:
-    """Refuse a question as `refuse_unknown` does texts."""
-    _notes(tokenizer, [question], [clean_question(question)], "the question ")
-
-
-def check_texts(tokenizer: Tokenizer, texts: Sequence[str], *, what: str = "") -> None:
-    """Name on stderr the texts with unknown word pieces, as far as the model reads them.
+def text_notes(tokenizer: Tokenizer, texts: Sequence[str], *, what: str = "") -> list[str]:
+    """One line for each text with unknown word pieces, as far as the model reads it.
 
     ValueError if all word pieces of a text are unknown, or it has no words. `what` the texts are goes before them, such
     as "class ".
     """
-    _say(_notes(tokenizer, texts, [cleaned(text) for text in texts], what))
+    return _notes(tokenizer, texts, [cleaned(text) for text in texts], what)
+
+
+def question_notes(tokenizer: Tokenizer, question: str) -> list[str]:
+    """Describe a question as `text_notes` does texts."""
+    return _notes(tokenizer, [question], [clean_question(question)], "the question ")
+
+
+def check_texts(tokenizer: Tokenizer, texts: Sequence[str], *, what: str = "") -> None:
+    """Print `text_notes` on stderr, with the same ValueError."""
+    _say(text_notes(tokenizer, texts, what=what))
 
 
 def check_question(tokenizer: Tokenizer, question: str) -> None:
     """Check a question as `check_texts` does texts."""
-    _say(_notes(tokenizer, [question], [clean_question(question)], "the question "))
+    _say(question_notes(tokenizer, question))
 
 
 def _notes(tokenizer: Tokenizer, texts: Sequence[str], read: Sequence[str], what: str = "") -> list[str]:

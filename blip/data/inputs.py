@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import reprlib
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from threading import Lock
@@ -75,8 +76,8 @@ class InputReader:
     def read(self, images: ImageInput | Images, batch: int, *, skip: bool = False) -> Iterator[list[InputImage]]:
         """Yield the images in order, `batch` at a time.
 
-        DataError names an image that cannot be read, or with `skip` its pixels are None. ValueError, with the remedy,
-        for what is no image.
+        DataError names an image that cannot be read, or with `skip` its pixels are None; an address that is not allowed
+        and a folder are the caller's mistakes, and raise it always. ValueError, with the remedy, for what is no image.
         """
         if isinstance(images, Tensor):
             yield from self._of_tensor(images, batch)
@@ -108,7 +109,11 @@ class InputReader:
             yield [InputImage(pixels, _digest("", pixels.float().cpu()) if self.keyed else "") for pixels in part]
 
     def _one(self, item: ImageInput, place: str) -> InputImage:
-        """Read one image. UnreadableImage if its content cannot be used, ValueError if it is no image at all."""
+        """Read one image.
+
+        UnreadableImage if its content cannot be used, DataError if it is none that may be given by its name, and
+        ValueError if it is no image at all.
+        """
         if isinstance(item, Mapping):
             item = _of_row(item, place)
         if isinstance(item, np.ndarray):
@@ -133,12 +138,12 @@ class InputReader:
             raise UnreadableImage("missing_file", "its path is empty")
         if "://" in path:
             if not self.urls:
-                remedy = "is an address: download it first, or allow it with blip.load(..., urls=True)"
-                raise UnreadableImage("address", remedy)
+                remedy = "download it first, or allow it with blip.load(..., urls=True)"
+                raise DataError(f"{path} cannot be used: is an address: {remedy}")
             return download(path)
         if os.path.isdir(path):
-            remedy = "is a folder: give a list of its images, or run `blip caption FOLDER`"
-            raise UnreadableImage("folder", remedy)
+            remedy = f"give a list of its images, or run `blip caption {shlex.quote(path)}`"
+            raise DataError(f"{path} cannot be used: is a folder: {remedy}")
         return read(Path(path).expanduser())
 
 

@@ -206,7 +206,7 @@ def make_row(settings: _Settings, i: int) -> EncodedImage:
 def jpeg(image: Any) -> bytes:
     """Encode an image as JPEG, with a comment by which training recognizes it."""
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0, comment=origin.MARK)
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0, **origin.marking("JPEG"))
     return buffer.getvalue()
 
 

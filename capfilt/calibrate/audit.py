@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import io
 import json
 import math
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,9 @@ _STEPS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 _SIDES = ((384, 78), (288, 74), (224, 70), (160, 66), (112, 60))
 """Sides and JPEG qualities of the images on the page, the largest that fits into `_LIMIT` is used."""
 _LIMIT = 4_700_000
-"""Most bytes of images on the page, so that all of it stays under 5 MB."""
+"""Most bytes of images on the page, so that all of it stays under 5 MB unless it has thousands of texts."""
+_LARGE = 5_000_000
+"""Bytes beyond which a page is called large."""
 _ANSWERS = {"y": True, "yes": True, "1": True, "n": False, "no": False, "0": False}
 _UNANSWERED = ("", "s", "skip")
 _SHORT = {answer: "y" if match else "n" for answer, match in _ANSWERS.items()} | {"skip": "s"}
@@ -61,8 +63,9 @@ def write(run: Run, count: int) -> list[str]:
     """
     drawn = draw(run, count)
     if not drawn:
-        where = shlex.join(["capfilt", "score", run.where])
-        raise ValueError(f"{run.where}: no text has a score, so there is nothing to judge; run `{where}` first")
+        raise ValueError(
+            f"{run.where}: no text has a score, so there is nothing to judge; run `{run.command('score')}` first"
+        )
     kept = _answers(run)
     if lost := [i for i, answer in kept.items() if answer and i not in {entry["id"] for entry in drawn}]:
         raise ValueError(
@@ -75,15 +78,20 @@ def write(run: Run, count: int) -> list[str]:
     pq.write_table(key.replace_schema_metadata({"fingerprint": run.fingerprint}), sink)
     run.storage.write(KEY, sink.getvalue())
     _write_labels(run, {entry["id"]: kept.get(entry["id"], "") for entry in drawn})
-    run.storage.write(PAGE, _page(run, drawn, {}, served=False).encode("utf-8", "replace"))
+    page = _page(run, drawn, _images(run, drawn), {}, served=False).encode("utf-8", "replace")
+    run.storage.write(PAGE, page)
     folder = f"{run.storage.root}/report/audit"
+    large = (
+        f"note: with so many texts page.html has {len(page) / 1e6:.1f} MB and small images; a lower --count mends it"
+    )
     return [
         f"{len(drawn)} texts drawn from all scores. Judge them with the keys y and n:",
-        f"  {shlex.join(['capfilt', 'calibrate', run.where, '--judge'])}       # opens a page that saves each answer",
+        f"  {run.command('calibrate', '--judge')}       # opens a page that saves each answer",
         f"or open {folder}/page.html and download labels.csv, or write y or n into the column match of",
         f"{folder}/labels.csv. Then run",
         f"  {_reading(run, f'{folder}/labels.csv')}",
         "Scores are in key.parquet alone: do not look at them before.",
+        *([large] if len(page) > _LARGE else []),
     ]
 
 
@@ -92,9 +100,10 @@ def judge(run: Run, count: int, port: int) -> PageServer:
     if not (run.storage.exists(KEY) and run.storage.exists(LABELS)):
         write(run, count)
     drawn = [entry | {"at": (entry["pid"], entry["row"])} for entry in _key(run).to_pylist()]
+    images = functools.cache(lambda: _images(run, drawn))  # read when the page is first loaded
 
     def page(_: Mapping[str, Any]) -> str:
-        return _page(run, drawn, _answers(run), served=True)
+        return _page(run, drawn, images(), _answers(run), served=True)
 
     def save(given: Mapping[str, Any]) -> dict[str, Any]:
         answers = _answers(run)
@@ -139,7 +148,7 @@ def _write_labels(run: Run, answers: Mapping[str, str]) -> None:
 def _key(run: Run) -> pa.Table:
     """Read the drawn texts. ValueError if there are none, or if they are of another run."""
     if not run.storage.exists(KEY):
-        raise ValueError(f"{run.where} has no {KEY}: draw texts with `capfilt calibrate {run.where}`")
+        raise ValueError(f"{run.where} has no {KEY}: draw texts with `{run.command('calibrate')}`")
     try:
         key = pq.read_table(io.BytesIO(run.storage.read(KEY)))
     except pa.ArrowException:
@@ -183,8 +192,9 @@ def _scored(run: Run) -> Iterator[tuple[str, str, float, str, int, int]]:
                         yield text_id(note["sample_id"], kind, i), kind, score, part.pid, row, i
 
 
-def _page(run: Run, drawn: Sequence[dict], answers: Mapping[str, str], *, served: bool) -> str:
-    images = _images(run, drawn)
+def _page(
+    run: Run, drawn: Sequence[dict], images: Mapping[tuple[str, int], str], answers: Mapping[str, str], *, served: bool
+) -> str:
     items = [
         {"id": entry["id"], "text": html.cut(entry["text"], _LONGEST), "image": images.get(entry["at"], "")}
         for entry in drawn
@@ -202,24 +212,25 @@ def _page(run: Run, drawn: Sequence[dict], answers: Mapping[str, str], *, served
 
 def _reading(run: Run, sheet: str) -> str:
     """Return the command that reads a sheet."""
-    return shlex.join(["capfilt", "calibrate", run.where, "--labels", sheet])
+    return run.command("calibrate", "--labels", sheet)
 
 
 def _images(run: Run, drawn: Sequence[dict]) -> dict[tuple[str, int], str]:
     """Read the drawn rows' images, as large as the page can hold; those that cannot be read are left out."""
-    parts, images, readers = {part.pid: part for part in run.plan}, {}, {}
+    parts, readers = {part.pid: part for part in run.plan}, {}
+    shown: dict[tuple[int, int], dict[tuple[str, int], str]] = {size: {} for size in _SIDES}
+    sizes = dict.fromkeys(_SIDES, 0)
     for pid, row in sorted({entry["at"] for entry in drawn}):
         part = parts[pid]
         if part.source not in readers:
             readers[part.source] = Reader(run.sources[part.source], run.reading, run.storage)
         image = shown_image(readers[part.source], part.lo + row, run.config.max_pixels, _SIDES[0][0])
-        if image is not None:
-            images[pid, row] = image.convert("RGB")
-    for side, quality in _SIDES:
-        shown = {at: html.thumbnail(image, side, quality) for at, image in images.items()}
-        if sum(map(len, shown.values())) < _LIMIT:
-            break
-    return shown
+        for size in list(shown) if image is not None else ():
+            shown[size][pid, row] = html.thumbnail(image, *size)
+            sizes[size] += len(shown[size][pid, row])
+            if sizes[size] >= _LIMIT and size != _SIDES[-1]:
+                del shown[size]  # so that memory is bounded, too
+    return next(iter(shown.values()))
 
 
 # Reading --------------------------------------------------------------------------------------------------------------

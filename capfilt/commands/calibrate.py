@@ -28,6 +28,10 @@ class CalibrateVerb:
     port: int = 0
     """Port of the page (default: any that is free)"""
 
+    def __post_init__(self) -> None:
+        if self.port and not self.judge:
+            raise ValueError("--port is of the page to judge with: give --judge, too")
+
 
 def run(options: CalibrateVerb) -> int:
     """Calibrate and print the result."""

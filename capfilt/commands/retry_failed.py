@@ -23,5 +23,6 @@ def run(options: RetryVerb) -> int:
     from capfilt.run import Run
     from capfilt.status import retry_failed
 
-    print(f"{retry_failed(Run.open(options.run))} failed parts released; score them with `capfilt score {options.run}`")
+    run = Run.open(options.run)
+    print(f"{retry_failed(run)} failed parts released; score them with `{run.command('score')}`")
     return DONE

@@ -38,6 +38,10 @@ class EngineOptions:
     dry_run: bool = False
     """Score 64 rows, estimate how long all would take, write nothing"""
 
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.engine != "ray":
+            raise ValueError(f"--workers is for --engine ray, got --engine {self.engine}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreVerb(EngineOptions):

@@ -44,8 +44,10 @@ class ExtraParts(Parts):
         content = self.storage.read(f"{self.folder}/scorer.json")
         try:
             record = json.loads(content)
-            record["fingerprint"], record["columns"]
-        except (ValueError, KeyError, TypeError):
+            expected = {"fingerprint": str, "columns": dict} | ({"size": int} if self.scorer == EMBEDDING else {})
+            if not all(isinstance(record[key], kind) for key, kind in expected.items()):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise DataError(
                 f"{self.storage.root}/{self.folder}/scorer.json is damaged; remove that folder to score anew"
             ) from None

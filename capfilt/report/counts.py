@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from blip.errors import DataError
 from capfilt.extra.results import counts_of, scorers_of
 from capfilt.report import steps
 from capfilt.run import Part, Run
@@ -198,11 +199,25 @@ def _collect_repeated(run: Run, done: list[Part], numbers: Numbers, most: int) -
 # The result -----------------------------------------------------------------------------------------------------------
 
 
+def _null(run: Run) -> dict[str, Any]:
+    """Read the histogram of mismatched pairs. DataError if it is not as it was written."""
+    try:
+        null = json.loads(run.storage.read(NULL))
+        if len(null["histogram"]) != BINS + 1 or not all(
+            isinstance(n, int) for n in (null["pairs"], *null["histogram"])
+        ):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, RecursionError):
+        again = run.command("calibrate", "--method", "null")
+        raise DataError(f"{run.storage.root}/{NULL} is damaged; `{again}` writes it anew") from None
+    return null
+
+
 def summary(run: Run, config: SelectConfig, numbers: Numbers) -> dict[str, Any]:
     """Return the contents of report.json."""
     parts = len(scored_parts(run))
     rows = sum(numbers.account["rows_in"].values())
-    null = json.loads(run.storage.read(NULL)) if run.storage.exists(NULL) else None
+    null = _null(run) if run.storage.exists(NULL) else None
     return {
         "run": run.where,
         "fingerprint": run.fingerprint,

@@ -47,7 +47,7 @@ class Inspection:
         """ValueError if nothing is scored, or if there is no such selection."""
         self.run, self.parts = run, scored_parts(run)
         if not self.parts:
-            raise ValueError(f"{run.where}: nothing is scored yet; run `capfilt score {run.where}` first")
+            raise ValueError(f"{run.where}: nothing is scored yet; run `{run.command('score')}` first")
         self.config = SelectConfig(**(read_account(run, selection)["settings"] if selection else {}))
         self.whole = survey(run, self.parts, self.config)
         self.selection = selection

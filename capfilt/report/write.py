@@ -16,7 +16,7 @@ def report(run: Run, options: ReportOptions | None = None) -> str:
 
     options = options or ReportOptions()
     if not scored_parts(run):
-        raise ValueError(f"{run.where}: nothing is scored yet; run `capfilt score {run.where}` first")
+        raise ValueError(f"{run.where}: nothing is scored yet; run `{run.command('score')}` first")
     account = read_account(run, options.select) if options.select else {}
     config = SelectConfig(**account.get("settings", {}))
     whole = survey(run, scored_parts(run), config)

@@ -271,7 +271,7 @@ def describe_work(run: Run, work: Work, options: ScoreOptions) -> str:
     if work.busy:
         line += f", {len(work.busy)} in the hands of another process, which is fine"
     if work.failed:
-        line += f", {len(work.failed)} failed {MOST} times (`capfilt retry-failed {run.where}` tries them again)"
+        line += f", {len(work.failed)} failed {MOST} times (`{run.command('retry-failed')}` tries them again)"
     return line + f"; {len(work.todo)} to do"
 
 

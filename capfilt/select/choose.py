@@ -49,7 +49,7 @@ def select(
         raise ValueError(f"selection name {name!r}: letters, digits, - _ and . only")
     done = scored_parts(run)
     if not done:
-        raise ValueError(f"{run.where}: nothing is scored yet; run `capfilt score {run.where}` first")
+        raise ValueError(f"{run.where}: nothing is scored yet; run `{run.command('score')}` first")
     digest = hashlib.sha256("".join(part.pid for part in done).encode()).hexdigest()[:16]
     settings = dataclasses.asdict(config)
     listed = copies.read_list(config.contamination).digest() if config.contamination else None
@@ -115,10 +115,11 @@ def read_account(run: Run, name: str) -> dict[str, Any]:
     """Read the account of a selection. ValueError lists the existing ones, or says that it is damaged."""
     try:
         account = json.loads(run.storage.read(success(name)))
-        for key in ("settings", "kept", "dropped", "rows_in", "texts_in", "reasons", "files", "parts", "parts_digest"):
-            account[key]
+        for key in ("settings", "kept", "dropped", "rows_in", "texts_in", "reasons", "files"):
+            account[key].items()
+        account["files"]["texts.parquet"], account["parts"], account["parts_digest"], account["name"]
         return account
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError):
         where = f"{run.storage.root}/{success(name)}"
         raise ValueError(f"{where} is damaged; remove that folder and select again") from None
     except FileNotFoundError:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -123,7 +122,7 @@ def scores_of(run: Run, name: str) -> ExtraParts:
         also = {"aesthetic": "aesthetic=MODEL"}.get(name, name if name in ("language", EMBEDDING) else "PATH.py:Class")
         raise DataError(
             f"{run.where} has no scores of {name} (it has those of: {', '.join(there) or 'none'}); add them with "
-            f"`{shlex.join(['capfilt', 'score', run.where, '--also', also])}`"
+            f"`{run.command('score', '--also', also)}`"
         )
     return ExtraParts(run.storage, name)
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -50,7 +51,7 @@ def vqa_model(model, tmp_path_factory) -> str:  # noqa: F811
 def capfilt_run(tmp_path_factory) -> str:
     """A scored run with two reports, the selection's written last."""
     folder = tmp_path_factory.mktemp("capfilt")
-    run = scored(crawl(folder / "in", shards=2, rows=20) / "*.tar", folder / "run")
+    run = scored(crawl(folder / "in", shards=2, rows=20) / "*.tar", folder / "a run")
     report(run)
     time.sleep(0.02)
     select(run, "strict", SelectConfig("web-else-syn", itm=0.9))
@@ -176,8 +177,9 @@ def test_only_the_runs_own_reports_are_read(desk, capfilt_run, name):
     secret = Path(capfilt_run).parent / "secret"
     secret.mkdir(exist_ok=True)
     (secret / "report.html").write_text("secret")
-    with pytest.raises(ValueError, match="no such report"):
+    with pytest.raises(ValueError, match="no such report") as error:
         desk.report(name)
+    assert shlex.split(str(error.value).split("`")[1]) == ["capfilt", "report", str(desk.run)]
 
 
 def test_a_run_without_reports(model, tmp_path, monkeypatch):  # noqa: F811
@@ -186,7 +188,7 @@ def test_a_run_without_reports(model, tmp_path, monkeypatch):  # noqa: F811
     (tmp_path / "job.json").write_text("{}")
     one = Demo(load(model, "cpu", "auto"), run=str(tmp_path))
     assert one.reports() == []
-    with pytest.raises(ValueError, match="python -m capfilt report"):
+    with pytest.raises(ValueError, match="capfilt report"):
         one.report(None)
     folder = tmp_path / "report/x"
     folder.mkdir(parents=True)
@@ -330,6 +332,7 @@ def test_wrong_use_is_one_line(monkeypatch, capfd, model, tmp_path):  # noqa: F8
     assert "port must be 1 or more, got -1" in refused(capfd, "--port", "-1")
     assert "gone is not a folder" in refused(capfd, "--model", model, "--folder", tmp_path / "gone")
     assert "no images in" in refused(capfd, "--model", model, "--folder", tmp_path)
+    assert "--index is of the images to search: give --folder" in refused(capfd, "--model", model, "--index", tmp_path)
 
 
 def test_every_model_gets_the_tokenizer_that_is_given(monkeypatch, capfd, tmp_path):

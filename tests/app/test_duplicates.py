@@ -129,6 +129,7 @@ def test_wrong_use_is_one_line(run, photos, monkeypatch):  # noqa: F811
         ("photos", "--bits", "17"): "bits must be 0 to 16, got 17",
         ("photos", "--bits", "-1"): "bits must be 0 to 16, got -1",
         ("photos", "--bits", "4", "--index", "ix"): "--bits needs none",
+        ("photos", "--bits", "4", "--model", "m"): "--bits needs none",
         ("photos/p1.png", "--bits", "4"): "photos/p1.png is not a folder",
         ("empty", "--bits", "4"): "no images in empty",
     }

@@ -280,7 +280,10 @@ UNUSABLE = {
     "web.png": "web.png cannot be used: is an HTML page",
     "nul\0.png": "cannot be used: no such file",
     "lone \ud800.png": "cannot be used: no such file",
-    "photos": "photos cannot be used: is a folder: give a list of its images, or run `blip caption FOLDER`",
+}
+MISTAKES = {
+    "photos": "photos cannot be used: is a folder: give a list of its images, or run `blip caption photos`",
+    "my [photos]": r"cannot be used: is a folder: .* run `blip caption 'my \[photos\]'`",
     "https://example.org/a.jpg": r"a.jpg cannot be used: is an address: download it first.*blip.load\(..., urls=True\)",
 }
 
@@ -301,6 +304,22 @@ def test_images_that_cannot_be_used_are_named(loaded, answerer, photos, name):  
     assert answerer.answer([name, PATHS[0]], ["is it red?", "what is it?"], errors="none") == [None, answer]
     assert answerer.answer(name, ["is it red?", "what is it?"], errors="none") == [None, None]
     assert answerer.answer(name, "is it red?", errors="none") is None
+
+
+@pytest.mark.parametrize("errors", ["raise", "none"])
+@pytest.mark.parametrize("name", MISTAKES)
+def test_folders_and_addresses_are_mistakes_whatever_is_wanted_of_images(loaded, answerer, photos, name, errors):  # noqa: F811
+    Path("my [photos]").mkdir()
+    for images in (name, [PATHS[0], "gone.png", name], {"bytes": None, "path": name}):
+        for verb, args in ((loaded.caption, (images,)), (answerer.answer, (images, "is it red?"))):
+            if errors == "raise" and isinstance(images, list):
+                continue  # which the missing file ends
+            with pytest.raises(DataError, match=MISTAKES[name]) as error:
+                verb(*args, errors=errors)
+            assert "\n" not in str(error.value)
+    if errors == "raise":
+        with pytest.raises(DataError, match=MISTAKES[name]):
+            loaded.embed_image([PATHS[0], name])
 
 
 def test_images_without_a_name_are_named_by_number(loaded, photos):  # noqa: F811

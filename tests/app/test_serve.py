@@ -289,6 +289,25 @@ def test_unknown_words_are_not_embedded(server):
     assert "'звезда' are unknown to this model's tokenizer" in text
 
 
+def test_unknown_words_are_noted_in_the_answer(server):
+    note = "1 of 3 word pieces of {} are unknown to this model's tokenizer".format
+    for route, given in (("match", {"image": png(1)}), ("embed", {})):
+        reply = server.post(route, texts=["a star", "a red звезда"], **given).json()
+        assert reply["notes"] == [note("'a red звезда'")]
+        assert "notes" not in server.post(route, texts=["a star", "a red circle"], **given).json()
+    reply = server.json("answer", image=png(1), question="what colour звезда?").json()
+    assert reply["notes"] == [note("the question 'what colour звезда?'")]
+    assert reply["answers"] == server.json("answer", image=png(1), question="what colour луна?").json()["answers"]
+    assert "notes" not in server.json("answer", image=png(1), question=QUESTION).json()
+    assert "notes" not in server.json("embed", image=png(1)).json()
+    schemas = httpx.get(server.address + "/openapi.json").json()["components"]["schemas"]
+    noted = {name: schema for name, schema in schemas.items() if "notes" in schema["properties"]}
+    assert set(noted) == {"AnswersReply", "MatchReply", "EmbedReply"}
+    for schema in noted.values():
+        assert "notes" not in schema["required"]
+        assert schema["properties"]["notes"]["items"] == {"type": "string"}
+
+
 @pytest.mark.parametrize("fields", [
     {"num": True}, {"num": "2"}, {"num": 2.0}, {"num": [2]}, {"num": math.inf}, {"prompt": 3}, {"prompt": "\ud800"},
     {"prompt": ["a"]}, {"image": 3}, {"image": ["AAAA"]}, {"image": "%%%"}, {"image": "http://127.0.0.1/x.png"},

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import random
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -661,6 +663,26 @@ def test_each_run_is_taken_back(run, photos):
     assert not (photos / ".blip-undo").exists()
     status, _, stderr = run("photos", "--undo")
     assert (status, stderr) == (2, ["error: nothing to undo in photos: no run of `blip caption` is recorded there"])
+
+
+@pytest.mark.parametrize("options", [["--sidecar", ".txt"], ["--metadata"]])
+def test_the_run_of_a_folder_above_is_named_with_its_command(run, photos, tmp_path, options):
+    above = tmp_path / "all my [photos]"
+    (above / "sub/deep").mkdir(parents=True)
+    (above / "empty").mkdir()
+    shutil.copy(photos / "p1.png", above / "sub/deep")
+    run("all my [photos]", *options)
+    before = content(above)
+    problem = "error: nothing to undo in {}: no run of `blip caption` is recorded there"
+    for folder in ("all my [photos]/sub", "all my [photos]/sub/deep", above / "sub"):
+        where = above if folder == above / "sub" else "all my [photos]"
+        command = shlex.join(["blip", "caption", str(where), "--undo"])
+        reason = f". Its captions are of a run in {where}; to take back all of that: {command}"
+        assert run(folder, "--undo") == (2, "", [problem.format(folder) + reason])
+    assert run("all my [photos]/empty", "--undo") == (2, "", [problem.format("all my [photos]/empty")])
+    assert content(above) == before
+    assert run(*shlex.split(command)[2:])[0] == 0
+    assert [path.name for path in above.rglob("*") if path.is_file()] == ["p1.png"]
 
 
 def test_what_was_edited_since_is_left_and_named(run, photos):

@@ -1,6 +1,8 @@
+import base64
 import contextlib
 import csv
 import http.client
+import io
 import json
 import math
 import re
@@ -13,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from capfilt_crawl import annotations, crawl, make_fake, planned, sample, scored, write_tar
+from PIL import Image
 
 from capfilt.__main__ import main
 from capfilt.calibrate import audit
@@ -157,6 +160,20 @@ def test_an_audit_from_sheet_to_precision(drawn, tmp_path, capsys):
     assert "chosen on half of the labels" in stdout
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--port", "8000"), "--port is of the page to judge with: give --judge, too"),
+        (("--port", "8000", "--labels", "l.csv"), "--port is of the page to judge with: give --judge, too"),
+        (("--reference", "coco.json"), "--reference is for --method reference, got --method audit"),
+        (("--method", "null", "--labels", "l.csv"), "--labels is for --method audit, got --method null"),
+    ],
+)
+def test_options_without_effect_are_refused(drawn, capsys, options, message):
+    assert main(["calibrate", drawn.where, *options]) == 2
+    assert capsys.readouterr() == ("", f"error: {message}\n")
+
+
 def test_a_damaged_key_is_drawn_again(drawn, tmp_path, capsys):
     shutil.copytree(drawn.where, run := tmp_path / "run")
     (run / audit.KEY).write_bytes(b"x")
@@ -258,6 +275,39 @@ def serving(server):
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def test_a_reload_of_the_page_reads_no_image_again(drawn, monkeypatch):
+    read, shown_image = [], audit.shown_image
+    monkeypatch.setattr(audit, "shown_image", lambda *args: read.append(args[1]) or shown_image(*args))
+    with serving(audit.judge(Run.open(drawn.where), 80, 0)) as server:
+        pages = [request(server, "GET", "")[1] for _ in range(3)]
+    assert pages[0] == pages[1] == pages[2]
+    assert len(read) == len({(entry["pid"], entry["row"]) for entry in key_of(drawn).values()})
+
+
+def widths_of(page):
+    images = re.findall('src="data:image/jpeg;base64,([^"]*)"', page)
+    return len(images), {Image.open(io.BytesIO(base64.b64decode(image))).width for image in images}
+
+
+def test_a_page_of_many_texts_has_smaller_images_and_a_line_says_how_large_it_is(drawn, tmp_path, monkeypatch, capsys):
+    shutil.copytree(drawn.where, run := tmp_path / "run")
+    command = ["calibrate", str(run), "--count", "80"]
+    assert main(command) == 0
+    assert "note: " not in capsys.readouterr().out
+    count, _ = widths_of((run / audit.PAGE).read_text())
+    monkeypatch.setattr(audit, "_SIDES", ((32, 78), (16, 60), (8, 60)))
+    for limit, side in ((4_700_000, 32), (1, 8)):
+        monkeypatch.setattr(audit, "_LIMIT", limit)
+        assert main(command) == 0
+        assert widths_of((run / audit.PAGE).read_text()) == (count, {side})
+    monkeypatch.setattr(audit, "_LARGE", 1000)
+    capsys.readouterr()
+    assert main(command) == 0
+    size = (run / audit.PAGE).stat().st_size / 1e6
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "note: " in line]
+    assert line.startswith(f"note: with so many texts page.html has {size:.1f} MB")
 
 
 def test_each_answer_is_saved_at_once(drawn, tmp_path):

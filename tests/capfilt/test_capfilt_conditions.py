@@ -400,9 +400,15 @@ def test_damaged_records_are_named(run, tmp_path, capsys, content):
     shutil.copytree(run.where, tmp_path / "run")
     copy = str(tmp_path / "run")
     (tmp_path / "run/extra/numbered/scorer.json").write_bytes(content)
-    for args in (["report", copy], ["select", copy, "--name", "x", "--least", "numbered.score=1"], ["verify", copy]):
+    for args in (["report", copy], ["select", copy, "--name", "x", "--least", "numbered.score=1"]):
         assert main(args) == 2
         assert "extra/numbered/scorer.json is damaged; remove that folder" in capsys.readouterr().err
+    assert main(["verify", copy]) == 4
+    output = capsys.readouterr().out.splitlines()
+    assert [line for line in output if line.startswith("wrong: ")] == [
+        f"wrong: {copy}/extra/numbered/scorer.json is damaged; remove that folder to score anew"
+    ]
+    assert any(line.startswith("selection damaged: ") for line in output), "the rest is checked as well"
     (tmp_path / "run/selections/damaged/_SUCCESS").write_bytes(content)
     for args in (["report", copy, "--select", "damaged"], ["export", copy, "--select", "damaged", "--to", "x"]):
         assert main(args) == 2
@@ -410,6 +416,10 @@ def test_damaged_records_are_named(run, tmp_path, capsys, content):
     shutil.rmtree(tmp_path / "run/extra/numbered")
     assert main(["verify", copy]) == 4
     assert "selections/damaged/_SUCCESS is damaged" in capsys.readouterr().out
+    (tmp_path / "run/report").mkdir(exist_ok=True)
+    (tmp_path / "run/report/null.json").write_bytes(content)
+    assert main(["report", copy]) == 2
+    assert f"report/null.json is damaged; `capfilt calibrate {copy} --method null` writes" in capsys.readouterr().err
     (tmp_path / "to").mkdir()
     (tmp_path / "to" / "_SUCCESS").write_bytes(content)
     assert main(["export", run.where, "--select", "damaged", "--to", str(tmp_path / "to"), "--replace"]) == 2

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import json
 import random
 import re
@@ -22,6 +23,7 @@ from blip.data.formats.sources import open_source
 from blip.data.settings import SourceConfig
 from blip.data.stream import CaptionShards
 from blip.errors import DataError
+from blip.origin import marking, origins_of
 from capfilt.__main__ import main
 from capfilt.calibrate import audit
 from capfilt.export import export
@@ -97,6 +99,30 @@ def load(tmp_path, monkeypatch):
         return datasets.load_dataset(name, split="train", cache_dir=str(tmp_path / "cache"), **where)
 
     return load
+
+
+# The synthetic world's mark -------------------------------------------------------------------------------------------
+
+
+def test_images_of_the_synthetic_world_keep_their_mark_when_re_encoded(tmp_path):
+    def shape(form, mark):
+        buffer = io.BytesIO()
+        Image.effect_noise((200, 150), 90).convert("RGB").save(buffer, form, **(marking(form) if mark else {}))
+        return buffer.getvalue()
+
+    rows = [
+        (f"{i}.{SUFFIX[form]}", shape(form, mark))
+        for i, (form, mark) in enumerate(itertools.product(KINDS[:3], (1, 0)))
+    ]
+    texts = [(f"{name[0]}.txt", b"a red circle of some size") for name, _ in rows]
+    run = scored(write_tar(tmp_path / "a.tar", sorted(rows + texts)), tmp_path / "run")
+    select(run, "all", SelectConfig(itm=0.0))
+    for suffix in ("jpg", "webp"):
+        export(run, "all", "wds", str(tmp_path / suffix), together=True, reencode=suffix)
+        samples = members(*(tmp_path / suffix).glob("*.tar"))
+        assert [origins_of([sample[suffix]]) for _, sample in sorted(samples.items())] == [
+            ("synthetic shapes",), ("other images",),
+        ] * 3  # fmt: skip
 
 
 # Tar shards -----------------------------------------------------------------------------------------------------------

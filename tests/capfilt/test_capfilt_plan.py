@@ -1,6 +1,8 @@
 import io
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 
@@ -153,6 +155,7 @@ def test_wrong_use_is_said_in_a_line(tmp_path, capsys):
         (["plan", "--input", str(tmp_path / "in"), "--out", "o"], "give --filter"),
         (["plan", "--input", str(tmp_path / "in"), "--out", "o", "--filter", "./none"], "not a model directory"),
         (["score", str(tmp_path)], "not a planned run"),
+        (["score", str(tmp_path), "--workers", "2"], "--workers is for --engine ray, got --engine embedded"),
         (["select", str(tmp_path), "--name", "x"], "not a planned run"),
     ):
         assert main(args) == 2, args
@@ -160,6 +163,16 @@ def test_wrong_use_is_said_in_a_line(tmp_path, capsys):
         assert error.startswith("error: ")
         assert message in error, error
         assert error.count("\n") == 1
+
+
+def test_suggested_commands_can_be_pasted(tmp_path, capsys):
+    run = planned(crawl(tmp_path / "in", shards=1), tmp_path / "my [first] run")
+    for args in (["report"], ["inspect"], ["select", "--name", "x"], ["calibrate"], ["calibrate", "--judge"]):
+        assert main([args[0], run.where, *args[1:]]) == 2
+        (command,) = re.findall("run `(.*)` first", capsys.readouterr().err)
+        assert shlex.split(command) == ["capfilt", "score", run.where]
+    assert main(["retry-failed", run.where]) == 0
+    assert shlex.split(capsys.readouterr().out.split("`")[1]) == ["capfilt", "score", run.where]
 
 
 @pytest.mark.parametrize(
@@ -200,9 +213,11 @@ def test_a_plan_that_lost_a_file_is_not_a_small_one(tmp_path, capsys):
     assert main(["score", run.where]) == 2
     assert "plan/00000.parquet cannot be read" in capsys.readouterr().err
     rows.unlink()
-    for verb in ("score", "verify", "status"):
+    for verb in ("score", "status"):
         assert main([verb, run.where]) == 2
         assert "plan has 0 of 4 rows" in capsys.readouterr().err
+    assert main(["verify", run.where]) == 4
+    assert f"wrong: {run.where}/plan has 0 of 4 rows" in capsys.readouterr().out
     rows.write_bytes(good)
     assert Run.open(run.where).rows == 4
 

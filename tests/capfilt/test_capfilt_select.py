@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import shutil
 import tarfile
 
 import datasets
@@ -503,6 +504,35 @@ def test_killed_while_exporting(run, half, tmp_path):
     assert main(["verify", run.where]) == 0
     (tmp_path / "out" / "00000.tar").write_bytes(b"x")
     assert main(["verify", str(tmp_path / "out")]) == 4
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"nope", b"\xff", b'{"files": {"a": 1}}'])
+def test_verify_names_damaged_records_of_exports(run, half, tmp_path, capsys, content):
+    shutil.copytree(run.where, copy := tmp_path / "copy")
+    shutil.rmtree(copy / "exports", ignore_errors=True)
+    export(Run.open(str(copy)), "half", "json", str(tmp_path / "out"))
+    note = copy / "exports/half-json.json"
+    good = note.read_bytes()
+    note.write_bytes(content)
+    assert main(["verify", str(copy)]) == 4
+    assert f"wrong: {note} is damaged; export again" in capsys.readouterr().out.splitlines()
+    note.write_bytes(good)
+    assert main(["verify", str(copy)]) == 0
+    (tmp_path / "out/_SUCCESS").write_bytes(content)
+    for where in (copy, tmp_path / "out"):
+        assert main(["verify", str(where)]) == 4
+        wrong = f"wrong: {tmp_path / 'out'} has no readable _SUCCESS: the export is not complete"
+        assert wrong in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"nope", b"\xff"])
+def test_verify_names_a_damaged_job(run, tmp_path, capsys, content):
+    shutil.copytree(run.where, copy := tmp_path / "copy")
+    (copy / "job.json").write_bytes(content)
+    assert main(["verify", str(copy)]) == 4
+    assert capsys.readouterr().out.startswith(f"wrong: {copy}/job.json cannot be read (")
+    assert main(["verify", str(tmp_path)]) == 2
+    assert "is not a planned run" in capsys.readouterr().err
 
 
 def test_tars_hold_both_texts_and_all_scores(run, half, tmp_path):

@@ -345,6 +345,16 @@ def test_a_column_that_is_asked_for_is_that_of_the_json(folder):
         typo[0]
 
 
+@pytest.mark.parametrize(("content", "captions"), [(b'["one", "two"]', ["one", "two"]), (b'"one"', ["one"])])
+def test_a_json_member_that_is_no_object_is_the_captions_unless_a_field_of_it_is_asked_for(folder, content, captions):
+    with tarfile.open(folder / "s.tar", "w") as tar:
+        add(tar, "a.png", png(0)), add(tar, "a.json", content)
+    plain, alt = (SourceConfig(str(folder / "s.tar"), **how) for how in ({}, {"caption_column": "alt"}))
+    assert open_source(plain)[0].captions == captions
+    with pytest.raises(BadSample, match=r"no caption: its \.json member is a text or a list, without 'alt'"):
+        open_source(alt)[0]
+
+
 def test_a_sample_that_lacks_a_member_is_bad_but_not_fatal(folder):
     with tarfile.open(folder / "s.tar", "w") as tar:
         add(tar, "a.png", png(0)), add(tar, "a.txt", b"hello")

@@ -78,6 +78,8 @@ class CaptionOptions(ImageOptions, ModelOptions, SidecarOptions):
         values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         preset = DECODE_PRESETS[self.preset]
         if self.method == "greedy":
+            if self.beams not in (None, 1):
+                raise ValueError(f"--method greedy has one beam, but --beams is {self.beams}: leave it out")
             if values.get("num", 1) > 1:
                 raise ValueError(f"--method greedy gives one caption, but --num is {self.num}: use beam or nucleus")
             values |= {"method": "beam", "beams": 1, "num": 1}
@@ -85,6 +87,13 @@ class CaptionOptions(ImageOptions, ModelOptions, SidecarOptions):
             values["method"] = self.method
         if values.get("method", preset.method) == "beam" and preset.beams > 1:
             values.setdefault("beams", max(preset.beams, values.get("num", 1)))
+        samples = values.get("method", preset.method) == "nucleus"
+        if samples and self.beams is not None:
+            raise ValueError("--beams is of beam search, not of nucleus sampling: leave it out, or give --method beam")
+        if not samples and self.top_p is not None:
+            raise ValueError(
+                "--top-p is of nucleus sampling, not of beam search: leave it out, or give --method nucleus"
+            )
         return dataclasses.replace(preset, **values)
 
 
@@ -220,7 +229,13 @@ def _undo(chosen: CaptionOptions) -> int:
     roots = {os.path.realpath(folder): folder for folder in folders}.values()
     for root in roots:
         if undo.UndoRun.last(root) is None:
-            raise ValueError(f"nothing to undo in {root}: no run of `blip caption` is recorded there")
+            problem = f"nothing to undo in {shown(root)}: no run of `blip caption` is recorded there"
+            if run := undo.UndoRun.above(root):
+                above = str(run.root)
+                problem += (
+                    f". Its captions are of a run in {shown(above)}; to take back all of that: {undo.command(above)}"
+                )
+            raise ValueError(problem)
     counts: Counter[str] = Counter()
     with contextlib.nullcontext() if chosen.dry_run else undo.only_writer(roots):
         for run in filter(None, map(undo.UndoRun.last, roots)):

@@ -44,6 +44,8 @@ class DemoOptions(ModelOptions):
 
     def __post_init__(self) -> None:
         at_least(1, port=self.port)
+        if self.index and not self.folder:
+            raise ValueError("--index is of the images to search: give --folder, too")
 
 
 def run(chosen: DemoOptions) -> int:

@@ -56,8 +56,8 @@ class DuplicatesOptions(IndexOptions, ModelOptions):
             raise ValueError(f"cosine must be above 0 and at most 1, got {self.cosine}")
         if self.bits is not None and not 0 <= self.bits <= _MOST_BITS:
             raise ValueError(f"bits must be 0 to {_MOST_BITS}, got {self.bits}")
-        if self.bits is not None and (self.index or self.rebuild):
-            raise ValueError("--index and --rebuild are about embeddings, and --bits needs none: leave them out")
+        if self.bits is not None and (self.model or self.index or self.rebuild):
+            raise ValueError("--model, --index and --rebuild are of embeddings, and --bits needs none: leave them out")
 
 
 class Features(NamedTuple):

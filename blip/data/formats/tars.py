@@ -567,7 +567,8 @@ def sample_row(
     """The row of a sample whose members `read` gives, which may raise BadSample.
 
     Its caption is the text, or the JSON member's where there is no text or another column is asked for; a JSON member
-    that is no object is the caption itself. CapFilt's exports have all captions in the JSON, the first also as text.
+    that is no object is the caption itself, where no other column is asked for. CapFilt's exports have all captions in
+    the JSON, the first also as text.
     """
     column = columns.caption
     in_text = text is not None and column == TEXT_COLUMN
@@ -613,10 +614,13 @@ def _json(content: bytes, column: str | None) -> tuple[list[str] | BadSample, di
     if column is None:
         return [], values
     try:
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) and column == TEXT_COLUMN:
             return captions_of(value), values
-        if column in value:
-            return captions_of(value[column]), values
+        if column in values:
+            return captions_of(values[column]), values
+        if not isinstance(value, dict):
+            fault = f"no caption: its .json member is a text or a list, without {column!r}"
+            return BadSample(fault, "no_caption"), values
         have = ", ".join(sorted(value))[:200] or "nothing"
         return BadSample(f"no caption: its .json member has no {column!r} (it has: {have})", "no_caption"), values
     except BadSample as error:
