@@ -248,7 +248,9 @@ def use_judge(view):
     view.locator("#answered", has_text="number 2").wait_for()
     view.keyboard.type("s" * count)
     view.locator("#finished").wait_for()
-    view.evaluate("() => { const one = document.getElementById('trouble'); one.textContent = 'x'; one.hidden = false; }")
+    view.evaluate(
+        "() => { const one = document.getElementById('trouble'); one.textContent = 'x'; one.hidden = false; }"
+    )
 
 
 def use_inspect(view):
