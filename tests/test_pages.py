@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from capfilt_crawl import crawl, sample, scored, write_tar
+from capfilt_crawl import crawl, make_fake, sample, scored, write_tar
 from page_rules import faults
 from PIL import Image
 
@@ -18,6 +18,7 @@ from blip.app.html.serve import PageServer
 from blip.app.sidecars import Beside, SidecarOptions
 from blip.data.image_files import find
 from blip.inference.explain import Explanation
+from blip.origin import OTHER, SYNTHETIC
 from capfilt.calibrate import audit
 from capfilt.calibrate.grade import Kind
 from capfilt.report.counts import ReportOptions
@@ -74,7 +75,13 @@ def make_capfilt(folder):
     members = [m for i in range(6) for m in sample(f"h{i}", i, f"{CRAWLED} {i} {'long' * 60}")]
     write_tar(folder / "in" / "a.tar", [*members, ("bad.jpg", b"<html>"), ("bad.txt", CRAWLED.encode())])
     crawl(folder / "in", shards=1, rows=30)
-    run = scored(folder / "in" / "*.tar", folder / "run")
+
+    def maker(run):
+        scorer = make_fake(run)
+        scorer.facts |= {"trained_on": json.dumps([SYNTHETIC])}
+        return scorer
+
+    run = scored(folder / "in" / "*.tar", folder / "run", maker=maker)
     return Path(report(run, ReportOptions(per_group=6))).read_text()
 
 
@@ -112,7 +119,7 @@ def make_captions(folder):
     references = {name: [CRAWLED, "a star"] for name in ids}
     facts = {"prompt": "a picture of ", "decode": {"beams": 3}, "images": 30}
     cider = {name: i / 10 for i, name in enumerate(ids)}
-    return captions_page(record | facts, cider, references, dict.fromkeys(ids, CRAWLED), None, 30)
+    return captions_page(record | facts, cider, references, dict.fromkeys(ids, CRAWLED), None, 30, (SYNTHETIC,))
 
 
 def make_search(folder):
@@ -120,15 +127,16 @@ def make_search(folder):
     Image.new("RGB", (40, 30), "teal").save(long)
     hits = [search.Hit(long, 1.5 - i, 0.4, 0.8 if i < 3 else None) for i in range(5)]
     return search.sheet(
-        [search.SearchResult("a red <b> bicycle", hits), search.SearchResult("x" * 120, hits)], str(folder), 1
-    )
+        [search.SearchResult("a red <b> bicycle", hits), search.SearchResult("x" * 120, hits)],
+        str(folder), 1, (SYNTHETIC,),
+    )  # fmt: skip
 
 
 def make_explain(folder):
     maps = torch.rand(4, 3, 3, generator=torch.Generator().manual_seed(0))
     explanation = Explanation(["a", "red<b>", "bicycle", "x" * 40], maps, maps.mean(0), 0.9)
     panels = explain.images(Image.new("RGB", (48, 32), "teal"), explanation)
-    return explain.page("photos/a.png", "a red<b> bicycle " + "x" * 40, panels, explanation)
+    return explain.page("photos/a.png", "a red<b> bicycle " + "x" * 40, panels, explanation, (OTHER, SYNTHETIC))
 
 
 def make_demo(folder):
@@ -163,6 +171,11 @@ def test_every_page_keeps_the_rules(pages, name):
     text = text_of(pages[name])
     assert faults(text, PAGES[name], crawled=[CRAWLED, "pwned"], served=pages[name].startswith("http")) == []
     assert "<script>document.title" not in text
+
+
+def test_pages_of_models_that_know_only_synthetic_shapes_say_so(pages):
+    note = "The model was trained on synthetic shapes; on photographs its answers mean nothing."
+    assert {name for name in PAGES if note in text_of(pages[name])} == {"capfilt", "captions", "search"}
 
 
 def test_a_rule_that_is_broken_is_noticed(pages):
