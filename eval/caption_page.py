@@ -36,6 +36,7 @@ def report(
     captions: Mapping[ImageId, str],
     images: Images | None,
     shown: int,
+    trained_on: Sequence[str] = (),
 ) -> str:
     """Build a self-contained HTML page; half of the `shown` captions are the best by CIDEr, half the worst."""
     ordered = sorted(cider, key=cider.get, reverse=True)
@@ -67,6 +68,7 @@ def report(
         "sections.html",
         title=title,
         kind="Evaluation of captions",
+        trained_on=trained_on,
         lead="Each caption is compared with human captions of the same image; scores are times 100.",
         figures=[html.Figure(count.partition(" ")[0], "captions evaluated"), *(_figure(row) for row in top)],
         sections=[

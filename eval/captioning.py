@@ -35,8 +35,10 @@ def evaluate(options: CaptioningOptions, runner: Runner) -> Iterator[tuple[str, 
     """Evaluate captions of a model or a file; writes results.json, the captions, and captions.html."""
     images = Images.open(options.source, options.limit, options.remote) if options.source else None
     entries = read_references(Path(options.references)) if options.references else images.entries
+    trained_on: tuple[str, ...] = ()
     if options.model:
         with runner.model() as loaded:
+            trained_on = loaded.trained_on
             ways = {"prompt": options.prompt, "batch": options.batch, "threads": options.threads}
             results = captions_of(loaded.model, loaded.tokenizer, images, options.decode, **ways)
     else:
@@ -69,7 +71,8 @@ def evaluate(options: CaptioningOptions, runner: Runner) -> Iterator[tuple[str, 
     files = {"results_file": options.results, "references_file": options.references}
     runner.record(**{name: path for name, path in files.items() if path is not None})
     if options.out:
-        html = report(scores.values | runner.facts, scores.cider, references, results, images, options.shown)
+        values = scores.values | runner.facts
+        html = report(values, scores.cider, references, results, images, options.shown, trained_on)
         runner.out.write("captions.html", html)
     yield from scores.values.items()
 

@@ -108,8 +108,9 @@ def _policy_faults(page, served):
     scripts = [e["text"] for e in page.all("script") if "type" not in e["attrs"]]
     expected = {
         "default-src": "'none'",
-        "img-src": "'self' data:" if served else "data:",
-        **({"connect-src": "'self'", "form-action": "'none'"} if served else {}),
+        "img-src": "'self' data:" if served and by_name.get("img-src") != "data:" else "data:",
+        "form-action": "'none'",
+        **({"connect-src": "'self'"} if served else {}),
         "style-src": " ".join(sha256(e["text"]) for e in page.all("style")),
         **({"script-src": " ".join(map(sha256, scripts))} if scripts else {}),
     }

@@ -17,6 +17,8 @@ from blip.checkpoints import checkpoint
 from blip.data.settings import DataConfig, SourceConfig
 from blip.models.blip import Blip
 from blip.world import classes, files, pairs, questions
+from capfilt.score.models import BlipScorer
+from capfilt.settings import ScoreConfig
 from recipes import building
 from recipes.building import ModelChoice
 
@@ -151,6 +153,15 @@ def test_loading_says_so_once_a_load_and_once_a_command(shapes, tmp_path, capsys
     (tmp_path / "photo.jpg").write_bytes(photo())
     assert cli.main(["caption", str(tmp_path / "photo.jpg"), "--model", str(shapes), "--prompt", "a"]) == 0
     assert capsys.readouterr().err == NOTE
+
+
+def test_scores_of_a_crawl_record_it_for_the_report(shapes, tmp_path):
+    checkpoint.save_pretrained(Blip(SMALLEST), TOKENIZER, tmp_path / "old")
+    for captioner, recorded in ((shapes, list(SHAPES)), (tmp_path / "old", [])):
+        config = ScoreConfig(
+            captioner=str(captioner), filter=str(shapes), max_length=9, max_tokens=9, decode="greedy"
+        )
+        assert json.loads(BlipScorer.load(config, "cpu").facts["trained_on"]) == recorded
 
 
 def test_of_several_processes_one_says_so(capsys, monkeypatch):

@@ -15,6 +15,8 @@ import pyarrow.compute as pc
 from blip.app import html
 from blip.app.html.serve import PageServer
 from capfilt.reading import Reader, shown_image
+from capfilt.report.page import ONE
+from capfilt.report.page import STATUSES as IN_WORDS
 from capfilt.run import Part, Run
 from capfilt.schema import STATUSES, USABLE
 from capfilt.select.choose import read_account, scored_parts, select_part, survey
@@ -37,6 +39,7 @@ _NOTES = [
     "width",
     "height",
 ]
+_WORDS = ONE | IN_WORDS
 _CHOICES = {"source": ("web", "syn", "human"), "verdict": ("kept", "dropped"), "status": STATUSES}
 
 
@@ -56,12 +59,13 @@ class Inspection:
     def page(self, _: Mapping[str, Any]) -> str:
         """Render the page, which asks for cards."""
         rows = sum(part.rows for part in self.parts)
-        verdicts = f"selection {self.selection}" if self.selection else "P(match) of at least 0.5"
+        verdicts = f"the selection “{self.selection}”" if self.selection else "a probability of a match of at least 0.5"
         return html.page(
             "inspect.html", title=f"{rows:,} rows of {self.run.where}", kind="CapFilt run",
-            lead=f"With the verdicts of {verdicts}.", scripts=("inspect.js",),
+            lead=f"Every text with its score, kept or dropped by {verdicts}.", scripts=("inspect.js",),
             allow={"connect-src": "'self'", "img-src": "'self' data:"},
-            choices=_CHOICES, shards=sorted({part.source for part in self.parts})[:2000],
+            choices={name: [(one, _WORDS.get(one, one)) for one in values] for name, values in _CHOICES.items()},
+            shards=sorted({part.source for part in self.parts})[:2000],
         )  # fmt: skip
 
     def image(self, given: Mapping[str, Any]) -> bytes:
@@ -120,14 +124,15 @@ class Inspection:
         mine = texts.filter(pc.is_in(texts["row"], pa.array(rows, pa.int32())))
         of_row: dict[int, list[dict[str, Any]]] = defaultdict(list)
         for text in mine.select(["row", "text", "text_source", "score", "kept", "reason"]).to_pylist():
-            of_row[text.pop("row")].append({**text, "text": html.cut(text["text"] or "")})
+            shown_text = {"text": html.cut(text["text"] or ""), "label": ONE[text["text_source"]]}
+            of_row[text.pop("row")].append(text | shown_text)
         return [
             {
                 "pid": part.pid,
                 "row": int(row),
                 "key": html.cut(note["key"] or ""),
                 "where": html.cut(f"{note['source_uri']}:{note['source_row']}"),
-                "status": note["status"],
+                "status": _WORDS[note["status"]],
                 "detail": html.cut(" ".join(filter(None, [note["error_code"], note["error_detail"]]))),
                 "rules": note["rule_flags"] or [],
                 "image": note["status"] in USABLE,

@@ -137,10 +137,12 @@ def render(run: Run, numbers: Numbers, report: dict[str, Any], cards: Cards, opt
         "figures": figures,
         "alert": "These scores are made up (--scorer fake): a rehearsal of the run, not a judgement of the texts."
         if is_rehearsal else "",
+        "trained_on": json.loads(report["facts"].get("trained_on", "[]")),
         "warnings": _warnings(report),
         "slider": _slider(report),
         "histograms": _histograms(report),
         "note": _note(report),
+        "run": shlex.quote(report["run"]),
         "tables": [table for table in _tables(report) if table.rows],
         "blur": not options.no_blur,
         "policy_text": _policy(report["settings"]),
@@ -264,12 +266,13 @@ def _histograms(report: dict[str, Any]) -> list[str]:
 
 
 def _note(report: dict[str, Any]) -> str:
+    """Say how to read the chart of shuffled captions, if there is one."""
     if report["null"]:
         return (
             "The grey chart is for captions shuffled among images: the filter's scores of texts that do not match. "
             "It is a lower bound on the noise, not an estimate: near misses score far higher."
         )
-    return "capfilt calibrate --method null adds the scores of shuffled captions; --method audit estimates precision."
+    return ""
 
 
 def _thresholds(report: dict[str, Any]) -> PageTable:
@@ -378,8 +381,8 @@ def _made(report: dict[str, Any]) -> PageTable:
             for device, s in report["seconds"].items() if s]  # fmt: skip
     rows.append(["version", f"openblip {blip.__version__}"])
     rows.append(["selection", _policy(report["settings"])])
-    rows += [[name, _cut(json.dumps(value))] for name, value in report["config"].items()]
-    rows += [[name, _cut(value)] for name, value in report["facts"].items()]
+    rows += [[name, _cut(one if isinstance(one, str) else json.dumps(one))] for name, one in report["config"].items()]
+    rows += [[name, _cut(value)] for name, value in report["facts"].items() if name not in report["config"]]
     return PageTable("How this was made", ["setting", "value"], rows)
 
 

@@ -22,7 +22,7 @@ from blip.models.blip import Blip, starting_with
 from blip.models.protocols import Embeds, Generates, Matches, require
 from blip.nn.context import Context
 from blip.nn.pixels import MEAN, STD
-from blip.origin import print_note
+from blip.origin import print_note, union
 from blip.text import clean_caption
 from blip.tokenizer import Tokenizer
 from capfilt.score.scorer import BatchTooLarge, Item, Matched, Scores, SyntheticText
@@ -97,10 +97,12 @@ class BlipScorer:
         if config.captioner:
             captioner = checkpoint.from_pretrained(config.captioner, image_size=config.image_size)
         scorer = cls(captioner, checkpoint.from_pretrained(config.filter, image_size=config.image_size), config, device)
-        for where in filter(None, (config.captioner, config.filter)):
-            print_note(checkpoint.trained_on(where), once=True)
+        origins = [checkpoint.trained_on(where) for where in filter(None, (config.captioner, config.filter))]
+        for trained_on in origins:
+            print_note(trained_on, once=True)
         resolved = resolve(config)
         scorer.facts |= {role: json.dumps(resolved[role]) for role in ("captioner", "filter")}
+        scorer.facts["trained_on"] = json.dumps(union(*origins) if all(origins) else [])
         return scorer
 
     def _ready(self, model: Blip) -> Blip:

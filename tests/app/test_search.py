@@ -248,7 +248,9 @@ def test_the_sheet_shows_the_image_searched_for(run, photos):  # noqa: F811
     assert status == 0
     page = (photos.parent / "found.html").read_text()
     assert page.count('src="data:image/jpeg') == 3
-    assert "photos/p3.png -red &lt;b&gt;" in page
+    assert "Like p3.png -red &lt;b&gt;</h2>" in page
+    assert "“p3.png -red &lt;b&gt;”" in page  # the title names another image than itself
+    assert "p3.png is the best" not in page
     assert "<b>" not in page
     assert page.count("cosine, which ranks it") == 2
     assert "probability" not in page

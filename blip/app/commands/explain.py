@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,7 +77,7 @@ def run(chosen: ExplainOptions) -> int:
     explanation = loaded.explain(original, chosen.text, chosen.layer)
     panels = images(small(original, _SIDE), explanation)
     if chosen.out.endswith((".html", ".htm")):
-        made = page(chosen.image, chosen.text, panels, explanation).encode("utf-8", "replace")
+        made = page(chosen.image, chosen.text, panels, explanation, loaded.trained_on).encode("utf-8", "replace")
     else:
         buffer = io.BytesIO()
         if chosen.out.endswith(".png"):
@@ -109,7 +110,8 @@ def images(original: Image.Image, explanation: Explanation) -> list[tuple[str, I
     return [("the image", original), ("the whole text", overlay(original, whole, float(whole.max()))), *words]
 
 
-def page(name: str, text: str, panels: list[tuple[str, Image.Image]], explanation: Explanation) -> str:
+def page(name: str, text: str, panels: list[tuple[str, Image.Image]], explanation: Explanation,
+         trained_on: Sequence[str] = ()) -> str:  # fmt: skip
     """Build the page: the image first, then where the evidence is, with a legend."""
     from blip.app import html
     from blip.inference.explain import HUE
@@ -139,6 +141,7 @@ def page(name: str, text: str, panels: list[tuple[str, Image.Image]], explanatio
             html.Figure(f"{side * side}", "patches of the image", f"{side} by {side}"),
         ],
         cards=cards,
+        trained_on=trained_on,
         hue="#{:02x}{:02x}{:02x}".format(*HUE),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -82,6 +83,8 @@ class SearchResult(NamedTuple):
     hits: list[Hit]
     image: Image.Image | None = None
     """The image searched for, if it was one."""
+    file: str = ""
+    """Its file."""
 
 
 def run(chosen: SearchOptions) -> int:
@@ -131,7 +134,7 @@ def run(chosen: SearchOptions) -> int:
             else:
                 hits = nearest(index, changed, chosen.top)
                 named = {"image": chosen.image, "plus": chosen.plus, "minus": chosen.minus}
-                answered.append(SearchResult(query, hits, image))
+                answered.append(SearchResult(query, hits, image, chosen.image))
             for hit in hits:
                 values = {"score": round(hit.score, 5), "itc": round(hit.itc, 5)}
                 if chosen.json:
@@ -142,7 +145,7 @@ def run(chosen: SearchOptions) -> int:
                     answers.text(query, shown(str(hit.path)), f"{hit.score:.4f}", f"{hit.itc:.4f}", chance)
             answers.advance(1)
     if chosen.sheet:
-        content = sheet(answered, chosen.folder, len(index.readable))
+        content = sheet(answered, chosen.folder, len(index.readable), loaded.trained_on)
         files.replace_file(Path(chosen.sheet), content.encode("utf-8", "replace"))
     return SOME_FAILED if failed else 0
 
@@ -196,7 +199,7 @@ def find_one(index: Index, loaded: Loaded, query: str, embed: Tensor, top: int, 
     return (sorted(first, key=lambda hit: -round(hit.score, 5)) + hits[rerank:])[:top]
 
 
-def sheet(answered: list[SearchResult], folder: str, images: int) -> str:
+def sheet(answered: list[SearchResult], folder: str, images: int, trained_on: Sequence[str] = ()) -> str:
     """Build a page with what was searched for and the images found, each with the score that ranks it."""
     from blip.app import html
     from blip.data.images import UnreadableImage, model_input, small
@@ -219,22 +222,25 @@ def sheet(answered: list[SearchResult], folder: str, images: int) -> str:
 
     def section(result: SearchResult) -> html.Section:
         if result.image is not None:
-            query = [html.Card(html.thumbnail(small(result.image, 2048)), result.query, [html.Line("searched for")])]
+            name = Path(result.file).name
+            query = [html.Card(html.thumbnail(small(result.image, 2048)), name, [html.Line("searched for")])]
             cards = [card(n, hit, "cosine, which ranks it") for n, hit in enumerate(result.hits, 1)]
-            return html.Section(result.query, "Ranked by the cosine with what was searched for.", cards=query + cards)
+            order = "Ranked by the cosine with what was searched for."
+            return html.Section(f"Like {_named(result)}", order, cards=query + cards, first=11)
         order = "Ranked by the cosine of image and text."
         if any(hit.itm is not None for hit in result.hits):
-            order = "Ranked by the match score, the logit of a match plus the cosine. "
-            order += "Images that are not re-ranked follow, by their cosine."
+            order = "Ranked by the match score, the logit of a match plus the cosine."
+            if result.hits[-1].itm is None:
+                order += " Images that are not re-ranked follow, by their cosine."
         cards = [card(n, hit, "cosine, not re-ranked") for n, hit in enumerate(result.hits, 1)]
         return html.Section(result.query, order, cards=cards)
 
     reranked = sum(hit.itm is not None for result in answered for hit in result.hits)
-    firsts = [result.hits[0] for result in answered if result.hits]
-    title = f"{len(answered)} queries searched for in {images:,} images"
+    firsts = [hit for result in answered for hit in _others(result)[:1]]
+    title = f"The best of {images:,} images for {len(answered)} queries"
     if len(answered) == 1:
         best = f"{firsts[0].path.name} is the best of {images:,} images" if firsts else "no image"
-        title = f"“{html.cut(answered[0].query)}”: {best}"
+        title = f"“{html.cut(_named(answered[0]))}”: {best}"
     lead = "The nearest images by cosine."
     if reranked:
         lead = (
@@ -249,8 +255,22 @@ def sheet(answered: list[SearchResult], folder: str, images: int) -> str:
             html.Figure(f"{images:,}", "images searched"),
             html.Figure(f"{len(answered)}", "query" if len(answered) == 1 else "queries"),
             html.Figure(f"{sum(len(result.hits) for result in answered)}", "images shown"),
-            html.Figure(f"{reranked}", "of them re-ranked"),
+            html.Figure(f"{reranked}", "of them re-ranked")
+            if reranked
+            else html.Figure(max((f"{hit.itc:.3f}" for hit in firsts), default="-"), "highest cosine"),
         ],
         sections=[section(result) for result in answered],
         tables=[],
+        trained_on=trained_on,
     )
+
+
+def _named(result: SearchResult) -> str:
+    """A query with its file's name instead of the whole path."""
+    return Path(result.file).name + result.query.removeprefix(result.file) if result.file else result.query
+
+
+def _others(result: SearchResult) -> list[Hit]:
+    """The hits without the image that was searched for, unless there is nothing else."""
+    itself = os.path.realpath(result.file)
+    return [hit for hit in result.hits if os.path.realpath(hit.path) != itself] or result.hits

@@ -21,6 +21,8 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
+from blip.origin import NOTE, is_synthetic
+
 TEMPLATES = resources.files(__name__) / "templates"
 LONGEST = 300
 """Most characters shown of a text."""
@@ -73,6 +75,8 @@ class Section(NamedTuple):
     """Words and relative address."""
     is_narrow: bool = False
     """Whether the charts are small ones."""
+    first: int = 10
+    """Number of cards that are not folded away."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +99,12 @@ class PageTable:
 
 
 def page(template: str, *, title: str, scripts: Sequence[str] = (), allow: Mapping[str, str] | None = None,
-         **data: Any) -> str:  # fmt: skip
+         trained_on: Sequence[str] = (), **data: Any) -> str:  # fmt: skip
     """Render a template of `templates/` as a page.
 
     `title` is what the page found out, in a sentence. `scripts` are files of `templates/`, run at the end of the page.
-    `allow` adds to the policy, e.g. {"connect-src": "'self'"} for a page that a server shows. The templates also take
+    `allow` adds to the policy, e.g. {"connect-src": "'self'"} for a page that a server shows. `trained_on`
+    are the origins of the model's images, of which the page says so if they are only synthetic. The templates also take
     `kind`, `lead`, `figures` and `alert`; a name that a template lacks raises jinja2.UndefinedError.
     """
     style = _content("style.css")
@@ -109,7 +114,7 @@ def page(template: str, *, title: str, scripts: Sequence[str] = (), allow: Mappi
     policy |= {"base-uri": "'none'", "form-action": "'none'", **(allow or {})}
     defaults = {"kind": "", "lead": "", "figures": (), "alert": ""}
     return _environment().get_template(template).render(
-        defaults | data,
+        defaults | data, caution=f"The model was {NOTE}." if is_synthetic(trained_on) else "",
         title=title, style=Markup(style), scripts=code, policy="; ".join(f"{k} {v}" for k, v in policy.items()),
     )  # fmt: skip
 

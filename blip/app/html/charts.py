@@ -128,7 +128,7 @@ def slope(name: str, before: Estimate, after: Estimate, labels: tuple[str, str],
     """Draw a value before and after a change, with intervals, on an axis from `low` to `high`."""
     width, height, bottom = 290, 236, 196
     high = _round_range(low, max(before.high, after.high))[1] if high is None else high
-    left, right = 96, width - 86
+    left, right = 106, width - 86
 
     def down(value: float) -> float:
         return bottom - (value - low) / (high - low) * (bottom - 14)

@@ -27,10 +27,10 @@
       const text = element("div", "text" + (one.kept ? " kept" : ""));
       const verdict = element("div", "verdict");
       verdict.append(element("b", "", one.kept ? "kept" : "dropped"),
-        element("span", "score", `${one.text_source}${one.score === null ? "" : " " + one.score.toFixed(3)}`));
+        element("span", "score", `${one.label}${one.score === null ? "" : " " + one.score.toFixed(3)}`));
       const quote = element("q", "", one.text);
       quote.dir = "auto";
-      text.append(verdict, quote, element("span", "label", one.reason));
+      text.append(verdict, quote, element("span", "label", one.reason.replace(/^itm /, "")));
       body.append(text);
     }
     if (row.rules.length) body.append(element("p", "dim", "rules: " + row.rules.join(", ")));
@@ -64,7 +64,7 @@
       after = answer.after;
       count += answer.cards.length;
       const rows = count === 1 ? "1 row" : count.toLocaleString("en") + " rows";
-      get("found").textContent = after ? `${rows}; searched ${answer.searched} of ${answer.parts} parts` :
+      get("found").textContent = after ? `${count ? "The first " + rows : "No row yet"}; ${answer.searched} of ${answer.parts} parts searched` :
         `${count ? rows : "No row"} ${count === 1 ? "fits" : count ? "fit" : "fits"}; all ${answer.parts} parts searched`;
       get("more").hidden = !after;
     } catch (error) {

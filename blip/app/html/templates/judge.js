@@ -16,7 +16,7 @@
     items.forEach((item, i) => { item.hidden = i !== at; });
     const answer = answers.get(ids[at]);
     get("progress").textContent = `${answers.size} of ${ids.length}`;
-    get("answered").textContent = `this is number ${at + 1}` + (answer ? `, answered: ${words[answer]}` : "");
+    get("answered").textContent = `judged; this is number ${at + 1}` + (answer ? `, answered: ${words[answer]}` : "");
     get("done").value = answers.size;
     get("undo").disabled = !answers.size;
     get("finished").hidden = answers.size < ids.length;
