@@ -39,7 +39,7 @@ def _navigation(app, name: str, source: list[str]) -> None:
     if name != "index":
         return
     for title, section in re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", source[0], re.M | re.S):
-        pages = re.findall(r"^\| \[[^]]+\]\(([\w/]+)\.md\)", section, re.M)
+        pages = re.findall(r"^\| \[[^]]+\]\(([\w/]+)\.(?:md|ipynb)\)", section, re.M)
         source[0] += (
             f"\n\n```{{toctree}}\n:hidden:\n:caption: {title}\n\n" + "\n".join(pages) + "\n```\n" if pages else ""
         )

@@ -29,6 +29,8 @@ from blip.models.presets import BASE, LARGE, TINY
 from blip.models.settings import BlipConfig
 from blip.models.vqa import Vqa
 from blip.world import files as world_files
+from blip.world.judge import judge
+from blip.world.scene import scene_of
 from recipes import command as recipes_command
 
 DOCS = ROOT / "docs"
@@ -413,6 +415,15 @@ def test_the_site_builds_without_a_warning(tmp_path):
         assert f">{title}<a" in (tmp_path / f"{path.stem}.html").read_text(), (
             f"{path.name} is hidden by a page of Sphinx"
         )
+
+
+def test_the_captions_on_the_front_page_are_true():
+    """In every word: docs/images.py keeps them in the file, with the names of their scenes."""
+    shown = json.loads(Image.open(DOCS / "capfilt.png").text["shown"])
+    assert len(shown) == 8
+    for card in shown:
+        assert len(card["captions"]) == 1
+        assert judge(scene_of(card["image_id"]), card["captions"][0]).true, card
 
 
 def test_the_computed_costs_are_those_of_the_page():
