@@ -244,7 +244,9 @@ class UndoRun:
             for folder in touched:
                 files.sync(folder)
             if not left:
-                shutil.rmtree(self.folder)
+                done = files.partial(self.folder)  # a name that is swept, so that a kill leaves no half of a record
+                self.folder.rename(done)
+                shutil.rmtree(done)
         return back[::-1], left[::-1]
 
     def _restore(self, path: Path, kept: Path) -> None:

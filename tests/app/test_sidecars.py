@@ -948,6 +948,21 @@ def test_the_end_of_a_torn_log_is_dropped(run, photos, monkeypatch):
     assert run("photos", "--undo")[2] == ["6 removed, 0 restored, 0 left as they are"]
 
 
+def test_an_undo_that_is_killed_at_its_very_end_leaves_nothing_behind(run, photos, monkeypatch):
+    before = content(photos)
+    run("photos", "--sidecar", ".txt")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+        child = forked("photos", "--undo")
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert content(photos) == before
+    assert (photos / ".blip-undo").exists()
+    status, _, stderr = run("photos", "--undo")
+    assert status == 2
+    assert stderr[-1].startswith("error: nothing to undo in photos")
+    assert not (photos / ".blip-undo").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [["--sidecar", ".txt"], ["--metadata"], ["--sidecar", ".caption", "--metadata"]])
 @pytest.mark.parametrize("mode", MODES)

@@ -229,6 +229,9 @@ def _undo(chosen: CaptionOptions) -> int:
     roots = {os.path.realpath(folder): folder for folder in folders}.values()
     for root in roots:
         if undo.UndoRun.last(root) is None:
+            if os.path.isdir(os.path.join(root, undo.FOLDER)) and not chosen.dry_run:
+                with undo.only_writer([root]):
+                    pass  # which removes what an undo that was killed at its end has left
             problem = f"nothing to undo in {shown(root)}: no run of `blip caption` is recorded there"
             if run := undo.UndoRun.above(root):
                 above = str(run.root)
