@@ -7,6 +7,7 @@ shows is in the file, too, under "shown": a list of image ids and captions, whic
 """
 
 import json
+import shutil
 import sys
 from io import BytesIO
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-WIDTH, CARDS = 900, 8
+WIDTH, CARDS = 1180, 8
 GROUP = "The web text was wrong"
 ONLY = """([heading, count]) => {
     const group = [...document.querySelectorAll("h3")].find(one => one.textContent == heading);
@@ -25,10 +26,13 @@ ONLY = """([heading, count]) => {
     grid.className = "grid four";
     grid.append(...cards.slice(0, count));
     document.querySelector("main").replaceChildren(grid);
-    return [...grid.children].map(card => ({
-        image_id: card.querySelector("p.dim").textContent.trim().split(" ").at(-1),
-        captions: [...card.querySelectorAll(".text.kept q")].map(text => text.textContent),
-    }));
+    return [...grid.children].map(card => {
+        card.querySelector(".toggle").remove();
+        const origin = card.querySelector("p.dim");
+        origin.remove();
+        const captions = [...card.querySelectorAll(".text.kept q")].map(text => text.textContent);
+        return {image_id: origin.textContent.trim().split(" ").at(-1), captions};
+    });
 }"""
 
 
@@ -37,7 +41,7 @@ def take(report: Path, out: Path) -> None:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": WIDTH, "height": 900}, color_scheme="light")
         page.goto(report.resolve().as_uri())
         shown = page.evaluate(ONLY, [GROUP, CARDS])
