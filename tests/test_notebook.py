@@ -50,5 +50,5 @@ def test_every_cell_runs(tmp_path, monkeypatch):
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert (tmp_path / "runs/notebook/captioner/model/model.safetensors").is_file()
     assert len(list((tmp_path / "runs/notebook/photos").glob("*.txt"))) == 60
-    found = next(cell for cell in code_cells(notebook) if 'blip", "search' in cell.source)
-    assert any("image/png" in output.get("data", {}) for output in found.outputs)
+    search = next(cell for cell in code_cells(notebook) if 'blip", "search' in cell.source)
+    assert any("image/png" in output.get("data", {}) for output in search.outputs)

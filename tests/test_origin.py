@@ -158,9 +158,7 @@ def test_loading_says_so_once_a_load_and_once_a_command(shapes, tmp_path, capsys
 def test_scores_of_a_crawl_record_it_for_the_report(shapes, tmp_path):
     checkpoint.save_pretrained(Blip(SMALLEST), TOKENIZER, tmp_path / "old")
     for captioner, recorded in ((shapes, list(SHAPES)), (tmp_path / "old", [])):
-        config = ScoreConfig(
-            captioner=str(captioner), filter=str(shapes), max_length=9, max_tokens=9, decode="greedy"
-        )
+        config = ScoreConfig(captioner=str(captioner), filter=str(shapes), max_length=9, max_tokens=9, decode="greedy")
         assert json.loads(BlipScorer.load(config, "cpu").facts["trained_on"]) == recorded
 
 

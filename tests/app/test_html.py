@@ -130,7 +130,7 @@ def test_curves_share_axes_that_enclose_them():
 
 def test_a_slope_has_both_values_with_their_intervals():
     drawn = charts.slope("Right", Estimate(40, 30, 50), Estimate(80, 80, 80), ("before", "after"), high=100)
-    assert re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', drawn) == [("96", "123.2"), ("204", "50.4")]
-    assert "M96,141.4V105.0" in drawn
+    assert re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', drawn) == [("106", "123.2"), ("204", "50.4")]
+    assert "M106,141.4V105.0" in drawn
     assert "before: 40% (30% to 50%); after: 80%" in drawn
     assert drawn.count("%</text>") == 2
