@@ -54,6 +54,7 @@ class BlipScorer:
         config = decided(config, device=self._device)
         self._dtype = _DTYPES[config.precision]
         self.config, self.device = config, _name(self._device)
+        self.shared = captioner is not None and same_vision(captioner[0], filter[0])
         self.filter, self.tokenizer = self._ready(filter[0]), filter[1]
         self.captioner = self._ready(captioner[0]) if captioner else None
         self.writer = captioner[1] if captioner else None
@@ -71,7 +72,6 @@ class BlipScorer:
                 )
         models = [model for model in (self.captioner, self.filter) if model is not None]
         self.sides = tuple(dict.fromkeys(model.vision.image_size for model in models))
-        self.shared = len(models) == 2 and same_vision(*models)
         if self.shared:
             self.captioner.vision = self.filter.vision
         self.batch_size = 8 if self._device.type == "cpu" else 256
