@@ -37,7 +37,7 @@ from blip.train.settings import TrainConfig
 from capfilt.score.models import BlipScorer
 from capfilt.score.scorer import Item
 from capfilt.settings import ScoreConfig
-from eval import retrieval
+from eval.retrieval import retrieval
 
 WORLD = Tokenizer.load("world")
 SIDE = 32
@@ -299,7 +299,7 @@ def test_reranking_waits_once_a_batch(cuda, model):
     """3 batches of images: their embeddings, and their matches; 2 batches of texts."""
     views = [images(2), images(2), images(1)]
     phrases = [f"a {colour} {shape}" for colour in ("red", "blue") for shape in ("star", "ring", "cross")]
-    recalls = retrieval.retrieval(model, WORLD, views, phrases, [0, 1, 2, 3, 4, 4], k=2, batch=3)
+    recalls = retrieval(model, WORLD, views, phrases, [0, 1, 2, 3, 4, 4], k=2, batch=3)
     assert recalls
     assert cuda.reads == 3 + 2 + 3
 
