@@ -46,7 +46,7 @@ class FakeCuda(TorchDispatchMode):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         on_host = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor)]
-        uploads = bool(on_host) and func.overloadpacket in (aten._to_copy, aten.copy_, aten.to)
+        uploads = bool(on_host) and func.overloadpacket in (aten._to_copy, aten.copy_)
         if uploads and self.strict and not (kwargs.get("non_blocking") or args[2:3] == (True,)):
             raise Misplaced(f"{func}: a copy to the device that blocks")
         if not uploads and any(tensor.dim() for tensor in on_host):

@@ -322,8 +322,10 @@ def test_answering_waits_for_the_count_and_for_the_answers(cuda):
 
 
 @pytest.mark.parametrize("decode", ["capfilt_2022", "caption_2022"])
-def test_capfilt_waits_for_the_texts_and_for_the_matches(decode, cuda):
+def test_capfilt_waits_for_the_texts_and_for_the_matches(decode, monkeypatch, cuda):
     """Images with several numbers of texts, which are matched apart and read together."""
+    # Tensors without values know no inference mode.
+    monkeypatch.setattr(BlipScorer, "_fitting", torch.no_grad()(BlipScorer._fitting.__wrapped__))
     cuda.strict = False
     config = ScoreConfig(filter="f", decode=decode, precision="bfloat16")
     scorer = BlipScorer((Blip(CONFIG), WORLD), (Blip(CONFIG), WORLD), config, "cuda")
