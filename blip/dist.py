@@ -141,7 +141,7 @@ def gather_padded(tensor: Tensor) -> Tensor:
     """Gather (B, T) with different T as (W B, longest T), padded with zeros on the right; without gradient."""
     if not joined():
         return tensor.detach()
-    longest = torch.tensor([tensor.shape[1]], device=tensor.device)
+    longest = torch.tensor([tensor.shape[1]])  # on the CPU, so that a GPU need not be waited for
     torch_dist.all_reduce(longest, torch_dist.ReduceOp.MAX)
     padded = F.pad(tensor, (0, int(longest) - tensor.shape[1]))
     # Neither gloo nor NCCL promises to carry booleans.

@@ -211,9 +211,8 @@ def captions_of(
         captions = []
         with bar(len(mine), "caption", "images", show=dist.is_main()) as progress:
             for ids, views in images.batches(mine, batch, side, threads):
-                texts = generate_texts(
-                    model, tokenizer, views.to(device), config, prompt=prompt, keys=[str(i) for i in ids]
-                )
+                views, keys = views.to(device, non_blocking=True), [str(i) for i in ids]
+                texts = generate_texts(model, tokenizer, views, config, prompt=prompt, keys=keys)
                 captions += [(name, best.text) for name, (best,) in zip(ids, texts, strict=True)]
                 progress.update(len(ids))
         return captions

@@ -17,6 +17,7 @@ from blip.app.loaded import Loaded
 from blip.data.image_files import find, not_images, read_images
 from blip.errors import DataError
 from blip.inference.zero_shot import TEMPLATES, class_embeddings, probabilities
+from blip.nn import host
 from eval.options import ClassificationOptions
 from eval.runner import Runner, in_parts, listed, spread
 
@@ -127,7 +128,7 @@ def classify(model: Loaded, data: ClassFolder, templates: Sequence[str] = TEMPLA
                 if image.reason:
                     raise DataError(f"{image.path} cannot be evaluated: {image.reason}")
             embeds = model.embed_image(torch.stack([image.pixels for image in images]))
-            parts.append(probabilities(embeds, classes, model.model.temperature).cpu())
+            parts += host.read(probabilities(embeds, classes, model.model.temperature))
         return parts
 
     return torch.cat(spread(in_parts(data.paths, _PART * model.batch), work, what="classify"))

@@ -19,6 +19,7 @@ from blip.data.settings import DataConfig
 from blip.data.transforms import EvalTransform
 from blip.errors import BadSample, DataError, counted
 from blip.models import dialogue as task
+from blip.nn import host
 from blip.tokenizer import Tokenizer
 from eval.options import VisdialOptions
 from eval.runner import Runner, evaluating, in_parts, listed, spread
@@ -101,14 +102,14 @@ def _scores(
 ) -> Tensor:
     """Score each row of text (R) by the difference of the matching head's logits, (R,) on the CPU."""
     device = next(model.parameters()).device
-    ids, keep = (x.to(device) for x in tokenizer.pad([caption]))
-    context = model.context(image[None].to(device), ids, keep)
+    ids, keep = (x.to(device, non_blocking=True) for x in tokenizer.pad([caption]))
+    context = model.context(image[None].to(device, non_blocking=True), ids, keep)
     differences = []
     for part in in_parts(texts, batch):
-        ids, keep = (x.to(device) for x in tokenizer.pad(part))
+        ids, keep = (x.to(device, non_blocking=True) for x in tokenizer.pad(part))
         logits = model.match(ids, keep, context.expand(len(ids))).float()
         differences.append(logits[:, 1] - logits[:, 0])
-    return torch.cat(differences).cpu()
+    return host.read(torch.cat(differences))[0]
 
 
 def ranks(scores: Tensor) -> Tensor:

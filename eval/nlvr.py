@@ -24,6 +24,7 @@ from blip.data.transforms import EvalTransform
 from blip.errors import BadSample, DataError, counted
 from blip.models.blip import starting_with
 from blip.models.nlvr import Nlvr
+from blip.nn import host
 from blip.text import clean_caption
 from blip.tokenizer import Tokenizer
 from eval.options import NlvrOptions
@@ -78,7 +79,7 @@ def answers_of(model: Nlvr, tokenizer: Tokenizer, examples: Sequence[Example], *
         sentences = sentence_batch(samples, tokenizer).to(next(model.parameters()).device)
         ids = starting_with(sentences.ids, model.config.text.enc_id)
         logits = model.judge(ids, sentences.keep, model.contexts(sentences.image, queries=ids.shape[1])).float()
-        return (logits[:, 1] > logits[:, 0]).tolist()
+        return host.read(logits[:, 1] > logits[:, 0])[0].tolist()
 
     with evaluating(model):
         answers = spread(in_parts(examples, batch), judge, what="examples")

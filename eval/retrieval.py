@@ -21,6 +21,7 @@ from blip.inference.features import cosines
 from blip.inference.matching import match
 from blip.models.blip import Blip
 from blip.models.protocols import Embeds, Matches, require
+from blip.nn import host
 from blip.progress import bar
 from blip.text import clean_caption
 from blip.tokenizer import Tokenizer
@@ -229,11 +230,11 @@ def compare(
 
     def embed_text(part: Sequence[str]) -> Tensor:
         ids, keep = tokenizer.encode(part, first="cls", max_length=max_tokens)
-        return model.embed_text(ids.to(device), keep.to(device)).cpu()
+        return host.read(model.embed_text(*(grid.to(device, non_blocking=True) for grid in (ids, keep))))[0]
 
     with evaluating(model):
         seen = _Seen(see, views, device)
-        image_embeds = _in_turn(lambda: [embed(tokens).cpu() for tokens in seen])
+        image_embeds = _in_turn(lambda: [host.read(embed(tokens))[0] for tokens in seen])
         count = sum(map(len, image_embeds))
         _check(texts, owner, count)
         mine = in_parts(list(texts), batch)[dist.rank() :: dist.world()]
@@ -251,7 +252,8 @@ def compare(
             with bar(count, "re-rank", "images", show=dist.is_main()) as progress:
                 for start, tokens in zip(starts, seen, strict=False):
                     chosen = [row.nonzero().squeeze(1) for row in pairs[start : start + len(tokens)]]
-                    parts.append(torch.cat(match(model, tokens, *encoded, chosen, batch))[:, 1].cpu())
+                    both = torch.cat(match(model, tokens, *encoded, chosen, batch))
+                    parts += host.read(both[:, 1])
                     progress.update(min(len(tokens) * dist.world(), count - progress.n))
             return parts
 
@@ -274,7 +276,7 @@ class _Seen:
             return
         few: list[Tensor] | None = []
         for images in self._mine():
-            tokens = self.see(images.to(self.device))
+            tokens = self.see(images.to(self.device, non_blocking=True))
             if few is not None:
                 few.append(tokens)
                 few = few if sum(map(_bytes, few)) <= KEPT_BYTES else None

@@ -81,7 +81,7 @@ def answers_about_clips(
 
     def work(numbers: Sequence[int]) -> list[tuple[int, Answer]]:
         (shown,) = batches(clips, numbers, len(numbers), frames, model.config.vision.image_size, threads)
-        tokens = clip_tokens(model.vision, shown.to(device))
+        tokens = clip_tokens(model.vision, shown.to(device, non_blocking=True))
         rows = [(row, place) for place, number in enumerate(numbers) for row in rows_of[number]]
         answered: list[tuple[int, Answer]] = []
         for part in in_parts(rows, _AT_ONCE):

@@ -220,7 +220,7 @@ def answers_of(
     def work(rows: Sequence[int]) -> list[tuple[int, Answer]]:
         read = list(question_set.images.batches(rows, -(-len(rows) // threads), side, threads))
         names = [name for names, _ in read for name in names]
-        tokens = model.vision(torch.cat([views for _, views in read]).to(device))
+        tokens = model.vision(torch.cat([views for _, views in read]).to(device, non_blocking=True))
         about = [(row, place) for place, name in enumerate(names) for row in question_set.of(name)]
         answered: list[tuple[int, Answer]] = []
         for part in in_parts(about, _AT_ONCE):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from blip import dist
 from blip.objectives.batch import Batch
-from blip.objectives.objective import Clock, Outcome
+from blip.objectives.objective import Clock, Objective, Outcome
 from blip.train.loop import NonFinite, fit
 from blip.train.settings import TrainConfig
 
@@ -74,7 +74,7 @@ class Fault:
     seen: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Stub(nn.Module):
+class Stub(Objective):
     """Dropout, negatives drawn at random, a slow teacher and a queue: everything a resumed run could get wrong."""
 
     def __init__(self, dropout: float = 0.2, fault: Fault | None = None):

@@ -390,7 +390,7 @@ class Loaded:
 
     def _input(self, images: Sequence[InputImage]) -> Tensor:
         pixels = torch.stack([image.pixels for image in images])
-        return pixels.to(self.device, next(self.model.parameters()).dtype)
+        return pixels.to(self.device, next(self.model.parameters()).dtype, non_blocking=True)
 
     def _of_each(
         self,

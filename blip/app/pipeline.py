@@ -161,7 +161,7 @@ def _decoding(
 
 def _generated(model: Loaded, context: Context, prompts: Tensor, config: DecodeConfig) -> list[list[str]]:
     """Whole texts of each context, the prompt included."""
-    prompts = prompts.expand(len(context), -1).to(model.device)
+    prompts = prompts.expand(len(context), -1)
     ids = generate(model.model, context, prompts, torch.ones_like(prompts, dtype=torch.bool), config).ids
     texts = model.tokenizer.decode(ids.flatten(0, 1))
     return [texts[i : i + config.num] for i in range(0, len(texts), config.num)]

@@ -43,7 +43,7 @@ class Sample:
     """One prepared record, ready to be put in a batch; a text is its word pieces, special tokens included."""
 
     images: Tensor
-    """(3, S, S) float32, or (K, 3, S, S) where a sample has several."""
+    """(3, S, S) as the transform gives it, or (K, 3, S, S) where a sample has several."""
     texts: list[list[int]]
     """Tokenized texts, one or more; their meaning depends on the kind of sample."""
     key: str

@@ -19,6 +19,7 @@ from torch import Tensor
 from blip.inference.generate import generate_texts
 from blip.inference.settings import QUESTION_TOKENS, AnswerConfig
 from blip.models.vqa import Vqa
+from blip.nn import host
 from blip.nn.context import Context
 from blip.nn.settings import TextConfig
 from blip.nn.stack import Cache
@@ -160,7 +161,7 @@ def rank(model: Vqa, questions: Context, candidates: Candidates, config: AnswerC
     nodes, words, keep = tree.nodes[chosen], candidates.ids[chosen][..., 1:], candidates.keep[chosen][..., 1:]
     used = torch.zeros(rows, 1 + len(tree.words), dtype=torch.bool, device=chosen.device)
     used = used.scatter(1, 1 + nodes.flatten(1), True)[:, 1:]
-    count = int(used.sum(1).max())
+    count = int(host.read(used.sum(1).max())[0])
     # Rows that need fewer are filled up with nodes that are not used.
     decoded = used.byte().sort(dim=1, descending=True, stable=True).indices[:, :count]  # (R, N)
     states = _decode_nodes(model, questions, tree, decoded)
@@ -209,7 +210,7 @@ def answers(
         decoded = generate_texts(model, tokenizer, questions, decode)
         return [[Answer(text.text, text.logprob) for text in texts] for texts in decoded]
     best = rank(model, questions, candidates, config)
-    rows = zip(best.index[:, :num].tolist(), best.logprobs[:, :num].tolist(), strict=True)
+    rows = zip(*(part.tolist() for part in host.read(best.index[:, :num], best.logprobs[:, :num])), strict=True)
     return [[Answer(candidates.texts[i], logprob) for i, logprob in zip(*row, strict=True)] for row in rows]
 
 
@@ -223,7 +224,8 @@ def encode_questions(
     max_tokens: int = QUESTION_TOKENS,
 ) -> Context:
     """Encode R cleaned questions, question i over image `image[i]` of those with tokens (B, P, V)."""
-    ids, keep = (x.to(tokens.device) for x in tokenizer.encode(questions, first="enc", max_length=max_tokens))
+    encoded = tokenizer.encode(questions, first="enc", max_length=max_tokens)
+    ids, keep, at = (x.to(tokens.device, non_blocking=True) for x in (*encoded, torch.tensor(image)))
     most = max(Counter(image).values())
     seen = model.question.context(tokens, queries=most * ids.shape[1])
-    return model.context(ids, keep, seen[torch.tensor(image, device=tokens.device)])
+    return model.context(ids, keep, seen[at])

@@ -69,7 +69,7 @@ def embed_texts(
     for start in range(0, len(texts), batch):
         ids, keep = text_ids(model, tokenizer, texts[start : start + batch], "cls", max_tokens)
         device = model.temperature.device
-        embeddings.append(model.embed_text(ids.to(device), keep.to(device)))
+        embeddings.append(model.embed_text(*(grid.to(device, non_blocking=True) for grid in (ids, keep))))
     return _joined(model, embeddings)
 
 

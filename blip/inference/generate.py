@@ -16,6 +16,7 @@ from torch import Tensor
 from blip.inference.settings import DecodeConfig
 from blip.keyed import mix
 from blip.models.protocols import Generates, require
+from blip.nn import host
 from blip.nn.context import Context
 from blip.nn.settings import TextConfig
 from blip.nn.stack import Cache
@@ -28,10 +29,12 @@ HEAD = 128
 """Number of most likely tokens among which the nucleus is searched first."""
 _SHRINK = 0.75
 """Drop finished rows once at most this share is unfinished; dropping copies the contexts."""
+_CHECK = 8
+"""Steps after which a device, which waits for the host for that, is asked whether all rows are finished."""
 
 
 class GeneratedIds(NamedTuple):
-    """Generated token ids, `num` texts of each row: beams best first, samples in the order of their numbers."""
+    """Generated token ids, `num` texts of each row: beams best first, samples by their numbers. All on the CPU."""
 
     ids: Tensor
     """(R, num, T) int64, the prompt included; pads follow the end."""
@@ -78,10 +81,10 @@ def generate_texts(
     ids, keep = tokenizer.encode(beginnings, first="dec", max_length=text.max_positions + 2)
     ids, keep = ids[:, :-1], keep[:, 1:]
     if isinstance(images, Tensor):
-        images = images.to(weight.device, weight.dtype)
+        images = images.to(weight.device, weight.dtype, non_blocking=True)
         tokens = model.vision(images) if images.dim() == 4 else images
         images = model.context(tokens, queries=queries(config, ids.shape[1]))
-    generated = generate(model, images, ids.to(weight.device), keep.to(weight.device), config, keys)
+    generated = generate(model, images, ids, keep, config, keys)
     lengths = keep.sum(1).tolist()
     word_ids = [ids[n:] for row, n in zip(generated.ids.tolist(), lengths, strict=True) for ids in row]
     logprobs, finished = generated.logprobs.sum(-1).flatten().tolist(), generated.finished.flatten().tolist()
@@ -115,27 +118,24 @@ def generate(
     samples, so it depends neither on the other rows nor on their order. Beam search and the rules that change
     probabilities are those of transformers' `generate`. ValueError if the model is in training mode or sizes differ.
     """
+    prompts, keep = host.read(prompts, keep)
     _check(model, context, prompts, keep, config, keys)
-    text, lengths = model.config.text, keep.sum(1)
-    shortest = int(lengths.min())
-    steps = config.max_length - shortest
-    rows = _Rows(
-        torch.arange(len(prompts), device=prompts.device),
-        prompts.where(keep, text.dec_id),
-        lengths,
-        _seeds(config, keys).to(prompts.device) if config.method == "nucleus" and keys else None,
-    )
+    text, device = model.config.text, context.kv[0].device
+    steps, even = config.max_length - int(keep.sum(1).min()), bool(keep.all())
+    seeds = _seeds(config, keys).to(device, non_blocking=True) if config.method == "nucleus" and keys else None
+    prompts, keep = (grid.to(device, non_blocking=True) for grid in (prompts, keep))
+    rows = _Rows(torch.arange(len(prompts), device=device), prompts.where(keep, text.dec_id), keep.sum(1), seeds)
     group_size = _group_size(config)
     search = (_Beams if config.method == "beam" and group_size > 1 else _Samples)(rows, steps, group_size, config, text)
-    reader = _Reader(model.decoder, context, prompts, keep, group_size, steps)
-    on_cpu, parts = prompts.device.type == "cpu", []
+    reader = _Reader(model.decoder, context, prompts, keep, group_size, steps, even)
+    on_cpu, parts = device.type == "cpu", []
     states = reader.prompt()
     for step in range(steps):
         words, parents = search.step(model.decoder.vocabulary(states).float(), step)
         if step + 1 == steps:
             break
-        if on_cpu or step % 8 == 7:  # elsewhere the check makes the device wait for the host
-            going = search.going.nonzero().squeeze(1)
+        if on_cpu or step % _CHECK == _CHECK - 1:
+            going = host.read(search.going)[0].nonzero().squeeze(1)
             if not len(going):
                 break
             if on_cpu and context.group_size == 1 and len(going) <= _SHRINK * len(words):
@@ -196,14 +196,21 @@ class _Reader:
     """
 
     def __init__(
-        self, decoder: TextTransformer, context: Context, prompts: Tensor, keep: Tensor, group_size: int, steps: int
+        self,
+        decoder: TextTransformer,
+        context: Context,
+        prompts: Tensor,
+        keep: Tensor,
+        group_size: int,
+        steps: int,
+        even: bool,
     ) -> None:
         rows, length = prompts.shape
         self.decoder, self.context, self.prompts, self.keep = decoder, context, prompts, keep
         self.group_size = group_size
         self.at = keep.sum(1)
         self.cache = Cache(length + group_size * (steps - 1))
-        everything = group_size == 1 and bool(keep.all())
+        everything = even and group_size == 1
         self.sees = None if everything else keep[:, None].expand(rows, group_size, length)  # (R, K, filled)
 
     def prompt(self) -> Tensor:
@@ -445,8 +452,9 @@ def _assemble(
     ids = prompts.where(keep, pad_id)[:, None].expand(rows, num, -1)
     ids = torch.nn.functional.pad(ids, (0, steps), value=pad_id).scatter(2, place, results.words)
     logprobs = torch.zeros_like(ids, dtype=torch.float32).scatter(2, place, results.logprobs)
-    longest = int((lengths.squeeze(2) + results.count).max())
-    return GeneratedIds(ids[..., :longest], logprobs[..., :longest], results.scores, results.finished)
+    ends = lengths.squeeze(2) + results.count
+    ids, logprobs, scores, finished, ends = host.read(ids, logprobs, results.scores, results.finished, ends)
+    return GeneratedIds(ids[..., : int(ends.max())], logprobs[..., : int(ends.max())], scores, finished)
 
 
 def _signed(x: int) -> int:

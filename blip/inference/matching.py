@@ -41,9 +41,9 @@ def ground(
         states = []
         for part in rows[order].split(batch if end - start == 1 else len(rows)):
             longest = int(lengths[part].max())
-            some = [grid[part, :longest].to(tokens.device) for grid in (ids, keep)]
+            some = [grid[part, :longest].to(tokens.device, non_blocking=True) for grid in (ids, keep)]
             states.append(model.ground(*some, context.expand(len(part) // (end - start))))
-        together = torch.cat(states)[order.argsort().to(tokens.device)]
+        together = torch.cat(states)[order.argsort().to(tokens.device, non_blocking=True)]
         results += together.split(texts_each)
     return results
 

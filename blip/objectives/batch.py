@@ -10,6 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from blip.nn.pixels import normalise
+
 
 @dataclass
 class Bad:
@@ -22,9 +24,14 @@ class Bad:
 class Movable:
     """A dataclass whose tensors move between devices together."""
 
+    image: Tensor
+
     def to(self, device: torch.device) -> Self:
-        """Copy with the tensors on `device`."""
-        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+        """Copy with the tensors on `device`, where images of uint8 are normalised."""
+        moved = self._with(lambda tensor: tensor.to(device, non_blocking=True))
+        if moved.image.dtype == torch.uint8:
+            moved.image = normalise(moved.image)
+        return moved
 
     def pin_memory(self) -> Self:
         """Copy with the tensors in pinned memory."""
@@ -40,7 +47,7 @@ class Batch(Movable):
     """B images with one text each, texts padded on the right to the longest."""
 
     image: Tensor
-    """(B, 3, S, S) float32, normalised."""
+    """(B, 3, S, S) uint8, or normalised float32 as objectives take it: `to` makes one of the other."""
     ids: Tensor
     """(B, T) int64: [CLS] word pieces [SEP], then padding."""
     keep: Tensor
@@ -77,7 +84,7 @@ class DialogueBatch(Movable):
     """B dialogues with K rows each, texts padded on the right to the longest."""
 
     image: Tensor
-    """(B, 3, S, S) float32, normalised."""
+    """(B, 3, S, S) uint8, or normalised float32 as objectives take it: `to` makes one of the other."""
     caption_ids: Tensor
     """(B, C) int64: [CLS] word pieces [SEP], then padding."""
     caption_keep: Tensor
@@ -100,7 +107,7 @@ class SentenceBatch(Movable):
     """B sentences about K images each, texts padded on the right to the longest."""
 
     image: Tensor
-    """(B, K, 3, S, S) float32, normalised."""
+    """(B, K, 3, S, S) uint8 or float32, as in `Batch`."""
     ids: Tensor
     """(B, T) int64: [CLS] word pieces [SEP], then padding."""
     keep: Tensor

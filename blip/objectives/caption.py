@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from blip.models import protocols
-from blip.models.blip import Blip
+from blip.models.blip import Blip, Captioner
 from blip.objectives.batch import Batch
 from blip.objectives.captioning import caption_pass, captioning_loss, token_accuracy
-from blip.objectives.objective import Clock, Objective, Outcome
+from blip.objectives.objective import Clock, Objective, Outcome, beyond
 from blip.settings import check_fractions
 
 
@@ -34,6 +34,10 @@ class Caption(Objective):
         protocols.require(model, protocols.Generates)
         self.config = config
         self.model = model
+
+    def untrained(self) -> set[str]:
+        """Names of what a `Blip` has beyond a captioner."""
+        return beyond(self.model, Captioner)
 
     def forward(self, batch: Batch, clock: Clock) -> Outcome:
         """Compute the language-modelling loss of a batch."""

@@ -8,11 +8,11 @@ import torch
 
 from blip import dist
 from blip.models import protocols
-from blip.models.blip import Blip
+from blip.models.blip import Blip, Towers
 from blip.objectives.batch import Batch
 from blip.objectives.contrast import Contrast, check_temperature, embed, partners, recalls
 from blip.objectives.negatives import InBatch
-from blip.objectives.objective import Clock, Objective, Outcome
+from blip.objectives.objective import Clock, Objective, Outcome, beyond
 from blip.objectives.similarity import cosine
 from blip.objectives.targets import OwnPartner
 
@@ -39,6 +39,10 @@ class Clip(Objective):
         self.config = config
         self.model = model
         self.contrast = Contrast(cosine, InBatch(), OwnPartner())
+
+    def untrained(self) -> set[str]:
+        """Names of what a `Blip` has beyond the two towers."""
+        return beyond(self.model, Towers, "temperature")
 
     def forward(self, batch: Batch, clock: Clock) -> Outcome:
         """Compute the contrastive loss of a batch."""

@@ -106,9 +106,10 @@ def hard_negatives(cosines: Tensor, temperature: Tensor, floor: float, same: Ten
             "matching draws negatives from the batch, which needs at least 2 pairs: set train.batch_size to 2 or more"
         )
     weights = F.softmax(cosines.float() / temperature, dim=1) + floor
-    # Sampling rejects NaN. The losses of such a batch are NaN, too, which the training loop handles.
-    weights = weights.nan_to_num(nan=1.0).masked_fill_(same, 0)
+    # Rows of NaN draw evenly, too. Their losses are NaN, which the training loop handles.
+    weights = weights.masked_fill_(same, 0)
     weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, (~same).float())
     has_negative = ~same.all(1)
     weights = torch.where(has_negative[:, None], weights, 1.0)
-    return torch.multinomial(weights, 1).squeeze(1), has_negative
+    # As torch.multinomial draws, which makes the device wait for the host to check its argument.
+    return (weights / torch.empty_like(weights).exponential_()).argmax(1), has_negative

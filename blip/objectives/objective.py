@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -39,5 +40,22 @@ class Objective(nn.Module):
         """Compute the losses of a batch."""
         raise NotImplementedError
 
+    def untrained(self) -> set[str]:
+        """Names of parameters that get no gradient although they are not frozen; none by default.
+
+        Several processes do not wait for the gradients of these.
+        """
+        return set()
+
     def after_step(self, carries: list[Any]) -> None:
         """Update other state after an optimizer step, from the `carry` of its batches; does nothing by default."""
+
+
+def beyond(model: nn.Module, part: type[nn.Module], *used: str) -> set[str]:
+    """Names under `model.` of the parameters of a model that a part, such as a `Captioner`, would not have.
+
+    Those `used` all the same are left out.
+    """
+    with torch.device("meta"):
+        names = {name for name, _ in part(model.config, model.options).named_parameters()}
+    return {f"model.{name}" for name, _ in model.named_parameters() if name not in names | set(used)}

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from blip import dist
-from blip.models.blip import Blip
+from blip.models.blip import Blip, Matcher
 from blip.objectives import negatives
 from blip.objectives.batch import Batch
 from blip.objectives.contrast import recalls
 from blip.objectives.matching import Mismatches, match_accuracies, match_logits, matching_loss, matching_passes
 from blip.objectives.negatives import IdQueue
-from blip.objectives.objective import Clock, Outcome
+from blip.objectives.objective import Clock, Outcome, beyond
 from blip.objectives.similarity import EmbeddedPair
 from blip.objectives.targets import SameImage
 from blip.objectives.teacher import MomentumContrast, MomentumContrastConfig
@@ -50,6 +50,10 @@ class Retrieval(MomentumContrast):
     def __init__(self, model: Blip, config: RetrievalConfig) -> None:
         super().__init__(model, config)
         self.id_queue = IdQueue(config.queue_size)
+
+    def untrained(self) -> set[str]:
+        """Names of what a `Blip` has beyond a matcher."""
+        return beyond(self.model, Matcher)
 
     def forward(self, batch: Batch, clock: Clock) -> Outcome:
         """Compute the two losses of a batch. ValueError for a batch without image ids."""

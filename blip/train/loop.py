@@ -25,6 +25,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from blip import dist, files
 from blip.errors import DataError, Stopped, StuckSample, is_out_of_memory
 from blip.lock import RunLock, RunLocked, only_writer
+from blip.nn import host
 from blip.objectives.batch import Batch
 from blip.objectives.objective import Clock, Objective
 from blip.train import drift, log, optim
@@ -106,9 +107,10 @@ def fit(
     """Train an objective, continuing from the newest whole checkpoint in `out` if there is one.
 
     `objective(batch, clock)` returns named losses, which are summed; `objective.after_step(carries)` follows each
-    update. `evaluate` is called in every process, in evaluation mode and without gradients, and the main process's
-    numbers count. `settings` (the whole run's) and `fingerprint` (of the data) must be the same when a run continues;
-    `remote_files`, size and tag by address, are named if they are why it is not.
+    update; `objective.untrained()` names the parameters that no loss depends on. `evaluate` is called in every process,
+    in evaluation mode and without gradients, and the main process's numbers count. `settings` (the whole run's) and
+    `fingerprint` (of the data) must be the same when a run continues; `remote_files`, size and tag by address, are
+    named if they are why it is not.
 
     Raises ValueError for settings that cannot work or differ from the run in `out`, RunLocked if another process
     writes there, NonFinite, TrainingOutOfMemory, LostPeer and files.WriteError as their names say, and
@@ -161,19 +163,15 @@ class _Run:
         self.total = config.steps or max(1, math.ceil(config.epochs * self.steps_per_epoch - 1e-9))
 
         # Here, so that a recipe with a wrong option ends before accelerate is imported, which is slow.
-        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate import Accelerator
         from accelerate.utils import DistributedType
 
-        ddp = DistributedDataParallelKwargs(
-            broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True
-        )
         self.accelerator = Accelerator(
             cpu=dist.on_cpu(),  # without it accelerate leaves several processes on CPU unsynchronised
             mixed_precision="no",
             dynamo_backend="no",
             log_with=config.trackers or None,
             project_dir=out,
-            kwargs_handlers=[ddp],
         )
         allowed = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
         if self.accelerator.distributed_type not in allowed:
@@ -199,12 +197,7 @@ class _Run:
         self.state = self._restore()
         if config.compile:
             objective.compile()
-        with warnings.catch_warnings():
-            # The new name of `broadcast_buffers` is unknown to the oldest torch we support.
-            warnings.simplefilter("ignore", FutureWarning)
-            self.module = self.accelerator.prepare_model(objective)
-        if self.world > 1 and not isinstance(self.module, nn.parallel.DistributedDataParallel):
-            raise ValueError(f"accelerate did not connect the {self.world} processes: launch with torchrun")
+        self.module: nn.Module | None = None  # until the first step
         self._open_logs(layout)
 
     def _restore(self) -> State:
@@ -232,6 +225,30 @@ class _Run:
         if saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         return State(**{name: newest[name] for name in State.__dataclass_fields__})
+
+    def _connect(self) -> None:
+        """Connect the processes: the gradients of what learns now are averaged while they are computed."""
+        self.module, self.learning = self.objective, {}
+        if self.world == 1:
+            return
+        untrained = self.objective.untrained()
+        learning = {name: p for name, p in self.objective.named_parameters() if p.requires_grad}
+        self.learning = {name: p for name, p in learning.items() if name not in untrained}
+        replicated = nn.parallel.DistributedDataParallel
+        replicated._set_params_and_buffers_to_ignore_for_model(self.objective, untrained)
+        device_ids = [self.device] if self.device.type == "cuda" else None
+        with warnings.catch_warnings():
+            # The new name of `broadcast_buffers` is unknown to the oldest torch we support.
+            warnings.simplefilter("ignore", FutureWarning)
+            self.module = replicated(
+                self.objective, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        # Its buckets change after the first backward pass, and with them the order of sums over three processes and
+        # more. So this pass is made here: a run that continues adds up as one that was not interrupted.
+        self.module.module = _Sum(self.learning.values())
+        self.module().backward()
+        self.module.module = self.objective
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _open_logs(self, layout: dict[str, int]) -> None:
         state, config = self.state, self.config
@@ -313,15 +330,19 @@ class _Run:
         rate = optim.learning_rate(state.step, self.config, self.steps_per_epoch, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
-        for change in self.towers.set(clock):
+        changes = self.towers.set(clock)
+        for change in changes:
             self.progress.say(f"step {state.step}: {change}")
-        losses, health, carries, keys, host = self._forward_backward(batches, clock)
+        if changes or self.module is None:
+            self._connect()
+        losses, health, carries, keys, numbers = self._forward_backward(batches, clock)
 
         self.scaler.unscale_(self.optimizer)
+        self._refuse_untrained()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = get_total_norm(gradients)
         sums = {"loss": sum(losses.values()), **losses, **health, "grad_norm": norm}
-        means, (stop, waited, tokens) = self._share(sums, [float(self.stopper.stop_requested), *host])
+        means, (stop, waited, tokens) = self._share(sums, [float(self.stopper.stop_requested), *numbers])
         means["lr"] = rate
 
         nonfinite = [name for name in ("loss", *losses) if not math.isfinite(means[name])]
@@ -350,12 +371,12 @@ class _Run:
         config, state = self.config, self.state
         losses: dict[str, Tensor] = {}
         health: dict[str, Tensor] = {}
-        carries, keys, host = [], [], [0.0, 0.0]
+        carries, keys, numbers = [], [], [0.0, 0.0]
         for micro in range(config.accumulate):
             waiting = time.monotonic()
             batch = next(batches)
-            host[0] += time.monotonic() - waiting
-            host[1] += float(batch.keep.sum()) if hasattr(batch, "keep") else 0.0
+            numbers[0] += time.monotonic() - waiting
+            numbers[1] += float(batch.keep.sum()) if hasattr(batch, "keep") else 0.0
             keys += batch.keys
             self.drawn += len(batch)
             if self.ledger is not None:
@@ -371,14 +392,24 @@ class _Run:
                     share = value.detach().double() / config.accumulate
                     into[name] = into[name] + share if name in into else share
             carries.append(outcome.carry)
-        return losses, health, carries, keys, host
+        return losses, health, carries, keys, numbers
 
-    def _share(self, sums: dict[str, Tensor], host: list[float]) -> tuple[dict[str, float], list[float]]:
-        """Average device scalars (by name) and host numbers over all processes in one exchange."""
-        device = torch.stack([value.double() for value in sums.values()])
-        values = torch.cat([device, torch.tensor(host, dtype=torch.float64, device=self.device)])
-        means = (dist.total(values) / self.world).tolist()
+    def _share(self, sums: dict[str, Tensor], numbers: list[float]) -> tuple[dict[str, float], list[float]]:
+        """Average the device's scalars (by name) and the host's numbers over all processes in one exchange."""
+        ours = torch.tensor(numbers, dtype=torch.float64).to(self.device, non_blocking=True)
+        values = torch.cat([torch.stack([value.double() for value in sums.values()]), ours])
+        (means,) = host.read(dist.total(values) / self.world)  # the only wait for the device in a step
+        means = means.tolist()
         return dict(zip(sums, means, strict=False)), means[len(sums) :]
+
+    def _refuse_untrained(self) -> None:
+        """Raise ValueError if several processes wait for a gradient that is not computed."""
+        missing = [name for name, p in self.learning.items() if p.grad is None]
+        if missing:
+            raise ValueError(
+                f"no loss depends on {missing[0]} and {len(missing) - 1} more parameters of "
+                f"{type(self.objective).__name__}: add their names to its `untrained`, or freeze them"
+            )
 
     def _scale_is_settling(self) -> bool:
         """Whether an overflow is harmless: in float16 the scaler finds its scale that way, until it is down to 1."""
@@ -486,6 +517,17 @@ class _Run:
             self.metrics.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()
+
+
+class _Sum(nn.Module):
+    """The sum of parameters, in whose gradient all of them have a part."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__()
+        self.all = list(parameters)
+
+    def forward(self) -> Tensor:
+        return sum(p.sum() for p in self.all)
 
 
 def _enough(batches: Iterator[Batch]) -> Iterator[Batch]:

@@ -20,8 +20,9 @@ from blip.errors import BadSample, is_out_of_memory
 from blip.inference.generate import CaptionText, generate_texts
 from blip.models.blip import Blip, starting_with
 from blip.models.protocols import Embeds, Generates, Matches, require
+from blip.nn import host
 from blip.nn.context import Context
-from blip.nn.pixels import MEAN, STD
+from blip.nn.pixels import normalise
 from blip.origin import print_note, union
 from blip.text import clean_caption
 from blip.tokenizer import Tokenizer
@@ -53,6 +54,7 @@ class BlipScorer:
         config = decided(config, device=self._device)
         self._dtype = _DTYPES[config.precision]
         self.config, self.device = config, _name(self._device)
+        self.shared = captioner is not None and same_vision(captioner[0], filter[0])
         self.filter, self.tokenizer = self._ready(filter[0]), filter[1]
         self.captioner = self._ready(captioner[0]) if captioner else None
         self.writer = captioner[1] if captioner else None
@@ -70,12 +72,10 @@ class BlipScorer:
                 )
         models = [model for model in (self.captioner, self.filter) if model is not None]
         self.sides = tuple(dict.fromkeys(model.vision.image_size for model in models))
-        self.shared = len(models) == 2 and same_vision(*models)
         if self.shared:
             self.captioner.vision = self.filter.vision
         self.batch_size = 8 if self._device.type == "cpu" else 256
         self.keeps_embeddings, self.embedding_size = False, self.filter.config.embed_dim
-        self._mean, self._std = (torch.tensor(v, device=self._device).view(3, 1, 1) for v in (MEAN, STD))
         self.facts = {
             "scorer": "blip",
             "decode": json.dumps(decode_record(config)),
@@ -128,7 +128,8 @@ class BlipScorer:
         raise BatchTooLarge
 
     def _embed(self, items: Sequence[Item]) -> np.ndarray:
-        return self.filter.embed_image(self.filter.vision(self._images(items, self.filter))).float().cpu().numpy()
+        embedded = self.filter.embed_image(self.filter.vision(self._images(items, self.filter)))
+        return host.read(embedded.float())[0].numpy()
 
     def _score(self, items: Sequence[Item]) -> list[Scores]:
         tokens = self.filter.vision(self._images(items, self.filter))
@@ -139,7 +140,7 @@ class BlipScorer:
         ]
         embedded = self.filter.embed_image(tokens).float()
         matches = self._match(tokens, texts, embedded)
-        kept = embedded.cpu().numpy() if self.keeps_embeddings else [None] * len(items)
+        kept = host.read(embedded)[0].numpy() if self.keeps_embeddings else [None] * len(items)
         return [
             Scores(
                 matched[: len(item.texts)],
@@ -155,9 +156,8 @@ class BlipScorer:
     def _images(self, items: Sequence[Item], model: Blip) -> Tensor:
         """Return images (B, 3, S, S), normalised as by blip.data.transforms.EvalTransform."""
         which = self.sides.index(model.vision.image_size)
-        pixels = torch.from_numpy(np.stack([item.pixels[which] for item in items]))
-        pixels = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2).float().div(255)
-        return pixels.sub(self._mean).div(self._std).to(self._dtype)
+        (pixels,) = self._moved(torch.from_numpy(np.stack([item.pixels[which] for item in items])))
+        return normalise(pixels.permute(0, 3, 1, 2)).to(self._dtype)
 
     def _caption(self, items: Sequence[Item], tokens: Tensor) -> list[list[CaptionText]]:
         """Generate `config.captions` texts for each image."""
@@ -174,45 +174,58 @@ class BlipScorer:
 
         An image with many texts so costs the others nothing.
         """
-        matches: list[list[Matched]] = [[] for _ in texts]
+        images: list[int] = []
+        grids: list[tuple[list[int], Tensor, Tensor]] = []
         room = max(_FEW, _PER_IMAGE * len(texts))
         for count in sorted({len(some) for some in texts} - {0}):
             same_count = [i for i, some in enumerate(texts) if len(some) == count]
             for some in _pieces(same_count, max(1, room // count)):
-                mine = slice(None) if len(some) == len(texts) else torch.tensor(some, device=self._device)
+                mine = slice(None) if len(some) == len(texts) else self._moved(torch.tensor(some))[0]
                 context = None
                 for at in range(0, count, room):
                     grid = [texts[i][at : at + room] for i in some]
                     counts, ids, mask = self._encoded([text for row in grid for text in row])
                     if context is None:
                         context = self.filter.context(tokens[mine], queries=len(grid[0]) * ids.shape[1])
-                    for i, matched in zip(some, self._grid(counts, ids, mask, context, embedded[mine]), strict=True):
-                        matches[i] += matched
-        return matches
+                    images += some
+                    grids.append((counts, *self._grid(ids, mask, context, embedded[mine])))
+        return self._matched(len(texts), images, grids)
 
-    def _grid(
-        self, counts: Sequence[int], ids: Tensor, mask: Tensor, context: Context, embedded: Tensor
-    ) -> list[list[Matched]]:
-        """Match N texts of each of B images: word pieces per text, ids and mask (B N, T), embedded images (B, E)."""
-        per_image, longest = len(ids) // len(embedded), self.config.max_tokens
+    def _grid(self, ids: Tensor, mask: Tensor, context: Context, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        """Match N texts (B N, T) of each of B embedded images (B, E) -> margins and cosines (B, N)."""
+        per_image = len(ids) // len(embedded)
         logits = self.filter.match(ids, mask, context.expand(per_image)).float()
         margins = (logits[:, 1] - logits[:, 0]).view(-1, per_image)
         texts = self.filter.embed_text(starting_with(ids, self.tokenizer.cls_id), mask).view(
             len(embedded), per_image, -1
         )
-        cosines = torch.einsum("bne,be->bn", texts.float(), embedded)
-        scores = zip(_pieces(counts, per_image), margins.tolist(), cosines.tolist(), strict=True)
-        return [
-            [Matched(m, c, n, n > longest) for n, m, c in zip(pieces, margin, cosine, strict=True)]
-            for pieces, margin, cosine in scores
-        ]
+        return margins, torch.einsum("bne,be->bn", texts.float(), embedded)
+
+    def _matched(
+        self, count: int, images: Sequence[int], grids: Sequence[tuple[list[int], Tensor, Tensor]]
+    ) -> list[list[Matched]]:
+        """Results of `count` images from grids (word pieces per text, margins, cosines), whose rows are of `images`."""
+        matches: list[list[Matched]] = [[] for _ in range(count)]
+        if not grids:
+            return matches
+        # The device is waited for once, when all of its work is under way.
+        scores = host.read(*(tensor for _, *both in grids for tensor in both))
+        rows, longest = iter(images), self.config.max_tokens
+        for (counts, *_), margins, cosines in zip(grids, scores[::2], scores[1::2], strict=True):
+            pieces = _pieces(counts, margins.shape[1])
+            for row in zip(pieces, margins.tolist(), cosines.tolist(), strict=True):
+                matches[next(rows)] += [Matched(m, c, n, n > longest) for n, m, c in zip(*row, strict=True)]
+        return matches
+
+    def _moved(self, *tensors: Tensor) -> list[Tensor]:
+        return [tensor.to(self._device, non_blocking=True) for tensor in tensors]
 
     def _encoded(self, texts: Sequence[str]) -> tuple[list[int], Tensor, Tensor]:
         """Return the word pieces of each text before truncation, and ids and mask (R, T) as matched."""
         tokenizer, longest = self.tokenizer, self.config.max_tokens
         pieces = [tokenizer.pieces(text, _LONG) for text in texts]
         cut = [p if len(p) <= longest else [*p[: longest - 1], tokenizer.sep_id] for p in pieces]
-        ids, mask = (x.to(self._device) for x in tokenizer.pad(cut))
+        ids, mask = self._moved(*tokenizer.pad(cut))
         first = tokenizer.enc_id if self.config.itm_token == "enc" else tokenizer.cls_id
         return [len(p) for p in pieces], starting_with(ids, first), mask
 

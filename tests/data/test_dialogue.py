@@ -321,6 +321,7 @@ def test_the_loss_is_matching_over_all_rows(pairs):
     model = random_model(image_size=16, patch_size=8)
     pairs.prepare.transform = TrainTransform(16, pairs.prepare.config)
     (batch,) = pairs.batches(0, 1, 0, 1, 2)
+    batch = batch.to(torch.device("cpu"))
     outcome = DialogueObjective(model)(batch, Clock())
     logits = torch.stack(
         [

@@ -214,7 +214,7 @@ def test_the_fingerprint_tells_what_changes_samples(tokenizer):
 def test_batches_hold_what_is_promised(tokenizer):
     batch = next(iter(load(pairs(tokenizer, Made(30), max_tokens=9))))
     assert batch.image.shape == (4, 3, SIZE, SIZE)
-    assert batch.image.dtype == torch.float32
+    assert batch.image.dtype == torch.uint8
     assert batch.ids.shape == batch.keep.shape
     assert batch.ids.shape[1] <= 9
     assert (batch.ids[:, 0] == tokenizer.cls_id).all()

@@ -7,8 +7,10 @@ import torch
 from PIL import Image, ImageOps
 
 from blip.data.settings import DataConfig
-from blip.data.transforms import EvalTransform, TrainTransform, normalise, unnormalise
+from blip.data.transforms import EvalTransform, TrainTransform, pixels_of, unnormalise
 from blip.keyed import mix, permutation, scoped
+from blip.nn.pixels import normalise
+from blip.objectives.batch import Batch
 from blip.text import clean_caption, clean_question, is_sided
 
 PLAIN = {"crop_scale_min": 1.0, "augment_ops": 0}
@@ -27,6 +29,20 @@ def test_evaluation_is_bicubic_resizing_and_clip_normalisation():
     got = EvalTransform(32)(image)
     assert got.dtype == torch.float32
     assert np.abs(got.numpy() - expected).max() < 1e-5
+
+
+def test_training_images_travel_as_bytes_and_are_normalised_as_in_evaluation():
+    """To the bit, each alone and several together."""
+    shown = [noise_image(seed=seed) for seed in range(3)]
+    transform = TrainTransform(32, DataConfig(**PLAIN, flip=0.0))
+    pixels = torch.stack([transform(image, 0) for image in shown])
+    assert pixels.dtype == torch.uint8
+    ids = torch.ones(3, 1, dtype=torch.int64)
+    batch = Batch(pixels, ids, ids > 0, ["a", "b", "c"])
+    moved = batch.to(torch.device("cpu"))
+    assert torch.equal(moved.image, torch.stack([EvalTransform(32)(image) for image in shown]))
+    assert batch.image is pixels
+    assert torch.equal(moved.to(torch.device("cpu")).image, moved.image)
 
 
 def test_evaluation_is_what_transformers_does_for_released_checkpoints():
@@ -68,7 +84,7 @@ def test_the_generators_come_back_after_an_error():
 def mirrored(config, sided):
     image = noise_image(32, 32)
     transform = TrainTransform(32, config)
-    plain, other = normalise(image), normalise(ImageOps.mirror(image))
+    plain, other = pixels_of(image), pixels_of(ImageOps.mirror(image))
     seen = [transform(image, k, sided=sided) for k in range(200)]
     assert all(torch.equal(s, plain) or torch.equal(s, other) for s in seen)
     return sum(torch.equal(s, other) for s in seen)
@@ -88,7 +104,7 @@ def test_crops_show_at_least_their_share():
     transform = TrainTransform(64, config)
     areas = []
     for k in range(100):
-        crop = unnormalise(transform(Image.fromarray(ramp), k)) * 255
+        crop = transform(Image.fromarray(ramp), k).float()
         height = (crop[0, -1].mean() - crop[0, 0].mean()) / 2 * 64 / 63
         width = (crop[1, :, -1].mean() - crop[1, :, 0].mean()) / 2 * 64 / 63
         areas.append((height * width / 1e4).item())
@@ -99,9 +115,9 @@ def test_crops_show_at_least_their_share():
 
 def test_unnormalise_undoes_normalise():
     image = noise_image()
-    assert (unnormalise(normalise(image)) * 255).round().byte().numpy().transpose(1, 2, 0).tolist() == np.asarray(
-        image
-    ).tolist()
+    assert (unnormalise(normalise(pixels_of(image))) * 255).round().byte().numpy().transpose(
+        1, 2, 0
+    ).tolist() == np.asarray(image).tolist()
 
 
 def affine(image, matrix):
@@ -135,7 +151,7 @@ def test_augmentation_has_the_originals_operations_strengths_and_frequencies(mag
     table = {}
     for name, results in originals(image, magnitude).items():
         for result in results:
-            table.setdefault(normalise(result).numpy().tobytes(), name)
+            table.setdefault(pixels_of(result).numpy().tobytes(), name)
     transform = TrainTransform(32, DataConfig(crop_scale_min=1.0, flip=0.0, augment_ops=1, augment_magnitude=magnitude))
     n = 2000
     seen = Counter(table[transform(image, k).numpy().tobytes()] for k in range(n))
@@ -149,7 +165,7 @@ def test_augmentation_has_the_originals_operations_strengths_and_frequencies(mag
 def test_two_operations_at_magnitude_5_leave_42_percent_as_they_are():
     image = noise_image(16, 16, seed=3)
     transform = TrainTransform(16, DataConfig(crop_scale_min=1.0, flip=0.0, augment_magnitude=5))
-    same = normalise(image)
+    same = pixels_of(image)
     unchanged = sum(torch.equal(transform(image, k), same) for k in range(2000)) / 2000
     assert abs(unchanged - 0.65**2) < 0.04
 

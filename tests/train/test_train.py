@@ -18,7 +18,7 @@ from torch import nn
 from blip.data.ledger import Ledger
 from blip.errors import DataError, StuckSample
 from blip.objectives.batch import Bad
-from blip.objectives.objective import Clock
+from blip.objectives.objective import Clock, Objective
 from blip.train import optim
 from blip.train.loop import NonFinite, TrainingOutOfMemory, fit, seed_of
 from blip.train.memory import give_back_freed_memory, keep_freed_memory
@@ -39,7 +39,7 @@ class Outcome(NamedTuple):
     carry: object = None
 
 
-class Plain(nn.Module):
+class Plain(Objective):
     """A mean over the batch and nothing random, so that batches add up."""
 
     def __init__(self):
@@ -53,6 +53,9 @@ class Plain(nn.Module):
     def forward(self, batch, clock):
         self.epochs.append(clock.epoch)
         return Outcome({"square": self.layer(batch.image.flatten(1)).square().mean()}, {})
+
+    def untrained(self):
+        return {"unused.weight", "unused.bias"}
 
     def after_step(self, carries):
         self.steps += 1
@@ -78,7 +81,7 @@ def test_two_halves_are_one_batch(tmp_path):
     assert whole.epochs == [8 * step / 32 for step in range(6)]
 
 
-def test_two_processes_are_one_batch_even_with_unused_parameters(zygote, tmp_path):
+def test_two_processes_are_one_batch_even_with_untrained_parameters(zygote, tmp_path):
     plain_run(tmp_path / "one", 8)
     for name, batch, accumulate in (("two", 4, 1), ("both", 2, 2)):
         statuses = zygote.run(
@@ -92,6 +95,24 @@ def test_two_processes_are_one_batch_even_with_unused_parameters(zygote, tmp_pat
         )
         assert statuses == [0, 0], (tmp_path / "log-0").read_text()
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+
+
+class Forgetful(Plain):
+    """Does not say that it leaves a layer out."""
+
+    def untrained(self):
+        return set()
+
+
+def forgetful_run(out: str) -> None:
+    fit(Forgetful(), Numbers(), quick(steps=2), out=out)
+
+
+def test_a_gradient_that_never_comes_is_refused_in_two_processes(zygote, tmp_path):
+    arguments = {"module": "test_train", "function": "forgetful_run", "out": str(tmp_path / "out")}
+    assert zygote.run(tmp_path / "log", world=2, **arguments) == [1, 1]
+    for rank in "01":
+        assert "no loss depends on unused.weight and 1 more" in (tmp_path / f"log-{rank}").read_text()
 
 
 def test_the_model_learns(tmp_path):
