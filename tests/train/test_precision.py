@@ -122,17 +122,20 @@ def test_what_is_locked_later_gets_no_gradient():
 
 
 def test_compiled_blocks_compute_with_cast_weights():
-    """A graph is compiled once: casts of the next step are not new to it."""
+    """A graph is compiled once, for any number of rows and for weights of one shape."""
     layer = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
-    casts, seen = CastOnce(layer, torch.bfloat16), []
+    casts, fixed = CastOnce(layer, torch.bfloat16), []
 
     def backend(graph, inputs):
-        seen.append({x.dtype for x in inputs if x.dim() == 2})
+        given = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
+        tensors = [x for x in given if isinstance(x, torch.Tensor)]
+        assert {x.dtype for x in tensors} == {torch.bfloat16}
+        fixed.append(sum(all(type(n) is int for n in x.shape) for x in tensors))
         return graph
 
-    layer.compile(backend=backend, fullgraph=True)
-    for _ in range(3):
+    layer.compile(backend=backend, fullgraph=True, dynamic=True)
+    for rows in (4, 5, 6):
         with casts.used():
-            layer(torch.randn(4, 8, dtype=torch.bfloat16)).sum().backward()
-    assert seen == [{torch.bfloat16}]
+            layer(torch.randn(rows, 8, dtype=torch.bfloat16)).sum().backward()
+    assert fixed == [4]
     assert layer[0].weight.grad.dtype == torch.float32
