@@ -82,8 +82,15 @@ def batch(side: int, size: int) -> list[Item]:
 class Ours(BlipScorer):
     """CapFilt's scorer, with captions of equal length."""
 
-    def __init__(self, captioner: Blip, filter: Blip, words: Tokenizer, config: ScoreConfig) -> None:
-        super().__init__((captioner, words), (filter, words), config)
+    def __init__(
+        self,
+        captioner: Blip,
+        filter: Blip,
+        words: Tokenizer,
+        config: ScoreConfig,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        super().__init__((captioner, words), (filter, words), config, device)
         self.decode = dataclasses.replace(self.decode, max_length=LENGTH, min_length=LENGTH)
 
 

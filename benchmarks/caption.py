@@ -24,6 +24,7 @@ from blip.inference.generate import generate, queries
 from blip.inference.settings import DecodeConfig
 from blip.models.blip import Blip
 from blip.models.presets import BASE
+from blip.models.settings import BlipConfig
 from blip.nn.context import Context
 from blip.train.memory import keep_freed_memory
 
@@ -37,9 +38,9 @@ METHODS = {
 SHARPNESS = 11.0
 
 
-def ours() -> Blip:
+def ours(config: BlipConfig = CONFIG) -> Blip:
     torch.manual_seed(0)
-    model = Blip(CONFIG).eval()
+    model = Blip(config).eval()
     torch.nn.init.constant_(model.med.head_norm.weight, SHARPNESS)
     return model
 
@@ -62,16 +63,19 @@ def theirs(model: Blip) -> transformers.BlipForConditionalGeneration:
 class Case:
     """One decoding method on one batch, for both sides, and the parts of ours."""
 
-    def __init__(self, model: Blip, other: transformers.BlipForConditionalGeneration, method: str, size: int) -> None:
+    def __init__(
+        self, model: Blip, other: transformers.BlipForConditionalGeneration | None, method: str, size: int
+    ) -> None:
         self.model, self.other, self.config, self.size = model, other, METHODS[method], size
-        self.images = torch.randn(size, 3, 384, 384, generator=torch.Generator().manual_seed(1))
-        self.images = self.images.to(model.med.word.weight.dtype)
+        side, weight = model.vision.image_size, model.med.word.weight
+        self.images = torch.randn(size, 3, side, side, generator=torch.Generator().manual_seed(1))
+        self.images = self.images.to(weight.device, weight.dtype)
         with torch.no_grad():
             self.tokens = model.vision(self.images)
             self.context = self.project()
 
     def prompts(self) -> Tensor:
-        return torch.tensor([PROMPT] * self.size)
+        return torch.tensor([PROMPT] * self.size, device=self.images.device)
 
     @torch.no_grad()
     def vision(self) -> None:

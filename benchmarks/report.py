@@ -31,10 +31,15 @@ def write(name: str, figures: dict[str, float], out: Path = Path("runs/bench")) 
     for key, value in figures.items():
         print(f"  {key:<44} {value:>10.3f}")
     figures = {key: round(value, 4) for key, value in figures.items()}
-    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": _processor()}
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps({**figures, "machine": machine}, indent=1) + "\n")
+    (out / f"{name}.json").write_text(json.dumps({**figures, "machine": machine()}, indent=1) + "\n")
     print(f"  written to {out / name}.json")
+
+
+def machine() -> dict[str, str | int | None]:
+    """Describe what the figures were measured on."""
+    facts = {"torch": torch.__version__, "cuda": torch.version.cuda, "threads": torch.get_num_threads()}
+    return {**facts, "processor": _processor()}
 
 
 def medians(seconds: dict[str, list[float]], prefix: str = "seconds_") -> dict[str, float]:

@@ -77,10 +77,11 @@ class Case:
     """Images with the texts that each is matched with, for both sides."""
 
     def __init__(
-        self, model: Blip, other: transformers.BlipForImageTextRetrieval, images: Tensor, pairs: Tensor
+        self, model: Blip, other: transformers.BlipForImageTextRetrieval | None, images: Tensor, pairs: Tensor
     ) -> None:
         """`pairs` (B, M) bool marks which of M texts are matched with each of B images."""
-        self.model, self.other, self.images = model, other, images.to(model.temperature.dtype)
+        weight = model.temperature
+        self.model, self.other, self.images = model, other, images.to(weight.device, weight.dtype)
         self.chosen = [row.nonzero().squeeze(1) for row in pairs]
         ids, self.keep = texts(pairs.shape[1], model.config)
         self.ids = starting_with(ids, model.config.text.enc_id)

@@ -19,10 +19,30 @@ def plain_is_faster(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16
 
 
+def prepared(mask: Tensor, x: Tensor) -> Tensor:
+    """Put a mask (..., T, P) bool for tensors like x in the form that `attention` takes without a further operation.
+
+    That is the mask itself on a CPU, and elsewhere what is added to the scores, 0 or minus infinity: PyTorch would
+    convert the mask again in every layer.
+    """
+    kind = x.device.type
+    if kind == "cpu":
+        return mask
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
+    length = mask.shape[-1]
+    # Its rows start at multiples of 8 numbers, or the kernel would copy it.
+    bias = torch.zeros(*mask.shape[:-1], -(-length // 8) * 8, dtype=dtype, device=mask.device)
+    return bias[..., :length].masked_fill_(~mask, float("-inf"))
+
+
 def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0, causal: bool = False
 ) -> Tensor:
-    """(R, H, T, d), (R, H, P, d) twice -> (R, H, T, d); `mask` is True where a query attends, `causal` needs T = P."""
+    """(R, H, T, d), (R, H, P, d) twice -> (R, H, T, d); `causal` needs T = P.
+
+    `mask` is True where a query attends, or `prepared`.
+    """
     if not plain_is_faster(query):
         return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=causal)
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)

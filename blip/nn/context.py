@@ -57,7 +57,30 @@ class Context:
 
     def attend_heads(self, layer: int, query: Tensor, dropout: float) -> Tensor:
         """Attend from queries (B, H, N, D / H), N for each context -> (B, H, N, D / H)."""
-        key, value = by_head(self.kv[layer], self.heads).unbind(2)
+        kv = self.kv[layer]
+        key, value = kv.unbind(2) if kv.dim() == 5 else parts_of(kv, self.heads, 2)
+        mask = None if self.keep is None else self.keep[:, None, None, :]
+        return attention(query, key, value, mask, dropout)
+
+
+@dataclass(eq=False, repr=False)
+class Joined(Context):
+    """A context in training on a GPU, projected for all layers by one product: few large operations instead of many.
+
+    `kv` holds keys and values of each layer, 2 L x (B, P, D): views of `whole`.
+    """
+
+    whole: Tensor | None = None
+    """(B, P, L * 2 D)."""
+
+    def __getitem__(self, index: Tensor) -> Context:
+        whole = self.whole.index_select(0, index)
+        keep = None if self.keep is None else self.keep[index]
+        return replace(self, kv=list(whole.chunk(len(self.kv), -1)), keep=keep, whole=whole)
+
+    def attend_heads(self, layer: int, query: Tensor, dropout: float) -> Tensor:
+        pair = self.kv[2 * layer : 2 * layer + 2]
+        key, value = (heads_of(part, self.heads) for part in pair)
         mask = None if self.keep is None else self.keep[:, None, None, :]
         return attention(query, key, value, mask, dropout)
 
@@ -93,6 +116,8 @@ def project(
     maps: Sequence[Linear], states: Tensor, heads: int, keep: Tensor | None = None, queries: int | None = None
 ) -> Context:
     """Project states (B, P, V) by each layer's key and value matrices; the rest as in `Stack.context`."""
+    if torch.is_grad_enabled() and states.device.type != "cpu" and not any(kv._forward_pre_hooks for kv in maps):
+        return _project_at_once(maps, states, heads, keep)
     if torch.is_grad_enabled() or states.device.type != "cpu":
         return Context([kv(states) for kv in maps], heads, keep)
     few = queries is not None and queries <= maps[0].out_features // 2 // heads
@@ -105,6 +130,21 @@ def project(
     return Context([by_head(kv(states), heads).contiguous() for kv in maps], heads, keep)
 
 
-def by_head(kv: Tensor, heads: int) -> Tensor:
-    """(B, P, 2 D) -> (B, H, 2, P, D / H) without a copy; unchanged if it is grouped by head already."""
-    return kv if kv.dim() == 5 else kv.view(*kv.shape[:2], 2, heads, -1).permute(0, 3, 2, 1, 4)
+def _project_at_once(maps: Sequence[Linear], states: Tensor, heads: int, keep: Tensor | None) -> Joined:
+    whole = F.linear(states, torch.cat([kv.weight for kv in maps]), torch.cat([kv.bias for kv in maps]))
+    return Joined(list(whole.chunk(2 * len(maps), -1)), heads, keep, whole=whole)
+
+
+def heads_of(x: Tensor, heads: int) -> Tensor:
+    """(B, P, D) -> (B, H, P, D / H) without a copy."""
+    return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
+
+
+def parts_of(x: Tensor, heads: int, count: int) -> list[Tensor]:
+    """(B, P, count * D) -> `count` views (B, H, P, D / H), whose gradients are put together by one copy."""
+    return [part.transpose(1, 2) for part in x.view(*x.shape[:2], count, heads, -1).unbind(2)]
+
+
+def by_head(x: Tensor, heads: int, parts: int = 2) -> Tensor:
+    """(B, P, parts * D) -> (B, H, parts, P, D / H) without a copy; unchanged if it is grouped by head already."""
+    return x if x.dim() == 5 else x.view(*x.shape[:2], parts, heads, -1).permute(0, 3, 2, 1, 4)

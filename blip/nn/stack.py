@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip.nn.attention import attention
-from blip.nn.context import Context, project
+from blip.nn.attention import attention, prepared
+from blip.nn.context import Context, by_head, heads_of, parts_of, project
 from blip.nn.linear import Linear, linear
 from blip.nn.packing import Layout, first_tokens, join, split
 from blip.nn.settings import TextConfig, TrainingOptions
@@ -67,7 +67,12 @@ class Pass:
 
     @cached_property
     def mask(self) -> Tensor | None:
-        """(R or 1, 1, T or 1, P + T) bool, True where a token is seen; None: everywhere, or as `triangular` says."""
+        """(R or 1, 1, T or 1, P + T), as `attention` takes it; None: all is seen, or as `triangular` says."""
+        mask = self._mask()
+        return mask if mask is None else prepared(mask, self.segments[0].states)
+
+    def _mask(self) -> Tensor | None:
+        """The same in bool, True where a token is seen."""
         if self.sees is not None:
             return self.sees[:, None]
         if self.triangular:
@@ -152,13 +157,14 @@ class SelfAttention(nn.Module):
             parts = iter(split(self.qkv(x), layouts))
         dropout, outs = self.dropout if self.training else 0.0, []
         for one in passes:
-            grid = self._by_head(_beside_each_other(parts, one.segments))
+            grid, count = _beside_each_other(parts, one.segments), 2 if first else 3
             if isinstance(one.after, Cache):
+                grid = by_head(grid, self.heads, count)
                 query, (key, value) = grid[:, :, 0], one.after.add(layer, grid[:, :, -2:]).unbind(2)
             else:
-                query, key, value = (None, *grid.unbind(2)) if first else grid.unbind(2)
+                query, key, value = [None, *parts_of(grid, self.heads, count)][-3:]
             if first:
-                query = self._by_head(next(firsts)[:, None]).squeeze(2)
+                query = heads_of(next(firsts)[:, None], self.heads)
             if isinstance(one.after, Pass):
                 key, value = (torch.cat(pair, 2) for pair in zip(seen[one.after], (key, value), strict=True))
             if one in seen:
@@ -167,10 +173,6 @@ class SelfAttention(nn.Module):
             out = out.transpose(1, 2).reshape(len(out), -1, self.out.in_features)
             outs += [out[:, 0]] if first else _apart(out, one.segments)
         return self.out(join(outs))
-
-    def _by_head(self, x: Tensor) -> Tensor:
-        """(R, T, parts * D) -> (R, H, parts, T, D / H)."""
-        return x.view(*x.shape[:2], -1, self.heads, self.out.in_features // self.heads).permute(0, 3, 2, 1, 4)
 
 
 def _beside_each_other(parts: Iterator[Tensor], segments: Sequence[Segment]) -> Tensor:
@@ -238,8 +240,8 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(options.dropout)
 
     def attend_self(self, group: _Group, x: Tensor, layer: int, seen: _Seen) -> Tensor:
-        (name, first), parts = group
-        y = self._drop(getattr(self, name)(x, list(dict.fromkeys(part.of for part in parts)), layer, first, seen))
+        (name, first), parts, passes = group
+        y = self._drop(getattr(self, name)(x, passes, layer, first, seen))
         if first:
             x = first_tokens(x, [part.layout for part in parts])
             for part in parts:
@@ -247,7 +249,7 @@ class Block(nn.Module):
         return getattr(self, f"{name}_norm")(x + y)
 
     def attend_cross(self, group: _Group, x: Tensor, layer: int) -> Tensor:
-        grounded, parts = group
+        grounded, parts, _ = group
         if not grounded:
             return x
         layouts, contexts = [part.layout for part in parts], [part.segment.context for part in parts]
@@ -286,8 +288,8 @@ class Stack(nn.ModuleList):
         for i, one in enumerate(passes):
             if isinstance(one.after, Pass) and one.after not in passes[:i]:
                 raise ValueError("a pass can only see an earlier pass of the same run")
-        by_attention = _grouped(parts, lambda part: (part.of.attention, False))
-        by_attention_at_last = _grouped(parts, lambda part: (part.of.attention, part.of.first))
+        by_attention = _merged(_grouped(parts, lambda part: (part.of.attention, False)), seen)
+        by_attention_at_last = _merged(_grouped(parts, lambda part: (part.of.attention, part.of.first)), seen)
         by_context = _grouped(parts, lambda part: part.segment.context is not None)
         by_feed_forward = _grouped(parts, lambda part: part.segment.feed_forward)
         x, crossed = join([part.segment.states for part in parts]), 0
@@ -314,10 +316,50 @@ class _Group(NamedTuple):
 
     kind: Any
     parts: list[_Part]
+    passes: list[Pass]
 
 
 def _grouped(parts: Sequence[_Part], kind: Callable[[_Part], Any]) -> list[_Group]:
-    return [_Group(name, list(some)) for name, some in groupby(parts, kind)]
+    groups = [(name, list(some)) for name, some in groupby(parts, kind)]
+    return [_Group(name, some, list(dict.fromkeys(part.of for part in some))) for name, some in groups]
+
+
+def merges(device: torch.device) -> bool:
+    """Whether neighbouring passes with the same kind of self-attention and grid attend as one.
+
+    A GPU does, as few large operations launch faster. On a CPU padding is not in a grid.
+    """
+    return device.type != "cpu"
+
+
+def _merged(groups: Sequence[_Group], seen: _Seen) -> list[_Group]:
+    """Put passes of a group that nothing else tells apart together for their self-attention."""
+
+    def kind(one: Pass) -> Any:
+        segment, layout = one.segments[0], one.segments[0].layout
+        plain = len(one.segments) == 1 and one.after is None and one.sees is None and one not in seen
+        if plain and layout.cells is None and merges(segment.states.device):
+            return layout.length, one.causal, one.first
+        return id(one)
+
+    def merged(some: list[Pass]) -> Pass:
+        if len(some) == 1:
+            return some[0]
+        first, layouts = some[0], [one.segments[0].layout for one in some]
+        layout = Layout(sum(one.rows for one in layouts), layouts[0].length)
+        if any(one.mask is not None for one in layouts):
+            everything = torch.ones(1, dtype=torch.bool, device=first.segments[0].states.device)
+            masks = [everything if one.mask is None else one.mask for one in layouts]
+            shapes = [(one.rows, 1, 1, one.length) for one in layouts]
+            layout.mask = torch.cat([mask.expand(shape) for mask, shape in zip(masks, shapes, strict=True)])
+        return Pass([Segment(first.segments[0].states, layout)], first.attention, first.causal, first=first.first)
+
+    return [
+        group
+        if len(group.passes) == 1
+        else group._replace(passes=[merged(list(some)) for _, some in groupby(group.passes, kind)])
+        for group in groups
+    ]
 
 
 def _each(groups: Sequence[_Group], x: Tensor, through: Callable[[_Group, Tensor], Tensor]) -> Tensor:

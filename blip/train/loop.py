@@ -30,7 +30,7 @@ from blip.objectives.batch import Batch
 from blip.objectives.objective import Clock, Objective
 from blip.train import drift, log, optim
 from blip.train.memory import give_back_freed_memory, keep_freed_memory
-from blip.train.precision import all_multiply_bfloat16, precision
+from blip.train.precision import CastOnce, all_multiply_bfloat16, precision
 from blip.train.settings import TrainConfig
 from blip.train.signals import Stopper
 from blip.train.state import Checkpoints, State, restore
@@ -184,6 +184,9 @@ class _Run:
         scales, bfloat16 = self.towers.scales(), all_multiply_bfloat16(self.device)
         self.optimizer = optim.build(objective, config, scales, bfloat16=bfloat16)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        # On a CPU, where an operation costs no launch, autocast's own casts are as fast.
+        casts = self.device.type == "cuda" and self.dtype != torch.float32
+        self.cast_once = CastOnce(objective, self.dtype).used if casts else nullcontext
 
         layout = {"world": self.world, "batch_size": config.batch_size, "accumulate": config.accumulate}
         self.facts = {
@@ -383,7 +386,7 @@ class _Run:
                 self.ledger.add(batch.bad, self.drawn)
             torch.manual_seed(seed_of(config.seed, state.step, self.rank, micro))
             last = micro == config.accumulate - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.module):
+            with nullcontext() if last else self.accelerator.no_sync(self.module), self.cast_once():
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                     outcome = self.module(batch.to(self.device), clock)
                 self.scaler.scale(sum(outcome.losses.values()) / config.accumulate).backward()

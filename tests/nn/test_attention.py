@@ -1,12 +1,13 @@
 """Both ways of computing attention agree, and with a loop over queries."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from blip.nn import attention as module
-from blip.nn.attention import attention
+from blip.nn.attention import attention, prepared
 
 
 def by_loop(query, key, value, allowed):
@@ -51,3 +52,20 @@ def test_the_plain_way_is_taken_for_bfloat16_on_a_cpu_only():
     assert module.plain_is_faster(x.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
         assert module.plain_is_faster(x)
+
+
+@pytest.mark.parametrize("width", [8, 13])
+def test_a_mask_of_a_gpu_is_what_is_added_to_the_scores(width):
+    """Rows start at multiples of 8 numbers, as its kernel wants; in autocast's type, as queries are."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 3, 4, 8), *torch.randn(2, 2, 3, width, 8)
+    mask = torch.rand(2, 1, 4, width) > 0.4
+    mask[..., 0] = True
+    gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    bias = prepared(mask, gpu)
+    assert all(stride % 8 == 0 for stride in bias.stride()[:-1])
+    assert bias.shape == mask.shape
+    expected = torch.softmax((query @ key.mT / math.sqrt(8)).masked_fill(~mask, float("-inf")), -1) @ value
+    torch.testing.assert_close(attention(query, key, value, bias), expected)
+    assert prepared(mask, query) is mask
+    assert prepared(mask, SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)).dtype == torch.bfloat16

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import BertConfig, BertModel
 
+from blip.nn import stack
 from blip.nn.packing import Layout
 from blip.nn.settings import TextConfig, TrainingOptions
 from blip.nn.stack import Block, Cache, CrossAttention, Pass, Segment, Stack
@@ -249,3 +250,31 @@ def test_one_segment_where_its_place_in_the_row_matters(given):
     for wrong in ({"causal": True}, {"first": True}):
         with pytest.raises(ValueError, match="one segment"):
             Pass([one, one], "text", **wrong)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_passes_of_one_kind_attend_as_one_on_a_gpu(qformer, given, monkeypatch, first):
+    """One with padding and one without, over different images; a causal pass and a shorter one stay by themselves."""
+    padded = Layout(ROWS, WORDS, KEEP)
+    padded.cells, padded.mask = None, KEEP[:, None, None]
+    states, images = given["words"].flatten(0, 1), qformer.context(given["image"])
+    other, words = images[torch.tensor([4, 0, 0, 1, 2])], Layout(ROWS, WORDS)
+    short = Segment(given["words"][:, :4].flatten(0, 1), Layout(ROWS, 4), images)
+    run = [
+        Pass([Segment(states, padded, images)], "text", first=first),
+        Pass([Segment(states * 2, words, other)], "text", first=first),
+        Pass([Segment(states * 3, words, images)], "text", causal=True),
+        Pass([short], "text", first=first),
+    ]
+    rows = []
+    attend = stack.attention
+    monkeypatch.setattr(stack, "attention", lambda query, *rest: (rows.append(len(query)), attend(query, *rest))[1])
+    apart = qformer(run)
+    assert rows == [ROWS] * 4 * CONFIG.layers
+    rows.clear()
+    monkeypatch.setattr(stack, "merges", lambda device: True)
+    together = qformer(run)
+    assert rows == [2 * ROWS, ROWS, ROWS] * CONFIG.layers
+    real = slice(None) if first else KEEP.flatten()
+    for (a,), (b,), tokens in zip(apart, together, [real, *[slice(None)] * 3], strict=True):
+        close(a[tokens], b[tokens])
