@@ -32,7 +32,7 @@ from capfilt.run import Run
 from capfilt.schema import ANNOTATIONS, ERROR_CODES, STATUSES
 from capfilt.score import decoding, pool
 from capfilt.score.loop import ScoreOptions, TooManyErrors, Worker, make_pool, score
-from capfilt.score.progress import ScoringProgress, clock
+from capfilt.score.progress import ScoringProgress, clock, line_of
 from capfilt.score.scorer import BatchTooLarge, FakeScorer, Item
 from capfilt.select.choose import select
 from capfilt.select.policies import SelectConfig
@@ -577,7 +577,7 @@ def test_progress_says_what_is_left():
     progress.add([row] * 18 + [{**row, "status": "truncated"}] * 2)
     assert progress.rate() == pytest.approx(2.0, rel=0.05)  # what was inherited is not part of it
     assert progress.seconds_left()[0] == pytest.approx(30, rel=0.05)
-    line = progress.line()
+    line = line_of(progress.report())
     for part in ("rows 40/100 40.0%", "web 100.0% syn 0.0%", "truncated 10.00%", "models busy 75%, wait decode 25%"):
         assert part in line
     progress.say(always=True)
