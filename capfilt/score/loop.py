@@ -92,17 +92,8 @@ class Worker:
         start = time.monotonic()
         rows: list[Decoded] = []
         answers: dict[int, Scores] = {}
-        waiting: list[Decoded] = []
-        while tasks:
-            pool, task = tasks.popleft()
-            for row in self.timed("decode", lambda pool=pool, task=task: pool.take(task)):
-                rows.append(row)
-                if row.pixels:
-                    waiting.append(row)
-                if len(waiting) >= self.batch:
-                    self._score(waiting, part, answers)
-                    waiting = []
-        self._score(waiting, part, answers)
+        for batch, following in itertools.pairwise(itertools.chain(self._batches(tasks, rows), [[]])):
+            self._score(batch, following, part, answers)
         annotations = [annotate.annotation(row, part.source, answers.get(row.number)) for row in rows]
         about = {
             "attempt": attempt,
@@ -113,8 +104,26 @@ class Worker:
         }
         return [{**row, **about} for row in annotations]
 
-    def _score(self, rows: list[Decoded], part: Part, answers: dict[int, Scores]) -> None:
-        """Score rows and record their scores in `answers`."""
+    def _batches(self, tasks: Tasks, rows: list[Decoded]) -> Iterator[list[Decoded]]:
+        """Add a part's rows to `rows` as they are decoded; yield those with images in batches."""
+        waiting: list[Decoded] = []
+        while tasks:
+            pool, task = tasks.popleft()
+            for row in self.timed("decode", lambda pool=pool, task=task: pool.take(task)):
+                rows.append(row)
+                if row.pixels:
+                    waiting.append(row)
+                if len(waiting) >= self.batch:
+                    yield waiting
+                    waiting = []
+        if waiting:
+            yield waiting
+
+    def _score(self, rows: list[Decoded], following: list[Decoded], part: Part, answers: dict[int, Scores]) -> None:
+        """Score rows and record their scores in `answers`; the scorer may begin with the `following` ones meanwhile."""
+        if following:
+            items = [annotate.item_of(row, part.source) for row in following[: self.batch]]
+            self.timed("models", lambda: self.scorer.ahead(items))
         at = 0
         while at < len(rows):
             some = rows[at : at + self.batch]
@@ -359,9 +368,8 @@ def _all_failed(run: Run, options: ScoreOptions) -> Counter[str]:
     For jobs of a few rows; in a large job `judge` reports this early.
     """
     statuses: Counter[str] = Counter()
-    present = run.parts.present()
     for part in run.share(options.rank, options.world):
-        if part.pid in present:
+        if run.parts.exists(part.pid):  # not a list of all: the first part nearly always answers
             statuses.update(run.parts.read(part.pid, ["status"])["status"].to_pylist())
             if not statuses.keys() <= FAULTS:
                 return Counter()
