@@ -210,7 +210,13 @@ def requests() -> dict[str, float]:
 
 def _count(files, name: str, counts: Counter[str]) -> None:
     original = getattr(files, name)
-    setattr(files, name, lambda *args, **how: counts.update([name]) or original(*args, **how))
+
+    def counted(path, *args, **how):
+        mode = [*args, how.get("mode", "rb")][0] if name == "open" else ""
+        counts[{"wb": "put", "rb": "open"}.get(mode, name)] += 1
+        return original(path, *args, **how)
+
+    setattr(files, name, counted)
 
 
 def main() -> None:

@@ -77,9 +77,11 @@ class Run:
                 raise
             except (ValueError, OSError) as error:
                 raise DataError(f"{self.where}/{name} cannot be read ({error}): was it edited?") from None
-            columns = (table[c].to_pylist() for c in ("pid", "source", "lo", "hi"))
-            parts = zip(*columns, strict=True)
-            self.plan += [Part(pid, sys.intern(source), lo, hi) for pid, source, lo, hi in parts]  # one text for many
+            for batch in table.select(["pid", "source", "lo", "hi"]).to_batches(max_chunksize=1 << 14):
+                rows = zip(*(column.to_pylist() for column in batch.columns), strict=True)
+                self.plan += [
+                    Part(pid, sys.intern(source), lo, hi) for pid, source, lo, hi in rows
+                ]  # one text for many
             self.plans += 1
         listed = sum(source.rows for source in self.sources.values())
         if self.rows != listed:

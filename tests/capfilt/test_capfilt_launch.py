@@ -24,7 +24,7 @@ from capfilt.score.models import BlipScorer
 from capfilt.score.progress import CombinedProgress, line_of
 from capfilt.verify import verify
 
-PATIENCE = 120
+PATIENCE = 300
 TASK = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "64", "SLURM_PROCID": "9", "SLURM_LOCALID": "1"}
 
 
