@@ -143,9 +143,9 @@ sys.exit(status)
 """Program that runs a verb and prints its peak memory; the kernel's figure for children includes this process's own."""
 
 
-def verb(name: str, run: Run, figures_by_name: dict[str, float], *args: str) -> None:
-    """Run a verb as a command; records wall seconds, CPU seconds and peak memory."""
-    command = [sys.executable, "-c", _MEASURED, *name.split("_")[:1], run.where, *args]
+def verb(name: str, figures_by_name: dict[str, float], *args: str) -> None:
+    """Run a verb, the first word of `name`, as a command; records wall seconds, CPU seconds and peak memory."""
+    command = [sys.executable, "-c", _MEASURED, *name.split("_")[:1], *args]
     start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     wall, after = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -184,10 +184,10 @@ def main() -> None:
         print(f"overhead {figures_by_name['overhead_percent']:.2f}%", flush=True)
         run = annotated(here / "many", given.rows, 1024)
         for name, args in SELECTIONS.items():
-            verb(f"select_{name}", run, figures_by_name, "--name", name, *args)
-        verb("report", run, figures_by_name)
-        verb("report_look", run, figures_by_name, "--select", "look")
-        verb("verify", run, figures_by_name)
+            verb(f"select_{name}", figures_by_name, run.where, "--name", name, *args)
+        verb("report", figures_by_name, run.where)
+        verb("report_look", figures_by_name, run.where, "--select", "look")
+        verb("verify", figures_by_name, run.where)
         figures_by_name["report_megabytes"] = Path(run.where, "report/at-half/report.html").stat().st_size / 1e6
         small = annotated(here / "small", 160_000, 16)
         timed("seconds_open_10000_parts", lambda: Run.open(small.where), figures_by_name)

@@ -281,6 +281,26 @@ def build(kind: type[T], given: Tree, before: str = "", under: Any = None) -> T:
         raise ValueError(f"{before}{error}" if names_it or not before else f"{before[:-1]}: {error}") from None
 
 
+def written(chosen: Any) -> list[str]:
+    """Return the command line from which `read` builds the same options, none of them sections or lists of words.
+
+    Options at their defaults are left out, except given ones of a mapping.
+    """
+    arguments, words = [], []
+    for one in walk(type(chosen)):
+        value, is_given = chosen, False
+        for key in one.path:
+            is_given = isinstance(value, Mapping) and key in value
+            value = value.get(key, one.default) if isinstance(value, Mapping) else getattr(value, str(key))
+        if "argument" in one.field.metadata:
+            arguments.append(value)
+        elif one.field.metadata.get("repeat"):
+            words += [f"--{one.name}={item}" for item in value]
+        elif is_given or value != one.default:
+            words.append(f"--{one.name}={'null' if value is None else value}")
+    return [*arguments, *words]
+
+
 # Values ---------------------------------------------------------------------------------------------------------------
 
 

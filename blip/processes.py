@@ -1,4 +1,7 @@
-"""Processes and cores of this machine, on Linux, macOS and Windows alike. Imports nothing heavy."""
+"""Processes and cores of this machine, on Linux, macOS and Windows alike, and this one's place among a launcher's.
+
+Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,31 @@ def command_of(pid: int) -> list[str]:
         return psutil.Process(pid).cmdline()
     except (psutil.Error, ValueError):
         return []
+
+
+_PLACES = (
+    ("RANK", "WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_NTASKS"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+)
+"""Variables with a process's rank and the number of processes, of torchrun and accelerate, SLURM, and the MPIs."""
+
+
+def place() -> tuple[int, int]:
+    """Rank of this process among those that a launcher started, and their number: (0, 1) without a launcher.
+
+    A SLURM batch script itself is one process, whatever the number of tasks of its job; `srun` starts the tasks.
+    ValueError if a launcher gave the number of processes without the ranks.
+    """
+    in_step = "SLURM_JOB_ID" not in os.environ or "SLURM_STEP_ID" in os.environ
+    for rank, world in _PLACES:
+        if rank in os.environ and world in os.environ and (in_step or not rank.startswith("SLURM")):
+            return int(os.environ[rank]), int(os.environ[world])
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("WORLD_SIZE is more than 1 and RANK is not set: set both for each process, or neither")
+    return 0, 1
 
 
 def cores() -> int:

@@ -14,7 +14,7 @@ ABOUT = f"""\
 Clean a noisy crawl of images and texts: a captioner adds synthetic texts, and a filter keeps the texts that match.
 
   python -m capfilt plan --input 'cc/{{00000..00331}}.tar' --out run --captioner models/captioner --filter models/filter
-  python -m capfilt score run                    # repeat to continue; RANK and WORLD_SIZE of a launcher share the work
+  python -m capfilt score run                    # repeat to continue; the processes of a launcher share the work
   python -m capfilt report run                   # look at the scores first
   python -m capfilt select run --policy blip --itm 0.5 --name half
   python -m capfilt export run --select half --format wds --to clean
@@ -27,6 +27,7 @@ crawl" at {DOCS}.
 VERBS = {
     "plan": "list the input and split it into parts; no GPU needed",
     "score": "generate and match texts for every row; repeat to continue",
+    "launch": "score with one process per GPU of this machine; repeat to continue",
     "concepts": "list the words and pairs of words of a run's texts, for a balanced selection",
     "select": "choose texts by their scores; takes seconds, can be repeated",
     "export": "write the texts of a selection as a data set",

@@ -6,6 +6,7 @@ plan keeps an index of them as parquet, which has; images and members stay in pl
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 import hashlib
@@ -13,7 +14,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ from capfilt.store.storage import Local, Storage
 _GROUP = 1024
 """Rows of an index that are read together."""
 _BLOCK = 1 << 16
+_REQUEST, _APART = 1 << 23, 1 << 16
+"""Most bytes of a request for several members of a remote shard, and between two of them."""
 _SPAN = pa.struct([("at", pa.int64()), ("size", pa.int64())])
 MEMBERS = pa.schema([("key", pa.string()), *((slot, _SPAN) for slot in tars.SLOTS)])
 """The index of a tar: where the members of each sample are."""
@@ -345,16 +348,21 @@ def _open(source: PlannedSource, config: ReadConfig, storage: Storage) -> Format
 
 
 @contextlib.contextmanager
-def _members(path: str) -> Iterator[tars.ReadMember]:
+def _members(path: str, members: Sequence[tars.Member]) -> Iterator[tars.ReadMember]:
     """Read members of a shard, which stays open meanwhile. A failed read, or opening, is the BadSample of each row."""
     opened = None
-    if not is_remote(path):
+    if is_remote(path):
+        read_bytes = _together(path, members)
+    else:
         with contextlib.suppress(OSError):
             opened = os.open(path, os.O_RDONLY)
 
+        def read_bytes(member: tars.Member) -> bytes:
+            return read_range(path, *member, opened)
+
     def read(member: tars.Member) -> bytes:
         try:
-            return read_range(path, *member, opened)
+            return read_bytes(member)
         except OSError as error:
             raise BadSample(error.strerror or str(error), "unreadable") from None
 
@@ -363,6 +371,29 @@ def _members(path: str) -> Iterator[tars.ReadMember]:
     finally:
         if opened is not None:
             os.close(opened)
+
+
+def _together(path: str, members: Sequence[tars.Member]) -> tars.ReadMember:
+    """Read members of a remote shard, neighbours in one request of up to `_REQUEST` bytes; the last one is kept."""
+    starts: list[int] = []
+    stops: list[int] = []
+    for member in sorted(members):
+        if stops and member.offset <= stops[-1] + _APART and sum(member) - starts[-1] <= _REQUEST:
+            stops[-1] = max(stops[-1], sum(member))
+        else:
+            starts.append(member.offset)
+            stops.append(sum(member))
+    kept: tuple[int, bytes] = (-1, b"")
+
+    def read(member: tars.Member) -> bytes:
+        nonlocal kept
+        at = bisect.bisect_right(starts, member.offset) - 1
+        if kept[0] != at:
+            kept = at, read_range(path, starts[at], stops[at] - starts[at])
+        start = member.offset - starts[at]
+        return kept[1][start : start + member.size]
+
+    return read
 
 
 def open_index(storage: Storage, source: PlannedSource) -> RowGroups:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,7 @@ PLAN = pa.schema(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Part:
     """Rows lo to hi of a source, scored and committed together."""
 
@@ -39,7 +41,9 @@ class Run:
     """A planned run: the contents of job.json and plan/."""
 
     def __init__(self, where: str, storage: Storage, job: dict[str, Any]) -> None:
-        self.where, self.storage, self.job = where, storage, job
+        self.where, self.storage = where, storage
+        self.job = job
+        """The contents of job.json; its inputs, which may be a million, are kept as `sources` alone."""
         self.fingerprint: str = job["fingerprint"]
         self.config = ScoreConfig(**of_record(job["settings"]))
         self.reading = ReadConfig(**job["reading"])
@@ -64,7 +68,7 @@ class Run:
             raise DataError(f"{where}/job.json cannot be read ({error}): was it edited?") from None
 
     def _read(self) -> None:
-        self._add(self.job["inputs"])
+        self._add(self.job.pop("inputs"))
         for name in sorted(n for n in self.storage.listing("plan") if n.count("/") == 1 and n.endswith(".parquet")):
             try:
                 if self.plans:
@@ -74,8 +78,11 @@ class Run:
                 raise
             except (ValueError, OSError, KeyError, TypeError) as error:
                 raise DataError(f"{self.where}/{name} cannot be read ({error}): was it edited?") from None
-            columns = (table[c].to_pylist() for c in ("pid", "source", "lo", "hi"))
-            self.plan += [Part(*values) for values in zip(*columns, strict=True)]
+            for batch in table.select(["pid", "source", "lo", "hi"]).to_batches(max_chunksize=1 << 14):
+                rows = zip(*(column.to_pylist() for column in batch.columns), strict=True)
+                self.plan += [
+                    Part(pid, sys.intern(source), lo, hi) for pid, source, lo, hi in rows
+                ]  # one text for many
             self.plans += 1
         listed = sum(source.rows for source in self.sources.values())
         if self.rows != listed:
@@ -101,7 +108,11 @@ class Run:
 
     def share(self, rank: int, world: int) -> list[Part]:
         """Return the parts of one of several processes, in the order of their ids, which is as good as random."""
-        return [part for part in self.in_order() if int(part.pid[:8], 16) % world == rank]
+        return _in_order(part for part in self.plan if int(part.pid[:8], 16) % world == rank)
 
     def in_order(self) -> list[Part]:
-        return sorted(self.plan, key=lambda part: part.pid)
+        return _in_order(self.plan)
+
+
+def _in_order(parts: Iterable[Part]) -> list[Part]:
+    return sorted(parts, key=lambda part: part.pid)

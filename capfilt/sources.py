@@ -17,7 +17,7 @@ REMOTE = ("s3://", "gs://", "gcs://", "az://", "abfs://", "abfss://", "hf://", "
 _HEAD, _SPOTS, _SPOT = 1 << 16, 16, 1 << 12
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PlannedSource:
     """An input file (or data set) as it was when the plan was made."""
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pytest
 
 from blip.app import cli
-from blip.options import argument, content, docs, flat, option, options_of, read, verb, walk
+from blip.options import argument, content, docs, flat, option, options_of, read, verb, walk, written
 from capfilt import __main__ as capfilt
 from eval.__main__ import COMMANDS as MEASURES
 
@@ -297,6 +297,26 @@ def test_the_first_word_is_one_of_the_verbs(capsys):
     for args, message in (([], "give one of caption, vqa"), (["captoin"], "did you mean caption?"), (["--x"], "'--x'")):
         with pytest.raises(ValueError, match=re.escape(message)):
             verb("try", args, verbs, "About.")
+
+
+def test_options_are_written_as_they_were_read():
+    kind = options_of(import_module("capfilt.commands.score"))
+    args = [
+        "run",
+        "--batch",
+        "4",
+        "--also",
+        "language",
+        "--also",
+        "mine.py:A=b c",
+        "--allow-damaged",
+        "--max-error-rate",
+    ]
+    args += ["0.5", "--precision", "bfloat16", "--no-lenient", "--prompt", "-- a ", "--image-size", "null"]
+    chosen = read(kind, args, "capfilt score")
+    assert written(chosen)[0] == "run"
+    assert read(kind, written(chosen), "capfilt score") == chosen
+    assert written(read(kind, ["run"], "capfilt score")) == ["run"]
 
 
 # The programs ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import tempfile
 from dataclasses import dataclass
 
 from blip.options import flat, option
-from capfilt.commands import export, plan, report, score, select, verify
+from blip.processes import place
+from capfilt.commands import export, launch, plan, report, score, select, verify
 from capfilt.select.policies import SelectConfig
 from capfilt.settings import DONE, FAILED_PARTS, WRONG, ReportOptions, ScoreOptions
 
@@ -19,6 +20,7 @@ scored twice. The first example is a rehearsal without models:
   capfilt run --input cc --out try --scorer fake --limit 1000
   capfilt run --input cc --out run --captioner models/captioner --filter models/filter --dry-run
   capfilt run --input cc --out run --captioner models/captioner --filter models/filter --to clean
+  capfilt run --input cc --out run --captioner models/captioner --filter models/filter --to clean --gpus all
 
 Then open run/report/default/report.html. Another selection takes seconds: capfilt select run --name strict --itm 0.8
 """
@@ -28,6 +30,8 @@ Then open run/report/default/report.html. Another selection takes seconds: capfi
 class RunVerb(select.EmptyOption, export.FormatOptions, score.EngineOptions, plan.InputOptions):
     """Plan, score, select, export, report and verify in one go."""
 
+    gpus: str | None = option(None, metavar="N")
+    """GPUs of this machine to score on, one process for each: a number, or `all` (default: this process alone)"""
     name: str = option("default", metavar="NAME")
     """Name of the selection"""
     to: str | None = option(None, metavar="FOLDER")
@@ -42,9 +46,10 @@ class RunVerb(select.EmptyOption, export.FormatOptions, score.EngineOptions, pla
 
 def run(options: RunVerb) -> int:
     """Run all steps in order; exit status 2 for damaged sources does not stop the rest."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    _, world = place()
+    if world > 1:
         raise ValueError(
-            "`capfilt run` is for one process, but WORLD_SIZE is more than 1: plan in one process, score in all, and "
+            f"`capfilt run` is for one process, but a launcher started {world}: plan in one process, score in all, and "
             "when all are done select, export, report and verify in one"
         )
     if options.dry_run:
@@ -71,5 +76,6 @@ def _scored(options: RunVerb) -> int:
 
     planned = plan.make(options)
     how = dataclasses.replace(options.how, allow_damaged=options.allow_damaged)
-    scored = score.score(Run.open(options.out), options, how)
+    run = Run.open(options.out)
+    scored = launch.launch(run, options, how, {}, options.gpus) if options.gpus else score.score(run, options, how)
     return planned or scored if scored in (DONE, WRONG) else scored

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +15,8 @@ command continues, even with another batch size, number of processes or engine, 
 
   capfilt score run --dry-run                       # estimates the time
   capfilt score run --limit 10000                   # rows from all over the input; a full run continues from there
-  accelerate launch -m capfilt score run            # RANK and WORLD_SIZE share the parts, without collectives
+  srun capfilt score run                            # each task takes its share of the parts, and the GPU of its own
+  accelerate launch -m capfilt score run            # likewise; on one machine `capfilt launch run` does the same
   capfilt score run --engine ray                    # one scorer per GPU of a cluster
   capfilt score run --also language --also embedding      # in the same pass, or in one of their own over what is scored
 """
@@ -68,9 +68,11 @@ def score(run, engine: EngineOptions, how: ScoreOptions) -> int:
     """Score what is left, or estimate how long that takes, as one of the processes that a launcher starts."""
     import dataclasses
 
+    from blip.processes import place
     from capfilt.score.make import scorer_maker
 
-    how = dataclasses.replace(how, rank=int(os.environ.get("RANK", 0)), world=int(os.environ.get("WORLD_SIZE", 1)))
+    rank, world = place()
+    how = dataclasses.replace(how, rank=rank, world=world)
     maker = scorer_maker(engine.device)
     if engine.dry_run:
         from capfilt.score.dry_run import dry_run

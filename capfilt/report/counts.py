@@ -31,8 +31,8 @@ _COLUMNS = [
     "sample_id", "source_uri", "source_row", "status", "error_code", "web_text", "web_text_norm", "syn_text", "itm_web",
     "itm_syn", "rule_flags", "device", "seconds",
 ]  # fmt: skip
-_MOST_CAPTIONS = 1_000_000
-"""Most distinct captions counted at once; beyond that, those seen once are forgotten."""
+_MOST = 1_000_000
+"""Most distinct captions or words counted at once; beyond that, the rarest are forgotten."""
 NULL = "report/null.json"
 """File with the scores of shuffled captions, once `calibrate --method null` has measured them."""
 
@@ -58,6 +58,8 @@ class Numbers:
     forgotten: bool = False
     texts: Counter = field(default_factory=Counter)
     """Number of captions by kind, including forgotten ones."""
+    word_count: Counter = field(default_factory=Counter)
+    """Number of words by kind, including forgotten ones."""
     words: dict[str, Counter] = field(default_factory=lambda: {k: Counter() for k in ("web", "syn")})
     shards: dict[str, Counter] = field(default_factory=dict)
     flags: Counter = field(default_factory=Counter)
@@ -99,10 +101,11 @@ def _count(numbers: Numbers, table: pa.Table, chosen: pa.Table) -> None:
         texts = pc.drop_null(pc.list_flatten(table["web_text_norm" if kind == "web" else "syn_text"]))
         numbers.texts[kind] += len(texts)
         _add_counts(numbers.captions[kind], pc.value_counts(texts))
-        _add_counts(numbers.words[kind], pc.value_counts(pc.list_flatten(pc.utf8_split_whitespace(texts))))
-        if len(numbers.captions[kind]) > _MOST_CAPTIONS:
-            numbers.captions[kind] = Counter({k: n for k, n in numbers.captions[kind].items() if n > 1})
-            numbers.forgotten = True
+        words = pc.value_counts(pc.list_flatten(pc.utf8_split_whitespace(texts)))
+        _add_counts(numbers.words[kind], words)
+        numbers.word_count[kind] += pc.sum(words.field("counts")).as_py() or 0
+        for counter in (numbers.captions[kind], numbers.words[kind]):
+            numbers.forgotten |= _bound(counter)
 
 
 def _count_steps(numbers: Numbers, chosen: pa.Table, config: SelectConfig) -> None:
@@ -123,6 +126,16 @@ def _count_steps(numbers: Numbers, chosen: pa.Table, config: SelectConfig) -> No
 def _add_counts(counter: Counter, counts: pa.StructArray) -> None:
     for value, n in zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True):
         counter[value] += n
+
+
+def _bound(counter: Counter) -> bool:
+    """Forget what was counted least where there is too much of it; returns whether that was so."""
+    least = 1
+    while len(counter) > _MOST:
+        for value in [value for value, n in counter.items() if n <= least]:
+            del counter[value]
+        least *= 2
+    return least > 1
 
 
 # Examples -------------------------------------------------------------------------------------------------------------
@@ -248,7 +261,7 @@ def summary(run: Run, config: SelectConfig, numbers: Numbers) -> dict[str, Any]:
 
 
 def _text_figures(numbers: Numbers, kind: str) -> dict[str, Any]:
-    texts, words = numbers.texts[kind], sum(numbers.words[kind].values())
+    texts, words = numbers.texts[kind], numbers.word_count[kind]
     repeated = sum(n for n in numbers.captions[kind].values() if n > 1)
     return {
         "texts": texts,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -12,7 +13,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any, TextIO
 
 from blip.errors import DataError
@@ -92,17 +92,8 @@ class Worker:
         start = time.monotonic()
         rows: list[Decoded] = []
         answers: dict[int, Scores] = {}
-        waiting: list[Decoded] = []
-        while tasks:
-            pool, task = tasks.popleft()
-            for row in self.timed("decode", lambda pool=pool, task=task: pool.take(task)):
-                rows.append(row)
-                if row.pixels:
-                    waiting.append(row)
-                if len(waiting) >= self.batch:
-                    self._score(waiting, part, answers)
-                    waiting = []
-        self._score(waiting, part, answers)
+        for batch, following in itertools.pairwise(itertools.chain(self._batches(tasks, rows), [[]])):
+            self._score(batch, following, part, answers)
         annotations = [annotate.annotation(row, part.source, answers.get(row.number)) for row in rows]
         about = {
             "attempt": attempt,
@@ -113,8 +104,26 @@ class Worker:
         }
         return [{**row, **about} for row in annotations]
 
-    def _score(self, rows: list[Decoded], part: Part, answers: dict[int, Scores]) -> None:
-        """Score rows and record their scores in `answers`."""
+    def _batches(self, tasks: Tasks, rows: list[Decoded]) -> Iterator[list[Decoded]]:
+        """Add a part's rows to `rows` as they are decoded; yield those with images in batches."""
+        waiting: list[Decoded] = []
+        while tasks:
+            pool, task = tasks.popleft()
+            for row in self.timed("decode", lambda pool=pool, task=task: pool.take(task)):
+                rows.append(row)
+                if row.pixels:
+                    waiting.append(row)
+                if len(waiting) >= self.batch:
+                    yield waiting
+                    waiting = []
+        if waiting:
+            yield waiting
+
+    def _score(self, rows: list[Decoded], following: list[Decoded], part: Part, answers: dict[int, Scores]) -> None:
+        """Score rows and record their scores in `answers`; the scorer may begin with the `following` ones meanwhile."""
+        if following:
+            items = [annotate.item_of(row, part.source) for row in following[: self.batch]]
+            self.timed("models", lambda: self.scorer.ahead(items))
         at = 0
         while at < len(rows):
             some = rows[at : at + self.batch]
@@ -186,6 +195,12 @@ class Worker:
         self.run.parts.commit(part.pid, annotate.table_of(rows, part), facts)
         self.claims.end(part)
 
+    def stop(self) -> None:
+        """Stop before the next batch; if called again, at once."""
+        if self.stopped.is_set():
+            raise KeyboardInterrupt
+        self.stopped.set()
+
     def discard(self, tasks: Tasks) -> None:
         """Cancel the rest of a part's decoding."""
         while tasks:
@@ -214,7 +229,8 @@ def make_pool(setup: Setup, options: ScoreOptions, batch: int) -> Pool | Inline:
     """Make a decoding pool that stays two batches ahead."""
     workers = options.decode_workers
     if workers is None:
-        workers = max(1, min(16, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+        mine = min(cores(), int(os.environ.get("SLURM_CPUS_PER_TASK") or cores()))
+        workers = max(1, min(16, mine // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
     ahead = 2 * workers + 2 * -(-batch // _CHUNK)
     return Pool(setup, workers, options.decode_timeout, ahead) if workers else Inline(setup)
 
@@ -278,25 +294,16 @@ def describe_work(run: Run, work: Work, options: ScoreOptions) -> str:
 # The loop -------------------------------------------------------------------------------------------------------------
 
 
-class _Stop:
-    """While entered, SIGTERM and SIGINT set the event; the second Ctrl-C interrupts at once."""
-
-    def __init__(self, event: threading.Event) -> None:
-        self.event = event
-
-    def __enter__(self) -> _Stop:
-        here = threading.current_thread() is threading.main_thread()
-        names = (signal.SIGTERM, signal.SIGINT) if here else ()
-        self._before = {number: signal.signal(number, self._handle) for number in names}
-        return self
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.event.is_set():
-            raise KeyboardInterrupt
-        self.event.set()
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+@contextlib.contextmanager
+def on_stop(handle: Callable[[], None]) -> Iterator[None]:
+    """While entered, SIGTERM and SIGINT call a function; only in the main thread, which alone gets signals."""
+    here = threading.current_thread() is threading.main_thread()
+    names = (signal.SIGTERM, signal.SIGINT) if here else ()
+    before = {number: signal.signal(number, lambda *_: handle()) for number in names}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -321,6 +328,8 @@ def score(
         status = score_parts(make_worker(run, make_scorer(run), options), options, work, progress)
         if status != DONE:
             return status
+    else:
+        progress.say(always=True)
     return exit_status(run, options, progress.failed, out)
 
 
@@ -359,9 +368,8 @@ def _all_failed(run: Run, options: ScoreOptions) -> Counter[str]:
     For jobs of a few rows; in a large job `judge` reports this early.
     """
     statuses: Counter[str] = Counter()
-    present = run.parts.present()
     for part in run.share(options.rank, options.world):
-        if part.pid in present:
+        if run.parts.exists(part.pid):  # not a list of all: the first part nearly always answers
             statuses.update(run.parts.read(part.pid, ["status"])["status"].to_pylist())
             if not statuses.keys() <= FAULTS:
                 return Counter()
@@ -376,7 +384,7 @@ def score_parts(worker: Worker, options: ScoreOptions, work: Work, progress: Sco
     """Score the parts that are to do; returns DONE or INTERRUPTED."""
     progress.stages = worker.stages
     judged = min(_JUDGED, sum(part.rows for part, _ in work.todo))
-    with _Stop(worker.stopped), ThreadPoolExecutor(1) as writer:
+    with on_stop(worker.stop), ThreadPoolExecutor(1) as writer:
         writing: deque[Future] = deque()
         try:
             for part, attempt, tasks in _ahead(worker, work, progress):

@@ -76,6 +76,9 @@ class BlipScorer:
             self.captioner.vision = self.filter.vision
         self.batch_size = 8 if self._device.type == "cpu" else 256
         self.keeps_embeddings, self.embedding_size = False, self.filter.config.embed_dim
+        self._beside = _Beside(self._device) if self._device.type == "cuda" else None
+        self._begun: dict[tuple[str, ...], Callable[[], tuple[Tensor, Tensor]]] = {}
+        """Images that are being encoded, by the ids of their items."""
         self.facts = {
             "scorer": "blip",
             "decode": json.dumps(decode_record(config)),
@@ -117,14 +120,33 @@ class BlipScorer:
         return self._fitting(self._embed, items)
 
     @torch.inference_mode()
+    def ahead(self, items: Sequence[Item]) -> None:
+        """Launch the encoding of images on a GPU, beside the texts of the batch before, which do not fill it."""
+        if self._beside is None:
+            return
+        while len(self._begun) > 1:  # left by parts that failed
+            del self._begun[next(iter(self._begun))]
+        try:
+            self._begun[_ids(items)] = self._beside.launch(lambda: self._encode(items))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._beside = None
+
+    @torch.inference_mode()
     def _fitting(self, action: Callable[[Sequence[Item]], T], items: Sequence[Item]) -> T:
         try:
             return action(items)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        if self._device.type == "cuda":  # outside of the handler nothing of the failed batch is referred to any more
+        is_crowded = bool(self._begun)
+        self._begun.clear()  # outside of the handler nothing of the failed batch is referred to any more
+        if self._device.type == "cuda":
             torch.cuda.empty_cache()
+        if is_crowded:  # it may fit alone
+            self._beside = None
+            return self._fitting(action, items)
         raise BatchTooLarge
 
     def _embed(self, items: Sequence[Item]) -> np.ndarray:
@@ -132,8 +154,10 @@ class BlipScorer:
         return host.read(embedded.float())[0].numpy()
 
     def _score(self, items: Sequence[Item]) -> list[Scores]:
-        tokens = self.filter.vision(self._images(items, self.filter))
-        written = self._caption(items, tokens)
+        begun = self._begun.pop(_ids(items), None)
+        tokens, seen = begun() if begun else self._encode(items)
+        written = self._caption(items, seen)
+        del seen
         texts = [
             [*item.texts, *(_clean(t.text, self.config) for t in captions)]
             for item, captions in zip(items, written, strict=True)
@@ -153,6 +177,16 @@ class BlipScorer:
             for item, captions, matched, embedding in zip(items, written, matches, kept, strict=True)
         ]
 
+    def _encode(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
+        """Return the image tokens of filter and captioner, (B, P, D) each; the former twice if there is one tower."""
+        images = self._images(items, self.filter)
+        tokens = self.filter.vision(images)
+        if self.captioner is None or self.shared:
+            return tokens, tokens
+        if self.captioner.vision.image_size != self.filter.vision.image_size:
+            images = self._images(items, self.captioner)
+        return tokens, self.captioner.vision(images)
+
     def _images(self, items: Sequence[Item], model: Blip) -> Tensor:
         """Return images (B, 3, S, S), normalised as by blip.data.transforms.EvalTransform."""
         which = self.sides.index(model.vision.image_size)
@@ -163,10 +197,9 @@ class BlipScorer:
         """Generate `config.captions` texts for each image."""
         if self.captioner is None or self.writer is None:
             return [[] for _ in items]
-        seen = tokens if self.shared else self.captioner.vision(self._images(items, self.captioner))
         keys = [item.sample_id for item in items]
         return generate_texts(
-            self.captioner, self.writer, seen, self.decode, prompt=self.config.prompt.strip(), keys=keys
+            self.captioner, self.writer, tokens, self.decode, prompt=self.config.prompt.strip(), keys=keys
         )
 
     def _match(self, tokens: Tensor, texts: Sequence[Sequence[str]], embedded: Tensor) -> list[list[Matched]]:
@@ -228,6 +261,35 @@ class BlipScorer:
         ids, mask = self._moved(*tokenizer.pad(cut))
         first = tokenizer.enc_id if self.config.itm_token == "enc" else tokenizer.cls_id
         return [len(p) for p in pieces], starting_with(ids, first), mask
+
+
+class _Beside:
+    """Work on a GPU beside that of its current stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
+
+    def launch(self, action: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+        """Launch an action; returns a function that lets the current stream wait for its tensors, and gives them."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream = self._stream or torch.cuda.Stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            tensors = action()
+        done = self._stream.record_event()
+
+        def result() -> tuple[Tensor, ...]:
+            current.wait_event(done)
+            for tensor in tensors:
+                tensor.record_stream(current)  # their memory is not used again before this stream is done with them
+            return tensors
+
+        return result
+
+
+def _ids(items: Sequence[Item]) -> tuple[str, ...]:
+    return tuple(item.sample_id for item in items)
 
 
 def same_vision(a: Blip, b: Blip) -> bool:

@@ -81,6 +81,9 @@ class Scorer(Protocol):
     def score(self, items: Sequence[Item]) -> list[Scores]:
         """Score items. Raises BatchTooLarge."""
 
+    def ahead(self, items: Sequence[Item]) -> None:
+        """Begin with a batch that comes after the next one to be scored, if that is of use; returns at once."""
+
     def embed(self, items: Sequence[Item]) -> np.ndarray:
         """Return the filter's embeddings of the images alone, (B, E). Raises BatchTooLarge."""
 
@@ -107,6 +110,9 @@ class FakeScorer:
             for one, embedding in zip(scores, self.embed(items), strict=True):
                 one.embedding = embedding
         return scores
+
+    def ahead(self, items: Sequence[Item]) -> None:
+        pass
 
     def embed(self, items: Sequence[Item]) -> np.ndarray:
         """Return colours of 4 x 4 fields: equal images are equal, and images that look the same are near."""

@@ -221,6 +221,77 @@ def test_out_of_memory_is_said_so_that_the_job_can_halve(models, monkeypatch, er
         scorer.score(items(scorer.sides))
 
 
+class Beside:
+    """A GPU's second stream, as far as a CPU can pretend: work is done when it is launched."""
+
+    def __init__(self):
+        self.taken = 0
+
+    def launch(self, action):
+        tensors = action()
+
+        def result():
+            self.taken += 1
+            return tensors
+
+        return result
+
+
+@pytest.mark.parametrize("sizes", [(32, 32), (32, 48)])
+def test_what_was_begun_is_used_and_changes_no_score(monkeypatch, sizes):
+    pair = [tiny(seed, size) for seed, size in enumerate(sizes)]
+    scorer = BlipScorer(*pair, ScoreConfig(filter="f", captioner="c"))
+    rows = items(scorer.sides)
+    wanted = [scorer.score(rows[:3]), scorer.score(rows[3:])]
+    scorer.ahead(rows)  # there is nothing beside a CPU
+    assert not scorer._begun
+    encoded, encode = [], scorer._encode
+    monkeypatch.setattr(scorer, "_encode", lambda some: encoded.append(len(some)) or encode(some))
+    scorer._beside = Beside()
+    scorer.ahead(rows[3:])
+    assert [scorer.score(rows[:3]), scorer.score(rows[3:])] == wanted
+    assert (encoded, scorer._beside.taken, scorer._begun) == ([3, 3], 1, {})
+    for row in rows[:4]:  # of batches that were halved, or of parts that failed
+        scorer.ahead([row])
+    assert len(scorer._begun) == 2
+
+
+def test_two_towers_of_one_size_share_the_pixels_on_the_device(models, monkeypatch):
+    scorer = BlipScorer(*models, ScoreConfig(filter="f", captioner="c"))
+    assert not scorer.shared
+    copied, images = [], scorer._images
+    monkeypatch.setattr(scorer, "_images", lambda *args: copied.append(1) or images(*args))
+    scorer.score(items(scorer.sides))
+    assert len(copied) == 1
+
+
+def test_looking_ahead_ends_where_memory_is_too_small_for_it(models, monkeypatch):
+    """A batch that fits alone is not halved because of the one after it."""
+    scorer = BlipScorer(*models, ScoreConfig(filter="f", captioner="c"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    rows, match = items(scorer.sides), scorer._match
+
+    def crowded(*args):
+        if scorer._begun:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return match(*args)
+
+    wanted = scorer.score(rows[:3])
+    monkeypatch.setattr(scorer, "_match", crowded)
+    scorer._beside = Beside()
+    scorer.ahead(rows[3:])
+    assert scorer.score(rows[:3]) == wanted
+    assert (scorer._beside, scorer._begun) == (None, {})
+
+    def full(action):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    scorer._beside = Beside()
+    scorer._beside.launch = full
+    scorer.ahead(rows[3:])
+    assert scorer._beside is None
+
+
 @pytest.fixture
 def gpus(monkeypatch):
     """Four GPUs with bfloat16, as far as a machine without any can pretend; what is made the current one."""

@@ -229,12 +229,13 @@ def test_a_card_makes_objects_of_its_own_row_only(tmp_path):
 
 def test_forgotten_captions_are_counted_all_the_same(run, page, monkeypatch, tmp_path):
     whole = json.loads((page.parent / "report.json").read_text())["texts"]
-    monkeypatch.setattr("capfilt.report.counts._MOST_CAPTIONS", 5)
+    monkeypatch.setattr("capfilt.report.counts._MOST", 5)
     texts = json.loads(Path(report(run, ReportOptions(to=str(tmp_path)))).with_name("report.json").read_text())["texts"]
     for kind in ("web", "syn"):
         assert texts[kind]["counts_are_partial"]
         assert texts[kind]["texts"] == whole[kind]["texts"]
         assert texts[kind]["words_each"] == whole[kind]["words_each"]
+        assert texts[kind]["vocabulary"] <= 5 < whole[kind]["vocabulary"]
 
 
 def test_the_same_run_gives_the_same_page(run, tmp_path):

@@ -32,11 +32,12 @@ from capfilt.run import Run
 from capfilt.schema import ANNOTATIONS, ERROR_CODES, STATUSES
 from capfilt.score import decoding, pool
 from capfilt.score.loop import ScoreOptions, TooManyErrors, Worker, make_pool, score
-from capfilt.score.progress import ScoringProgress, clock
+from capfilt.score.progress import ScoringProgress, clock, line_of
 from capfilt.score.scorer import BatchTooLarge, FakeScorer, Item
 from capfilt.select.choose import select
 from capfilt.select.policies import SelectConfig
 from capfilt.settings import ScoreConfig
+from capfilt.store.storage import Local
 from capfilt.verify import verify
 
 BOMB = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (20000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
@@ -298,6 +299,22 @@ def test_a_launcher_says_which_share_is_whose(tmp_path, monkeypatch):
     check_complete(run.where, scored(folder, tmp_path / "base"))
 
 
+def test_a_process_lists_the_parts_once(tmp_path, monkeypatch):
+    """In an object store a list of a million parts is a thousand requests."""
+    run, listed, listing = planned(crawl(tmp_path / "in"), tmp_path / "run"), [], Local.listing
+    monkeypatch.setattr(Local, "listing", lambda self, folder: listed.append(folder) or listing(self, folder))
+    assert score(run, make_fake, HERE, io.StringIO()) == 0
+    assert listed.count("parts") == 1
+
+
+def test_an_open_plan_is_kept_once(tmp_path):
+    """A plan may have a million parts and as many files."""
+    run = planned(crawl(tmp_path / "in"), tmp_path / "run")
+    assert "inputs" not in run.job
+    assert len({id(part.source) for part in run.plan}) == len(run.sources) == 3 < len(run.plan)
+    assert not hasattr(run.plan[0], "__dict__")
+
+
 def test_a_limited_run_is_reused_by_the_full_one(tmp_path):
     folder = crawl(tmp_path / "in", shards=4)
     run = planned(folder, tmp_path / "run")
@@ -360,6 +377,35 @@ class Counting(FakeScorer):
         if sum(len(item.texts) for item in items) > self.room:
             raise BatchTooLarge
         return super().score(items)
+
+
+class LookingAhead(FakeScorer):
+    """Writes down what it gets, and when."""
+
+    def __init__(self):
+        super().__init__(0, 1, "enc")
+        self.calls = []
+
+    def ahead(self, items):
+        self.calls.append(("ahead", [item.sample_id for item in items]))
+
+    def score(self, items):
+        self.calls.append(("score", [item.sample_id for item in items]))
+        return super().score(items)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_scorer_may_begin_with_the_next_batch(tmp_path, workers):
+    """It gets each batch before the one ahead of it is scored, so that its images are encoded beside other work."""
+    folder, scorer = crawl(tmp_path / "in", shards=1, rows=41), LookingAhead()
+    options = replace(HERE, batch=8, decode_workers=workers)
+    run = scored(folder, tmp_path / "run", part_size=20, options=options, maker=lambda run: scorer)
+    sizes = [(name, len(ids)) for name, ids in scorer.calls]
+    parts = {20: [("ahead", 8), ("score", 8), ("ahead", 4), ("score", 8), ("score", 4)], 1: [("score", 1)]}
+    assert sizes == [call for part in sorted(run.plan, key=lambda part: part.pid) for call in parts[part.rows]]
+    begun = [ids for name, ids in scorer.calls if name == "ahead"]
+    assert all(ids in [ids for name, ids in scorer.calls if name == "score"] for ids in begun)
+    check_complete(run.where, scored(folder, tmp_path / "base", part_size=20))
 
 
 def test_one_row_does_not_shrink_the_batch_of_the_others(tmp_path):
@@ -577,7 +623,7 @@ def test_progress_says_what_is_left():
     progress.add([row] * 18 + [{**row, "status": "truncated"}] * 2)
     assert progress.rate() == pytest.approx(2.0, rel=0.05)  # what was inherited is not part of it
     assert progress.seconds_left()[0] == pytest.approx(30, rel=0.05)
-    line = progress.line()
+    line = line_of(progress.report())
     for part in ("rows 40/100 40.0%", "web 100.0% syn 0.0%", "truncated 10.00%", "models busy 75%, wait decode 25%"):
         assert part in line
     progress.say(always=True)

@@ -595,10 +595,12 @@ def test_all_in_one_go_and_again_with_more(tmp_path, capsys, monkeypatch):
     assert main([*args, "--dry-run"]) == 0
     assert "120 rows to do" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(args) == 2
-    assert "run` is for one process" in capsys.readouterr().err
-    monkeypatch.delenv("WORLD_SIZE")
+    for launcher in ({"RANK": "0", "WORLD_SIZE": "2"}, {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}):
+        with monkeypatch.context() as set_by:
+            for name, value in launcher.items():
+                set_by.setenv(name, value)
+            assert main(args) == 2
+        assert "run` is for one process" in capsys.readouterr().err
     for more in (["--limit", "20"], [], ["--itm", "0.9"]):  # each export takes the place of the one before
         assert main([*args, *more]) == 0
         assert "nothing is wrong" in capsys.readouterr().out

@@ -9,6 +9,7 @@ from capfilt_crawl import HERE, annotations, crawl, make_fake, planned, scored
 from fsspec.implementations.memory import MemoryFileSystem
 
 from capfilt.export import export
+from capfilt.reading import Reader
 from capfilt.run import Run
 from capfilt.score.loop import score
 from capfilt.select.choose import select
@@ -56,6 +57,35 @@ def test_shards_in_an_object_store(base, url):
     out = io.StringIO()
     assert score(again, make_fake, HERE, out) == 3
     assert "source_changed" in out.getvalue()
+
+
+def test_neighbours_in_a_remote_shard_are_one_request(base, url, monkeypatch):
+    """Ten billion images with a text and a JSON member each would be thirty billion requests."""
+    files = fsspec.filesystem("memory")
+    inside = f"{url.removeprefix('memory:/')}/in/00000.tar"
+    with open(f"{base.job['root']}/00000.tar", "rb") as file:
+        files.pipe_file(inside, file.read())
+    run, ranges, cat_file = planned(f"{url}/in/*.tar", f"{url}/run"), [], MemoryFileSystem.cat_file
+
+    def counted(self, path, start=None, end=None, **how):
+        if path.endswith(".tar"):
+            ranges.append((start, end))
+        return cat_file(self, path, start, end, **how)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", counted)
+    assert score(run, make_fake, HERE, io.StringIO()) == 0
+    assert len(ranges) == len(run.plan) == 3  # of 16, 16 and 8 samples, as they are decoded
+    assert annotations(run).equals(annotations(base).slice(0, 40))
+    monkeypatch.setattr("capfilt.reading._REQUEST", 1)  # none together
+    ranges.clear()
+    (source,) = run.sources.values()
+    rows = list(Reader(source, run.reading, run.storage).read(0, 40))
+    assert len(ranges) == 3 * len(rows) == 120
+    monkeypatch.setattr("capfilt.reading._REQUEST", 5000)  # some
+    ranges.clear()
+    assert [row.image for row in Reader(source, run.reading, run.storage).read(0, 40)] == [row.image for row in rows]
+    assert 5 < len(ranges) < 60
+    assert all(stop - start <= 5000 for start, stop in ranges)
 
 
 @pytest.mark.parametrize("fault", ["first put fails", "busy now and then", "lists late"])

@@ -663,21 +663,25 @@ def json_columns(content: bytes) -> dict[str, Any]:
 class Tar:
     """The samples of one shard by an index of where their members are."""
 
-    def __init__(self, index: RowGroups, column: str | None, reading: Callable[[], AbstractContextManager[ReadMember]]):
-        """`reading` opens the shard, for as long as rows are read."""
+    def __init__(
+        self,
+        index: RowGroups,
+        column: str | None,
+        reading: Callable[[Sequence[Member]], AbstractContextManager[ReadMember]],
+    ):
+        """`reading` opens the shard for as long as these members are read."""
         self.index, self.columns, self.reading = index, Columns("", column), reading
 
     def __len__(self) -> int:
         return len(self.index)
 
     def rows(self, lo: int, hi: int) -> Iterator[StoredRow]:
-        with self.reading() as read:
-            for number, entry in zip(range(lo, hi), self.index.values(lo, hi), strict=True):
-                image, text, json = entry["image"], entry["text"], entry["json"]
-                image = image and Member(image["at"], image["size"])
-                text = text and Member(text["at"], text["size"])
-                json = json and Member(json["at"], json["size"])
-                yield sample_row(number, entry["key"], image, text, json, self.columns, read)
+        entries = list(self.index.values(lo, hi))
+        spans = [[entry["image"], entry["text"], entry["json"]] for entry in entries]
+        samples = [[span and Member(span["at"], span["size"]) for span in some] for some in spans]
+        with self.reading([member for sample in samples for member in sample if member]) as read:
+            for number, entry, sample in zip(range(lo, hi), entries, samples, strict=True):
+                yield sample_row(number, entry["key"], *sample, self.columns, read)
 
 
 def read_member(shard: Path, member: Member) -> bytes:
