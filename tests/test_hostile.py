@@ -171,6 +171,7 @@ def test_every_child_is_started_by_its_absolute_path():
     assert programs == {
         "blip/app/doctor.py": "[where, '-version']",
         "blip/train/drift.py": "command",
+        "capfilt/score/launch.py": "startup.python('capfilt', 'score', *arguments)",
         "capfilt/score/pool.py": "startup.python('capfilt.score.pool', str(theirs.fileno()), str(errors.fileno()))",
         "eval/metrics/java.py": "command",
     }

@@ -111,5 +111,9 @@ def hard_negatives(cosines: Tensor, temperature: Tensor, floor: float, same: Ten
     weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, (~same).float())
     has_negative = ~same.all(1)
     weights = torch.where(has_negative[:, None], weights, 1.0)
-    # As torch.multinomial draws, which makes the device wait for the host to check its argument.
-    return (weights / torch.empty_like(weights).exponential_()).argmax(1), has_negative
+    return draw(weights), has_negative
+
+
+def draw(weights: Tensor) -> Tensor:
+    """Draw an index for each row of weights (B, C) -> (B,), as torch.multinomial does, which waits for the host."""
+    return (weights / torch.empty_like(weights).exponential_()).argmax(1)

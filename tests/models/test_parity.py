@@ -15,6 +15,7 @@ from blip.checkpoints.table import from_theirs, to_theirs
 from blip.models.blip import Blip, starting_with
 from blip.nn.text import TextPass
 from blip.nn.vision import resize_positions
+from blip.objectives import negatives
 from blip.objectives.objective import Clock
 from blip.objectives.pretrain import Pretrain
 
@@ -43,19 +44,18 @@ def results():
 
 @pytest.fixture
 def draws(monkeypatch, results):
-    """Answer torch.multinomial with the original's draws of a step, and note the weights it was given."""
+    """Answer `negatives.draw` with the original's draws of a step, and note the weights it was given."""
     noted = []
 
     def replay(step):
         answers = [results[f"{step}.negative_image"], results[f"{step}.negative_text"]]
         noted.clear()
 
-        def multinomial(weights, count, **_):
+        def draw(weights):
             noted.append(weights)
-            assert count == 1
-            return answers[len(noted) - 1][:, None]
+            return answers[len(noted) - 1]
 
-        monkeypatch.setattr(torch, "multinomial", multinomial)
+        monkeypatch.setattr(negatives, "draw", draw)
         return noted
 
     return replay
